@@ -1,0 +1,63 @@
+"""What ddpmx raises: one tree, and every error says a fact, what was seen, and what to do.
+
+``str(error)`` is the text that the command line prints::
+
+    samples.npz: not an npz archive
+    Note: it begins with b'<html>'
+    Hint: download it again
+"""
+
+from __future__ import annotations
+
+
+class DdpmxError(Exception):
+    """A failure that the caller can do something about.
+
+    Args:
+        fact: one line, what is wrong. It names the file, flag or value.
+        note: what was seen, if the fact does not say it already.
+        hint: what to do about it.
+    """
+
+    def __init__(self, fact: str, *, note: str | None = None, hint: str | None = None) -> None:
+        self.fact = fact
+        self.note = note
+        self.hint = hint
+        lines = [fact]
+        if note:
+            lines.append(f"Note: {note}")
+        if hint:
+            lines.append(f"Hint: {hint}")
+        super().__init__("\n".join(lines))
+
+
+class InputError(DdpmxError):
+    """A value the caller gave (a flag, a seed, a count) cannot be used."""
+
+
+class DataError(DdpmxError):
+    """Images that cannot be read, or do not fit together."""
+
+
+class FileFormatError(DdpmxError):
+    """A file is not what its name says: truncated, foreign, or of a version that this ddpmx does not know."""
+
+
+class SpecError(DdpmxError):
+    """What a model file says about itself is missing, contradicts itself, or does not fit the model."""
+
+
+class OutputError(DdpmxError):
+    """Something could not be written. Nothing half-written is left behind."""
+
+
+class BackendError(DdpmxError):
+    """The library that computes ε is missing, or refused."""
+
+
+class NumericError(DdpmxError):
+    """The network returned NaN or an infinity."""
+
+
+class Cancelled(DdpmxError):  # noqa: N818 - a request that was obeyed, not a fault
+    """The caller asked the chain to stop, and it did."""
