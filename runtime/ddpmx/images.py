@@ -26,7 +26,8 @@ def to_uint8(x: NDArray[np.float32]) -> UInt8:
     low. NaN gives 0.
     """
     scaled = np.asarray(x, np.float32) * np.float32(127.5) + np.float32(128)
-    return np.nan_to_num(np.clip(scaled, np.float32(0), np.float32(255)), nan=0.0).astype(np.uint8)
+    levels: UInt8 = np.nan_to_num(np.clip(scaled, np.float32(0), np.float32(255)), nan=0.0).astype(np.uint8)
+    return levels
 
 
 def from_uint8(images: UInt8) -> NDArray[np.float32]:

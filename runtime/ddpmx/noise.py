@@ -93,7 +93,10 @@ _LN_POLY = np.array(
 )
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SIN_POLY = np.array(
-    [float.fromhex(x) for x in ("0x1.921fb6p+0", "-0x1.4abbcep-1", "0x1.466bbap-4", "-0x1.32ca9ep-8", "0x1.4bc85cp-13")],
+    [
+        float.fromhex(x)
+        for x in ("0x1.921fb6p+0", "-0x1.4abbcep-1", "0x1.466bbap-4", "-0x1.32ca9ep-8", "0x1.4bc85cp-13")
+    ],
     np.float32,
 )
 _COS_POLY = np.array(
@@ -119,7 +122,8 @@ def _minus_two_ln(word: UInt32) -> Float32:
     y = y - np.float32(0.5) * square
     ln_u = f + y
     ln_u = ln_u + e * _LN2_HIGH
-    return np.float32(-2) * ln_u
+    doubled: Float32 = np.float32(-2) * ln_u
+    return doubled
 
 
 def _cos_sin(word: UInt32) -> tuple[Float32, Float32]:
@@ -166,7 +170,7 @@ def normal(
     """
     seed = check_seed(seed)
     indices = np.asarray(images, np.int64)
-    if indices.size and not (0 <= indices.min() and indices.max() <= MAX_IMAGE):
+    if indices.size and not (indices.min() >= 0 and indices.max() <= MAX_IMAGE):
         raise InputError(f"image indices run from 0 to 2**32 - 1, not to {indices.max()}")
     if not 0 <= t < 2**32 or not 0 <= repeat < 2**24:
         raise InputError(f"noise is defined for t below 2**32 and repeat below 2**24, not t = {t}, repeat = {repeat}")
@@ -183,4 +187,5 @@ def normal(
         cos, sin = _cos_sin(angle_word)
         z[..., 2 * pair] = radius * cos
         z[..., 2 * pair + 1] = radius * sin
-    return z.reshape(len(indices), 4 * blocks)[:, :elements]
+    drawn: Float32 = z.reshape(len(indices), 4 * blocks)[:, :elements]
+    return drawn

@@ -51,7 +51,8 @@ class Schedule:
                 "β_t has to lie in (0, 1] at every t",
                 note=f"it runs from {betas.min():g} to {betas.max():g}",
             )
-        return cls(np.cumprod(1.0 - betas), betas, np.arange(len(betas)))
+        alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
+        return cls(alpha_bar, betas, np.arange(len(betas)))
 
     def __len__(self) -> int:
         """The number of steps, S."""
@@ -194,7 +195,9 @@ def schedule_params(name: str, params: Mapping[str, float] | None = None) -> dic
     }
     for key, value in (params or {}).items():
         if key not in defaults:
-            raise InputError(f"schedule {name!r} has no parameter {key!r}", hint=f"it has: {', '.join(defaults) or '-'}")
+            raise InputError(
+                f"schedule {name!r} has no parameter {key!r}", hint=f"it has: {', '.join(defaults) or '-'}"
+            )
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
             raise InputError(f"schedule {name!r}: {key} is {value!r}, which is not a number")
     return {**defaults, **{key: float(value) for key, value in (params or {}).items()}}
@@ -204,7 +207,8 @@ def make_schedule(name: str, T: int, params: Mapping[str, float] | None = None) 
     """The schedule of that name over T steps.
 
     Raises:
-        InputError: unknown name or parameter, T outside 1…:data:`MAX_TIMESTEPS`, or parameters that take β out of (0, 1].
+        InputError: unknown name or parameter, T outside 1…:data:`MAX_TIMESTEPS`, or parameters that take β out of
+            (0, 1].
     """
     if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T <= MAX_TIMESTEPS:
         raise InputError(f"T must be a whole number from 1 to {MAX_TIMESTEPS}, not {T!r}")

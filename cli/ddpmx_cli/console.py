@@ -1,0 +1,95 @@
+"""What the commands share: how they speak, and how they show that something is going on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from ddpmx.errors import DdpmxError, InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def say(text: str) -> None:
+    """A line of result, on standard output."""
+    print(text, flush=True)
+
+
+def complain(error: DdpmxError) -> None:
+    """An error, on standard error."""
+    print(f"Error: {error}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
+    """A progress display on standard error; where that is no terminal, nothing but the last state."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A progress display fed by calls (done, in all)."""
+    with progress_bar(unit=unit) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def busy(description: str) -> Iterator[None]:
+    """A spinner, for work whose length is unknown."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(description):
+        yield
+
+
+def megabytes(path: str | os.PathLike[str]) -> str:
+    """A file's size for people."""
+    return f"{os.path.getsize(path) / 1e6:.1f} MB"
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "64" or "64x48" (height first) → (H, W).
+
+    Raises:
+        InputError: neither.
+    """
+    if text is None:
+        return None
+    parts = text.lower().replace("×", "x").split("x")
+    try:
+        sides = [int(part) for part in parts]
+        height, width = sides * 2 if len(sides) == 1 else sides
+    except ValueError:
+        raise InputError(f"--size {text!r} is no size", hint="--size 64, or --size 64x48 (height first)") from None
+    return height, width
+
+
+def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """ "1,2,2" → (1, 2, 2); an empty text gives none.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"{flag} {text!r} is no list of whole numbers", hint=f"{flag} 1,2,2") from None

@@ -1,0 +1,75 @@
+"""`ddpmx generate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
+from typer import Option
+
+from ddpmx_cli.console import counting, say
+
+EXAMPLES = """
+Examples:\n
+  ddpmx generate --engine model.onnx -n 64 --seed 0 --out samples/ --grid\n
+  ddpmx generate --engine model.onnx -n 16 --steps 50 --sampler ddim --grid --animate\n
+  ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed
+"""
+
+
+def command(
+    engine: Annotated[Path, Option(help="The model.onnx to run.")],
+    n: Annotated[int, Option("-n", "--count", help="How many images.")] = 16,
+    seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
+    out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
+    first: Annotated[int, Option(help="Index of the first image.")] = 0,
+    steps: Annotated[int | None, Option(help="Visit only so many of the T timesteps.  [default: all]")] = None,
+    sampler: Annotated[str, Option(help=f"{', '.join(SAMPLERS)}.", metavar="NAME")] = "ancestral",
+    eta: Annotated[float, Option(help="Noise of the ddim sampler, 0 … 1.")] = 0.0,
+    spacing: Annotated[str, Option(help=f"Which timesteps: {', '.join(SPACINGS)}.", metavar="NAME")] = "linspace",
+    variance: Annotated[
+        str | None, Option(help=f"{', '.join(VARIANCES)}.  [default: the model's]", metavar="NAME")
+    ] = None,
+    batch: Annotated[int, Option(help="Images at once.")] = 16,
+    grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,
+    animate: Annotated[
+        bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
+    ] = False,
+    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
+    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
+    fallback: Annotated[bool, Option("--fallback", help="Accept the CPU if the provider does not come up.")] = False,
+    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+) -> None:
+    """Run the full reverse chain and write PNGs."""
+    from ddpmx import modelfile
+    from ddpmx.files import make_folder
+    from ddpmx.gallery import Animation, check_drawable, save_gallery
+    from ddpmx.pipeline import load
+
+    description = modelfile.read_spec(spec) if spec is not None else None
+    providers = (provider, "cpu") if fallback and provider != "cpu" else (provider,)
+    with load(engine, spec=description, providers=providers, fallback=fallback, threads=threads) as pipeline:
+        check_drawable(pipeline.spec)
+        sampling: dict[str, Any] = {  # the names are checked where they are used
+            "sampler": sampler,
+            "steps": steps,
+            "spacing": spacing,
+            "eta": eta,
+            "variance": variance,
+        }
+        table = pipeline.table(**sampling)
+        animation = Animation(pipeline.spec, table, n) if animate else None
+        make_folder(out)
+        begun = time.monotonic()
+        with counting(f"{n} images", unit="steps") as progress:
+            images = pipeline.generate(
+                n, seed=seed, first=first, batch=batch, progress=progress, preview=animation, **sampling
+            )
+        seconds = time.monotonic() - begun
+        written = save_gallery(out, images, first=first, grid=grid, animation=animation)
+        say(f"{n} images, {len(table)} steps of {sampler}, seed {seed}, in {seconds:.1f} s on {pipeline.backend}")
+    say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
+    for extra in written[n:]:
+        say(str(extra))

@@ -1,0 +1,212 @@
+"""`ddpmx train`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from ddpmx.errors import BackendError, InputError
+from ddpmx.samplers import PREDICTIONS, VARIANCES
+from ddpmx.schedule import SCHEDULES
+from typer import Option
+
+from ddpmx_cli.console import counting, parse_numbers, parse_size, progress_bar, say
+
+if TYPE_CHECKING:
+    from ddpm_export.data import Dataset
+    from ddpm_export.train import Trainer
+
+EXAMPLES = """
+Examples:\n
+  ddpmx train --data photos/ --size 32 --out runs/photos\n
+  ddpmx train --data digits.npz --steps 3000 --width 32 --groups 8 --mult 1,2,2 --warmup 100 --ema-ramp --lr 1e-3\n
+  ddpmx train --out runs/photos --resume --steps 900000
+"""
+
+_MODEL, _NETWORK, _TRAINING = "The diffusion", "The network", "The training"
+# What may be given again when a run is taken up; everything else was settled when it began.
+_FREE = {"data", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes"}
+
+
+def command(
+    ctx: typer.Context,
+    data: Annotated[Path | None, Option(help="Folder of images (with its subfolders), or an .npz.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the run.  [default: runs/NAME-OF-DATA]")] = None,
+    steps: Annotated[int, Option(help="Optimiser steps in all.")] = 800_000,
+    resume: Annotated[bool, Option("--resume", help="Go on where the run in --out stopped.")] = False,
+    size: Annotated[
+        str | None, Option(help="Crop and resize every image to this: 64, or 64x48 (height first).")
+    ] = None,
+    channels: Annotated[int | None, Option(help="Convert every image: 1 grey, 3 RGB, 4 RGBA.")] = None,
+    timesteps: Annotated[int, Option("--timesteps", "-T", help="T.", rich_help_panel=_MODEL)] = 1000,
+    schedule: Annotated[
+        str, Option(help=f"β_t: {', '.join(SCHEDULES)}.", rich_help_panel=_MODEL, metavar="NAME")
+    ] = "linear",
+    prediction: Annotated[
+        str, Option(help=f"What the network answers: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME")
+    ] = "eps",
+    variance: Annotated[
+        str, Option(help=f"σ² of the reverse step: {', '.join(VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME")
+    ] = "fixed_large",
+    width: Annotated[int, Option(help="Channels of the first level.", rich_help_panel=_NETWORK)] = 128,
+    mult: Annotated[str, Option(help="Width of each level, in multiples.", rich_help_panel=_NETWORK)] = "1,2,2,2",
+    blocks: Annotated[int, Option(help="Residual blocks per level.", rich_help_panel=_NETWORK)] = 2,
+    attention: Annotated[str, Option(help="Heights in pixels that have attention.", rich_help_panel=_NETWORK)] = "16",
+    dropout: Annotated[float, Option(help="Dropout.", rich_help_panel=_NETWORK)] = 0.1,
+    groups: Annotated[int, Option(help="Groups of each group norm.", rich_help_panel=_NETWORK)] = 32,
+    batch: Annotated[int, Option(help="Images per step.", rich_help_panel=_TRAINING)] = 128,
+    lr: Annotated[float, Option(help="Learning rate of Adam.", rich_help_panel=_TRAINING)] = 2e-4,
+    warmup: Annotated[int, Option(help="Steps until it is reached.", rich_help_panel=_TRAINING)] = 5000,
+    grad_clip: Annotated[float, Option(help="Largest norm of the gradient.", rich_help_panel=_TRAINING)] = 1.0,
+    ema: Annotated[float, Option(help="Decay of the averaged weights.", rich_help_panel=_TRAINING)] = 0.9999,
+    ema_ramp: Annotated[
+        bool,
+        Option(
+            "--ema-ramp", help="Begin with a short average: for runs of some thousand steps.", rich_help_panel=_TRAINING
+        ),
+    ] = False,
+    flip: Annotated[bool, Option(help="Mirror half of the images.", rich_help_panel=_TRAINING)] = True,
+    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
+    bf16: Annotated[bool, Option("--bf16", help="bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads of torch.")] = None,
+    sample_every: Annotated[int, Option(help="Steps between grids of samples; 0 for none.")] = 1000,
+    save_minutes: Annotated[float, Option(help="Minutes between checkpoints.")] = 10.0,
+) -> None:
+    """Train a DDPM on a folder of images or an .npz.
+
+    The defaults are the paper's for CIFAR-10 (Ho, Jain, Abbeel 2020). Ctrl-C saves; --resume goes on exactly where the
+    run stopped.
+    """  # fmt: skip
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError("training needs torch", note=str(error), hint="pip install 'ddpmx[train]'") from error
+    from ddpmx.spec import ModelSpec
+
+    from ddpm_export.train import Trainer, TrainSettings
+    from ddpm_export.unet import UNetConfig
+
+    if out is None:
+        if data is None:
+            raise InputError("--data is missing", hint="a folder of images or an .npz; or --out RUN --resume")
+        out = Path("runs") / data.resolve().stem
+    if threads is not None:
+        if not 1 <= threads <= 4096:
+            raise InputError(f"--threads must be from 1 to 4096, not {threads}")
+        torch.set_num_threads(threads)
+    if not (save_minutes > 0 and sample_every >= 0):
+        raise InputError("--save-minutes must be above 0, and --sample-every at least 0")
+    device = _check_device(device)
+    if resume:
+        trainer = _resume(ctx, data, out, device)
+    else:
+        if data is None:
+            raise InputError("--data is missing", hint="a folder of images or an .npz")
+        _check_new(out)
+        dataset = _load(data, size=parse_size(size), channels=channels)
+        c, height, width_ = dataset.shape
+        trainer = Trainer(
+            out,
+            dataset,
+            ModelSpec(
+                dataset.shape, timesteps, schedule, prediction=prediction, variance=variance  # type: ignore[arg-type]
+            ),
+            UNetConfig(
+                c, c, (height, width_), width, parse_numbers("--mult", mult), blocks,
+                parse_numbers("--attention", attention), dropout, groups,
+            ),
+            TrainSettings(batch, lr, warmup, grad_clip, ema, ema_ramp, flip, seed, bf16),
+            device=device,
+        )  # fmt: skip
+    _train(trainer, steps, sample_every, save_minutes * 60)
+
+
+def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float) -> None:
+    from ddpm_export.train import Progress
+
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    c, height, width = trainer.spec.shape
+    say(
+        f"{trainer.run}: {parameters:,} parameters, {len(trainer.dataset):,} images of {height}×{width}×{c}, "
+        f"steps {trainer.step:,} → {steps:,} on {trainer.device}"
+    )
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    last: Progress | None = None
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with progress_bar("{task.fields[figures]}", unit="steps") as display:
+            task = display.add_task("training", total=steps, figures="")
+
+            def show(state: Progress) -> None:
+                nonlocal last
+                last = state
+                figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
+                display.update(task, completed=state.step, figures=figures)
+
+            checkpoint = trainer.train(
+                steps, progress=show, stop=lambda: stopped, sample_every=sample_every, save_seconds=save_seconds
+            )
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+    if last is not None:
+        say(f"step {last.step:,}: loss {last.loss:.4f}, {last.images_per_second:,.0f} images/s")
+    say(f"saved {checkpoint}")
+    if stopped and trainer.step < steps:
+        say(f"stopped; go on with: ddpmx train --out {trainer.run} --resume --steps {steps}")
+        raise typer.Exit(130)
+    say(f"next: ddpmx export {trainer.run} -o model.onnx")
+
+
+def _load(data: Path, **how: Any) -> Dataset:
+    from ddpm_export.data import load_dataset
+
+    with counting("reading images") as progress:
+        return load_dataset(data, **how, progress=progress)
+
+
+def _check_new(out: Path) -> None:
+    from ddpm_export import checkpoint
+
+    if checkpoint.checkpoints(out):
+        raise InputError(f"{out} already holds a run", hint="--resume goes on with it; another --out begins a new one")
+
+
+def _resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None) -> Trainer:
+    from ddpm_export.train import Trainer, recorded_source
+
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ctx.params
+        if name not in _FREE and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"{' and '.join(given)} cannot change while a run goes on",
+            note=f"{out} keeps the settings that it began with",
+            hint="leave it away, or begin a new run",
+        )
+    recorded = recorded_source(out)
+    dataset = _load(data or recorded.path, size=recorded.size, channels=recorded.channels)
+    return Trainer.resume(out, dataset, device=device)
+
+
+def _check_device(device: str | None) -> str | None:
+    import torch
+
+    if device is None:
+        return None
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # torch raises RuntimeError, AssertionError or its own, by device
+        raise InputError(f"--device {device!r} cannot be used", note=str(error).splitlines()[0][:200]) from error
+    return device

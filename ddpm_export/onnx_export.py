@@ -1,0 +1,174 @@
+"""checkpoint → model.onnx: one strongly typed, self-describing file.
+
+The graph's contract: x float32 [batch, C, H, W] and t int32 [batch] → one float32 output named by what it predicts.
+Precision is baked into the graph, since TensorRT 11 knows no precision flags: fp16 means half-precision convolutions,
+attention products and activations, with float32 kept around every norm and softmax, in the time path and in the first
+and last convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import ddpmx
+import onnx
+import torch
+from ddpmx.errors import InputError, OutputError
+from ddpmx.files import atomic_write
+from ddpmx.modelfile import METADATA_KEY
+from ddpmx.spec import PRECISIONS, ModelSpec, Precision
+from torch import Tensor, nn
+
+from ddpm_export import checkpoint as checkpoints
+from ddpm_export.checkpoint import Weights
+from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
+
+OPSET = 20
+"""The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
+some TensorRT versions refuse or compute wrongly."""
+
+MAX_PROTOBUF_BYTES = 2**31 - 1
+
+
+class TimeTable(nn.Module):
+    """:class:`~ddpm_export.unet.TimeShifts` evaluated once for every t: a table [T, Σ widths] that t indexes."""
+
+    def __init__(self, time: nn.Module, timesteps: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            shifts: tuple[Tensor, ...] = time(torch.arange(timesteps, dtype=torch.int32))
+        self.widths = [shift.shape[1] for shift in shifts]
+        self.register_buffer("table", torch.cat(shifts, dim=1))
+
+    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
+        """For t int [B]."""
+        table: Tensor = self.get_buffer("table")
+        return torch.split(table[t], self.widths, dim=1)
+
+
+def to_precision(network: UNet, precision: Precision) -> UNet:
+    """A copy of the network that computes in ``precision`` inside; its inputs and outputs stay float32.
+
+    Raises:
+        InputError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    if precision == "fp16":
+        for module in network.modules():
+            if isinstance(module, ResidualBlock):
+                halved: tuple[nn.Module, ...] = (module.conv1, module.conv2, module.skip)
+            elif isinstance(module, Attention):
+                halved = (module.q, module.k, module.v, module.out)
+            elif isinstance(module, (Downsample, Upsample)):
+                halved = (module.conv,)
+            else:
+                continue
+            for part in halved:
+                part.half()
+    return network
+
+
+def export(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] = "model.onnx",
+    *,
+    precision: Precision = "fp32",
+    weights: Weights = "ema",
+    time_table: bool = False,
+) -> ModelSpec:
+    """Export a checkpoint, or the newest one of a run.
+
+    Args:
+        path: the checkpoint's or the run's folder.
+        output: the file to write. It appears only when it is whole.
+        precision: ``fp32`` or ``fp16``.
+        weights: ``ema`` (averaged) or ``raw``.
+        time_table: store what depends on t alone as one table instead of computing it.
+
+    Returns:
+        What the file says about itself.
+
+    Raises:
+        DdpmxError: the checkpoint cannot be read, or the file not be written.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.onnx'}")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}")
+    network, spec = checkpoints.load_network(path, weights)
+    if weights == "raw":
+        spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
+    return export_network(network, spec, output, precision=precision, time_table=time_table)
+
+
+def export_network(
+    network: UNet,
+    spec: ModelSpec,
+    output: str | os.PathLike[str],
+    *,
+    precision: Precision = "fp32",
+    time_table: bool = False,
+) -> ModelSpec:
+    """Export a network in memory; see :func:`export`."""
+    spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
+    network = to_precision(network, precision)
+    if time_table:
+        network.time = TimeTable(network.time, spec.timesteps)
+    model = _trace(network, spec)
+    _clean(model)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = METADATA_KEY, spec.to_text()
+    if model.ByteSize() > MAX_PROTOBUF_BYTES:
+        raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
+    onnx.checker.check_model(model, full_check=True)
+    with atomic_write(output) as stream:
+        stream.write(model.SerializeToString(deterministic=True))
+    return spec
+
+
+def _trace(network: UNet, spec: ModelSpec) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1)
+    x = torch.zeros(2, *spec.shape)  # two, since torch.export takes a batch of one for a constant
+    t = torch.zeros(2, dtype=torch.int32)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (x, t),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["x", "t"],
+                output_names=[spec.prediction],
+                dynamic_shapes={"x": {0: batch}, "t": {0: batch}},
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Take out what torch writes about where it was run: stack traces with paths, class names, its own metadata."""
+    model.producer_name, model.producer_version, model.doc_string = "ddpmx", ddpmx.__version__, ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name, graph.doc_string = "ddpmx", ""
+    del graph.metadata_props[:]
+    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""

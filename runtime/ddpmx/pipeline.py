@@ -1,0 +1,220 @@
+"""load(path) → Pipeline: the public face of the runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx import chain, images, modelfile
+from ddpmx.backends import Backend
+from ddpmx.errors import Cancelled, FileFormatError, InputError
+from ddpmx.noise import MAX_IMAGE, check_seed
+from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
+from ddpmx.spec import ModelSpec
+
+DEFAULT_BATCH = 16
+MAX_RESULT_BYTES = 1 << 36
+"""64 GiB of images in one call of generate is a mistake; draw them in parts with ``first``."""
+
+
+class Preview(NamedTuple):
+    """The chain in motion, for one batch of images.
+
+    Attributes:
+        t: the timestep, falling to 0.
+        x: float32 [n, C, H, W], x_t.
+        x0: float32 [n, C, H, W], x̂_0: where the network thinks it leads. In the last one, the sample itself.
+    """
+
+    t: int
+    x: NDArray[np.float32]
+    x0: NDArray[np.float32]
+
+
+class Pipeline:
+    """A model file, ready to run. A context manager; not thread-safe: one per thread.
+
+    Attributes:
+        spec: what the file says about itself.
+    """
+
+    def __init__(self, spec: ModelSpec, backend: Backend) -> None:
+        self.spec = spec
+        self._backend = backend
+        self._schedule = spec.make_schedule()
+
+    @property
+    def backend(self) -> str:
+        """What really computes the network, for people."""
+        return self._backend.description
+
+    def __enter__(self) -> Pipeline:
+        """The pipeline itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Free everything."""
+        self.close()
+
+    def close(self) -> None:
+        """Free everything. The pipeline cannot be used afterwards."""
+        self._backend.close()
+
+    def table(
+        self,
+        *,
+        sampler: Sampler = "ancestral",
+        steps: int | None = None,
+        spacing: Spacing = "linspace",
+        eta: float = 0.0,
+        variance: Variance | None = None,
+    ) -> Table:
+        """The sampler as a table, see :func:`ddpmx.samplers.make_table`. ``variance`` overrides the file's."""
+        return make_table(
+            self._schedule,
+            self.spec.prediction,
+            variance or self.spec.variance,
+            sampler=sampler,
+            steps=steps,
+            spacing=spacing,
+            eta=eta,
+        )
+
+    def generate(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        batch: int = DEFAULT_BATCH,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+        preview: Callable[[int, Preview], None] | None = None,
+        **sampling: Any,
+    ) -> NDArray[np.uint8]:
+        """Draw images. Image i of a seed is the same whatever else is drawn with it.
+
+        Args:
+            n: how many, at least 1.
+            seed: 0…2⁶⁴−1.
+            first: the index of the first one: ``generate(8)`` equals ``generate(4)`` and ``generate(4, first=4)``.
+            batch: how many run at once, at most.
+            progress: called after each step with (steps done, steps in all) over all batches.
+            cancel: asked before each step; True stops the chain.
+            preview: called after each step with the position in the result of the batch's first image, and the state.
+            **sampling: see :meth:`table`.
+
+        Returns:
+            uint8 [n, H, W, C].
+
+        Raises:
+            InputError: a number out of its range.
+            Cancelled: ``cancel`` said so.
+            NumericError: the network's answer was not finite.
+        """
+        channels, height, width = self.spec.shape
+        table = self.table(**sampling)
+        check_seed(seed)
+        parts = list(_batches(n, first, batch))
+        if n * channels * height * width > MAX_RESULT_BYTES:
+            raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
+        result = np.empty((n, height, width, channels), np.uint8)
+        for number, (start, indices) in enumerate(parts):
+            sample = result[start : start + len(indices)]
+            steps = self._run(table, seed, indices, batch)
+            for done in range(number * len(table), (number + 1) * len(table)):
+                if cancel is not None and cancel():
+                    raise Cancelled("stopped before the chain was through")
+                step = next(steps)
+                if preview is not None:
+                    preview(start, step)
+                if progress is not None:
+                    progress(done + 1, len(parts) * len(table))
+            sample[...] = images.to_nhwc(step.x0)
+        return result
+
+    def stream(self, n: int = 1, *, seed: int = 0, first: int = 0, **sampling: Any) -> Iterator[Preview]:
+        """Watch one batch of ``n`` images come into being: a :class:`Preview` for every step. Break off to cancel.
+
+        The arrays are copies. The last preview's ``x0`` are the images that :meth:`generate` gives.
+
+        Raises:
+            As :meth:`generate`.
+        """
+        table = self.table(**sampling)
+        check_seed(seed)
+        ((_, indices),) = _batches(n, first, n)
+        for step in self._run(table, seed, indices, n):
+            yield Preview(step.t, step.x.copy(), step.x0.copy())
+
+    def _run(self, table: Table, seed: int, indices: NDArray[np.int64], batch: int) -> Iterator[Preview]:
+        """The chain for ``indices``, executed as a batch of ``batch`` where the batch size could be felt."""
+        n = len(indices)
+        if not self._backend.batch_invariant and n < batch:
+            indices = np.concatenate([indices, np.repeat(indices[-1:], batch - n)])
+        x_start = chain.initial(seed, indices, self.spec.shape)
+        steps = chain.run(self._backend, table, x_start, seed=seed, images=indices, clip=self.spec.clip)
+        for step in steps:
+            # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that
+            # stops short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
+            yield Preview(step.t, step.x[:n], step.x0[:n])
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    spec: ModelSpec | None = None,
+    providers: Sequence[str] = ("cpu",),
+    fallback: bool = False,
+    threads: int = 0,
+) -> Pipeline:
+    """Open a model file.
+
+    Args:
+        path: a ``model.onnx`` that ``ddpmx export`` wrote, or another one together with ``spec``.
+        spec: for a file that does not describe itself.
+        providers: ONNX Runtime's execution providers, see :class:`ddpmx.backends.ort.OrtBackend`.
+        fallback: whether another provider than the first may do the work.
+        threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        FileFormatError: no model file, a damaged one, or one of a kind that this version does not run.
+        SpecError: the file does not say what it is, or contradicts itself.
+        BackendError: the library that would run it is missing, or has no such provider.
+    """
+    kind = modelfile.identify(path)
+    if kind == "checkpoint":
+        raise FileFormatError(
+            f"{path}: a checkpoint, which needs torch to run",
+            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and generate from that",
+        )
+    if kind == "plan":
+        flavour, version = modelfile.plan_flavour(path)
+        raise FileFormatError(
+            f"{path}: a plan of {flavour} {version}, which this version of ddpmx does not run",
+            hint="generate from the model.onnx that it was built from",
+        )
+    info = modelfile.read_onnx(path)
+    modelfile.check_external(path, info)
+    spec = modelfile.onnx_spec(path, info, spec)
+
+    from ddpmx.backends.ort import OrtBackend
+
+    backend = OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
+    return Pipeline(spec, backend)
+
+
+def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """(position in the result, image indices) of each batch."""
+    for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= MAX_IMAGE + 1:
+            raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
+    if first + n > MAX_IMAGE + 1:
+        raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
+    for start in range(0, n, batch):
+        yield start, np.arange(first + start, first + min(start + batch, n))
