@@ -26,7 +26,7 @@ def complain(error: DdpmxError) -> None:
 
 @contextlib.contextmanager
 def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
-    """A progress display on standard error; where that is no terminal, nothing but the last state."""
+    """A progress display on standard error, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -38,8 +38,9 @@ def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
         TextColumn(unit),
         *columns,
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=(console := Console(stderr=True)),
         transient=True,
+        disable=not console.is_terminal,
     ) as progress:
         yield progress
 
@@ -57,7 +58,8 @@ def busy(description: str) -> Iterator[None]:
     """A spinner, for work whose length is unknown."""
     from rich.console import Console
 
-    with Console(stderr=True).status(description):
+    console = Console(stderr=True)
+    with console.status(description) if console.is_terminal else contextlib.nullcontext():
         yield
 
 

@@ -18,9 +18,9 @@ Examples:\n
 """
 
 
-def command(
+def export(
     run: Annotated[
-        Path | None, Argument(help="A run, or one of its checkpoints.  [default: the newest run under runs/]")
+        Path | None, Argument(help="A run, or one of its checkpoints.  \\[default: the newest run under runs/]")
     ] = None,
     output: Annotated[Path, Option("--output", "-o", help="The file to write.")] = Path("model.onnx"),
     fp16: Annotated[
@@ -40,8 +40,7 @@ def command(
         raise InputError(f"--weights {weights!r}: there are ema and raw")
     try:
         with busy("loading torch"):
-            from ddpm_export import checkpoint
-            from ddpm_export.onnx_export import export
+            from ddpm_export import checkpoint, onnx_export
     except ImportError as error:
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install 'ddpmx[export]'"
@@ -49,7 +48,7 @@ def command(
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     begun = time.monotonic()
     with busy(f"exporting {source}"):
-        spec = export(
+        spec = onnx_export.export(
             source,
             output,
             precision="fp16" if fp16 else "fp32",

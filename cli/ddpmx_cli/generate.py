@@ -19,18 +19,18 @@ Examples:\n
 """
 
 
-def command(
+def generate(
     engine: Annotated[Path, Option(help="The model.onnx to run.")],
     n: Annotated[int, Option("-n", "--count", help="How many images.")] = 16,
     seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
     out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
     first: Annotated[int, Option(help="Index of the first image.")] = 0,
-    steps: Annotated[int | None, Option(help="Visit only so many of the T timesteps.  [default: all]")] = None,
+    steps: Annotated[int | None, Option(help="Visit only so many of the T timesteps.  \\[default: all]")] = None,
     sampler: Annotated[str, Option(help=f"{', '.join(SAMPLERS)}.", metavar="NAME")] = "ancestral",
     eta: Annotated[float, Option(help="Noise of the ddim sampler, 0 … 1.")] = 0.0,
     spacing: Annotated[str, Option(help=f"Which timesteps: {', '.join(SPACINGS)}.", metavar="NAME")] = "linspace",
     variance: Annotated[
-        str | None, Option(help=f"{', '.join(VARIANCES)}.  [default: the model's]", metavar="NAME")
+        str | None, Option(help=f"{', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME")
     ] = None,
     batch: Annotated[int, Option(help="Images at once.")] = 16,
     grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,

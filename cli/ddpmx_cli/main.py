@@ -18,8 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (train, export, generate):
-    app.command(epilog=module.EXAMPLES)(module.command)
+app.command(epilog=train.EXAMPLES)(train.train)
+app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=generate.EXAMPLES)(generate.generate)
 
 
 def _version(wanted: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,15 +26,18 @@ Examples:\n
   ddpmx train --out runs/photos --resume --steps 900000
 """
 
+LOG_SECONDS = 30.0
+"""Between lines of progress, where standard error is no terminal."""
+
 _MODEL, _NETWORK, _TRAINING = "The diffusion", "The network", "The training"
 # What may be given again when a run is taken up; everything else was settled when it began.
 _FREE = {"data", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes"}
 
 
-def command(
+def train(
     ctx: typer.Context,
     data: Annotated[Path | None, Option(help="Folder of images (with its subfolders), or an .npz.")] = None,
-    out: Annotated[Path | None, Option(help="Folder of the run.  [default: runs/NAME-OF-DATA]")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the run.  \\[default: runs/NAME-OF-DATA]")] = None,
     steps: Annotated[int, Option(help="Optimiser steps in all.")] = 800_000,
     resume: Annotated[bool, Option("--resume", help="Go on where the run in --out stopped.")] = False,
     size: Annotated[
@@ -70,7 +74,7 @@ def command(
     flip: Annotated[bool, Option(help="Mirror half of the images.", rich_help_panel=_TRAINING)] = True,
     seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
     bf16: Annotated[bool, Option("--bf16", help="bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
-    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 …  [default: a GPU if there is one]")] = None,
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 …  \\[default: a GPU if there is one]")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of torch.")] = None,
     sample_every: Annotated[int, Option(help="Steps between grids of samples; 0 for none.")] = 1000,
     save_minutes: Annotated[float, Option(help="Minutes between checkpoints.")] = 10.0,
@@ -141,16 +145,21 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
 
     last: Progress | None = None
+    logged = time.monotonic()
     earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with progress_bar("{task.fields[figures]}", unit="steps") as display:
             task = display.add_task("training", total=steps, figures="")
 
             def show(state: Progress) -> None:
-                nonlocal last
+                nonlocal last, logged
                 last = state
                 figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
                 display.update(task, completed=state.step, figures=figures)
+                if display.disable and time.monotonic() - logged > LOG_SECONDS:
+                    logged = time.monotonic()
+                    left = f"{state.seconds_left / 60:.0f} min left"
+                    say(f"step {state.step:,} of {state.steps:,}: {figures}, {left}")
 
             checkpoint = trainer.train(
                 steps, progress=show, stop=lambda: stopped, sample_every=sample_every, save_seconds=save_seconds

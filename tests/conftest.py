@@ -1,0 +1,72 @@
+"""What the tests share: measured figures with their bounds, a closed-form toy model, and one small trained network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+FASHION = TESTS.parent / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"
+GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
+
+_measured: list[tuple[str, float, str]] = []
+
+
+@pytest.fixture
+def figure() -> Callable[..., None]:
+    """``figure("what", value, at_most=bound)``: asserts the bound, and has the run print the figure at its end."""
+
+    def check(what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
+        assert (at_most is None) != (at_least is None), "one bound"
+        bound = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}"
+        _measured.append((what, float(value), bound))
+        holds = value <= at_most if at_most is not None else value >= at_least
+        assert holds, f"{what}: {value:g}, and it should be {bound}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _measured:
+        terminalreporter.section("measured")
+        for what, value, bound in _measured:
+            terminalreporter.write_line(f"{value:<12.4g} {bound:<12} {what}")
+
+
+@pytest.fixture(scope="session")
+def gaussian_onnx() -> Path:
+    """A model whose optimal ε is known in closed form, see ``oracles/gaussian.py``. Needs no torch."""
+    return GAUSSIAN_ONNX
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A small U-Net that has seen Fashion-MNIST at 16×16 for half a minute, and its exports."""
+
+    run: Path
+    fp32: Path
+    fp16: Path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Only a trained network can be judged by its chain: on random weights the chain saturates."""
+    pytest.importorskip("torch", reason="not verified here: whatever needs a trained network (no torch)")
+    from ddpm_export.data import load_dataset
+    from ddpm_export.onnx_export import export
+    from ddpm_export.train import Trainer, TrainSettings
+    from ddpm_export.unet import UNetConfig
+    from ddpmx.spec import ModelSpec
+
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = load_dataset(FASHION)
+    network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
+    settings = TrainSettings(batch=64, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
+    trainer = Trainer(folder / "run", dataset, ModelSpec(dataset.shape), network, settings, device="cpu")
+    trainer.train(400)
+    for precision in ("fp32", "fp16"):
+        export(folder / "run", folder / f"{precision}.onnx", precision=precision)
+    return Trained(folder / "run", folder / "fp32.onnx", folder / "fp16.onnx")
