@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from ddpmx.errors import DdpmxError, FileFormatError, SpecError
-from ddpmx.files import make_folder, write_error
-from ddpmx.modelfile import SPEC_FILE, read_spec_json
-from ddpmx.spec import ModelSpec, parse_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm_export.unet import UNet, UNetConfig
+from ddpmx.errors import DdpmxError, FileFormatError, SpecError
+from ddpmx.files import make_folder, write_error
+from ddpmx.modelfile import SPEC_FILE, read_spec_json
+from ddpmx.spec import ModelSpec, parse_json
 
 Weights = Literal["ema", "raw"]
 FILES: Mapping[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}

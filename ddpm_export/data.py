@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ddpmx.errors import DataError, FileFormatError, InputError
 from numpy.typing import NDArray
 from PIL import Image
+
+from ddpmx.errors import DataError, FileFormatError, InputError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 MAX_BYTES = 8 << 30

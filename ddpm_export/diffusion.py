@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from ddpmx.samplers import Prediction, Variance, x0_coefficients
 from ddpmx.schedule import Float64, Schedule
-from torch import Tensor, nn
 
 
 class GaussianDiffusion(nn.Module):

@@ -16,18 +16,18 @@ import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 
-import ddpmx
 import onnx
 import torch
+from torch import Tensor, nn
+
+import ddpmx
+from ddpm_export import checkpoint as checkpoints
+from ddpm_export.checkpoint import Weights
+from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
 from ddpmx.errors import InputError, OutputError
 from ddpmx.files import atomic_write
 from ddpmx.modelfile import METADATA_KEY
 from ddpmx.spec import PRECISIONS, ModelSpec, Precision
-from torch import Tensor, nn
-
-from ddpm_export import checkpoint as checkpoints
-from ddpm_export.checkpoint import Weights
-from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
 
 OPSET = 20
 """The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from ddpmx.backends import Buffers
 from torch import nn
+
+from ddpmx.backends import Buffers
 
 
 class TorchBackend:

@@ -16,23 +16,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ddpmx
 import numpy as np
 import torch
-from ddpmx import images
-from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
-from ddpmx.files import make_folder
-from ddpmx.pipeline import Pipeline
-from ddpmx.spec import ModelSpec
 from numpy.typing import NDArray
 from torch import Tensor
 
+import ddpmx
 from ddpm_export import checkpoint as checkpoints
 from ddpm_export.checkpoint import TrainingState
 from ddpm_export.data import Dataset, Source
 from ddpm_export.diffusion import GaussianDiffusion
 from ddpm_export.torch_backend import TorchBackend
 from ddpm_export.unet import UNet, UNetConfig
+from ddpmx import images
+from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
+from ddpmx.files import make_folder
+from ddpmx.pipeline import Pipeline
+from ddpmx.spec import ModelSpec
 
 SAMPLE_COUNT, SAMPLE_STEPS = 16, 50
 

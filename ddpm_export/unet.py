@@ -19,8 +19,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from ddpmx.errors import InputError, SpecError
 from torch import Tensor, nn
+
+from ddpmx.errors import InputError, SpecError
 
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 

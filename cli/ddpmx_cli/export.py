@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-from ddpmx.errors import BackendError, InputError
 from typer import Argument, Option
 
+from ddpmx.errors import BackendError, InputError
 from ddpmx_cli.console import busy, megabytes, say
 
 EXAMPLES = """

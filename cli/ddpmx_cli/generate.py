@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
 from typer import Option
 
+from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
 from ddpmx_cli.console import counting, say
 
 EXAMPLES = """

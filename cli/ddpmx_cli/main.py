@@ -6,8 +6,8 @@ import sys
 from typing import Annotated
 
 import typer
-from ddpmx.errors import DdpmxError
 
+from ddpmx.errors import DdpmxError
 from ddpmx_cli import export, generate, train
 from ddpmx_cli.console import complain, say
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Option
+
 from ddpmx.errors import BackendError, InputError
 from ddpmx.samplers import PREDICTIONS, VARIANCES
 from ddpmx.schedule import SCHEDULES
-from typer import Option
-
 from ddpmx_cli.console import counting, parse_numbers, parse_size, progress_bar, say
 
 if TYPE_CHECKING:
@@ -88,10 +88,9 @@ def train(
         import torch
     except ImportError as error:
         raise BackendError("training needs torch", note=str(error), hint="pip install 'ddpmx[train]'") from error
-    from ddpmx.spec import ModelSpec
-
     from ddpm_export.train import Trainer, TrainSettings
     from ddpm_export.unet import UNetConfig
+    from ddpmx.spec import ModelSpec
 
     if out is None:
         if data is None:
