@@ -1,0 +1,52 @@
+# make demo    train on real images, export, generate, judge (about six minutes on two cores)
+# make test    everything that is checked without a GPU
+# make bench   ratios measured side by side
+#
+# TORCH is the build that is installed; on a machine with an NVIDIA GPU, `make demo TORCH=torch` takes the newest.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+OTHER_PYTHONS ?= 3.10 3.12 3.13
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint pytest others bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/fashion_mnist/demo.py
+
+test: lint pytest others
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: $(VENV)/.dev
+	$(BIN)/pytest
+
+# The runtime and the command line on the other Pythons, from a built wheel, without torch and onnx.
+others:
+	@for version in $(OTHER_PYTHONS); do PYTHON="$(PYTHON)" sh .ci/other-python "$$version" || exit 1; done
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/benchmarks/startup.py
+	$(BIN)/python tests/benchmarks/chain_overhead.py
+	$(BIN)/python tests/benchmarks/time_table.py
+
+$(VENV)/.venv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable '.[cpu,export,demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable '.[cpu,export,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-* build dist demo-output .pytest_cache .mypy_cache .ruff_cache

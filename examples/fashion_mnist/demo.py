@@ -1,0 +1,94 @@
+"""Train on real images, export in two precisions, generate, judge. Every step is a command that a user could type.
+
+    python examples/fashion_mnist/demo.py [--out demo-output] [--smoke]
+
+Exits with 1 if its samples do not pass the judgement, or one of the controls does. ``--smoke`` walks the same way in
+seconds with a network too small to be judged: it prints the figures and asks nothing of the samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from judge import DATA, Judge, Verdict
+from PIL import Image
+
+NETWORK = "--width 32 --mult 1,2,2 --blocks 1 --attention 8 --groups 8 --dropout 0"
+TRAINING = "--batch 64 --lr 1e-3 --warmup 100 --ema 0.998 --ema-ramp --no-flip"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("demo-output"))
+    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes; samples are not judged")
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    steps, judged, judged_steps, shown, shown_steps = (
+        (20, 32, 10, 9, 20) if arguments.smoke else (1600, 256, 250, 64, 1000)
+    )
+
+    begun = time.monotonic()
+    if out.exists() and not (out / "run" / "checkpoints").exists():
+        parser.error(f"{out} exists, and was not written by this demo")
+    shutil.rmtree(out, ignore_errors=True)
+    run, fp32, fp16 = out / "run", out / "model.onnx", out / "model-fp16.onnx"
+    ddpmx(f"train --data {DATA} --out {run} --steps {steps} {NETWORK} {TRAINING} --sample-every {steps // 4}")
+    ddpmx(f"export {run} -o {fp32}")
+    ddpmx(f"export {run} --fp16 -o {fp16}")
+    ddpmx(
+        f"generate --engine {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate"
+    )
+    ddpmx(f"generate --engine {fp16} -n 8 --steps 50 --out {out / 'samples-fp16'}")
+    ddpmx(f"generate --engine {fp32} -n 8 --steps 50 --out {out / 'samples-fp32'}")
+    ddpmx(
+        f"generate --engine {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {out / 'judged'} --batch 64 --grid"
+    )
+
+    apart = np.abs(pictures(out / "samples-fp16").astype(int) - pictures(out / "samples-fp32"))
+    print(
+        f"\nfp16 against fp32, same seed: {(apart <= 1).mean():.2%} of the values within 1 of 255, at most {apart.max()}"
+    )
+    passed = judge(pictures(out / "judged"))
+    print(f"\nlook at {out / 'samples' / 'grid.png'} and {out / 'samples' / 'x0.gif'}")
+    print(f"{time.monotonic() - begun:.0f} s in all")
+    return 0 if passed or arguments.smoke else 1
+
+
+def ddpmx(arguments: str) -> None:
+    """Run a ddpmx command as a user would."""
+    print(f"\n$ ddpmx {arguments}", flush=True)
+    subprocess.run([sys.executable, "-m", "ddpmx_cli.main", *shlex.split(arguments)], check=True)
+
+
+def pictures(folder: Path) -> np.ndarray:
+    """The numbered PNGs of a folder, uint8 [n, H, W]."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("[0-9]*.png"))])
+
+
+def judge(samples: np.ndarray) -> bool:
+    """Print the judgement of the samples and of the controls; whether it came out as it should."""
+    judge = Judge()
+    print(f"\njudged by a classifier that names {judge.accuracy:.0%} of unseen real images rightly")
+    print(f"{'':18} confident  classes  variation")
+    print(f"{'':18}    ≥ 0.60       10  0.80…1.20")
+
+    def show(name: str, verdict: Verdict) -> bool:
+        figures = f"{verdict.confident:10.2f} {verdict.classes:8d} {verdict.variation:10.2f}"
+        print(f"{name:18} {figures}  {'pass' if verdict.passed else 'fail'}")
+        return verdict.passed
+
+    passed = show("these samples", judge(samples))
+    honest = show("real images", judge(judge.real[:256]))
+    fooled = [name for name, images in judge.controls().items() if show(name, judge(images))]
+    return passed and honest and not fooled
+
+
+if __name__ == "__main__":
+    sys.exit(main())

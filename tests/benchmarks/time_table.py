@@ -1,0 +1,54 @@
+"""What ``export --time-table`` buys and costs: speed, size and error, CIFAR network, batches of 1 and 8.
+
+python tests/benchmarks/time_table.py [--rounds 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from chain_overhead import paired
+
+from ddpm_export.onnx_export import export_network
+from ddpm_export.unet import UNet, cifar10
+from ddpmx.backends import Buffers
+from ddpmx.backends.ort import OrtBackend
+from ddpmx.spec import ModelSpec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    torch.manual_seed(0)
+    network, spec = UNet(cifar10()), ModelSpec((3, 32, 32))
+    for parameter in network.parameters():  # nothing may hide behind layers that begin near zero
+        torch.nn.init.normal_(parameter, std=0.05)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / name for name in ("computed.onnx", "table.onnx")]
+        for path, table in zip(paths, (False, True), strict=True):
+            export_network(network, spec, path, time_table=table)
+        sizes = [path.stat().st_size / 1e6 for path in paths]
+        print(f"file: {sizes[0]:.1f} MB computed, {sizes[1]:.1f} MB with the table")
+        for batch in (1, 8):
+            runs, answers = [], []
+            for path in paths:
+                backend, buffers = OrtBackend(path, "eps"), Buffers.of(batch, spec.shape)
+                buffers.x[...] = np.random.default_rng(0).standard_normal(buffers.x.shape)
+                buffers.t[...] = 500
+                backend.bind(buffers)
+                backend.enqueue()
+                runs.append(backend)
+                answers.append(buffers.out.copy())
+            ratio = statistics.median(paired(runs[1].enqueue, runs[0].enqueue, rounds))
+            apart = np.abs(answers[1] - answers[0]).max() / np.abs(answers[0]).max()
+            print(f"batch {batch}: time of table ÷ computed {ratio:.3f}, answers differ by {apart:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()
