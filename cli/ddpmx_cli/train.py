@@ -13,7 +13,7 @@ from typer import Option
 from ddpmx.errors import BackendError, InputError
 from ddpmx.samplers import PREDICTIONS, VARIANCES
 from ddpmx.schedule import SCHEDULES
-from ddpmx_cli.console import counting, parse_numbers, parse_size, progress_bar, say
+from ddpmx_cli.console import busy, counting, parse_numbers, parse_size, progress_bar, say
 
 if TYPE_CHECKING:
     from ddpm_export.data import Dataset
@@ -85,11 +85,13 @@ def train(
     run stopped.
     """  # fmt: skip
     try:
-        import torch
+        with busy("loading torch"):
+            import torch
+
+            from ddpm_export.train import Trainer, TrainSettings
+            from ddpm_export.unet import UNetConfig
     except ImportError as error:
         raise BackendError("training needs torch", note=str(error), hint="pip install 'ddpmx[train]'") from error
-    from ddpm_export.train import Trainer, TrainSettings
-    from ddpm_export.unet import UNetConfig
     from ddpmx.spec import ModelSpec
 
     if out is None:

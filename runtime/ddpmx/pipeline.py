@@ -21,6 +21,9 @@ DEFAULT_BATCH = 16
 MAX_RESULT_BYTES = 1 << 36
 """64 GiB of images in one call of generate is a mistake; draw them in parts with ``first``."""
 
+MAX_BATCH_ELEMENTS = 1 << 27
+"""n·C·H·W of one batch: 512 MiB of float32, and several times that while noise is drawn."""
+
 
 class Preview(NamedTuple):
     """The chain in motion, for one batch of images.
@@ -120,9 +123,11 @@ class Pipeline:
         channels, height, width = self.spec.shape
         table = self.table(**sampling)
         check_seed(seed)
-        parts = list(_batches(n, first, batch))
+        _check_counts(n, first, batch)
         if n * channels * height * width > MAX_RESULT_BYTES:
             raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
+        self._check_batch(min(n, batch))
+        parts = list(_batches(n, first, batch))
         result = np.empty((n, height, width, channels), np.uint8)
         for number, (start, indices) in enumerate(parts):
             sample = result[start : start + len(indices)]
@@ -148,9 +153,18 @@ class Pipeline:
         """
         table = self.table(**sampling)
         check_seed(seed)
+        _check_counts(n, first, n)
+        self._check_batch(n)
         ((_, indices),) = _batches(n, first, n)
         for step in self._run(table, seed, indices, n):
             yield Preview(step.t, step.x.copy(), step.x0.copy())
+
+    def _check_batch(self, batch: int) -> None:
+        channels, height, width = self.spec.shape
+        if batch * channels * height * width > MAX_BATCH_ELEMENTS:
+            raise InputError(
+                f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
+            )
 
     def _run(self, table: Table, seed: int, indices: NDArray[np.int64], batch: int) -> Iterator[Preview]:
         """The chain for ``indices``, executed as a batch of ``batch`` where the batch size could be felt."""
@@ -209,12 +223,15 @@ def load(
     return Pipeline(spec, backend)
 
 
-def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(position in the result, image indices) of each batch."""
+def _check_counts(n: int, first: int, batch: int) -> None:
     for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= MAX_IMAGE + 1:
             raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
     if first + n > MAX_IMAGE + 1:
         raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
+
+
+def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """(position in the result, image indices) of each batch."""
     for start in range(0, n, batch):
         yield start, np.arange(first + start, first + min(start + batch, n))
