@@ -18,6 +18,7 @@ from pathlib import Path
 
 import onnx
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddpmx
@@ -49,7 +50,8 @@ class TimeTable(nn.Module):
     def forward(self, t: Tensor) -> tuple[Tensor, ...]:
         """For t int [B]."""
         table: Tensor = self.get_buffer("table")
-        return torch.split(table[t], self.widths, dim=1)
+        # embedding, since table[t] becomes a GatherND, which takes no int32
+        return torch.split(F.embedding(t, table), self.widths, dim=1)
 
 
 def to_precision(network: UNet, precision: Precision) -> UNet:

@@ -101,7 +101,7 @@ def save_gallery(
         if animation is not None:
             names.append(staging / "x0.gif")
             sheets = animation.sheets()
-            images.save_gif(names[-1], sheets, zoom=images.zoom_for(sheets[0].shape[1]))
+            images.save_gif(names[-1], sheets, zoom=images.zoom_for(sheets[0].shape[1], at_least=256))
         for name in names:
             os.replace(name, folder / name.name)
         return [folder / name.name for name in names]
