@@ -14,8 +14,6 @@ class TorchBackend:
     The module is used as it stands: the caller puts it into eval mode.
     """
 
-    batch_invariant = False
-
     def __init__(self, network: nn.Module) -> None:
         self._network = network
         self._device = next(network.parameters()).device

@@ -32,7 +32,7 @@ def generate(
     variance: Annotated[
         str | None, Option(help=f"{', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME")
     ] = None,
-    batch: Annotated[int, Option(help="Images at once.")] = 16,
+    batch: Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer of large ones]")] = None,
     grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,
     animate: Annotated[
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")

@@ -68,6 +68,38 @@ def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -
     return z.reshape(len(images), *shape)
 
 
+def executed_batch(backend: Backend, shape: tuple[int, int, int], timesteps: int, n: int, batch: int) -> int:
+    """At which batch size to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
+
+    Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. What
+    they pick depends on the shape alone, so random images tell:
+
+    - 1, if an image's answer depends on its place among ``batch``: then each has to run alone;
+    - ``n``, if that gives the same bits as a batch of ``batch``;
+    - ``batch`` otherwise: the rest has to be filled up.
+
+    It takes two runs of ``batch`` images, and one of ``n`` if that is less.
+    """
+    if batch == 1:
+        return 1
+    images = np.arange(batch)
+    x = initial(0, images, shape)
+    t = np.linspace(0, timesteps - 1, batch).round().astype(np.int32)
+
+    def answer(rows: NDArray[np.int64]) -> Float32:
+        buffers = Buffers.of(len(rows), shape)
+        buffers.x[...], buffers.t[...] = x[rows], t[rows]
+        backend.bind(buffers)
+        backend.enqueue()
+        return buffers.out
+
+    whole, moved = answer(images), np.roll(images, 1)
+    if not np.array_equal(answer(moved), whole[moved], equal_nan=True):
+        return 1
+    last = images[batch - n :]
+    return n if n == batch or np.array_equal(answer(last), whole[last], equal_nan=True) else batch
+
+
 def run(
     backend: Backend,
     table: Table,

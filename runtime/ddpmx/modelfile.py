@@ -111,12 +111,9 @@ def read_onnx(path: str | os.PathLike[str]) -> GraphInfo:
     """
     path = Path(path)
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            view = memoryview(mapped)
-            try:
-                return _read_model(view)
-            finally:
-                view.release()
+        with path.open("rb") as stream:
+            # not closed by hand: while an exception passes, its traceback still holds views of the map
+            return _read_model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     except (_MalformedError, ValueError, RecursionError) as error:
@@ -137,14 +134,18 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
     folder = Path(path).resolve().parent
     found = []
     for location in dict.fromkeys(info.external):
-        target = (folder / location).resolve()
+        try:
+            target = (folder / location).resolve()
+            present = target.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links
+            raise FileFormatError(f"{path}: its weights are in a file that cannot be", note=str(error)[:200]) from error
         if not location or os.path.isabs(location) or "\\" in location or not target.is_relative_to(folder):
             raise FileFormatError(
                 f"{path}: its weights point outside its own folder",
                 note=f"external data at {location!r}",
                 hint="do not run this file unless you know who made it; re-export it otherwise",
             )
-        if not target.is_file():
+        if not present:
             raise FileFormatError(
                 f"{path}: its weights are in another file, which is missing",
                 note=f"{location!r} should lie beside it",
@@ -226,13 +227,16 @@ _FLOAT, _INT32 = 1, 6
 def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSpec) -> None:
     """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W]."""
     output = spec.prediction
-    wanted = {"x": (_FLOAT, spec.shape), "t": (_INT32, ()), output: (_FLOAT, spec.shape)}
-    seen = {**info.inputs, **info.outputs}
-    faults = [f"no {name!r}" for name in wanted if name not in seen]
-    faults += [f"an input {name!r} too many" for name in info.inputs if name not in ("x", "t")]
-    for name, (element_type, dims) in wanted.items():
-        tensor = seen.get(name)
+    wanted = (
+        ("x", info.inputs, _FLOAT, spec.shape),
+        ("t", info.inputs, _INT32, ()),
+        (output, info.outputs, _FLOAT, spec.shape),
+    )
+    faults = [f"an input {name!r} too many" for name in info.inputs if name not in ("x", "t")]
+    for name, tensors, element_type, dims in wanted:
+        tensor = tensors.get(name)
         if tensor is None:
+            faults.append(f"no {name!r}")
             continue
         if tensor.element_type != element_type:
             faults.append(f"{name!r} has element type {tensor.element_type}, not {element_type}")
@@ -346,6 +350,8 @@ def _read_model(view: memoryview) -> GraphInfo:
             for part, node in _fields(_message(value)):
                 if part == 7:
                     _walk_node(_message(node), found, 1)
+                elif part == 11:  # an attribute's default
+                    _walk_attribute(_message(node), found, 1)
     if graphs != 1:
         raise _MalformedError(f"{graphs} graphs in it")
     inputs = {name: tensor for name, tensor in inputs.items() if name not in initializers}
@@ -360,25 +366,30 @@ def _walk_graph(view: memoryview, found: _Found, depth: int) -> None:
             _walk_node(_message(value), found, depth)
         elif number == 5:  # initializer
             _walk_tensor(_message(value), found)
-        elif number == 15:  # sparse_initializer: values, indices
-            for part, tensor in _fields(_message(value)):
-                if part in (1, 2):
-                    _walk_tensor(_message(tensor), found)
+        elif number == 15:  # sparse_initializer
+            _walk_sparse(_message(value), found)
+
+
+def _walk_sparse(view: memoryview, found: _Found) -> None:
+    for number, value in _fields(view):
+        if number in (1, 2):  # values, indices
+            _walk_tensor(_message(value), found)
 
 
 def _walk_node(view: memoryview, found: _Found, depth: int) -> None:
     for number, value in _fields(view):
-        if number != 5:  # attribute
-            continue
-        for part, item in _fields(_message(value)):
-            if part in (5, 10):  # t, tensors
-                _walk_tensor(_message(item), found)
-            elif part in (6, 11):  # g, graphs
-                _walk_graph(_message(item), found, depth + 1)
-            elif part in (22, 23):  # sparse_tensor, sparse_tensors
-                for inner, tensor in _fields(_message(item)):
-                    if inner in (1, 2):
-                        _walk_tensor(_message(tensor), found)
+        if number == 5:  # attribute
+            _walk_attribute(_message(value), found, depth)
+
+
+def _walk_attribute(view: memoryview, found: _Found, depth: int) -> None:
+    for number, value in _fields(view):
+        if number in (5, 10):  # t, tensors
+            _walk_tensor(_message(value), found)
+        elif number in (6, 11):  # g, graphs
+            _walk_graph(_message(value), found, depth + 1)
+        elif number in (22, 23):  # sparse_tensor, sparse_tensors
+            _walk_sparse(_message(value), found)
 
 
 def _walk_tensor(view: memoryview, found: _Found) -> None:

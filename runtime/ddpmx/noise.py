@@ -169,9 +169,12 @@ def normal(
         InputError: a number outside its range.
     """
     seed = check_seed(seed)
-    indices = np.asarray(images, np.int64)
+    try:
+        indices = np.asarray(images, np.int64)
+    except OverflowError:
+        indices = np.array([-1])
     if indices.size and not (indices.min() >= 0 and indices.max() <= MAX_IMAGE):
-        raise InputError(f"image indices run from 0 to 2**32 - 1, not to {indices.max()}")
+        raise InputError("image indices run from 0 to 2**32 - 1")
     if not 0 <= t < 2**32 or not 0 <= repeat < 2**24:
         raise InputError(f"noise is defined for t below 2**32 and repeat below 2**24, not t = {t}, repeat = {repeat}")
     blocks = -(-elements // 4)

@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import chain, images, modelfile
-from ddpmx.backends import Backend
+from ddpmx.backends import Backend, RowByRow
 from ddpmx.errors import Cancelled, FileFormatError, InputError
 from ddpmx.noise import MAX_IMAGE, check_seed
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
 
-DEFAULT_BATCH = 16
+DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
+"""16 images at once, fewer of more than 500×500 pixels."""
+
 MAX_RESULT_BYTES = 1 << 36
 """64 GiB of images in one call of generate is a mistake; draw them in parts with ``first``."""
 
@@ -50,11 +52,17 @@ class Pipeline:
         self.spec = spec
         self._backend = backend
         self._schedule = spec.make_schedule()
+        self._executed: dict[tuple[int, int], int] = {}
 
     @property
     def backend(self) -> str:
         """What really computes the network, for people."""
         return self._backend.description
+
+    @property
+    def default_batch(self) -> int:
+        """How many images run at once if nothing is said: 1…16, fewer the larger they are. It depends on nothing else."""
+        return int(np.clip(DEFAULT_BATCH_ELEMENTS // np.prod(self.spec.shape), 1, DEFAULT_BATCH))
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -94,7 +102,7 @@ class Pipeline:
         *,
         seed: int = 0,
         first: int = 0,
-        batch: int = DEFAULT_BATCH,
+        batch: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
         preview: Callable[[int, Preview], None] | None = None,
@@ -106,7 +114,8 @@ class Pipeline:
             n: how many, at least 1.
             seed: 0…2⁶⁴−1.
             first: the index of the first one: ``generate(8)`` equals ``generate(4)`` and ``generate(4, first=4)``.
-            batch: how many run at once, at most.
+            batch: how many run at once, at most; by default :attr:`default_batch`. Where the device's arithmetic depends on the batch, an image does so
+                by its last bit, but never on ``n``, ``first`` or its neighbours.
             progress: called after each step with (steps done, steps in all) over all batches.
             cancel: asked before each step; True stops the chain.
             preview: called after each step with the position in the result of the batch's first image, and the state.
@@ -123,10 +132,11 @@ class Pipeline:
         channels, height, width = self.spec.shape
         table = self.table(**sampling)
         check_seed(seed)
+        batch = self.default_batch if batch is None else batch
         _check_counts(n, first, batch)
         if n * channels * height * width > MAX_RESULT_BYTES:
             raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
-        self._check_batch(min(n, batch))
+        self._check_batch(batch)
         parts = list(_batches(n, first, batch))
         result = np.empty((n, height, width, channels), np.uint8)
         for number, (start, indices) in enumerate(parts):
@@ -143,20 +153,25 @@ class Pipeline:
             sample[...] = images.to_nhwc(step.x0)
         return result
 
-    def stream(self, n: int = 1, *, seed: int = 0, first: int = 0, **sampling: Any) -> Iterator[Preview]:
-        """Watch one batch of ``n`` images come into being: a :class:`Preview` for every step. Break off to cancel.
+    def stream(
+        self, n: int = 1, *, seed: int = 0, first: int = 0, batch: int | None = None, **sampling: Any
+    ) -> Iterator[Preview]:
+        """Watch ``n`` images come into being together: a :class:`Preview` for every step. Break off to cancel.
 
-        The arrays are copies. The last preview's ``x0`` are the images that :meth:`generate` gives.
+        The arrays are copies. The last preview's ``x0`` are the images that :meth:`generate` gives with this ``batch``,
+        or, if that is less than ``n``, with ``n``.
 
         Raises:
             As :meth:`generate`.
         """
         table = self.table(**sampling)
         check_seed(seed)
-        _check_counts(n, first, n)
-        self._check_batch(n)
-        ((_, indices),) = _batches(n, first, n)
-        for step in self._run(table, seed, indices, n):
+        batch = self.default_batch if batch is None else batch
+        _check_counts(n, first, batch)
+        batch = max(n, batch)
+        self._check_batch(batch)
+        ((_, indices),) = _batches(n, first, batch)
+        for step in self._run(table, seed, indices, batch):
             yield Preview(step.t, step.x.copy(), step.x0.copy())
 
     def _check_batch(self, batch: int) -> None:
@@ -167,12 +182,18 @@ class Pipeline:
             )
 
     def _run(self, table: Table, seed: int, indices: NDArray[np.int64], batch: int) -> Iterator[Preview]:
-        """The chain for ``indices``, executed as a batch of ``batch`` where the batch size could be felt."""
+        """The chain for ``indices``, run so that other images beside them make no difference."""
         n = len(indices)
-        if not self._backend.batch_invariant and n < batch:
-            indices = np.concatenate([indices, np.repeat(indices[-1:], batch - n)])
+        if (n, batch) not in self._executed:
+            self._executed[n, batch] = chain.executed_batch(
+                self._backend, self.spec.shape, self.spec.timesteps, n, batch
+            )
+        executed = self._executed[n, batch]
+        backend = RowByRow(self._backend) if executed < n else self._backend
+        if executed > n:
+            indices = np.concatenate([indices, np.repeat(indices[-1:], executed - n)])
         x_start = chain.initial(seed, indices, self.spec.shape)
-        steps = chain.run(self._backend, table, x_start, seed=seed, images=indices, clip=self.spec.clip)
+        steps = chain.run(backend, table, x_start, seed=seed, images=indices, clip=self.spec.clip)
         for step in steps:
             # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that
             # stops short of t = 0 ends with the same row, so x̂_0 is the sample there as well.

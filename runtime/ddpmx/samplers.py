@@ -96,11 +96,11 @@ def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64
                 "this schedule ends at ᾱ = 0, from where ε does not lead back to x_0",
                 hint="predict x0 or v, or choose a schedule that keeps some signal",
             )
-        return np.sqrt(1 / alpha_bar), -np.sqrt(1 / alpha_bar - 1)
+        return np.sqrt(1 / alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar / alpha_bar)
     if prediction == "x0":
         return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
     if prediction == "v":
-        return np.sqrt(alpha_bar), -np.sqrt(1 - alpha_bar)
+        return np.sqrt(alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar)
     raise SpecError(f"there is no prediction {prediction!r}", hint=f"one of: {', '.join(PREDICTIONS)}")
 
 
@@ -126,10 +126,11 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
     if not 0.0 <= eta <= 1.0:
         raise InputError(f"η must lie between 0 (no noise) and 1 (as much as the ancestral chain), not {eta!r}")
     alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_prev
-    sigma = eta * np.sqrt((1 - previous) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / previous)
+    noise, noise_previous = schedule.one_minus_alpha_bar, schedule.one_minus_alpha_bar_prev
+    sigma = eta * np.sqrt(noise_previous / noise) * np.sqrt(schedule.betas)  # β = 1 − ᾱ/ᾱ_prev
     # σ² ≤ 1−ᾱ_prev holds exactly; rounding may miss it by one part in 10¹⁶
-    direction = np.sqrt(np.maximum(1 - previous - sigma**2, 0.0))
-    b = direction / np.sqrt(1 - alpha_bar)
+    direction = np.sqrt(np.maximum(noise_previous - sigma**2, 0.0))
+    b = direction / np.sqrt(noise)
     return _table(schedule, prediction, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
 
 

@@ -7,6 +7,7 @@ t = 0…T−1, so t = 0 is an image with one step of noise, and ᾱ_{−1} = 1 i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,24 +65,34 @@ class Schedule:
         return np.concatenate([[1.0], self.alpha_bar[:-1]])
 
     @cached_property
+    def one_minus_alpha_bar(self) -> Float64:
+        """1 − ᾱ_t, summed as Σ ᾱ_{s−1}·β_s: the difference itself would lose its digits where β is tiny."""
+        return np.cumsum(self.alpha_bar_prev * self.betas, dtype=np.float64)
+
+    @cached_property
+    def one_minus_alpha_bar_prev(self) -> Float64:
+        """1 − ᾱ_{t−1}, with 1 − ᾱ_{−1} = 0."""
+        return np.concatenate([[0.0], self.one_minus_alpha_bar[:-1]])
+
+    @cached_property
     def snr(self) -> Float64:
         """Signal to noise, ᾱ_t / (1 − ᾱ_t)."""
-        return self.alpha_bar / (1.0 - self.alpha_bar)
+        return self.alpha_bar / self.one_minus_alpha_bar
 
     @cached_property
     def posterior_variance(self) -> Float64:
         """β̃_t = β_t·(1 − ᾱ_{t−1}) / (1 − ᾱ_t), equation 7. β̃_0 = 0."""
-        return self.betas * (1.0 - self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return self.betas * self.one_minus_alpha_bar_prev / self.one_minus_alpha_bar
 
     @cached_property
     def posterior_mean_coef_x0(self) -> Float64:
         """What x_0 is multiplied by in μ̃_t, equation 7: β_t·√ᾱ_{t−1} / (1 − ᾱ_t)."""
-        return self.betas * np.sqrt(self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return self.betas * np.sqrt(self.alpha_bar_prev) / self.one_minus_alpha_bar
 
     @cached_property
     def posterior_mean_coef_xt(self) -> Float64:
         """What x_t is multiplied by in μ̃_t, equation 7: √α_t·(1 − ᾱ_{t−1}) / (1 − ᾱ_t)."""
-        return np.sqrt(1.0 - self.betas) * (1.0 - self.alpha_bar_prev) / (1.0 - self.alpha_bar)
+        return np.sqrt(1.0 - self.betas) * self.one_minus_alpha_bar_prev / self.one_minus_alpha_bar
 
     @cached_property
     def log_variance_small(self) -> Float64:
@@ -198,7 +209,7 @@ def schedule_params(name: str, params: Mapping[str, float] | None = None) -> dic
             raise InputError(
                 f"schedule {name!r} has no parameter {key!r}", hint=f"it has: {', '.join(defaults) or '-'}"
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
+        if not is_number(value):
             raise InputError(f"schedule {name!r}: {key} is {value!r}, which is not a number")
     return {**defaults, **{key: float(value) for key, value in (params or {}).items()}}
 
@@ -213,8 +224,19 @@ def make_schedule(name: str, T: int, params: Mapping[str, float] | None = None) 
     if isinstance(T, bool) or not isinstance(T, int) or not 1 <= T <= MAX_TIMESTEPS:
         raise InputError(f"T must be a whole number from 1 to {MAX_TIMESTEPS}, not {T!r}")
     filled = schedule_params(name, params)
-    with np.errstate(all="ignore"):  # absurd parameters give NaN, which from_betas refuses by its range
-        return Schedule.from_betas(SCHEDULES[name](T, **filled))
+    try:
+        with np.errstate(all="ignore"):  # absurd parameters give NaN, which from_betas refuses by its range
+            return Schedule.from_betas(SCHEDULES[name](T, **filled))
+    except ArithmeticError as error:
+        raise InputError(f"schedule {name!r} cannot be computed with {filled}", note=str(error)) from error
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite float, or an int that fits into one."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
 
 
 def _warmup(T: int, beta_start: float, beta_end: float, fraction: float) -> Float64:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ddpmx.errors import InputError, SpecError
 from ddpmx.samplers import PREDICTIONS, VARIANCES, Prediction, Variance, make_table
-from ddpmx.schedule import Schedule, make_schedule, schedule_params
+from ddpmx.schedule import Schedule, is_number, make_schedule, schedule_params
 
 MAX_TEXT = 4095
 """Bytes. A TensorRT plan carries its network's name, which holds this much and no more."""
@@ -80,7 +80,7 @@ class ModelSpec:
             if value not in choices:
                 raise SpecError(f"{name} is {value!r}", hint=f"one of: {', '.join(choices)}")
         clip = self.clip
-        if clip is not None and (type(clip) not in (int, float) or not np.isfinite(clip) or clip <= 0):
+        if clip is not None and not (is_number(clip) and clip > 0):
             raise SpecError(f"clip must be a number above 0, or null for none, not {clip!r}")
         if self.weights is not None and not (isinstance(self.weights, str) and _SHA256.fullmatch(self.weights)):
             raise SpecError("weights must be a sha256 of 64 hexadecimal digits")
@@ -93,13 +93,20 @@ class ModelSpec:
             schedule = make_schedule(self.schedule, self.timesteps, params)
         except InputError as error:
             raise SpecError(error.fact, note=error.note, hint=error.hint) from error
-        table = make_table(schedule, self.prediction, self.variance)
+        with np.errstate(all="ignore"):
+            coefficients = make_table(schedule, self.prediction, self.variance).rows.astype("<f4")
+        if not np.isfinite(coefficients).all():
+            raise SpecError(
+                f"the schedule {self.schedule!r} with these parameters leaves no signal before its last step",
+                note=f"a chain of {self.timesteps} steps would compute with NaN or infinities",
+                hint="smaller β, or fewer timesteps",
+            )
         set_once = object.__setattr__
         set_once(self, "shape", tuple(shape))
         set_once(self, "schedule_params", params)
         set_once(self, "clip", None if clip is None else float(clip))
         set_once(self, "_schedule", schedule)
-        set_once(self, "_coefficients", f"{zlib.crc32(table.rows.astype('<f4').tobytes()):08x}")
+        set_once(self, "_coefficients", f"{zlib.crc32(coefficients.tobytes()):08x}")
 
     def make_schedule(self) -> Schedule:
         """The variance schedule."""
@@ -171,7 +178,7 @@ class ModelSpec:
         Raises:
             SpecError: a foreign, shortened or changed text, or what :meth:`from_json` refuses.
         """
-        raw = text.encode(errors="surrogateescape")
+        raw = text.encode(errors="replace")  # what is no text cannot have the right CRC
         header = _HEADER.match(raw)
         if header is None:
             raise SpecError("the text is not a ddpmx spec", note=f"it begins with {text[:24]!r}")

@@ -38,13 +38,6 @@ class Backend(Protocol):
     def description(self) -> str:
         """What really computes, for people: library, version and device."""
 
-    @property
-    def batch_invariant(self) -> bool:
-        """Whether an image's answer is the same to the last bit in a batch of any size.
-
-        Where it is not, the chain always executes one batch size, and pads.
-        """
-
     def bind(self, buffers: Buffers) -> None:
         """Take these buffers for all following calls of :meth:`enqueue`."""
 
@@ -57,3 +50,31 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+
+
+class RowByRow:
+    """A backend that gives every image of a batch to another backend alone."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._rows: list[Buffers] = []
+
+    @property
+    def description(self) -> str:
+        """The other backend's."""
+        return f"{self._backend.description}, one image at a time"
+
+    def bind(self, buffers: Buffers) -> None:
+        """Take these buffers."""
+        rows = range(len(buffers.x))
+        self._rows = [Buffers(buffers.x[i : i + 1], buffers.t[i : i + 1], buffers.out[i : i + 1]) for i in rows]
+
+    def enqueue(self) -> None:
+        """Compute each row."""
+        for row in self._rows:
+            self._backend.bind(row)
+            self._backend.enqueue()
+
+    def close(self) -> None:
+        """Close the other backend."""
+        self._backend.close()

@@ -79,11 +79,6 @@ class OrtBackend:
         """Library, version and the provider really in use."""
         return f"onnxruntime {self._version}, {self.provider}"
 
-    @property
-    def batch_invariant(self) -> bool:
-        """On the CPU each image is computed alike in every batch; a test holds that bit for bit."""
-        return self.provider == "CPUExecutionProvider"
-
     def bind(self, buffers: Buffers) -> None:
         """Point the session at the buffers: no copy and no allocation per step."""
         self._buffers = buffers  # they have to outlive the binding, which knows only their addresses
