@@ -114,8 +114,8 @@ class Pipeline:
             n: how many, at least 1.
             seed: 0…2⁶⁴−1.
             first: the index of the first one: ``generate(8)`` equals ``generate(4)`` and ``generate(4, first=4)``.
-            batch: how many run at once, at most; by default :attr:`default_batch`. Where the device's arithmetic depends on the batch, an image does so
-                by its last bit, but never on ``n``, ``first`` or its neighbours.
+            batch: how many run at once, at most; by default :attr:`default_batch`. Where the device's arithmetic depends
+                on the batch, an image does so by its last bits, but never on ``n``, ``first`` or its neighbours.
             progress: called after each step with (steps done, steps in all) over all batches.
             cancel: asked before each step; True stops the chain.
             preview: called after each step with the position in the result of the batch's first image, and the state.
