@@ -52,6 +52,7 @@ def generate(
     providers = (provider, "cpu") if fallback and provider != "cpu" else (provider,)
     with load(engine, spec=description, providers=providers, fallback=fallback, threads=threads) as pipeline:
         check_drawable(pipeline.spec)
+        pipeline.check_request(n, seed=seed, first=first, batch=batch)
         sampling: dict[str, Any] = {  # the names are checked where they are used
             "sampler": sampler,
             "steps": steps,

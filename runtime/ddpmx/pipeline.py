@@ -96,6 +96,35 @@ class Pipeline:
             eta=eta,
         )
 
+    def check_request(self, n: int, *, seed: int = 0, first: int = 0, batch: int | None = None) -> int:
+        """See that :meth:`generate` would take these numbers, before anything is prepared for them.
+
+        Returns:
+            ``batch``, or the default in its place.
+
+        Raises:
+            InputError: one is out of its range, or the images would not fit into memory.
+        """
+        check_seed(seed)
+        batch = self.default_batch if batch is None else batch
+        for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, np.integer))
+                or not least <= value <= MAX_IMAGE + 1
+            ):
+                raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
+        if first + n > MAX_IMAGE + 1:
+            raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
+        channels, height, width = self.spec.shape
+        if n * channels * height * width > MAX_RESULT_BYTES:
+            raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
+        if batch * channels * height * width > MAX_BATCH_ELEMENTS:
+            raise InputError(
+                f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
+            )
+        return batch
+
     def generate(
         self,
         n: int,
@@ -131,12 +160,7 @@ class Pipeline:
         """
         channels, height, width = self.spec.shape
         table = self.table(**sampling)
-        check_seed(seed)
-        batch = self.default_batch if batch is None else batch
-        _check_counts(n, first, batch)
-        if n * channels * height * width > MAX_RESULT_BYTES:
-            raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
-        self._check_batch(batch)
+        batch = self.check_request(n, seed=seed, first=first, batch=batch)
         parts = list(_batches(n, first, batch))
         result = np.empty((n, height, width, channels), np.uint8)
         for number, (start, indices) in enumerate(parts):
@@ -165,21 +189,11 @@ class Pipeline:
             As :meth:`generate`.
         """
         table = self.table(**sampling)
-        check_seed(seed)
-        batch = self.default_batch if batch is None else batch
-        _check_counts(n, first, batch)
-        batch = max(n, batch)
-        self._check_batch(batch)
+        batch = max(n, self.check_request(n, seed=seed, first=first, batch=batch))
+        self.check_request(n, batch=batch)
         ((_, indices),) = _batches(n, first, batch)
         for step in self._run(table, seed, indices, batch):
             yield Preview(step.t, step.x.copy(), step.x0.copy())
-
-    def _check_batch(self, batch: int) -> None:
-        channels, height, width = self.spec.shape
-        if batch * channels * height * width > MAX_BATCH_ELEMENTS:
-            raise InputError(
-                f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
-            )
 
     def _run(self, table: Table, seed: int, indices: NDArray[np.int64], batch: int) -> Iterator[Preview]:
         """The chain for ``indices``, run so that other images beside them make no difference."""
@@ -242,14 +256,6 @@ def load(
 
     backend = OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
     return Pipeline(spec, backend)
-
-
-def _check_counts(n: int, first: int, batch: int) -> None:
-    for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= MAX_IMAGE + 1:
-            raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
-    if first + n > MAX_IMAGE + 1:
-        raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
 
 
 def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

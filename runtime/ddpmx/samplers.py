@@ -128,8 +128,10 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
     alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_prev
     noise, noise_previous = schedule.one_minus_alpha_bar, schedule.one_minus_alpha_bar_prev
     sigma = eta * np.sqrt(noise_previous / noise) * np.sqrt(schedule.betas)  # β = 1 − ᾱ/ᾱ_prev
-    # σ² ≤ 1−ᾱ_prev holds exactly; rounding may miss it by one part in 10¹⁶
-    direction = np.sqrt(np.maximum(noise_previous - sigma**2, 0.0))
+    # 1−ᾱ_prev−σ² written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β: as it stands it may round below 0
+    direction = np.sqrt(
+        noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta**2) * schedule.betas) / noise
+    )
     b = direction / np.sqrt(noise)
     return _table(schedule, prediction, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
 

@@ -1,0 +1,217 @@
+"""`ddpmx generate`, on the closed-form model: needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_images_are_numbered_and_the_grid_says_grid(ddpmx, gaussian_onnx, tmp_path):
+    out = tmp_path / "samples"
+    done = ddpmx("generate", "--engine", gaussian_onnx, "-n", 5, "--steps", 4, "--out", out, "--grid", "--animate")
+    assert done.code == 0, done
+    assert files(out) == [f"0000{i}.png" for i in range(5)] + ["grid.png", "x0.gif"]
+    assert Image.open(out / "00000.png").size == (8, 8)
+    assert Image.open(out / "x0.gif").n_frames == 4
+    assert "onnxruntime" in done.out
+    assert "CPUExecutionProvider" in done.out
+
+
+def test_parts_of_a_seed_are_the_same_files(ddpmx, gaussian_onnx, tmp_path):
+    common = ("generate", "--engine", gaussian_onnx, "--steps", 5, "--seed", 7)
+    for out, *parts in (("whole", (8, 0)), ("halves", (4, 0), (4, 4)), ("ones", *((1, i) for i in range(8)))):
+        for n, first in parts:
+            assert ddpmx(*common, "-n", n, "--first", first, "--out", tmp_path / out).code == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(whole) == 8
+    for other in ("halves", "ones"):
+        assert {path.name: path.read_bytes() for path in (tmp_path / other).iterdir()} == whole
+    ddpmx(*common[:-1], 8, "-n", 8, "--out", tmp_path / "other seed")
+    assert (tmp_path / "other seed" / "00000.png").read_bytes() != whole["00000.png"]
+
+
+@pytest.mark.parametrize("sampling", [(), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 1)])
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quad"])
+def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_path, sampling, spacing):
+    from ddpmx import load
+
+    done = ddpmx(
+        "generate",
+        "--engine",
+        gaussian_onnx,
+        "-n",
+        2,
+        "--steps",
+        20,
+        "--spacing",
+        spacing,
+        *sampling,
+        "--out",
+        tmp_path,
+    )
+    assert done.code == 0, done
+    how = dict(zip((flag.strip("-") for flag in sampling[::2]), sampling[1::2], strict=True))
+    with load(gaussian_onnx) as pipeline:
+        drawn = pipeline.generate(2, steps=20, spacing=spacing, **how)
+    np.testing.assert_array_equal(
+        np.stack([np.asarray(Image.open(tmp_path / f"0000{i}.png")) for i in range(2)]), drawn
+    )
+
+
+def test_images_from_before_are_pointed_out(ddpmx, gaussian_onnx, tmp_path):
+    common = ("generate", "--engine", gaussian_onnx, "--steps", 2, "--out", tmp_path)
+    assert "from before" not in ddpmx(*common, "-n", 3).out
+    assert "Note" in ddpmx(*common, "-n", 2).out
+    assert files(tmp_path) == ["00000.png", "00001.png", "00002.png"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["-n", 0], "n must be"),
+        (["-n", -1], "n must be"),
+        (["-n", 10**12], "n must be"),
+        (["-n", 2**32], "memory"),
+        (["-n", 1, "--batch", 10**9], "memory"),
+        (["--batch", 0], "batch must be"),
+        (["--seed", -1], "seed"),
+        (["--seed", 2**64], "seed"),
+        (["--seed", "x"], "seed"),
+        (["--first", -1], "first"),
+        (["--first", 2**32], "numbered"),
+        (["--steps", 0], "steps"),
+        (["--steps", 1001], "T = 1000"),
+        (["--steps", 10**9], "steps"),
+        (["--steps", 500, "--spacing", "quad"], "quad"),
+        (["--sampler", "euler"], "ancestral"),
+        (["--spacing", "cubic"], "linspace"),
+        (["--variance", "learned"], "fixed_small"),
+        (["--eta", 0.5], "ddim"),
+        (["--sampler", "ddim", "--eta", 2], "η"),
+        (["--sampler", "ddim", "--eta", "nan"], "η"),
+        (["--provider", "cuda"], "CUDAExecutionProvider"),
+        (["--provider", "abacus"], "abacus"),
+        (["--threads", -1], "threads"),
+        (["--spec", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_absurd_flags_are_refused(refused, gaussian_onnx, tmp_path, flags, says):
+    out = tmp_path / "samples"
+    assert says in refused("generate", "--engine", gaussian_onnx, "--out", out, *flags)
+    assert not out.exists()
+
+
+def damaged(tmp_path, gaussian_onnx):
+    whole = gaussian_onnx.read_bytes()
+    return {
+        "missing.onnx": (None, "cannot be read"),
+        "empty.onnx": (b"", "empty"),
+        "cut.onnx": (whole[: len(whole) // 2], "whole ONNX"),
+        "foreign.onnx": (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither"),
+        "noise.onnx": (b"\x08" + np.random.default_rng(0).bytes(5000), "whole ONNX"),
+        "nameless.onnx": (whole.replace(b"\x05ddpmx\x12", b"\x05other\x12"), "--spec"),
+        "edited.onnx": (whole.replace(b'"timesteps":1000', b'"timesteps":1001'), "damaged"),
+        "model.plan": (b"ftrt" + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100), "TensorRT 10.3.0.26"),
+    }
+
+
+@pytest.mark.parametrize("name", damaged(None, type("F", (), {"read_bytes": lambda: b""})))
+def test_files_that_are_no_model_are_refused(refused, gaussian_onnx, tmp_path, name):
+    content, says = damaged(tmp_path, gaussian_onnx)[name]
+    assert content != gaussian_onnx.read_bytes()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert says in refused("generate", "--engine", tmp_path / name, "--out", tmp_path / "samples")
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_file_without_metadata_runs_with_a_spec(ddpmx, refused, gaussian_onnx, tmp_path):
+    nameless = tmp_path / "nameless.onnx"
+    nameless.write_bytes(gaussian_onnx.read_bytes().replace(b"\x05ddpmx\x12", b"\x05other\x12"))
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"shape": [3, 8, 8]}))
+    common = ("generate", "-n", 2, "--steps", 5)
+    assert ddpmx(*common, "--engine", nameless, "--spec", spec, "--out", tmp_path / "a").code == 0
+    assert ddpmx(*common, "--engine", gaussian_onnx, "--out", tmp_path / "b").code == 0
+    assert (tmp_path / "a" / "00001.png").read_bytes() == (tmp_path / "b" / "00001.png").read_bytes()
+
+    spec.write_text(json.dumps({"shape": [3, 16, 8]}))
+    assert "graph" in refused(*common, "--engine", nameless, "--spec", spec, "--out", tmp_path / "c")
+    assert "contradicts" in refused(*common, "--engine", gaussian_onnx, "--spec", spec, "--out", tmp_path / "c")
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"shape": [3, 8, 8], "timesteps": 1e99}',
+        '{"shape": [1000000, 1000000, 1]}',
+        '{"shape": NaN}',
+    ):
+        spec.write_text(text)
+        refused(*common, "--engine", nameless, "--spec", spec, "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_checkpoint_is_sent_to_export(refused, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "ddpmx export" in refused("generate", "--engine", tmp_path / "run", "--out", tmp_path / "samples")
+
+
+def test_output_that_cannot_be_is_refused_and_leaves_nothing(refused, gaussian_onnx, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    common = ("generate", "--engine", gaussian_onnx, "-n", 2, "--steps", 2)
+    assert "folder" in refused(*common, "--out", tmp_path / "file")
+    assert "folder" in refused(*common, "--out", tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "samples"
+    out.mkdir()
+    (out / "00000.png").write_text("from before")
+    assert "No space left" in refused(*common, "--out", out)
+    assert files(out) == ["00000.png"]
+    assert (out / "00000.png").read_text() == "from before"
+
+
+@pytest.mark.parametrize("command", ["train", "export", "generate"])
+def test_help_has_examples(ddpmx, command):
+    done = ddpmx(command, "--help")
+    assert done.code == 0
+    assert "Examples" in done.out
+    assert f"ddpmx {command}" in done.out.split("Examples")[1]
+
+
+def test_help_and_version(ddpmx):
+    from ddpmx import __version__
+
+    assert {"train", "export", "generate"} <= set(ddpmx("--help").out.split())
+    assert ddpmx("--version").out.strip() == f"ddpmx {__version__}"
+    assert ddpmx("nonsense").code == 2
+
+
+def test_the_shell_completes_commands_and_flags():
+    for words, expected in (("ddpmx gen", "generate"), ("ddpmx generate --sam", "--sampler")):
+        environment = {
+            **os.environ,
+            "_DDPMX_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+        }
+        # the name of the program decides the name of the variable
+        code = "import sys; sys.argv = ['ddpmx']; from ddpmx_cli.main import app; app(prog_name='ddpmx')"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert expected in done.stdout.split(), done
