@@ -1,0 +1,263 @@
+"""`ddpmx train` and `ddpmx export`: what a user types, what is left behind, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import FASHION
+
+pytest.importorskip("torch", reason="not verified here: the train and export commands (no torch)")
+pytestmark = pytest.mark.torch
+
+TINY = (
+    "--width",
+    8,
+    "--groups",
+    4,
+    "--mult",
+    "1,2",
+    "--blocks",
+    1,
+    "--attention",
+    8,
+    "--batch",
+    4,
+    "--sample-every",
+    0,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps, made once by the command itself."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    command = ["train", "--data", FASHION, "--out", out, "--steps", 2, *TINY]
+    subprocess.run([sys.executable, "-m", "ddpmx_cli.main", *map(str, command)], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run, to be damaged."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def test_train_export_generate(ddpmx, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = ddpmx("train", "--data", FASHION, "--steps", 3, *TINY[:-2], "--sample-every", 3)
+    assert trained.code == 0, trained
+    checkpoint = tmp_path / "runs" / FASHION.stem / "checkpoints" / "00000003"
+    assert {"spec.json", "ema.safetensors", "weights.safetensors"} <= {path.name for path in checkpoint.iterdir()}
+    assert (tmp_path / "runs" / FASHION.stem / "samples" / "grid-00000003.png").exists()
+    assert "step 3" in trained.out
+
+    exported = ddpmx("export")  # the newest run, model.onnx here
+    assert exported.code == 0, exported
+    assert (tmp_path / "model.onnx").exists()
+    assert ddpmx("export", "--fp16", "-o", "half.onnx").code == 0
+    assert (tmp_path / "half.onnx").stat().st_size < 0.7 * (tmp_path / "model.onnx").stat().st_size
+    assert ddpmx("generate", "--engine", "half.onnx", "-n", 2, "--steps", 3).code == 0
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["00000.png", "00001.png"]
+
+
+def test_export_takes_the_newest_run(ddpmx, run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    for age, name in ((100, "older"), (0, "newer"), (50, "middle")):
+        shutil.copytree(run, tmp_path / "runs" / name)
+        stamp = time.time() - age
+        os.utime(tmp_path / "runs" / name / "checkpoints" / "00000002", (stamp, stamp))
+    monkeypatch.chdir(tmp_path)
+    assert "runs/newer/" in ddpmx("export").out
+
+
+def test_resume_goes_on(ddpmx, copy):
+    done = ddpmx("train", "--out", copy, "--resume", "--steps", 4)
+    assert done.code == 0, done
+    assert "2 → 4" in done.out
+    assert (copy / "checkpoints" / "00000004").exists()
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
+    out = tmp_path / "run"
+    command = ["train", "--data", FASHION, "--out", out, "--steps", 100000, *TINY[:-1], 1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ddpmx_cli.main", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("samples/*.png")):  # a grid after the first step says that it is under way
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "--resume" in stdout
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    steps = int(checkpoint.name) + 1
+    assert ddpmx("train", "--out", out, "--resume", "--steps", steps, "--sample-every", 0).code == 0
+    assert (out / "checkpoints" / f"{steps:08d}").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--steps", 0], "steps"),
+        (["--steps", -5], "steps"),
+        (["--width", 7], "groups"),
+        (["--width", 0], "channels"),
+        (["--width", 10**9], "channels"),
+        (["--mult", "0"], "multipliers"),
+        (["--mult", "a"], "--mult"),
+        (["--mult", ""], "levels"),
+        (["--mult", "1,2,2,2,2,2"], "divisible"),
+        (["--blocks", 0], "blocks"),
+        (["--attention", "x"], "--attention"),
+        (["--dropout", 1], "dropout"),
+        (["--groups", 0], "groups"),
+        (["--lr", "nan"], "lr"),
+        (["--lr", -1], "lr"),
+        (["--warmup", -1], "warmup"),
+        (["--ema", 2], "ema"),
+        (["--grad-clip", 0], "grad_clip"),
+        (["--batch", 0], "batch"),
+        (["--seed", -1], "seed"),
+        (["-T", 0], "T must be"),
+        (["-T", 10**9], "T must be"),
+        (["--schedule", "sigmoid"], "sigmoid_beta"),
+        (["--schedule", "jsd"], "x_0"),
+        (["--prediction", "score"], "eps"),
+        (["--variance", "learned"], "fixed_small"),
+        (["--device", "nonsense"], "--device"),
+        (["--threads", 0], "--threads"),
+        (["--size", "32"], "folder"),
+        (["--size", "x"], "--size"),
+        (["--sample-every", -1], "--sample-every"),
+        (["--save-minutes", 0], "--save-minutes"),
+    ],
+)
+def test_absurd_settings_are_refused(refused, tmp_path, flags, says):
+    out = tmp_path / "run"
+    settings = [*map(str, TINY)]
+    assert says in refused("train", "--data", FASHION, "--out", out, "--steps", 1, *settings, *flags)
+    assert not out.exists()
+
+
+def png(mode="RGB", size=(8, 8)):
+    stream = io.BytesIO()
+    Image.new(mode, size).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def npz(**arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+BAD_DATA = {
+    "an empty folder": ({}, "no images"),
+    "a corrupt image": ({"a.png": png(), "b.png": png()[:40]}, "b.png"),
+    "text for an image": ({"a.png": b"hello"}, "a.png"),
+    "mixed sizes": ({"a.png": png(), "b.png": png(size=(8, 16))}, "--size"),
+    "mixed modes": ({"a.png": png(), "b.png": png("L")}, "--channels"),
+    "an empty npz": (b"", "npz"),
+    "a cut npz": (npz(images=np.zeros((9, 8, 8), np.uint8))[:200], "npz"),
+    "floats": (npz(images=np.zeros((9, 8, 8))), "uint8"),
+    "pickled objects": (npz(images=np.array([{}], object)), "npz"),
+    "two arrays": (npz(a=np.zeros((9, 8, 8), np.uint8), b=np.zeros((9, 8, 8), np.uint8)), "more than one"),
+    "no images": (npz(images=np.zeros((0, 8, 8), np.uint8)), "shape"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_DATA)
+def test_data_that_is_none_is_refused(refused, tmp_path, what):
+    content, says = BAD_DATA[what]
+    data = tmp_path / ("data" if isinstance(content, dict) else "data.npz")
+    if isinstance(content, dict):
+        data.mkdir()
+        for name, image in content.items():
+            (data / name).write_bytes(image)
+    else:
+        data.write_bytes(content)
+    assert says in refused("train", "--data", data, "--out", tmp_path / "run", *TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_mixed_images_are_made_alike_on_request(ddpmx, tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, (mode, size) in enumerate([("RGB", (20, 9)), ("L", (8, 8)), ("RGBA", (8, 31)), ("P", (16, 16))]):
+        (tmp_path / "data" / f"{number}.png").write_bytes(png(mode, size))
+    how = ("--size", "8x16", "--channels", 3, *TINY, "--steps", 1)
+    done = ddpmx("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *how)
+    assert done.code == 0, done
+    assert "8×16×3" in done.out
+    # resuming needs no --data, --size or --channels: the run remembers them
+    assert ddpmx("train", "--out", tmp_path / "run", "--resume", "--steps", 2).code == 0
+
+
+def test_a_run_is_not_overwritten(refused, copy):
+    assert "--resume" in refused("train", "--data", FASHION, "--out", copy, *TINY, "--steps", 1)
+
+
+def test_a_resumed_run_keeps_its_settings_and_its_data(refused, copy, tmp_path):
+    assert "--lr" in refused("train", "--out", copy, "--resume", "--steps", 3, "--lr", 1e-4)
+    assert "2 steps" in refused("train", "--out", copy, "--resume", "--steps", 1)
+    np.savez(tmp_path / "other.npz", images=np.zeros((9, 16, 16), np.uint8))
+    assert "other images" in refused("train", "--out", copy, "--resume", "--data", tmp_path / "other.npz")
+    assert "no checkpoint" in refused("train", "--out", tmp_path / "none", "--resume")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    values["model"].update(changes)
+    path.write_text(json.dumps(values))
+
+
+DAMAGE = {
+    "cut weights": (lambda c: cut(c / "ema.safetensors"), "safetensors"),
+    "foreign weights": (lambda c: (c / "ema.safetensors").write_bytes(b"PK\x03\x04" * 50), "safetensors"),
+    "no weights": (lambda c: (c / "ema.safetensors").unlink(), "safetensors"),
+    "cut spec": (lambda c: cut(c / "spec.json"), "JSON"),
+    "no spec": (lambda c: (c / "spec.json").unlink(), "no checkpoint"),
+    "another shape": (lambda c: edit(c / "spec.json", shape=[3, 16, 16]), "disagree"),
+    "an unknown field": (lambda c: edit(c / "spec.json", guidance=7), "guidance"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_and_the_old_file_stays(refused, copy, tmp_path, what):
+    damage, says = DAMAGE[what]
+    damage(copy / "checkpoints" / "00000002")
+    old = tmp_path / "model.onnx"
+    old.write_text("mine")
+    assert says in refused("export", copy, "-o", old)
+    assert old.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"copy", "model.onnx"}
+
+
+def test_export_to_nowhere_is_refused(refused, run, tmp_path, monkeypatch):
+    assert "folder" in refused("export", run, "-o", tmp_path)
+    assert "folder" in refused("export", run, "-o", tmp_path / "none" / "model.onnx")
+    assert "ema" in refused("export", run, "-o", tmp_path / "x.onnx", "--weights", "best")
+    monkeypatch.chdir(tmp_path)
+    assert "no run" in refused("export")
+    assert list(tmp_path.iterdir()) == []
