@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.spec import ModelSpec, parse_json
+from ddpmx.wire import MalformedError, as_message, as_number, as_text, fields
 
 METADATA_KEY = "ddpmx"
 """The key of ``metadata_props`` under which an ONNX file carries its spec."""
@@ -116,7 +116,7 @@ def read_onnx(path: str | os.PathLike[str]) -> GraphInfo:
             return _read_model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
-    except (_MalformedError, ValueError, RecursionError) as error:
+    except (MalformedError, ValueError, RecursionError) as error:
         raise FileFormatError(
             f"{path}: not a whole ONNX file",
             note=f"{path.stat().st_size} bytes; {error}",
@@ -253,69 +253,12 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
         )
 
 
-# --- a reader of protobuf's wire format, for as much of onnx.proto as is needed ---------------------------------------
-
-
-class _MalformedError(Exception):
-    """The bytes are no such message."""
+# --- as much of onnx.proto as is needed -------------------------------------------------------------------------------
 
 
 @dataclass
 class _Found:
     external: list[str] = field(default_factory=list)
-
-
-def _fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(field number, value): a number for varints, the bytes for everything else."""
-    position, end = 0, len(view)
-    while position < end:
-        key, position = _varint(view, position)
-        number, wire = key >> 3, key & 7
-        if number == 0:
-            raise _MalformedError("a field numbered 0")
-        if wire == 0:
-            value, position = _varint(view, position)
-            yield number, value
-            continue
-        if wire == 2:
-            length, position = _varint(view, position)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise _MalformedError(f"a field of wire type {wire}")
-        if position + length > end:
-            raise _MalformedError(f"it ends {position + length - end} bytes too early")
-        yield number, view[position : position + length]
-        position += length
-
-
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(view):
-            raise _MalformedError("it ends inside a number")
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise _MalformedError("a number of more than ten bytes")
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
-        raise _MalformedError("a number where a message belongs")
-    return value
-
-
-def _text(value: int | memoryview) -> str:
-    return bytes(_message(value)).decode("utf-8", errors="surrogateescape")
-
-
-def _number(value: int | memoryview) -> int:
-    if not isinstance(value, int):
-        raise _MalformedError("a message where a number belongs")
-    return value
 
 
 def _read_model(view: memoryview) -> GraphInfo:
@@ -324,108 +267,108 @@ def _read_model(view: memoryview) -> GraphInfo:
     outputs: dict[str, TensorInfo] = {}
     initializers: set[str] = set()
     opset, graphs, found = 0, 0, _Found()
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number == 7:  # graph
             graphs += 1
-            for part, item in _fields(_message(value)):
+            for part, item in fields(as_message(value)):
                 if part == 11:  # input
-                    inputs.update([_value_info(_message(item))])
+                    inputs.update([_value_info(as_message(item))])
                 elif part == 12:  # output
-                    outputs.update([_value_info(_message(item))])
+                    outputs.update([_value_info(as_message(item))])
                 elif part == 5:  # initializer
-                    initializers.add(_tensor_name(_message(item)))
-            _walk_graph(_message(value), found, 0)
+                    initializers.add(_tensor_name(as_message(item)))
+            _walk_graph(as_message(value), found, 0)
         elif number == 8:  # opset_import
-            entry = dict(_fields(_message(value)))
-            if _text(entry.get(1, memoryview(b""))) in ("", "ai.onnx"):
-                opset = _number(entry.get(2, 0))
+            entry = dict(fields(as_message(value)))
+            if as_text(entry.get(1, memoryview(b""))) in ("", "ai.onnx"):
+                opset = as_number(entry.get(2, 0))
         elif number == 14:  # metadata_props
-            entry = dict(_fields(_message(value)))
-            metadata[_text(entry.get(1, memoryview(b"")))] = _text(entry.get(2, memoryview(b"")))
+            entry = dict(fields(as_message(value)))
+            metadata[as_text(entry.get(1, memoryview(b"")))] = as_text(entry.get(2, memoryview(b"")))
         elif number == 20:  # training_info: two graphs
-            for part, graph in _fields(_message(value)):
+            for part, graph in fields(as_message(value)):
                 if part in (1, 2):
-                    _walk_graph(_message(graph), found, 1)
+                    _walk_graph(as_message(graph), found, 1)
         elif number == 25:  # functions
-            for part, node in _fields(_message(value)):
+            for part, node in fields(as_message(value)):
                 if part == 7:
-                    _walk_node(_message(node), found, 1)
+                    _walk_node(as_message(node), found, 1)
                 elif part == 11:  # an attribute's default
-                    _walk_attribute(_message(node), found, 1)
+                    _walk_attribute(as_message(node), found, 1)
     if graphs != 1:
-        raise _MalformedError(f"{graphs} graphs in it")
+        raise MalformedError(f"{graphs} graphs in it")
     inputs = {name: tensor for name, tensor in inputs.items() if name not in initializers}
     return GraphInfo(inputs, outputs, metadata, opset, tuple(found.external))
 
 
 def _walk_graph(view: memoryview, found: _Found, depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise _MalformedError(f"graphs nested deeper than {_MAX_DEPTH}")
-    for number, value in _fields(view):
+        raise MalformedError(f"graphs nested deeper than {_MAX_DEPTH}")
+    for number, value in fields(view):
         if number == 1:  # node
-            _walk_node(_message(value), found, depth)
+            _walk_node(as_message(value), found, depth)
         elif number == 5:  # initializer
-            _walk_tensor(_message(value), found)
+            _walk_tensor(as_message(value), found)
         elif number == 15:  # sparse_initializer
-            _walk_sparse(_message(value), found)
+            _walk_sparse(as_message(value), found)
 
 
 def _walk_sparse(view: memoryview, found: _Found) -> None:
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number in (1, 2):  # values, indices
-            _walk_tensor(_message(value), found)
+            _walk_tensor(as_message(value), found)
 
 
 def _walk_node(view: memoryview, found: _Found, depth: int) -> None:
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number == 5:  # attribute
-            _walk_attribute(_message(value), found, depth)
+            _walk_attribute(as_message(value), found, depth)
 
 
 def _walk_attribute(view: memoryview, found: _Found, depth: int) -> None:
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number in (5, 10):  # t, tensors
-            _walk_tensor(_message(value), found)
+            _walk_tensor(as_message(value), found)
         elif number in (6, 11):  # g, graphs
-            _walk_graph(_message(value), found, depth + 1)
+            _walk_graph(as_message(value), found, depth + 1)
         elif number in (22, 23):  # sparse_tensor, sparse_tensors
-            _walk_sparse(_message(value), found)
+            _walk_sparse(as_message(value), found)
 
 
 def _walk_tensor(view: memoryview, found: _Found) -> None:
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number == 13:  # external_data: key, value
-            entry = dict(_fields(_message(value)))
-            if _text(entry.get(1, memoryview(b""))) == "location":
-                found.external.append(_text(entry.get(2, memoryview(b""))))
+            entry = dict(fields(as_message(value)))
+            if as_text(entry.get(1, memoryview(b""))) == "location":
+                found.external.append(as_text(entry.get(2, memoryview(b""))))
 
 
 def _tensor_name(view: memoryview) -> str:
-    return next((_text(value) for number, value in _fields(view) if number == 8), "")
+    return next((as_text(value) for number, value in fields(view) if number == 8), "")
 
 
 def _value_info(view: memoryview) -> tuple[str, TensorInfo]:
     name, element_type = "", 0
     dims: tuple[int | str | None, ...] | None = None
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number == 1:
-            name = _text(value)
+            name = as_text(value)
         elif number == 2:  # type
-            for kind, tensor in _fields(_message(value)):
+            for kind, tensor in fields(as_message(value)):
                 if kind != 1:  # tensor_type
                     continue
-                for part, item in _fields(_message(tensor)):
+                for part, item in fields(as_message(tensor)):
                     if part == 1:
-                        element_type = _number(item)
+                        element_type = as_number(item)
                     elif part == 2:  # shape
-                        dims = tuple(_dim(_message(dim)) for which, dim in _fields(_message(item)) if which == 1)
+                        dims = tuple(_dim(as_message(dim)) for which, dim in fields(as_message(item)) if which == 1)
     return name, TensorInfo(element_type, dims)
 
 
 def _dim(view: memoryview) -> int | str | None:
-    for number, value in _fields(view):
+    for number, value in fields(view):
         if number == 1:
-            return _number(value)
+            return as_number(value)
         if number == 2:
-            return _text(value)
+            return as_text(value)
     return None

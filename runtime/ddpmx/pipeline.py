@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -236,6 +237,7 @@ def load(
         SpecError: the file does not say what it is, or contradicts itself.
         BackendError: the library that would run it is missing, or has no such provider.
     """
+    path = Path(path)
     kind = modelfile.identify(path)
     if kind == "checkpoint":
         raise FileFormatError(
@@ -248,6 +250,8 @@ def load(
             f"{path}: a plan of {flavour} {version}, which this version of ddpmx does not run",
             hint="generate from the model.onnx that it was built from",
         )
+    # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
+    path = path.resolve()
     info = modelfile.read_onnx(path)
     modelfile.check_external(path, info)
     spec = modelfile.onnx_spec(path, info, spec)

@@ -150,14 +150,24 @@ def make_table(
 
     Raises:
         InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler.
+        SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is no finite float32.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}", hint=f"one of: {', '.join(SAMPLERS)}")
     if sampler == "ancestral" and eta:
         raise InputError("η belongs to the ddim sampler", hint="sampler ddim, or leave η away")
     T = len(schedule)
-    part = respace(schedule, timestep_grid(T, T if steps is None else steps, spacing))
-    return ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
+    timesteps = timestep_grid(T, T if steps is None else steps, spacing)
+    with np.errstate(all="ignore"):
+        part = respace(schedule, timesteps)
+        table = ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
+        if not np.isfinite(table.rows.astype(np.float32)).all():
+            raise SpecError(
+                "this schedule leaves no signal, or adds no noise, somewhere on its way",
+                note="the chain would compute with NaN or infinities",
+                hint="other β, or fewer timesteps",
+            )
+    return table
 
 
 def _table(schedule: Schedule, prediction: Prediction, a: Float64, b: Float64, sigma: Float64) -> Table:

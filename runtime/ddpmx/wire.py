@@ -1,0 +1,69 @@
+"""Protobuf's wire format, read field by field: nothing is copied, and every length is checked before it is believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class MalformedError(Exception):
+    """The bytes are no such message."""
+
+
+def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Each field of a message: (its number, an int for varints and the bytes for everything else).
+
+    Raises:
+        MalformedError: it is cut off, or no protobuf message.
+    """
+    position, end = 0, len(view)
+    while position < end:
+        key, position = _varint(view, position)
+        number, wire = key >> 3, key & 7
+        if number == 0:
+            raise MalformedError("a field numbered 0")
+        if wire == 0:
+            value, position = _varint(view, position)
+            yield number, value
+            continue
+        if wire == 2:
+            length, position = _varint(view, position)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise MalformedError(f"a field of wire type {wire}")
+        if position + length > end:
+            raise MalformedError(f"it ends {position + length - end} bytes too early")
+        yield number, view[position : position + length]
+        position += length
+
+
+def _varint(view: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(view):
+            raise MalformedError("it ends inside a number")
+        byte = view[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise MalformedError("a number of more than ten bytes")
+
+
+def as_message(value: int | memoryview) -> memoryview:
+    """The bytes of a field that should hold a message."""
+    if isinstance(value, int):
+        raise MalformedError("a number where a message belongs")
+    return value
+
+
+def as_text(value: int | memoryview) -> str:
+    """The text of a field; what is not UTF-8 is kept as surrogates."""
+    return bytes(as_message(value)).decode("utf-8", errors="surrogateescape")
+
+
+def as_number(value: int | memoryview) -> int:
+    """The value of a field that should hold a number."""
+    if not isinstance(value, int):
+        raise MalformedError("a message where a number belongs")
+    return value
