@@ -49,8 +49,7 @@ def generate(
     from ddpmx.pipeline import load
 
     description = modelfile.read_spec(spec) if spec is not None else None
-    providers = (provider, "cpu") if fallback and provider != "cpu" else (provider,)
-    with load(engine, spec=description, providers=providers, fallback=fallback, threads=threads) as pipeline:
+    with load(engine, spec=description, providers=[provider], fallback=fallback, threads=threads) as pipeline:
         check_drawable(pipeline.spec)
         pipeline.check_request(n, seed=seed, first=first, batch=batch)
         sampling: dict[str, Any] = {  # the names are checked where they are used

@@ -22,7 +22,7 @@ UInt8 = NDArray[np.uint8]
 def to_uint8(x: NDArray[np.float32]) -> UInt8:
     """[−1, 1] to 0…255: floor(127.5·x + 128), clipped, computed in float32.
 
-    Each of the 256 levels comes back as itself. Truncating 127.5·x + 127.5, as is often done, puts 63 of them one too
+    Each of the 256 levels comes back as itself. Truncating (x + 1)·127.5, as is often done, puts 63 of them one too
     low. NaN gives 0.
     """
     scaled = np.asarray(x, np.float32) * np.float32(127.5) + np.float32(128)

@@ -53,6 +53,7 @@ class Pipeline:
         self.spec = spec
         self._backend = backend
         self._schedule = spec.make_schedule()
+        self._closed = False
         self._executed: dict[tuple[int, int], int] = {}
 
     @property
@@ -75,6 +76,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Free everything. The pipeline cannot be used afterwards."""
+        self._closed = True
         self._backend.close()
 
     def table(
@@ -104,8 +106,10 @@ class Pipeline:
             ``batch``, or the default in its place.
 
         Raises:
-            InputError: one is out of its range, or the images would not fit into memory.
+            InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
         """
+        if self._closed:
+            raise InputError("the pipeline is closed", hint="load the file again")
         check_seed(seed)
         batch = self.default_batch if batch is None else batch
         for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):

@@ -65,11 +65,11 @@ def timestep_grid(T: int, steps: int, spacing: Spacing = "linspace") -> NDArray[
         return np.arange(T)
     i = np.arange(steps, dtype=np.float64)
     if spacing == "linspace":
-        grid = np.floor(i * (T - 1) / (steps - 1) + 0.5) if steps > 1 else np.array([T - 1.0])
+        grid = np.round(i * (T - 1) / (steps - 1)) if steps > 1 else np.array([T - 1.0])
     elif spacing == "leading":
         grid = i * (T // steps)
     elif spacing == "trailing":
-        grid = np.floor(T - (steps - i - 1) * T / steps + 0.5) - 1
+        grid = np.round(T - (steps - i - 1) * T / steps) - 1
     else:
         grid = np.floor(np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)
     if np.any(np.diff(grid) <= 0):

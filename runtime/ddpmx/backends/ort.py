@@ -21,7 +21,7 @@ class OrtBackend:
         path: the file. Its spec and external data have been checked by the caller.
         output: the name of the graph's output.
         providers: execution providers in order of preference: "cpu", "cuda", "tensorrt" or ONNX Runtime's own names.
-        fallback: whether another provider than the first may do the work. Otherwise that is an error, since a chain
+        fallback: whether another provider than the first, in the end the CPU, may do the work. Otherwise that is an error, since a chain
             that silently runs on the CPU looks like a chain that is slow.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
 
@@ -41,7 +41,9 @@ class OrtBackend:
         threads: int = 0,
     ) -> None:
         ort = _import()
-        wanted = [_SHORT.get(name, name) for name in providers]
+        wanted = [_SHORT.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
+        if fallback and _SHORT["cpu"] not in wanted:
+            wanted.append(_SHORT["cpu"])
         if not wanted or not 0 <= threads <= 4096:
             raise InputError("at least one provider and 0…4096 threads are needed")
         available = ort.get_available_providers()

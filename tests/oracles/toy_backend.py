@@ -1,0 +1,48 @@
+"""The closed-form network of ``gaussian.py`` as a Backend in NumPy, with faults to order."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from ddpmx.backends import Buffers
+from oracles import gaussian
+
+
+class ToyBackend:
+    """Answers E[ε | x_t].
+
+    Args:
+        poison: (t, value): at that t one element of each answer is ``value``.
+        sways: with the "size" of the batch, as on a GPU, only more; or with an image's "place" in it.
+    """
+
+    description = "toy"
+
+    def __init__(
+        self, *, poison: tuple[int, float] | None = None, sways: Literal["size", "place"] | None = None
+    ) -> None:
+        self.poison, self.sways = poison, sways
+        self.asked: list[tuple[int, int]] = []
+        """(t of the first image, executed batch) of each call."""
+        self.closed = 0
+        self._slope, self._offset = gaussian.coefficients(gaussian.SPEC.make_schedule())
+
+    def bind(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+
+    def enqueue(self) -> None:
+        x, t, out = self.buffers.x, self.buffers.t, self.buffers.out
+        self.asked.append((int(t[0]), len(x)))
+        slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
+        out[...] = slope * x - offset * gaussian.MU
+        if self.sways == "size":
+            out += np.float32(0.01 * len(x))
+        elif self.sways == "place":
+            out += np.float32(0.01) * np.arange(len(x), dtype=np.float32)[:, None, None, None]
+        if self.poison is not None:
+            out[t == self.poison[0], -1, -1, -1] = self.poison[1]
+
+    def close(self) -> None:
+        self.closed += 1
