@@ -99,8 +99,8 @@ def train(
             raise InputError("--data is missing", hint="a folder of images or an .npz; or --out RUN --resume")
         out = Path("runs") / data.resolve().stem
     if threads is not None:
-        if not 1 <= threads <= 4096:
-            raise InputError(f"--threads must be from 1 to 4096, not {threads}")
+        if not 1 <= threads <= 256:
+            raise InputError(f"--threads must be from 1 to 256, not {threads}")
         torch.set_num_threads(threads)
     if not (save_minutes > 0 and sample_every >= 0):
         raise InputError("--save-minutes must be above 0, and --sample-every at least 0")

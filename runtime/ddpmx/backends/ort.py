@@ -10,6 +10,8 @@ from typing import Any
 from ddpmx.backends import Buffers
 from ddpmx.errors import BackendError, FileFormatError, InputError
 
+MAX_THREADS = 256
+
 _INSTALL = "pip install 'ddpmx[cpu]' (or 'ddpmx[gpu]' on a machine with an NVIDIA GPU, never both)"
 _SHORT = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
@@ -21,8 +23,8 @@ class OrtBackend:
         path: the file. Its spec and external data have been checked by the caller.
         output: the name of the graph's output.
         providers: execution providers in order of preference: "cpu", "cuda", "tensorrt" or ONNX Runtime's own names.
-        fallback: whether another provider than the first, in the end the CPU, may do the work. Otherwise that is an error, since a chain
-            that silently runs on the CPU looks like a chain that is slow.
+        fallback: whether another provider than the first, in the end the CPU, may do the work. Otherwise that is an
+            error, since a chain that silently runs on the CPU looks like a chain that is slow.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
 
     Raises:
@@ -44,8 +46,8 @@ class OrtBackend:
         wanted = [_SHORT.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
         if fallback and _SHORT["cpu"] not in wanted:
             wanted.append(_SHORT["cpu"])
-        if not wanted or not 0 <= threads <= 4096:
-            raise InputError("at least one provider and 0…4096 threads are needed")
+        if not wanted or not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"at least one provider and 0…{MAX_THREADS} threads are needed, not {threads}")
         available = ort.get_available_providers()
         missing = [name for name in wanted if name not in available]
         if missing and not (fallback and len(missing) < len(wanted)):
