@@ -95,7 +95,7 @@ def save(
                 os.fsync(stream.fileno())
         temporary.chmod(0o755)
         if final.exists():  # a resumed run that passes the same step again
-            shutil.rmtree(final)
+            _forget(final)
         temporary.rename(final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,14 +105,16 @@ def save(
             raise write_error(final, error) from error
         raise
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _forget(old)
     return final
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     with contextlib.suppress(OSError):
-        return sorted(p for p in (run / "checkpoints").iterdir() if p.name.isdigit() and (p / SPEC_FILE).is_file())
+        found = [p for p in (run / "checkpoints").iterdir() if p.name.isdecimal() and (p / SPEC_FILE).is_file()]
+        return sorted(found, key=lambda p: int(p.name))
     return []
 
 
@@ -224,7 +226,8 @@ def _load_training(checkpoint: Path) -> TrainingState:
         values = parse_json(file.read_bytes())
         assert isinstance(values, dict)
         step, settings = values["step"], values["settings"]
-        assert isinstance(step, int)
+        assert type(step) is int
+        assert step >= 0
         assert isinstance(settings, dict)
     except (OSError, SpecError, KeyError, AssertionError) as error:
         raise FileFormatError(
@@ -249,6 +252,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             note=str(error)[:200],
             hint="use an earlier checkpoint of the run, or copy it again",
         ) from error
+
+
+def _forget(checkpoint: Path) -> None:
+    """Remove a checkpoint: out of sight first, so that nobody ever sees a part of it."""
+    hidden = Path(tempfile.mkdtemp(prefix=".part-", dir=checkpoint.parent))
+    checkpoint.rename(hidden / checkpoint.name)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _forget_unfinished(folder: Path) -> None:

@@ -21,7 +21,8 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff",
 MAX_BYTES = 8 << 30
 """All images are kept in memory as uint8, up to this much."""
 
-_CHANNELS = {"1": 1, "L": 1, "I;16": 1, "LA": 4, "P": 3, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3}
+_CHANNELS = {"1": 1, "L": 1, "LA": 4, "P": 3, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3}
+_GREY_16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -187,7 +188,7 @@ def _read_folder(
             size = next(iter(sizes))
         if channels is None:
             modes = Counter(mode for *_, mode in headers)
-            counts = {_CHANNELS.get(mode, 3) for mode in modes}
+            counts = {1 if mode in _GREY_16 else _CHANNELS.get(mode, 3) for mode in modes}
             if len(counts) > 1:
                 common = ", ".join(f"{n} {mode}" for mode, n in modes.most_common(4))
                 raise DataError(
@@ -215,16 +216,28 @@ def _header(file: Path) -> tuple[int, int, str]:
     """(height, width, mode) of an image file."""
     try:
         with Image.open(file) as image:
-            return image.height, image.width, image.mode
+            return image.height, image.width, _grey_16(image) or image.mode
     except Exception as error:
         raise _unreadable(file, error) from error
+
+
+def _grey_16(image: Image.Image) -> str | None:
+    """The mode, if it is grey of 16 bits. Older versions of Pillow open such PNGs as 32-bit integers."""
+    return "I;16" if image.mode in _GREY_16 or (image.mode == "I" and image.format == "PNG") else None
 
 
 def _read_image(file: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     height, width = size
     try:
         with Image.open(file) as image:
-            picture = image.convert(_MODES[channels])
+            if _grey_16(image):  # Pillow's own conversion cuts everything above 255 off
+                image.load()
+                picture = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"numbers of mode {image.mode} do not say which one is white; save 8 or 16 bits")
+            else:
+                picture = image
+            picture = picture.convert(_MODES[channels])
     except Exception as error:  # decoders raise whatever they like on damaged files
         raise _unreadable(file, error) from error
     if (picture.height, picture.width) != (height, width):

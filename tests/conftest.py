@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# The networks here are tiny. Threads that wait for each other by spinning take minutes for what one does in seconds, as
+# soon as anything else runs on the machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 FASHION = TESTS.parent / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"
