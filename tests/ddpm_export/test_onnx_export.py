@@ -407,7 +407,7 @@ DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
         (files.os, "fsync", KeyboardInterrupt(), KeyboardInterrupt),
         (files.os, "replace", DISK_FULL, OutputError),
     ],
-    ids=lambda value: str(getattr(value, "__name__", value)),
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_an_interrupted_export_leaves_all_as_it_was(
     trained, traced, tmp_path, monkeypatch, existing, where, what, error, kind
