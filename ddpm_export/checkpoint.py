@@ -39,6 +39,7 @@ Weights = Literal["ema", "raw"]
 FILES: Mapping[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
 TRAINING_JSON, TRAINING_TENSORS = "training.json", "training.safetensors"
 
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _T = TypeVar("_T")
 
 
@@ -94,9 +95,7 @@ def save(
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
         temporary.chmod(0o755)
-        if final.exists():  # a resumed run that passes the same step again
-            _forget(final)
-        temporary.rename(final)
+        _replace(final, temporary)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError):
@@ -105,6 +104,8 @@ def save(
             raise write_error(final, error) from error
         raise
     for old in checkpoints(run)[:-keep]:
+        if old == final:  # another run's checkpoints of later steps stand here
+            continue
         with contextlib.suppress(OSError):
             _forget(old)
     return final
@@ -214,6 +215,8 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[UNet, ModelSpec]:
             f"{file}: these are not the weights of the network in {SPEC_FILE}",
             note=f"{len(wrong)} tensors missing, too many or of another shape, {wrong[0]!r} among them",
         )
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
+        raise FileFormatError(f"{file}: {odd[0]!r} is {tensors[odd[0]].dtype}, and weights are floats of 16 to 64 bits")
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise FileFormatError(f"{file}: {bad[0]!r} holds NaN or infinities", note=f"{len(bad)} such tensors")
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -227,7 +230,7 @@ def _load_training(checkpoint: Path) -> TrainingState:
         assert isinstance(values, dict)
         step, settings = values["step"], values["settings"]
         assert type(step) is int
-        assert step >= 0
+        assert 0 <= step < 1 << 40
         assert isinstance(settings, dict)
     except (OSError, SpecError, KeyError, AssertionError) as error:
         raise FileFormatError(
@@ -252,6 +255,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             note=str(error)[:200],
             hint="use an earlier checkpoint of the run, or copy it again",
         ) from error
+
+
+def _replace(final: Path, temporary: Path) -> None:
+    """Give ``temporary`` its name; what had that name (the same step, reached again) goes only once that is done."""
+    if not final.exists():
+        temporary.rename(final)
+        return
+    hidden = Path(tempfile.mkdtemp(prefix=".old-", dir=final.parent))
+    try:
+        final.rename(hidden / final.name)
+        temporary.rename(final)
+    except BaseException:
+        if not final.exists() and (hidden / final.name).exists():
+            (hidden / final.name).rename(final)
+        raise
+    finally:
+        if final.exists():
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _forget(checkpoint: Path) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ddpmx.errors import DataError, FileFormatError, InputError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 MAX_BYTES = 8 << 30
 """All images are kept in memory as uint8, up to this much."""
 
@@ -107,11 +108,11 @@ def load_dataset(
         raise InputError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), not {channels!r}")
     if size is not None and not all(1 <= side <= 65536 for side in size):
         raise InputError(f"a size is two whole numbers from 1 to 65536, not {size!r}")
-    if path.is_dir():
+    if os.path.isdir(path):
         return Dataset(_read_folder(path, size, channels, progress), Source(path, size, channels))
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: there is no such file or folder", hint="--data takes a folder of images or an .npz")
-    if path.suffix != ".npz":
+    if path.suffix.lower() != ".npz" or not path.is_file():
         raise DataError(f"{path}: neither a folder nor an .npz", hint="--data takes a folder of images or an .npz")
     if size is not None or channels is not None:
         raise InputError("size and channels change images in a folder; an .npz is taken as it is")
@@ -127,7 +128,8 @@ def _read_npz(path: Path) -> NDArray[np.uint8]:
                 f"{path}: unpacks to {size / 2**30:.1f} GiB", note=f"the limit is {MAX_BYTES / 2**30:.0f} GiB"
             )
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            members = {name: archive[name] for name in archive.files}
+        arrays = {name: value for name, value in members.items() if isinstance(value, np.ndarray)}
     except DataError:
         raise
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets
@@ -150,6 +152,11 @@ def _read_npz(path: Path) -> NDArray[np.uint8]:
             f"{path}: {images[0]!r} is {array.dtype}, not uint8",
             hint="save 0…255 as uint8: whether floats run from 0 or from −1 cannot be told from the file",
         )
+    if array.ndim == 3 and array.shape[-1] in (3, 4):
+        raise DataError(
+            f"{path}: {images[0]!r} is [{', '.join(map(str, array.shape))}]: one image, or many of that width?",
+            hint="images[None] for one image, images[..., None] for many",
+        )
     if array.ndim == 3:
         array = array[..., None]
     elif array.shape[-1] not in _MODES and array.shape[1] in _MODES:
@@ -170,7 +177,9 @@ def _read_folder(
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in SUFFIXES
+        and not file.is_dir()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not files:
         raise DataError(f"{folder}: no images in this folder", hint=f"it reads {', '.join(sorted(SUFFIXES))}")
@@ -215,10 +224,20 @@ def _read_folder(
 def _header(file: Path) -> tuple[int, int, str]:
     """(height, width, mode) of an image file."""
     try:
-        with Image.open(file) as image:
-            return image.height, image.width, _grey_16(image) or image.mode
+        with _open(file) as image:
+            width, height = image.size
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # it lies on its side
+                width, height = height, width
+            return height, width, _grey_16(image) or ("RGBA" if image.has_transparency_data else image.mode)
     except Exception as error:
         raise _unreadable(file, error) from error
+
+
+def _open(file: Path) -> Image.Image:
+    """Open an image of a common format; Pillow knows others that start programs of their own."""
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError("not a regular file")
+    return Image.open(file, formats=FORMATS)
 
 
 def _grey_16(image: Image.Image) -> str | None:
@@ -229,9 +248,9 @@ def _grey_16(image: Image.Image) -> str | None:
 def _read_image(file: Path, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
     height, width = size
     try:
-        with Image.open(file) as image:
-            if _grey_16(image):  # Pillow's own conversion cuts everything above 255 off
-                image.load()
+        with _open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if _grey_16(opened):  # Pillow's own conversion cuts everything above 255 off
                 picture = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError(f"numbers of mode {image.mode} do not say which one is white; save 8 or 16 bits")

@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import onnx
+import onnxscript  # noqa: F401 - torch asks for it only in the middle of an export
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -7,11 +7,12 @@ after 20 + 20 steps equal those after 40 bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from ddpm_export.unet import UNet, UNetConfig
 from ddpmx import images
 from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
 from ddpmx.files import make_folder
+from ddpmx.modelfile import SPEC_FILE
 from ddpmx.pipeline import Pipeline
 from ddpmx.spec import ModelSpec
 
@@ -137,6 +139,7 @@ class Trainer:
         self.spec = spec.replace(ddpmx=ddpmx.__version__)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.step = 0
+        self._saved_step = -1
         self._fingerprint = dataset.fingerprint()
         torch.manual_seed(_seed(settings.seed, 0, "initial weights"))
         self.network = UNet(network).to(self.device)
@@ -152,7 +155,7 @@ class Trainer:
         Raises:
             FileFormatError: there is no checkpoint, or it is damaged, or ``dataset`` is not what it was trained on.
         """
-        checkpoint = checkpoints.resolve(run)
+        checkpoint = _newest(run)
         state = checkpoints.load_training(checkpoint)
         network, spec = checkpoints.load_network(checkpoint, "raw")
         average, _ = checkpoints.load_network(checkpoint, "ema")
@@ -166,7 +169,7 @@ class Trainer:
                 hint="--data what it began with, or begin a new run",
             )
         trainer = cls(run, dataset, spec, network.config, settings, device=device)
-        trainer.step = state.step
+        trainer.step = trainer._saved_step = state.step
         trainer.network.load_state_dict(network.state_dict())
         trainer.average.load_state_dict(average.state_dict())
         trainer._load_moments(state.moments, checkpoint)
@@ -203,8 +206,19 @@ class Trainer:
         if steps < self.step:
             raise InputError(f"{self.run} has made {self.step} steps, more than {steps}")
         make_folder(self.run)
+        with _alone(self.run):
+            return self._train(steps, progress, stop, sample_every, save_seconds)
+
+    def _train(
+        self,
+        steps: int,
+        progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+        sample_every: int,
+        save_seconds: float,
+    ) -> Path:
         self.network.train()
-        mean_loss, saved_at, saved_step = math.nan, time.monotonic(), -1
+        mean_loss, saved_at = math.nan, time.monotonic()
         rate = _Rate()
         while self.step < steps:
             loss = self._train_step()
@@ -226,8 +240,8 @@ class Trainer:
                 break
             if time.monotonic() - saved_at > save_seconds:
                 self.save()
-                saved_at, saved_step = time.monotonic(), self.step
-        return checkpoints.resolve(self.run) if saved_step == self.step else self.save()
+                saved_at = time.monotonic()
+        return checkpoints.resolve(self.run) if self._saved_step == self.step else self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
@@ -240,7 +254,7 @@ class Trainer:
             "train": dataclasses.asdict(self.settings),
             "data": {"fingerprint": self._fingerprint, **self.dataset.source.to_json()},
         }
-        return checkpoints.save(
+        saved = checkpoints.save(
             self.run,
             self.spec,
             self.network.config,
@@ -248,6 +262,8 @@ class Trainer:
             self.average.state_dict(),
             TrainingState(self.step, settings, moments),
         )
+        self._saved_step = self.step
+        return saved
 
     def sample_grid(self) -> Path:
         """Write a grid of images drawn with the averaged weights: the same seed each time, so one sees them change."""
@@ -314,7 +330,9 @@ class Trainer:
             pair = [moments.get(f"{moment}.{name}") for moment in ("exp_avg", "exp_avg_sq")]
             if any(m is None or m.shape != parameter.shape for m in pair):
                 raise FileFormatError(f"{checkpoint}: the training state is not of this network", note=f"at {name!r}")
-            first, second = (m.to(self.device) for m in pair if m is not None)
+            first, second = (m.to(self.device, torch.float32) for m in pair if m is not None)
+            if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+                raise FileFormatError(f"{checkpoint}: the training state holds NaN or infinities", note=f"at {name!r}")
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(self.step), device=self.device),
                 "exp_avg": first,
@@ -328,8 +346,40 @@ def recorded_source(run: Path) -> Source:
     Raises:
         FileFormatError: there is no such run, or its training state is damaged.
     """
-    checkpoint = checkpoints.resolve(run)
+    checkpoint = _newest(run)
     return Source.from_json(checkpoints.load_training(checkpoint).settings.get("data"), str(checkpoint))
+
+
+def _newest(run: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        InputError: ``run`` is one of a run's checkpoints.
+        FileFormatError: it has none.
+    """
+    if (run / SPEC_FILE).is_file():
+        raise InputError(f"{run} is a checkpoint, and a run is resumed as a whole", hint=f"--out {run.parent.parent}")
+    return checkpoints.resolve(run)
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run's lock: two trainings would forget each other's checkpoints.
+
+    Raises:
+        InputError: somebody else holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (run / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{run}: another training is writing to this run", hint="another --out") from error
+        yield
 
 
 class _Rate:

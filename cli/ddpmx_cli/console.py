@@ -8,15 +8,26 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from ddpmx.errors import DdpmxError, InputError
+from ddpmx.errors import DdpmxError, InputError, OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 
 def say(text: str) -> None:
-    """A line of result, on standard output."""
-    print(text, flush=True)
+    """A line of result, on standard output. If nobody can hear it, the work goes on all the same."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        global unheard
+        unheard = not isinstance(error, BrokenPipeError)  # `ddpmx … | head` is no fault
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
+        if unheard:
+            complain(OutputError("standard output cannot be written", note=error.strerror))
+
+
+unheard = False
+"""Whether standard output failed."""
 
 
 def complain(error: DdpmxError) -> None:
@@ -57,9 +68,10 @@ def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], 
 def busy(description: str) -> Iterator[None]:
     """A spinner, for work whose length is unknown."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
-    with console.status(description) if console.is_terminal else contextlib.nullcontext():
+    with console.status(escape(description)) if console.is_terminal else contextlib.nullcontext():
         yield
 
 

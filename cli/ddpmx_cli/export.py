@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +42,7 @@ def export(
     try:
         with busy("loading torch"):
             from ddpm_export import checkpoint, onnx_export
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install 'ddpmx[export]'"
         ) from error
@@ -61,4 +62,4 @@ def export(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
-    say(f"next: ddpmx generate --engine {output} -n 16 --out samples/ --grid")
+    say(f"next: ddpmx generate --engine {shlex.quote(str(output))} -n 16 --out samples/ --grid")

@@ -73,5 +73,5 @@ def generate(
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:
         say(str(extra))
-    if others := sum(path not in written for path in out.glob("[0-9]*.png")):
+    if others := len(set(out.glob("[0-9]*.png")) - set(written)):
         say(f"Note: {out} also holds {others} images from before")

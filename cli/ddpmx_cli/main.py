@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from ddpmx.errors import DdpmxError
-from ddpmx_cli import export, generate, train
+from ddpmx_cli import console, export, generate, train
 from ddpmx_cli.console import complain, say
 
 app = typer.Typer(
@@ -41,12 +43,29 @@ def _main(
 
 
 def run() -> None:
-    """The entry point. Exit codes: 0 done, 2 a bad input or an output that failed, 130 stopped by Ctrl-C."""
+    """The entry point. Exit codes: 0 done, 2 a bad input or an output that failed, 130 and 143 stopped by a signal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ᾱ on a terminal that cannot show it is no reason to fail
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that everything is tidied up
     try:
         app()
     except DdpmxError as error:
-        complain(error)
-        sys.exit(2)
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError as error:
+        fail(DdpmxError("out of memory", note=str(error) or None, hint="fewer images, or a smaller --batch or network"))
+    except OSError as error:
+        fail(DdpmxError(f"{error.filename or 'a file'}: {error.strerror or error}"))
+    except SystemExit as end:
+        sys.exit(2 if console.unheard and not end.code else end.code)
+
+
+def fail(error: DdpmxError) -> NoReturn:
+    """Say what is wrong, and leave."""
+    complain(error)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

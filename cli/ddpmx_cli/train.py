@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,7 +94,7 @@ def train(
 
             from ddpm_export.train import Trainer, TrainSettings
             from ddpm_export.unet import UNetConfig
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("training needs torch", note=str(error), hint="pip install 'ddpmx[train]'") from error
     from ddpmx.spec import ModelSpec
 
@@ -113,20 +117,53 @@ def train(
         _check_new(out)
         dataset = _load(data, size=parse_size(size), channels=channels)
         c, height, width_ = dataset.shape
-        trainer = Trainer(
-            out,
-            dataset,
-            ModelSpec(
-                dataset.shape, timesteps, schedule, prediction=prediction, variance=variance  # type: ignore[arg-type]
-            ),
-            UNetConfig(
-                c, c, (height, width_), width, parse_numbers("--mult", mult), blocks,
-                parse_numbers("--attention", attention), dropout, groups,
-            ),
-            TrainSettings(batch, lr, warmup, grad_clip, ema, ema_ramp, flip, seed, bf16),
-            device=device,
-        )  # fmt: skip
-    _train(trainer, steps, sample_every, save_minutes * 60)
+        with _as_flags():
+            named: dict[str, Any] = {"prediction": prediction, "variance": variance}  # checked where they are used
+            model = ModelSpec(dataset.shape, timesteps, schedule, **named)
+            network = UNetConfig(
+                in_channels=c,
+                out_channels=c,
+                size=(height, width_),
+                channels=width,
+                multipliers=parse_numbers("--mult", mult),
+                blocks=blocks,
+                attention=parse_numbers("--attention", attention),
+                dropout=dropout,
+                groups=groups,
+            )
+            settings = TrainSettings(batch, lr, warmup, grad_clip, ema, ema_ramp, flip, seed, bf16)
+        with _memory():
+            trainer = Trainer(out, dataset, model, network, settings, device=device)
+    with _memory():
+        _train(trainer, steps, sample_every, save_minutes * 60)
+
+
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Call settings by the names of their flags."""
+    names = {"channels": "--width", "multipliers": "--mult", "ema": "--ema", "grad_clip": "--grad-clip"}
+    try:
+        yield
+    except InputError as error:
+        name, _, rest = error.fact.partition(" must be ")
+        if rest and name.isidentifier() and name != "T":
+            error = InputError(f"{names.get(name, '--' + name)} must be {rest}", note=error.note, hint=error.hint)
+        raise error from None
+
+
+@contextlib.contextmanager
+def _memory() -> Iterator[None]:
+    """torch says by a RuntimeError that there is not enough memory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise InputError(
+            "there is not enough memory for this training",
+            note=str(error).splitlines()[0][:200],
+            hint="a smaller --batch or --width; checkpoints are untouched",
+        ) from error
 
 
 def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float) -> None:
@@ -172,9 +209,9 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
         say(f"step {last.step:,}: loss {last.loss:.4f}, {last.images_per_second:,.0f} images/s")
     say(f"saved {checkpoint}")
     if stopped and trainer.step < steps:
-        say(f"stopped; go on with: ddpmx train --out {trainer.run} --resume --steps {steps}")
+        say(f"stopped; go on with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
         raise typer.Exit(130)
-    say(f"next: ddpmx export {trainer.run} -o model.onnx")
+    say(f"next: ddpmx export {shlex.quote(str(trainer.run))} -o model.onnx")
 
 
 def _load(data: Path, **how: Any) -> Dataset:
@@ -187,6 +224,8 @@ def _load(data: Path, **how: Any) -> Dataset:
 def _check_new(out: Path) -> None:
     from ddpm_export import checkpoint
 
+    if os.path.lexists(out) and not out.is_dir():
+        raise InputError(f"{out}: a file stands there, and a run is a folder", hint="another --out")
     if checkpoint.checkpoints(out):
         raise InputError(f"{out} already holds a run", hint="--resume goes on with it; another --out begins a new one")
 
@@ -216,7 +255,7 @@ def _check_device(device: str | None) -> str | None:
     if device is None:
         return None
     try:
-        torch.zeros(1, device=device)
+        (torch.zeros(1, device=device) + 1).item()
     except Exception as error:  # torch raises RuntimeError, AssertionError or its own, by device
         raise InputError(f"--device {device!r} cannot be used", note=str(error).splitlines()[0][:200]) from error
     return device

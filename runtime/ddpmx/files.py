@@ -21,7 +21,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full. ``path`` is then as it was before.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
+    if os.path.exists(path) and not path.is_file():
+        raise OutputError(f"{path}: stands in the way, and is no file", hint="choose another name")
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import images
-from ddpmx.errors import InputError
+from ddpmx.errors import InputError, OutputError
 from ddpmx.files import make_folder, write_error
 from ddpmx.pipeline import Preview
 from ddpmx.samplers import Table
@@ -85,6 +85,11 @@ def save_gallery(
         InputError: images that no picture can hold.
     """
     folder = make_folder(folder)
+    wanted = [images.image_path(folder, index).name for index in range(first, first + len(drawn))]
+    wanted += ["grid.png"] * grid + ["x0.gif"] * (animation is not None)
+    for target in (folder / name for name in wanted):
+        if target.is_dir():
+            raise OutputError(f"{target}: a folder stands in the way", hint="choose another folder to write to")
     try:
         staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     except OSError as error:
@@ -105,6 +110,8 @@ def save_gallery(
         for name in names:
             os.replace(name, folder / name.name)
         return [folder / name.name for name in names]
+    except OutputError as error:  # it names the place where the files were gathered
+        raise OutputError(f"{folder}: cannot be written", note=error.note, hint=error.hint) from error
     except OSError as error:
         raise write_error(folder, error) from error
     finally:

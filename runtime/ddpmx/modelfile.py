@@ -44,6 +44,8 @@ def identify(path: str | os.PathLike[str]) -> Kind:
                 f"{path}: a folder, but no ddpmx checkpoint",
                 note=f"there is no {SPEC_FILE} and no checkpoints folder in it",
             )
+        if os.path.exists(path) and not path.is_file():
+            raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with path.open("rb") as stream:
             head = stream.read(4)
     except OSError as error:
@@ -171,9 +173,13 @@ def read_spec_json(path: str | os.PathLike[str]) -> dict[str, object]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_SPEC_FILE:
-            raise SpecError(f"{path}: too large for a spec", note=f"{path.stat().st_size} bytes")
-        values = parse_json(path.read_bytes())
+        if os.path.exists(path) and not path.is_file():
+            raise SpecError("cannot be read", note="not a file")
+        with path.open("rb") as stream:
+            text = stream.read(MAX_SPEC_FILE + 1)
+        if len(text) > MAX_SPEC_FILE:
+            raise SpecError("too large for a spec", note=f"more than {MAX_SPEC_FILE} bytes")
+        values = parse_json(text)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     except SpecError as error:

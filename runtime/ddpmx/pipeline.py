@@ -24,8 +24,8 @@ DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
 MAX_RESULT_BYTES = 1 << 36
 """64 GiB of images in one call of generate is a mistake; draw them in parts with ``first``."""
 
-MAX_BATCH_ELEMENTS = 1 << 27
-"""n·C·H·W of one batch: 512 MiB of float32, and several times that while noise is drawn."""
+MAX_BATCH_ELEMENTS = 1 << 25
+"""n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
 
 
 class Preview(NamedTuple):
@@ -166,9 +166,9 @@ class Pipeline:
         channels, height, width = self.spec.shape
         table = self.table(**sampling)
         batch = self.check_request(n, seed=seed, first=first, batch=batch)
-        parts = list(_batches(n, first, batch))
+        total = -(-n // batch) * len(table)
         result = np.empty((n, height, width, channels), np.uint8)
-        for number, (start, indices) in enumerate(parts):
+        for number, (start, indices) in enumerate(_batches(n, first, batch)):
             sample = result[start : start + len(indices)]
             steps = self._run(table, seed, indices, batch)
             for done in range(number * len(table), (number + 1) * len(table)):
@@ -178,7 +178,7 @@ class Pipeline:
                 if preview is not None:
                     preview(start, step)
                 if progress is not None:
-                    progress(done + 1, len(parts) * len(table))
+                    progress(done + 1, total)
             sample[...] = images.to_nhwc(step.x0)
         return result
 

@@ -119,9 +119,9 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
         (["--steps", 0], "steps"),
         (["--steps", -5], "steps"),
         (["--width", 7], "groups"),
-        (["--width", 0], "channels"),
-        (["--width", 10**9], "channels"),
-        (["--mult", "0"], "multipliers"),
+        (["--width", 0], "--width"),
+        (["--width", 10**9], "--width"),
+        (["--mult", "0"], "--mult"),
         (["--mult", "a"], "--mult"),
         (["--mult", ""], "levels"),
         (["--mult", "1,2,2,2,2,2"], "divisible"),
@@ -133,7 +133,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
         (["--lr", -1], "lr"),
         (["--warmup", -1], "warmup"),
         (["--ema", 2], "ema"),
-        (["--grad-clip", 0], "grad_clip"),
+        (["--grad-clip", 0], "--grad-clip"),
         (["--batch", 0], "batch"),
         (["--seed", -1], "seed"),
         (["-T", 0], "T must be"),
@@ -261,3 +261,121 @@ def test_export_to_nowhere_is_refused(refused, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "no run" in refused("export")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what an afternoon of attacks brought to light ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_not_resumed_as_if_it_were_a_run(refused, copy):
+    assert str(copy) in refused("train", "--out", copy / "checkpoints" / "00000002", "--resume", "--steps", 3)
+
+
+def test_resuming_a_finished_run_touches_nothing(ddpmx, copy):
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    assert ddpmx("train", "--out", copy, "--resume", "--steps", 2).code == 0
+    after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
+    assert {path: time for path, time in after.items() if path.is_file()} == {
+        path: time for path, time in before.items() if path.is_file() and path.name != ".lock"
+    }
+
+
+def test_two_trainings_do_not_write_to_one_run(refused, copy):
+    import fcntl
+
+    with (copy / ".lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        assert "another training" in refused("train", "--out", copy, "--resume", "--steps", 3)
+
+
+def test_export_replaces_files_and_nothing_else(refused, ddpmx, run, tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    assert "no file" in refused("export", run, "-o", tmp_path / "pipe.onnx")
+    (tmp_path / "real.onnx").write_text("old")
+    (tmp_path / "link.onnx").symlink_to("real.onnx")
+    assert ddpmx("export", run, "-o", tmp_path / "link.onnx").code == 0
+    assert (tmp_path / "link.onnx").is_symlink()
+    assert (tmp_path / "real.onnx").stat().st_size > 1000
+
+
+def test_an_output_that_nobody_can_read_does_not_stop_the_work(run, tmp_path):
+    command = [sys.executable, "-m", "ddpmx_cli.main", "export", str(run), "-o"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*command, str(tmp_path / "a.onnx")], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert (tmp_path / "a.onnx").exists()
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}  # no arrows, no ×
+    done = subprocess.run(
+        [*command, str(tmp_path / "b.onnx")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done
+
+
+def test_too_little_memory_is_said_so(refused, tmp_path, monkeypatch):
+    from ddpm_export.train import Trainer
+
+    def full(self):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(Trainer, "_train_step", full)
+    assert "--batch" in refused("train", "--data", FASHION, "--out", tmp_path / "run", *TINY, "--steps", 1)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex64", "int32"])
+def test_weights_that_are_no_floats_are_refused(refused, copy, tmp_path, dtype):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = copy / "checkpoints" / "00000002" / "ema.safetensors"
+    save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}, file)
+    assert "floats" in refused("export", copy, "-o", tmp_path / "model.onnx")
+
+
+def test_names_that_are_too_long_are_refused(refused, run):
+    long = "a" * 300
+    for command in (
+        ("train", "--data", long),
+        ("export", long),
+        ("export", run, "-o", long),
+        ("generate", "--engine", long),
+    ):
+        refused(*command)
+
+
+def test_an_npz_may_hold_other_things_beside_the_images(ddpmx, tmp_path):
+    import zipfile
+
+    data = tmp_path / "data.npz"
+    data.write_bytes(npz(images=np.zeros((9, 8, 8), np.uint8), labels=np.zeros(9)))
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr("LICENSE", "MIT")
+    assert ddpmx("train", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 1).code == 0
+
+
+def test_pipes_are_not_waited_for(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    os.mkfifo(tmp_path / "images" / "a.png")
+    os.mkfifo(tmp_path / "data.npz")
+    for arguments in (("train", "--data", tmp_path / "images"), ("train", "--data", tmp_path / "data.npz")):
+        refused(*arguments, "--out", tmp_path / "run", *TINY)
+    refused("generate", "--engine", tmp_path / "data.npz", "--out", tmp_path / "samples")
+
+
+def test_a_photograph_on_its_side_is_set_up(ddpmx, tmp_path):
+    (tmp_path / "data").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 8)).save(tmp_path / "data" / "a.jpg", exif=exif)
+    Image.new("RGB", (8, 16)).save(tmp_path / "data" / "b.jpg")
+    done = ddpmx("train", "--data", tmp_path / "data", "--out", tmp_path / "run", *TINY, "--steps", 1)
+    assert "16×8×3" in done.out, done
+
+
+def test_a_folder_in_the_way_of_an_image_stops_generate_before_it_writes(refused, tmp_path):
+    from conftest import GAUSSIAN_ONNX
+
+    (tmp_path / "00001.png").mkdir()
+    (tmp_path / "00000.png").write_text("mine")
+    refused("generate", "--engine", GAUSSIAN_ONNX, "-n", 2, "--steps", 2, "--out", tmp_path)
+    assert (tmp_path / "00000.png").read_text() == "mine"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("torch", reason="not verified here: training (no torch)")
 import torch
 
 from conftest import FASHION
-from ddpm_export import checkpoint
+from ddpm_export import checkpoint, train
 from ddpm_export.checkpoint import checkpoints, load_network, load_training
 from ddpm_export.data import Dataset, Source, load_dataset
 from ddpm_export.diffusion import GaussianDiffusion
@@ -257,6 +258,21 @@ def test_a_checkpoint_every_so_many_seconds(tmp_path):
     )
     assert seen == [[], [1], [1, 2], [2, 3]]
     assert [load_training(path).step for path in checkpoints(run.run)] == [3, 4]
+
+
+def test_what_came_after_the_last_timed_checkpoint_is_saved_at_the_end(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run, seen = trainer(tmp_path / "run"), []
+
+    def tick(_) -> None:
+        seen.append([load_training(path).step for path in checkpoints(run.run)])
+        clock[0] = 61.0  # a minute has passed when the first step is done, and none after that
+
+    path = run.train(3, save_seconds=60, progress=tick)
+    assert seen == [[], [1], [1]]
+    assert load_training(path).step == 3
+    assert content(path) == content(trainer(tmp_path / "other").train(3))
 
 
 def test_divergence_is_an_error_and_leaves_the_last_checkpoint(tmp_path):
