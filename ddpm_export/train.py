@@ -81,9 +81,9 @@ class TrainSettings:
         for name, limit in (("lr", 1.0), ("grad_clip", math.inf), ("ema", 1.0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value <= limit or (name != "ema" and value == 0):
-                least = "at least 0" if name == "ema" else "above 0"
-                most = f" and at most {limit:g}" if limit < math.inf else ""
-                raise InputError(f"{name} must be a number {least}{most}, not {value!r}")
+                lower = "at least 0" if name == "ema" else "above 0"
+                upper = f" and at most {limit:g}" if limit < math.inf else ""
+                raise InputError(f"{name} must be a number {lower}{upper}, not {value!r}")
 
 
 @dataclass(frozen=True)
