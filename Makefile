@@ -9,10 +9,11 @@ TORCH ?= torch==2.13.0
 OTHER_PYTHONS ?= 3.10 3.12 3.13
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 
 .PHONY: demo test lint pytest others bench clean
 
-demo: $(VENV)/.demo
+demo: $(DEMO)
 	$(BIN)/python examples/fashion_mnist/demo.py
 
 test: lint pytest others
@@ -39,12 +40,12 @@ $(VENV)/.venv:
 	$(BIN)/pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.demo: $(VENV)/.venv pyproject.toml
+$(DEMO): $(VENV)/.venv pyproject.toml
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable '.[cpu,export,demo]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.demo
+$(VENV)/.dev: $(DEMO)
 	$(BIN)/pip install --quiet --editable '.[cpu,export,demo,dev]'
 	touch $@
 

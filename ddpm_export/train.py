@@ -383,7 +383,7 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 class _Rate:
-    """Steps per second over the last few seconds."""
+    """Steps per second over the last half minute."""
 
     def __init__(self) -> None:
         self._times = [time.monotonic()]
@@ -391,7 +391,7 @@ class _Rate:
     def tick(self) -> float:
         """Count a step."""
         self._times.append(time.monotonic())
-        if len(self._times) > 2 and self._times[-1] - self._times[1] > 5:
+        if len(self._times) > 2 and self._times[-1] - self._times[1] > 30:
             del self._times[0]
         return (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-9)
 

@@ -75,6 +75,14 @@ def busy(description: str) -> Iterator[None]:
         yield
 
 
+def duration(seconds: float) -> str:
+    """A length of time for people."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def megabytes(path: str | os.PathLike[str]) -> str:
     """A file's size for people."""
     return f"{os.path.getsize(path) / 1e6:.1f} MB"

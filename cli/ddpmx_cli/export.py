@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from pathlib import Path
@@ -44,10 +45,12 @@ def export(
             from ddpm_export import checkpoint, onnx_export
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
-            "export needs torch and onnx", note=str(error), hint="pip install 'ddpmx[export]'"
+            "export needs torch and onnx",
+            note=str(error),
+            hint='pip install torch safetensors onnx onnxscript, ddpmx\'s extra "export"',
         ) from error
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
-    begun = time.monotonic()
+    begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
         spec = onnx_export.export(
             source,
@@ -57,7 +60,7 @@ def export(
             time_table=time_table,
         )
     c, height, width = spec.shape
-    say(f"{source} → {output}")
+    say(f"{source} → {output}{' (replaced)' if replaced else ''}")
     say(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"

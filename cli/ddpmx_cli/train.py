@@ -17,7 +17,7 @@ from typer import Option
 from ddpmx.errors import BackendError, InputError
 from ddpmx.samplers import PREDICTIONS, VARIANCES
 from ddpmx.schedule import SCHEDULES
-from ddpmx_cli.console import busy, counting, parse_numbers, parse_size, progress_bar, say
+from ddpmx_cli.console import busy, counting, duration, parse_numbers, parse_size, progress_bar, say
 
 if TYPE_CHECKING:
     from ddpm_export.data import Dataset
@@ -95,7 +95,9 @@ def train(
             from ddpm_export.train import Trainer, TrainSettings
             from ddpm_export.unet import UNetConfig
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
-        raise BackendError("training needs torch", note=str(error), hint="pip install 'ddpmx[train]'") from error
+        raise BackendError(
+            "training needs torch", note=str(error), hint='pip install torch safetensors, ddpmx\'s extra "train"'
+        ) from error
     from ddpmx.spec import ModelSpec
 
     if out is None:
@@ -196,8 +198,7 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
                 display.update(task, completed=state.step, figures=figures)
                 if display.disable and time.monotonic() - logged > LOG_SECONDS:
                     logged = time.monotonic()
-                    left = f"{state.seconds_left / 60:.0f} min left"
-                    say(f"step {state.step:,} of {state.steps:,}: {figures}, {left}")
+                    say(f"step {state.step:,} of {state.steps:,}: {figures}, {duration(state.seconds_left)} left")
 
             checkpoint = trainer.train(
                 steps, progress=show, stop=lambda: stopped, sample_every=sample_every, save_seconds=save_seconds

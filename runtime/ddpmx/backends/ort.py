@@ -12,7 +12,7 @@ from ddpmx.errors import BackendError, FileFormatError, InputError
 
 MAX_THREADS = 256
 
-_INSTALL = "pip install 'ddpmx[cpu]' (or 'ddpmx[gpu]' on a machine with an NVIDIA GPU, never both)"
+_INSTALL = "pip install onnxruntime (or onnxruntime-gpu on a machine with an NVIDIA GPU, never both)"
 _SHORT = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
