@@ -45,9 +45,7 @@ def export(
             from ddpm_export import checkpoint, onnx_export
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
-            "export needs torch and onnx",
-            note=str(error),
-            hint='pip install torch safetensors onnx onnxscript, ddpmx\'s extra "export"',
+            "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
         ) from error
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     begun, replaced = time.monotonic(), os.path.exists(output)

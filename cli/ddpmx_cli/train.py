@@ -95,9 +95,7 @@ def train(
             from ddpm_export.train import Trainer, TrainSettings
             from ddpm_export.unet import UNetConfig
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
-        raise BackendError(
-            "training needs torch", note=str(error), hint='pip install torch safetensors, ddpmx\'s extra "train"'
-        ) from error
+        raise BackendError("training needs torch", note=str(error), hint="pip install torch safetensors") from error
     from ddpmx.spec import ModelSpec
 
     if out is None:
