@@ -283,6 +283,9 @@ def _forget(checkpoint: Path) -> None:
 
 
 def _forget_unfinished(folder: Path) -> None:
-    """Remove what a run that was killed while writing left behind."""
-    for part in folder.glob(".part-*"):
+    """Remove what a run that was killed while writing left behind; put back what it was about to replace."""
+    for old in folder.glob(".old-*/*"):
+        if not (folder / old.name).exists():
+            old.rename(folder / old.name)
+    for part in (*folder.glob(".part-*"), *folder.glob(".old-*")):
         shutil.rmtree(part, ignore_errors=True)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
+unheard = False
+"""Whether standard output failed."""
+
+
 def say(text: str) -> None:
     """A line of result, on standard output. If nobody can hear it, the work goes on all the same."""
     try:
@@ -24,10 +28,6 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
         if unheard:
             complain(OutputError("standard output cannot be written", note=error.strerror))
-
-
-unheard = False
-"""Whether standard output failed."""
 
 
 def complain(error: DdpmxError) -> None:

@@ -141,7 +141,7 @@ def train(
 @contextlib.contextmanager
 def _as_flags() -> Iterator[None]:
     """Call settings by the names of their flags."""
-    names = {"channels": "--width", "multipliers": "--mult", "ema": "--ema", "grad_clip": "--grad-clip"}
+    names = {"channels": "--width", "multipliers": "--mult", "grad_clip": "--grad-clip"}
     try:
         yield
     except InputError as error:

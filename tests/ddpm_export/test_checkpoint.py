@@ -342,6 +342,19 @@ def test_what_a_killed_run_left_behind_is_swept_up(run):
     assert not part.exists()
 
 
+def test_what_a_killed_run_was_about_to_replace_comes_back(run):
+    """Killed between the two renames: the checkpoint lies aside, whole, and nothing has its name."""
+    save(run, 5)
+    aside = run / "checkpoints" / ".old-abc"
+    aside.mkdir()
+    (run / "checkpoints" / "00000005").rename(aside / "00000005")
+    assert checkpoints(run) == []
+    save(run, 10)
+    assert [path.name for path in checkpoints(run)] == ["00000005", "00000010"]
+    assert not aside.exists()
+    load_network(run / "checkpoints" / "00000005")
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["an old one", "the same step"])
 def test_killed_while_it_forgets_a_checkpoint(run, monkeypatch, again):
     """Removing a folder takes a while, file after file: meanwhile it must not look like a checkpoint."""
