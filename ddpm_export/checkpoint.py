@@ -32,8 +32,9 @@ from torch import Tensor
 from ddpm_export.unet import UNet, UNetConfig
 from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.files import make_folder, write_error
-from ddpmx.modelfile import SPEC_FILE, read_spec_json
-from ddpmx.spec import ModelSpec, parse_json
+from ddpmx.modelfile import SPEC_FILE, checkpoints, read_spec_json
+from ddpmx.sealed import parse_json
+from ddpmx.spec import ModelSpec
 
 Weights = Literal["ema", "raw"]
 FILES: Mapping[Weights, str] = {"ema": "ema.safetensors", "raw": "weights.safetensors"}
@@ -109,14 +110,6 @@ def save(
         with contextlib.suppress(OSError):
             _forget(old)
     return final
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    with contextlib.suppress(OSError):
-        found = [p for p in (run / "checkpoints").iterdir() if p.name.isdecimal() and (p / SPEC_FILE).is_file()]
-        return sorted(found, key=lambda p: int(p.name))
-    return []
 
 
 def newest_run(root: Path) -> Path:

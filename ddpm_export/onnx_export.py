@@ -28,7 +28,7 @@ from ddpm_export.checkpoint import Weights
 from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
 from ddpmx.errors import InputError, OutputError
 from ddpmx.files import atomic_write
-from ddpmx.modelfile import METADATA_KEY
+from ddpmx.onnxfile import METADATA_KEY
 from ddpmx.spec import PRECISIONS, ModelSpec, Precision
 
 OPSET = 20

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images, modelfile
+from ddpmx import chain, images, modelfile, onnxfile, planfile, tensorrt_library
 from ddpmx.backends import Backend, RowByRow
-from ddpmx.errors import Cancelled, FileFormatError, InputError
+from ddpmx.device import gpus
+from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
 from ddpmx.noise import MAX_IMAGE, check_seed
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
@@ -249,21 +252,32 @@ def load(
             hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and generate from that",
         )
     if kind == "plan":
-        flavour, version = modelfile.plan_flavour(path)
-        raise FileFormatError(
-            f"{path}: a plan of {flavour} {version}, which this version of ddpmx does not run",
-            hint="generate from the model.onnx that it was built from",
-        )
+        _refuse_plan(path)
     # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
     path = path.resolve()
-    info = modelfile.read_onnx(path)
-    modelfile.check_external(path, info)
-    spec = modelfile.onnx_spec(path, info, spec)
+    info = onnxfile.read_onnx(path)
+    onnxfile.check_external(path, info)
+    spec = onnxfile.onnx_spec(path, info, spec)
 
     from ddpmx.backends.ort import OrtBackend
 
     backend = OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
     return Pipeline(spec, backend)
+
+
+def _refuse_plan(path: Path) -> NoReturn:
+    """Say what is missing to run a plan here."""
+    info = planfile.read_plan(path)
+    found = gpus()
+    version = None
+    with contextlib.suppress(BackendError):
+        version = tensorrt_library.load(info.flavour).version if found.devices else None
+    planfile.check_fits(path, info, version=version, platform=tensorrt_library.host_platform(), gpus=found)
+    raise BackendError(
+        f"{path}: this version of ddpmx builds plans, and does not run them yet",
+        note=f"it was built with {info.flavour} {info.version}, and would fit this GPU",
+        hint=f"trtexec runs it; ddpmx runs the ONNX file: ddpmx generate --engine {shlex.quote(info.engine.source)}",
+    )
 
 
 def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,9 @@ from typing import Any, Literal, get_args
 from ddpmx.errors import InputError, SpecError
 from ddpmx.samplers import PREDICTIONS, VARIANCES, Prediction, Variance, make_table
 from ddpmx.schedule import Schedule, is_number, make_schedule, schedule_params
+from ddpmx.sealed import seal, unseal
+
+PREFIX = "ddpmx1"
 
 MAX_TEXT = 4095
 """Bytes. A TensorRT plan carries its network's name, which holds this much and no more."""
@@ -20,10 +22,9 @@ MAX_TEXT = 4095
 MAX_ELEMENTS = 2**28
 """C·H·W: 1 GiB of float32 for one image. A larger shape is a damaged file."""
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "bf16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-_HEADER = re.compile(rb"ddpmx1 (\d{1,4}) ([0-9a-f]{8}) ")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -156,11 +157,10 @@ class ModelSpec:
         Raises:
             SpecError: it would be longer than :data:`MAX_TEXT` bytes.
         """
-        body = json.dumps(self.to_json(), separators=(",", ":"), sort_keys=True).encode()
-        text = b"ddpmx1 %d %08x %s" % (len(body), zlib.crc32(body), body)
+        text = seal(PREFIX, self.to_json())
         if len(text) > MAX_TEXT:
             raise SpecError(f"the spec takes {len(text)} bytes, and a model file holds {MAX_TEXT}")
-        return text.decode()
+        return text
 
     @classmethod
     def from_text(cls, text: str) -> ModelSpec:
@@ -169,35 +169,8 @@ class ModelSpec:
         Raises:
             SpecError: a foreign, shortened or changed text, or what :meth:`from_json` refuses.
         """
-        raw = text.encode(errors="replace")  # what is no text cannot have the right CRC
-        header = _HEADER.match(raw)
-        if header is None:
-            raise SpecError("the text is not a ddpmx spec", note=f"it begins with {text[:24]!r}")
-        body = raw[header.end() :]
-        if len(body) != int(header[1]) or zlib.crc32(body) != int(header[2], 16):
-            raise SpecError(
-                "the ddpmx spec in the file is damaged",
-                note=f"{len(body)} bytes where it says {int(header[1])}, or another CRC",
-                hint="export the model again",
-            )
-        return cls.from_json(parse_json(body))
+        return cls.from_json(unseal(PREFIX, text))
 
 
 def _field_names() -> list[str]:
     return [f.name for f in dataclasses.fields(ModelSpec) if f.init]
-
-
-def parse_json(text: bytes | str) -> object:
-    """JSON to Python values, with NaN and infinities refused.
-
-    Raises:
-        SpecError: not JSON, or nested absurdly deep.
-    """
-
-    def refuse(name: str) -> object:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise SpecError("not valid JSON", note=str(error)[:200]) from error

@@ -50,6 +50,18 @@ def _varint(view: memoryview, position: int) -> tuple[int, int]:
     raise MalformedError("a number of more than ten bytes")
 
 
+def packed(view: memoryview) -> Iterator[int]:
+    """The numbers of a packed repeated field.
+
+    Raises:
+        MalformedError: it is cut off.
+    """
+    position = 0
+    while position < len(view):
+        value, position = _varint(view, position)
+        yield value
+
+
 def as_message(value: int | memoryview) -> memoryview:
     """The bytes of a field that should hold a message."""
     if isinstance(value, int):

@@ -32,7 +32,7 @@ from ddpm_export.torch_backend import TorchBackend
 from ddpm_export.unet import UNet, UNetConfig
 from ddpmx import files
 from ddpmx.errors import InputError, OutputError
-from ddpmx.modelfile import METADATA_KEY
+from ddpmx.onnxfile import METADATA_KEY
 from ddpmx.pipeline import Pipeline, load
 from ddpmx.spec import ModelSpec
 from oracles.random_weights import rerandomise

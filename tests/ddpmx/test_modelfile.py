@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import ddpmx
-from ddpmx import modelfile
+from ddpmx import modelfile, onnxfile, planfile
 from ddpmx.errors import DdpmxError, FileFormatError, SpecError
-from ddpmx.modelfile import TensorInfo
+from ddpmx.onnxfile import TensorInfo
 from ddpmx.spec import ModelSpec
 from oracles import gaussian, wire
 from oracles.wire import FLOAT, FLOAT16, INT32, INT64
@@ -40,9 +40,9 @@ def write(tmp_path):
 
 def spec_of(path: Path, override: ModelSpec | None = None) -> ModelSpec:
     """All that happens to a file before a backend sees it."""
-    info = modelfile.read_onnx(path)
-    modelfile.check_external(path, info)
-    return modelfile.onnx_spec(path, info, override)
+    info = onnxfile.read_onnx(path)
+    onnxfile.check_external(path, info)
+    return onnxfile.onnx_spec(path, info, override)
 
 
 # --- which kind ------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_empty_and_missing_files_are_refused(tmp_path):
 def test_a_plan_says_which_version_built_it(tmp_path, magic, flavour):
     path = tmp_path / "model.plan"
     path.write_bytes(magic + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100))
-    assert modelfile.plan_flavour(path) == (flavour, "10.3.0.26")
+    assert planfile.plan_flavour(path) == (flavour, "10.3.0.26")
 
 
 @pytest.mark.parametrize("content", [b"", b"ftrt", b"ftrt" + bytes(23), b"\x08\x08" + bytes(40)])
@@ -99,14 +99,14 @@ def test_cut_off_plans_are_refused(tmp_path, content):
     path = tmp_path / "model.plan"
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match="plan"):
-        modelfile.plan_flavour(path)
+        planfile.plan_flavour(path)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_toy_model_is_read(gaussian_onnx):
-    info = modelfile.read_onnx(gaussian_onnx)
+    info = onnxfile.read_onnx(gaussian_onnx)
     assert info.inputs == {
         "x": TensorInfo(FLOAT, ("batch", 3, 8, 8)),
         "t": TensorInfo(INT32, ("batch",)),
@@ -121,7 +121,7 @@ def test_the_toy_model_is_read(gaussian_onnx):
 def test_the_onnx_package_reads_the_same(gaussian_onnx):
     onnx = pytest.importorskip("onnx", reason="not verified here: that the onnx package reads the same as ddpmx")
     model = onnx.load(gaussian_onnx)
-    info = modelfile.read_onnx(gaussian_onnx)
+    info = onnxfile.read_onnx(gaussian_onnx)
 
     def tensors(values):
         return {
@@ -163,7 +163,7 @@ def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
     """IR versions before 4 demand every initializer among the inputs."""
     inputs = {**INPUTS, "w": (FLOAT, (1,))}
     graph = wire.field(5, wire.tensor("w", FLOAT, [1], bytes(4)))
-    info = modelfile.read_onnx(write(wire.model(inputs, OUTPUTS, graph=graph)))
+    info = onnxfile.read_onnx(write(wire.model(inputs, OUTPUTS, graph=graph)))
     assert list(info.inputs) == ["x", "t"]
 
 
@@ -183,7 +183,7 @@ def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
 )
 def test_damaged_files_are_refused(write, data):
     with pytest.raises(FileFormatError):
-        modelfile.read_onnx(write(data))
+        onnxfile.read_onnx(write(data))
 
 
 def nested(depth: int) -> bytes:
@@ -194,10 +194,10 @@ def nested(depth: int) -> bytes:
 
 
 def test_absurd_nesting_is_refused_and_real_nesting_is_not(write):
-    assert modelfile.read_onnx(write(nested(10)))
+    assert onnxfile.read_onnx(write(nested(10)))
     for depth in (100, 1000):
         with pytest.raises(FileFormatError):
-            modelfile.read_onnx(write(nested(depth)))
+            onnxfile.read_onnx(write(nested(depth)))
 
 
 def attempt(path: Path) -> None:
@@ -266,10 +266,10 @@ def external_model(location: str, place: str = "an initializer") -> bytes:
 @pytest.mark.parametrize("place", PLACES)
 def test_weights_outside_the_folder_are_found_wherever_they_hide(write, place):
     path = write(external_model("/etc/passwd", place))
-    info = modelfile.read_onnx(path)
+    info = onnxfile.read_onnx(path)
     assert info.external == ("/etc/passwd",)
     with pytest.raises(FileFormatError, match="outside its own folder"):
-        modelfile.check_external(path, info)
+        onnxfile.check_external(path, info)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_other_places_are_refused(write, tmp_path, location):
     (tmp_path / "secret").write_bytes(bytes(4))
     path = write(external_model(location))
     with pytest.raises(FileFormatError, match="outside its own folder"):
-        modelfile.check_external(path, modelfile.read_onnx(path))
+        onnxfile.check_external(path, onnxfile.read_onnx(path))
 
 
 def test_a_symlink_that_leaves_the_folder_is_refused(write, tmp_path):
@@ -287,7 +287,7 @@ def test_a_symlink_that_leaves_the_folder_is_refused(write, tmp_path):
     path = write(external_model("weights.bin"))
     os.symlink(tmp_path / "secret", path.parent / "weights.bin")
     with pytest.raises(FileFormatError, match="outside its own folder"):
-        modelfile.check_external(path, modelfile.read_onnx(path))
+        onnxfile.check_external(path, onnxfile.read_onnx(path))
 
 
 def test_a_folder_that_is_a_symlink_out_is_refused(write, tmp_path):
@@ -296,7 +296,7 @@ def test_a_folder_that_is_a_symlink_out_is_refused(write, tmp_path):
     path = write(external_model("sub/w"))
     os.symlink(tmp_path / "elsewhere", path.parent / "sub")
     with pytest.raises(FileFormatError, match="outside its own folder"):
-        modelfile.check_external(path, modelfile.read_onnx(path))
+        onnxfile.check_external(path, onnxfile.read_onnx(path))
 
 
 @pytest.mark.parametrize("location", ["missing.bin", ".", "a" * 300, "nul\0byte", "loop", "a\udcffb"])
@@ -304,14 +304,14 @@ def test_files_that_cannot_be_are_refused(write, location):
     path = write(external_model(location))
     os.symlink("loop", path.parent / "loop")
     with pytest.raises(FileFormatError):
-        modelfile.check_external(path, modelfile.read_onnx(path))
+        onnxfile.check_external(path, onnxfile.read_onnx(path))
 
 
 def test_weights_beside_the_model_are_welcome(write):
     path = write(external_model("weights.bin") + wire.field(25, wire.field(7, b"")))
     weights = path.parent / "weights.bin"
     weights.write_bytes(bytes(4))
-    assert modelfile.check_external(path, modelfile.read_onnx(path)) == [weights.resolve()]
+    assert onnxfile.check_external(path, onnxfile.read_onnx(path)) == [weights.resolve()]
 
 
 def test_load_checks_before_anything_is_read(write):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ddpmx.errors import SpecError
 from ddpmx.schedule import SCHEDULES
-from ddpmx.spec import MAX_TEXT, ModelSpec, parse_json
+from ddpmx.sealed import parse_json
+from ddpmx.spec import MAX_TEXT, ModelSpec
 
 SMALL = {"shape": [1, 4, 4], "timesteps": 10}
 

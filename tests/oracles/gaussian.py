@@ -41,7 +41,7 @@ def onnx_bytes() -> bytes:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from ddpmx.modelfile import METADATA_KEY
+    from ddpmx.onnxfile import METADATA_KEY
 
     slope, offset = coefficients(SPEC.make_schedule())
     column = ["batch", 1, 1, 1]

@@ -1,0 +1,146 @@
+"""What PyTorch answers, written down: the record that every file of this model is held against."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ddpm_export.torch_backend import TorchBackend
+from ddpmx import chain, images
+from ddpmx.backends import Buffers
+from ddpmx.chain import Float32
+from ddpmx.errors import InputError
+from ddpmx.parity.ladder import SILENT
+from ddpmx.parity.reference import Reference, chain_table, diffusion_noise, elements, recorded_steps
+from ddpmx.samplers import timestep_grid
+from ddpmx.spec import ModelSpec
+
+TIMESTEPS = 32
+SHORT_CHAIN = 50
+
+
+def record(
+    network: nn.Module,
+    spec: ModelSpec,
+    *,
+    data: NDArray[np.uint8] | None = None,
+    steps: int | None = SHORT_CHAIN,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """Ask a network what a file of it should answer, in float32, TF32 off.
+
+    Args:
+        network: x float32 [B, C, H, W], t int [B] → [B, C, H, W], in eval mode, float32.
+        spec: what it is. Its precision is not looked at.
+        data: uint8 [N, H, W, C], real images; by default the ends of the network's own chain.
+        steps: length of the recorded chain, at most T; None for all T.
+        seed: of all noise.
+        progress: called with (network calls done, network calls in all).
+
+    Raises:
+        InputError: the images have another shape, or the network answers nothing (it was never trained).
+        NumericError: its answers are not finite.
+    """
+    spec = spec.replace(precision="fp32")
+    steps = spec.timesteps if steps is None else min(steps, spec.timesteps)
+    t = timestep_grid(spec.timesteps, min(TIMESTEPS, spec.timesteps)).astype(np.int32)
+    size = int(np.prod(spec.shape))
+    images_per_t, chains = int(np.clip((1 << 15) // size, 1, 2)), int(np.clip((1 << 19) // size, 1, 8))
+    total, done = steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    with _exact_float32():
+        backend = TorchBackend(network)
+        table = chain_table(spec, steps)
+        at = recorded_steps(steps, spec.shape)
+        state = np.empty((len(at), *spec.shape), np.float32)
+        x_start = chain.initial(seed, np.arange(chains), spec.shape)
+        sample = x_start
+        run = chain.run(backend, table, x_start, seed=seed, images=np.arange(chains), clip=spec.clip)
+        for number, step in enumerate(run):
+            if number in at:
+                state[np.searchsorted(at, number)] = step.x[0]
+            sample = step.x0
+            tick()
+        final = images.to_uint8(sample)
+        x0 = final[:images_per_t] if data is None else _chosen(data, spec, images_per_t)
+        clean, schedule = images.from_uint8(x0), spec.make_schedule()
+        kept = elements(spec.shape)
+        out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
+        for i, ti in enumerate(t):
+            z = diffusion_noise(clean, int(ti), seed)
+            signal, noise = (np.float32(np.sqrt(v[ti])) for v in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
+            x_t = signal * clean + noise * z
+            answer = _ask(backend, x_t, np.full(len(x0), ti, np.int32))
+            target = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction]
+            losses.append(float(np.mean(np.square(target - answer)) / max(float(np.var(target)), 1e-6)))
+            out[i] = answer.reshape(len(x0), -1)[:, kept]
+            tick()
+        states_out = np.empty((len(at), len(kept)), np.float32)
+        for i, number in enumerate(at):
+            ti = np.array([table.timesteps[number]], np.int32)
+            states_out[i] = _ask(backend, state[i : i + 1], ti).reshape(-1)[kept]
+            tick()
+    reference = Reference(
+        spec=spec,
+        made_with=backend.description,
+        seed=seed,
+        real=data is not None,
+        loss=float(np.median(losses)),
+        t=t,
+        x0=np.ascontiguousarray(x0),
+        out=out,
+        steps=steps,
+        at=at,
+        state=state,
+        state_out=states_out,
+        final=np.ascontiguousarray(final),
+    )
+    if reference.scale < SILENT:
+        raise InputError(
+            "the network answers nothing, so there is nothing to hold a file against",
+            note=f"RMS of its answers: {reference.scale:.1g}; its last layer is as it was initialised",
+            hint="train it first",
+        )
+    return reference
+
+
+def _ask(backend: TorchBackend, x: Float32, t: NDArray[np.int32]) -> Float32:
+    buffers = Buffers(np.ascontiguousarray(x), t, np.empty_like(x))
+    backend.bind(buffers)
+    backend.enqueue()
+    return buffers.out
+
+
+def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint8]:
+    """``n`` images spread over the data, as [n, C, H, W]."""
+    channels, height, width = spec.shape
+    if data.ndim != 4 or data.shape[1:] != (height, width, channels) or not len(data):
+        raise InputError(
+            f"the images are {list(data.shape[1:])} (height, width, channels), and the model's {[height, width, channels]}",
+            hint="a folder is brought to the model's size by itself; an .npz is taken as it is",
+        )
+    picked = data[np.linspace(0, len(data) - 1, n).round().astype(int)]
+    return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
+
+
+@contextlib.contextmanager
+def _exact_float32() -> Iterator[None]:
+    """TF32 off while the reference is recorded: cuDNN has it on by default."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,62 @@
+""".npz files of unknown origin: nothing is unpickled, and nothing is allocated that the archive does not really hold."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from ddpmx.errors import FileFormatError
+
+MAX_MEMBERS = 256
+
+
+def read_npz(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, NDArray[Any]]:
+    """Every array of an .npz.
+
+    Args:
+        path: the archive.
+        max_bytes: what it may unpack to.
+
+    Raises:
+        FileFormatError: damaged, too large, or something else than arrays of plain numbers.
+    """
+    path = Path(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            size = sum(entry.file_size for entry in entries)
+            if size > max_bytes or len(entries) > MAX_MEMBERS:
+                raise FileFormatError(
+                    f"{path}: unpacks to {size / 2**20:.0f} MiB in {len(entries)} parts",
+                    note=f"the limits are {max_bytes / 2**20:.0f} MiB and {MAX_MEMBERS}",
+                )
+            return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
+    except FileFormatError:
+        raise
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets
+        raise FileFormatError(f"{path}: not an .npz that can be read", note=str(error)[:200] or None) from error
+
+
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(entry) as stream:
+        version = npy.read_magic(stream)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream, max_header_size=10_000)
+        if dtype.hasobject or dtype.kind not in "biufc":
+            raise ValueError(f"{entry.filename} holds {dtype}, and not plain numbers")
+        wanted = dtype.itemsize
+        for side in shape:
+            wanted *= int(side)
+        if wanted > entry.file_size:
+            raise ValueError(f"{entry.filename} is cut off: {list(shape)} of {dtype} do not fit into it")
+        data = stream.read(wanted)
+        if len(data) != wanted or stream.read(1):
+            raise ValueError(f"{entry.filename} does not hold {list(shape)} of {dtype}")
+    array = np.frombuffer(data, dtype)
+    return array.reshape(shape[::-1]).T if fortran else array.reshape(shape)

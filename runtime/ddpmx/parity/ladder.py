@@ -1,0 +1,401 @@
+"""The ladder: from one answer of the network to whole chains, each rung a figure with a bound.
+
+1. itself — identical rows give identical answers, and neighbours make no difference (needs no reference)
+2. ε — the answers over all of 0…T−1, at x_t = q(x_t | x_0)
+3. one step — x_{t−1} from the same x_t
+4. teacher-forced chain — every step starts where PyTorch's chain was
+5. free-running chain — same x_T and noise, nobody corrects: the pixels that come out
+6. distribution — what the errors change of the variational bound
+
+Errors are given in units of the RMS of PyTorch's answers (1 for a network that predicts ε).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx import chain, images
+from ddpmx.backends import Backend, Buffers
+from ddpmx.chain import Float32
+from ddpmx.errors import InputError, NumericError, SpecError
+from ddpmx.parity.reference import Reference, elements
+from ddpmx.samplers import Table, make_table
+from ddpmx.schedule import Float64
+from ddpmx.spec import ModelSpec, Precision
+
+SILENT = 1e-6
+"""RMS. A network below it answers nothing: its last layer is as it was initialised, and any file of it would pass."""
+
+MOST = 16  # rows at once
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a file of one precision has to keep.
+
+    Attributes:
+        eps: RMS of the answer's error at the worst t.
+        eps_pixel: the largest error of a single number.
+        step: RMS of x_{t−1}'s error at the worst t.
+        pixels: share of a free chain's uint8 values within one level of PyTorch's.
+        bits: change of the variational bound, in bits per dimension.
+    """
+
+    eps: float
+    eps_pixel: float
+    step: float
+    pixels: float
+    bits: float
+
+
+BOUNDS: dict[Precision, Bounds] = {
+    "fp32": Bounds(eps=2e-5, eps_pixel=2e-4, step=4e-7, pixels=0.999, bits=1e-4),
+    "fp16": Bounds(eps=3e-3, eps_pixel=3e-2, step=6e-5, pixels=0.99, bits=5e-3),
+    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.90, bits=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One figure.
+
+    Attributes:
+        name: which.
+        value: measured; NaN if it was not.
+        bound: what it may be.
+        at_least: whether the bound is one from below.
+        worst: where it was worst, for people.
+        skipped: why it was not measured, or None.
+    """
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = False
+    worst: str = ""
+    skipped: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds. What was not measured does not fail."""
+        return self.skipped is not None or (self.value >= self.bound if self.at_least else self.value <= self.bound)
+
+    def __str__(self) -> str:
+        """ "ε: 1.2e-06 ≤ 2e-05 (worst at t = 999)"."""
+        if self.skipped is not None:
+            return f"{self.name}: not judged, {self.skipped}"
+        sign = ("≥" if self.at_least else "≤") if self.passed else ("<" if self.at_least else ">")
+        figure = (
+            f"{self.value:.4%} {sign} {self.bound:.4g}" if self.at_least else f"{self.value:.3g} {sign} {self.bound:g}"
+        )
+        return f"{self.name}: {figure}" + (f" ({self.worst})" if self.worst else "")
+
+
+@dataclass(frozen=True, eq=False)
+class Climb:
+    """What came of it.
+
+    Attributes:
+        spec: the file's.
+        ran_on: what computed it.
+        reference: what it was held against, or None for the first rung alone.
+        rungs: in the order in which they were climbed.
+        curves: figures over t and over the chain, for plots; see :func:`climb`.
+        finals: uint8 [m, H, W, C], the free chain's images, or None.
+    """
+
+    spec: ModelSpec
+    ran_on: str
+    reference: Reference | None
+    rungs: tuple[Rung, ...]
+    curves: dict[str, NDArray[Any]] = field(default_factory=dict)
+    finals: NDArray[np.uint8] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rung holds."""
+        return all(rung.passed for rung in self.rungs)
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        if failed := [rung for rung in self.rungs if not rung.passed]:
+            return f"FAILED: this is not the PyTorch model: {failed[0]}" + (
+                f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
+            )
+        judged = [rung for rung in self.rungs if rung.skipped is None]
+        skipped = len(self.rungs) - len(judged)
+        what = "the PyTorch model" if self.reference is not None else "consistent with itself"
+        return f"PASSED: {what}, {len(judged)} of {len(judged)} bounds hold" + (
+            f"; {skipped} not judged" if skipped else ""
+        )
+
+
+def check_same_model(spec: ModelSpec, reference: Reference) -> None:
+    """See that a record is one of this model.
+
+    Raises:
+        SpecError: it is another one's.
+    """
+    mine, theirs = spec.to_json(), reference.spec.to_json()
+    ignored = {"precision", "ddpmx"}
+    if spec.weights is None:
+        ignored.add("weights")  # a file of someone else's does not know
+    differing = sorted(name for name in mine if name not in ignored and mine[name] != theirs[name])
+    if differing:
+        name = differing[0]
+        raise SpecError(
+            "the record is another model's",
+            note=f"{', '.join(differing)} differ; {name}: {str(theirs[name])[:80]} there, {str(mine[name])[:80]} in the file",
+            hint="use the .parity.npz that the same export wrote, or --checkpoint",
+        )
+
+
+def climb(
+    backend: Backend,
+    spec: ModelSpec,
+    reference: Reference | None,
+    *,
+    batch: int = MOST,
+    progress: Callable[[int, int], None] | None = None,
+) -> Climb:
+    """Hold a backend against a record.
+
+    Args:
+        backend: computes the file's answers.
+        spec: the file's.
+        reference: what PyTorch answered; without it only the first rung can be climbed.
+        batch: how many rows at once, at most.
+        progress: called with (network calls done, network calls in all).
+
+    Returns:
+        The rungs; ``curves`` holds ``t``, ``eps`` (RMS error over t), ``eps_pixel``, ``step``, and over the recorded
+        states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t).
+
+    Raises:
+        SpecError: the record is another model's, or the reference network answers nothing.
+        NumericError: the answers are not finite.
+        BackendError: the network could not be run.
+    """
+    if not 1 <= batch <= 1 << 16:
+        raise InputError(f"a batch is 1…{1 << 16}, not {batch}")
+    if reference is not None:
+        check_same_model(spec, reference)
+        if reference.scale < SILENT:
+            raise SpecError(
+                "the recorded network answers nothing, so that any file would pass",
+                note=f"RMS of its answers: {reference.scale:.1g}",
+                hint="train it first",
+            )
+    runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
+    runs += 0 if reference is None or not reference.trained else reference.steps
+    ask = _Asker(backend, spec.shape, batch, progress, total=runs + 2 + batch)
+    bounds = BOUNDS[spec.precision]
+    rungs = _itself(ask, spec, bounds, reference)
+    if reference is None:
+        return Climb(spec, backend.description, None, tuple(rungs))
+    curves: dict[str, NDArray[Any]] = {}
+    rungs += _teacher(ask, spec, bounds, reference, curves)
+    more, finals = _chains(ask, backend, bounds, reference, curves)
+    return Climb(spec, backend.description, reference, tuple(rungs + more), curves, finals)
+
+
+class _Asker:
+    """The network's answers for any number of rows, in batches of one size."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        shape: tuple[int, int, int],
+        batch: int,
+        progress: Callable[[int, int], None] | None,
+        total: int,
+    ) -> None:
+        self._backend, self._shape, self.batch = backend, shape, batch
+        self._progress, self._done, self._total = progress, 0, total
+
+    def __call__(self, x: Float32, t: NDArray[np.integer], *, batch: int | None = None) -> Float32:
+        """float32 [n, C, H, W] for x [n, C, H, W] and t [n]."""
+        size = batch or self.batch
+        buffers = Buffers.of(size, self._shape)
+        self._backend.bind(buffers)
+        out = np.empty_like(x)
+        for start in range(0, len(x), size):
+            rows = slice(start, min(start + size, len(x)))
+            n = rows.stop - rows.start
+            buffers.x[:n], buffers.t[:n] = x[rows], t[rows]
+            buffers.x[n:], buffers.t[n:] = x[rows][-1:], t[rows][-1:]
+            self._backend.enqueue()
+            out[rows] = buffers.out[:n]
+            self.tick()
+        if not np.isfinite(out).all():
+            bad = int(t[int(np.argmin(np.isfinite(out).reshape(len(out), -1).all(axis=1)))])
+            raise NumericError(
+                f"the network's answer at t = {bad} is not finite",
+                note=self._backend.description,
+                hint="if the file is fp16, try fp32: an activation may exceed 65504",
+            )
+        return out
+
+    def tick(self) -> None:
+        """One more run of the network is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None) -> list[Rung]:
+    """What needs no reference: some TensorRT versions compute only the first row of a batch rightly."""
+    n = ask.batch
+    x = chain.initial(0, np.arange(n), spec.shape)
+    t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32) if n > 1 else np.array([spec.timesteps // 2])
+    whole = ask(x, t)
+    unit = max(_rms(whole), SILENT) if reference is None else reference.scale
+    middle = np.full(n, spec.timesteps // 2, np.int32)
+    same = ask(np.broadcast_to(x[:1], x.shape).copy(), middle)
+    alone = ask(x, t, batch=1)
+    rows = float(np.abs(same - same[:1]).max()) / unit
+    neighbours = float(np.abs(alone - whole).max()) / unit
+    few = "a batch of one" if n == 1 else None
+    return [
+        Rung("identical rows, largest difference", rows, bounds.eps_pixel, skipped=few, worst=_exact(rows)),
+        Rung(
+            "batch against one by one, largest difference",
+            neighbours,
+            bounds.eps_pixel,
+            skipped=few,
+            worst=_exact(neighbours),
+        ),
+    ]
+
+
+def _teacher(
+    ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+) -> list[Rung]:
+    """ε and one step over t, and what that does to the bound."""
+    kept, unit = elements(spec.shape), reference.scale
+    k, n = reference.out.shape[:2]
+    x = np.stack([reference.inputs(i) for i in range(k)])
+    t = np.repeat(reference.t, n)
+    answers = ask(x.reshape(k * n, *spec.shape), t).reshape(k, n, -1)[:, :, kept]
+    x = x.reshape(k, n, -1)[:, :, kept]
+    table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+    error = answers - reference.out
+    curves["t"] = reference.t
+    curves["eps"] = np.array([_rms(e) for e in error]) / unit
+    curves["eps_pixel"] = np.abs(error).reshape(k, -1).max(axis=1) / unit
+    curves["step"] = np.array(
+        [
+            _rms(_step(table, spec, ti, xi, a) - _step(table, spec, ti, xi, b))
+            for ti, xi, a, b in zip(reference.t, x, answers, reference.out, strict=True)
+        ]
+    )
+    x0 = images.from_uint8(reference.x0).reshape(n, -1)[:, kept]
+    bits = [_bits(spec, reference.t, x0, x, out) for out in (answers, reference.out)]
+    return [
+        _worst("ε, RMS", curves["eps"], bounds.eps, reference.t),
+        _worst("ε, largest error", curves["eps_pixel"], bounds.eps_pixel, reference.t),
+        _worst("one step, RMS of x_{t−1}", curves["step"], bounds.step, reference.t),
+        Rung(
+            "variational bound, change in bits/dim",
+            abs(bits[0] - bits[1]),
+            bounds.bits,
+            worst=f"{bits[1]:.4f} by PyTorch, {bits[0]:.4f} by the file, terms t ≥ 1",
+        ),
+    ]
+
+
+def _chains(
+    ask: _Asker, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+) -> tuple[list[Rung], NDArray[np.uint8] | None]:
+    """The recorded chain, teacher-forced and free."""
+    spec, kept, unit = reference.spec, elements(reference.spec.shape), reference.scale
+    table = reference.table()
+    t = table.timesteps[reference.at].astype(np.int32)
+    answers = ask(reference.state, t).reshape(len(t), -1)[:, kept]
+    states = reference.state.reshape(len(t), -1)[:, kept]
+    curves["chain_t"] = t
+    curves["forced"] = np.array([_rms(a - b) for a, b in zip(answers, reference.state_out, strict=True)]) / unit
+    full = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+    curves["forced_step"] = np.array(
+        [
+            _rms(_step(full, spec, ti, xi, a) - _step(full, spec, ti, xi, b))
+            for ti, xi, a, b in zip(t, states, answers, reference.state_out, strict=True)
+        ]
+    )
+    rungs = [
+        _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.eps, t),
+        _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], bounds.step, t),
+    ]
+    name = f"free chain of {reference.steps} steps, pixels within one level"
+    if not reference.trained:
+        why = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
+        return [*rungs, Rung(name, float("nan"), bounds.pixels, at_least=True, skipped=why)], None
+    m = len(reference.final)
+    indices = np.arange(m)
+    x_start = chain.initial(reference.seed, indices, spec.shape)
+    states_free = np.empty_like(reference.state)
+    at = {int(step): i for i, step in enumerate(reference.at)}
+    sample = x_start
+    for number, step in enumerate(
+        chain.run(backend, table, x_start, seed=reference.seed, images=indices, clip=spec.clip)
+    ):
+        if number in at:
+            states_free[at[number]] = step.x[0]
+        sample = step.x0
+        ask.tick()
+    curves["free"] = np.array([_rms(a - b) for a, b in zip(states_free, reference.state, strict=True)])
+    finals = images.to_nhwc(sample)
+    apart = np.abs(finals.astype(np.int16) - reference.final.transpose(0, 2, 3, 1))
+    curves["levels_apart"] = np.bincount(apart.reshape(-1), minlength=3)
+    mse = float(np.mean(np.square(apart, dtype=np.float64)))
+    psnr = "equal" if mse == 0 else f"PSNR {10 * np.log10(255**2 / mse):.1f} dB"
+    worst = f"{float(np.mean(apart == 0)):.2%} equal, at most {apart.max()} apart, {psnr}, {m} images"
+    return [*rungs, Rung(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
+
+
+def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32) -> Float32:
+    """x_{t−1} without its noise, which is the same on both sides."""
+    row = table.rows[len(table) - 1 - int(t)].astype(np.float32)
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    chain.update(row, np.inf if spec.clip is None else spec.clip, x, out, None, x0=x0, x_next=x_next)
+    return x_next
+
+
+def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: Float32) -> float:
+    """Σ_{t≥1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) in bits per dimension, from the recorded t.
+
+    With the file's σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction);
+    each recorded t stands for the timesteps that are nearest to it.
+    """
+    schedule = spec.make_schedule()
+    table = make_table(schedule, spec.prediction, spec.variance)
+    rows: Float64 = table.rows[::-1][t]  # by t
+    limit = np.inf if spec.clip is None else spec.clip
+    owners = np.abs(np.arange(1, spec.timesteps)[:, None] - t[None, :]).argmin(axis=1)
+    share = np.bincount(owners, minlength=len(t))
+    total = 0.0
+    for i, (p, q, a, _, sigma) in enumerate(rows):
+        if sigma == 0:
+            continue
+        guess = np.clip(p * x[i] + q * out[i], -limit, limit)
+        total += share[i] * a**2 * float(np.mean(np.square(x0 - guess))) / (2 * sigma**2)
+    return total / float(np.log(2))
+
+
+def _worst(name: str, values: NDArray[Any], bound: float, t: NDArray[np.int32]) -> Rung:
+    i = int(np.argmax(values))
+    return Rung(name, float(values[i]), bound, worst=f"worst at t = {t[i]}")
+
+
+def _exact(difference: float) -> str:
+    return "equal bit for bit" if difference == 0 else ""
+
+
+def _rms(values: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

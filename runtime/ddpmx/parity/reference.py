@@ -1,0 +1,204 @@
+"""model.parity.npz: what PyTorch answered in float32, so that any file can be held against it where there is no torch.
+
+Inputs are not stored but made again from the images and the seed, bit for bit: noise is a function here. Answers are
+stored at up to :data:`ELEMENTS` of an image's numbers, spread over all of it, which keeps large images small.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx import images, noise
+from ddpmx.chain import Float32
+from ddpmx.errors import FileFormatError, SpecError
+from ddpmx.files import atomic_write
+from ddpmx.noise import Purpose
+from ddpmx.npz import read_npz
+from ddpmx.samplers import Table, make_table
+from ddpmx.schedule import Schedule
+from ddpmx.sealed import parse_json
+from ddpmx.spec import ModelSpec
+
+ELEMENTS = 4096
+"""Numbers of one answer that are kept: all of a 32×32 image in colour."""
+
+MAX_BYTES = 64 << 20
+TRAINED = 0.5
+"""Of a target of variance 1 a network that learnt anything explains half; one that did not is off by 1 or more."""
+
+FORMAT = "ddpmx-parity1"
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What PyTorch answered.
+
+    Attributes:
+        spec: of the float32 network.
+        made_with: "torch 2.13.0, cpu".
+        seed: of every noise in it.
+        real: whether the images are the user's, and not the network's own.
+        loss: L_simple of the network on these inputs, in units of the target's variance.
+        t: int32 [K], the timesteps of the first rung.
+        x0: uint8 [n, C, H, W], images.
+        out: float32 [K, n, E], the answers at x_t = q(x_t | x_0).
+        steps: of the recorded chain, S.
+        at: int64 [M], after how many of these steps a state is recorded.
+        state: float32 [M, C, H, W], x_t of the chain's first image there.
+        state_out: float32 [M, E], the answers to them.
+        final: uint8 [m, C, H, W], where the chain of m images ended.
+    """
+
+    spec: ModelSpec
+    made_with: str
+    seed: int
+    real: bool
+    loss: float
+    t: NDArray[np.int32]
+    x0: NDArray[np.uint8]
+    out: Float32
+    steps: int
+    at: NDArray[np.int64]
+    state: Float32
+    state_out: Float32
+    final: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together.
+
+        Raises:
+            FileFormatError: they do not.
+        """
+        spec, shape = self.spec, self.spec.shape
+        k, n, m, kept = len(self.t), len(self.x0), len(self.at), len(elements(shape))
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {
+            "t": (np.int32, (k,)),
+            "x0": (np.uint8, (n, *shape)),
+            "out": (np.float32, (k, n, kept)),
+            "at": (np.int64, (m,)),
+            "state": (np.float32, (m, *shape)),
+            "state_out": (np.float32, (m, kept)),
+            "final": (np.uint8, (len(self.final), *shape)),
+        }
+        for name, (dtype, dims) in expected.items():
+            array = getattr(self, name)
+            if array.dtype != dtype or array.shape != dims or 0 in array.shape:
+                raise FileFormatError(f"the record's {name!r} is {array.dtype} {list(array.shape)}, not {list(dims)}")
+            if dtype == np.float32 and not np.isfinite(array).all():
+                raise FileFormatError(f"the record's {name!r} holds NaN or infinities")
+        if not (
+            type(self.steps) is int
+            and 1 <= self.steps <= spec.timesteps
+            and np.all((self.t >= 0) & (self.t < spec.timesteps))
+            and np.all((self.at >= 0) & (self.at < self.steps))
+            and np.all(np.diff(self.at) > 0)
+            and type(self.seed) is int
+            and 0 <= self.seed <= noise.MAX_SEED
+            and isinstance(self.made_with, str)
+            and isinstance(self.real, bool)
+            and isinstance(self.loss, float)
+            and math.isfinite(self.loss)
+        ):
+            raise FileFormatError("the record's numbers are out of range")
+
+    @property
+    def trained(self) -> bool:
+        """Whether a free-running chain of this network means anything. On random weights it saturates."""
+        return self.loss < TRAINED
+
+    @property
+    def scale(self) -> float:
+        """RMS of all recorded answers: the unit in which errors are given."""
+        return float(np.sqrt(np.mean(np.square(self.out, dtype=np.float64))))
+
+    def table(self) -> Table:
+        """The recorded chain's."""
+        return chain_table(self.spec, self.steps)
+
+    def inputs(self, k: int) -> Float32:
+        """x_t of each image at ``t[k]``, float32 [n, C, H, W]."""
+        return diffuse(self.spec.make_schedule(), images.from_uint8(self.x0), int(self.t[k]), self.seed)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the record.
+
+        Raises:
+            OutputError: it could not be written; what was there before is untouched.
+        """
+        told = {
+            "format": FORMAT,
+            "spec": self.spec.to_json(),
+            **{name: getattr(self, name) for name in ("made_with", "seed", "real", "loss", "steps")},
+        }
+        text = np.frombuffer(json.dumps(told).encode(), np.uint8)
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        with atomic_write(path) as stream:
+            np.savez_compressed(stream, about=text, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Reference:
+        """The record that :meth:`save` wrote.
+
+        Raises:
+            FileFormatError, SpecError: missing, damaged, or no such record.
+        """
+        path = Path(path)
+        arrays = read_npz(path, max_bytes=MAX_BYTES)
+        try:
+            about = arrays.pop("about", None)
+            if about is None or about.dtype != np.uint8:
+                raise FileFormatError("not a record of ddpmx", note=f"it holds {', '.join(arrays)[:200] or 'nothing'}")
+            told = parse_json(about.tobytes())
+            if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
+                raise FileFormatError("a record of another version of ddpmx")
+            told["spec"] = ModelSpec.from_json(told.get("spec"))
+            if {*told, *arrays} != {f.name for f in fields(cls)}:
+                raise FileFormatError("the record has not the parts that this ddpmx knows")
+            return cls(**told, **arrays)
+        except (FileFormatError, SpecError) as error:
+            raise type(error)(
+                f"{path}: {error.fact}", note=error.note, hint=error.hint or "`ddpmx export` writes it"
+            ) from error
+
+
+def chain_table(spec: ModelSpec, steps: int) -> Table:
+    """The recorded chain: ancestral, ``steps`` of the T timesteps."""
+    return make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=steps)
+
+
+def elements(shape: tuple[int, int, int]) -> NDArray[np.int64]:
+    """Which numbers of a flat image are kept: all, or :data:`ELEMENTS` spread over it by the golden ratio."""
+    size = math.prod(shape)
+    if size <= ELEMENTS:
+        return np.arange(size)
+    stride = next(s for s in range(int(size * 0.6180339887), size) if math.gcd(s, size) == 1)
+    return np.sort(np.arange(ELEMENTS, dtype=np.int64) * stride % size)
+
+
+def diffuse(schedule: Schedule, x0: Float32, t: int, seed: int) -> Float32:
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (equation 4), with the noise of (seed, image, t): float32 [n, C, H, W]."""
+    signal = np.float32(np.sqrt(schedule.alpha_bar[t]))
+    x_t: Float32 = signal * x0 + np.float32(np.sqrt(schedule.one_minus_alpha_bar[t])) * diffusion_noise(x0, t, seed)
+    return x_t
+
+
+def diffusion_noise(x0: Float32, t: int, seed: int) -> Float32:
+    """The ε of :func:`diffuse`."""
+    size = math.prod(x0.shape[1:])
+    return noise.normal(seed, np.arange(len(x0)), t, Purpose.DIFFUSE, size).reshape(x0.shape)
+
+
+def recorded_steps(
+    steps: int, shape: tuple[int, int, int], *, budget: int = 3 << 19, most: int = 32
+) -> NDArray[np.int64]:
+    """After which steps of a chain its state is recorded: evenly, the last included, as many as 1.5 MiB hold, 2…32."""
+    count = int(np.clip(budget // (4 * math.prod(shape)), 2, most))
+    return np.unique(np.round(np.linspace(0, steps - 1, min(count, steps))).astype(np.int64))

@@ -1,0 +1,80 @@
+"""Short JSON that travels inside files of other formats: a prefix, its length, its CRC, and the object itself.
+
+    ddpmx1 LENGTH CRC32 {"shape":[3,32,32],…}
+
+It is ASCII, so it survives as a value of ONNX metadata and as the name of a TensorRT network, and it can be found again
+in the bytes of a file whose format is not public.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ddpmx.errors import SpecError
+
+MAX_BYTES = 9999
+
+
+def seal(prefix: str, values: Mapping[str, Any]) -> str:
+    """One line of ASCII.
+
+    Raises:
+        SpecError: it would be longer than :data:`MAX_BYTES`.
+    """
+    body = json.dumps(values, separators=(",", ":"), sort_keys=True).encode()
+    if len(body) > MAX_BYTES:
+        raise SpecError(f"what a file says about itself takes {len(body)} bytes, and {MAX_BYTES} is the most")
+    return f"{prefix} {len(body)} {zlib.crc32(body):08x} {body.decode()}"
+
+
+def unseal(prefix: str, text: str) -> object:
+    """The object that :func:`seal` was given.
+
+    Raises:
+        SpecError: foreign, shortened or changed.
+    """
+    raw = text.encode(errors="replace")  # what is no text cannot have the right CRC
+    header = _header(prefix).match(raw)
+    if header is None:
+        raise SpecError("the text is not a ddpmx spec", note=f"it begins with {text[:24]!r}")
+    body = raw[header.end() :]
+    if len(body) != int(header[1]) or zlib.crc32(body) != int(header[2], 16):
+        raise SpecError(
+            "the ddpmx spec in the file is damaged",
+            note=f"{len(body)} bytes where it says {int(header[1])}, or another CRC",
+            hint="export the model again",
+        )
+    return parse_json(body)
+
+
+def search(prefix: str, data: Any) -> Iterator[tuple[str, int]]:
+    """Every whole sealed text in ``data`` (bytes, or a map of a file) and where it ends. Damaged ones are passed over."""
+    for header in _header(prefix).finditer(data):
+        end = header.end() + int(header[1])
+        body = bytes(data[header.end() : end])
+        if len(body) == int(header[1]) and zlib.crc32(body) == int(header[2], 16):
+            yield (header[0] + body).decode(errors="replace"), end
+
+
+def parse_json(text: bytes | str) -> object:
+    """JSON to Python values, with NaN and infinities refused.
+
+    Raises:
+        SpecError: not JSON, or nested absurdly deep.
+    """
+
+    def refuse(name: str) -> object:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise SpecError("not valid JSON", note=str(error)[:200]) from error
+
+
+def _header(prefix: str) -> re.Pattern[bytes]:
+    return re.compile(re.escape(prefix.encode()) + rb" (\d{1,4}) ([0-9a-f]{8}) ")
