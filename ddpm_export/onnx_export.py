@@ -35,6 +35,9 @@ OPSET = 20
 """The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
 some TensorRT versions refuse or compute wrongly."""
 
+BF16_OPSET = 22
+"""The first in which convolutions and norms take bfloat16. TensorRT 10.3 does not know it, and has no use for the file."""
+
 MAX_PROTOBUF_BYTES = 2**31 - 1
 
 
@@ -64,7 +67,8 @@ def to_precision(network: UNet, precision: Precision) -> UNet:
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
     network = copy.deepcopy(network).eval().requires_grad_(False)
-    if precision == "fp16":
+    if precision != "fp32":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         for module in network.modules():
             if isinstance(module, ResidualBlock):
                 halved: tuple[nn.Module, ...] = (module.conv1, module.conv2, module.skip)
@@ -75,7 +79,7 @@ def to_precision(network: UNet, precision: Precision) -> UNet:
             else:
                 continue
             for part in halved:
-                part.half()
+                part.to(dtype)
     return network
 
 
@@ -128,6 +132,10 @@ def export_network(
         network.time = TimeTable(network.time, spec.timesteps)
     model = _trace(network, spec)
     _clean(model)
+    if precision == "bf16":
+        # Traced as opset 20, where norms and attention come apart into plain operators. From there to 22 these operators
+        # only learnt new types; the checker below says if that should cease to be so.
+        model.opset_import[0].version = BF16_OPSET
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA_KEY, spec.to_text()
     if model.ByteSize() > MAX_PROTOBUF_BYTES:

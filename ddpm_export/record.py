@@ -21,7 +21,11 @@ from ddpmx.samplers import timestep_grid
 from ddpmx.spec import ModelSpec
 
 TIMESTEPS = 32
-SHORT_CHAIN = 50
+
+
+def short_chain(shape: tuple[int, int, int]) -> int:
+    """Steps of a chain that is worth its time on a CPU: 50, and 20 for images of more than 128×128 in colour."""
+    return 50 if int(np.prod(shape)) <= 3 << 14 else 20
 
 
 def record(
@@ -29,7 +33,7 @@ def record(
     spec: ModelSpec,
     *,
     data: NDArray[np.uint8] | None = None,
-    steps: int | None = SHORT_CHAIN,
+    steps: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
@@ -51,7 +55,7 @@ def record(
     steps = spec.timesteps if steps is None else min(steps, spec.timesteps)
     t = timestep_grid(spec.timesteps, min(TIMESTEPS, spec.timesteps)).astype(np.int32)
     size = int(np.prod(spec.shape))
-    images_per_t, chains = int(np.clip((1 << 15) // size, 1, 2)), int(np.clip((1 << 19) // size, 1, 8))
+    images_per_t, chains = int(np.clip((1 << 15) // size, 1, 2)), int(np.clip((1 << 18) // size, 1, 4))
     total, done = steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
 
     def tick() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpmx.errors import DdpmxError, InputError, OutputError
+from ddpmx.errors import Cancelled, DdpmxError, InputError, OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,6 +75,39 @@ def busy(description: str) -> Iterator[None]:
     console = Console(stderr=True)
     with console.status(escape(description)) if console.is_terminal else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress display fed by calls (what is being done, done, in all)."""
+    with progress_bar() as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda phase, done, total: progress.update(
+            task, description=f"{description}: {phase}", completed=done, total=total
+        )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C as a question that can be asked, for work inside a library that an exception must not fly through.
+
+    Once the work has ended, an interrupt that nobody asked about is raised after all.
+    """
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    except Cancelled:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+def cache_folder() -> Path:
+    """Where the user's programs keep what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpmx"
 
 
 def duration(seconds: float) -> str:

@@ -6,17 +6,23 @@ import os
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from ddpmx.errors import BackendError, InputError
-from ddpmx_cli.console import busy, megabytes, say
+from ddpmx.errors import BackendError, Cancelled, DdpmxError, InputError
+from ddpmx_cli import build, parity
+from ddpmx_cli.console import busy, cache_folder, counting, interruptible, megabytes, phases, say
+
+if TYPE_CHECKING:
+    from ddpm_export.checkpoint import Weights
+    from ddpmx.spec import ModelSpec, Precision
 
 EXAMPLES = """
 Examples:\n
-  ddpmx export\n
-  ddpmx export runs/photos --fp16 -o photos-fp16.onnx
+  ddpmx export                                   # the newest run → model.onnx, model.parity.npz, model.plan\n
+  ddpmx export runs/photos --fp16 -o photos.onnx\n
+  ddpmx export runs/photos --data photos/ --full # judged on real images, and by the chain of all T steps
 """
 
 
@@ -28,18 +34,36 @@ def export(
     fp16: Annotated[
         bool, Option("--fp16", help="Half precision inside; norms, softmax and the time path stay float32.")
     ] = False,
+    bf16: Annotated[
+        bool, Option("--bf16", help="The same with bfloat16, for TensorRT 10.13 and later: not for JetPack 6.")
+    ] = False,
     weights: Annotated[str, Option(help="ema (averaged) or raw.", metavar="NAME")] = "ema",
     time_table: Annotated[
         bool, Option("--time-table", help="Store what depends on t alone as a table instead of computing it.")
     ] = False,
+    proof: Annotated[
+        bool, Option("--parity/--no-parity", help="Record what PyTorch answers, and hold the file against it.")
+    ] = True,
+    full: Annotated[bool, Option("--full", help="Record and judge the chain of all T steps.")] = False,
+    data: Annotated[
+        Path | None, Option(help="Real images to judge on.  \\[default: what the network draws]", metavar="FOLDER|NPZ")
+    ] = None,
+    plan: Annotated[
+        bool | None,
+        Option("--plan/--no-plan", help="Build a TensorRT plan as well.  \\[default: where a TensorRT is that can]"),
+    ] = None,
 ) -> None:
-    """Export a checkpoint to ONNX: one file that says everything about itself.
+    """Export a checkpoint to ONNX, prove that it still is the PyTorch model, and build a TensorRT plan.
 
-    It runs in onnxruntime, and TensorRT builds an engine from it. Inputs and outputs are float32 and int32 in every
-    precision, so files of different precision are interchangeable.
+    The file says everything about itself. It runs in onnxruntime, and TensorRT builds an engine from it. Inputs and
+    outputs are float32 and int32 in every precision, so files of different precision are interchangeable.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights!r}: there are ema and raw")
+    if fp16 and bf16:
+        raise InputError("--fp16 and --bf16 exclude each other")
+    if not proof and (full or data is not None):
+        raise InputError("--full and --data say how to judge, and --no-parity says not to")
     try:
         with busy("loading torch"):
             from ddpm_export import checkpoint, onnx_export
@@ -48,19 +72,79 @@ def export(
             "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
         ) from error
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
+    which: Weights = "raw" if weights == "raw" else "ema"
+    precision: Precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
-        spec = onnx_export.export(
-            source,
-            output,
-            precision="fp16" if fp16 else "fp32",
-            weights="raw" if weights == "raw" else "ema",
-            time_table=time_table,
-        )
+        spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
     c, height, width = spec.shape
     say(f"{source} → {output}{' (replaced)' if replaced else ''}")
     say(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
-    say(f"next: ddpmx generate --engine {shlex.quote(str(output))} -n 16 --out samples/ --grid")
+    runnable = output
+    if proof:
+        _prove(output, spec, source, which, data, full)
+    if plan is not False:
+        _build(output, must=plan is True)
+    if precision == "bf16":
+        runnable = output.with_suffix(".plan")
+    say(f"next: ddpmx generate --engine {shlex.quote(str(runnable))} -n 16 --out samples/ --grid")
+
+
+def _prove(output: Path, spec: ModelSpec, source: Path, weights: Weights, data: Path | None, full: bool) -> None:
+    """Record, and climb; exit code 1 if the file is not the model. It is kept, for whoever wants to see why."""
+    from ddpm_export import proof
+
+    record = output.with_suffix(".parity.npz")
+    images = None if data is None else proof.images_for(data, source)
+    try:
+        with counting("asking PyTorch", unit="network calls") as progress:
+            reference = proof.record_checkpoint(source, weights=weights, data=images, full=full, progress=progress)
+        reference.save(record)
+        with counting(f"judging {output.name}", unit="network calls") as progress:
+            climbed = proof.climb_export(output, spec, source, reference, weights=weights, progress=progress)
+    except (InputError, BackendError) as error:
+        if data is not None and isinstance(error, InputError):
+            raise
+        say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
+        return
+    say(f"{record}: what {reference.made_with} answers, {megabytes(record)}")
+    parity.show(climbed)
+    if "NOT the file" in climbed.ran_on:
+        say(f"Note: judged by {climbed.ran_on}")
+    if not climbed.passed:
+        parity.fail(output, climbed.verdict)
+
+
+def _build(output: Path, *, must: bool) -> None:
+    """A plan, where that can be; what stands in the way is an error only for somebody who asked for one."""
+    from ddpmx import engine, tensorrt_library
+
+    plan = output.with_suffix(".plan")
+    try:
+        library = tensorrt_library.load()
+    except BackendError:
+        if must:
+            raise
+        build.note_missing(output)
+        return
+    try:
+        with interruptible() as stopped, phases(f"building {plan.name}") as progress:
+            built = engine.build(
+                output,
+                plan,
+                engine.BuildOptions(timing_cache=cache_folder()),
+                library=library,
+                progress=progress,
+                cancel=stopped,
+            )
+    except Cancelled:
+        raise
+    except DdpmxError as error:
+        if must:
+            raise
+        say(f"no plan: {error.fact}" + (f" ({error.note})" if error.note else ""))
+        return
+    build.show(built, output, plan)

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ddpmx.errors import DdpmxError
-from ddpmx_cli import console, export, generate, train
+from ddpmx_cli import build, console, doctor, export, generate, info, parity, train
 from ddpmx_cli.console import complain, say
 
 app = typer.Typer(
@@ -22,7 +22,11 @@ app = typer.Typer(
 )
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
+app.command(epilog=parity.EXAMPLES)(parity.parity)
+app.command(epilog=info.EXAMPLES)(info.info)
+app.command()(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
@@ -43,7 +47,10 @@ def _main(
 
 
 def run() -> None:
-    """The entry point. Exit codes: 0 done, 2 a bad input or an output that failed, 130 and 143 stopped by a signal."""
+    """The entry point.
+
+    Exit codes: 0 done, 1 parity does not hold, 2 a bad input or an output that failed, 130 and 143 stopped by a signal.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # ᾱ on a terminal that cannot show it is no reason to fail

@@ -221,11 +221,11 @@ def _load(data: Path, **how: Any) -> Dataset:
 
 
 def _check_new(out: Path) -> None:
-    from ddpm_export import checkpoint
+    from ddpmx import modelfile
 
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"{out}: a file stands there, and a run is a folder", hint="another --out")
-    if checkpoint.checkpoints(out):
+    if modelfile.checkpoints(out):
         raise InputError(f"{out} already holds a run", hint="--resume goes on with it; another --out begins a new one")
 
 

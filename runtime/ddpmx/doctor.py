@@ -29,10 +29,13 @@ print(json.dumps({"version": onnxruntime.__version__, "providers": onnxruntime.g
 """,
     **{
         flavour: f"""
-from ddpmx import tensorrt_library
-library = tensorrt_library.load({flavour!r})
-print(json.dumps({{"version": library.version, "module": library.trt.__name__,
-                   "libraries": tensorrt_library.loaded_from()}}))
+from ddpmx import errors, tensorrt_library
+try:
+    library = tensorrt_library.load({flavour!r})
+    said = {{"version": library.version, "libraries": tensorrt_library.loaded_from()}}
+except errors.BackendError as error:
+    said = {{"missing": error.note}}
+print(json.dumps(said))
 """
         for flavour in ("TensorRT", "TensorRT-RTX")
     },
@@ -100,26 +103,15 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
 
     gpu, no_gpu = bool(machine["gpus"]), machine["gpu_trouble"]
     torch, ort = libraries["torch"], libraries["onnxruntime"]
-    lacks = missing("torch", "safetensors")
-    findings = [
-        Finding(
-            "train",
-            not lacks,
-            f"without {', '.join(lacks)}"
-            if lacks
-            else f"torch {torch['version']} on the {'GPU' if torch['gpu'] else 'CPU'}",
-            "pip install 'ddpmx[train]'" if lacks else None,
-        )
-    ]
-    lacks = missing("torch", "safetensors", "onnx", "onnxscript")
-    findings.append(
-        Finding(
-            "export",
-            not lacks,
-            f"without {', '.join(lacks)}" if lacks else f"onnx {libraries['onnx']['version']}",
-            "pip install 'ddpmx[export]'" if lacks else None,
-        )
-    )
+    findings = []
+    for what, needs, here in (
+        ("train", ("torch", "safetensors"), f"on the {'GPU' if torch.get('gpu') else 'CPU'}"),
+        ("export", ("torch", "safetensors", "onnx", "onnxscript"), ""),
+    ):
+        if lacks := missing(*needs):
+            findings.append(Finding(what, False, f"without {', '.join(lacks)}", f"pip install 'ddpmx[{what}]'"))
+        else:
+            findings.append(Finding(what, True, f"torch {torch['version']} {here}".strip()))
     findings.append(
         Finding("generate, parity with an .onnx on the CPU", False, "without onnxruntime", "pip install onnxruntime")
         if "missing" in ort
@@ -173,11 +165,9 @@ def _probe(code: str) -> dict[str, Any]:
         except (ValueError, IndexError, AssertionError):
             return {"missing": f"it says {done.stdout.strip()[-200:]!r}"}
         return values
-    lines = [line for line in done.stderr.strip().splitlines() if line and not line.startswith((" ", "Hint:"))]
     if done.returncode < 0:
         return {"missing": f"importing it crashes Python (signal {-done.returncode})"}
-    last = " ".join(line for line in lines[-2:] if not line.startswith("Traceback"))
-    return {"missing": last.split("BackendError: ")[-1][:300] or f"exit code {done.returncode}"}
+    return {"missing": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
 
 
 def _package(name: str) -> dict[str, Any]:

@@ -412,6 +412,11 @@ def _set_targets(config: Any, trt: Any, options: BuildOptions) -> None:
             config.set_compute_capability(known[name], index)
 
 
+def timing_cache_name(library: Library, devices: Gpus) -> str:
+    """What was measured with one version on one architecture says nothing about others."""
+    return f"{library.flavour}-{library.version}-sm{devices.devices[0].sm}.timing".lower()
+
+
 class _TimingCache:
     """What the builder measured earlier, in a file per library version and SM. TensorRT-RTX measures nothing."""
 
@@ -419,8 +424,10 @@ class _TimingCache:
         self._file = self._cache = None
         if folder is None or library.is_rtx:
             return
-        sm = devices.devices[0].sm
-        self._file = make_folder(folder) / f"{library.flavour}-{library.version}-sm{sm}.timing".lower()
+        try:
+            self._file = make_folder(folder) / timing_cache_name(library, devices)
+        except OutputError:
+            return  # it only saves time
         data = b""
         with contextlib.suppress(OSError):
             data = self._file.read_bytes()

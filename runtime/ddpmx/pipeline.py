@@ -242,14 +242,26 @@ def load(
     Raises:
         FileFormatError: no model file, a damaged one, or one of a kind that this version does not run.
         SpecError: the file does not say what it is, or contradicts itself.
-        BackendError: the library that would run it is missing, or has no such provider.
+        BackendError: the library that would run it is missing, or has no such provider, or this machine cannot run it.
     """
+    return Pipeline(*open_model(path, spec=spec, providers=providers, fallback=fallback, threads=threads))
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    spec: ModelSpec | None = None,
+    providers: Sequence[str] = ("cpu",),
+    fallback: bool = False,
+    threads: int = 0,
+) -> tuple[ModelSpec, Backend]:
+    """What a file is, and what runs it: :func:`load` without the chain around it. Close the backend after use."""
     path = Path(path)
     kind = modelfile.identify(path)
     if kind == "checkpoint":
         raise FileFormatError(
             f"{path}: a checkpoint, which needs torch to run",
-            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and generate from that",
+            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that",
         )
     if kind == "plan":
         _refuse_plan(path)
@@ -261,8 +273,16 @@ def load(
 
     from ddpmx.backends.ort import OrtBackend
 
-    backend = OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
-    return Pipeline(spec, backend)
+    try:
+        return spec, OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
+    except FileFormatError as error:
+        if spec.precision != "bf16":
+            raise
+        raise BackendError(
+            f"{path}: ONNX Runtime cannot run this bfloat16 file here",
+            note=error.note,
+            hint=f"it is made for TensorRT 10.13 and later: ddpmx build {path.name}; fp16 and fp32 files run here",
+        ) from error
 
 
 def _refuse_plan(path: Path) -> NoReturn:

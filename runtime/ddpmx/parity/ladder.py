@@ -54,9 +54,9 @@ class Bounds:
 
 
 BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(eps=2e-5, eps_pixel=2e-4, step=4e-7, pixels=0.999, bits=1e-4),
-    "fp16": Bounds(eps=3e-3, eps_pixel=3e-2, step=6e-5, pixels=0.99, bits=5e-3),
-    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.90, bits=5e-2),
+    "fp32": Bounds(eps=2e-5, eps_pixel=2e-4, step=4e-7, pixels=0.999, bits=1e-5),
+    "fp16": Bounds(eps=3e-3, eps_pixel=3e-2, step=6e-5, pixels=0.99, bits=1e-3),
+    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.90, bits=1e-2),
 }
 
 
@@ -83,7 +83,8 @@ class Rung:
     @property
     def passed(self) -> bool:
         """Whether it holds. What was not measured does not fail."""
-        return self.skipped is not None or (self.value >= self.bound if self.at_least else self.value <= self.bound)
+        holds = self.value >= self.bound if self.at_least else self.value <= self.bound
+        return self.skipped is not None or bool(holds)
 
     def __str__(self) -> str:
         """ "ε: 1.2e-06 ≤ 2e-05 (worst at t = 999)"."""
@@ -151,7 +152,7 @@ def check_same_model(spec: ModelSpec, reference: Reference) -> None:
         name = differing[0]
         raise SpecError(
             "the record is another model's",
-            note=f"{', '.join(differing)} differ; {name}: {str(theirs[name])[:80]} there, {str(mine[name])[:80]} in the file",
+            note=f"{', '.join(differing)} differ; {name}: {str(theirs[name])[:70]} there, {str(mine[name])[:70]} here",
             hint="use the .parity.npz that the same export wrote, or --checkpoint",
         )
 

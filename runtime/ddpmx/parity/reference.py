@@ -162,7 +162,8 @@ class Reference:
             told["spec"] = ModelSpec.from_json(told.get("spec"))
             if {*told, *arrays} != {f.name for f in fields(cls)}:
                 raise FileFormatError("the record has not the parts that this ddpmx knows")
-            return cls(**told, **arrays)
+            parts: dict[str, Any] = {**told, **arrays}
+            return cls(**parts)
         except (FileFormatError, SpecError) as error:
             raise type(error)(
                 f"{path}: {error.fact}", note=error.note, hint=error.hint or "`ddpmx export` writes it"

@@ -1,0 +1,110 @@
+"""`ddpmx build`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ddpmx.errors import InputError
+from ddpmx_cli.console import cache_folder, interruptible, megabytes, parse_numbers, phases, say
+
+EXAMPLES = """
+Examples:\n
+  ddpmx build model.onnx\n
+  ddpmx build model.onnx -o model.plan --batch 1,1,4 --workspace 512     # on a small Jetson\n
+  ddpmx build model.onnx --target 8.6,8.9                                # TensorRT-RTX, no GPU needed
+"""
+
+_LIBRARIES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+
+
+def build(
+    onnx: Annotated[Path, Argument(help="The model.onnx that `ddpmx export` wrote.")],
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="The plan to write.  \\[default: beside the ONNX file]")
+    ] = None,
+    batch: Annotated[
+        str | None,
+        Option(
+            help="Smallest, best and largest batch.  \\[default: 1,16,64; less for large images]", metavar="MIN,OPT,MAX"
+        ),
+    ] = None,
+    workspace: Annotated[int | None, Option(help="Scratch memory for the builder, in MB.", metavar="MB")] = None,
+    level: Annotated[int | None, Option(help="The builder's effort, 0 … 5.  \\[default: the library's, 3]")] = None,
+    tf32: Annotated[bool, Option("--tf32", help="Round float32 products to 10 bits: faster, no longer fp32.")] = False,
+    target: Annotated[
+        str | None,
+        Option(
+            help="Compute capabilities, TensorRT-RTX only.  \\[default: 8.0 and everything after it]", metavar="8.6,8.9"
+        ),
+    ] = None,
+    refit: Annotated[bool, Option("--refit", help="Weights can be exchanged later. Needs a GPU.")] = False,
+    strip: Annotated[bool, Option("--strip", help="A plan without its weights. Needs a GPU.")] = False,
+    library: Annotated[
+        str | None,
+        Option(help=f"{' or '.join(_LIBRARIES)}.  \\[default: the one that is installed]", metavar="NAME"),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, Option(help="Folder for what the builder measured.  \\[default: the user's cache]")
+    ] = None,
+    force: Annotated[bool, Option("--force", help="Build even if the plan is there already.")] = False,
+) -> None:
+    """Build a TensorRT engine from an ONNX file, for this GPU.
+
+    Needs neither torch nor onnx, so it runs on the device itself. Precision is the ONNX file's. Engines do not travel: not
+    between versions of TensorRT, nor between GPU architectures (TensorRT-RTX's do, between RTX cards).
+    """
+    from ddpmx import engine, tensorrt_library
+
+    if library is not None and library not in _LIBRARIES:
+        raise InputError(f"--library {library!r}: there are {' and '.join(_LIBRARIES)}")
+    numbers = None if batch is None else parse_numbers("--batch", batch)
+    if numbers is not None and len(numbers) != 3:
+        raise InputError(f"--batch {batch!r}: three numbers, smallest, best and largest", hint="--batch 1,16,64")
+    options = engine.BuildOptions(
+        batch=None if numbers is None else (numbers[0], numbers[1], numbers[2]),
+        targets=tuple(part.strip() for part in target.split(",")) if target else (),
+        workspace=None if workspace is None else workspace << 20,
+        level=level,
+        tf32=tf32,
+        refit=refit,
+        strip=strip,
+        timing_cache=timing_cache or cache_folder(),
+    )
+    with interruptible() as stopped, phases(f"building {onnx.name}") as progress:
+        built = engine.build(
+            onnx,
+            output,
+            options,
+            library=tensorrt_library.load(None if library is None else _LIBRARIES[library]),
+            force=force,
+            progress=progress,
+            cancel=stopped,
+        )
+    show(built, onnx, output or onnx.with_suffix(".plan"))
+
+
+def show(built: object, onnx: Path, output: Path) -> None:
+    """Say what came of a build."""
+    from ddpmx.engine import Built
+
+    assert isinstance(built, Built)
+    record = built.info.engine
+    if built.reused:
+        say(f"{output} is there already, built from this {onnx.name} with these settings (--force builds it again)")
+        return
+    tf32 = ", TF32" if record.options["tf32"] else ""
+    say(
+        f"{onnx} → {output}: {record.flavour} {record.version} for SM {', '.join(record.targets)}, batch "
+        f"{'…'.join(map(str, (record.batch[0], record.batch[2])))} (best at {record.batch[1]}){tf32}; "
+        f"{megabytes(output)} in {built.seconds:.1f} s"
+    )
+    say(f"precision: {built.precision}")
+
+
+def note_missing(name: str | os.PathLike[str]) -> None:
+    """Say how a plan comes about where there is no TensorRT."""
+    say(f"no TensorRT here, so no plan: `ddpmx build {name}` makes one where it is to run")

@@ -1,0 +1,44 @@
+"""`ddpmx doctor`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from typer import Option
+
+from ddpmx_cli.console import busy, say
+
+
+def doctor(as_json: Annotated[bool, Option("--json", help="All that was found, as JSON.")] = False) -> None:
+    """Say what is here, and what is missing for what: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
+    from ddpmx.doctor import examine
+
+    with busy("looking around"):
+        report = examine()
+    if as_json:
+        say(json.dumps(report.to_json(), indent=2))
+        return
+    machine = report.machine
+    say(f"ddpmx {machine['ddpmx']}, Python {machine['python']}")
+    say(f"{machine['platform']}" + (f"; {machine['jetson']}" if machine["jetson"] else ""))
+    for gpu in machine["gpus"]:
+        say(
+            f"GPU: {gpu['name']}, SM {gpu['sm']}, {gpu['memory'] / 2**30:.1f} GiB; driver for CUDA {machine['driver_cuda']}"
+        )
+    if machine["gpu_trouble"]:
+        say(f"GPU: none, {machine['gpu_trouble']}")
+    say("")
+    for name, found in report.libraries.items():
+        if "missing" in found:
+            say(f"  ✗ {name}: {found['missing']}")
+            continue
+        extras = [f"CUDA {found['cuda'] or 'none'}"] if "cuda" in found else []
+        extras += [", ".join(found["providers"])] if "providers" in found else []
+        extras += found.get("libraries", [])
+        say(f"  ✓ {name} {found['version']}" + (f" ({'; '.join(extras)})" if extras else ""))
+    say("")
+    for finding in report.findings:
+        say(f"  {'✓' if finding.works else '✗'} {finding.what}: {finding.why}")
+        if finding.fix:
+            say(f"      {finding.fix}")

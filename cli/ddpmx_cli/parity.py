@@ -1,0 +1,137 @@
+"""`ddpmx parity`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from ddpmx.errors import BackendError, FileFormatError, InputError
+from ddpmx_cli.console import busy, counting, say
+
+if TYPE_CHECKING:
+    from ddpmx.parity.ladder import Climb
+    from ddpmx.parity.reference import Reference
+
+EXAMPLES = """
+Examples:\n
+  ddpmx parity model.onnx                              # against model.parity.npz beside it\n
+  ddpmx parity model.plan --against model.parity.npz   # on a Jetson, without torch\n
+  ddpmx parity model.onnx --checkpoint runs/x --full   # the chain of all T steps, against torch itself
+"""
+
+
+def parity(
+    file: Annotated[Path, Argument(help="The model.onnx or model.plan to judge.")],
+    against: Annotated[
+        Path | None, Option(help="What PyTorch answered.  \\[default: the .parity.npz beside the file]")
+    ] = None,
+    checkpoint: Annotated[Path | None, Option(help="Ask this checkpoint instead. Needs torch.")] = None,
+    weights: Annotated[str, Option(help="ema (averaged) or raw, with --checkpoint.", metavar="NAME")] = "ema",
+    data: Annotated[Path | None, Option(help="Real images, with --checkpoint: a folder or an .npz.")] = None,
+    full: Annotated[bool, Option("--full", help="With --checkpoint: the chain of all T steps.")] = False,
+    self_test: Annotated[bool, Option("--self-test", help="Only what needs no reference.")] = False,
+    report: Annotated[
+        Path | None,
+        Option("--report", "-o", help="Folder for report.md, report.json and plots.  \\[default: FILE.report]"),
+    ] = None,
+    polygraphy: Annotated[
+        bool, Option("--polygraphy", help="Have Polygraphy judge ε as well; its results are kept in the report.")
+    ] = False,
+    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
+    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+) -> None:
+    """Prove that a file still is the PyTorch model: ε over all t, one step, teacher-forced and free chains.
+
+    Exit code 0 if every bound of the file's precision holds, 1 if one does not, 2 if it could not be judged.
+    """
+    from ddpmx.files import make_folder
+    from ddpmx.parity import report as reports
+    from ddpmx.parity.ladder import climb
+    from ddpmx.pipeline import open_model
+
+    if sum((against is not None, checkpoint is not None, self_test)) > 1:
+        raise InputError("--against, --checkpoint and --self-test exclude each other")
+    if checkpoint is None and (data is not None or full):
+        raise InputError("--data and --full say how to record, and need --checkpoint")
+    spec, backend = open_model(file, providers=[provider], threads=threads)
+    try:
+        reference = None
+        if checkpoint is not None:
+            reference = _ask(checkpoint, weights, data, full)
+        elif not self_test:
+            reference = _recorded(file, against)
+        with counting(f"judging {file.name}", unit="network calls") as progress:
+            climbed = climb(backend, spec, reference, progress=progress)
+        folder = report if report is not None else file.with_suffix(".report")
+        extra = None
+        if polygraphy:
+            if reference is None:
+                raise InputError("--polygraphy compares with a reference, and --self-test has none")
+            extra = {"polygraphy": _polygraphy(file, reference, make_folder(folder) / "polygraphy.json")}
+        with busy("writing the report"):
+            written = reports.write(climbed, file, folder, extra=extra)
+    finally:
+        backend.close()
+    show(climbed)
+    if extra is not None:
+        say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
+        if not extra["polygraphy"]["passed"]:
+            fail(file, "Polygraphy's comparator found ε out of bounds")
+    say(f"report: {written[0]}")
+    if not climbed.passed:
+        fail(file, climbed.verdict)
+
+
+def show(climbed: Climb) -> None:
+    """Say how each rung went."""
+    for rung in climbed.rungs:
+        say(f"  {'—' if rung.skipped else '✓' if rung.passed else '✗'} {rung}")
+    if climbed.passed:
+        say(climbed.verdict)
+
+
+def fail(file: Path, verdict: str) -> None:
+    """One line on standard error, and exit code 1."""
+    typer.echo(f"{file}: {verdict}", err=True)
+    raise typer.Exit(1)
+
+
+def _recorded(file: Path, against: Path | None) -> Reference:
+    from ddpmx.parity.reference import Reference
+
+    path = against if against is not None else file.with_suffix(".parity.npz")
+    if not path.exists():
+        raise FileFormatError(
+            f"{path}: there is no record of what PyTorch answered",
+            hint="--against FILE, or --checkpoint runs/x where torch is, or --self-test for what needs no reference",
+        )
+    return Reference.load(path)
+
+
+def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Reference:
+    if weights not in ("ema", "raw"):
+        raise InputError(f"--weights {weights!r}: there are ema and raw")
+    try:
+        with busy("loading torch"):
+            from ddpm_export import proof
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            "--checkpoint needs torch", note=str(error), hint="pip install torch safetensors onnx onnxscript"
+        ) from error
+    images = None if data is None else proof.images_for(data, checkpoint)
+    with counting("asking PyTorch", unit="network calls") as progress:
+        return proof.record_checkpoint(
+            checkpoint, weights="raw" if weights == "raw" else "ema", data=images, full=full, progress=progress
+        )
+
+
+def _polygraphy(file: Path, reference: Reference, results: Path) -> dict[str, object]:
+    try:
+        from ddpm_export import polygraphy_rung
+    except ImportError as error:
+        raise BackendError("--polygraphy needs Polygraphy", note=str(error), hint="pip install polygraphy") from error
+    with busy("Polygraphy"):
+        return polygraphy_rung.compare(file, reference, results=results)

@@ -1,0 +1,96 @@
+"""The report's plots. Needs matplotlib: importing this module without it is an ImportError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ddpmx.parity.ladder import BOUNDS, Climb
+
+_FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
+
+
+def draw(climb: Climb, folder: Path) -> dict[str, str]:
+    """error.png, chain.png and, where a free chain was run, levels.png. {file name: caption}"""
+    made = {
+        "error.png": "Error of the network's answer over the timesteps, in units of the RMS of PyTorch's answers. "
+        "Below the red line the file is what it claims to be.",
+        "chain.png": "Along the chain, from noise (left) to image (right): the error of every step that starts where "
+        "PyTorch was, and how far a chain that nobody corrects has drifted from PyTorch's.",
+    }
+    _save(_error(climb), folder / "error.png")
+    _save(_chain(climb), folder / "chain.png")
+    if "levels_apart" in climb.curves:
+        _save(_levels(climb), folder / "levels.png")
+        made["levels.png"] = "The free chain's pixels: how many uint8 values are how many of the 256 levels apart."
+    return made
+
+
+def _error(climb: Climb) -> Figure:
+    figure, axes = _new()
+    curves, bounds = climb.curves, BOUNDS[climb.spec.precision]
+    axes.semilogy(curves["t"], _shown(curves["eps_pixel"]), color=_SOFT, marker=".", label="largest of all pixels")
+    axes.semilogy(curves["t"], _shown(curves["eps"]), color=_FILE, marker=".", label="RMS over pixels")
+    axes.axhline(bounds.eps, color=_BOUND, linewidth=1, label=f"bound of the RMS, {bounds.eps:g}")
+    axes.set_xlabel("timestep t   (0: almost an image; T−1: noise)")
+    axes.set_ylabel("error of the answer")
+    axes.set_title(f"{climb.spec.precision} against PyTorch float32")
+    axes.legend(loc="best", framealpha=1, edgecolor="none")
+    return figure
+
+
+def _chain(climb: Climb) -> Figure:
+    figure, axes = _new()
+    curves = climb.curves
+    axes.semilogy(
+        curves["chain_t"], _shown(curves["forced_step"]), color=_SOFT, marker=".", label="one step from PyTorch's state"
+    )
+    if "free" in curves:
+        axes.semilogy(
+            curves["chain_t"], _shown(curves["free"]), color=_FILE, marker=".", label="drift of the free chain"
+        )
+    axes.axhline(1 / 255, color=_BOUND, linewidth=1, label="half a level of uint8")
+    axes.invert_xaxis()
+    axes.set_xlabel("timestep t   (the chain runs to the right)")
+    axes.set_ylabel("RMS difference of x_t, of a range of 2")
+    axes.set_title("teacher-forced and free-running chain")
+    axes.legend(loc="best", framealpha=1, edgecolor="none")
+    return figure
+
+
+def _levels(climb: Climb) -> Figure:
+    figure, axes = _new()
+    counts = climb.curves["levels_apart"].astype(np.float64)
+    last = max(4, int(np.flatnonzero(counts).max(initial=0)) + 1)
+    counts = np.pad(counts, (0, max(0, last + 1 - len(counts))))[: last + 1]
+    share = counts / counts.sum()
+    bars = axes.bar(np.arange(last + 1), share, color=_FILE)
+    axes.bar_label(bars, [f"{v:.2%}" if v else "none" for v in share], fontsize=8)
+    axes.set_xticks(np.arange(0, last + 1, max(1, last // 12)))
+    axes.set_ylim(0, 1.1)
+    axes.set_xlabel("levels apart, of 256")
+    axes.set_ylabel("share of pixel values")
+    axes.set_title("the images that came out")
+    return figure
+
+
+def _new() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.0), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(visible=True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _shown(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[float]:
+    """On a logarithmic axis a difference of 0 has no place; it is drawn at the smallest float32 step below 1."""
+    return [max(float(v), 2.0**-24) for v in values]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    figure.savefig(path, metadata={"Software": None})

@@ -1,0 +1,185 @@
+"""A climb as something to read and keep: report.json, report.md, and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ddpmx
+from ddpmx.errors import OutputError
+from ddpmx.files import make_folder, write_error
+from ddpmx.parity.ladder import Climb, Rung
+
+_MEANING = {
+    "identical rows": "One image in every row of a batch: all rows must give one answer.",
+    "batch against one by one": "Images together, then each alone: neighbours must not matter.",
+    "ε, RMS": "The network's answer at noised images x_t over all of 0…T−1, against PyTorch's float32.",
+    "ε, largest error": "The same, the worst single number: a fault in one corner cannot hide in an average.",
+    "one step": "What that error does to x_{t−1}.",
+    "variational bound": "What it does to the likelihood that the model gives to the images.",
+    "teacher-forced chain, RMS of ε": "Along PyTorch's own chain, every step started where PyTorch was.",
+    "teacher-forced chain, RMS of x": "The same, after the step.",
+    "free chain": "The same x_T and the same noise, and nobody corrects: the pixels that come out.",
+}
+
+
+def to_json(climb: Climb, file: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Plain JSON values: everything but the images."""
+    reference = climb.reference
+    return {
+        "ddpmx": ddpmx.__version__,
+        "file": Path(file).name,
+        "passed": climb.passed,
+        "verdict": climb.verdict,
+        "precision": climb.spec.precision,
+        "ran_on": climb.ran_on,
+        "spec": climb.spec.to_json(),
+        "reference": None
+        if reference is None
+        else {
+            "made_with": reference.made_with,
+            "images": "the user's" if reference.real else "the network's own",
+            "loss": reference.loss,
+            "scale": reference.scale,
+            "timesteps": len(reference.t),
+            "chain": reference.steps,
+            "chain_images": len(reference.final),
+            "chain_states": len(reference.at),
+        },
+        "rungs": [_rung(rung) for rung in climb.rungs],
+        "curves": {name: [float(v) for v in values] for name, values in climb.curves.items()},
+        **(extra or {}),
+    }
+
+
+def write(
+    climb: Climb,
+    file: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    extra: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write the report about ``file`` into ``folder``: all of it, or nothing.
+
+    Returns:
+        The files written, report.md first. Plots need matplotlib, and are left out, and missed in the text, without it.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    folder = make_folder(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as name:
+            part = Path(name)
+            pictures = _pictures(climb, part)
+            (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2) + "\n")
+            (part / "report.md").write_text(to_markdown(climb, file, pictures), encoding="utf-8")
+            names = ["report.md", "report.json", *pictures]
+            for stale in ("error.png", "chain.png", "levels.png", "images.png"):
+                if stale not in names:
+                    (folder / stale).unlink(missing_ok=True)
+            for entry in names:
+                os.replace(part / entry, folder / entry)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return [folder / entry for entry in names]
+
+
+def to_markdown(climb: Climb, file: str | os.PathLike[str], pictures: dict[str, str]) -> str:
+    """The report as text, with the pictures' names in it."""
+    reference, spec = climb.reference, climb.spec
+    c, height, width = spec.shape
+    lines = [
+        f"# {Path(file).name}: {'passed' if climb.passed else 'FAILED'}",
+        "",
+        climb.verdict + ".",
+        "",
+        f"- file: {spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, "
+        f"predicts {spec.prediction}",
+        f"- ran on: {climb.ran_on}",
+    ]
+    if reference is None:
+        lines.append("- held against: **nothing but itself**; whether it is the PyTorch model is NOT VERIFIED")
+    else:
+        images = "real images" if reference.real else "the network's own images"
+        lines += [
+            f"- held against: float32 of {reference.made_with}, on {images}, {len(reference.t)} timesteps from 0 to "
+            f"{spec.timesteps - 1}, a chain of {reference.steps} steps",
+            f"- unit of error: the RMS of PyTorch's answers, {reference.scale:.3f}",
+        ]
+    lines += ["", "| | measured | bound | |", "|---|---|---|---|"]
+    for rung in climb.rungs:
+        figure = "—" if rung.skipped else f"{rung.value:.3%}" if rung.at_least else f"{rung.value:.2e}"
+        bound = f"≥ {rung.bound:.1%}" if rung.at_least else f"≤ {rung.bound:.0e}"
+        mark = "not judged" if rung.skipped else "holds" if rung.passed else "**FAILS**"
+        lines.append(f"| {rung.name} | {figure} | {bound} | {mark} |")
+    lines += ["", "## What these mean", ""]
+    for rung in climb.rungs:
+        meaning = next((text for start, text in _MEANING.items() if rung.name.startswith(start)), "")
+        detail = rung.skipped or rung.worst
+        lines.append(f"- **{rung.name}.** {meaning}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else ""))
+    for name, caption in pictures.items():
+        lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
+    if reference is not None and not pictures:
+        lines += ["", "*No pictures: `pip install matplotlib` and run it again.*"]
+    lines += [
+        "",
+        "## What this does not show",
+        "",
+        "- Other devices, other batch sizes than those run here, and other builds of the same engine: parity belongs to "
+        "one file on one machine.",
+        "- Whether the images are good: that is the training's business. FID needs thousands of images.",
+        "",
+        f"*ddpmx {ddpmx.__version__}*",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rung(rung: Rung) -> dict[str, Any]:
+    value = None if math.isnan(rung.value) else rung.value
+    return {
+        "name": rung.name,
+        "value": value,
+        "bound": rung.bound,
+        "at_least": rung.at_least,
+        "passed": rung.passed,
+        "worst": rung.worst,
+        "skipped": rung.skipped,
+    }
+
+
+def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
+    """Draw what can be drawn. {file name: caption}"""
+    if climb.reference is None:
+        return {}
+    made: dict[str, str] = {}
+    if climb.finals is not None:
+        from ddpmx.images import grid, save_png, zoom_for
+
+        theirs = climb.reference.final.transpose(0, 2, 3, 1)
+        apart = np.abs(climb.finals.astype(np.int16) - theirs)
+        shown = np.clip(apart * 64, 0, 255).astype(np.uint8)
+        if theirs.shape[-1] in (1, 3, 4):
+            if theirs.shape[-1] == 4:
+                shown[..., 3] = 255  # differences of transparency cannot be seen this way
+            sheet = grid(np.concatenate([theirs, climb.finals, shown]), columns=len(theirs))
+            save_png(folder / "images.png", sheet, zoom=zoom_for(min(sheet.shape[:2]), at_least=256))
+            made["images.png"] = (
+                "The free chain's images. Above PyTorch's, in the middle the file's, below how far they are apart, "
+                "64 times as bright: black is equal."
+            )
+    try:
+        from ddpmx.parity import plots
+    except ImportError:
+        return made
+    try:
+        return {**plots.draw(climb, folder), **made}
+    except OSError as error:
+        raise OutputError(f"{folder}: the plots cannot be written", note=str(error)[:200]) from error
