@@ -78,11 +78,11 @@ def parity(
     show(climbed)
     if extra is not None:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
-        if not extra["polygraphy"]["passed"]:
-            fail(file, "Polygraphy's comparator found ε out of bounds")
     say(f"report: {written[0]}")
     if not climbed.passed:
         fail(file, climbed.verdict)
+    if extra is not None and not extra["polygraphy"]["passed"]:
+        fail(file, f"FAILED: by Polygraphy, {extra['polygraphy']['verdict']}")
 
 
 def show(climbed: Climb) -> None:
