@@ -1,6 +1,7 @@
 # make demo    train on real images, export, generate, judge (about six minutes on two cores)
 # make test    everything that is checked without a GPU
 # make bench   ratios measured side by side
+# make mutations   100,000 damaged files for the readers, about half an hour (make test: 2,000)
 #
 # TORCH is the build that is installed; on a machine with an NVIDIA GPU, `make demo TORCH=torch` takes the newest.
 
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 
-.PHONY: demo test lint pytest others bench clean
+.PHONY: demo test lint pytest others bench mutations clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/fashion_mnist/demo.py
@@ -34,6 +35,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/startup.py
 	$(BIN)/python tests/benchmarks/chain_overhead.py
 	$(BIN)/python tests/benchmarks/time_table.py
+	$(BIN)/python tests/benchmarks/engine_build.py
+
+mutations: $(VENV)/.dev
+	$(BIN)/python tests/mutations/run.py --count 100000
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)
@@ -51,4 +56,4 @@ $(VENV)/.dev: $(DEMO)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* build dist demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* .cache build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,13 @@ from typer import Option
 from ddpmx_cli.console import busy, say
 
 
+EXAMPLES = """
+Examples:\n
+  ddpmx doctor\n
+  ddpmx doctor --json > machine.json
+"""
+
+
 def doctor(as_json: Annotated[bool, Option("--json", help="All that was found, as JSON.")] = False) -> None:
     """Say what is here, and what is missing for what: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
     from ddpmx.doctor import examine

@@ -26,7 +26,7 @@ app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=parity.EXAMPLES)(parity.parity)
 app.command(epilog=info.EXAMPLES)(info.info)
-app.command()(doctor.doctor)
+app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

@@ -41,8 +41,10 @@ def main() -> int:
     shutil.rmtree(out, ignore_errors=True)
     run, fp32, fp16 = out / "run", out / "model.onnx", out / "model-fp16.onnx"
     ddpmx(f"train --data {DATA} --out {run} --steps {steps} {NETWORK} {TRAINING} --sample-every {steps // 4}")
-    ddpmx(f"export {run} -o {fp32}")
-    ddpmx(f"export {run} --fp16 -o {fp16}")
+    whole = "" if arguments.smoke else " --full"
+    ddpmx(f"export {run} -o {fp32} --data {DATA}")
+    ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA}{whole}")
+    ddpmx(f"parity {fp16} --report {out / 'parity'}")
     ddpmx(
         f"generate --engine {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate"
     )
@@ -57,7 +59,9 @@ def main() -> int:
         f"\nfp16 against fp32, same seed: {(apart <= 1).mean():.2%} of the values within 1 of 255, at most {apart.max()}"
     )
     passed = judge(pictures(out / "judged"))
-    print(f"\nlook at {out / 'samples' / 'grid.png'} and {out / 'samples' / 'x0.gif'}")
+    print(
+        f"\nlook at {out / 'samples' / 'grid.png'} and {out / 'samples' / 'x0.gif'}, and read {out / 'parity' / 'report.md'}"
+    )
     if arguments.smoke:
         verdict = "a smoke test: these samples are not meant to pass"
     else:

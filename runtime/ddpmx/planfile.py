@@ -168,7 +168,7 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
     flavour, version = plan_flavour(path)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         size = len(data)
-        texts = _texts(path, data)
+        texts = _texts(path, data, f"{flavour} {version}")
         if not trust_host_code and (machine := _host_code(data)):
             raise FileFormatError(
                 f"{path}: the plan holds code for the CPU, which loading it would run",
@@ -253,7 +253,7 @@ def install_hint(flavour: str | None) -> str:
     )
 
 
-def _texts(path: Path, data: mmap.mmap) -> tuple[str, str]:
+def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
     """The two sealed texts of a plan's name."""
     found: set[tuple[str, str]] = set()
     for text, end in search(PREFIX, data):
@@ -263,9 +263,15 @@ def _texts(path: Path, data: mmap.mmap) -> tuple[str, str]:
         if len(found) > 1:
             raise FileFormatError(f"{path}: two descriptions stand in the plan, and they differ")
     if not found:
+        if data.find(f"{PREFIX} ".encode()) >= 0:
+            raise SpecError(
+                f"{path}: what the plan of {built} says about itself is damaged",
+                hint="build or copy it again",
+            )
         raise SpecError(
             f"{path}: the plan does not say which diffusion model it is",
-            note="`ddpmx build` writes that into the network's name; this plan was built by something else, or lost it",
+            note=f"a plan of {built}; `ddpmx build` writes that into the network's name, and this one was built by "
+            "something else, or lost it",
             hint="ddpmx build model.onnx -o model.plan",
         )
     return found.pop()

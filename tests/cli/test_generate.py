@@ -185,7 +185,7 @@ def test_output_that_cannot_be_is_refused_and_leaves_nothing(refused, gaussian_o
     assert (out / "00000.png").read_text() == "from before"
 
 
-@pytest.mark.parametrize("command", ["train", "export", "generate"])
+@pytest.mark.parametrize("command", ["train", "export", "build", "generate", "parity", "info", "doctor"])
 def test_help_has_examples(ddpmx, command):
     done = ddpmx(command, "--help")
     assert done.code == 0
@@ -196,7 +196,7 @@ def test_help_has_examples(ddpmx, command):
 def test_help_and_version(ddpmx):
     from ddpmx import __version__
 
-    assert {"train", "export", "generate"} <= set(ddpmx("--help").out.split())
+    assert {"train", "export", "build", "generate", "parity", "info", "doctor"} <= set(ddpmx("--help").out.split())
     assert ddpmx("--version").out.strip() == f"ddpmx {__version__}"
     assert ddpmx("nonsense").code == 2
 

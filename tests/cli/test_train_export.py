@@ -40,9 +40,9 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps, made once by the command itself."""
+    """A run of two steps, made once by the command itself. They are large ones, so that the network answers something."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    command = ["train", "--data", FASHION, "--out", out, "--steps", 2, *TINY]
+    command = ["train", "--data", FASHION, "--out", out, "--steps", 2, *TINY, "--lr", 0.1, "--warmup", 1, "--ema", 0.5]
     subprocess.run([sys.executable, "-m", "ddpmx_cli.main", *map(str, command)], check=True, capture_output=True)
     return out
 
@@ -78,7 +78,106 @@ def test_export_takes_the_newest_run(ddpmx, run, tmp_path, monkeypatch):
         stamp = time.time() - age
         os.utime(tmp_path / "runs" / name / "checkpoints" / "00000002", (stamp, stamp))
     monkeypatch.chdir(tmp_path)
-    assert "runs/newer/" in ddpmx("export").out
+    assert "runs/newer/" in ddpmx("export", "--no-parity", "--no-plan").out
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch):
+    """A machine without TensorRT."""
+    from ddpmx import tensorrt_library
+    from ddpmx.errors import BackendError
+
+    def load(flavour=None):
+        raise BackendError("TensorRT is not installed here")
+
+    monkeypatch.setattr(tensorrt_library, "load", load)
+
+
+def test_export_records_judges_and_says_how_a_plan_is_made(ddpmx, run, tmp_path, no_tensorrt):
+    done = ddpmx("export", run, "-o", tmp_path / "model.onnx")
+    assert done.code == 0, done
+    assert "PASSED" in done.out
+    assert "not trained" in done.out, "two steps teach nothing, and a chain of that network proves nothing"
+    assert f"ddpmx build {tmp_path / 'model.onnx'}" in done.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.parity.npz"]
+    assert ddpmx("parity", tmp_path / "model.onnx").code == 0
+
+
+def test_export_without_proof_and_plan_writes_one_file(ddpmx, run, tmp_path):
+    assert ddpmx("export", run, "-o", tmp_path / "model.onnx", "--no-parity", "--no-plan").code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_export_builds_a_plan_where_it_can(ddpmx, run, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="not verified here: export builds a plan (no TensorRT-RTX)")
+    for precision in ((), ("--fp16",), ("--bf16",)):
+        done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--no-parity", *precision)
+        assert done.code == 0, done
+        told = json.loads(ddpmx("info", tmp_path / "model.plan", "--json").out)
+        assert told["spec"]["precision"] == (precision[0][2:] if precision else "fp32")
+        assert told["engine"]["source"] == "model.onnx"
+
+
+def test_a_plan_that_was_asked_for_and_cannot_be_is_an_error(refused, run, tmp_path, no_tensorrt):
+    assert "not installed" in refused("export", run, "-o", tmp_path / "model.onnx", "--no-parity", "--plan")
+    assert (tmp_path / "model.onnx").exists()
+
+
+def test_an_export_that_is_not_the_model_exits_with_1(ddpmx, run, tmp_path, monkeypatch):
+    import dataclasses
+
+    from ddpmx.parity import ladder
+
+    strict = dataclasses.replace(ladder.BOUNDS["fp16"], eps=1e-9)
+    monkeypatch.setitem(ladder.BOUNDS, "fp16", strict)
+    done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--fp16", "--no-plan")
+    assert done.code == 1
+    (line,) = done.err.strip().splitlines()
+    assert "FAILED" in line
+    assert (tmp_path / "model.onnx").exists(), "it is kept, to see why"
+
+
+def test_bf16_says_that_the_file_was_not_run(ddpmx, refused, run, tmp_path):
+    done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--bf16", "--no-plan")
+    assert done.code == 0, done
+    assert "NOT the file" in done.out
+    assert "ddpmx build" in refused("generate", "--engine", tmp_path / "model.onnx", "--out", tmp_path / "samples")
+
+
+def test_a_network_that_answers_nothing_is_exported_and_not_verified(ddpmx, tmp_path):
+    out = tmp_path / "run"
+    assert ddpmx("train", "--data", FASHION, "--out", out, "--steps", 1, *TINY, "--lr", 1e-12).code == 0
+    done = ddpmx("export", out, "-o", tmp_path / "model.onnx", "--no-plan")
+    assert done.code == 0, done
+    assert "NOT VERIFIED" in done.out
+    assert not (tmp_path / "model.parity.npz").exists()
+
+
+def test_export_refuses_flags_that_contradict(refused, run, tmp_path):
+    for flags in (("--fp16", "--bf16"), ("--no-parity", "--full"), ("--no-parity", "--data", FASHION)):
+        refused("export", run, "-o", tmp_path / "model.onnx", *flags)
+    wrong = tmp_path / "wrong.npz"
+    np.savez(wrong, images=np.zeros((3, 8, 8), np.uint8))
+    assert "8, 8, 1" in refused("export", run, "-o", tmp_path / "model.onnx", "--data", wrong)
+    assert "no such file" in refused("export", run, "-o", tmp_path / "model.onnx", "--data", tmp_path / "none")
+
+
+def test_parity_asks_a_checkpoint(ddpmx, refused, run, tmp_path):
+    file = tmp_path / "model.onnx"
+    assert ddpmx("export", run, "-o", file, "--no-parity", "--no-plan").code == 0
+    done = ddpmx("parity", file, "--checkpoint", run, "--data", FASHION)
+    assert done.code == 0, done
+    told = json.loads((tmp_path / "model.report" / "report.json").read_text())
+    assert told["reference"]["images"] == "the user's"
+    assert "weights" in refused("parity", file, "--checkpoint", run, "--weights", "raw"), "another model's weights"
+
+
+def test_info_counts_a_checkpoint_s_parameters(ddpmx, run):
+    from ddpm_export.checkpoint import load_network
+
+    network, _ = load_network(run)
+    count = sum(tensor.numel() for tensor in network.state_dict().values())
+    assert f"{count:,} numbers" in ddpmx("info", run).out
 
 
 def test_resume_goes_on(ddpmx, copy):

@@ -12,60 +12,12 @@ from typing import Any
 
 import pytest
 
+from ddpmx.engine import USED
 from oracles import tensorrt_bindings
 
 CACHE = Path(__file__).parents[2] / ".cache" / "tensorrt-bindings"
 LABELS = list(tensorrt_bindings.WHEELS)
 
-# class or enum → its attributes or members
-USED: dict[str, tuple[str, ...]] = {
-    "Builder": (
-        "create_network",
-        "create_builder_config",
-        "create_optimization_profile",
-        "build_serialized_network",
-    ),
-    "IBuilderConfig": (
-        "set_flag",
-        "clear_flag",
-        "set_memory_pool_limit",
-        "add_optimization_profile",
-        "create_timing_cache",
-        "set_timing_cache",
-        "get_timing_cache",
-        "builder_optimization_level",
-        "profiling_verbosity",
-        "progress_monitor",
-    ),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "BuilderFlag": ("TF32", "REFIT", "STRIP_PLAN", "REFIT_IDENTICAL", "VERSION_COMPATIBLE"),
-    "MemoryPoolType": ("WORKSPACE",),
-    "OnnxParser": ("parse", "parse_from_file", "num_errors", "get_error"),
-    "INetworkDefinition": (
-        "name",
-        "num_inputs",
-        "get_input",
-        "num_layers",
-        "get_layer",
-        "num_outputs",
-        "get_output",
-    ),
-    "IOptimizationProfile": ("set_shape",),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
-    "ICudaEngine": (
-        "name",
-        "num_io_tensors",
-        "get_tensor_name",
-        "get_tensor_mode",
-        "get_tensor_dtype",
-        "get_tensor_shape",
-        "get_tensor_profile_shape",
-        "create_engine_inspector",
-    ),
-    "ILogger": ("log", "Severity"),
-    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
-    "ITimingCache": ("serialize",),
-}
 # properties that are set, not only read
 SET = (
     "IBuilderConfig.builder_optimization_level",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import ddpmx
-from ddpmx import modelfile, onnxfile, planfile
+from ddpmx import modelfile, onnxfile
 from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.onnxfile import TensorInfo
 from ddpmx.spec import ModelSpec
@@ -85,21 +85,6 @@ def test_empty_and_missing_files_are_refused(tmp_path):
         modelfile.identify(tmp_path / "missing.onnx")
     with pytest.raises(FileFormatError, match="cannot be read"):
         modelfile.identify(tmp_path / "empty" / "below-a-file")
-
-
-@pytest.mark.parametrize(("magic", "flavour"), [(b"ftrt", "TensorRT"), (b"vtrt", "TensorRT-RTX")])
-def test_a_plan_says_which_version_built_it(tmp_path, magic, flavour):
-    path = tmp_path / "model.plan"
-    path.write_bytes(magic + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100))
-    assert planfile.plan_flavour(path) == (flavour, "10.3.0.26")
-
-
-@pytest.mark.parametrize("content", [b"", b"ftrt", b"ftrt" + bytes(23), b"\x08\x08" + bytes(40)])
-def test_cut_off_plans_are_refused(tmp_path, content):
-    path = tmp_path / "model.plan"
-    path.write_bytes(content)
-    with pytest.raises(FileFormatError, match="plan"):
-        planfile.plan_flavour(path)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""Engines on the command line: built by `ddpmx build`, and refused by `ddpmx generate` where they cannot run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from ddpmx import pipeline, planfile
+from ddpmx.device import Gpus
+from oracles.plans import make_plan
+
+
+def test_generate_with_a_plan_says_which_onnx_file_to_use(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "gpus", lambda: Gpus(trouble="there is no NVIDIA driver"))
+    (tmp_path / "model.plan").write_bytes(make_plan())
+    said = refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
+    for part in ("there is none here", "TensorRT-RTX 1.7.1.116", "ddpmx generate --engine model.onnx"):
+        assert part in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[:-1], "not a whole TensorRT plan"),
+        (lambda data: data.replace(b"timesteps", b"timestep_"), "damaged"),
+        (lambda data: data.replace(b"ddpmx1 ", b"xxxxxx ").replace(b"engine1 ", b"xxxxxxx "), "does not say"),
+    ],
+)
+def test_generate_refuses_a_damaged_plan(refused, tmp_path, damage, says):
+    (tmp_path / "model.plan").write_bytes(damage(make_plan()))
+    assert says in refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
+
+
+def test_build_builds_and_then_reuses(ddpmx, tmp_path, gaussian_onnx):
+    pytest.importorskip("tensorrt_rtx", reason="not verified here: `ddpmx build` (no TensorRT-RTX)")
+    path = tmp_path / "model.onnx"
+    shutil.copy(gaussian_onnx, path)
+    command = ("build", path, "--library", "tensorrt-rtx", "--batch", "1,2,4", "--timing-cache", tmp_path / "cache")
+    done = ddpmx(*command)
+    assert done.code == 0, done.err
+    for said in ("TensorRT-RTX", "SM 8.0+", "batch 1…4", "precision: fp32"):
+        assert said in done.out
+    assert planfile.read_plan(tmp_path / "model.plan").engine.batch == (1, 2, 4)
+    assert "is there already" in ddpmx(*command).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--batch", "1,2"), "three numbers"),
+        (("--batch", "4,2,1"), "rising"),
+        (("--batch", "0,1,2"), "rising"),
+        (("--batch", "a,b,c"), "--batch"),
+        (("--target", "sm86"), "compute capability"),
+        (("--level", "6"), "level"),
+        (("--workspace", "0"), "workspace"),
+        (("--library", "cudnn"), "--library"),
+    ],
+)
+def test_build_refuses_what_it_cannot_use(refused, tmp_path, gaussian_onnx, arguments, says):
+    assert says in refused("build", gaussian_onnx, "-o", tmp_path / "model.plan", *arguments)
+    assert list(tmp_path.iterdir()) == []

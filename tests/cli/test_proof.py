@@ -1,0 +1,158 @@
+"""parity, info and doctor on the command line, and what export does beside exporting."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ddpmx.parity.reference import Reference
+
+# --- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_an_onnx_file_is(ddpmx, gaussian_onnx):
+    done = ddpmx("info", gaussian_onnx)
+    assert done.code == 0
+    for said in ("ONNX", "8×8", "T = 1000", "linear", "eps", "fp32", "opset"):
+        assert said in done.out
+    told = json.loads(ddpmx("info", gaussian_onnx, "--json").out)
+    assert told["spec"]["shape"] == [3, 8, 8]
+    assert told["inputs"] == {"x": "float32 ['batch', 3, 8, 8]", "t": "int32 ['batch']"}
+
+
+def test_info_needs_no_library(gaussian_onnx):
+    """Neither a model's nor a GPU's."""
+    code = """
+import sys
+for name in ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib"):
+    sys.modules[name] = None
+from ddpmx_cli.main import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "info", str(gaussian_onnx)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8×8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(50), "neither"),
+        (b"vtrt" + bytes(10), "whole TensorRT plan"),
+        (b"\x08\x0a\x3a\xff", "whole ONNX"),
+    ],
+)
+def test_info_refuses_what_it_cannot_read(refused, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "model").write_bytes(content)
+    assert says in refused("info", tmp_path / "model")
+
+
+def test_info_shows_a_foreign_plan_s_version(ddpmx, tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"ftrt" + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100))
+    done = ddpmx("info", tmp_path / "model.plan")
+    assert done.code == 0
+    assert "TensorRT 10.3.0.26" in done.out
+    assert "does not say" in done.out
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_here(ddpmx):
+    import onnxruntime
+
+    done = ddpmx("doctor")
+    assert done.code == 0
+    assert f"onnxruntime {onnxruntime.__version__}" in done.out
+    assert "TensorRT" in done.out
+    told = json.loads(ddpmx("doctor", "--json").out)
+    assert told["libraries"]["onnxruntime"]["version"] == onnxruntime.__version__
+    assert {"train", "export"} <= {finding["what"] for finding in told["findings"]}
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged(tmp_path, gaussian_onnx):
+    """gaussian.onnx with a record of what its closed form answers beside it."""
+    from oracles.gaussian import gaussian_reference
+
+    shutil.copy(gaussian_onnx, tmp_path / "model.onnx")
+    gaussian_reference().save(tmp_path / "model.parity.npz")
+    return tmp_path / "model.onnx"
+
+
+def test_parity_finds_the_record_and_writes_a_report(ddpmx, judged):
+    done = ddpmx("parity", judged)
+    assert done.code == 0, done
+    assert "PASSED" in done.out
+    report = judged.with_suffix(".report")
+    told = json.loads((report / "report.json").read_text())
+    assert told["passed"] is True
+    assert "ε, RMS" in (report / "report.md").read_text()
+
+
+def test_parity_that_fails_says_so_in_one_line_and_exits_with_1(ddpmx, judged):
+    reference = Reference.load(judged.with_suffix(".parity.npz"))
+    out = reference.out.copy()
+    out[5] += np.float32(1e-2)
+    Reference(**{**vars(reference), "out": out}).save(judged.with_suffix(".parity.npz"))
+    done = ddpmx("parity", judged, "-o", judged.parent / "report")
+    assert done.code == 1
+    (line,) = done.err.strip().splitlines()
+    assert "FAILED" in line
+    assert f"t = {reference.t[5]}" in line
+    assert json.loads((judged.parent / "report" / "report.json").read_text())["passed"] is False
+
+
+def test_parity_without_a_record_asks_for_one(ddpmx, refused, judged):
+    judged.with_suffix(".parity.npz").unlink()
+    said = refused("parity", judged)
+    assert "--against" in said
+    assert "--self-test" in said
+    done = ddpmx("parity", judged, "--self-test")
+    assert done.code == 0
+    assert "NOT VERIFIED" in done.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--self-test", "--against", "x.npz"), "exclude"),
+        (("--full",), "--checkpoint"),
+        (("--against", "missing.npz"), "no record"),
+        (("--self-test", "--polygraphy"), "reference"),
+    ],
+)
+def test_parity_refuses_flags_that_contradict(refused, judged, flags, says):
+    assert says in refused("parity", judged, *flags)
+    assert not judged.with_suffix(".report").exists()
+
+
+def test_parity_refuses_another_model_s_record(refused, judged):
+    reference = Reference.load(judged.with_suffix(".parity.npz"))
+    other = Reference(**{**vars(reference), "spec": reference.spec.replace(variance="fixed_small")})
+    other.save(judged.with_suffix(".parity.npz"))
+    assert "another model" in refused("parity", judged)
+
+
+def test_parity_needs_neither_torch_nor_onnx(judged):
+    code = """
+import sys
+for name in ("torch", "onnx", "polygraphy", "ddpm_export"):
+    sys.modules[name] = None
+from ddpmx_cli.main import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "parity", str(judged)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "PASSED" in done.stdout
