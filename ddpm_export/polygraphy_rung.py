@@ -43,10 +43,9 @@ def compare(
     if kind == "plan":
         info = planfile.read_plan(path)
         spec = info.spec
-        # read once, when Polygraphy is first imported: which of the two libraries it is to take for TensorRT
-        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(info.flavour == "TensorRT-RTX"))
+        rtx = info.flavour == "TensorRT-RTX"
     else:
-        spec = onnx_spec(path, read_onnx(path))
+        spec, rtx = onnx_spec(path, read_onnx(path)), False
     check_same_model(spec, reference)
 
     from polygraphy.logger import G_LOGGER
@@ -54,8 +53,12 @@ def compare(
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it talks while it is imported, too
 
     import polygraphy
+    import polygraphy.config
+
+    polygraphy.config.USE_TENSORRT_RTX = rtx  # which of the two libraries it is to take for TensorRT
+    from polygraphy import comparator as comparators
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
-    from polygraphy.comparator import Comparator, CompareFunc, RunResults
+    from polygraphy.comparator import Comparator, RunResults
 
     if kind == "plan":
         from polygraphy.backend.common import BytesFromPath
@@ -73,6 +76,8 @@ def compare(
         """What is kept of an answer, so that both sides have one shape."""
         return {name: np.asarray(outputs[name]).reshape(len(reference.x0), -1)[:, kept]}
 
+    # the class of newer versions, the function of older ones
+    simple = getattr(comparators, "SimpleCompareFunc", None) or comparators.CompareFunc.simple
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
             ran = Comparator.run([runner], data_loader=feeds)
@@ -85,7 +90,7 @@ def compare(
         both.add([recorded(one) for one in ran[runner.name]], runner_name=runner.name)
         bound = BOUNDS[spec.precision].eps_pixel * reference.scale
         comparison = Comparator.compare_accuracy(
-            both, compare_func=CompareFunc.simple(atol=bound, rtol=0.0, check_error_stat="max")
+            both, compare_func=simple(atol=bound, rtol=0.0, check_error_stat="max")
         )
         if results is not None:
             both.save(os.fspath(results))

@@ -9,7 +9,6 @@ from typer import Option
 
 from ddpmx_cli.console import busy, say
 
-
 EXAMPLES = """
 Examples:\n
   ddpmx doctor\n

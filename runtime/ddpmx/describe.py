@@ -38,13 +38,14 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     values = modelfile.read_spec_json(folder / modelfile.SPEC_FILE)
     spec = ModelSpec.from_json(values["model"])
     files = sorted(folder.glob("*.safetensors"))
+    parameters = {file.name: safetensors_elements(file) for file in files}
     return {
         "bytes": sum(file.stat().st_size for file in files),
         "spec": spec.to_json(),
         "note": None,
         "checkpoint": folder.name,
         "network": values.get("network"),
-        "parameters": {file.name: safetensors_elements(file) for file in files},
+        "parameters": parameters,
     }
 
 
@@ -103,11 +104,11 @@ def safetensors_elements(path: Path) -> int:
     Raises:
         FileFormatError: it is cut off or no such file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        head = stream.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else b""
     try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            head = stream.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else b""
         header = json.loads(head)
         tensors = [value for name, value in header.items() if name != "__metadata__"]
         if tensors and 8 + length + max(tensor["data_offsets"][1] for tensor in tensors) != size:
@@ -116,9 +117,11 @@ def safetensors_elements(path: Path) -> int:
         for tensor in tensors:
             elements = 1
             for dim in tensor["shape"]:
-                elements = min(elements * int(dim), 1 << 62)
+                if type(dim) is not int or dim < 0:
+                    raise ValueError(f"a dimension of {dim!r}")
+                elements = min(elements * dim, 1 << 62)
             total += elements
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise FileFormatError(
             f"{path}: not a whole safetensors file",
             note=str(error)[:200],

@@ -46,8 +46,15 @@ def gpus() -> Gpus:
     """Ask the driver, once per process. Never raises: what is wrong stands in ``trouble``."""
     try:
         driver = ctypes.CDLL(_DRIVER)
-    except OSError:
-        return Gpus(trouble=f"there is no NVIDIA driver: {_DRIVER} was not found")
+    except OSError as error:
+        return Gpus(trouble=f"there is no NVIDIA driver: {error}"[:300])
+    try:
+        return _ask(driver)
+    except AttributeError as error:  # a function that every driver has
+        return Gpus(trouble=f"what is called {_DRIVER} is no NVIDIA driver: {error}"[:300])
+
+
+def _ask(driver: ctypes.CDLL) -> Gpus:
     version = ctypes.c_int()
     cuda = None
     if driver.cuDriverGetVersion(ctypes.byref(version)) == 0:

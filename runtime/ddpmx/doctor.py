@@ -152,7 +152,8 @@ def _probe(code: str) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-c", "import json" + code],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=_TIMEOUT,
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )

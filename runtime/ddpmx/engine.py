@@ -64,7 +64,7 @@ USED = {
     "IOptimizationProfile": ("set_shape",),
     "ITimingCache": ("serialize",),
     "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
-    "ParserError": ("desc", "node", "node_name", "node_operator", "code"),
+    "ParserError": ("desc", "node", "node_name", "node_operator"),
     "IHostMemory": ("nbytes",),
     "ILogger": ("log", "Severity"),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
@@ -183,13 +183,14 @@ def build(
     """
     options = options or BuildOptions()
     path = Path(path)
-    output = Path(output) if output is not None else path.with_suffix(".plan")
-    _check_output(output, path)
     if modelfile.identify(path) != "onnx":
         raise FileFormatError(f"{path}: not an ONNX file", hint="engines are built from what `ddpmx export` writes")
     real = path.resolve()  # weights lie beside the file itself, not beside a link to it
     info = onnxfile.read_onnx(real)
     weights = onnxfile.check_external(real, info)
+    # a link to a plan stays one; the sidecar lies beside what it leads to
+    output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
+    _check_output(output, [real, *weights])
     spec = onnxfile.onnx_spec(path, info)
     _check_weights(path, spec, info)
     library = library or tensorrt_library.load()
@@ -201,8 +202,8 @@ def build(
     begun = time.monotonic()
     name = f"{spec.to_text()} {seal(RECORD_PREFIX, record.to_json())}"
     if len(name) > MAX_TEXT:
-        raise SpecError(f"what the plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
-    plan, layers = _build(real, name, record, library, options, devices, progress, cancel)
+        raise SpecError(f"{path}: what its plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
+    plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
     precision = _assert_precision(plan, spec, info, library, stripped=options.strip)
     seconds = time.monotonic() - begun
     _write(output, plan, spec, record, {"seconds": round(seconds, 2), "layers": layers, "precision": precision})
@@ -212,6 +213,7 @@ def build(
 def _build(
     path: Path,
     name: str,
+    spec: ModelSpec,
     record: EngineRecord,
     library: Library,
     options: BuildOptions,
@@ -226,14 +228,18 @@ def _build(
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = _made(library, "network", lambda: builder.create_network(strongly_typed))
     parser = _made(library, "parser", lambda: trt.OnnxParser(network, library.logger))
-    if not parser.parse_from_file(os.fspath(path)):
+    try:
+        parsed = parser.parse_from_file(os.fspath(path))
+    except (TypeError, UnicodeError) as error:
+        raise FileFormatError(f"{path!r}: {library} takes file names in UTF-8 only", hint="rename it") from error
+    if not parsed:
         raise FileFormatError(
             f"{path}: {library}'s parser refuses this file",
             note=_parser_errors(parser) or library.last_words(),
             hint="export it again with this ddpmx; --opset above 20 asks for more than older parsers know",
         )
     network.name = name
-    _check_network(path, network, trt)
+    _check_network(path, network, spec, trt)
     config = _made(library, "configuration", builder.create_builder_config)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
@@ -262,14 +268,15 @@ def _build(
     return plan, network.num_layers
 
 
-def _check_output(output: Path, path: Path) -> None:
+def _check_output(output: Path, inputs: list[Path]) -> None:
     if output.is_dir():
         raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.plan'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
-    with contextlib.suppress(OSError):
-        if output.exists() and output.samefile(path):
-            raise OutputError(f"{output}: the plan would replace the ONNX file that it is built from")
+    for written in (output, sidecar_path(output)):
+        for path in inputs:
+            if written.exists() and written.samefile(path):
+                raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")
 
 
 def _check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
@@ -318,7 +325,7 @@ def _record(
     """What the plan will say about how it was built; its key covers everything that the plan depends on."""
     batch = options.batch or default_batch(spec.shape)
     if library.is_rtx:
-        targets = options.targets or ("8.0+",)
+        targets = tuple(sorted(set(options.targets))) or ("8.0+",)
     else:
         targets = (devices.devices[0].sm,)
     # where the files are called what is part of the graph only for those beside it
@@ -331,7 +338,7 @@ def _record(
         platform=host_platform(),
         batch=batch,
         onnx=hashlib.sha256("\n".join(digests).encode()).hexdigest() if len(digests) > 1 else digests[0],
-        source=path.name,
+        source=path.name if planfile.is_plain_name(path.name) else "model.onnx",
         options={name: settings[name] for name in ("workspace", "level", "tf32", "refit", "strip")},
         key="",
     )
@@ -361,15 +368,15 @@ def _already(output: Path, record: EngineRecord) -> PlanInfo | None:
     return info if info.engine.key == record.key else None
 
 
-def _check_network(path: Path, network: Any, trt: Any) -> None:
+def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
     """What the parser understood: x and t of the right types in, float32 out, and only the batch left open."""
     faults = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         wanted = trt.DataType.INT32 if tensor.name == "t" else trt.DataType.FLOAT
-        batch, *image = tensor.shape
-        if tensor.dtype != wanted or batch != -1 or -1 in image:
-            faults.append(f"{tensor.name}: {tensor.dtype} {[batch, *image]}")
+        dims = _dims(tensor)
+        if tensor.dtype != wanted or dims[:1] != [-1] or dims[1:] != ([] if tensor.name == "t" else list(spec.shape)):
+            faults.append(f"{tensor.name}: {tensor.dtype} {dims}")
     for index in range(network.num_outputs):
         tensor = network.get_output(index)
         if tensor.dtype != trt.DataType.FLOAT:
@@ -379,6 +386,13 @@ def _check_network(path: Path, network: Any, trt: Any) -> None:
             f"{path}: TensorRT reads other inputs and outputs from this file than the contract asks for",
             note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",
         )
+
+
+def _dims(tensor: Any) -> list[int]:
+    try:
+        return [int(dim) for dim in tensor.shape]
+    except ValueError:  # of unknown rank: its length is negative
+        return []
 
 
 def _set_flags(config: Any, trt: Any, options: BuildOptions) -> None:
@@ -507,6 +521,8 @@ def _assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libr
     weights = sum(info.weights.values())
     if stripped:
         return "not ascertained: the plan holds no weights"
+    if weights < 4 * _SLACK:
+        return "not ascertained: too few weights to tell by their size"
     if library.is_rtx:
         stored = _rtx_weights(memoryview(plan))
         if stored is None:
@@ -519,8 +535,6 @@ def _assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libr
             )
         return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
     size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
-    if halves < 8 * _SLACK:
-        return "not ascertained: too few weights to tell by the plan's size"
     if size > weights + 0.75 * halves:
         raise BackendError(
             f"{library} seems to have widened the {spec.precision} weights to float32",

@@ -46,6 +46,8 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, NDArr
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
     with archive.open(entry) as stream:
         version = npy.read_magic(stream)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f"{entry.filename} is of the unknown version {version}")
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(stream, max_header_size=10_000)
         if dtype.hasobject or dtype.kind not in "biufc":

@@ -37,7 +37,7 @@ class GraphInfo:
         metadata: ``metadata_props``.
         opset: of the default operator domain, 0 if none is stated.
         external: every other file that it wants to read, as written there.
-        weights: how many bytes its initializers take, by ONNX element type.
+        weights: how many bytes its constants take, by ONNX element type.
     """
 
     inputs: dict[str, TensorInfo]
@@ -246,6 +246,8 @@ def _walk_attribute(view: memoryview, found: _Found, depth: int) -> None:
     for number, value in fields(view):
         if number in (5, 10):  # t, tensors
             _walk_tensor(as_message(value), found)
+            element_type, size = _tensor_bytes(as_message(value))
+            found.weights[element_type] += size
         elif number in (6, 11):  # g, graphs
             _walk_graph(as_message(value), found, depth + 1)
         elif number in (22, 23):  # sparse_tensor, sparse_tensors

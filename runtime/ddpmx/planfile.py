@@ -34,7 +34,8 @@ _SIZE_AT, _VERSION_AT, _HEADER = 16, 24, 28
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){1,3}")
 _TARGET = re.compile(r"\d{1,2}\.\d\+?")
-_HOST_MACHINES = {3: "x86", 40: "ARM", 62: "x86-64", 183: "AArch64"}  # e_machine; a GPU's own code has 190
+_CUDA_MACHINE = 190  # e_machine of a GPU's own code
+_MACHINES = {3: "x86", 40: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
 _ELF_MACHINE_AT = 18
 
 
@@ -77,12 +78,14 @@ class EngineRecord:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise SpecError("the engine's record has not the fields that this ddpmx knows", note=str(values)[:200])
+            raise SpecError("the engine's record has not the fields that this ddpmx knows", note=ascii(values)[:200])
         options, batch, targets = values["options"], values["batch"], values["targets"]
         good = (
             values["flavour"] in FLAVOURS
             and all(isinstance(values[name], str) for name in ("version", "platform", "onnx", "source", "key"))
             and _VERSION.fullmatch(values["version"])
+            and values["platform"].isprintable()
+            and is_plain_name(values["source"])
             and _SHA256.fullmatch(values["onnx"])
             and _SHA256.fullmatch(values["key"])
             and isinstance(batch, list)
@@ -93,10 +96,11 @@ class EngineRecord:
             and len(targets) > 0
             and all(isinstance(target, str) and _TARGET.fullmatch(target) for target in targets)
             and isinstance(options, dict)
+            and all(name.isidentifier() for name in options)
             and all(value is None or type(value) in (bool, int) for value in options.values())
         )
         if not good:
-            raise SpecError("the engine's record is damaged", note=str(values)[:200])
+            raise SpecError("the engine's record is damaged", note=ascii(values)[:200])
         return cls(**values | {"batch": tuple(batch), "targets": tuple(targets)})
 
 
@@ -189,9 +193,22 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
 
 
 def rebuild_command(path: str | os.PathLike[str], engine: EngineRecord) -> str:
-    """The command that builds this plan anew, here."""
-    batch = ",".join(map(str, engine.batch))
-    return f"ddpmx build {shlex.quote(engine.source)} -o {shlex.quote(str(path))} --batch {batch}"
+    """The command that builds this plan anew, here, and for what is here."""
+    options = dict(engine.options)
+    if options.get("workspace"):
+        options["workspace"] = int(options["workspace"] or 0) >> 20
+    words = ["ddpmx", "build", engine.source, "-o", str(path), "--batch", ",".join(map(str, engine.batch))]
+    for name, value in sorted(options.items()):
+        if value is True:
+            words.append(f"--{name}")
+        elif type(value) is int:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a file's name can be shown, and put into a command, as it stands."""
+    return name.isprintable() and name != "" and not name.startswith("-") and not set(name) & set("/\\")
 
 
 def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | None, platform: str, gpus: Gpus) -> None:
@@ -278,7 +295,7 @@ def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
 
 
 def _sidecar(path: Path, size: int, spec: ModelSpec, engine: EngineRecord) -> Mapping[str, Any] | None:
-    file = sidecar_path(path)
+    file = sidecar_path(os.path.realpath(path))
     if not os.path.lexists(file):
         return None
     again = f"remove it, or build again: {rebuild_command(path, engine)}"
@@ -298,20 +315,28 @@ def _sidecar(path: Path, size: int, spec: ModelSpec, engine: EngineRecord) -> Ma
         if told.get(name) != mine:
             raise SpecError(
                 f"{file}: the sidecar contradicts its plan",
-                note=f"{name!r}: {str(told.get(name))[:120]} there, {str(mine)[:120]} in {path.name}",
+                note=_difference(name, told.get(name), mine, path.name),
                 hint=again,
             )
     return told
 
 
+def _difference(name: str, theirs: object, mine: object, plan: str) -> str:
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        keys = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
+        name, theirs, mine = f"{name}: {keys[0]}", theirs.get(keys[0]), mine.get(keys[0])
+    return f"{name}: {ascii(theirs)[:120]} there, {ascii(mine)[:120]} in {plan}"
+
+
 def _host_code(data: mmap.mmap) -> str | None:
     """The processor of the first library in ``data`` that is for a CPU; GPU code comes in the same containers."""
-    for match in re.finditer(rb"\x7fELF[\x01\x02]\x01\x01|PE\x00\x00(?:\x64\x86|\x64\xaa)", data):
+    for match in re.finditer(rb"\x7fELF[\x01\x02]\x01\x01|PE\x00\x00(?:\x64\x86|\x64\xaa|\x4c\x01)", data):
         if match[0].startswith(b"PE"):
             return "Windows"
         at = match.start() + _ELF_MACHINE_AT
-        if machine := _HOST_MACHINES.get(int.from_bytes(data[at : at + 2], "little")):
-            return machine
+        machine = int.from_bytes(data[at : at + 2], "little")
+        if machine != _CUDA_MACHINE:
+            return _MACHINES.get(machine, f"machine {machine}")
     return None
 
 

@@ -22,7 +22,7 @@ MODULES = {"TensorRT": ("tensorrt",), "TensorRT-RTX": ("tensorrt_rtx", "tensorrt
 """By which names Python finds each flavour, in the order in which they are tried."""
 
 _REMEMBERED = 200
-_LIBRARY = re.compile(r"\S*/lib(nvinfer|tensorrt_rtx)\.so[^\s/]*$|\S*[\\/](nvinfer|tensorrt_rtx)\S*\.dll$")
+_LIBRARY = re.compile(r"/.*/lib(nvinfer|tensorrt_rtx)\.so[^\s/]*")
 
 
 @dataclass(frozen=True)

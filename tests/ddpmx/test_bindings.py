@@ -6,6 +6,7 @@ does what it should is not asked here.
 
 from __future__ import annotations
 
+import ast
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from ddpmx.engine import USED
 from oracles import tensorrt_bindings
 
+RUNTIME = Path(__file__).parents[2] / "runtime" / "ddpmx"
 CACHE = Path(__file__).parents[2] / ".cache" / "tensorrt-bindings"
 LABELS = list(tensorrt_bindings.WHEELS)
 
@@ -92,6 +94,26 @@ def test_every_call_has_its_parameters(label: str):
         if wanted not in tensorrt_bindings.parameters(signatures.get(name, ""))
     }
     assert differ == {}
+
+
+def touched(*modules: str) -> tuple[set[str], set[str]]:
+    """(every X of trt.X, every attribute) in the runtime's modules."""
+    nodes = [
+        node
+        for module in modules
+        for node in ast.walk(ast.parse((RUNTIME / f"{module}.py").read_text(encoding="utf-8")))
+    ]
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+    classes = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "trt"}
+    functions = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}  # those that TensorRT calls
+    return classes, {node.attr for node in attributes} | functions
+
+
+def test_the_list_is_what_the_sources_touch():
+    """ComputeCapability is TensorRT-RTX's alone."""
+    classes, names = touched("engine", "tensorrt_library")
+    assert classes - {"ComputeCapability", "__version__"} <= set(USED)
+    assert {name for wanted in USED.values() for name in wanted} - names <= {"code"}  # reported: nothing asks for it
 
 
 def test_a_removed_name_is_noticed():

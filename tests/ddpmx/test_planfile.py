@@ -319,7 +319,11 @@ def test_another_version_is_refused(plan, version):
     path = plan(make_plan())
     with pytest.raises(BackendError, match="cross versions") as caught:
         check(path, version=version)
-    for said in ("TensorRT-RTX 1.7.1.116", f"TensorRT-RTX {version}", f"ddpmx build model.onnx -o {path} --batch 1,4,8"):
+    for said in (
+        "TensorRT-RTX 1.7.1.116",
+        f"TensorRT-RTX {version}",
+        f"ddpmx build model.onnx -o {path} --batch 1,4,8",
+    ):
         assert said in str(caught.value)
 
 
@@ -389,6 +393,34 @@ def test_commands_can_be_pasted_into_a_shell(plan):
     with pytest.raises(BackendError) as caught:
         check(path, version="9.9.9")
     assert f"""ddpmx build 'it'"'"'s; rm -rf.onnx' -o '{path}' --batch 1,4,8""" in str(caught.value)
+
+
+def test_the_command_builds_the_same_plan(plan):
+    options = {"workspace": 512 << 20, "level": 5, "tf32": True, "refit": True, "strip": False}
+    record = dataclasses.replace(RECORD, options=options)
+    command = planfile.rebuild_command("model.plan", record)
+    for flag in ("--tf32", "--level 5", "--workspace 512", "--refit"):
+        assert flag in command
+    assert "--strip" not in command
+
+
+@pytest.mark.parametrize("source", ["\x1b[2J.onnx", "model.onnx\nHint: rm -rf ~", "--force"])
+def test_a_hostile_name_neither_writes_on_the_terminal_nor_becomes_a_flag(plan, source):
+    path = plan(make_plan(record=dataclasses.replace(RECORD, source=source)))
+    with pytest.raises(DdpmxError) as caught:
+        check(path, version="9.9.9")
+    assert "\x1b" not in str(caught.value)
+    assert "rm -rf" not in str(caught.value)
+    assert "build --force" not in str(caught.value)
+
+
+def test_the_difference_between_sidecar_and_plan_is_shown(plan):
+    path = plan(make_plan())
+    sidecar(path, engine=dataclasses.replace(RECORD, key="c" * 64).to_json())
+    with pytest.raises(SpecError) as caught:
+        planfile.read_plan(path)
+    assert "ccc" in str(caught.value)
+    assert "bbb" in str(caught.value)
 
 
 # --- at the pipeline's door ------------------------------------------------------------------------------------------

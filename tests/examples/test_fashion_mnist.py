@@ -51,7 +51,14 @@ def test_smoke_walks_the_whole_way(tmp_path: Path):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for path in ("model.onnx", "model-fp16.onnx", "samples/grid.png", "samples/x0.gif", "samples/00008.png", "parity/report.md"):
+    for path in (
+        "model.onnx",
+        "model-fp16.onnx",
+        "samples/grid.png",
+        "samples/x0.gif",
+        "samples/00008.png",
+        "parity/report.md",
+    ):
         assert (tmp_path / "out" / path).stat().st_size > 0
     judged = [line.split() for line in done.stdout.splitlines() if line.endswith(("  pass", "  fail"))]
     verdicts = {" ".join(words[:-4]): words[-1] for words in judged}

@@ -304,7 +304,7 @@ def _json_text(rng: random.Random) -> str:
     """A value that nobody expects, as it stands in a file."""
     which = rng.randrange(6)
     if which == 0:  # nested: less deep than Python recurses, about as deep, and deeper
-        depth = rng.choice((2, 60, rng.randrange(300, 1000), rng.randrange(900, 1000), 4000, 100_000))
+        depth = rng.choice((2, 60, rng.randrange(300, 1000), rng.randrange(900, 1500), 4000, 100_000))
         opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
         return opening * depth + ("1" if opening != "[" else "") + closing * depth
     if which == 1:

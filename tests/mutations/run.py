@@ -150,8 +150,12 @@ def _plants() -> dict[str, Callable[[Path], object]]:
     def silent(path: Path) -> None:
         raise DdpmxError("")
 
+    class VerboseError(DdpmxError):
+        def __str__(self) -> str:
+            return "x" * 3000
+
     def verbose(path: Path) -> None:
-        raise DdpmxError("x" * 3000)
+        raise VerboseError("x")
 
     faults = (wrong, allocate, swallow, grow, loop, sleep, segfault, leave, silent, verbose)
     return {fault.__name__: fault for fault in faults}

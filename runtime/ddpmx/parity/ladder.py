@@ -127,10 +127,11 @@ class Climb:
     def verdict(self) -> str:
         """One line."""
         if failed := [rung for rung in self.rungs if not rung.passed]:
-            return f"FAILED: this is not the PyTorch model: {failed[0]}" + (
-                f"; and {len(failed) - 1} more" if len(failed) > 1 else ""
-            )
+            what = "this is not the PyTorch model" if self.reference is not None else "it does not agree with itself"
+            return f"FAILED: {what}: {failed[0]}" + (f"; and {len(failed) - 1} more" if len(failed) > 1 else "")
         judged = [rung for rung in self.rungs if rung.skipped is None]
+        if not judged:
+            return "NOT VERIFIED: nothing could be judged"
         skipped = len(self.rungs) - len(judged)
         what = "the PyTorch model" if self.reference is not None else "consistent with itself"
         return (

@@ -35,6 +35,7 @@ TRAINED = 0.5
 """Of a target of variance 1 a network that learnt anything explains half; one that did not is off by 1 or more."""
 
 FORMAT = "ddpmx-parity1"
+_TOLD = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # as JSON; everything else is an array
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,9 @@ class Reference:
             FileFormatError: they do not.
         """
         spec, shape = self.spec, self.spec.shape
+        for name in ("t", "x0", "at", "final"):
+            if getattr(self, name).ndim < 1:
+                raise FileFormatError(f"the record's {name!r} is a single number")
         k, n, m, kept = len(self.t), len(self.x0), len(self.at), len(elements(shape))
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "t": (np.int32, (k,)),
@@ -136,7 +140,7 @@ class Reference:
         told = {
             "format": FORMAT,
             "spec": self.spec.to_json(),
-            **{name: getattr(self, name) for name in ("made_with", "seed", "real", "loss", "steps")},
+            **{name: getattr(self, name) for name in sorted(_TOLD - {"spec"})},
         }
         text = np.frombuffer(json.dumps(told).encode(), np.uint8)
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
@@ -160,7 +164,7 @@ class Reference:
             if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
                 raise FileFormatError("a record of another version of ddpmx")
             told["spec"] = ModelSpec.from_json(told.get("spec"))
-            if {*told, *arrays} != {f.name for f in fields(cls)}:
+            if set(told) != _TOLD or set(arrays) != {f.name for f in fields(cls)} - _TOLD:
                 raise FileFormatError("the record has not the parts that this ddpmx knows")
             parts: dict[str, Any] = {**told, **arrays}
             return cls(**parts)

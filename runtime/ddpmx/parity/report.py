@@ -16,6 +16,8 @@ from ddpmx.errors import OutputError
 from ddpmx.files import make_folder, write_error
 from ddpmx.parity.ladder import Climb, Rung
 
+_FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png")
+
 _MEANING = {
     "identical rows": "One image in every row of a batch: all rows must give one answer.",
     "batch against one by one": "Images together, then each alone: neighbours must not matter.",
@@ -53,7 +55,7 @@ def to_json(climb: Climb, file: str | os.PathLike[str], extra: dict[str, Any] | 
             "chain_states": len(reference.at),
         },
         "rungs": [_rung(rung) for rung in climb.rungs],
-        "curves": {name: [float(v) for v in values] for name, values in climb.curves.items()},
+        "curves": {name: [_number(v) for v in values] for name, values in climb.curves.items()},
         **(extra or {}),
     }
 
@@ -78,14 +80,10 @@ def write(
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as name:
             part = Path(name)
             pictures = _pictures(climb, part)
-            (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2) + "\n")
+            (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2, allow_nan=False) + "\n")
             (part / "report.md").write_text(to_markdown(climb, file, pictures), encoding="utf-8")
             names = ["report.md", "report.json", *pictures]
-            for stale in ("error.png", "chain.png", "levels.png", "images.png"):
-                if stale not in names:
-                    (folder / stale).unlink(missing_ok=True)
-            for entry in names:
-                os.replace(part / entry, folder / entry)
+            _exchange(folder, part, names)
     except OSError as error:
         raise write_error(folder, error) from error
     return [folder / entry for entry in names]
@@ -126,8 +124,8 @@ def to_markdown(climb: Climb, file: str | os.PathLike[str], pictures: dict[str, 
         lines.append(f"- **{rung.name}.** {meaning}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else ""))
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
-    if reference is not None and not pictures:
-        lines += ["", "*No pictures: `pip install matplotlib` and run it again.*"]
+    if reference is not None and "error.png" not in pictures:
+        lines += ["", "*No plots: `pip install matplotlib` and run it again.*"]
     lines += [
         "",
         "## What this does not show",
@@ -142,17 +140,41 @@ def to_markdown(climb: Climb, file: str | os.PathLike[str], pictures: dict[str, 
     return "\n".join(lines)
 
 
+def _exchange(folder: Path, part: Path, names: list[str]) -> None:
+    """Put the new report in the old one's place; on a failure, the old one back."""
+    aside = part / "old"
+    aside.mkdir()
+    done: list[Path] = []
+    try:
+        for name in _FILES:
+            if (folder / name).is_file():
+                os.replace(folder / name, aside / name)
+        for name in names:
+            os.replace(part / name, folder / name)
+            done.append(folder / name)
+    except BaseException:
+        for path in done:
+            path.unlink(missing_ok=True)
+        for old in aside.iterdir():
+            os.replace(old, folder / old.name)
+        raise
+
+
 def _rung(rung: Rung) -> dict[str, Any]:
-    value = None if math.isnan(rung.value) else rung.value
     return {
         "name": rung.name,
-        "value": value,
+        "value": _number(rung.value),
         "bound": rung.bound,
         "at_least": rung.at_least,
         "passed": rung.passed,
         "worst": rung.worst,
         "skipped": rung.skipped,
     }
+
+
+def _number(value: float) -> float | None:
+    """As JSON knows it, which has neither NaN nor infinities."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
