@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from ddpmx.errors import DataError, FileFormatError, InputError
+from ddpmx.npz import read_npz
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
@@ -50,7 +50,7 @@ class Source:
             size, channels = values["size"], values["channels"]
             assert channels is None or type(channels) is int
             return cls(Path(values["path"]), None if size is None else (int(size[0]), int(size[1])), channels)
-        except (KeyError, TypeError, ValueError, IndexError, AssertionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, IndexError, AssertionError) as error:
             raise FileFormatError(f"{where}: it does not say which images it was trained on") from error
 
 
@@ -121,23 +121,9 @@ def load_dataset(
 
 def _read_npz(path: Path) -> NDArray[np.uint8]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_BYTES:
-            raise DataError(
-                f"{path}: unpacks to {size / 2**30:.1f} GiB", note=f"the limit is {MAX_BYTES / 2**30:.0f} GiB"
-            )
-        with np.load(path, allow_pickle=False) as archive:
-            members = {name: archive[name] for name in archive.files}
-        arrays = {name: value for name, value in members.items() if isinstance(value, np.ndarray)}
-    except DataError:
-        raise
-    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets
-        raise DataError(
-            f"{path}: not an .npz that can be read",
-            note=str(error)[:200],
-            hint="made with numpy.savez(path, images=…)?",
-        ) from error
+        arrays = read_npz(path, max_bytes=MAX_BYTES, kinds="biufcSUMmV")  # labels may be text
+    except FileFormatError as error:
+        raise DataError(error.fact, note=error.note, hint="made with numpy.savez(path, images=…)?") from error
     images = [name for name, array in arrays.items() if array.ndim in (3, 4)]
     if len(images) != 1:
         listing = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "nothing"

@@ -118,10 +118,10 @@ def safetensors_elements(path: Path) -> int:
             elements = 1
             for dim in tensor["shape"]:
                 if type(dim) is not int or dim < 0:
-                    raise ValueError(f"a dimension of {dim!r}")
+                    raise ValueError(f"a dimension of {str(dim)[:40]}")
                 elements = min(elements * dim, 1 << 62)
             total += elements
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise FileFormatError(
             f"{path}: not a whole safetensors file",
             note=str(error)[:200],

@@ -74,8 +74,9 @@ USED = {
 SMALLEST_BF16 = (10, 13)
 """The first release that takes bfloat16 through InstanceNormalization. JetPack 6 has 10.3."""
 
-_SHARE = (0.9, 1.15)  # of the plan's weights in the graph's: constants are folded, nothing else may happen to them
-_SLACK = 1 << 20
+_SHARE, _SLACK = (0.9, 1.15), 1 << 16
+"""How far a plan's weights may be from the graph's: constants are folded and tensors aligned, nothing more."""
+_LEAST_WEIGHTS, _LEAST_HALVES = 1 << 18, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def _record(
     """What the plan will say about how it was built; its key covers everything that the plan depends on."""
     batch = options.batch or default_batch(spec.shape)
     if library.is_rtx:
-        targets = tuple(sorted(set(options.targets))) or ("8.0+",)
+        targets = tuple(sorted(set(options.targets), key=float)) or ("8.0+",)
     else:
         targets = (devices.devices[0].sm,)
     # where the files are called what is part of the graph only for those beside it
@@ -521,8 +522,6 @@ def _assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libr
     weights = sum(info.weights.values())
     if stripped:
         return "not ascertained: the plan holds no weights"
-    if weights < 4 * _SLACK:
-        return "not ascertained: too few weights to tell by their size"
     if library.is_rtx:
         stored = _rtx_weights(memoryview(plan))
         if stored is None:
@@ -533,8 +532,12 @@ def _assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libr
                 note=f"{spec.precision}: {weights} bytes of weights in the ONNX file, {stored} in the plan",
                 hint="use the ONNX file, or another version of TensorRT, and report this",
             )
+        if weights < _LEAST_WEIGHTS:
+            return "not ascertained: too few weights to tell by their size"
         return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
     size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
+    if halves < _LEAST_HALVES:
+        return "not ascertained: too few 16-bit weights to tell by the plan's size"
     if size > weights + 0.75 * halves:
         raise BackendError(
             f"{library} seems to have widened the {spec.precision} weights to float32",

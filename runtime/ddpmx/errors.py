@@ -9,6 +9,14 @@
 
 from __future__ import annotations
 
+MAX_PART = 600
+"""Characters of a fact, a note or a hint: what a file says may be as long as its author likes."""
+
+
+def _shortened(text: str) -> str:
+    """``text``, or its beginning and its end."""
+    return text if len(text) <= MAX_PART else f"{text[: MAX_PART - 153]} … {text[-150:]}"
+
 
 class DdpmxError(Exception):
     """A failure that the caller can do something about.
@@ -20,6 +28,8 @@ class DdpmxError(Exception):
     """
 
     def __init__(self, fact: str, *, note: str | None = None, hint: str | None = None) -> None:
+        fact = _shortened(fact)
+        note, hint = note and _shortened(note), hint and _shortened(hint)
         self.fact = fact
         self.note = note
         self.hint = hint

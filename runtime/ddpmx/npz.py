@@ -16,12 +16,13 @@ from ddpmx.errors import FileFormatError
 MAX_MEMBERS = 256
 
 
-def read_npz(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, NDArray[Any]]:
+def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biufc") -> dict[str, NDArray[Any]]:
     """Every array of an .npz.
 
     Args:
         path: the archive.
         max_bytes: what it may unpack to.
+        kinds: of NumPy's types that it may hold; objects never.
 
     Raises:
         FileFormatError: damaged, too large, or something else than arrays of plain numbers.
@@ -36,28 +37,30 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, NDArr
                     f"{path}: unpacks to {size / 2**20:.0f} MiB in {len(entries)} parts",
                     note=f"the limits are {max_bytes / 2**20:.0f} MiB and {MAX_MEMBERS}",
                 )
-            return {entry.filename.removesuffix(".npy"): _member(archive, entry) for entry in entries}
+            return {entry.filename.removesuffix(".npy"): _member(archive, entry, kinds) for entry in entries}
     except FileFormatError:
         raise
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets
         raise FileFormatError(f"{path}: not an .npz that can be read", note=str(error)[:200] or None) from error
 
 
-def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray[Any]:
+def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> NDArray[Any]:
     with archive.open(entry) as stream:
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
             raise ValueError(f"{entry.filename} is of the unknown version {version}")
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(stream, max_header_size=10_000)
-        if dtype.hasobject or dtype.kind not in "biufc":
+        if dtype.hasobject or dtype.kind not in kinds:
             raise ValueError(f"{entry.filename} holds {dtype}, and not plain numbers")
         wanted = dtype.itemsize
         for side in shape:
             wanted *= int(side)
         if wanted > entry.file_size:
             raise ValueError(f"{entry.filename} is cut off: {list(shape)} of {dtype} do not fit into it")
-        data = stream.read(wanted)
+        data = bytearray()  # grows by what is really there; the array on it can be written to
+        while chunk := stream.read(max(0, min(1 << 20, wanted - len(data)))):
+            data += chunk
         if len(data) != wanted or stream.read(1):
             raise ValueError(f"{entry.filename} does not hold {list(shape)} of {dtype}")
     array = np.frombuffer(data, dtype)

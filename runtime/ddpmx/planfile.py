@@ -335,7 +335,7 @@ def _host_code(data: mmap.mmap) -> str | None:
             return "Windows"
         at = match.start() + _ELF_MACHINE_AT
         machine = int.from_bytes(data[at : at + 2], "little")
-        if machine != _CUDA_MACHINE:
+        if machine not in (0, _CUDA_MACHINE):
             return _MACHINES.get(machine, f"machine {machine}")
     return None
 

@@ -17,6 +17,7 @@ from typing import Any
 from ddpmx.errors import SpecError
 
 MAX_BYTES = 9999
+MAX_DEPTH = 64
 
 
 def seal(prefix: str, values: Mapping[str, Any]) -> str:
@@ -71,9 +72,26 @@ def parse_json(text: bytes | str) -> object:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        values = json.loads(text, parse_constant=refuse)
+        _refuse_depth(values)
+        return values
     except (ValueError, RecursionError) as error:
         raise SpecError("not valid JSON", note=str(error)[:200]) from error
+
+
+def _refuse_depth(values: object) -> None:
+    """What json reads it cannot always write, nor repr() show: each has a limit of its own, by the version of Python."""
+    level = [values]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def _header(prefix: str) -> re.Pattern[bytes]:

@@ -246,7 +246,7 @@ def test_a_sidecar_of_another_plan_is_refused(plan, field, value):
     sidecar(path, **{field: value})
     with pytest.raises(SpecError, match="contradicts its plan") as caught:
         planfile.read_plan(path)
-    assert f"{field!r}: " in str(caught.value)
+    assert f"Note: {field}: " in str(caught.value)
     assert f"ddpmx build model.onnx -o '{path}'" in str(caught.value)
 
 
