@@ -13,7 +13,7 @@ from ddpm_export import checkpoint
 from ddpm_export.checkpoint import Weights
 from ddpm_export.data import load_dataset
 from ddpm_export.onnx_export import to_precision
-from ddpm_export.record import record, short_chain
+from ddpm_export.record import check_images, record, short_chain
 from ddpm_export.torch_backend import TorchBackend
 from ddpmx.parity.ladder import Climb, climb
 from ddpmx.parity.reference import Reference
@@ -51,12 +51,14 @@ def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> 
     """Real images of a checkpoint's size, uint8 [N, H, W, C].
 
     Raises:
-        DdpmxError: they cannot be read; an .npz of another size is found out later.
+        DdpmxError: they cannot be read, or are an .npz of another size.
     """
-    channels, height, width = checkpoint.load_network(source)[1].shape
-    if os.path.isdir(data):
-        return load_dataset(data, size=(height, width), channels=channels).images
-    return load_dataset(data).images
+    spec = checkpoint.load_network(source)[1]
+    channels, height, width = spec.shape
+    folder = os.path.isdir(data)
+    images = load_dataset(data, size=(height, width) if folder else None, channels=channels if folder else None).images
+    check_images(images, spec)
+    return images
 
 
 def climb_export(

@@ -127,14 +127,23 @@ def _ask(backend: TorchBackend, x: Float32, t: NDArray[np.int32]) -> Float32:
     return buffers.out
 
 
-def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint8]:
-    """``n`` images spread over the data, as [n, C, H, W]."""
+def check_images(data: NDArray[np.uint8], spec: ModelSpec) -> None:
+    """See that images are of the model's size.
+
+    Raises:
+        InputError: they are not.
+    """
     channels, height, width = spec.shape
     if data.ndim != 4 or data.shape[1:] != (height, width, channels) or not len(data):
         raise InputError(
             f"the images are {list(data.shape[1:])} (height, width, channels), and the model's {[height, width, channels]}",
             hint="a folder is brought to the model's size by itself; an .npz is taken as it is",
         )
+
+
+def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint8]:
+    """``n`` images spread over the data, as [n, C, H, W]."""
+    check_images(data, spec)
     picked = data[np.linspace(0, len(data) - 1, n).round().astype(int)]
     return np.ascontiguousarray(picked.transpose(0, 3, 1, 2))
 

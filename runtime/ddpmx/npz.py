@@ -37,7 +37,8 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biuf
                     f"{path}: unpacks to {size / 2**20:.0f} MiB in {len(entries)} parts",
                     note=f"the limits are {max_bytes / 2**20:.0f} MiB and {MAX_MEMBERS}",
                 )
-            return {entry.filename.removesuffix(".npy"): _member(archive, entry, kinds) for entry in entries}
+            arrays = [entry for entry in entries if entry.filename.endswith(".npy")]  # a LICENSE may lie beside them
+            return {entry.filename.removesuffix(".npy"): _member(archive, entry, kinds) for entry in arrays}
     except FileFormatError:
         raise
     except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets

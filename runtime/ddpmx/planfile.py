@@ -323,8 +323,9 @@ def _sidecar(path: Path, size: int, spec: ModelSpec, engine: EngineRecord) -> Ma
 
 def _difference(name: str, theirs: object, mine: object, plan: str) -> str:
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        keys = [key for key in {**mine, **theirs} if theirs.get(key) != mine.get(key)]
-        name, theirs, mine = f"{name}: {keys[0]}", theirs.get(keys[0]), mine.get(keys[0])
+        nothing = object()
+        key = next(key for key in {**mine, **theirs} if theirs.get(key, nothing) != mine.get(key, nothing))
+        name, theirs, mine = f"{name}: {key}", theirs.get(key, "nothing"), mine.get(key, "nothing")
     return f"{name}: {ascii(theirs)[:120]} there, {ascii(mine)[:120]} in {plan}"
 
 

@@ -375,8 +375,9 @@ def test_a_checkpoint_is_sent_to_export(tmp_path):
 
 def test_a_plan_is_named_with_its_version(tmp_path):
     (tmp_path / "model.plan").write_bytes(b"ftrt" + bytes(20) + bytes([10, 3, 0, 26]))
-    with pytest.raises(FileFormatError, match=r"TensorRT 10\.3\.0\.26"):
+    with pytest.raises(SpecError) as caught:
         ddpmx.load(tmp_path / "model.plan")
+    assert "TensorRT 10.3.0.26" in str(caught.value)
 
 
 def test_a_graph_that_onnxruntime_refuses_is_a_format_error(tmp_path):
