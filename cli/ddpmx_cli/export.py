@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from ddpmx.errors import BackendError, Cancelled, DdpmxError, InputError
+from ddpmx.errors import BackendError, Cancelled, DdpmxError, InputError, NumericError
 from ddpmx_cli import build, parity
 from ddpmx_cli.console import busy, cache_folder, counting, interruptible, megabytes, phases, say
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ddpm_export.checkpoint import Weights
     from ddpmx.spec import ModelSpec, Precision
 
@@ -74,6 +77,11 @@ def export(
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     which: Weights = "raw" if weights == "raw" else "ema"
     precision: Precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    images = None
+    if data is not None:
+        from ddpm_export.proof import images_for
+
+        images = images_for(data, source)
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
         spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
@@ -85,29 +93,31 @@ def export(
     )
     runnable = output
     if proof:
-        _prove(output, spec, source, which, data, full)
-    if plan is not False:
-        _build(output, must=plan is True)
+        _prove(output, spec, source, which, images, full)
+    built = plan is not False and _build(output, must=plan is True)
+    if not built and output.with_suffix(".plan").exists():
+        say(f"Note: {output.with_suffix('.plan')} is of an earlier export")
     if precision == "bf16":
         runnable = output.with_suffix(".plan")
     say(f"next: ddpmx generate --engine {shlex.quote(str(runnable))} -n 16 --out samples/ --grid")
 
 
-def _prove(output: Path, spec: ModelSpec, source: Path, weights: Weights, data: Path | None, full: bool) -> None:
+def _prove(
+    output: Path, spec: ModelSpec, source: Path, weights: Weights, images: NDArray[np.uint8] | None, full: bool
+) -> None:
     """Record, and climb; exit code 1 if the file is not the model. It is kept, for whoever wants to see why."""
     from ddpm_export import proof
 
     record = output.with_suffix(".parity.npz")
-    images = None if data is None else proof.images_for(data, source)
     try:
         with counting("asking PyTorch", unit="network calls") as progress:
             reference = proof.record_checkpoint(source, weights=weights, data=images, full=full, progress=progress)
         reference.save(record)
         with counting(f"judging {output.name}", unit="network calls") as progress:
             climbed = proof.climb_export(output, spec, source, reference, weights=weights, progress=progress)
-    except (InputError, BackendError) as error:
-        if data is not None and isinstance(error, InputError):
-            raise
+    except NumericError as error:
+        parity.fail(output, f"FAILED: {error.fact}; {error.hint}")
+    except (InputError, BackendError) as error:  # a network that answers nothing; no ONNX Runtime
         say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
         return
     say(f"{record}: what {reference.made_with} answers, {megabytes(record)}")
@@ -118,7 +128,7 @@ def _prove(output: Path, spec: ModelSpec, source: Path, weights: Weights, data: 
         parity.fail(output, climbed.verdict)
 
 
-def _build(output: Path, *, must: bool) -> None:
+def _build(output: Path, *, must: bool) -> bool:
     """A plan, where that can be; what stands in the way is an error only for somebody who asked for one."""
     from ddpmx import engine, tensorrt_library
 
@@ -129,7 +139,7 @@ def _build(output: Path, *, must: bool) -> None:
         if must:
             raise
         build.note_missing(output)
-        return
+        return False
     try:
         with interruptible() as stopped, phases(f"building {plan.name}") as progress:
             built = engine.build(
@@ -146,5 +156,6 @@ def _build(output: Path, *, must: bool) -> None:
         if must:
             raise
         say(f"no plan: {error.fact}" + (f" ({error.note})" if error.note else ""))
-        return
+        return False
     build.show(built, output, plan)
+    return True

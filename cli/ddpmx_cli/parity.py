@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer import Argument, Option
 
-from ddpmx.errors import BackendError, FileFormatError, InputError
+from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError
 from ddpmx_cli.console import busy, counting, say
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def parity(
         elif not self_test:
             reference = _recorded(file, against)
         with counting(f"judging {file.name}", unit="network calls") as progress:
-            climbed = climb(backend, spec, reference, progress=progress)
+            try:
+                climbed = climb(backend, spec, reference, progress=progress)
+            except NumericError as error:
+                fail(file, f"FAILED: {error.fact}; {error.hint}")
         folder = report if report is not None else file.with_suffix(".report")
         extra = None
         if polygraphy:
@@ -93,7 +96,7 @@ def show(climbed: Climb) -> None:
         say(climbed.verdict)
 
 
-def fail(file: Path, verdict: str) -> None:
+def fail(file: Path, verdict: str) -> NoReturn:
     """One line on standard error, and exit code 1."""
     typer.echo(f"{file}: {verdict}", err=True)
     raise typer.Exit(1)

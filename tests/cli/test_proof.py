@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ddpmx.parity.reference import Reference
+from oracles.gaussian import SPEC, coefficients, gaussian_reference
 
 # --- info ------------------------------------------------------------------------------------------------------------
 
@@ -84,8 +85,6 @@ def test_doctor_says_what_is_here(ddpmx):
 @pytest.fixture
 def judged(tmp_path, gaussian_onnx):
     """gaussian.onnx with a record of what its closed form answers beside it."""
-    from oracles.gaussian import gaussian_reference
-
     shutil.copy(gaussian_onnx, tmp_path / "model.onnx")
     gaussian_reference().save(tmp_path / "model.parity.npz")
     return tmp_path / "model.onnx"
@@ -112,6 +111,16 @@ def test_parity_that_fails_says_so_in_one_line_and_exits_with_1(ddpmx, judged):
     assert "FAILED" in line
     assert f"t = {reference.t[5]}" in line
     assert json.loads((judged.parent / "report" / "report.json").read_text())["passed"] is False
+
+
+def test_answers_that_are_no_numbers_fail(ddpmx, judged):
+    slope, _ = coefficients(SPEC.make_schedule())
+    whole, value = judged.read_bytes(), np.float32(slope[0]).tobytes()
+    assert whole.count(value) == 1
+    judged.write_bytes(whole.replace(value, np.float32(np.nan).tobytes()))
+    done = ddpmx("parity", judged)
+    assert done.code == 1, done
+    assert "not finite" in done.err
 
 
 def test_parity_without_a_record_asks_for_one(ddpmx, refused, judged):
