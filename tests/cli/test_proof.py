@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ddpmx.parity.reference import Reference
-from oracles.gaussian import SPEC, coefficients, gaussian_reference
+from oracles.gaussian import SPEC, coefficients
+from oracles.parity import make_reference
 
 # --- info ------------------------------------------------------------------------------------------------------------
 
@@ -86,7 +87,7 @@ def test_doctor_says_what_is_here(ddpmx):
 def judged(tmp_path, gaussian_onnx):
     """gaussian.onnx with a record of what its closed form answers beside it."""
     shutil.copy(gaussian_onnx, tmp_path / "model.onnx")
-    gaussian_reference().save(tmp_path / "model.parity.npz")
+    make_reference().save(tmp_path / "model.parity.npz")
     return tmp_path / "model.onnx"
 
 

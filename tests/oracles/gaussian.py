@@ -8,16 +8,12 @@ the runtime can be tested where there is neither torch nor onnx; a test compares
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import noise, samplers
-from ddpmx.noise import Purpose
-from ddpmx.parity.reference import Reference
-from ddpmx.schedule import Schedule, respace
+from ddpmx.schedule import Schedule
 from ddpmx.spec import ModelSpec
 
 SHAPE = (3, 8, 8)
@@ -38,57 +34,6 @@ def coefficients(schedule: Schedule) -> tuple[NDArray[np.float64], NDArray[np.fl
     alpha_bar = schedule.alpha_bar
     slope = np.sqrt(1 - alpha_bar) / (alpha_bar * S**2 + 1 - alpha_bar)
     return slope, slope * np.sqrt(alpha_bar)
-
-
-def gaussian_reference(steps: int = 50) -> Reference:
-    """What a parity record of this model holds, worked out from the formula alone: ε in float64, rounded once."""
-    schedule = SPEC.make_schedule()
-    size = math.prod(SHAPE)
-    t = np.linspace(0, SPEC.timesteps - 1, 32).round().astype(np.int32)
-    z = noise.normal(0, [0, 1], 0, Purpose.INITIAL, 2 * size)[:, :size].reshape(2, *SHAPE)
-    x0 = np.clip(np.floor((MU + S * z) * 127.5 + 128), 0, 255).astype(np.uint8)
-    clean = x0.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-    def answer(x: NDArray[np.float32], at: int) -> NDArray[np.float32]:
-        return optimal_eps(x.astype(np.float64), schedule, at).astype(np.float32)
-
-    out, losses = np.empty((len(t), 2, size), np.float32), []
-    for k, at in enumerate(t):
-        eps = noise.normal(0, [0, 1], int(at), Purpose.DIFFUSE, size).reshape(2, *SHAPE)
-        signal, scale = (np.float32(np.sqrt(v[at])) for v in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
-        out[k] = answer(signal * clean + scale * eps, int(at)).reshape(2, size)
-        losses.append(float(np.mean((out[k] - eps.reshape(2, size)) ** 2)))
-    grid = np.round(np.arange(steps) * (SPEC.timesteps - 1) / (steps - 1)).astype(int)
-    table = samplers.ancestral(respace(schedule, grid), "eps", SPEC.variance)
-    x = noise.normal(0, [0, 1, 2], 0, Purpose.INITIAL, size).reshape(3, *SHAPE)
-    at_steps = np.unique(np.round(np.linspace(0, steps - 1, min(32, steps))).astype(np.int64))
-    states, answers = [], []
-    for i, (at, row) in enumerate(zip(table.timesteps.tolist(), table.rows.astype(np.float32), strict=True)):
-        p, q, a, b, sigma = row
-        eps = answer(x, at)
-        if i in at_steps:
-            states.append(x[0])
-            answers.append(eps[0].reshape(-1))
-        sample = np.clip(p * x + q * eps, np.float32(-1), np.float32(1))
-        x = a * sample + b * x
-        if sigma:
-            x = x + noise.normal(0, [0, 1, 2], at, Purpose.STEP, size).reshape(x.shape) * sigma
-    final = np.clip(np.floor(sample * np.float32(127.5) + np.float32(128)), 0, 255).astype(np.uint8)
-    return Reference(
-        spec=SPEC,
-        made_with="the formula, float64",
-        seed=0,
-        real=True,
-        loss=float(np.median(losses)),
-        t=t,
-        x0=x0,
-        out=out,
-        steps=steps,
-        at=at_steps,
-        state=np.stack(states),
-        state_out=np.stack(answers),
-        final=final,
-    )
 
 
 def onnx_bytes() -> bytes:
