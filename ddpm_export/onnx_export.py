@@ -27,7 +27,7 @@ from ddpm_export import checkpoint as checkpoints
 from ddpm_export.checkpoint import Weights
 from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
 from ddpmx.errors import InputError, OutputError
-from ddpmx.files import atomic_write
+from ddpmx.files import atomic_write, check_replaceable
 from ddpmx.onnxfile import METADATA_KEY
 from ddpmx.spec import PRECISIONS, ModelSpec, Precision
 
@@ -111,6 +111,9 @@ def export(
         raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.onnx'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
+    if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
+        raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
+    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
     network, spec = checkpoints.load_network(path, weights)
     if weights == "raw":
         spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))

@@ -48,8 +48,10 @@ def compare(
         spec, rtx = onnx_spec(path, read_onnx(path)), False
     check_same_model(spec, reference)
 
-    from polygraphy.logger import G_LOGGER
-
+    try:
+        from polygraphy.logger import G_LOGGER
+    except ImportError as error:
+        raise BackendError("Polygraphy is not installed", note=str(error), hint="pip install polygraphy") from error
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it talks while it is imported, too
 
     import polygraphy

@@ -14,8 +14,8 @@ from ddpmx_cli.console import cache_folder, interruptible, megabytes, parse_numb
 EXAMPLES = """
 Examples:\n
   ddpmx build model.onnx\n
-  ddpmx build model.onnx -o model.plan --batch 1,1,4 --workspace 512     # on a small Jetson\n
-  ddpmx build model.onnx --target 8.6,8.9                                # TensorRT-RTX, no GPU needed
+  ddpmx build model.onnx --batch 1,1,4 --workspace 512   # small Jetson\n
+  ddpmx build model.onnx --target 8.6,8.9                # TensorRT-RTX
 """
 
 _LIBRARIES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
@@ -52,7 +52,7 @@ def build(
     ] = None,
     force: Annotated[bool, Option("--force", help="Build even if the plan is there already.")] = False,
 ) -> None:
-    """Build a TensorRT engine from an ONNX file, for this GPU.
+    """Build a TensorRT engine from an ONNX file, for the GPU that is here; TensorRT-RTX builds for RTX cards anywhere.
 
     Needs neither torch nor onnx, so it runs on the device itself. Precision is the ONNX file's. Engines do not travel: not
     between versions of TensorRT, nor between GPU architectures (TensorRT-RTX's do, between RTX cards).

@@ -91,15 +91,17 @@ def export(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
-    runnable = output
     if proof:
         _prove(output, spec, source, which, images, full)
     built = plan is not False and _build(output, must=plan is True)
     if not built and output.with_suffix(".plan").exists():
         say(f"Note: {output.with_suffix('.plan')} is of an earlier export")
-    if precision == "bf16":
-        runnable = output.with_suffix(".plan")
-    say(f"next: ddpmx generate --engine {shlex.quote(str(runnable))} -n 16 --out samples/ --grid")
+    if (report := output.with_suffix(".report")).exists():
+        say(f"Note: {report} is of an earlier export")
+    if precision != "bf16":
+        say(f"next: ddpmx generate --engine {shlex.quote(str(output))} -n 16 --out samples/ --grid")
+    elif not built:
+        say(f"next: ddpmx build {shlex.quote(str(output))}, where the plan is to run")
 
 
 def _prove(
@@ -116,11 +118,12 @@ def _prove(
         with counting(f"judging {output.name}", unit="network calls") as progress:
             climbed = proof.climb_export(output, spec, source, reference, weights=weights, progress=progress)
     except NumericError as error:
-        parity.fail(output, f"FAILED: {error.fact}; {error.hint}")
+        parity.fail(output, f"FAILED: this is not the PyTorch model: {error.fact}; {error.hint}")
     except (InputError, BackendError) as error:  # a network that answers nothing; no ONNX Runtime
         say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
         return
-    say(f"{record}: what {reference.made_with} answers, {megabytes(record)}")
+    of = "" if images is None else f" (of {len(images):,})"
+    say(f"{record}: {parity.told(reference)}{of}; {megabytes(record)}")
     parity.show(climbed)
     if "NOT the file" in climbed.ran_on:
         say(f"Note: judged by {climbed.ran_on}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:\n
   ddpmx parity model.onnx                              # against model.parity.npz beside it\n
-  ddpmx parity model.plan --against model.parity.npz   # on a Jetson, without torch\n
+  ddpmx parity model.onnx --against model.parity.npz   # anywhere, without torch\n
   ddpmx parity model.onnx --checkpoint runs/x --full   # the chain of all T steps, against torch itself
 """
 
@@ -35,7 +35,11 @@ def parity(
     self_test: Annotated[bool, Option("--self-test", help="Only what needs no reference.")] = False,
     report: Annotated[
         Path | None,
-        Option("--report", "-o", help="Folder for report.md, report.json and plots.  \\[default: FILE.report]"),
+        Option(
+            "--report",
+            "-o",
+            help="Folder for report.md, report.json and plots.  \\[default: FILE.report]",
+        ),
     ] = None,
     polygraphy: Annotated[
         bool, Option("--polygraphy", help="Have Polygraphy judge ε as well; its results are kept in the report.")
@@ -49,7 +53,7 @@ def parity(
     """
     from ddpmx.files import make_folder
     from ddpmx.parity import report as reports
-    from ddpmx.parity.ladder import climb
+    from ddpmx.parity.ladder import climb, not_finite
     from ddpmx.pipeline import open_model
 
     if sum((against is not None, checkpoint is not None, self_test)) > 1:
@@ -67,8 +71,8 @@ def parity(
             try:
                 climbed = climb(backend, spec, reference, progress=progress)
             except NumericError as error:
-                fail(file, f"FAILED: {error.fact}; {error.hint}")
-        folder = report if report is not None else file.with_suffix(".report")
+                climbed = not_finite(backend, spec, reference, error)
+        folder = report if report is not None else file.with_suffix(".self-test" if self_test else ".report")
         extra = None
         if polygraphy:
             if reference is None:
@@ -78,6 +82,7 @@ def parity(
             written = reports.write(climbed, file, folder, extra=extra)
     finally:
         backend.close()
+    say(f"{file} on {climbed.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
     show(climbed)
     if extra is not None:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
@@ -86,6 +91,12 @@ def parity(
         fail(file, climbed.verdict)
     if extra is not None and not extra["polygraphy"]["passed"]:
         fail(file, f"FAILED: by Polygraphy, {extra['polygraphy']['verdict']}")
+
+
+def told(reference: Reference) -> str:
+    """What a record holds."""
+    images = "real images" if reference.real else "images of its own"
+    return f"{reference.made_with}, {len(reference.t)} timesteps of {len(reference.x0)} {images}"
 
 
 def show(climbed: Climb) -> None:

@@ -109,7 +109,7 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
         ("export", ("torch", "safetensors", "onnx", "onnxscript"), ""),
     ):
         if lacks := missing(*needs):
-            findings.append(Finding(what, False, f"without {', '.join(lacks)}", f"pip install 'ddpmx[{what}]'"))
+            findings.append(Finding(what, False, f"without {', '.join(lacks)}", f"pip install {' '.join(needs)}"))
         else:
             findings.append(Finding(what, True, f"torch {torch['version']} {here}".strip()))
     findings.append(

@@ -23,7 +23,7 @@ import numpy as np
 from ddpmx import modelfile, onnxfile, planfile, tensorrt_library
 from ddpmx.device import Gpus, gpus
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
-from ddpmx.files import atomic_write, make_folder
+from ddpmx.files import atomic_write, check_replaceable, make_folder
 from ddpmx.onnxfile import BFLOAT16, FLOAT, FLOAT16, GraphInfo
 from ddpmx.planfile import MAX_BATCH, RECORD_PREFIX, EngineRecord, PlanInfo, sidecar_path
 from ddpmx.sealed import seal
@@ -70,6 +70,8 @@ USED = {
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
 }
 """Every name of TensorRT that this module touches; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
+
+_TURING_HINT = "TensorRT-RTX multiplies no float32 matrices on 7.5: `ddpmx export --fp16 --time-table` leaves none"
 
 SMALLEST_BF16 = (10, 13)
 """The first release that takes bfloat16 through InstanceNormalization. JetPack 6 has 10.3."""
@@ -263,7 +265,9 @@ def _build(
         raise BackendError(
             f"{library} could not build an engine from {path}",
             note=library.last_words(),
-            hint="`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or --workspace",
+            hint=_TURING_HINT
+            if "7.5" in record.targets
+            else "`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or --workspace",
         )
     cache.save(config)
     return plan, network.num_layers
@@ -274,6 +278,7 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
         raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.plan'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
+    check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(planfile.MAGIC))
     for written in (output, sidecar_path(output)):
         for path in inputs:
             if written.exists() and written.samefile(path):

@@ -42,6 +42,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise
 
 
+def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begins: tuple[bytes, ...]) -> None:
+    """See that writing ``path`` replaces nothing but something of its own kind, told by its name or its first bytes.
+
+    Raises:
+        OutputError: another file stands there.
+    """
+    if path.suffix.lower() in suffixes or not path.is_file():
+        return
+    with contextlib.suppress(OSError), path.open("rb") as stream:
+        head = stream.read(16)
+        if not head or head.startswith(begins):
+            return
+    raise OutputError(f"{path}: a file that is no such thing would be replaced by {what}", hint=f"-o NAME{suffixes[0]}")
+
+
 def write_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
     """The :class:`OutputError` for an ``OSError`` met while writing ``path``."""
     return OutputError(

@@ -231,7 +231,9 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
         raise BackendError(
             f"{path}: a plan runs on an NVIDIA GPU, and there is none here",
             note=f"{gpus.trouble}; the plan was built with {built}",
-            hint=f"the ONNX file runs on the CPU: ddpmx generate --engine {shlex.quote(engine.source)}",
+            hint="it is bfloat16, which no CPU runs: export with --fp16 for a file that runs here"
+            if info.spec.precision == "bf16"
+            else f"the ONNX file runs on the CPU: ddpmx generate --engine {shlex.quote(engine.source)}",
         )
     gpu = gpus.devices[0]
     if engine.platform != platform:

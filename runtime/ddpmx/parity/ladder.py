@@ -56,8 +56,8 @@ class Bounds:
 
 BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(eps=2e-5, eps_pixel=2e-4, step=4e-7, pixels=0.999, bits=1e-5),
-    "fp16": Bounds(eps=3e-3, eps_pixel=3e-2, step=6e-5, pixels=0.99, bits=1e-3),
-    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.90, bits=1e-2),
+    "fp16": Bounds(eps=5e-3, eps_pixel=5e-2, step=1e-4, pixels=0.99, bits=1e-3),
+    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.75, bits=1e-2),
 }
 
 
@@ -93,7 +93,9 @@ class Rung:
             return f"{self.name}: not judged, {self.skipped}"
         sign = ("≥" if self.at_least else "≤") if self.passed else ("<" if self.at_least else ">")
         figure = (
-            f"{self.value:.4%} {sign} {self.bound:.4g}" if self.at_least else f"{self.value:.3g} {sign} {self.bound:g}"
+            f"{self.value:.2%} {sign} {100 * self.bound:g}%"
+            if self.at_least
+            else f"{self.value:.3g} {sign} {self.bound:g}"
         )
         return f"{self.name}: {figure}" + (f" ({self.worst})" if self.worst else "")
 
@@ -157,7 +159,7 @@ def check_same_model(spec: ModelSpec, reference: Reference) -> None:
         raise SpecError(
             "the record is another model's",
             note=f"{', '.join(differing)} differ; {name}: {str(theirs[name])[:70]} there, {str(mine[name])[:70]} here",
-            hint="use the .parity.npz that the same export wrote, or --checkpoint",
+            hint="use the .parity.npz that the same export wrote, or the checkpoint and --weights that it is of",
         )
 
 
@@ -208,6 +210,11 @@ def climb(
     rungs += _teacher(ask, spec, bounds, reference, curves)
     more, finals = _chains(ask, backend, bounds, reference, curves)
     return Climb(spec, backend.description, reference, tuple(rungs + more), curves, finals)
+
+
+def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError) -> Climb:
+    """What comes of a climb that ended in NaN or infinities: one rung, and it does not hold."""
+    return Climb(spec, backend.description, reference, (Rung("answers that are not finite", 1, 0, worst=error.fact),))
 
 
 class _Asker:
@@ -359,8 +366,8 @@ def _chains(
     apart = np.abs(finals.astype(np.int16) - reference.final.transpose(0, 2, 3, 1))
     curves["levels_apart"] = np.bincount(apart.reshape(-1), minlength=3)
     mse = float(np.mean(np.square(apart, dtype=np.float64)))
-    psnr = "equal" if mse == 0 else f"PSNR {10 * np.log10(255**2 / mse):.1f} dB"
-    worst = f"{float(np.mean(apart == 0)):.2%} equal, at most {apart.max()} apart, {psnr}, {m} images"
+    psnr = "" if mse == 0 else f"at most {apart.max()} apart, PSNR {10 * np.log10(255**2 / mse):.1f} dB, "
+    worst = f"{float(np.mean(apart == 0)):.2%} equal, {psnr}{m} images"
     return [*rungs, Rung(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
 
 

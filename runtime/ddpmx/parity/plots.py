@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from ddpmx.parity.ladder import BOUNDS, Climb
 
@@ -16,11 +17,13 @@ _FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 
 def draw(climb: Climb, folder: Path) -> dict[str, str]:
     """error.png, chain.png and, where a free chain was run, levels.png. {file name: caption}"""
+    if "eps" not in climb.curves:
+        return {}
     made = {
         "error.png": "Error of the network's answer over the timesteps, in units of the RMS of PyTorch's answers. "
-        "Below the red line the file is what it claims to be.",
+        "Below its red line each curve is what it has to be.",
         "chain.png": "Along the chain, from noise (left) to image (right): the error of every step that starts where "
-        "PyTorch was, and how far a chain that nobody corrects has drifted from PyTorch's.",
+        "PyTorch was, and how far a chain that nobody corrects has drifted from PyTorch's. Nothing below 6e-8 is drawn.",
     }
     _save(_error(climb), folder / "error.png")
     _save(_chain(climb), folder / "chain.png")
@@ -35,11 +38,12 @@ def _error(climb: Climb) -> Figure:
     curves, bounds = climb.curves, BOUNDS[climb.spec.precision]
     axes.semilogy(curves["t"], _shown(curves["eps_pixel"]), color=_SOFT, marker=".", label="largest of all pixels")
     axes.semilogy(curves["t"], _shown(curves["eps"]), color=_FILE, marker=".", label="RMS over pixels")
+    axes.axhline(bounds.eps_pixel, color=_BOUND, linewidth=1, linestyle=":", label=f"its bound, {bounds.eps_pixel:g}")
     axes.axhline(bounds.eps, color=_BOUND, linewidth=1, label=f"bound of the RMS, {bounds.eps:g}")
     axes.set_xlabel("timestep t   (0: almost an image; T−1: noise)")
     axes.set_ylabel("error of the answer")
     axes.set_title(f"{climb.spec.precision} against PyTorch float32")
-    axes.legend(loc="best", framealpha=1, edgecolor="none")
+    _legend(figure, axes)
     return figure
 
 
@@ -58,7 +62,7 @@ def _chain(climb: Climb) -> Figure:
     axes.set_xlabel("timestep t   (the chain runs to the right)")
     axes.set_ylabel("RMS difference of x_t, of a range of 2")
     axes.set_title("teacher-forced and free-running chain")
-    axes.legend(loc="best", framealpha=1, edgecolor="none")
+    _legend(figure, axes)
     return figure
 
 
@@ -74,12 +78,19 @@ def _levels(climb: Climb) -> Figure:
     axes.set_ylim(0, 1.1)
     axes.set_xlabel("levels apart, of 256")
     axes.set_ylabel("share of pixel values")
+    axes.grid(visible=False)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("the images that came out")
     return figure
 
 
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the plot, where it hides nothing."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+
+
 def _new() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.2, 4.3), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(visible=True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -81,7 +81,7 @@ def write(
             part = Path(name)
             pictures = _pictures(climb, part)
             (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2, allow_nan=False) + "\n")
-            (part / "report.md").write_text(to_markdown(climb, file, pictures), encoding="utf-8")
+            (part / "report.md").write_text(to_markdown(climb, file, pictures, extra), encoding="utf-8")
             names = ["report.md", "report.json", *pictures]
             _exchange(folder, part, names)
     except OSError as error:
@@ -89,12 +89,14 @@ def write(
     return [folder / entry for entry in names]
 
 
-def to_markdown(climb: Climb, file: str | os.PathLike[str], pictures: dict[str, str]) -> str:
+def to_markdown(
+    climb: Climb, file: str | os.PathLike[str], pictures: dict[str, str], extra: dict[str, Any] | None = None
+) -> str:
     """The report as text, with the pictures' names in it."""
     reference, spec = climb.reference, climb.spec
     c, height, width = spec.shape
     lines = [
-        f"# {Path(file).name}: {'passed' if climb.passed else 'FAILED'}",
+        f"# {Path(file).name}: {_title(climb)}",
         "",
         climb.verdict + ".",
         "",
@@ -117,6 +119,8 @@ def to_markdown(climb: Climb, file: str | os.PathLike[str], pictures: dict[str, 
         bound = f"≥ {rung.bound:.1%}" if rung.at_least else f"≤ {rung.bound:.0e}"
         mark = "not judged" if rung.skipped else "holds" if rung.passed else "**FAILS**"
         lines.append(f"| {rung.name} | {figure} | {bound} | {mark} |")
+    if extra is not None and "polygraphy" in extra:
+        lines += ["", f"Polygraphy on ε: {extra['polygraphy']['verdict']}; its runs are in polygraphy.json."]
     lines += ["", "## What these mean", ""]
     for rung in climb.rungs:
         meaning = next((text for start, text in _MEANING.items() if rung.name.startswith(start)), "")
@@ -146,7 +150,8 @@ def _exchange(folder: Path, part: Path, names: list[str]) -> None:
     aside.mkdir()
     done: list[Path] = []
     try:
-        for name in _FILES:
+        stale = _FILES if (folder / "report.json").is_file() else names  # pictures of those names may be somebody's
+        for name in stale:
             if (folder / name).is_file():
                 os.replace(folder / name, aside / name)
         for name in names:
@@ -158,6 +163,12 @@ def _exchange(folder: Path, part: Path, names: list[str]) -> None:
         for old in aside.iterdir():
             os.replace(old, folder / old.name)
         raise
+
+
+def _title(climb: Climb) -> str:
+    if not climb.passed:
+        return "FAILED"
+    return "passed" if climb.reference is not None else "consistent with itself"
 
 
 def _rung(rung: Rung) -> dict[str, Any]:

@@ -1,0 +1,107 @@
+/* What the host and the kernels tell each other about one chain: two structs, read by C, C++, NVRTC and Python's ctypes.
+ *
+ * Addresses travel as 64-bit numbers, so that the layout is the same everywhere. There is no padding, and the assertions
+ * below say so; cuda/__init__.py mirrors the layout, and a test compares the two.
+ */
+#ifndef DDPMX_CHAIN_H
+#define DDPMX_CHAIN_H
+
+#include "step.h"
+
+#ifdef __CUDACC_RTC__
+#define DDPMX_OFFSET(type, field) ((ddpmx_u64) & ((type *)0)->field) /* NVRTC has no offsetof */
+#else
+#include <stddef.h>
+#define DDPMX_OFFSET(type, field) offsetof(type, field)
+#endif
+#ifdef __cplusplus
+#define DDPMX_ASSERT(condition) static_assert(condition, #condition)
+#else
+#define DDPMX_ASSERT(condition) _Static_assert(condition, #condition)
+#endif
+#define DDPMX_AT(type, field, offset) DDPMX_ASSERT(DDPMX_OFFSET(type, field) == (offset))
+
+/* The largest block that the kernels may be launched with. Grid and block are one-dimensional, any grid will do. */
+#define DDPMX_THREADS 256
+
+/* ddpmx_control.done: why a chain has come to its end. */
+enum {
+  DDPMX_RUNNING = 0,
+  DDPMX_FINISHED = 1,   /* all S steps */
+  DDPMX_STOPPED = 2,    /* the host asked for it */
+  DDPMX_NOT_FINITE = 3, /* the network's answer at bad_step */
+  DDPMX_REFUSED = 4     /* ddpmx_begin was given numbers that make no chain */
+};
+
+/* ddpmx_chain.flags */
+enum {
+  DDPMX_X_IS_GIVEN = 1 /* ddpmx_begin leaves x alone: a chain from somebody's own state */
+};
+
+/* In pinned, mapped host memory: the host looks on and may ask for an end while the device runs. Each word has one
+ * writer. Before ddpmx_begin is launched the host sets stop and done to 0; what is there afterwards is this chain's.
+ * done is written last, so whoever sees it sees the rest. */
+typedef struct {
+  ddpmx_i32 stop;     /* host: not 0 to end the chain after the step that is under way */
+  ddpmx_i32 step;     /* device: steps finished */
+  ddpmx_i32 bad_step; /* device: the step, from 0, at which the network's answer was not finite; -1 for none */
+  ddpmx_i32 done;     /* device: why the chain has ended, DDPMX_RUNNING before */
+} ddpmx_control;
+
+DDPMX_AT(ddpmx_control, stop, 0);
+DDPMX_AT(ddpmx_control, step, 4);
+DDPMX_AT(ddpmx_control, bad_step, 8);
+DDPMX_AT(ddpmx_control, done, 12);
+DDPMX_ASSERT(sizeof(ddpmx_control) == 16);
+
+/* In device memory. The host fills in everything up to the counters, the counters are the kernels' own. N = C H W. */
+typedef struct {
+  ddpmx_u64 x;         /* float32 [B, N], x_t: the engine's input, updated in place */
+  ddpmx_u64 out;       /* float32 [B, N]: the engine's answer */
+  ddpmx_u64 var;       /* 0: kept for networks that learn their variance, and refused until there is an update for them */
+  ddpmx_u64 t;         /* int32 [B]: the engine's other input */
+  ddpmx_u64 x0;        /* float32 [B, N], where each step leaves x0, or 0 */
+  ddpmx_u64 levels;    /* uint8 [B, H, W, C], where the last step leaves the images, or 0 */
+  ddpmx_u64 rows;      /* ddpmx_row [S] */
+  ddpmx_u64 timesteps; /* int32 [S], what the network is told at each step */
+  ddpmx_u64 images;    /* uint32 [B], with the seed they fix each image's noise */
+  ddpmx_u64 control;   /* ddpmx_control, as the device sees it */
+  ddpmx_u64 seed;
+  ddpmx_i32 B;
+  ddpmx_i32 channels; /* C */
+  ddpmx_i32 pixels;   /* H W */
+  ddpmx_i32 S;        /* steps */
+  float limit;        /* the largest |x0|, or an infinity for no clipping */
+  ddpmx_u32 flags;
+  /* the counters */
+  ddpmx_i32 step;    /* the step that is next, or under way */
+  ddpmx_u32 arrived; /* blocks that have done their part of it */
+  ddpmx_i32 bad;     /* whether any thread has met a number that is not finite */
+  ddpmx_i32 halted;  /* whether the chain has ended: from then on ddpmx_step does nothing */
+} ddpmx_chain;
+
+DDPMX_AT(ddpmx_chain, x, 0);
+DDPMX_AT(ddpmx_chain, out, 8);
+DDPMX_AT(ddpmx_chain, var, 16);
+DDPMX_AT(ddpmx_chain, t, 24);
+DDPMX_AT(ddpmx_chain, x0, 32);
+DDPMX_AT(ddpmx_chain, levels, 40);
+DDPMX_AT(ddpmx_chain, rows, 48);
+DDPMX_AT(ddpmx_chain, timesteps, 56);
+DDPMX_AT(ddpmx_chain, images, 64);
+DDPMX_AT(ddpmx_chain, control, 72);
+DDPMX_AT(ddpmx_chain, seed, 80);
+DDPMX_AT(ddpmx_chain, B, 88);
+DDPMX_AT(ddpmx_chain, channels, 92);
+DDPMX_AT(ddpmx_chain, pixels, 96);
+DDPMX_AT(ddpmx_chain, S, 100);
+DDPMX_AT(ddpmx_chain, limit, 104);
+DDPMX_AT(ddpmx_chain, flags, 108);
+DDPMX_AT(ddpmx_chain, step, 112);
+DDPMX_AT(ddpmx_chain, arrived, 116);
+DDPMX_AT(ddpmx_chain, bad, 120);
+DDPMX_AT(ddpmx_chain, halted, 124);
+DDPMX_ASSERT(sizeof(ddpmx_chain) == 128);
+DDPMX_ASSERT(sizeof(ddpmx_row) == 20);
+
+#endif

@@ -1,0 +1,185 @@
+/* The kernels of the reverse chain: ddpmx_begin once, then per step the engine and ddpmx_step.
+ *
+ * The kernels themselves count the steps, so one captured step (engine, ddpmx_step) is the same for all of them and can
+ * be replayed S times, or be the body of a WHILE node (while.cu). All arithmetic is step.h's, so every bit is NumPy's.
+ *
+ * step.ptx is made from this file by make_ptx.py, and no other compiler is needed to use it.
+ */
+#include "chain.h"
+
+/* Blocks of that size that a multiprocessor is to hold at once: 64 registers per thread. */
+#define DDPMX_BLOCKS 4
+
+/* Four neighbouring elements of one image: what one call of ddpmx_normal4 serves. */
+typedef struct {
+  ddpmx_u32 image, block; /* elements 4*block .. 4*block+3 of image */
+  ddpmx_u64 at;           /* where they begin in float32 [B, N] */
+  int count;              /* 4, or less at an image's end */
+} ddpmx_four;
+
+/* The first four of this thread, and how far it is to its next one: any grid will do. */
+DDPMX_FN ddpmx_u64 ddpmx_thread(void) { return (ddpmx_u64)blockIdx.x * blockDim.x + threadIdx.x; }
+DDPMX_FN ddpmx_u64 ddpmx_threads(void) { return (ddpmx_u64)gridDim.x * blockDim.x; }
+
+DDPMX_FN ddpmx_u32 ddpmx_elements(const ddpmx_chain *chain) {
+  return (ddpmx_u32)chain->channels * (ddpmx_u32)chain->pixels;
+}
+
+DDPMX_FN ddpmx_u32 ddpmx_fours(ddpmx_u32 elements) { return (elements + 3) / 4; }
+
+DDPMX_FN ddpmx_four ddpmx_locate(ddpmx_u32 index, ddpmx_u32 elements) {
+  const ddpmx_u32 fours = ddpmx_fours(elements);
+  ddpmx_four four;
+  four.image = index / fours;
+  four.block = index - four.image * fours;
+  four.at = (ddpmx_u64)four.image * elements + 4 * four.block;
+  four.count = elements - 4 * four.block < 4 ? (int)(elements - 4 * four.block) : 4;
+  return four;
+}
+
+/* Whether fours can be moved as one: all there, and 16 bytes aligned. The address 0 of what is not wanted is aligned. */
+DDPMX_FN int ddpmx_is_wide(ddpmx_u32 elements, ddpmx_u64 addresses) {
+  return elements % 4 == 0 && (addresses & 15) == 0;
+}
+
+DDPMX_FN void ddpmx_load(const float *from, int count, int wide, float to[4]) {
+  if (wide) {
+    const float4 four = *(const float4 *)from;
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  } else {
+    for (int k = 0; k < 4; ++k) to[k] = k < count ? from[k] : 0.0f;
+  }
+}
+
+DDPMX_FN void ddpmx_store(const float from[4], int count, int wide, float *to) {
+  if (wide) {
+    float4 four;
+    four.x = from[0], four.y = from[1], four.z = from[2], four.w = from[3];
+    *(float4 *)to = four;
+  } else {
+    for (int k = 0; k < 4; ++k)
+      if (k < count) to[k] = from[k];
+  }
+}
+
+DDPMX_FN int ddpmx_is_finite(float x) { return (ddpmx_bits(x) & 0x7F800000) != 0x7F800000; }
+
+/* Elements are counted in 32 bits. */
+DDPMX_FN int ddpmx_is_refused(const ddpmx_chain *chain) {
+  if (chain->B < 1 || chain->channels < 1 || chain->pixels < 1 || chain->S < 1 || chain->var) return 1;
+  const ddpmx_u64 elements = (ddpmx_u64)chain->channels * (ddpmx_u64)chain->pixels, most = 0x7FFFFFFF;
+  return elements > most || (ddpmx_u64)chain->B * ((elements + 3) / 4) > most;
+}
+
+/* By one thread, when every block has done its part of the step. */
+DDPMX_FN void ddpmx_close(ddpmx_chain *chain, ddpmx_i32 step) {
+  volatile ddpmx_control *control = (volatile ddpmx_control *)chain->control;
+  const int bad = atomicOr(&chain->bad, 0); /* not from a cache */
+  const ddpmx_i32 finished = bad ? step : step + 1;
+  const ddpmx_i32 done = bad                      ? DDPMX_NOT_FINITE
+                         : finished == chain->S   ? DDPMX_FINISHED
+                         : control->stop != 0     ? DDPMX_STOPPED
+                                                  : DDPMX_RUNNING;
+  chain->arrived = 0;
+  chain->step = finished;
+  chain->halted = done != DDPMX_RUNNING;
+  control->step = finished;
+  if (bad) control->bad_step = step;
+  __threadfence_system();
+  control->done = done;
+}
+
+/* x_T ~ N(0, I), unless x is given; the first t; the counters. A chain that is refused, or stopped already, halts. */
+extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_begin(ddpmx_chain *chain) {
+  const int refused = ddpmx_is_refused(chain);
+  if (ddpmx_thread() == 0) {
+    volatile ddpmx_control *control = (volatile ddpmx_control *)chain->control;
+    const ddpmx_i32 done = refused ? DDPMX_REFUSED : control->stop != 0 ? DDPMX_STOPPED : DDPMX_RUNNING;
+    chain->step = 0;
+    chain->arrived = 0;
+    chain->bad = 0;
+    chain->halted = done != DDPMX_RUNNING;
+    control->step = 0;
+    control->bad_step = -1;
+    __threadfence_system();
+    control->done = done;
+  }
+  if (refused) return;
+  const ddpmx_u32 elements = ddpmx_elements(chain);
+  const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements);
+  const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
+  const ddpmx_i32 first = ((const ddpmx_i32 *)chain->timesteps)[0];
+  const int given = (chain->flags & DDPMX_X_IS_GIVEN) != 0, wide = ddpmx_is_wide(elements, chain->x);
+  const ddpmx_u64 seed = chain->seed;
+  float *x = (float *)chain->x;
+  ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
+  for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
+    const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
+    if (four.block == 0) t[four.image] = first;
+    if (given) continue;
+    float z[4];
+    ddpmx_normal4(seed, four.block, images[four.image], 0, DDPMX_PURPOSE_INITIAL, 0, z);
+    ddpmx_store(z, four.count, wide, x + four.at);
+  }
+}
+
+/* x_t and the network's answer to x_{t-1}, in place, and t to the next timestep.
+ *
+ * Where the answer is not finite x keeps its value. No block can know what the others have met, so the rest of x goes on:
+ * after a bad step x holds elements of two steps, and x0, levels and t are nothing to go on from either. After a
+ * stop x and t are those of the step that would have been next.
+ */
+extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_step(ddpmx_chain *chain) {
+  /* Both are written when all blocks have arrived, and none arrives before its threads have read them. */
+  if (chain->halted) return;
+  const ddpmx_i32 step = chain->step;
+  const ddpmx_row row = ((const ddpmx_row *)chain->rows)[step];
+  const ddpmx_i32 *timesteps = (const ddpmx_i32 *)chain->timesteps;
+  const int last = step + 1 == chain->S;
+  const ddpmx_i32 now = timesteps[step], next = last ? now : timesteps[step + 1];
+  const ddpmx_u32 elements = ddpmx_elements(chain), channels = (ddpmx_u32)chain->channels;
+  const ddpmx_u32 pixels = (ddpmx_u32)chain->pixels;
+  const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements);
+  const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
+  const float *out = (const float *)chain->out;
+  float *x = (float *)chain->x, *x0 = (float *)chain->x0;
+  unsigned char *levels = last ? (unsigned char *)chain->levels : (unsigned char *)0;
+  ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
+  const int wide = ddpmx_is_wide(elements, chain->x | chain->out | chain->x0);
+  const ddpmx_u64 seed = chain->seed;
+  const float limit = chain->limit;
+  int bad = 0;
+  for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
+    const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
+    float here[4], answer[4], lead[4], z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    ddpmx_load(x + four.at, four.count, wide, here);
+    ddpmx_load(out + four.at, four.count, wide, answer);
+    if (row.sigma != 0.0f)
+      ddpmx_normal4(seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
+    for (int k = 0; k < 4; ++k) {
+      const int finite = ddpmx_is_finite(answer[k]); /* asked here: behind the clip an infinity looks like any number */
+      const float there = ddpmx_update(row, limit, here[k], answer[k], z[k], &lead[k]);
+      here[k] = finite ? there : here[k];
+      bad |= !finite;
+    }
+    ddpmx_store(here, four.count, wide, x + four.at);
+    if (x0) ddpmx_store(lead, four.count, wide, x0 + four.at);
+    if (levels) {
+      for (int k = 0; k < 4; ++k) {
+        if (k >= four.count) continue;
+        const ddpmx_u32 element = 4 * four.block + (ddpmx_u32)k, channel = element / pixels;
+        const ddpmx_u64 pixel = element - channel * pixels;
+        levels[(ddpmx_u64)four.image * elements + pixel * channels + channel] = ddpmx_uint8(lead[k]);
+      }
+    }
+    if (four.block == 0) t[four.image] = next; /* the network has done with it */
+  }
+  /* The last block to arrive closes the step. */
+  if (bad) atomicOr(&chain->bad, 1);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  if (atomicAdd(&chain->arrived, 1u) + 1 != gridDim.x) return;
+  __threadfence();
+  ddpmx_close(chain, step);
+}

@@ -1,0 +1,38 @@
+// step.cu and while.cu as a library for ctypes. Each function says whether the launch was a legal one.
+#include "cuda_on_host.h"
+
+#include "step.cu"
+#include "while.cu"
+
+static ddpmx_chain *argument;
+static unsigned long long handle;
+static long long condition;
+
+extern "C" {
+
+void cudaGraphSetConditional(unsigned long long which, unsigned value) { condition = which == handle ? value : -1; }
+
+bool begin(ddpmx_chain *chain, unsigned grid, unsigned block, unsigned order) {
+  argument = chain;
+  return host::launch([] { ddpmx_begin(argument); }, grid, block, order);
+}
+
+bool step(ddpmx_chain *chain, unsigned grid, unsigned block, unsigned order) {
+  argument = chain;
+  return host::launch([] { ddpmx_step(argument); }, grid, block, order);
+}
+
+// What ddpmx_condition tells the node, or -1.
+long long go_on(ddpmx_chain *chain, unsigned long long node) {
+  argument = chain, handle = node, condition = -1;
+  return host::launch([] { ddpmx_condition(argument, handle); }, 1, 1, 0) ? condition : -1;
+}
+
+bool has_fma() {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return true;
+#else
+  return false;
+#endif
+}
+}

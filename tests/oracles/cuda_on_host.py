@@ -1,0 +1,172 @@
+"""The kernels of ``ddpmx/cuda`` on a CPU: their source, compiled by a C++ compiler with ``cuda_on_host.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ddpmx.backends import Buffers
+from ddpmx.cuda import Chain, Control
+from ddpmx.samplers import Table
+from oracles import gaussian
+
+HERE = Path(__file__).parent
+STRICT = ("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+
+
+class Unavailable(RuntimeError):  # noqa: N818 (not a fault of the kernels)
+    """This machine cannot run them: no C++ compiler, or a C library without coroutines."""
+
+
+def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.CDLL:
+    """The library of the kernels in ``sources``.
+
+    Raises:
+        Unavailable: see there.
+    """
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler")
+    probe = folder / "probe.cpp"
+    probe.write_text("#include <ucontext.h>\nint main() { ucontext_t c; return getcontext(&c); }\n")
+    if subprocess.run([compiler, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
+        raise Unavailable("no ucontext.h")
+    library = folder / "kernels.so"
+    command = [compiler, "-std=c++17", *flags, "-shared", "-fPIC", f"-I{sources}", f"-I{HERE}"]
+    done = subprocess.run(
+        [*command, str(HERE / "cuda_on_host.cpp"), "-o", str(library)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = ctypes.CDLL(str(library))
+    for launch in (kernels.begin, kernels.step):
+        launch.argtypes, launch.restype = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint], ctypes.c_bool
+    kernels.go_on.argtypes, kernels.go_on.restype = [ctypes.c_void_p, ctypes.c_ulonglong], ctypes.c_longlong
+    kernels.has_fma.restype = ctypes.c_bool
+    return kernels
+
+
+class Toy:
+    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend.
+
+    Args:
+        poison: (t, values): at that t the last elements of the first image's answer are these values.
+    """
+
+    description = "toy"
+
+    def __init__(self, shape: tuple[int, int, int], *, poison: tuple[int, Sequence[float]] | None = None) -> None:
+        self.poison = poison
+        self._mu = np.linspace(-0.5, 0.5, int(np.prod(shape))).reshape(shape)
+        self._slope, self._offset = gaussian.coefficients(gaussian.SPEC.make_schedule())
+
+    def bind(self, buffers: Buffers) -> None:
+        self.buffers = buffers
+
+    def enqueue(self) -> None:
+        x, t, out = self.buffers.x, self.buffers.t, self.buffers.out
+        slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
+        out[...] = slope * x - offset * self._mu
+        if self.poison is not None and t[0] == self.poison[0]:
+            values = self.poison[1]
+            out[0].reshape(-1)[-len(values) :] = values
+
+    def close(self) -> None:
+        pass
+
+
+class Device:
+    """One chain in "device memory", ready for :meth:`begin`. ``offset`` shifts x, out and x0 by so many floats."""
+
+    GUARD = 0xA5
+
+    def __init__(
+        self,
+        kernels: ctypes.CDLL,
+        table: Table,
+        shape: tuple[int, int, int],
+        *,
+        seed: int,
+        images: Sequence[int],
+        clip: float | None = 1.0,
+        grid: int = 3,
+        block: int = 32,
+        order: int = 0,
+        offset: int = 0,
+        with_x0: bool = True,
+    ) -> None:
+        batch = len(images)
+        C, H, W = shape
+        self.kernels, self.grid, self.block, self.order = kernels, grid, block, order
+        floats = [self._floats(batch, shape, offset) for _ in range(3)]
+        self._memory = [memory for memory, _ in floats]
+        self.x, self.out, self.x0 = (array for _, array in floats)
+        self._levels = np.full(self.x.size + 8, self.GUARD, np.uint8)
+        self.levels = self._levels[: self.x.size].reshape(batch, H, W, C)
+        self.t = np.full(batch, -1, np.int32)
+        self.rows = np.ascontiguousarray(table.rows, np.float32)
+        self.timesteps = table.timesteps.astype(np.int32)
+        self.images = np.array(images, np.uint32)
+        self.control = Control()
+        self.chain = Chain(
+            x=self.x.ctypes.data,
+            out=self.out.ctypes.data,
+            t=self.t.ctypes.data,
+            x0=self.x0.ctypes.data if with_x0 else 0,
+            levels=self.levels.ctypes.data,
+            rows=self.rows.ctypes.data,
+            timesteps=self.timesteps.ctypes.data,
+            images=self.images.ctypes.data,
+            control=ctypes.addressof(self.control),
+            seed=seed,
+            B=batch,
+            channels=C,
+            pixels=H * W,
+            S=len(table),
+            limit=np.inf if clip is None else clip,
+            # what was in the memory before
+            step=17,
+            arrived=3,
+            bad=1,
+            halted=1,
+        )
+        self.buffers = Buffers(self.x, self.t, self.out)
+
+    def _floats(self, batch: int, shape: tuple[int, int, int], offset: int) -> tuple[np.ndarray, np.ndarray]:
+        size = batch * int(np.prod(shape))
+        memory = np.full(size + 8 + 4, np.nan, np.float32)
+        start = -(memory.ctypes.data // 4) % 4 + offset  # 16 bytes aligned, and then not
+        return memory, memory[start : start + size].reshape(batch, *shape)
+
+    def begin(self) -> None:
+        assert self.kernels.begin(ctypes.addressof(self.chain), self.grid, self.block, self.order), "not a legal launch"
+
+    def step(self) -> None:
+        if self.order:
+            self.order += 1  # another order for every launch
+        assert self.kernels.step(ctypes.addressof(self.chain), self.grid, self.block, self.order), "not a legal launch"
+
+    def go_on(self) -> int:
+        return int(self.kernels.go_on(ctypes.addressof(self.chain), 0xC0FFEE_0000_0001))
+
+    def run(self, backend: Toy) -> Iterator[int]:
+        """begin, then network and step, until the chain says it has ended; how many steps it says it has finished."""
+        backend.bind(self.buffers)
+        self.begin()
+        yield self.control.step
+        while not self.chain.halted:
+            backend.enqueue()
+            self.step()
+            yield self.control.step
+
+    def in_bounds(self) -> bool:
+        """Whether nothing was written beside the arrays."""
+        floats = all(
+            np.isnan(memory).sum() == memory.size - array.size + np.isnan(array).sum()
+            for memory, array in zip(self._memory, (self.x, self.out, self.x0), strict=True)
+        )
+        return floats and bool((self._levels[self.levels.size :] == self.GUARD).all())
