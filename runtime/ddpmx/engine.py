@@ -278,11 +278,12 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
         raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.plan'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
-    check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(planfile.MAGIC))
     for written in (output, sidecar_path(output)):
         for path in inputs:
             if written.exists() and written.samefile(path):
                 raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")
+    check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(planfile.MAGIC))
+    check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(".json",), begins=(b"{",))
 
 
 def _check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:

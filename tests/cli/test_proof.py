@@ -122,6 +122,7 @@ def test_answers_that_are_no_numbers_fail(ddpmx, judged):
     done = ddpmx("parity", judged)
     assert done.code == 1, done
     assert "not finite" in done.err
+    assert "FAILED" in (judged.with_suffix(".report") / "report.md").read_text(), "no report of yesterday stays"
 
 
 def test_parity_without_a_record_asks_for_one(ddpmx, refused, judged):
@@ -146,6 +147,24 @@ def test_parity_without_a_record_asks_for_one(ddpmx, refused, judged):
 def test_parity_refuses_flags_that_contradict(refused, judged, flags, says):
     assert says in refused("parity", judged, *flags)
     assert not judged.with_suffix(".report").exists()
+
+
+def test_polygraphy_that_is_missing_is_an_error_of_ours(refused, judged, monkeypatch):
+    pytest.importorskip("onnx", reason="not verified here: --polygraphy without Polygraphy (no ddpm_export)")
+    import sys
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "polygraphy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "polygraphy", None)
+    assert "pip install polygraphy" in refused("parity", judged, "--polygraphy")
+
+
+def test_a_self_test_does_not_replace_the_report(ddpmx, judged):
+    assert ddpmx("parity", judged).code == 0
+    before = (judged.with_suffix(".report") / "report.md").read_bytes()
+    assert ddpmx("parity", judged, "--self-test").code == 0
+    assert (judged.with_suffix(".report") / "report.md").read_bytes() == before
+    assert "NOT VERIFIED" in (judged.with_suffix(".self-test") / "report.md").read_text()
 
 
 def test_parity_refuses_another_model_s_record(refused, judged):

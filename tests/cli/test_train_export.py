@@ -163,6 +163,25 @@ def test_export_refuses_flags_that_contradict(refused, run, tmp_path):
     assert not (tmp_path / "model.onnx").exists(), "nothing was begun"
 
 
+def test_export_replaces_no_file_of_another_kind(refused, run, tmp_path):
+    (tmp_path / "pyproject.toml").write_text("[project]")
+    assert "no such thing" in refused("export", run, "-o", tmp_path / "pyproject.toml")
+    assert (tmp_path / "pyproject.toml").read_text() == "[project]"
+    assert "not a name" in refused("export", run, "-o", tmp_path / "model.plan")
+
+
+def test_turing_takes_a_half_precision_file_with_a_time_table(ddpmx, refused, run, tmp_path):
+    """On SM 7.5 TensorRT-RTX has no product of float32 matrices, which is what the time path is made of."""
+    pytest.importorskip("tensorrt_rtx", reason="not verified here: engines for SM 7.5 (no TensorRT-RTX)")
+    file = tmp_path / "model.onnx"
+    assert ddpmx("export", run, "-o", file, "--fp16", "--no-parity", "--no-plan").code == 0
+    assert "--time-table" in refused("build", file, "--target", "7.5")
+    assert ddpmx("export", run, "-o", file, "--fp16", "--time-table", "--no-parity", "--no-plan").code == 0
+    done = ddpmx("build", file, "--target", "7.5")
+    assert done.code == 0, done
+    assert "SM 7.5" in done.out
+
+
 def test_parity_asks_a_checkpoint(ddpmx, refused, run, tmp_path):
     file = tmp_path / "model.onnx"
     assert ddpmx("export", run, "-o", file, "--no-parity", "--no-plan").code == 0

@@ -339,7 +339,7 @@ def test_where_nothing_is_here_every_finding_says_what_is_missing(examine):
     findings = examine(NO_GPU, False, torch=missing, onnxruntime=missing, TensorRT=missing, TensorRT_RTX=missing)
     assert not any(finding.works for finding in findings.values())
     assert "torch, safetensors, onnx, onnxscript" in findings["export"].why
-    assert findings["export"].fix == "pip install 'ddpmx[export]'"
+    assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
     assert "tensorrt-rtx-cu13" in findings["build with TensorRT-RTX"].fix
     assert findings["build with TensorRT-RTX"].why == "it says 'no'"
 

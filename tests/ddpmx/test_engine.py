@@ -446,6 +446,19 @@ def test_outputs_that_cannot_be_are_refused(toy):
     assert content(toy.parent) == before
 
 
+@pytest.mark.parametrize(("name", "content"), [("README.md", b"# mine"), ("model.bin", b"\x00" * 99)])
+def test_a_file_that_is_no_plan_is_not_replaced(toy, name, content):
+    (toy.parent / name).write_bytes(content)
+    with pytest.raises(OutputError, match="no such thing"):
+        engine.build(toy, toy.parent / name, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
+    assert (toy.parent / name).read_bytes() == content
+
+
+def test_a_plan_of_any_name_is_replaced(build, toy):
+    build(toy, toy.parent / "engine.bin")
+    assert not build(toy, toy.parent / "engine.bin", tf32=True).reused
+
+
 def test_what_has_more_to_say_than_a_name_holds_is_refused(build, folder):
     path = folder / "model.onnx"
     path.write_bytes(onnx(SPEC.replace(ddpmx="x" * 3600)))

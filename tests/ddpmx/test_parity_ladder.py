@@ -285,7 +285,7 @@ def test_what_goes_wrong_between_the_recorded_states_is_seen_in_the_free_chain(r
     result = climb(Faulty(fault), SPEC, reference)
     assert failed(result) == [FREE]
     assert result.verdict.startswith(f"FAILED: this is not the PyTorch model: {FREE}: ")
-    assert "< 0.999" in str(rung(result, FREE))
+    assert "< 99.9%" in str(rung(result, FREE))
     assert "PSNR" in rung(result, FREE).worst
     apart = np.abs(result.finals.astype(int) - reference.final.transpose(0, 2, 3, 1))
     assert rung(result, FREE).value == np.mean(apart <= 1)
@@ -342,11 +342,11 @@ def test_bounds_widen_with_fewer_bits():
         (Rung("ε", 1e-6, 2e-5, worst="worst at t = 999"), True, "ε: 1e-06 ≤ 2e-05 (worst at t = 999)"),
         (Rung("ε", 2e-5, 2e-5), True, "ε: 2e-05 ≤ 2e-05"),
         (Rung("ε", 3e-5, 2e-5), False, "ε: 3e-05 > 2e-05"),
-        (Rung("pixels", 0.9995, 0.999, at_least=True), True, "pixels: 99.9500% ≥ 0.999"),
-        (Rung("pixels", 0.5, 0.999, at_least=True, worst="9 apart"), False, "pixels: 50.0000% < 0.999 (9 apart)"),
+        (Rung("pixels", 0.9995, 0.999, at_least=True), True, "pixels: 99.95% ≥ 99.9%"),
+        (Rung("pixels", 0.5, 0.999, at_least=True, worst="9 apart"), False, "pixels: 50.00% < 99.9% (9 apart)"),
         (Rung("pixels", math.nan, 0.999, at_least=True, skipped="no chain"), True, "pixels: not judged, no chain"),
         (Rung("ε", math.nan, 2e-5), False, "ε: nan > 2e-05"),
-        (Rung("pixels", math.nan, 0.9, at_least=True), False, "pixels: nan% < 0.9"),
+        (Rung("pixels", math.nan, 0.9, at_least=True), False, "pixels: nan% < 90%"),
     ],
 )
 def test_a_rung_in_words(rung, passed, text):

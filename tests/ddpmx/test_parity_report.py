@@ -110,7 +110,8 @@ def test_the_json_is_valid_for_answers_beyond_all_measure():
 def test_the_text_names_every_rung_with_its_bound(climbs, name):
     result = climbs[name]
     text = report.to_markdown(result, "some/model.onnx", {})
-    assert text.startswith(f"# model.onnx: {'passed' if result.passed else 'FAILED'}\n")
+    title = "FAILED" if not result.passed else "passed" if result.reference else "consistent with itself"
+    assert text.startswith(f"# model.onnx: {title}\n")
     assert result.verdict in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "measured" not in line]
     assert len(rows) == len(result.rungs)
@@ -201,6 +202,7 @@ def test_the_images_show_pytorchs_above_the_files_above_the_difference(climbs, t
 @pytest.mark.usefixtures("no_matplotlib")
 def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, tmp_path):
     (tmp_path / "error.png").write_text("of yesterday")
+    (tmp_path / "report.json").write_text("of yesterday, too")
     (tmp_path / "mine.png").write_text("not the report's")
     report.write(climbs["passed"], "model.onnx", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "mine.png", "report.json", "report.md"]
@@ -210,13 +212,14 @@ def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, t
 
 
 @pytest.mark.usefixtures("no_matplotlib")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "passed",
-        "untrained",
-    ],
-)
+def test_pictures_in_a_folder_without_a_report_are_somebody_s(climbs, tmp_path):
+    (tmp_path / "error.png").write_text("not the report's")
+    report.write(climbs["passed"], "model.onnx", tmp_path)
+    assert (tmp_path / "error.png").read_text() == "not the report's"
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+@pytest.mark.parametrize("name", ["passed", "untrained"])
 def test_without_matplotlib_the_text_says_how_to_get_plots(climbs, tmp_path, name):
     report.write(climbs[name], "model.onnx", tmp_path)
     assert "pip install matplotlib" in (tmp_path / "report.md").read_text(encoding="utf-8")
