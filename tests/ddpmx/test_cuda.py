@@ -26,6 +26,8 @@ from ddpmx.samplers import make_table
 from oracles import cuda_on_host, gaussian, ptx
 from oracles.cuda_on_host import Device, Toy
 
+pytestmark = pytest.mark.slow  # and once is enough: nothing here depends on Python's version
+
 SOURCES = Path(ddpmx.__file__).parent / "cuda"
 CACHE = Path(__file__).parents[2] / ".cache"
 SCHEDULE = gaussian.SPEC.make_schedule()
