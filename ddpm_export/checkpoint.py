@@ -32,7 +32,7 @@ from torch import Tensor
 from ddpm_export.unet import UNet, UNetConfig
 from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.files import make_folder, write_error
-from ddpmx.modelfile import SPEC_FILE, checkpoints, read_spec_json
+from ddpmx.modelfile import SPEC_FILE, checkpoints, model_spec, read_spec_json
 from ddpmx.sealed import parse_json
 from ddpmx.spec import ModelSpec
 
@@ -189,7 +189,7 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[UNet, ModelSpec]:
     network_json = values.get("network")
     if not isinstance(network_json, dict) or network_json.get("type") != "unet":
         raise SpecError(f"{checkpoint / SPEC_FILE}: it describes no network that this ddpmx knows")
-    spec = ModelSpec.from_json(values["model"])
+    spec = model_spec(checkpoint / SPEC_FILE, values)
     config = UNetConfig.from_json({key: value for key, value in network_json.items() if key != "type"})
     if (config.in_channels, *config.size) != spec.shape:
         raise SpecError(
@@ -219,6 +219,7 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[UNet, ModelSpec]:
 def _load_training(checkpoint: Path) -> TrainingState:
     file = checkpoint / TRAINING_JSON
     try:
+        assert file.is_file()
         values = parse_json(file.read_bytes())
         assert isinstance(values, dict)
         step, settings = values["step"], values["settings"]
@@ -241,6 +242,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         FileFormatError: it is missing, cut off or no such file.
     """
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for where no signal is heard
+            raise ValueError("not a file")
         return load_file(file)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FileFormatError(

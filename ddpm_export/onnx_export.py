@@ -26,7 +26,7 @@ import ddpmx
 from ddpm_export import checkpoint as checkpoints
 from ddpm_export.checkpoint import Weights
 from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
-from ddpmx.errors import InputError, OutputError
+from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.files import atomic_write, check_replaceable
 from ddpmx.onnxfile import METADATA_KEY
 from ddpmx.spec import PRECISIONS, ModelSpec, Precision
@@ -170,6 +170,10 @@ def _trace(network: UNet, spec: ModelSpec) -> onnx.ModelProto:
                 external_data=False,
                 verbose=False,
             )
+    except Exception as error:  # torch raises what it likes, and trips over its own imports if one is interrupted
+        raise BackendError(
+            "torch could not export this network", note=str(error).strip()[:300], hint="try it once more"
+        ) from error
     finally:
         logger.setLevel(level)
     assert program is not None

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ddpmx.backends import Buffers
+from ddpmx.errors import BackendError
 
 
 class TorchBackend:
@@ -30,7 +31,12 @@ class TorchBackend:
     @torch.no_grad()
     def enqueue(self) -> None:
         """Run the network once."""
-        self._out.copy_(self._network(self._x.to(self._device), self._t.to(self._device)))
+        try:
+            self._out.copy_(self._network(self._x.to(self._device), self._t.to(self._device)))
+        except (RuntimeError, MemoryError) as error:
+            raise BackendError(
+                "torch could not run the network", note=str(error).strip()[:300], hint="is there enough memory for it?"
+            ) from error
 
     def close(self) -> None:
         """There is nothing to free."""

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ddpmx.errors import InputError
-from ddpmx_cli.console import cache_folder, interruptible, megabytes, parse_numbers, phases, say
+from ddpmx_cli.console import cache_folder, megabytes, parse_numbers, phases, say
 
 EXAMPLES = """
 Examples:\n
@@ -74,7 +74,7 @@ def build(
         strip=strip,
         timing_cache=timing_cache or cache_folder(),
     )
-    with interruptible() as stopped, phases(f"building {onnx.name}") as progress:
+    with phases(f"building {onnx.name}") as progress:
         built = engine.build(
             onnx,
             output,
@@ -82,7 +82,6 @@ def build(
             library=tensorrt_library.load(None if library is None else _LIBRARIES[library]),
             force=force,
             progress=progress,
-            cancel=stopped,
         )
     show(built, onnx, output or onnx.with_suffix(".plan"))
 

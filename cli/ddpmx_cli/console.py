@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddpmx.errors import Cancelled, DdpmxError, InputError, OutputError
+from ddpmx.errors import DdpmxError, InputError, OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -34,7 +33,8 @@ def say(text: str) -> None:
 
 def complain(error: DdpmxError) -> None:
     """An error, on standard error."""
-    print(f"Error: {error}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens: the exit code still tells
+        print("Error: " + "\n".join(map(plain, str(error).split("\n"))), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
 
     with Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
@@ -87,27 +87,16 @@ def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
         )
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C as a question that can be asked, for work inside a library that an exception must not fly through.
-
-    Once the work has ended, an interrupt that nobody asked about is raised after all.
-    """
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
-    try:
-        yield lambda: bool(pressed)
-    except Cancelled:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+def cache_folder() -> Path | None:
+    """Where the user's programs keep what can be made again; None where there is no home."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpmx"
+    return None
 
 
-def cache_folder() -> Path:
-    """Where the user's programs keep what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpmx"
+def plain(text: str) -> str:
+    """``text`` with everything that a terminal would obey, or that would begin a new line, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from ddpmx.errors import BackendError, Cancelled, DdpmxError, InputError, NumericError
+from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError, OutputError
 from ddpmx_cli import build, parity
-from ddpmx_cli.console import busy, cache_folder, counting, interruptible, megabytes, phases, say
+from ddpmx_cli.console import busy, cache_folder, counting, megabytes, phases, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,6 +82,13 @@ def export(
         from ddpm_export.proof import images_for
 
         images = images_for(data, source)
+    record = output.with_suffix(".parity.npz")
+    for written in (output, record, output.with_suffix(".plan"), output.with_suffix(".plan.json")):
+        if data is not None and written.exists() and data.exists() and written.samefile(data):
+            raise InputError(f"{written}: the export would replace the images", hint="another -o")
+    if proof and record.exists() and not record.is_file():
+        raise OutputError(f"{record}: stands in the way, and is no file", hint="another -o")
+    earlier = record.exists()
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
         spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
@@ -91,6 +98,8 @@ def export(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
+    if not proof and earlier:
+        say(f"Note: {record} is of an earlier export")
     if proof:
         _prove(output, spec, source, which, images, full)
     built = plan is not False and _build(output, must=plan is True)
@@ -121,6 +130,8 @@ def _prove(
         parity.fail(output, f"FAILED: this is not the PyTorch model: {error.fact}; {error.hint}")
     except (InputError, BackendError) as error:  # a network that answers nothing; no ONNX Runtime
         say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
+        if record.exists():
+            say(f"Note: {record} is of an earlier export")
         return
     of = "" if images is None else f" (of {len(images):,})"
     say(f"{record}: {parity.told(reference)}{of}; {megabytes(record)}")
@@ -144,17 +155,14 @@ def _build(output: Path, *, must: bool) -> bool:
         build.note_missing(output)
         return False
     try:
-        with interruptible() as stopped, phases(f"building {plan.name}") as progress:
+        with phases(f"building {plan.name}") as progress:
             built = engine.build(
                 output,
                 plan,
                 engine.BuildOptions(timing_cache=cache_folder()),
                 library=library,
                 progress=progress,
-                cancel=stopped,
             )
-    except Cancelled:
-        raise
     except DdpmxError as error:
         if must:
             raise

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ddpmx_cli.console import say
+from ddpmx_cli.console import plain, say
 
 EXAMPLES = """
 Examples:\n
@@ -32,7 +32,7 @@ def info(
     if told["note"]:
         say(f"  Note: {told['note']}")
     for label, value in _lines(told):
-        say(f"  {label + ':':<12} {value}")
+        say(f"  {label + ':':<12} {plain(value)}")
 
 
 _KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan"}
@@ -42,11 +42,12 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if spec := told["spec"]:
         c, height, width = spec["shape"]
+        clipped = "not clipped" if spec["clip"] is None else f"clipped to ±{spec['clip']:g}"
         params = ", ".join(f"{name} {value:g}" for name, value in spec["schedule_params"].items())
         lines += [
             ("image", f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"),
             ("chain", f"T = {spec['timesteps']}, {spec['schedule']}{f' ({params})' if params else ''}"),
-            ("predicts", f"{spec['prediction']}; variance {spec['variance']}; x̂_0 clipped to ±{spec['clip']}"),
+            ("predicts", f"{spec['prediction']}; variance {spec['variance']}; x̂_0 {clipped}"),
             ("precision", spec["precision"]),
             ("weights", f"sha256 {spec['weights'] or 'not stated'}"),
         ]

@@ -63,6 +63,8 @@ def run() -> None:
         sys.exit(130)
     except MemoryError as error:
         fail(DdpmxError("out of memory", note=str(error) or None, hint="fewer images, or a smaller --batch or network"))
+    except ImportError as error:
+        fail(DdpmxError("a package that ddpmx needs is missing", note=str(error), hint="install ddpmx again"))
     except OSError as error:
         fail(DdpmxError(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except SystemExit as end:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer import Argument, Option
@@ -51,7 +52,6 @@ def parity(
 
     Exit code 0 if every bound of the file's precision holds, 1 if one does not, 2 if it could not be judged.
     """
-    from ddpmx.files import make_folder
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import climb, not_finite
     from ddpmx.pipeline import open_model
@@ -67,19 +67,21 @@ def parity(
             reference = _ask(checkpoint, weights, data, full)
         elif not self_test:
             reference = _recorded(file, against)
+        folder = report if report is not None else file.with_suffix(".self-test" if self_test else ".report")
+        reports.check_folder(folder)
         with counting(f"judging {file.name}", unit="network calls") as progress:
             try:
                 climbed = climb(backend, spec, reference, progress=progress)
             except NumericError as error:
                 climbed = not_finite(backend, spec, reference, error)
-        folder = report if report is not None else file.with_suffix(".self-test" if self_test else ".report")
-        extra = None
+        extra, attachments = None, {}
         if polygraphy:
             if reference is None:
                 raise InputError("--polygraphy compares with a reference, and --self-test has none")
-            extra = {"polygraphy": _polygraphy(file, reference, make_folder(folder) / "polygraphy.json")}
+            judged, runs = _polygraphy(file, reference)
+            extra, attachments = {"polygraphy": judged}, {"polygraphy.json": runs}
         with busy("writing the report"):
-            written = reports.write(climbed, file, folder, extra=extra)
+            written = reports.write(climbed, file, folder, extra=extra, attachments=attachments)
     finally:
         backend.close()
     say(f"{file} on {climbed.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
@@ -142,10 +144,11 @@ def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Refer
         )
 
 
-def _polygraphy(file: Path, reference: Reference, results: Path) -> dict[str, object]:
+def _polygraphy(file: Path, reference: Reference) -> tuple[dict[str, Any], bytes]:
     try:
         from ddpm_export import polygraphy_rung
     except ImportError as error:
         raise BackendError("--polygraphy needs Polygraphy", note=str(error), hint="pip install polygraphy") from error
-    with busy("Polygraphy"):
-        return polygraphy_rung.compare(file, reference, results=results)
+    with busy("Polygraphy"), tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "polygraphy.json"
+        return polygraphy_rung.compare(file, reference, results=results), results.read_bytes()

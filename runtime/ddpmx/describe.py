@@ -9,7 +9,6 @@ from typing import Any
 
 from ddpmx import modelfile, onnxfile, planfile
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.spec import ModelSpec
 
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 _MAX_HEADER = 16 << 20
@@ -36,7 +35,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     if folder is None:
         raise FileFormatError(f"{path}: a run that has no checkpoint yet")
     values = modelfile.read_spec_json(folder / modelfile.SPEC_FILE)
-    spec = ModelSpec.from_json(values["model"])
+    spec = modelfile.model_spec(folder / modelfile.SPEC_FILE, values)
     files = sorted(folder.glob("*.safetensors"))
     parameters = {file.name: safetensors_elements(file) for file in files}
     return {
@@ -105,6 +104,8 @@ def safetensors_elements(path: Path) -> int:
         FileFormatError: it is cut off or no such file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

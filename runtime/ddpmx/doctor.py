@@ -16,6 +16,8 @@ import ddpmx
 from ddpmx.device import gpus
 from ddpmx.planfile import install_hint
 
+# With -c the current folder is searched first, and whatever lies there would be run.
+_ALONE = "import sys; sys.path[:] = [p for p in sys.path if p]; import json"
 _TIMEOUT = 120  # seconds; importing torch on a cold Jetson takes one
 
 _PROBES = {
@@ -150,7 +152,7 @@ def _probe(code: str) -> dict[str, Any]:
     """What ``code`` prints as JSON on its last line, run by a Python of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", "import json" + code],
+            [sys.executable, "-c", _ALONE + code],
             capture_output=True,
             encoding="utf-8",
             errors="replace",

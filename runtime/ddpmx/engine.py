@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ SMALLEST_BF16 = (10, 13)
 
 _SHARE, _SLACK = (0.9, 1.15), 1 << 16
 """How far a plan's weights may be from the graph's: constants are folded and tensors aligned, nothing more."""
+_LONGEST_NAME = 230  # bytes: what is added while it is written has to fit into 255
 _LEAST_WEIGHTS, _LEAST_HALVES = 1 << 18, 1 << 23
 
 
@@ -232,9 +234,10 @@ def _build(
     network = _made(library, "network", lambda: builder.create_network(strongly_typed))
     parser = _made(library, "parser", lambda: trt.OnnxParser(network, library.logger))
     try:
-        parsed = parser.parse_from_file(os.fspath(path))
+        with _signals_held():
+            parsed = parser.parse_from_file(os.fspath(path))
     except (TypeError, UnicodeError) as error:
-        raise FileFormatError(f"{path!r}: {library} takes file names in UTF-8 only", hint="rename it") from error
+        raise FileFormatError(f"{str(path)!a}: {library} takes file names in UTF-8 only", hint="rename it") from error
     if not parsed:
         raise FileFormatError(
             f"{path}: {library}'s parser refuses this file",
@@ -254,9 +257,10 @@ def _build(
     if library.is_rtx:
         _set_targets(config, trt, options)
     cache = _TimingCache(options.timing_cache, library, devices, config)
-    monitor = _monitor(trt, progress, cancel)
-    config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
+    with _signals_held() as held:
+        monitor = _monitor(trt, progress, lambda: bool(held) or (cancel is not None and cancel()))
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
     if monitor.error is not None:
         raise monitor.error
     if monitor.stopped:
@@ -267,10 +271,35 @@ def _build(
             note=library.last_words(),
             hint=_TURING_HINT
             if "7.5" in record.targets
-            else "`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or --workspace",
+            else "`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or another --workspace",
         )
     cache.save(config)
     return plan, network.num_layers
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Keep SIGINT and SIGTERM until C++ has come back, and raise them then.
+
+    Python runs a signal's handler at the first instruction of whatever it does next, which may be a callback: TensorRT
+    would print the handler's exception and go on.
+    """
+    held: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(name) in (signal.SIG_IGN, None):
+                continue
+            before[name] = signal.signal(name, lambda got, _: held.append(got))
+    except ValueError:  # not the main thread, where no handlers run
+        pass
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _check_output(output: Path, inputs: list[Path]) -> None:
@@ -279,6 +308,10 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
     for written in (output, sidecar_path(output)):
+        if written.exists() and not written.is_file():
+            raise OutputError(f"{written}: stands in the way, and is no file", hint="another -o")
+        if len(os.fsencode(written.name)) > _LONGEST_NAME:
+            raise OutputError(f"{written.name[:40]}…: too long for a file's name", hint="another -o")
         for path in inputs:
             if written.exists() and written.samefile(path):
                 raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +73,19 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
     Raises:
         SpecError: missing, too large, not JSON, or not a spec.
     """
-    return ModelSpec.from_json(read_spec_json(path)["model"])
+    return model_spec(path, read_spec_json(path))
+
+
+def model_spec(path: str | os.PathLike[str], values: Mapping[str, object]) -> ModelSpec:
+    """The :class:`ModelSpec` in what :func:`read_spec_json` read from ``path``.
+
+    Raises:
+        SpecError: it is none.
+    """
+    try:
+        return ModelSpec.from_json(values["model"])
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
 
 
 def read_spec_json(path: str | os.PathLike[str]) -> dict[str, object]:

@@ -29,6 +29,8 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biuf
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+            raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
             size = sum(entry.file_size for entry in entries)

@@ -9,10 +9,11 @@ in the bytes of a file whose format is not public.
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ddpmx.errors import SpecError
 
@@ -68,11 +69,15 @@ def parse_json(text: bytes | str) -> object:
         SpecError: not JSON, or nested absurdly deep.
     """
 
-    def refuse(name: str) -> object:
+    def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:40])
+
     try:
-        values = json.loads(text, parse_constant=refuse)
+        values = json.loads(text, parse_constant=refuse, parse_float=finite)
         _refuse_depth(values)
         return values
     except (ValueError, RecursionError) as error:

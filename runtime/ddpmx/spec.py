@@ -85,6 +85,8 @@ class ModelSpec:
             raise SpecError("weights must be a sha256 of 64 hexadecimal digits")
         if not isinstance(self.ddpmx, str) or not isinstance(self.schedule, str):
             raise SpecError("ddpmx and schedule must be text")
+        if not self.ddpmx.isprintable():
+            raise SpecError("ddpmx must be a version, and this cannot be printed")
         if not isinstance(self.schedule_params, Mapping):
             raise SpecError("schedule_params must be an object")
         try:

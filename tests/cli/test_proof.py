@@ -185,3 +185,75 @@ run()
     done = subprocess.run([sys.executable, "-c", code, "parity", str(judged)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "PASSED" in done.stdout
+
+
+# --- what an attacker tried ------------------------------------------------------------------------------------------
+
+
+def test_a_user_s_files_are_not_taken_for_a_report_s(refused, judged):
+    own = judged.parent / "own"
+    own.mkdir()
+    (own / "images.png").write_text("mine")
+    assert "not of a report" in refused("parity", judged, "-o", own)
+    assert [(path.name, path.read_text()) for path in own.iterdir()] == [("images.png", "mine")]
+
+
+def test_a_matplotlib_that_cannot_draw_loses_no_judgement(ddpmx, judged, monkeypatch):
+    pytest.importorskip("matplotlib", reason="not verified here: a matplotlib that cannot draw (no matplotlib)")
+    from ddpmx.parity import plots
+
+    def broken(*_):
+        raise ValueError("no such backend")
+
+    monkeypatch.setattr(plots, "draw", broken)
+    done = ddpmx("parity", judged)
+    assert done.code == 0, done
+    assert "No plots" in (judged.with_suffix(".report") / "report.md").read_text()
+
+
+def test_a_matplotlibrc_in_the_current_folder_has_no_say(ddpmx, judged, monkeypatch):
+    pytest.importorskip("matplotlib", reason="not verified here: a matplotlibrc in the way (no matplotlib)")
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    assert ddpmx("parity", judged).code == 0
+    assert (judged.with_suffix(".report") / "error.png").exists()
+
+
+def test_where_there_is_no_home_there_is_no_cache(monkeypatch):
+    from pathlib import Path
+
+    from ddpmx_cli import console
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert console.cache_folder() is None
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_as_commands(ddpmx, refused, tmp_path):
+    from oracles import wire
+
+    image = (wire.FLOAT, ("batch", 3, 8, 8))
+    name = "x\x1b[31m\n  PASSED"
+    model = wire.model({name: image, "t": (wire.INT32, ("batch",))}, {"eps": image})
+    (tmp_path / "model.onnx").write_bytes(model)
+    said = ddpmx("info", tmp_path / "model.onnx").out
+    assert "\x1b" not in said
+    assert "PASSED" in said
+    assert not [line for line in said.splitlines() if line.strip().startswith("PASSED")]
+    assert "\x1b" not in refused("info", tmp_path / "a\x1b[31mb")
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "ddpmx_cli.main", "info", str(tmp_path / "none")], stderr=full)
+    assert done.returncode == 2
+
+
+def test_a_missing_package_is_not_a_failed_parity(judged):
+    code = "import sys; sys.modules['PIL'] = None; from ddpmx_cli.main import run; run()"
+    done = subprocess.run([sys.executable, "-c", code, "parity", str(judged)], capture_output=True, text=True)
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr

@@ -163,6 +163,34 @@ def test_export_refuses_flags_that_contradict(refused, run, tmp_path):
     assert not (tmp_path / "model.onnx").exists(), "nothing was begun"
 
 
+def test_an_export_does_not_replace_its_own_images(refused, run, tmp_path):
+    data = tmp_path / "model.parity.npz"
+    shutil.copy(FASHION, data)
+    assert "would replace the images" in refused("export", run, "--data", data, "-o", tmp_path / "model.onnx")
+    assert data.read_bytes() == FASHION.read_bytes()
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(refused, copy, tmp_path):
+    file = copy / "checkpoints" / "00000002" / "ema.safetensors"
+    file.unlink()
+    os.mkfifo(file)
+    for command in (("info", copy), ("export", copy, "-o", tmp_path / "model.onnx")):
+        assert "ema.safetensors" in refused(*command)
+
+
+def test_a_network_that_cannot_be_run_is_not_verified(ddpmx, run, tmp_path, monkeypatch):
+    from ddpm_export.torch_backend import TorchBackend
+    from ddpmx.errors import BackendError
+
+    def full(self):
+        raise BackendError("torch could not run the network", note="can't allocate memory")
+
+    monkeypatch.setattr(TorchBackend, "enqueue", full)
+    done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--no-plan")
+    assert done.code == 0, done
+    assert "NOT VERIFIED" in done.out
+
+
 def test_export_replaces_no_file_of_another_kind(refused, run, tmp_path):
     (tmp_path / "pyproject.toml").write_text("[project]")
     assert "no such thing" in refused("export", run, "-o", tmp_path / "pyproject.toml")

@@ -740,3 +740,30 @@ def test_changed_archives_never_escape(tmp_path):
             npz.read_npz(tmp_path / "file.npz", max_bytes=1 << 20)
         except FileFormatError:
             continue
+
+
+def test_doctor_runs_nothing_that_lies_in_the_current_folder(tmp_path):
+    for name in ("json.py", "onnxruntime.py", "torch.py"):
+        (tmp_path / name).write_text("open('run', 'w')\n")
+    code = "from ddpmx import doctor; doctor.examine()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[1])}
+    subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path[:] = [p for p in sys.path if p]; " + code],
+        cwd=tmp_path, env=environment, check=True,
+    )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for name in ("a.npz", "ema.safetensors"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        npz.read_npz(tmp_path / "a.npz", max_bytes=1 << 20)
+    with pytest.raises(FileFormatError):
+        safetensors_elements(tmp_path / "ema.safetensors")
+
+
+def test_numbers_beyond_all_measure_are_no_json():
+    for text in ('{"a": 1e999}', "[-1e999]"):
+        with pytest.raises(SpecError):
+            sealed.parse_json(text)

@@ -9,6 +9,7 @@ import enum
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -695,6 +696,33 @@ def test_a_plan_is_refused_as_a_model(build, toy):
     build(toy)
     with pytest.raises(FileFormatError, match="not an ONNX file"):
         build(toy.with_suffix(".plan"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_build_ends_it_and_is_heard(build, toy, number):
+    """TensorRT would print the exception of a handler that runs in its callbacks, and go on."""
+
+    class Heard(BaseException):
+        pass
+
+    def handler(*_):
+        raise Heard
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(Heard):
+            build(toy, progress=lambda *_: os.kill(os.getpid(), number))
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert listed(toy.parent) == ["model.onnx"]
+
+
+def test_what_stands_in_the_sidecar_s_way_is_found_before_the_build(toy):
+    (toy.parent / "model.plan.json").mkdir()
+    for output, says in ((None, "no file"), (toy.parent / ("x" * 240), "too long")):
+        with pytest.raises(OutputError, match=says):
+            engine.build(toy, output, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
 
 
 # --- without everything else -----------------------------------------------------------------------------------------

@@ -416,3 +416,19 @@ def test_of_a_large_image_the_kept_numbers_are_compared(reference):
     wrong.weights = Linear.weights.copy()
     wrong.weights.reshape(-1)[kept[2000]] += 0.5
     assert {PIXEL, FORCED} <= set(failed(climb(wrong, spec, record)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"final": np.zeros((17, *SHAPE), np.uint8)},
+        {"x0": np.zeros((17, *SHAPE), np.uint8), "out": np.zeros((32, 17, SIZE), np.float32)},
+        {"made_with": "torch\n# PASSED"},
+        {"made_with": "\x1b[2J"},
+        {"made_with": "x" * 201},
+    ],
+)
+def test_a_record_that_asks_for_too_much_or_forges_lines_is_refused(changes):
+    """200,000 black images take 170 KB in an archive, and all memory in a network."""
+    with pytest.raises(FileFormatError):
+        make_reference(**changes)

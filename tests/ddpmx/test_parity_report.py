@@ -202,7 +202,7 @@ def test_the_images_show_pytorchs_above_the_files_above_the_difference(climbs, t
 @pytest.mark.usefixtures("no_matplotlib")
 def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, tmp_path):
     (tmp_path / "error.png").write_text("of yesterday")
-    (tmp_path / "report.json").write_text("of yesterday, too")
+    (tmp_path / "report.json").write_bytes(YESTERDAY["report.json"])
     (tmp_path / "mine.png").write_text("not the report's")
     report.write(climbs["passed"], "model.onnx", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "mine.png", "report.json", "report.md"]
@@ -212,10 +212,15 @@ def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, t
 
 
 @pytest.mark.usefixtures("no_matplotlib")
-def test_pictures_in_a_folder_without_a_report_are_somebody_s(climbs, tmp_path):
+@pytest.mark.parametrize("other", [None, b"", b"[]", b'{"scores": []}'])
+def test_files_of_a_report_s_names_that_are_of_none_are_somebody_s(climbs, tmp_path, other):
     (tmp_path / "error.png").write_text("not the report's")
-    report.write(climbs["passed"], "model.onnx", tmp_path)
-    assert (tmp_path / "error.png").read_text() == "not the report's"
+    if other is not None:
+        (tmp_path / "report.json").write_bytes(other)
+    before = content(tmp_path)
+    with pytest.raises(OutputError, match="not of a report"):
+        report.write(climbs["passed"], "model.onnx", tmp_path)
+    assert content(tmp_path) == before
 
 
 @pytest.mark.usefixtures("no_matplotlib")
@@ -229,7 +234,8 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-YESTERDAY = dict.fromkeys(["report.md", "report.json", *PLOTS, "images.png"], b"of yesterday")
+YESTERDAY = dict.fromkeys(["report.md", *PLOTS, "images.png"], b"of yesterday")
+YESTERDAY["report.json"] = b'{"ddpmx": "of yesterday", "rungs": []}'
 
 
 def draw_nothing(climb: Climb, folder: Path) -> dict[str, str]:

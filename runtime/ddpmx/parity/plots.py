@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context, rcdefaults
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -25,10 +26,13 @@ def draw(climb: Climb, folder: Path) -> dict[str, str]:
         "chain.png": "Along the chain, from noise (left) to image (right): the error of every step that starts where "
         "PyTorch was, and how far a chain that nobody corrects has drifted from PyTorch's. Nothing below 6e-8 is drawn.",
     }
-    _save(_error(climb), folder / "error.png")
-    _save(_chain(climb), folder / "chain.png")
+    with rc_context():
+        rcdefaults()  # a matplotlibrc in the current folder has no say in this
+        _save(_error(climb), folder / "error.png")
+        _save(_chain(climb), folder / "chain.png")
+        if "levels_apart" in climb.curves:
+            _save(_levels(climb), folder / "levels.png")
     if "levels_apart" in climb.curves:
-        _save(_levels(climb), folder / "levels.png")
         made["levels.png"] = "The free chain's pixels: how many uint8 values are how many of the 256 levels apart."
     return made
 

@@ -35,6 +35,7 @@ TRAINED = 0.5
 """Of a target of variance 1 a network that learnt anything explains half; one that did not is off by 1 or more."""
 
 FORMAT = "ddpmx-parity1"
+_MOST = {"t": 4096, "x0": 16, "at": 64, "final": 16}
 _TOLD = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # as JSON; everything else is an array
 
 
@@ -82,6 +83,9 @@ class Reference:
         for name in ("t", "x0", "at", "final"):
             if getattr(self, name).ndim < 1:
                 raise FileFormatError(f"the record's {name!r} is a single number")
+        for name, most in _MOST.items():
+            if len(getattr(self, name)) > most:
+                raise FileFormatError(f"the record's {name!r} has too many entries, {most} is the most")
         k, n, m, kept = len(self.t), len(self.x0), len(self.at), len(elements(shape))
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "t": (np.int32, (k,)),
@@ -107,6 +111,8 @@ class Reference:
             and type(self.seed) is int
             and 0 <= self.seed <= noise.MAX_SEED
             and isinstance(self.made_with, str)
+            and self.made_with.isprintable()
+            and len(self.made_with) <= 200
             and isinstance(self.real, bool)
             and isinstance(self.loss, float)
             and math.isfinite(self.loss)

@@ -6,17 +6,19 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ddpmx
-from ddpmx.errors import OutputError
+from ddpmx.errors import OutputError, SpecError
 from ddpmx.files import make_folder, write_error
 from ddpmx.parity.ladder import Climb, Rung
+from ddpmx.sealed import parse_json
 
-_FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png")
+_FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
 
 _MEANING = {
     "identical rows": "One image in every row of a batch: all rows must give one answer.",
@@ -66,6 +68,7 @@ def write(
     folder: str | os.PathLike[str],
     *,
     extra: dict[str, Any] | None = None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> list[Path]:
     """Write the report about ``file`` into ``folder``: all of it, or nothing.
 
@@ -75,18 +78,35 @@ def write(
     Raises:
         OutputError: the folder cannot be written.
     """
-    folder = make_folder(folder)
+    folder = check_folder(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as name:
             part = Path(name)
             pictures = _pictures(climb, part)
             (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2, allow_nan=False) + "\n")
             (part / "report.md").write_text(to_markdown(climb, file, pictures, extra), encoding="utf-8")
-            names = ["report.md", "report.json", *pictures]
+            for name_, content in (attachments or {}).items():
+                (part / name_).write_bytes(content)
+            names = ["report.md", "report.json", *pictures, *(attachments or {})]
             _exchange(folder, part, names)
     except OSError as error:
         raise write_error(folder, error) from error
     return [folder / entry for entry in names]
+
+
+def check_folder(folder: str | os.PathLike[str]) -> Path:
+    """Make a folder for a report, and see that it replaces nothing but another report.
+
+    Raises:
+        OutputError: it cannot be made or written to, or files with a report's names stand there that are of none.
+    """
+    folder = make_folder(folder)
+    there = [name for name in _FILES if os.path.lexists(folder / name)]
+    if there and not _is_report(folder / "report.json"):
+        raise OutputError(
+            f"{folder / there[0]}: stands there, and is not of a report", hint="another folder for --report"
+        )
+    return folder
 
 
 def to_markdown(
@@ -129,7 +149,7 @@ def to_markdown(
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
     if reference is not None and "error.png" not in pictures:
-        lines += ["", "*No plots: `pip install matplotlib` and run it again.*"]
+        lines += ["", "*No plots: matplotlib is missing (`pip install matplotlib`), or cannot draw here.*"]
     lines += [
         "",
         "## What this does not show",
@@ -150,8 +170,7 @@ def _exchange(folder: Path, part: Path, names: list[str]) -> None:
     aside.mkdir()
     done: list[Path] = []
     try:
-        stale = _FILES if (folder / "report.json").is_file() else names  # pictures of those names may be somebody's
-        for name in stale:
+        for name in _FILES:
             if (folder / name).is_file():
                 os.replace(folder / name, aside / name)
         for name in names:
@@ -163,6 +182,14 @@ def _exchange(folder: Path, part: Path, names: list[str]) -> None:
         for old in aside.iterdir():
             os.replace(old, folder / old.name)
         raise
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        values = parse_json(path.read_bytes()) if path.is_file() else None
+    except (OSError, SpecError):
+        return False
+    return isinstance(values, dict) and {"ddpmx", "rungs"} <= values.keys()
 
 
 def _title(climb: Climb) -> str:
@@ -210,9 +237,9 @@ def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
             )
     try:
         from ddpmx.parity import plots
-    except ImportError:
-        return made
-    try:
+
         return {**plots.draw(climb, folder), **made}
-    except OSError as error:
-        raise OutputError(f"{folder}: the plots cannot be written", note=str(error)[:200]) from error
+    except OSError:
+        raise
+    except Exception:  # not there, or set up so that it cannot draw: the judgement stands all the same
+        return made
