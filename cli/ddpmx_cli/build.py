@@ -95,10 +95,10 @@ def show(built: object, onnx: Path, output: Path) -> None:
     if built.reused:
         say(f"{output} is there already, built from this {onnx.name} with these settings (--force builds it again)")
         return
-    tf32 = ", TF32" if record.options["tf32"] else ""
+    tf32 = "on" if record.options["tf32"] else "off"
     say(
         f"{onnx} → {output}: {record.flavour} {record.version} for SM {', '.join(record.targets)}, batch "
-        f"{'…'.join(map(str, (record.batch[0], record.batch[2])))} (best at {record.batch[1]}){tf32}; "
+        f"{'…'.join(map(str, (record.batch[0], record.batch[2])))} (best at {record.batch[1]}), TF32 {tf32}; "
         f"{megabytes(output)} in {built.seconds:.1f} s"
     )
     say(f"precision: {built.precision}")

@@ -23,9 +23,9 @@ import numpy as np
 
 from ddpmx import modelfile, onnxfile, planfile, tensorrt_library
 from ddpmx.device import Gpus, gpus
+from ddpmx.engine_precision import assert_precision, check_weights
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
 from ddpmx.files import atomic_write, check_replaceable, make_folder
-from ddpmx.onnxfile import BFLOAT16, FLOAT, FLOAT16, GraphInfo
 from ddpmx.planfile import MAX_BATCH, RECORD_PREFIX, EngineRecord, PlanInfo, sidecar_path
 from ddpmx.sealed import seal
 from ddpmx.spec import MAX_TEXT, ModelSpec
@@ -77,10 +77,7 @@ _TURING_HINT = "TensorRT-RTX multiplies no float32 matrices on 7.5: `ddpmx expor
 SMALLEST_BF16 = (10, 13)
 """The first release that takes bfloat16 through InstanceNormalization. JetPack 6 has 10.3."""
 
-_SHARE, _SLACK = (0.9, 1.15), 1 << 16
-"""How far a plan's weights may be from the graph's: constants are folded and tensors aligned, nothing more."""
 _LONGEST_NAME = 230  # bytes: what is added while it is written has to fit into 255
-_LEAST_WEIGHTS, _LEAST_HALVES = 1 << 18, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def build(
     output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
     _check_output(output, [real, *weights])
     spec = onnxfile.onnx_spec(path, info)
-    _check_weights(path, spec, info)
+    check_weights(path, spec, info)
     library = library or tensorrt_library.load()
     devices = devices or gpus()
     _check_possible(library, spec, options, devices)
@@ -209,7 +206,7 @@ def build(
     if len(name) > MAX_TEXT:
         raise SpecError(f"{path}: what its plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
     plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
-    precision = _assert_precision(plan, spec, info, library, stripped=options.strip)
+    precision = assert_precision(plan, spec, info, library, stripped=options.strip)
     seconds = time.monotonic() - begun
     _write(output, plan, spec, record, {"seconds": round(seconds, 2), "layers": layers, "precision": precision})
     return Built(planfile.read_plan(output), seconds, False, precision)
@@ -317,18 +314,6 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
                 raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")
     check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(planfile.MAGIC))
     check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(".json",), begins=(b"{",))
-
-
-def _check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
-    """A file that says fp16 and holds float32 is a mistake that would only show as a slow engine."""
-    low = {"fp16": FLOAT16, "bf16": BFLOAT16}.get(spec.precision)
-    halves, floats = info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0), info.weights.get(FLOAT, 0)
-    if (low is None and halves > floats) or (low is not None and floats and info.weights.get(low, 0) == 0):
-        raise SpecError(
-            f"{path}: the file says {spec.precision}, and its weights say something else",
-            note=f"{floats} bytes of float32, {halves} bytes of 16-bit floats",
-            hint="export it again",
-        )
 
 
 def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, devices: Gpus) -> None:
@@ -550,48 +535,6 @@ def _made(library: Library, what: str, make: Callable[[], Any]) -> Any:
     if made is None:
         raise BackendError(f"{library} cannot make a {what}", note=library.last_words())
     return made
-
-
-def _assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Library, *, stripped: bool) -> str:
-    """See that the plan's weights take as many bytes as the graph's: a builder that widens halves doubles them.
-
-    TensorRT-RTX states in its header how long its section of weights is. TensorRT's format is not public; its plan as a
-    whole must not be near the size that the widened weights would have.
-    """
-    weights = sum(info.weights.values())
-    if stripped:
-        return "not ascertained: the plan holds no weights"
-    if library.is_rtx:
-        stored = _rtx_weights(memoryview(plan))
-        if stored is None:
-            return "not ascertained: this version's header does not tell the size of the weights"
-        if not _SHARE[0] * weights - _SLACK <= stored <= _SHARE[1] * weights + _SLACK:
-            raise BackendError(
-                f"{library} did not keep the precision of the graph",
-                note=f"{spec.precision}: {weights} bytes of weights in the ONNX file, {stored} in the plan",
-                hint="use the ONNX file, or another version of TensorRT, and report this",
-            )
-        if weights < _LEAST_WEIGHTS:
-            return "not ascertained: too few weights to tell by their size"
-        return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
-    size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
-    if halves < _LEAST_HALVES:
-        return "not ascertained: too few 16-bit weights to tell by the plan's size"
-    if size > weights + 0.75 * halves:
-        raise BackendError(
-            f"{library} seems to have widened the {spec.precision} weights to float32",
-            note=f"{weights} bytes of weights in the ONNX file, and a plan of {size} bytes",
-            hint="use another version of TensorRT, and report this",
-        )
-    return f"{spec.precision}: a plan of {size} bytes for {weights} bytes of weights"
-
-
-def _rtx_weights(plan: memoryview) -> int | None:
-    """The length of the section "WGHT" in a TensorRT-RTX plan: found in 1.7, in the table that follows the header."""
-    at = bytes(plan[:256]).find(b"THGW")
-    if at < 0:
-        return None
-    return int.from_bytes(plan[at + 16 : at + 24], "little")
 
 
 def _write(output: Path, plan: Any, spec: ModelSpec, record: EngineRecord, extra: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import pytest
 from ddpmx import engine, onnxfile, planfile, tensorrt_library
 from ddpmx.device import Device, Gpus
 from ddpmx.engine import BuildOptions
+from ddpmx.engine_precision import assert_precision
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
 from ddpmx.onnxfile import BFLOAT16, GraphInfo
 from ddpmx.spec import ModelSpec
@@ -200,7 +201,7 @@ def test_half_precision_is_kept_and_a_plan_that_widened_it_is_refused(build, fol
     plan = path.with_suffix(".plan").read_bytes()
     narrower = dataclasses.replace(onnxfile.read_onnx(path), weights={FLOAT16: weights // 2})
     with pytest.raises(BackendError, match="did not keep the precision"):
-        engine._assert_precision(plan, spec, narrower, library, stripped=False)
+        assert_precision(plan, spec, narrower, library, stripped=False)
 
 
 def test_a_bfloat16_plan_is_built(build, folder):
@@ -542,7 +543,7 @@ MB = 1 << 20
 def precision(plan: object, library: Library, weights: int = 64 * MB, element_type: int = FLOAT16, **options) -> str:
     info = GraphInfo({}, {}, {}, 20, (), {element_type: weights})
     name = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}[element_type]
-    return engine._assert_precision(plan, SPEC.replace(precision=name), info, library, **{"stripped": False} | options)
+    return assert_precision(plan, SPEC.replace(precision=name), info, library, **{"stripped": False} | options)
 
 
 def rtx_plan(weights: int) -> bytes:
