@@ -1,0 +1,486 @@
+"""ε by TensorRT or TensorRT-RTX: one plan, on the device, from TensorRT 10.3 on.
+
+:class:`TrtEngine` is the plan, opened, and :class:`TrtContext` one of its execution contexts, bound to device memory:
+what a :class:`ddpmx.cuda.executors.DeviceChain` wants. :class:`TrtBackend` is the same as a
+:class:`ddpmx.backends.Backend` on host arrays, which parity and the chain in NumPy want.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ddpmx import planfile, tensorrt_library
+from ddpmx.backends import Buffers
+from ddpmx.cuda.driver import Driver, Handle, ask_for_lazy_loading
+from ddpmx.device import Device, Gpus, gpus
+from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
+from ddpmx.files import atomic_write, make_folder
+from ddpmx.planfile import PlanInfo
+from ddpmx.sealed import seal
+from ddpmx.spec import ModelSpec
+from ddpmx.tensorrt_library import Library
+
+USED = {
+    "Runtime": ("engine_host_code_allowed", "deserialize_cuda_engine"),
+    "ICudaEngine": (
+        "name",
+        "num_io_tensors",
+        "get_tensor_name",
+        "get_tensor_mode",
+        "get_tensor_dtype",
+        "get_tensor_shape",
+        "get_tensor_location",
+        "num_optimization_profiles",
+        "get_tensor_profile_shape",
+        "create_execution_context",
+    ),
+    "IExecutionContext": (
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "set_tensor_address",
+        "infer_shapes",
+        "execute_async_v3",
+    ),
+    "TensorIOMode": ("INPUT", "OUTPUT"),
+    "TensorLocation": ("DEVICE",),
+    "DataType": ("FLOAT", "INT32"),
+}
+"""Every name of TensorRT that this module touches; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
+
+USED_RTX = {
+    "ICudaEngine": ("create_runtime_config",),
+    "IRuntimeConfig": (
+        "cuda_graph_strategy",
+        "dynamic_shapes_kernel_specialization_strategy",
+        "create_runtime_cache",
+        "set_runtime_cache",
+    ),
+    "IRuntimeCache": ("deserialize", "serialize"),
+    "CudaGraphStrategy": ("DISABLED",),
+    "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
+}
+"""What it touches besides where :attr:`Library.is_rtx`; all of it is TensorRT-RTX's alone, or of later TensorRTs too."""
+
+
+class TrtEngine:
+    """A plan, opened: its weights are on the device. A context manager; close its contexts first.
+
+    Args:
+        path: the plan.
+        trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
+        cache: a folder in which TensorRT-RTX keeps what it compiled for this GPU; None for none.
+        driver: the GPU; by default one of its own, closed with the engine.
+        library: which TensorRT; by default the one that the plan asks for.
+        devices: the GPUs, for those who know better than the driver.
+
+    Attributes:
+        info: what the plan says about itself.
+        driver: the GPU.
+
+    Raises:
+        FileFormatError, SpecError: no plan, a damaged one, one that holds host code, or that does not keep the contract.
+        BackendError: it cannot run here; the error names what is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        trust_host_code: bool = False,
+        cache: Path | None = None,
+        driver: Driver | None = None,
+        library: Library | None = None,
+        devices: Gpus | None = None,
+    ) -> None:
+        ask_for_lazy_loading()
+        self.path = Path(path)
+        self.info = info = planfile.read_plan(self.path, trust_host_code=trust_host_code)
+        found = devices or gpus()
+        missing: BackendError | None = None
+        if library is None and found.devices:
+            try:
+                library = tensorrt_library.load(info.flavour)
+            except BackendError as error:
+                missing = error
+        try:
+            planfile.check_fits(
+                self.path,
+                info,
+                version=library.version if library else None,
+                platform=tensorrt_library.host_platform(),
+                gpus=found,
+            )
+        except BackendError as error:
+            raise error from missing
+        assert library is not None, "check_fits asks for it"
+        if info.engine.options.get("strip"):
+            raise BackendError(
+                f"{path}: a plan without weights, which this version of ddpmx does not fill",
+                hint=f"ddpmx build {info.engine.source}, without --strip",
+            )
+        self.library, self.device = library, found.devices[0]
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._config: Any = None
+        self._cache: Any = None
+        self._cache_file: Path | None = None
+        with contextlib.ExitStack() as undo:
+            self.driver = driver if driver is not None else undo.enter_context(Driver())
+            undo.callback(self._drop)
+            with self.driver.current():
+                self._deserialize(trust_host_code)
+                self.profiles = _check_io(self.path, library, self._engine, info.spec)
+                if library.is_rtx:
+                    self._configure(cache)
+            self._closing = undo.pop_all()
+
+    def __enter__(self) -> TrtEngine:
+        """The engine itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Free everything."""
+        self.close()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+        return self.info.spec
+
+    @property
+    def description(self) -> str:
+        """Library, version and device."""
+        return f"{self.library} on {self.device.name}, SM {self.device.sm}"
+
+    @property
+    def largest_batch(self) -> int:
+        """Images that the plan takes at once."""
+        return max(largest for _, largest in self.profiles)
+
+    def close(self) -> None:
+        """Keep what was compiled, and free everything. Again is harmless."""
+        if self._engine is not None:
+            self.save_cache()
+        self._closing.close()
+
+    def check_batch(self, batch: int) -> int:
+        """Which profile takes this batch: the one with the smallest range, which was tuned for the fewest others.
+
+        Raises:
+            InputError: none does. It names the plan's range.
+        """
+        fitting = [(high - low, index) for index, (low, high) in enumerate(self.profiles) if low <= batch <= high]
+        if not fitting:
+            ranges = ", ".join(f"{low}…{high}" for low, high in self.profiles)
+            raise InputError(
+                f"{self.path}: the plan takes batches of {ranges}, not {batch}",
+                hint=f"--batch {self.largest_batch}, or a plan for more: ddpmx build {self.info.engine.source} "
+                f"--batch 1,{batch},{batch}",
+            )
+        return min(fitting)[1]
+
+    def context(self, batch: int, *, x: int, t: int, out: int, stream: int) -> TrtContext:
+        """An execution context of its own for ``batch`` images in device memory. A captured graph needs one to itself.
+
+        Args:
+            batch: images.
+            x, t, out: device addresses of float32 [batch, C, H, W], int32 [batch] and float32 [batch, C, H, W].
+            stream: where a profile is chosen; it is not kept.
+
+        Raises:
+            BackendError: TensorRT refuses, or its memory does not suffice.
+            InputError: the plan does not take this batch.
+        """
+        return TrtContext(self, batch, {"x": x, "t": t, self.spec.prediction: out}, stream)
+
+    def save_cache(self) -> None:
+        """Keep what TensorRT-RTX has compiled, so that the next start is faster. It is no loss if that fails."""
+        if self._cache is None or self._cache_file is None:
+            return
+        with contextlib.suppress(OutputError, BackendError, RuntimeError, TypeError):
+            with self.driver.current():
+                data = bytes(memoryview(self._cache.serialize()))
+            if data and data != _content(self._cache_file):
+                with atomic_write(self._cache_file) as stream:
+                    stream.write(data)
+
+    def _drop(self) -> None:
+        """TensorRT wants its objects to go in this order, each while the context is there."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(BackendError):
+                stack.enter_context(self.driver.current())
+            self._cache = None
+            self._config = None
+            self._engine = None
+            self._runtime = None
+
+    def _deserialize(self, trust_host_code: bool) -> None:
+        library, path = self.library, self.path
+        library.logger.lines.clear()
+        self._runtime = _made(library, "runtime", lambda: library.trt.Runtime(library.logger))
+        self._runtime.engine_host_code_allowed = trust_host_code
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            # mapped, since on a Jetson a copy would be taken from the GPU's memory
+            self._engine = _made(library, f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
+        name = str(self._engine.name)
+        if name != f"{self.spec.to_text()} {seal(planfile.RECORD_PREFIX, self.info.engine.to_json())}":
+            raise FileFormatError(
+                f"{path}: {library} reads another name from this plan than stands in it",
+                note=ascii(name)[:200],
+                hint=planfile.rebuild_command(path, self.info.engine),
+            )
+
+    def _configure(self, folder: Path | None) -> None:
+        """TensorRT-RTX compiles kernels when it runs.
+
+        With its own CUDA graphs it would be in the way of ours, and unless it specialises kernels at once it would begin
+        with others that serve any shape, and those would be captured for good.
+        """
+        trt, library = self.library.trt, self.library
+        self._config = _made(library, "configuration", self._engine.create_runtime_config)
+        self._config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self._config.dynamic_shapes_kernel_specialization_strategy = eager
+        if folder is None:
+            return
+        with contextlib.suppress(OutputError):
+            self._cache_file = make_folder(folder) / cache_name(library, self.device, self.info)
+        cache = _made(library, "runtime cache", self._config.create_runtime_cache)
+        data = _content(self._cache_file) if self._cache_file else b""
+        if data:
+            with contextlib.suppress(RuntimeError, TypeError):
+                cache.deserialize(data)  # False for one of another version or GPU: then it begins anew
+        if self._config.set_runtime_cache(cache):
+            self._cache = cache
+        library.logger.lines.clear()  # what it said about an old cache explains no later fault
+
+
+class TrtContext:
+    """One execution context, bound to a batch and to device memory. Close it before its engine. See
+    :meth:`TrtEngine.context`.
+
+    Raises:
+        BackendError: TensorRT refuses.
+    """
+
+    def __init__(self, engine: TrtEngine, batch: int, addresses: dict[str, int], stream: int) -> None:
+        profile = engine.check_batch(batch)
+        self._engine, self._library = engine, engine.library
+        self._context: Any = None
+        library = self._library
+        with engine.driver.current():
+            library.logger.lines.clear()
+            arguments = () if engine._config is None else (engine._config,)
+            make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
+            context = _made(library, "execution context", make)
+            if profile != 0:  # that one is every context's own
+                chosen = context.set_optimization_profile_async(profile, stream)
+                _demand(library, chosen, f"profile {profile}")
+                engine.driver.wait_for_stream(stream, "choosing a profile")
+            shapes = {"x": (batch, *engine.spec.shape), "t": (batch,)}
+            for name, shape in shapes.items():
+                _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
+            for name, address in addresses.items():
+                _demand(library, context.set_tensor_address(name, address), f"the address {address:#x} for {name}")
+            if unknown := context.infer_shapes():
+                raise BackendError(
+                    f"{library} does not know the shapes of {', '.join(unknown)}", note=library.last_words()
+                )
+            self._context = context
+
+    def enqueue(self, stream: int) -> None:
+        """Put the network into a stream. Waits for nothing.
+
+        Raises:
+            BackendError: TensorRT refuses, with its own last words.
+        """
+        if self._context is None:
+            raise BackendError("the execution context is closed")
+        if not self._context.execute_async_v3(stream):
+            raise BackendError(
+                f"{self._library} refuses to run the network",
+                note=self._library.last_words() or None,
+                hint="`ddpmx doctor` shows the driver and the libraries that are loaded",
+            )
+
+    def close(self) -> None:
+        """Free its memory on the device. Wait for the stream before."""
+        if self._context is not None:
+            with contextlib.ExitStack() as stack:
+                with contextlib.suppress(BackendError):
+                    stack.enter_context(self._engine.driver.current())
+                self._context = None
+
+    def __enter__(self) -> TrtContext:
+        """The context itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Free everything."""
+        self.close()
+
+
+class TrtBackend:
+    """A plan as a :class:`ddpmx.backends.Backend`: x and t are copied to the device, and the answer back, at each call.
+
+    Args:
+        engine: the plan; closed with the backend.
+
+    Raises:
+        BackendError: the driver refuses.
+    """
+
+    def __init__(self, engine: TrtEngine) -> None:
+        self.engine = engine
+        self._buffers: Buffers | None = None
+        self._batch = 0
+        self._memory: list[Handle] = []
+        self._context: TrtContext | None = None
+        with engine.driver.current():
+            self._stream = engine.driver.stream()
+
+    @property
+    def description(self) -> str:
+        """Library, version and device."""
+        return self.engine.description
+
+    def bind(self, buffers: Buffers) -> None:
+        """Take these buffers. Memory on the device is taken anew only for another batch.
+
+        Raises:
+            BackendError: it does not suffice.
+            InputError: the plan does not take this batch.
+        """
+        batch = len(buffers.x)
+        if batch != self._batch or self._context is None:
+            self._release()
+            driver = self.engine.driver
+            try:
+                with driver.current():
+                    for array, what in ((buffers.x, "x"), (buffers.t, "t"), (buffers.out, "the network's answer")):
+                        self._memory.append(driver.allocate(array.nbytes, what))
+                    x, t, out = (memory.value for memory in self._memory)
+                    self._context = self.engine.context(batch, x=x, t=t, out=out, stream=self._stream.value)
+            except BaseException:
+                self._release()
+                raise
+            self._batch = batch
+        self._buffers = buffers
+
+    def enqueue(self) -> None:
+        """Compute ``out``, and wait for it.
+
+        Raises:
+            BackendError: TensorRT or the driver refuses.
+        """
+        if self._context is None or self._buffers is None:
+            raise BackendError("nothing is bound to the plan")
+        driver, stream, buffers = self.engine.driver, self._stream.value, self._buffers
+        x, t, out = (memory.value for memory in self._memory)
+        with driver.current():
+            driver.copy_in(x, buffers.x, stream)
+            driver.copy_in(t, buffers.t, stream)
+            try:
+                self._context.enqueue(stream)
+                driver.copy_out(buffers.out, out, stream)
+            finally:  # the buffers are the caller's again
+                driver.wait_for_stream(stream, "running the network")
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+        self._release()
+        self._stream.close()
+        self.engine.close()
+
+    def _release(self) -> None:
+        if self._context is not None:
+            self._context.close()
+        self._context, self._buffers, self._batch = None, None, 0
+        while self._memory:
+            self._memory.pop().close()
+
+
+def cache_name(library: Library, device: Device, info: PlanInfo) -> str:
+    """TensorRT-RTX's cache holds for one version, one GPU and, with us, one plan."""
+    gpu = "".join(c if c.isalnum() else "-" for c in device.name)
+    return f"{library.flavour}-{library.version}-{gpu}-{info.engine.key[:16]}.runtime".lower()
+
+
+def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> list[tuple[int, int]]:
+    """See that inputs and outputs are the contract's.
+
+    Returns:
+        Smallest and largest batch of each profile.
+
+    Raises:
+        FileFormatError: other inputs and outputs, which are named.
+    """
+    trt, image = library.trt, list(spec.shape)
+    inside, outside = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
+    wanted = {
+        "x": (inside, trt.DataType.FLOAT, image),
+        "t": (inside, trt.DataType.INT32, []),
+        spec.prediction: (outside, trt.DataType.FLOAT, image),
+    }
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    faults = [f"no {name}" for name in wanted if name not in names]
+    for name in names:
+        mode, dtype = engine.get_tensor_mode(name), engine.get_tensor_dtype(name)
+        dims = [int(dim) for dim in engine.get_tensor_shape(name)]
+        if (
+            (mode, dtype, dims[1:]) != wanted.get(name)
+            or not dims
+            or engine.get_tensor_location(name) != trt.TensorLocation.DEVICE
+        ):
+            faults.append(f"{name}: {mode} {dtype} {dims}")
+    profiles = []
+    if not faults:
+        for index in range(engine.num_optimization_profiles):
+            ranges = [[dims[0] for dims in engine.get_tensor_profile_shape(name, index)] for name in ("x", "t")]
+            low, high = max(r[0] for r in ranges), min(r[2] for r in ranges)
+            profiles.append((int(low), int(high)))
+        if not profiles:
+            faults.append("no profile of batches")
+    if faults:
+        raise FileFormatError(
+            f"{path}: the plan has other inputs and outputs than the contract asks for",
+            note="; ".join(faults),
+            hint="build it from what `ddpmx export` writes",
+        )
+    return profiles
+
+
+def _demand(library: Library, granted: bool, what: str) -> None:
+    """TensorRT's setters answer False, and say why to the logger."""
+    if not granted:
+        raise BackendError(f"{library} does not take {what}", note=library.last_words() or None)
+
+
+def _made(library: Library, what: str, make: Callable[[], Any]) -> Any:
+    """``make()``, or TensorRT's own words on why it came back with nothing."""
+    note = ""
+    try:
+        made = make()
+    except (TypeError, RuntimeError) as error:  # pybind: the factory function returned nullptr
+        made, note = None, str(error)
+    if made is None:
+        raise BackendError(
+            f"{library} cannot make the {what}",
+            note=library.last_words() or note or None,
+            hint="`ddpmx doctor` shows the driver and the libraries that are loaded",
+        )
+    return made
+
+
+def _content(file: Path) -> bytes:
+    """What stands in a file, or nothing."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
