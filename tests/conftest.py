@@ -17,17 +17,15 @@ TESTS = Path(__file__).parent
 FASHION = TESTS.parent / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"
 GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
 
-_measured: list[tuple[str, float, str]] = []
-
-
 @pytest.fixture
-def figure() -> Callable[..., None]:
+def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``figure("what", value, at_most=bound)``: asserts the bound, and has the run print the figure at its end."""
 
     def check(what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         assert (at_most is None) != (at_least is None), "one bound"
         bound = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}"
-        _measured.append((what, float(value), bound))
+        # with the test's report, since the test may run in another process than the one that prints
+        request.node.user_properties.append(("measured", (what, float(value), bound)))
         holds = value <= at_most if at_most is not None else value >= at_least
         assert holds, f"{what}: {value:g}, and it should be {bound}"
 
@@ -35,9 +33,11 @@ def figure() -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _measured:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    measured = [value for report in reports for name, value in report.user_properties if name == "measured"]
+    if measured:
         terminalreporter.section("measured")
-        for what, value, bound in _measured:
+        for what, value, bound in measured:
             terminalreporter.write_line(f"{value:<12.4g} {bound:<12} {what}")
 
 
