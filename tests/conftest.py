@@ -17,6 +17,7 @@ TESTS = Path(__file__).parent
 FASHION = TESTS.parent / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"
 GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
 
+
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``figure("what", value, at_most=bound)``: asserts the bound, and has the run print the figure at its end."""
