@@ -93,7 +93,6 @@ def _plan(path: Path) -> dict[str, Any]:
         "note": None,
         "engine": info.engine.to_json(),
         "build": sidecar.get("build"),
-        "parity": sidecar.get("parity"),
     }
 
 

@@ -226,10 +226,10 @@ def _build(
     """Parse and build. (the plan's bytes, how many layers it had before fusion)"""
     trt = library.trt
     library.logger.lines.clear()
-    builder = _made(library, "builder", lambda: trt.Builder(library.logger))
+    builder = library.made("builder", lambda: trt.Builder(library.logger))
     strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = _made(library, "network", lambda: builder.create_network(strongly_typed))
-    parser = _made(library, "parser", lambda: trt.OnnxParser(network, library.logger))
+    network = library.made("network", lambda: builder.create_network(strongly_typed))
+    parser = library.made("parser", lambda: trt.OnnxParser(network, library.logger))
     try:
         with _signals_held():
             parsed = parser.parse_from_file(os.fspath(path))
@@ -239,11 +239,11 @@ def _build(
         raise FileFormatError(
             f"{path}: {library}'s parser refuses this file",
             note=_parser_errors(parser) or library.last_words(),
-            hint="export it again with this ddpmx; --opset above 20 asks for more than older parsers know",
+            hint="export it again with this ddpmx, which keeps to operators that TensorRT 10.3 knows",
         )
     network.name = name
     _check_network(path, network, spec, trt)
-    config = _made(library, "configuration", builder.create_builder_config)
+    config = library.made("configuration", builder.create_builder_config)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -520,21 +520,6 @@ def _parser_errors(parser: Any) -> str:
         where = f"node {error.node()} {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "model"
         said.append(f"{where}: {error.desc()}")
     return "; ".join(said)
-
-
-def _made(library: Library, what: str, make: Callable[[], Any]) -> Any:
-    """``make()``, or TensorRT's own words on why it came back with nothing."""
-    try:
-        made = make()
-    except (TypeError, RuntimeError) as error:  # pybind: the factory function returned nullptr
-        raise BackendError(
-            f"{library} cannot make a {what}",
-            note=library.last_words() or str(error),
-            hint="`ddpmx doctor` shows the driver and the libraries that are loaded",
-        ) from error
-    if made is None:
-        raise BackendError(f"{library} cannot make a {what}", note=library.last_words())
-    return made
 
 
 def _write(output: Path, plan: Any, spec: ModelSpec, record: EngineRecord, extra: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import platform
 import re
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,25 @@ class Library:
     def __str__(self) -> str:
         """For people."""
         return f"{self.flavour} {self.version}"
+
+    def made(self, what: str, make: Callable[[], Any]) -> Any:
+        """``make()``.
+
+        Raises:
+            BackendError: it came back with nothing, and these are TensorRT's own words on why.
+        """
+        trouble = ""
+        try:
+            made = make()
+        except (TypeError, RuntimeError) as error:  # pybind: the factory function returned nullptr
+            made, trouble = None, str(error)
+        if made is None:
+            raise BackendError(
+                f"{self} cannot make the {what}",
+                note=self.last_words() or trouble or None,
+                hint="`ddpmx doctor` shows the driver and the libraries that are loaded",
+            )
+        return made
 
     def last_words(self, limit: int = 600) -> str:
         """What the library itself said about what went wrong, and forget it."""

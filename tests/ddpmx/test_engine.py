@@ -387,7 +387,7 @@ def test_a_builder_that_cannot_be_made_says_why(build, toy, library, error):
         raise error
 
     trt = SimpleNamespace(**{**vars(library.trt), "Builder": make})
-    with pytest.raises(BackendError, match="cannot make a builder") as caught:
+    with pytest.raises(BackendError, match="cannot make the builder") as caught:
         build(toy, library=dataclasses.replace(library, trt=trt))
     assert str(error) in str(caught.value)
 
@@ -717,6 +717,32 @@ def test_a_signal_during_a_build_ends_it_and_is_heard(build, toy, number):
     finally:
         signal.signal(number, before)
     assert listed(toy.parent) == ["model.onnx"]
+
+
+def test_the_timing_cache_is_kept_per_version_and_sm_and_a_refused_one_is_forgotten(tmp_path):
+    gpu = Gpus((Device("Orin", "8.7", 1 << 33),), "12.6")
+
+    class Config:
+        def create_timing_cache(self, content):
+            return content
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            self.taken = cache
+            return not ignore_mismatch and cache in (b"", b"good")
+
+        def get_timing_cache(self):
+            return SimpleNamespace(serialize=lambda: b"measured")
+
+    file = tmp_path / "tensorrt-10.3.0-sm8.7.timing"
+    for before, taken in ((None, b""), (b"good", b"good"), (b"of another build", b"")):
+        if before is not None:
+            file.write_bytes(before)
+        config = Config()
+        engine._TimingCache(tmp_path, fake("10.3.0"), gpu, config).save(config)
+        assert config.taken == taken
+        assert file.read_bytes() == b"measured"
+    assert listed(tmp_path) == [file.name]
+    assert engine.timing_cache_name(fake("10.16.1"), gpu) != file.name
 
 
 def test_what_stands_in_the_sidecar_s_way_is_found_before_the_build(toy):

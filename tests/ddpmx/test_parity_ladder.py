@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 
 import numpy as np
 import pytest
 
 import ddpmx
-import ddpmx.parity
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.noise import Purpose, normal
 from ddpmx.parity.ladder import BOUNDS, Climb, Rung, check_same_model, climb
@@ -55,10 +53,6 @@ from oracles.parity import (
     upside_down,
 )
 from oracles.toy_backend import ToyBackend
-
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="not verified here: the plots of a report (no matplotlib)"
-)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -26,10 +25,6 @@ from ddpmx.spec import ModelSpec
 from oracles.parity import ALPHA_BAR, FORCED, PIXEL, SEED, SHAPE, SIZE, SPEC, STEPS, T, failed, make_reference
 from oracles.toy_backend import ToyBackend
 
-needs_matplotlib = pytest.mark.skipif(
-    importlib.util.find_spec("matplotlib") is None, reason="not verified here: the plots of a report (no matplotlib)"
-)
-
 
 def raising(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
@@ -41,11 +36,6 @@ def raising(error: BaseException) -> Callable[..., Any]:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return make_reference()
-
-
-@pytest.fixture(scope="module")
-def untrained() -> Reference:
-    return make_reference(loss=0.5)
 
 
 # --- the record as a file --------------------------------------------------------------------------------------------

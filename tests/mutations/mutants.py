@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from ddpmx.parity.reference import Reference
-from ddpmx.planfile import RECORD_PREFIX, EngineRecord
+from ddpmx.planfile import RECORD_PREFIX
 from ddpmx.sealed import seal
 from ddpmx.spec import ModelSpec
-from oracles import wire
+from oracles import plans, wire
 
 Files = dict[str, bytes]
 """Name → content, of the files of one mutant; they lie together in a folder."""
@@ -72,21 +72,6 @@ def onnx_files() -> list[bytes]:
     return [GAUSSIAN.read_bytes(), written]
 
 
-def engine() -> EngineRecord:
-    """How the plan says that it was built."""
-    return EngineRecord(
-        flavour="TensorRT-RTX",
-        version="1.2.0.54",
-        targets=("8.0+",),
-        platform="linux x86_64",
-        batch=(1, 4, 16),
-        onnx="0" * 64,
-        source="model.onnx",
-        options={"fp16": True, "workspace": None, "level": 3},
-        key="1" * 64,
-    )
-
-
 def plan_of(text: str) -> bytes:
     """A plan whose network has the name ``text``."""
     body = bytes(range(64)) + text.encode() + bytes(200)
@@ -96,13 +81,13 @@ def plan_of(text: str) -> bytes:
 
 def plan_file() -> bytes:
     """A plan as ``ddpmx build`` makes it, as far as its format is known."""
-    return plan_of(f"{SPEC.to_text()} {seal(RECORD_PREFIX, engine().to_json())}")
+    return plan_of(f"{SPEC.to_text()} {seal(RECORD_PREFIX, plans.RECORD.to_json())}")
 
 
 def sidecar_of(plan: bytes) -> bytes:
     """What ``ddpmx build`` puts beside a plan."""
-    told = {"spec": SPEC.to_json(), "engine": engine().to_json(), "bytes": len(plan)}
-    return json.dumps(told | {"build": {"seconds": 1.5}, "parity": {"ok": True}}, indent=2).encode()
+    told = {"spec": SPEC.to_json(), "engine": plans.RECORD.to_json(), "bytes": len(plan)}
+    return json.dumps(told | {"build": {"seconds": 1.5}}, indent=2).encode()
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
@@ -509,7 +494,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 def plan_change(rng: random.Random, data: bytes) -> bytes:
     """Another object in one of a plan's sealed texts, or noise; its length is right half of the time."""
     if rng.random() < 0.65:
-        spec, record = SPEC.to_text().encode(), seal(RECORD_PREFIX, engine().to_json()).encode()
+        spec, record = SPEC.to_text().encode(), seal(RECORD_PREFIX, plans.RECORD.to_json()).encode()
         if rng.random() < 0.35:
             spec = spec_text_change(rng, spec)
         else:
@@ -519,7 +504,7 @@ def plan_change(rng: random.Random, data: bytes) -> bytes:
             name += bytes(20) + SPEC.replace(clip=rng.choice((1.0, 2.0))).to_text().encode() + b" " + record
         if rng.random() < 0.1:  # what looks like many descriptions, and is none
             name += b"ddpmx1 9999 00000000 " * rng.choice((10, 3000))
-        data = data.replace(SPEC.to_text().encode() + b" " + seal(RECORD_PREFIX, engine().to_json()).encode(), name)
+        data = data.replace(SPEC.to_text().encode() + b" " + seal(RECORD_PREFIX, plans.RECORD.to_json()).encode(), name)
     else:
         data = noise(rng, data)
     if rng.random() < 0.15:

@@ -223,11 +223,11 @@ class TrtEngine:
     def _deserialize(self, trust_host_code: bool) -> None:
         library, path = self.library, self.path
         library.logger.lines.clear()
-        self._runtime = _made(library, "runtime", lambda: library.trt.Runtime(library.logger))
+        self._runtime = library.made("runtime", lambda: library.trt.Runtime(library.logger))
         self._runtime.engine_host_code_allowed = trust_host_code
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             # mapped, since on a Jetson a copy would be taken from the GPU's memory
-            self._engine = _made(library, f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
+            self._engine = library.made(f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
         name = str(self._engine.name)
         if name != f"{self.spec.to_text()} {seal(planfile.RECORD_PREFIX, self.info.engine.to_json())}":
             raise FileFormatError(
@@ -243,7 +243,7 @@ class TrtEngine:
         with others that serve any shape, and those would be captured for good.
         """
         trt, library = self.library.trt, self.library
-        self._config = _made(library, "configuration", self._engine.create_runtime_config)
+        self._config = library.made("configuration", self._engine.create_runtime_config)
         self._config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
         eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         self._config.dynamic_shapes_kernel_specialization_strategy = eager
@@ -251,7 +251,7 @@ class TrtEngine:
             return
         with contextlib.suppress(OutputError):
             self._cache_file = make_folder(folder) / cache_name(library, self.device, self.info)
-        cache = _made(library, "runtime cache", self._config.create_runtime_cache)
+        cache = library.made("runtime cache", self._config.create_runtime_cache)
         data = _content(self._cache_file) if self._cache_file else b""
         if data:
             with contextlib.suppress(RuntimeError, TypeError):
@@ -278,7 +278,7 @@ class TrtContext:
             library.logger.lines.clear()
             arguments = () if engine._config is None else (engine._config,)
             make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
-            context = _made(library, "execution context", make)
+            context = library.made("execution context", make)
             if profile != 0:  # that one is every context's own
                 chosen = context.set_optimization_profile_async(profile, stream)
                 _demand(library, chosen, f"profile {profile}")
@@ -460,22 +460,6 @@ def _demand(library: Library, granted: bool, what: str) -> None:
     """TensorRT's setters answer False, and say why to the logger."""
     if not granted:
         raise BackendError(f"{library} does not take {what}", note=library.last_words() or None)
-
-
-def _made(library: Library, what: str, make: Callable[[], Any]) -> Any:
-    """``make()``, or TensorRT's own words on why it came back with nothing."""
-    note = ""
-    try:
-        made = make()
-    except (TypeError, RuntimeError) as error:  # pybind: the factory function returned nullptr
-        made, note = None, str(error)
-    if made is None:
-        raise BackendError(
-            f"{library} cannot make the {what}",
-            note=library.last_words() or note or None,
-            hint="`ddpmx doctor` shows the driver and the libraries that are loaded",
-        )
-    return made
 
 
 def _content(file: Path) -> bytes:
