@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpmx.samplers import Prediction, Variance, x0_coefficients
+from ddpmx.errors import SpecError
+from ddpmx.samplers import FIXED_VARIANCES, Prediction, Variance, x0_coefficients
 from ddpmx.schedule import Float64, Schedule
 
 
@@ -21,10 +22,17 @@ class GaussianDiffusion(nn.Module):
         schedule: β_t.
         prediction: what the network is trained to answer: ``eps``, ``x0`` or ``v``.
         variance: of p(x_{t−1} | x_t), ``fixed_small`` or ``fixed_large``.
+
+    Raises:
+        SpecError: a variance that is learned, which L_simple does not teach.
     """
 
     def __init__(self, schedule: Schedule, prediction: Prediction = "eps", variance: Variance = "fixed_large") -> None:
         super().__init__()
+        if variance not in FIXED_VARIANCES:
+            raise SpecError(
+                f"variance {variance!r} cannot be trained here", hint=f"one of: {', '.join(FIXED_VARIANCES)}"
+            )
         self.timesteps = len(schedule)
         self.prediction = prediction
         p, q = x0_coefficients(schedule, prediction)

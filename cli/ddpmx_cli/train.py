@@ -15,7 +15,7 @@ import typer
 from typer import Option
 
 from ddpmx.errors import BackendError, InputError
-from ddpmx.samplers import PREDICTIONS, VARIANCES
+from ddpmx.samplers import FIXED_VARIANCES, PREDICTIONS
 from ddpmx.schedule import SCHEDULES
 from ddpmx_cli.console import busy, counting, duration, parse_numbers, parse_size, progress_bar, say
 
@@ -56,7 +56,7 @@ def train(
         str, Option(help=f"What the network answers: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME")
     ] = "eps",
     variance: Annotated[
-        str, Option(help=f"σ² of the reverse step: {', '.join(VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME")
+        str, Option(help=f"σ² of the reverse step: {', '.join(FIXED_VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME")
     ] = "fixed_large",
     width: Annotated[int, Option(help="Channels of the first level.", rich_help_panel=_NETWORK)] = 128,
     mult: Annotated[str, Option(help="Width of each level, in multiples.", rich_help_panel=_NETWORK)] = "1,2,2,2",

@@ -37,8 +37,56 @@ class Step(NamedTuple):
     x_next: Float32
 
 
+_EXP_LEAST, _EXP_MOST = np.float32(-87), np.float32(88)
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # high has ten bits: k·high is exact
+_EXP_POLY = np.array(
+    [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1], np.float32
+)
+_ROUND = np.float32(1.5 * 2**23)  # a sum with it ends at the point, and its lowest bits are the whole number
+
+
+def exp(x: Float32) -> Float32:
+    """eˣ by IEEE + − × alone, so that NumPy here and C in ``cuda/step.h`` have the same bits. NaN gives no number at all.
+
+    Within 1 ulp. x is held in −87…88, where the result is a normal float32: beyond, it stays at 1.6e−38 and 1.7e38.
+
+    x = k·ln 2 + r with k = round(x·log₂e) (Cody & Waite 1980), and eˣ = 2ᵏ·(1 + r + r²·P(r)).
+    """
+    x = np.minimum(np.maximum(x, _EXP_LEAST), _EXP_MOST)
+    rounded = x * _LOG2_E + _ROUND
+    k = rounded - _ROUND
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    y = np.full_like(r, _EXP_POLY[0])
+    for coefficient in _EXP_POLY[1:]:
+        y = y * r + coefficient
+    y = (y * (r * r) + r) + np.float32(1)
+    power = ((rounded.view(np.uint32) + np.uint32(127)) << np.uint32(23)).view(np.float32)  # 2ᵏ
+    result: Float32 = y * power
+    return result
+
+
+def learned_sigma(learned: Float32, var: Float32) -> Float32:
+    """σ = exp(c + d·v), float32, of the network's second answer v.
+
+    Args:
+        learned: float32 [2], c and d, see :func:`ddpmx.samplers.learned_range`.
+        var: v, finite float32 of any shape.
+    """
+    c, d = learned
+    return exp(c + d * var)
+
+
 def update(
-    row: Float32, limit: float, x: Float32, out: Float32, z: Float32 | None, *, x0: Float32, x_next: Float32
+    row: Float32,
+    limit: float,
+    x: Float32,
+    out: Float32,
+    z: Float32 | None,
+    *,
+    x0: Float32,
+    x_next: Float32,
+    sigma: Float32 | None = None,
 ) -> None:
     """x̂_0 = clip(p·x + q·out), x_next = (A·x̂_0 + B·x) + σ·z, in float32 and in that order, without fused operations.
 
@@ -50,8 +98,9 @@ def update(
         z: N(0, I), or None where σ = 0.
         x0: where x̂_0 goes. Any shape, the same for all arrays.
         x_next: where the result goes.
+        sigma: a σ for every element, where it is learned; else None for the row's.
     """
-    p, q, a, b, sigma = row
+    p, q, a, b, fixed = row
     np.multiply(x, p, out=x0)
     np.multiply(out, q, out=x_next)
     np.add(x0, x_next, out=x0)
@@ -59,7 +108,7 @@ def update(
     np.multiply(x, b, out=x_next)
     np.add(x0 * a, x_next, out=x_next)
     if z is not None:
-        np.add(x_next, z * sigma, out=x_next)
+        np.add(x_next, z * (fixed if sigma is None else sigma), out=x_next)
 
 
 def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -> Float32:
@@ -68,7 +117,9 @@ def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -
     return z.reshape(len(images), *shape)
 
 
-def executed_batch(backend: Backend, shape: tuple[int, int, int], timesteps: int, n: int, batch: int) -> int:
+def executed_batch(
+    backend: Backend, shape: tuple[int, int, int], timesteps: int, n: int, batch: int, *, var: bool = False
+) -> int:
     """At which batch size to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
 
     Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. What
@@ -78,7 +129,8 @@ def executed_batch(backend: Backend, shape: tuple[int, int, int], timesteps: int
     - ``n``, if that gives the same bits as a batch of ``batch``;
     - ``batch`` otherwise: the rest has to be filled up.
 
-    It takes two runs of ``batch`` images, and one of ``n`` if that is less.
+    It takes two runs of ``batch`` images, and one of ``n`` if that is less. ``var``: the network's second answer has to
+    be the same as well.
     """
     if batch == 1:
         return 1
@@ -87,11 +139,11 @@ def executed_batch(backend: Backend, shape: tuple[int, int, int], timesteps: int
     t = np.linspace(0, timesteps - 1, batch).round().astype(np.int32)
 
     def answer(rows: NDArray[np.int64]) -> Float32:
-        buffers = Buffers.of(len(rows), shape)
+        buffers = Buffers.of(len(rows), shape, var=var)
         buffers.x[...], buffers.t[...] = x[rows], t[rows]
         backend.bind(buffers)
         backend.enqueue()
-        return buffers.out
+        return buffers.out if buffers.var is None else np.stack([buffers.out, buffers.var], axis=1)
 
     whole, moved = answer(images), np.roll(images, 1)
     if not np.array_equal(answer(moved), whole[moved], equal_nan=True):
@@ -113,19 +165,20 @@ def run(
 
     Args:
         backend: computes the network's answer.
-        table: the sampler.
+        table: the sampler. One with a learned σ is for a network that answers ``var``.
         x_start: float32 [B, C, H, W], the state at the table's first timestep.
         seed: of the noise.
         images: int64 [B], the index of each image: with the seed it fixes the image's noise.
         clip: the largest |x̂_0|, or None.
 
     Raises:
-        NumericError: the network's answer was not finite.
+        NumericError: the network's answer was not finite, or its second one was not.
         BackendError: the network could not be run.
     """
     batch, *chw = x_start.shape
-    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]))
-    x, out = buffers.x, buffers.out
+    learned = None if table.learned is None else table.learned.astype(np.float32)
+    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]), var=learned is not None)
+    x, out, var = buffers.x, buffers.out, buffers.var
     x[...] = x_start
     x0, x_next = np.empty_like(x), np.empty_like(x)
     limit = np.inf if clip is None else clip
@@ -136,15 +189,17 @@ def run(
         for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
             buffers.t.fill(t)
             backend.enqueue()
-            if not np.isfinite(out).all():
+            if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
                 raise NumericError(
                     f"the network's answer at t = {t} is not finite",
                     note=f"step {index + 1} of {len(table)}; {backend.description}",
                     hint="if the file is fp16, try fp32: an activation may exceed 65504",
                 )
-            z = None
+            z = sigma = None
             if row[4] != 0:
                 z = noise.normal(seed, images, t, Purpose.STEP, elements).reshape(x.shape)
-            update(row, limit, x, out, z, x0=x0, x_next=x_next)
+                if learned is not None and var is not None:
+                    sigma = learned_sigma(learned[index], var)
+            update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
             yield Step(t, x, x0, x_next)
             x[...] = x_next

@@ -138,14 +138,18 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
 
 
 def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSpec) -> None:
-    """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W]."""
-    output = spec.prediction
+    """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W].
+
+    With a learned variance there is one more of that shape, ``var``.
+    """
+    outputs = (spec.prediction, "var") if spec.variance == "learned_range" else (spec.prediction,)
     wanted = (
         ("x", info.inputs, FLOAT, spec.shape),
         ("t", info.inputs, INT32, ()),
-        (output, info.outputs, FLOAT, spec.shape),
+        *((output, info.outputs, FLOAT, spec.shape) for output in outputs),
     )
     faults = [f"an input {name!r} too many" for name in info.inputs if name not in ("x", "t")]
+    faults += [f"an output {name!r} too many" for name in info.outputs if name not in outputs]
     for name, tensors, element_type, dims in wanted:
         tensor = tensors.get(name)
         if tensor is None:
@@ -163,7 +167,8 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
         raise SpecError(
             f"{path}: the graph is not what the spec describes",
             note="; ".join(faults)[:400],
-            hint=f"the graph needs x float32 [batch, C, H, W] and t int32 [batch], and gives {output!r}",
+            hint="the graph needs x float32 [batch, C, H, W] and t int32 [batch], and gives "
+            + " and ".join(map(repr, outputs)),
         )
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images, modelfile, onnxfile, planfile, tensorrt_library
-from ddpmx.backends import Backend, RowByRow
-from ddpmx.device import gpus
+from ddpmx import images, modelfile, onnxfile
+from ddpmx.arrays import View, expect, view
+from ddpmx.backends import Backend, CopyingBackend
+from ddpmx.cuda import EXECUTORS
 from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
 from ddpmx.noise import MAX_IMAGE, check_seed
+from ddpmx.runner import HostRunner, Job, Runner
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
 
@@ -29,6 +31,9 @@ MAX_RESULT_BYTES = 1 << 36
 
 MAX_BATCH_ELEMENTS = 1 << 25
 """n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
+
+
+_LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which waits for others, and in which most people work
 
 
 class Preview(NamedTuple):
@@ -46,28 +51,40 @@ class Preview(NamedTuple):
 
 
 class Pipeline:
-    """A model file, ready to run. A context manager; not thread-safe: one per thread.
+    """A model file, ready to run. A context manager. For one thread: others get theirs by :meth:`share`.
 
     Attributes:
         spec: what the file says about itself.
     """
 
-    def __init__(self, spec: ModelSpec, backend: Backend) -> None:
+    def __init__(self, spec: ModelSpec, backend: Backend, *, executor: str = "auto") -> None:
         self.spec = spec
-        self._backend = backend
+        if executor not in ("auto", *EXECUTORS):
+            raise InputError(f"there is no executor {executor!r}", hint=f"auto, {', '.join(EXECUTORS)}")
+        self._runner: Runner
+        if isinstance(backend, CopyingBackend):
+            from ddpmx.cuda.runner import DeviceRunner
+
+            self._runner = DeviceRunner(backend, spec, executor)
+        elif executor != "auto":
+            raise InputError(f"executor {executor!r} runs a chain on a GPU, and {backend.description} does not")
+        else:
+            self._runner = HostRunner(backend, spec)
         self._schedule = spec.make_schedule()
         self._closed = False
-        self._executed: dict[tuple[int, int], int] = {}
 
     @property
     def backend(self) -> str:
-        """What really computes the network, for people."""
-        return self._backend.description
+        """What really computes the network, for people; on a GPU, after a chain, by which executor."""
+        return self._runner.description
 
     @property
     def default_batch(self) -> int:
-        """How many images run at once if nothing is said: 1…16, fewer the larger they are. It depends on nothing else."""
-        return int(np.clip(DEFAULT_BATCH_ELEMENTS // np.prod(self.spec.shape), 1, DEFAULT_BATCH))
+        """How many images run at once if nothing is said: 1…16, fewer the larger they are. The file alone decides."""
+        batch = int(np.clip(DEFAULT_BATCH_ELEMENTS // np.prod(self.spec.shape), 1, DEFAULT_BATCH))
+        ranges = self._runner.batches
+        nearest = [min(max(batch, low), high) for low, high in ranges]
+        return min(nearest, key=lambda possible: (abs(possible - batch), possible))
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -78,9 +95,24 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Free everything. The pipeline cannot be used afterwards."""
+        """Free everything but what :meth:`share` has given to others. The pipeline cannot be used afterwards."""
         self._closed = True
-        self._backend.close()
+        self._runner.close()
+
+    def share(self) -> Pipeline:
+        """Another pipeline on the same opened file, for another thread: the weights are in memory once.
+
+        Each is closed by its own; the file is let go of with the last. Images are the same in all of them.
+
+        Raises:
+            InputError: this one is closed.
+            BackendError: the library runs in one thread only, or its memory does not suffice.
+        """
+        self._check_open()
+        other = object.__new__(Pipeline)
+        other.spec, other._schedule, other._closed = self.spec, self._schedule, False
+        other._runner = self._runner.share()
+        return other
 
     def table(
         self,
@@ -91,7 +123,13 @@ class Pipeline:
         eta: float = 0.0,
         variance: Variance | None = None,
     ) -> Table:
-        """The sampler as a table, see :func:`ddpmx.samplers.make_table`. ``variance`` overrides the file's."""
+        """The sampler as a table, see :func:`ddpmx.samplers.make_table`. ``variance`` overrides the file's.
+
+        Raises:
+            InputError: as there, and for a learned variance that the network does not give.
+        """
+        if variance == "learned_range" and self.spec.variance != "learned_range":
+            raise InputError("the network gives no variance", note=f"the file says {self.spec.variance!r}")
         return make_table(
             self._schedule,
             self.spec.prediction,
@@ -111,8 +149,7 @@ class Pipeline:
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
         """
-        if self._closed:
-            raise InputError("the pipeline is closed", hint="load the file again")
+        self._check_open()
         check_seed(seed)
         batch = self.default_batch if batch is None else batch
         for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
@@ -131,7 +168,8 @@ class Pipeline:
             raise InputError(
                 f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
             )
-        return batch
+        self._runner.check_batch(int(batch))
+        return int(batch)
 
     def generate(
         self,
@@ -140,12 +178,19 @@ class Pipeline:
         seed: int = 0,
         first: int = 0,
         batch: int | None = None,
+        x: Any = None,
+        out: Any = None,
+        on_device: bool = False,
+        stream: Any = None,
         progress: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
         preview: Callable[[int, Preview], None] | None = None,
         **sampling: Any,
-    ) -> NDArray[np.uint8]:
+    ) -> Any:
         """Draw images. Image i of a seed is the same whatever else is drawn with it.
+
+        Arrays may be anyone's: what speaks DLPack or ``__cuda_array_interface__`` (torch, cupy, numba, …) is read and
+        written where it is, on the host or, if the chain runs there, on the GPU.
 
         Args:
             n: how many, at least 1.
@@ -153,36 +198,63 @@ class Pipeline:
             first: the index of the first one: ``generate(8)`` equals ``generate(4)`` and ``generate(4, first=4)``.
             batch: how many run at once, at most; by default :attr:`default_batch`. Where the device's arithmetic depends
                 on the batch, an image does so by its last bits, but never on ``n``, ``first`` or its neighbours.
-            progress: called after each step with (steps done, steps in all) over all batches.
-            cancel: asked before each step; True stops the chain.
-            preview: called after each step with the position in the result of the batch's first image, and the state.
+            x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I).
+            out: uint8 [n, H, W, C], C-contiguous, where the images go.
+            on_device: leave them on the GPU.
+            stream: the CUDA stream in which ``x`` was, or is being, written and ``out`` last used: a number, or an object
+                with ``__cuda_stream__`` or ``cuda_stream``. What is in it by now is waited for, on the device. When
+                :meth:`generate` returns, everything is done.
+            progress: called again and again with (steps done, steps in all) over all batches.
+            cancel: asked again and again; True stops the chain.
+            preview: called after each step with the position in the result of the batch's first image, and the state. On
+                a GPU the device then waits for the host in every step.
             **sampling: see :meth:`table`.
 
         Returns:
-            uint8 [n, H, W, C].
+            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.arrays.DeviceArray`, or else a NumPy array.
 
         Raises:
-            InputError: a number out of its range.
-            Cancelled: ``cancel`` said so.
+            InputError: a number out of its range, or an array that does not fit.
+            Cancelled: ``cancel`` said so. What ``out`` holds then is undefined, as after every error.
             NumericError: the network's answer was not finite.
+            BackendError: the network could not be run.
         """
-        channels, height, width = self.spec.shape
+        channels, height, width = shape = self.spec.shape
         table = self.table(**sampling)
         batch = self.check_request(n, seed=seed, first=first, batch=batch)
-        total = -(-n // batch) * len(table)
-        result = np.empty((n, height, width, channels), np.uint8)
-        for number, (start, indices) in enumerate(_batches(n, first, batch)):
-            sample = result[start : start + len(indices)]
-            steps = self._run(table, seed, indices, batch)
-            for done in range(number * len(table), (number + 1) * len(table)):
-                if cancel is not None and cancel():
-                    raise Cancelled("stopped before the chain was through")
-                step = next(steps)
-                if preview is not None:
-                    preview(start, step)
-                if progress is not None:
-                    progress(done + 1, total)
-            sample[...] = images.to_nhwc(step.x0)
+        if on_device and out is not None:
+            raise InputError("on_device makes the array for the images, and out gives one")
+        total, size = -(-n // batch) * len(table), channels * height * width
+        with ExitStack() as given:
+            after = [] if stream is None else [_stream_handle(stream)]
+            start = None if x is None else self._take(given, x, (n, *shape), np.float32, "x", after)
+            result: Any = out
+            if out is not None:
+                target = self._take(given, out, (n, height, width, channels), np.uint8, "out", after, writable=True)
+            elif on_device:
+                result = self._runner.array((n, height, width, channels))
+                target = result.address
+            else:
+                target = result = np.empty((n, height, width, channels), np.uint8)
+            if preview is not None and isinstance(target, int):
+                raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
+            for number, (at, indices) in enumerate(_batches(n, first, batch)):
+                part, done = slice(at, at + len(indices)), number * len(table)
+                job = Job(
+                    table,
+                    seed,
+                    indices,
+                    batch,
+                    progress=_after(progress, done, total),
+                    cancel=cancel,
+                    after=tuple(after) if number == 0 else (),
+                )
+                begin = start + 4 * size * at if isinstance(start, int) else None if start is None else start[part]
+                levels = target + size * at if isinstance(target, int) else target[part]
+                if preview is None or isinstance(levels, int):
+                    self._runner.run(job, x=begin, levels=levels)
+                else:
+                    self._run_watched(job, begin, levels, partial(preview, at))
         return result
 
     def stream(
@@ -200,26 +272,58 @@ class Pipeline:
         batch = max(n, self.check_request(n, seed=seed, first=first, batch=batch))
         self.check_request(n, batch=batch)
         ((_, indices),) = _batches(n, first, batch)
-        for step in self._run(table, seed, indices, batch):
+        for step in self._runner.steps(Job(table, seed, indices, batch), x=None):
             yield Preview(step.t, step.x.copy(), step.x0.copy())
 
-    def _run(self, table: Table, seed: int, indices: NDArray[np.int64], batch: int) -> Iterator[Preview]:
-        """The chain for ``indices``, run so that other images beside them make no difference."""
-        n = len(indices)
-        if (n, batch) not in self._executed:
-            self._executed[n, batch] = chain.executed_batch(
-                self._backend, self.spec.shape, self.spec.timesteps, n, batch
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError("the pipeline is closed", hint="load the file again")
+
+    def _run_watched(
+        self,
+        job: Job,
+        x: NDArray[np.float32] | int | None,
+        levels: NDArray[np.uint8],
+        preview: Callable[[Preview], None],
+    ) -> None:
+        """The chain with the host looking on after every step."""
+        steps = self._runner.steps(job, x=x)
+        for done in range(len(job.table)):
+            if job.cancel is not None and job.cancel():
+                raise Cancelled("stopped before the chain was through")
+            step = next(steps)
+            preview(Preview(step.t, step.x, step.x0))
+            if job.progress is not None:
+                job.progress(done + 1, len(job.table))
+        levels[...] = images.to_nhwc(step.x0)
+
+    def _take(
+        self,
+        given: ExitStack,
+        thing: Any,
+        shape: tuple[int, ...],
+        dtype: Any,
+        what: str,
+        after: list[int],
+        *,
+        writable: bool = False,
+    ) -> Any:
+        """Somebody's array: as NumPy's if it is on the host, as an address if it is where the chain runs."""
+        seen: View = given.enter_context(view(thing, stream=_LEGACY_STREAM, writable=writable))
+        expect(seen, shape, np.dtype(dtype), what)
+        if not seen.on_device:
+            return seen.numpy()
+        gpu = self._runner.gpu
+        if gpu is None or seen.ordinal not in (gpu, None):  # not everybody says which
+            where = "a GPU" if seen.ordinal is None else f"GPU {seen.ordinal}"
+            raise InputError(
+                f"{what} lies on {where}, and the chain runs on {'the CPU' if gpu is None else f'GPU {gpu}'}",
+                hint="copy it there first",
             )
-        executed = self._executed[n, batch]
-        backend = RowByRow(self._backend) if executed < n else self._backend
-        if executed > n:
-            indices = np.concatenate([indices, np.repeat(indices[-1:], executed - n)])
-        x_start = chain.initial(seed, indices, self.spec.shape)
-        steps = chain.run(backend, table, x_start, seed=seed, images=indices, clip=self.spec.clip)
-        for step in steps:
-            # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that
-            # stops short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
-            yield Preview(step.t, step.x[:n], step.x0[:n])
+        after.append(_LEGACY_STREAM if seen.wait_for is None else seen.wait_for)
+        return seen.address
 
 
 def load(
@@ -229,22 +333,43 @@ def load(
     providers: Sequence[str] = ("cpu",),
     fallback: bool = False,
     threads: int = 0,
+    executor: str = "auto",
+    trust_host_code: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
     """Open a model file.
 
     Args:
-        path: a ``model.onnx`` that ``ddpmx export`` wrote, or another one together with ``spec``.
-        spec: for a file that does not describe itself.
-        providers: ONNX Runtime's execution providers, see :class:`ddpmx.backends.ort.OrtBackend`.
+        path: a ``model.plan`` that ``ddpmx build`` made here, a ``model.onnx`` that ``ddpmx export`` wrote, or another
+            one together with ``spec``.
+        spec: for an ONNX file that does not describe itself.
+        providers: ONNX Runtime's execution providers, for an ONNX file: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
         fallback: whether another provider than the first may do the work.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+        executor: how a chain runs on a GPU, one of :data:`ddpmx.cuda.EXECUTORS`; ``auto`` for the fastest that works.
+        trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
+        cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, so that the next start is faster.
 
     Raises:
-        FileFormatError: no model file, a damaged one, or one of a kind that this version does not run.
+        FileFormatError: no model file, a damaged one, or one of a kind that does not run.
         SpecError: the file does not say what it is, or contradicts itself.
         BackendError: the library that would run it is missing, or has no such provider, or this machine cannot run it.
+        InputError: no such executor.
     """
-    return Pipeline(*open_model(path, spec=spec, providers=providers, fallback=fallback, threads=threads))
+    opened, backend = open_model(
+        path,
+        spec=spec,
+        providers=providers,
+        fallback=fallback,
+        threads=threads,
+        trust_host_code=trust_host_code,
+        cache=cache,
+    )
+    try:
+        return Pipeline(opened, backend, executor=executor)
+    except BaseException:
+        backend.close()
+        raise
 
 
 def open_model(
@@ -254,6 +379,8 @@ def open_model(
     providers: Sequence[str] = ("cpu",),
     fallback: bool = False,
     threads: int = 0,
+    trust_host_code: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelSpec, Backend]:
     """What a file is, and what runs it: :func:`load` without the chain around it. Close the backend after use."""
     path = Path(path)
@@ -264,17 +391,16 @@ def open_model(
             hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that",
         )
     if kind == "plan":
-        _refuse_plan(path)
+        return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
     # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
     path = path.resolve()
     info = onnxfile.read_onnx(path)
     onnxfile.check_external(path, info)
     spec = onnxfile.onnx_spec(path, info, spec)
-
-    from ddpmx.backends.ort import OrtBackend
+    from ddpmx.backends import ort
 
     try:
-        return spec, OrtBackend(path, spec.prediction, providers=providers, fallback=fallback, threads=threads)
+        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads)
     except FileFormatError as error:
         if spec.precision != "bf16":
             raise
@@ -285,22 +411,43 @@ def open_model(
         ) from error
 
 
-def _refuse_plan(path: Path) -> NoReturn:
-    """Say what is missing to run a plan here."""
-    info = planfile.read_plan(path)
-    found = gpus()
-    version = None
-    with contextlib.suppress(BackendError):
-        version = tensorrt_library.load(info.flavour).version if found.devices else None
-    planfile.check_fits(path, info, version=version, platform=tensorrt_library.host_platform(), gpus=found)
-    raise BackendError(
-        f"{path}: this version of ddpmx builds plans, and does not run them yet",
-        note=f"it was built with {info.flavour} {info.version}, and would fit this GPU",
-        hint=f"trtexec runs it; ddpmx runs the ONNX file: ddpmx generate --engine {shlex.quote(info.engine.source)}",
-    )
+def _open_plan(
+    path: Path, spec: ModelSpec | None, providers: Sequence[str], trust_host_code: bool, cache: Path | None
+) -> tuple[ModelSpec, Backend]:
+    if spec is not None:
+        raise InputError(f"{path}: a plan says itself what it is", hint="spec is for ONNX files that do not")
+    if tuple(providers) != ("cpu",):
+        raise InputError(f"{path}: a plan is run by TensorRT itself", hint="providers are for ONNX files")
+    from ddpmx.backends.trt import TrtEngine
+
+    engine = TrtEngine(path, trust_host_code=trust_host_code, cache=cache)
+    try:
+        return engine.spec, CopyingBackend(engine)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """(position in the result, image indices) of each batch."""
     for start in range(0, n, batch):
         yield start, np.arange(first + start, first + min(start + batch, n))
+
+
+def _after(progress: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int, int], None] | None:
+    """The progress of one batch as that of all."""
+    if progress is None:
+        return None
+    tell = progress
+    return lambda done, _: tell(before + done, total)
+
+
+def _stream_handle(stream: Any) -> int:
+    """The number of somebody's CUDA stream."""
+    if hasattr(stream, "__cuda_stream__"):  # (version of the protocol, handle)
+        protocol = stream.__cuda_stream__
+        stream = (protocol() if callable(protocol) else protocol)[1]
+    stream = getattr(stream, "cuda_stream", stream)
+    if isinstance(stream, bool) or not isinstance(stream, int) or stream < 0:
+        raise InputError(f"a CUDA stream is a number or an object that has one, not {str(stream)[:100]}")
+    return stream or _LEGACY_STREAM

@@ -5,6 +5,8 @@
 
 ``out`` is what the network gives (ε, x_0 or v), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are made
 in float64 and rounded to float32 once, by whoever runs them.
+
+A network that learns its variance has a second answer, v, and two more numbers give σ = exp(c + d·v) for every element.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from ddpmx.errors import InputError, SpecError
 from ddpmx.schedule import Float64, Schedule, respace
 
 Prediction = Literal["eps", "x0", "v"]
-Variance = Literal["fixed_small", "fixed_large"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 Sampler = Literal["ancestral", "ddim"]
 Spacing = Literal["linspace", "leading", "trailing", "quad"]
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
+FIXED_VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
+"""Those that every network has: they need no second answer."""
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
@@ -35,15 +39,23 @@ class Table:
 
     Attributes:
         timesteps: int64 [S], falling: what the network is told.
-        rows: float64 [S, 5], the columns p, q, A, B, σ.
+        rows: float64 [S, 5], the columns p, q, A, B, σ. A step draws noise where σ is not 0.
+        learned: float64 [S, 2], the columns c and d of σ = exp(c + d·v), or None if σ is that of ``rows``. With them σ
+            stands in ``rows`` only to say where there is noise: 1, or 0 for none.
     """
 
     timesteps: NDArray[np.int64]
     rows: Float64
+    learned: Float64 | None = None
 
     def __len__(self) -> int:
         """The number of steps, S."""
         return len(self.timesteps)
+
+    @property
+    def coefficients(self) -> Float64:
+        """float64 [S, 5], or [S, 7] with ``learned`` behind: every number that the chain computes with."""
+        return self.rows if self.learned is None else np.concatenate([self.rows, self.learned], axis=1)
 
 
 def timestep_grid(T: int, steps: int, spacing: Spacing = "linspace") -> NDArray[np.int64]:
@@ -108,10 +120,25 @@ def ancestral(schedule: Schedule, prediction: Prediction, variance: Variance) ->
     """Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0."""
     if variance not in VARIANCES:
         raise SpecError(f"there is no variance {variance!r}", hint=f"one of: {', '.join(VARIANCES)}")
-    log_variance = schedule.log_variance_large if variance == "fixed_large" else schedule.log_variance_small
-    sigma = np.exp(0.5 * log_variance)
+    learned = None
+    if variance == "learned_range":
+        sigma, learned = np.ones(len(schedule)), learned_range(schedule)
+    else:
+        log_variance = schedule.log_variance_large if variance == "fixed_large" else schedule.log_variance_small
+        sigma = np.exp(0.5 * log_variance)
     sigma[0] = 0.0
-    return _table(schedule, prediction, schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt, sigma)
+    a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
+    return _table(schedule, prediction, a, b, sigma, learned)
+
+
+def learned_range(schedule: Schedule) -> Float64:
+    """The columns c and d of σ = exp(c + d·v), float64 [S, 2], by t.
+
+    Nichol & Dhariwal 2021, equation 15: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2, so that v runs from −1 (β̃)
+    to 1 (β); nothing holds it there. β̃_0 = 0 has no logarithm and is β̃_1. β_0 stays itself, unlike ``fixed_large``'s.
+    """
+    small, large = schedule.log_variance_small, np.log(schedule.betas)
+    return np.stack([(large + small) / 4, (large - small) / 4], axis=1)
 
 
 def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
@@ -148,6 +175,9 @@ def make_table(
 ) -> Table:
     """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
 
+    ``learned_range`` is for networks that answer a variance; whether this one does the caller has to see to. The ddim
+    sampler has a σ of its own and looks at no ``variance``.
+
     Raises:
         InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler.
         SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is no finite float32.
@@ -161,7 +191,7 @@ def make_table(
     with np.errstate(all="ignore"):
         part = respace(schedule, timesteps)
         table = ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
-        if not np.isfinite(table.rows.astype(np.float32)).all():
+        if not np.isfinite(table.coefficients.astype(np.float32)).all():
             raise SpecError(
                 "this schedule leaves no signal, or adds no noise, somewhere on its way",
                 note="the chain would compute with NaN or infinities",
@@ -170,7 +200,14 @@ def make_table(
     return table
 
 
-def _table(schedule: Schedule, prediction: Prediction, a: Float64, b: Float64, sigma: Float64) -> Table:
+def _table(
+    schedule: Schedule,
+    prediction: Prediction,
+    a: Float64,
+    b: Float64,
+    sigma: Float64,
+    learned: Float64 | None = None,
+) -> Table:
     p, q = x0_coefficients(schedule, prediction)
     rows = np.stack([p, q, a, b, sigma], axis=1)
-    return Table(schedule.timesteps[::-1].copy(), rows[::-1].copy())
+    return Table(schedule.timesteps[::-1].copy(), rows[::-1].copy(), None if learned is None else learned[::-1].copy())

@@ -38,7 +38,8 @@ class ModelSpec:
         schedule: name of the variance schedule, see :data:`ddpmx.schedule.SCHEDULES`.
         schedule_params: its parameters, defaults filled in.
         prediction: what the network answers: ``eps``, ``x0`` or ``v``.
-        variance: σ² of the ancestral chain, ``fixed_small`` (β̃) or ``fixed_large`` (β).
+        variance: σ² of the ancestral chain, ``fixed_small`` (β̃), ``fixed_large`` (β), or ``learned_range``: between the
+            two, as the network's second answer ``var`` says.
         clip: the largest |x̂_0| that the chain keeps, or None for no clipping.
         precision: of the numbers inside the graph; its inputs and outputs are float32 and int32 whatever this says.
         weights: sha256 of the weights that it was exported from, or None.
@@ -94,7 +95,7 @@ class ModelSpec:
             schedule = make_schedule(self.schedule, self.timesteps, params)
         except InputError as error:
             raise SpecError(error.fact, note=error.note, hint=error.hint) from error
-        coefficients = make_table(schedule, self.prediction, self.variance).rows.astype("<f4")
+        coefficients = make_table(schedule, self.prediction, self.variance).coefficients.astype("<f4")
         set_once = object.__setattr__
         set_once(self, "shape", tuple(shape))
         set_once(self, "schedule_params", params)

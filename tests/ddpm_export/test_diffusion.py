@@ -10,7 +10,7 @@ pytest.importorskip("torch", reason="not verified here: the training objective (
 import torch
 
 from ddpm_export.diffusion import GaussianDiffusion
-from ddpmx.samplers import PREDICTIONS, VARIANCES, make_table
+from ddpmx.samplers import FIXED_VARIANCES, PREDICTIONS, make_table
 from ddpmx.schedule import make_schedule
 
 pytestmark = pytest.mark.torch
@@ -181,7 +181,7 @@ def test_clipping_bounds_the_image(schedule):
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("variance", FIXED_VARIANCES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_mean_and_variance_are_those_of_the_runtime(schedule, prediction, variance, clip):
     """One reverse step by the training side, and by the table that the chain runs: the same numbers."""

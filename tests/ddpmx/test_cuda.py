@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import chain, cuda, images
+from ddpmx import chain, cuda
 from ddpmx.cuda import Chain, Control, Done, make_ptx
 from ddpmx.errors import NumericError
 from ddpmx.samplers import make_table
 from oracles import cuda_on_host, gaussian, ptx
-from oracles.cuda_on_host import Device, Toy
+from oracles.cuda_on_host import Device, Toy, first_difference, same_bits
 
 pytestmark = pytest.mark.slow  # and once is enough: nothing here depends on Python's version
 
@@ -47,48 +47,14 @@ def kernels(tmp_path_factory):
     return kernels_of(tmp_path_factory.mktemp("kernels"))
 
 
-def table_of(sampler="ancestral", steps=12, **more):
-    return make_table(SCHEDULE, "eps", "fixed_small", sampler=sampler, steps=steps, **more)
-
-
-def same_bits(a, b):
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def first_difference(device, table, shape, *, seed, indices, clip=1.0):
-    """Where the kernels leave NumPy's chain, or None."""
-    backend = Toy(shape)
-    drawn = np.array(indices, np.int64)
-    x_start = chain.initial(seed, drawn, shape)
-    expected = chain.run(Toy(shape), table, x_start, seed=seed, images=drawn, clip=clip)
-    said = device.run(backend)
-    if next(said) != 0 or not same_bits(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(indices):
-        return "at the start"
-    for index, step in enumerate(expected):
-        if next(said, None) != index + 1:
-            return f"in the count after step {index}"
-        if not same_bits(device.x, step.x_next):
-            return f"in x after step {index}"
-        if device.chain.x0 and not same_bits(device.x0, step.x0):
-            return f"in x0 after step {index}"
-        last = index + 1 == len(table)
-        if list(device.t) != [table.timesteps[index if last else index + 1]] * len(indices):
-            return f"in t after step {index}"
-        if not last and not (device.levels == Device.GUARD).all():
-            return f"in images after step {index} already"
-    if not same_bits(device.levels, images.to_nhwc(step.x0)):
-        return "in the images"
-    if next(said, None) is not None or not device.chain.halted:
-        return "in that it does not end"
-    seen = (device.control.done, device.control.step, device.control.bad_step, device.chain.arrived)
-    if seen != (Done.FINISHED, len(table), -1, 0):
-        return f"in what it says at the end, {seen}"
-    return None if device.in_bounds() else "in memory of others"
+def table_of(sampler="ancestral", steps=12, variance="fixed_small", **more):
+    return make_table(SCHEDULE, "eps", variance, sampler=sampler, steps=steps, **more)
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 FAR = 2**32 - 1
+LEARNED = {"variance": "learned_range"}
 CHAINS = {
     "one image": {},
     "three images": {"indices": [7, 0, 2]},
@@ -110,11 +76,23 @@ CHAINS = {
     "threads in another order": {"indices": [0, 1, 2], "order": 1, "grid": 5, "block": 16},
     "threads in yet another order": {"indices": [0, 1, 2], "order": 9**9, "grid": 2, "block": 64},
     "all 1000 steps": {"indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
+    "learned": {**LEARNED, "indices": [FAR, 0, 7], "seed": 2**64 - 3},
+    "learned, one image, one thread": {**LEARNED, "grid": 1, "block": 1},
+    "learned, four at a time": {**LEARNED, "shape": EVEN, "indices": [3, 4, 5]},
+    "learned, four elements, not aligned": {**LEARNED, "shape": EVEN, "indices": [3, 4], "offset": 1},
+    "learned, v alone not aligned": {**LEARNED, "shape": EVEN, "indices": [3, 4], "var_offset": 2},
+    "learned, less than four elements": {**LEARNED, "shape": (3, 1, 1), "indices": [3, 4, 5]},
+    "learned, no clipping, no x0 wanted": {**LEARNED, "indices": [0, 1], "clip": None, "with_x0": False},
+    "learned, threads in another order": {**LEARNED, "indices": [0, 1, 2], "order": 1, "grid": 5, "block": 16},
+    "learned, one step": {**LEARNED, "indices": [0, 1], "steps": 1},
+    "learned, all 1000 steps": {**LEARNED, "indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
+    "learned, not by ddim": {**LEARNED, "indices": [0, 1], "sampler": "ddim", "eta": 1.0},
 }
 
 
-def compare(kernels, *, shape=ODD, indices=(5,), seed=0, clip=1.0, sampler="ancestral", steps=12, eta=0.0, **launch):
-    table = table_of(sampler, steps, eta=eta)
+def compare(kernels, *, shape=ODD, indices=(5,), seed=0, clip=1.0, **more):
+    sampling = {name: more.pop(name) for name in ("sampler", "steps", "eta", "variance") if name in more}
+    table, launch = table_of(**sampling), more
     device = Device(kernels, table, shape, seed=seed, images=indices, clip=clip, **launch)
     return first_difference(device, table, shape, seed=seed, indices=indices, clip=clip)
 
@@ -169,8 +147,13 @@ MISTAKES = {
     "counters left as they are": ("step.cu", "chain->arrived = 0;\n  chain->step", "chain->step"),
     "no barrier": ("step.cu", "  __syncthreads();\n", ""),
     "the first block closes": ("step.cu", "+ 1 != gridDim.x", "!= 0"),
+    "one v for four": ("step.cu", "learned, v[k]", "learned, v[0]"),
+    "one range for all steps": ("step.cu", "chain->learned)[step]", "chain->learned)[0]"),
+    "a fused exponent": ("step.h", "DDPMX_ADD(learned.c, DDPMX_MUL(learned.d, v))", "fmaf(learned.d, v, learned.c)"),
+    "somebody else's exponential": ("step.h", "return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power))", "return expf(x)"),
+    "no exponential": ("step.h", "row.sigma = ddpmx_exp(", "row.sigma = ("),
 }
-NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid")
+NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid", "learned")
 
 
 def mistaken(folder, file, stands, instead):
@@ -196,6 +179,9 @@ def test_the_comparison_notices_contraction(tmp_path):
     if not kernels.has_fma():
         pytest.skip("not verified here: that a fused multiply-add is noticed (the processor has none)")
     assert compare(kernels) is not None
+
+
+ANSWERS = ("out", "var")
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
@@ -224,21 +210,22 @@ def test_launches_after_the_end_change_nothing(kernels, order):
     assert_nothing_moves(device)
 
 
+@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in ANSWERS)])
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [-np.nan, 0.5], [np.inf, 1, 2, 3, 4]])
 @pytest.mark.parametrize("k", [0, 5, 11])
-def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values):
-    table = table_of()
+def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values, variance, poisoned):
+    table = table_of(variance=variance)
     device = Device(kernels, table, ODD, seed=0, images=[1, 2], order=3)
-    poison = (int(table.timesteps[k]), values)
+    toy = functools.partial(Toy, ODD, poison=(int(table.timesteps[k]), values), poisoned=poisoned)
     x = []
-    for _ in device.run(Toy(ODD, poison=poison)):
+    for _ in device.run(toy()):
         x.append(device.x.copy())
     assert (device.control.done, device.control.bad_step, device.control.step) == (Done.NOT_FINITE, k, k)
     assert_nothing_moves(device)
     # NumPy says so at the same step
     steps, drawn = 0, np.array([1, 2])
     with pytest.raises(NumericError):  # noqa: PT012 - how far it came is the point
-        for _ in chain.run(Toy(ODD, poison=poison), table, chain.initial(0, drawn, ODD), seed=0, images=drawn):
+        for _ in chain.run(toy(), table, chain.initial(0, drawn, ODD), seed=0, images=drawn):
             steps += 1
     assert steps == k
     # what was not finite left x alone, the rest went on
@@ -255,12 +242,16 @@ def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values):
     assert np.isfinite(device.x).all()
 
 
-def test_large_numbers_are_finite(kernels):
-    table = table_of()
+@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in ANSWERS)])
+def test_large_numbers_are_finite(kernels, variance, poisoned):
+    """An absurd v makes x absurd, and here the last step, which draws no noise, forgets it."""
+    table = table_of(variance=variance)
     device = Device(kernels, table, ODD, seed=0, images=[1])
-    poison = (int(table.timesteps[3]), [3.4028235e38, -3.4028235e38, 1e-45])
-    assert list(device.run(Toy(ODD, poison=poison)))[-1] == len(table)
+    k = 3 if poisoned == "out" else 11
+    poison = (int(table.timesteps[k]), [3.4028235e38, -3.4028235e38, 1e-45])
+    assert list(device.run(Toy(ODD, poison=poison, poisoned=poisoned)))[-1] == len(table)
     assert device.control.done == Done.FINISHED
+    assert np.isfinite(device.x).all()
 
 
 @pytest.mark.parametrize("k", [1, 6, 11])
@@ -312,6 +303,7 @@ def test_a_chain_can_begin_again(kernels):
         {"channels": -1},
         {"pixels": 0},
         {"var": 16},
+        {"learned": 16},
         {"channels": 2**16, "pixels": 2**16},
         {"B": 2**30, "channels": 4, "pixels": 4},
         {"B": 2**31 - 1, "channels": 2**31 - 1, "pixels": 2**31 - 1},
@@ -473,6 +465,9 @@ EXECUTED = {
     "ddim, no clipping": {"indices": [1, 2], "sampler": "ddim", "steps": 4, "clip": None},
     "no x0 wanted": {"indices": [3], "steps": 2, "with_x0": False},
     "uneven grid": {"indices": [3], "steps": 3, "grid": 7, "block": 3},
+    "learned": {**LEARNED, "indices": [FAR, 2], "seed": 2**64 - 3, "steps": 4},
+    "learned, four at a time": {**LEARNED, "indices": [1, 2, 3], "shape": EVEN, "steps": 3},
+    "learned, v alone not aligned": {**LEARNED, "indices": [1, 2], "shape": EVEN, "steps": 2, "var_offset": 1},
 }
 
 
@@ -481,11 +476,12 @@ def test_the_ptx_itself_has_numpy_s_bits(case):
     assert compare(ptx.Kernels(committed("step")), **{"grid": 3, "block": 5, **EXECUTED[case]}) is None
 
 
+@pytest.mark.parametrize("poisoned", ANSWERS)
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_the_ptx_itself_ends_the_chain(value):
-    table = table_of(steps=4)
+def test_the_ptx_itself_ends_the_chain(value, poisoned):
+    table = table_of(steps=4, variance="learned_range" if poisoned == "var" else "fixed_small")
     device = Device(ptx.Kernels(committed("step")), table, ODD, seed=0, images=[1], grid=2, block=8)
-    said = list(device.run(Toy(ODD, poison=(int(table.timesteps[2]), [value]))))
+    said = list(device.run(Toy(ODD, poison=(int(table.timesteps[2]), [value]), poisoned=poisoned)))
     assert said[-1] == 2
     assert (device.control.done, device.control.bad_step, device.control.step) == (Done.NOT_FINITE, 2, 2)
     assert np.isfinite(device.x).all()
@@ -500,6 +496,23 @@ def test_one_wrong_instruction_is_noticed(stands, instead):
     before, found, after = committed("step").rpartition(stands)
     assert found, "the mistake cannot be made any more"
     assert compare(ptx.Kernels(before + instead + after), **EXECUTED["ancestral"], grid=3, block=5) is not None
+
+
+def test_one_wrong_coefficient_of_the_exponential_is_noticed():
+    """The control. It makes no difference to chains that learn no variance."""
+    text = committed("step")
+    assert "0f3E2AAAAA" in text, "the mistake cannot be made any more"  # 1/6
+    wrong = ptx.Kernels(text.replace("0f3E2AAAAA", "0f3E2AAA00"))
+    assert compare(wrong, **EXECUTED["learned"], grid=3, block=5) is not None
+    assert compare(wrong, **EXECUTED["ddim, no clipping"], grid=3, block=5) is None
+
+
+def test_a_wide_load_from_a_place_that_is_not_aligned_is_noticed():
+    """The control: of the condition, the last four bits of all addresses."""
+    text, found = re.subn(r"(and\.b64\s+\S+, \S+), 15;", r"\1, 0;", committed("step"))
+    assert found == 2, "the mistake cannot be made any more"
+    with pytest.raises(AssertionError, match="misaligned"):
+        compare(ptx.Kernels(text), **EXECUTED["learned, v alone not aligned"], grid=3, block=5)
 
 
 # --- the assembler ---------------------------------------------------------------------------------------------------

@@ -367,6 +367,37 @@ def test_the_output_is_named_by_what_it_predicts(write, outputs):
         assert spec_of(path, SPEC.replace(prediction="v")).prediction == "v"
 
 
+LEARNING = SPEC.replace(variance="learned_range")
+VAR = {"var": OUTPUTS["eps"]}
+
+
+def test_a_model_that_learns_its_variance_has_two_outputs(write):
+    path = write(wire.model(INPUTS, {**OUTPUTS, **VAR}))
+    assert spec_of(path, LEARNING) == LEARNING
+    path = write(wire.model(INPUTS, {**VAR, **OUTPUTS}, metadata={"ddpmx": LEARNING.to_text()}))  # in any order
+    assert spec_of(path) == LEARNING
+
+
+@pytest.mark.parametrize(
+    ("spec", "outputs", "complaint"),
+    [
+        (LEARNING, OUTPUTS, "no 'var'"),
+        (LEARNING, VAR, "no 'eps'"),
+        (LEARNING, {**OUTPUTS, "var": (FLOAT16, ("batch", 3, 8, 8))}, "'var' has element type 10"),
+        (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch", 6, 8, 8))}, "'var' has the shape"),
+        (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch",))}, "'var' has the shape"),
+        (LEARNING, {**OUTPUTS, **VAR, "x0": OUTPUTS["eps"]}, "an output 'x0' too many"),
+        (SPEC, {**OUTPUTS, **VAR}, "an output 'var' too many"),
+        (SPEC, {**OUTPUTS, "x0": OUTPUTS["eps"]}, "an output 'x0' too many"),
+    ],
+)
+def test_outputs_are_those_that_the_spec_describes(write, spec, outputs, complaint):
+    with pytest.raises(SpecError, match=r"not what the spec describes") as caught:
+        spec_of(write(wire.model(INPUTS, outputs)), spec)
+    assert complaint in str(caught.value)
+    assert ("'eps' and 'var'" in caught.value.hint) is (spec is LEARNING)
+
+
 def test_an_output_does_not_stand_in_for_an_input(write):
     path = write(wire.model({"t": INPUTS["t"]}, {**OUTPUTS, "x": INPUTS["x"]}))
     with pytest.raises(SpecError, match="no 'x'"):

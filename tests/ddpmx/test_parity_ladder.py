@@ -80,7 +80,7 @@ def test_the_two_grids_differ_where_the_faults_below_need_it(reference):
 def test_the_file_in_onnxruntime_passes(reference, gaussian_onnx, figure):
     pytest.importorskip("onnxruntime", reason="not verified here: the ladder with a file (no onnxruntime)")
     with ddpmx.load(gaussian_onnx, threads=1) as pipeline:
-        result = climb(pipeline._backend, pipeline.spec, reference)
+        result = climb(pipeline._runner._backend, pipeline.spec, reference)
     assert [rung.name for rung in result.rungs] == ALL
     assert failed(result) == []
     assert result.passed

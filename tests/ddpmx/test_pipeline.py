@@ -85,9 +85,9 @@ def test_numpy_numbers_are_numbers(toy, eight):
 def answer(pipeline, x, t):
     """The network's answer itself, all of ``x`` in one batch."""
     buffers = Buffers.of(len(x), pipeline.spec.shape)
-    pipeline._backend.bind(buffers)
+    pipeline._runner._backend.bind(buffers)
     buffers.x[...], buffers.t[...] = x, t
-    pipeline._backend.enqueue()
+    pipeline._runner._backend.enqueue()
     return buffers.out
 
 

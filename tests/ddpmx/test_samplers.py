@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpmx.errors import InputError, SpecError
-from ddpmx.samplers import PREDICTIONS, SPACINGS, ancestral, ddim, make_table, timestep_grid, x0_coefficients
+from ddpmx.samplers import (
+    FIXED_VARIANCES,
+    PREDICTIONS,
+    SPACINGS,
+    VARIANCES,
+    ancestral,
+    ddim,
+    make_table,
+    timestep_grid,
+    x0_coefficients,
+)
 from ddpmx.schedule import SCHEDULES, make_schedule, respace
 
 LINEAR = make_schedule("linear", 1000)
@@ -217,6 +227,47 @@ def test_a_respaced_table_tells_the_network_the_original_timesteps():
     assert len(table) == 4
 
 
+@pytest.mark.parametrize("steps", [1000, 50, 7])
+def test_a_learned_variance_lies_between_the_two_fixed_ones(steps):
+    """Nichol & Dhariwal, equation 15, on the chain that is really walked: v = −1 is β̃, v = 1 is β, 0 their mean."""
+    small, large, learned = (make_table(LINEAR, "eps", variance, steps=steps) for variance in VARIANCES)
+    np.testing.assert_array_equal(learned.timesteps, small.timesteps)
+    np.testing.assert_array_equal(learned.rows[:, :4], small.rows[:, :4])
+    assert learned.rows[:, 4].tolist() == [1.0] * (steps - 1) + [0.0]
+    c, d = learned.learned[:-1].T
+    sigma_small, sigma_large = small.rows[:-1, 4], large.rows[:-1, 4]
+    np.testing.assert_allclose(np.exp(c - d), sigma_small, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c + d), sigma_large, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c), np.sqrt(sigma_small * sigma_large), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c + 3 * d), sigma_large**2 / sigma_small, rtol=1e-12)  # v is held nowhere
+
+
+def test_a_learned_variance_at_the_last_step_is_that_of_the_paper():
+    """Not drawn, but p(x_0 | x_1) is judged by it: β̃_0, which is 0, gives way to β̃_1, and β_0 stays."""
+    beta = np.array([1e-4 + 0.0199 * t / 999 for t in range(2)])
+    posterior = beta[1] * beta[0] / (1 - (1 - beta[0]) * (1 - beta[1]))
+    c, d = ancestral(LINEAR, "eps", "learned_range").learned[-1]
+    assert np.exp(2 * (c + d)) == pytest.approx(beta[0], rel=1e-10)
+    assert np.exp(2 * (c - d)) == pytest.approx(posterior, rel=1e-10)
+
+
+def test_only_the_ancestral_sampler_asks_for_a_learned_variance():
+    for eta in (0.0, 1.0):
+        fixed, learned = (make_table(LINEAR, "eps", v, sampler="ddim", eta=eta, steps=9) for v in VARIANCES[1:])
+        assert learned.learned is None
+        np.testing.assert_array_equal(learned.rows, fixed.rows)
+    for variance in FIXED_VARIANCES:
+        table = make_table(LINEAR, "eps", variance)
+        assert table.learned is None
+        np.testing.assert_array_equal(table.coefficients, table.rows)
+
+
+def test_one_step_of_a_learned_variance_draws_no_noise():
+    table = make_table(LINEAR, "eps", "learned_range", steps=1)
+    assert table.rows[0, 4] == 0
+    assert np.isfinite(table.coefficients).all()
+
+
 @pytest.mark.parametrize(
     ("name", "T", "params"),
     [
@@ -233,8 +284,9 @@ def test_a_table_has_numbers_or_is_refused(name, T, params, sampling, share):
     """A NaN here would come out as an image, or as a complaint about the network."""
     schedule = make_schedule(name, T, params)
     with np.errstate(all="ignore"), contextlib.suppress(InputError, SpecError):
-        table = make_table(schedule, "v", "fixed_large", steps=T // share, **sampling)
-        assert np.all(np.isfinite(table.rows.astype(np.float32)))
+        for variance in VARIANCES:
+            table = make_table(schedule, "v", variance, steps=T // share, **sampling)
+            assert np.all(np.isfinite(table.coefficients.astype(np.float32)))
 
 
 @pytest.mark.parametrize(

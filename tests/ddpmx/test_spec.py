@@ -8,11 +8,13 @@ import json
 import math
 import zlib
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ddpmx.errors import SpecError
+from ddpmx.samplers import VARIANCES, make_table
 from ddpmx.schedule import SCHEDULES
 from ddpmx.sealed import parse_json
 from ddpmx.spec import MAX_TEXT, ModelSpec
@@ -23,6 +25,7 @@ SPECS = [
     ModelSpec((3, 32, 32)),
     ModelSpec((1, 16, 16), 250, "cosine", {"s": 0.01}, "v", "fixed_small", None, "fp16", "ab" * 32, "9.9.9"),
     ModelSpec((4, 8, 8), 4000, "jsd", prediction="x0", clip=2.5),
+    ModelSpec((3, 64, 64), 4000, "cosine", variance="learned_range"),
     *(ModelSpec((1, 1, 1), 50, name, prediction="v") for name in SCHEDULES),
 ]
 
@@ -147,11 +150,33 @@ def test_another_meaning_of_the_schedule_is_noticed():
         {"coefficients": 5},
         {"schedule": "quad"},
         {"variance": "fixed_small"},
+        {"variance": "learned_range"},
         {"prediction": "v"},
         {"timesteps": 999},
     ):
         with pytest.raises(SpecError, match="coefficients"):
             ModelSpec.from_json({**values, **change})
+
+
+@pytest.mark.parametrize(
+    ("spec", "checksum"),
+    [
+        (ModelSpec((3, 32, 32)), "03bad913"),
+        (ModelSpec((1, 16, 16), 250, "cosine", prediction="v", variance="fixed_small"), "9d3504ee"),
+    ],
+)
+def test_files_of_older_versions_still_read(spec, checksum):
+    """What was written before there were learned variances."""
+    assert ModelSpec.from_json({**spec.to_json(), "coefficients": checksum}) == spec
+
+
+def test_the_checksum_covers_the_range_of_a_learned_variance():
+    """The rows alone do not know it: where it is learned their σ is 1."""
+    spec = ModelSpec((1, 4, 4), 10, variance="learned_range")
+    table = make_table(spec.make_schedule(), "eps", "learned_range")
+    numbers = np.concatenate([table.rows, table.learned], axis=1).astype("<f4")
+    assert spec.to_json()["coefficients"] == f"{zlib.crc32(numbers.tobytes()):08x}"
+    assert spec.to_json()["coefficients"] != f"{zlib.crc32(table.rows.astype('<f4').tobytes()):08x}"
 
 
 WRONG = {
@@ -167,7 +192,7 @@ WRONG = {
         {"beta_end": 10**400},
     ],
     "prediction": [None, "epsilon", "EPS", 1, [], {}, True, ["eps"]],
-    "variance": [None, "learned", 1, [], {}, True, ["fixed_small"]],
+    "variance": [None, "learned", "learned_variance", 1, [], {}, True, ["fixed_small"]],
     "clip": [0, -1, True, "1", [], {}, [1.0], math.nan, math.inf, 10**400],
     "precision": [None, "tf32", "int8", 16, [], {}],
     "weights": ["", "ab", "AB" * 32, "g" * 64, "a" * 65, "a" * 64 + "\n", 5, [], {}, True],
@@ -222,7 +247,7 @@ objects = st.fixed_dictionaries(
         "schedule": st.sampled_from(list(SCHEDULES)) | anything,
         "schedule_params": params | anything,
         "prediction": st.sampled_from(["eps", "x0", "v"]) | anything,
-        "variance": st.sampled_from(["fixed_small", "fixed_large"]) | anything,
+        "variance": st.sampled_from(VARIANCES) | anything,
         "clip": anything,
         "precision": st.sampled_from(["fp32", "fp16"]) | anything,
         "weights": anything,

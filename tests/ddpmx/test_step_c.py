@@ -30,6 +30,14 @@ void update(const ddpmx_row *row, float limit, size_t n, const float *x, const f
             float *x_next) {
   for (size_t i = 0; i < n; ++i) x_next[i] = ddpmx_update(*row, limit, x[i], out[i], z[i], x0 + i);
 }
+void learned(const ddpmx_row *row, const ddpmx_learned *range, float limit, size_t n, const float *x, const float *out,
+             const float *v, const float *z, float *x0, float *x_next) {
+  for (size_t i = 0; i < n; ++i)
+    x_next[i] = ddpmx_update(ddpmx_learn(*row, *range, v[i]), limit, x[i], out[i], z[i], x0 + i);
+}
+void exponential(const float *x, size_t n, float *y) {
+  for (size_t i = 0; i < n; ++i) y[i] = ddpmx_exp(x[i]);
+}
 void levels(const float *x, size_t n, unsigned char *u) {
   for (size_t i = 0; i < n; ++i) u[i] = ddpmx_uint8(x[i]);
 }
@@ -67,9 +75,12 @@ def build(folder: Path, language: str, flags: list[str]) -> ctypes.CDLL:
     source, library = folder / f"step.{'c' if language == 'c' else 'cpp'}", folder / "step.so"
     source.write_text(SOURCE)
     include = Path(ddpmx.__file__).parent / "cuda"
-    command = [compiler, *flags, "-shared", "-fPIC", f"-I{include}", str(source), "-o", str(library), "-lm"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    # linked without the flags: with -ffast-math a library rounds subnormal numbers to 0 in the whole process
+    compiling = [compiler, *flags, "-c", "-fPIC", f"-I{include}", str(source), "-o", str(folder / "step.o")]
+    linking = [compiler, "-shared", str(folder / "step.o"), "-o", str(library), "-lm"]
+    for command in (compiling, linking):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
     return ctypes.CDLL(str(library))
 
 
@@ -101,6 +112,36 @@ def c_update(library, row, limit, x, out, z):
     row = np.ascontiguousarray(row, np.float32)
     library.update(row.ctypes.data_as(ctypes.c_void_p), ctypes.c_float(limit), ctypes.c_size_t(x.size), *pointers)
     return x0, x_next
+
+
+def c_learned(library, row, learned, limit, x, out, v, z):
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (x, out, v, z, x0, x_next)]
+    row, learned = (np.ascontiguousarray(a, np.float32) for a in (row, learned))
+    library.learned(
+        row.ctypes.data_as(ctypes.c_void_p),
+        learned.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_float(limit),
+        ctypes.c_size_t(x.size),
+        *pointers,
+    )
+    return x0, x_next
+
+
+def numpy_learned(row, learned, limit, x, out, v, z):
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    noisy = row[4] != 0
+    with np.errstate(all="ignore"):
+        sigma = chain.learned_sigma(learned, v) if noisy else None
+        chain.update(row, limit, x, out, z if noisy else None, x0=x0, x_next=x_next, sigma=sigma)
+    return x0, x_next
+
+
+def c_exp(library, x):
+    y = np.empty_like(x)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (x, y)]
+    library.exponential(pointers[0], ctypes.c_size_t(x.size), pointers[1])
+    return y
 
 
 def numpy_update(row, limit, x, out, z):
@@ -179,6 +220,49 @@ def test_noise_is_not_looked_at_where_sigma_is_zero(compiled):
     np.testing.assert_array_equal(x_next, x)
 
 
+EXPONENTS = np.concatenate(
+    [
+        np.linspace(-30, 3, 2**20, dtype=np.float32),
+        np.linspace(-90, 90, 2**20, dtype=np.float32),
+        np.arange(0, 2**32, 4099, dtype=np.uint32).view(np.float32),  # numbers of every size
+        SPECIAL,
+        np.float32([-87, 88, np.nextafter(np.float32(-87), -np.inf), np.nextafter(np.float32(88), np.inf)]),
+    ]
+)
+EXPONENTS = EXPONENTS[~np.isnan(EXPONENTS)]
+
+
+def test_the_exponential_has_the_same_bits(compiled):
+    with np.errstate(over="ignore"):
+        assert_same_bits(c_exp(compiled, EXPONENTS), chain.exp(EXPONENTS))
+
+
+def test_the_exponential_of_nan_harms_nobody(compiled):
+    """It is computed, and not used, where the network's answer is not finite."""
+    c_exp(compiled, np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32))
+
+
+def test_the_update_with_a_learned_sigma_has_the_same_bits(compiled):
+    rng = np.random.default_rng(4)
+    for draw in range(50):
+        row = (rng.standard_normal(5) * 10.0 ** rng.integers(-3, 3, 5)).astype(np.float32)
+        row[4] = draw % 3 != 0
+        learned = np.float32([-6, 0.5] * rng.standard_normal(2))
+        x, out, v, z = (rng.standard_normal(4096).astype(np.float32) for _ in range(4))
+        v[:8] = [0, -0.0, 1, -1, 1e6, -1e6, 3.4e38, -3.4e38]
+        arguments = (row, learned, [1.0, np.inf][draw % 2], x, out, v, z)
+        for a, b in zip(c_learned(compiled, *arguments), numpy_learned(*arguments), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_neither_noise_nor_v_is_looked_at_where_there_is_no_noise(compiled):
+    x = np.ones(8, np.float32)
+    nan = np.full_like(x, np.nan)
+    row = np.array([1, 0, 1, 0, 0], np.float32)
+    _, x_next = c_learned(compiled, row, [0, 0], 1.0, x, x, nan, nan)
+    np.testing.assert_array_equal(x_next, x)
+
+
 def test_levels_have_the_same_numbers(compiled):
     edges = ((np.arange(-2, 259) - 128) / 127.5).astype(np.float32)
     near = np.concatenate([np.nextafter(edges, np.float32(-9)), edges, np.nextafter(edges, np.float32(9))])
@@ -209,3 +293,7 @@ def test_the_comparison_notices_other_arithmetic(tmp_path, flags):
     _, plain = numpy_update(row, 1.0, x, out, z)
     assert np.any(fused != plain)
     np.testing.assert_allclose(fused, plain, atol=1e-6)
+    e = np.linspace(-30, 3, 4096, dtype=np.float32)
+    assert np.any(c_exp(library, e) != chain.exp(e))
+    if "-ffast-math" not in flags:  # which takes the rounding to a whole number away
+        np.testing.assert_allclose(c_exp(library, e), chain.exp(e), rtol=1e-5)

@@ -75,7 +75,7 @@ def onnx_files() -> list[bytes]:
 def plan_of(text: str) -> bytes:
     """A plan whose network has the name ``text``."""
     body = bytes(range(64)) + text.encode() + bytes(200)
-    head = b"vtrt" + bytes(12) + (28 + len(body)).to_bytes(8, "little") + bytes([1, 2, 0, 54])
+    head = b"vtrt" + bytes(12) + (28 + len(body)).to_bytes(8, "little") + bytes([1, 7, 1, 116])
     return head + body
 
 

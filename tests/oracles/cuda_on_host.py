@@ -7,11 +7,13 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
+from ddpmx import chain, images
 from ddpmx.backends import Buffers
-from ddpmx.cuda import Chain, Control
+from ddpmx.cuda import Chain, Control, Done
 from ddpmx.samplers import Table
 from oracles import gaussian
 
@@ -51,16 +53,23 @@ def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.
 
 
 class Toy:
-    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend.
+    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend. v, if asked for, leaves −1…1.
 
     Args:
         poison: (t, values): at that t the last elements of the first image's answer are these values.
+        poisoned: which answer.
     """
 
     description = "toy"
 
-    def __init__(self, shape: tuple[int, int, int], *, poison: tuple[int, Sequence[float]] | None = None) -> None:
-        self.poison = poison
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        poison: tuple[int, Sequence[float]] | None = None,
+        poisoned: Literal["out", "var"] = "out",
+    ) -> None:
+        self.poison, self.poisoned = poison, poisoned
         self._mu = np.linspace(-0.5, 0.5, int(np.prod(shape))).reshape(shape)
         self._slope, self._offset = gaussian.coefficients(gaussian.SPEC.make_schedule())
 
@@ -68,19 +77,25 @@ class Toy:
         self.buffers = buffers
 
     def enqueue(self) -> None:
-        x, t, out = self.buffers.x, self.buffers.t, self.buffers.out
+        x, t, out, var = self.buffers.x, self.buffers.t, self.buffers.out, self.buffers.var
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * self._mu
+        if var is not None:
+            var[...] = 0.7 * x - self._mu
         if self.poison is not None and t[0] == self.poison[0]:
-            values = self.poison[1]
-            out[0].reshape(-1)[-len(values) :] = values
+            values, answer = self.poison[1], out if self.poisoned == "out" else var
+            assert answer is not None
+            answer[0].reshape(-1)[-len(values) :] = values
 
     def close(self) -> None:
         pass
 
 
 class Device:
-    """One chain in "device memory", ready for :meth:`begin`. ``offset`` shifts x, out and x0 by so many floats."""
+    """One chain in "device memory", ready for :meth:`begin`.
+
+    ``offset`` shifts x, out, x0 and var by so many floats, and ``var_offset`` var alone by some more.
+    """
 
     GUARD = 0xA5
 
@@ -97,18 +112,21 @@ class Device:
         block: int = 32,
         order: int = 0,
         offset: int = 0,
+        var_offset: int = 0,
         with_x0: bool = True,
     ) -> None:
         batch = len(images)
         C, H, W = shape
         self.kernels, self.grid, self.block, self.order = kernels, grid, block, order
-        floats = [self._floats(batch, shape, offset) for _ in range(3)]
+        floats = [self._floats(batch, shape, offset + more) for more in (0, 0, 0, var_offset)]
         self._memory = [memory for memory, _ in floats]
-        self.x, self.out, self.x0 = (array for _, array in floats)
+        self.x, self.out, self.x0, self.var = (array for _, array in floats)
         self._levels = np.full(self.x.size + 8, self.GUARD, np.uint8)
         self.levels = self._levels[: self.x.size].reshape(batch, H, W, C)
         self.t = np.full(batch, -1, np.int32)
         self.rows = np.ascontiguousarray(table.rows, np.float32)
+        learns = table.learned is not None
+        self.learned = np.zeros((0, 2)) if table.learned is None else np.ascontiguousarray(table.learned, np.float32)
         self.timesteps = table.timesteps.astype(np.int32)
         self.images = np.array(images, np.uint32)
         self.control = Control()
@@ -119,6 +137,8 @@ class Device:
             x0=self.x0.ctypes.data if with_x0 else 0,
             levels=self.levels.ctypes.data,
             rows=self.rows.ctypes.data,
+            var=self.var.ctypes.data if learns else 0,
+            learned=self.learned.ctypes.data if learns else 0,
             timesteps=self.timesteps.ctypes.data,
             images=self.images.ctypes.data,
             control=ctypes.addressof(self.control),
@@ -134,7 +154,7 @@ class Device:
             bad=1,
             halted=1,
         )
-        self.buffers = Buffers(self.x, self.t, self.out)
+        self.buffers = Buffers(self.x, self.t, self.out, self.var if learns else None)
 
     def _floats(self, batch: int, shape: tuple[int, int, int], offset: int) -> tuple[np.ndarray, np.ndarray]:
         size = batch * int(np.prod(shape))
@@ -167,6 +187,49 @@ class Device:
         """Whether nothing was written beside the arrays."""
         floats = all(
             np.isnan(memory).sum() == memory.size - array.size + np.isnan(array).sum()
-            for memory, array in zip(self._memory, (self.x, self.out, self.x0), strict=True)
+            for memory, array in zip(self._memory, (self.x, self.out, self.x0, self.var), strict=True)
         )
         return floats and bool((self._levels[self.levels.size :] == self.GUARD).all())
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def first_difference(
+    device: Device,
+    table: Table,
+    shape: tuple[int, int, int],
+    *,
+    seed: int,
+    indices: Sequence[int],
+    clip: float | None = 1.0,
+) -> str | None:
+    """Where the kernels leave NumPy's chain, or None."""
+    backend = Toy(shape)
+    drawn = np.array(indices, np.int64)
+    x_start = chain.initial(seed, drawn, shape)
+    expected = chain.run(Toy(shape), table, x_start, seed=seed, images=drawn, clip=clip)
+    said = device.run(backend)
+    if next(said) != 0 or not same_bits(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(indices):
+        return "at the start"
+    for index, step in enumerate(expected):
+        if next(said, None) != index + 1:
+            return f"in the count after step {index}"
+        if not same_bits(device.x, step.x_next):
+            return f"in x after step {index}"
+        if device.chain.x0 and not same_bits(device.x0, step.x0):
+            return f"in x0 after step {index}"
+        last = index + 1 == len(table)
+        if list(device.t) != [table.timesteps[index if last else index + 1]] * len(indices):
+            return f"in t after step {index}"
+        if not last and not (device.levels == Device.GUARD).all():
+            return f"in images after step {index} already"
+    if not same_bits(device.levels, images.to_nhwc(step.x0)):
+        return "in the images"
+    if next(said, None) is not None or not device.chain.halted:
+        return "in that it does not end"
+    seen: tuple[Any, ...] = (device.control.done, device.control.step, device.control.bad_step, device.chain.arrived)
+    if seen != (Done.FINISHED, len(table), -1, 0):
+        return f"in what it says at the end, {seen}"
+    return None if device.in_bounds() else "in memory of others"

@@ -103,6 +103,7 @@ class FakeCuda:
         self.broken = 0
         self.burst = 1
         self._next = 0x1000
+        self.legacy = Stream()  # the default stream, of which there is always one
         self._contexts = threading.local()
 
     def __getattr__(self, name: str) -> Function:
@@ -173,7 +174,7 @@ class FakeCuda:
         return thing
 
     def _stream(self, handle: int) -> Stream:
-        return self._get("stream", handle)
+        return self.legacy if handle == 1 else self._get("stream", handle)
 
     def _put(self, handle: int, work: Work) -> None:
         stream = self._stream(handle)
@@ -280,6 +281,14 @@ class FakeCuda:
     def _cuMemcpyDtoHAsync_v2(self, to: int, source: int, size: int, stream: int) -> None:
         self._move(stream, to, source, size, source)
 
+    def _cuMemcpyDtoDAsync_v2(self, to: int, source: int, size: int, stream: int) -> None:
+        if to < source + size and source < to + size:
+            self.faults.append("a copy onto itself")
+        self._move(stream, to, source, size, to)
+
+    def _cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
+        free._obj.value, total._obj.value = (8 << 30) - sum(n for _, n in self.live.get("memory", {}).values()), 8 << 30
+
     def _cuStreamCreate(self, out: Any, flags: int) -> None:
         assert flags == 1
         out._obj.value = self._make("stream", Stream())
@@ -291,6 +300,17 @@ class FakeCuda:
     def _cuStreamSynchronize(self, stream: int) -> None:
         self._undisturbed()
         self._advance(self._stream(stream))
+
+    def _cuStreamWaitEvent(self, handle: int, event: int, flags: int) -> None:
+        assert flags == 0
+        other, _ = mine = self._get("event", event)[0]
+
+        def run() -> Iterator[None]:
+            self._advance(other, lambda: mine[1])
+            return
+            yield
+
+        self._put(handle, run)
 
     def _cuStreamBeginCapture_v2(self, handle: int, mode: int) -> None:
         assert mode == 1, "not thread-local"

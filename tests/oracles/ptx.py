@@ -183,6 +183,9 @@ class Thread:
             value, by = self.get(others[0], kind), self.get(others[1], "u32")
             self.set(to, kind, value << by if name == "shl" else value >> by)
             return
+        if name == "not":
+            self.set(to, kind, not self.get(others[0], kind) if kind == "pred" else ~self.get(others[0], kind))
+            return
         values = [self.get(other, kind) for other in others]
         if kind[0] == "f" and name in ("add", "mul", "sqrt"):
             assert rest == ["rn", "f32"], rest
@@ -195,7 +198,10 @@ class Thread:
             return
         registers, place = operands if name == "ld" else reversed(operands)
         address = self.memory(place, kind)
-        for index, register in enumerate(part.strip() for part in registers.strip("{}").split(",")):
+        listed = [part.strip() for part in registers.strip("{}").split(",")]
+        cell = address()
+        assert ctypes.addressof(cell) % (len(listed) * ctypes.sizeof(cell)) == 0, "a GPU would say: misaligned address"
+        for index, register in enumerate(listed):
             if name == "ld":
                 self.set(register, kind, address(index).value)
             else:

@@ -16,14 +16,23 @@ class ToyBackend:
     Args:
         poison: (t, value): at that t one element of each answer is ``value``.
         sways: with the "size" of the batch, as on a GPU, only more; or with an image's "place" in it.
+        v: the second answer, where one is asked for.
+        poisoned, swaying: which answer.
     """
 
     description = "toy"
 
     def __init__(
-        self, *, poison: tuple[int, float] | None = None, sways: Literal["size", "place"] | None = None
+        self,
+        *,
+        poison: tuple[int, float] | None = None,
+        sways: Literal["size", "place"] | None = None,
+        v: float = 0.0,
+        poisoned: Literal["out", "var"] = "out",
+        swaying: Literal["out", "var"] = "out",
     ) -> None:
-        self.poison, self.sways = poison, sways
+        self.poison, self.sways, self.v = poison, sways, v
+        self.poisoned, self.swaying = poisoned, swaying
         self.asked: list[tuple[int, int]] = []
         """(t of the first image, executed batch) of each call."""
         self.closed = 0
@@ -37,12 +46,15 @@ class ToyBackend:
         self.asked.append((int(t[0]), len(x)))
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * gaussian.MU
-        if self.sways == "size":
-            out += np.float32(0.01 * len(x))
-        elif self.sways == "place":
-            out += np.float32(0.01) * np.arange(len(x), dtype=np.float32)[:, None, None, None]
-        if self.poison is not None:
-            out[t == self.poison[0], -1, -1, -1] = self.poison[1]
+        if self.buffers.var is not None:
+            self.buffers.var[...] = self.v
+        swaying, poisoned = (getattr(self.buffers, name) for name in (self.swaying, self.poisoned))
+        if swaying is not None and self.sways == "size":
+            swaying += np.float32(0.01 * len(x))
+        elif swaying is not None and self.sways == "place":
+            swaying += np.float32(0.01) * np.arange(len(x), dtype=np.float32)[:, None, None, None]
+        if poisoned is not None and self.poison is not None:
+            poisoned[t == self.poison[0], -1, -1, -1] = self.poison[1]
 
     def close(self) -> None:
         self.closed += 1

@@ -1,19 +1,34 @@
-"""ε by ONNX Runtime."""
+"""ε by ONNX Runtime, in the host's memory. What a provider for NVIDIA GPUs computes stays there: see ``ort_device.py``."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpmx.backends import Buffers
+from ddpmx.backends import Backend, Buffers, CopyingBackend
 from ddpmx.errors import BackendError, FileFormatError, InputError
+from ddpmx.spec import ModelSpec
 
 MAX_THREADS = 256
 
+VARIANCE = "var"
+"""The graph's second output, where the network learns its variance."""
+
+NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+"""Short names of ONNX Runtime's execution providers."""
+
+GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
+"""What pip installs for "cuda": CUDA's libraries come with the extras, cuBLAS with the second."""
+
 _INSTALL = "pip install onnxruntime (or onnxruntime-gpu on a machine with an NVIDIA GPU, never both)"
-_SHORT = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 class OrtBackend:
@@ -42,31 +57,25 @@ class OrtBackend:
         fallback: bool = False,
         threads: int = 0,
     ) -> None:
-        ort = _import()
-        wanted = [_SHORT.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
-        if fallback and _SHORT["cpu"] not in wanted:
-            wanted.append(_SHORT["cpu"])
+        ort = import_onnxruntime()
+        wanted = [NAMES.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
+        if fallback and NAMES["cpu"] not in wanted:
+            wanted.append(NAMES["cpu"])
         if not wanted or not 0 <= threads <= MAX_THREADS:
             raise InputError(f"at least one provider and 0…{MAX_THREADS} threads are needed, not {threads}")
-        # Azure's provider stands in every build, and calls a service instead of computing
-        available = [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
+        available = available_providers(ort)
         missing = [name for name in wanted if name not in available]
         if missing and not (fallback and len(missing) < len(wanted)):
-            raise BackendError(
-                f"ONNX Runtime has no {missing[0]} here",
-                note=f"version {ort.__version__} has {', '.join(available)}",
-                hint=f"--provider cpu, or {_INSTALL}",
-            )
-        options = ort.SessionOptions()
+            raise no_provider(ort, missing[0])
+        options = session_options(ort)
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
         try:
             self._session = ort.InferenceSession(
                 os.fspath(Path(path)), options, providers=[name for name in wanted if name in available]
             )
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             raise FileFormatError(
-                f"{path}: ONNX Runtime {ort.__version__} refuses this file", note=str(error).strip()[-300:]
+                f"{path}: ONNX Runtime {ort.__version__} refuses this file", note=last_words(error)
             ) from error
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted[0] and not fallback:
@@ -85,29 +94,114 @@ class OrtBackend:
         return f"onnxruntime {self._version}, {self.provider}"
 
     def bind(self, buffers: Buffers) -> None:
-        """Point the session at the buffers: no copy and no allocation per step."""
+        """Point the session at the buffers: no copy and no allocation per step.
+
+        Raises:
+            BackendError: it is closed, or its graph has no such answer.
+        """
+        if self._session is None:
+            raise BackendError(f"{self.description}: the session is closed")
         self._buffers = buffers  # they have to outlive the binding, which knows only their addresses
         self._binding = self._session.io_binding()
-        for name, array in (("x", buffers.x), ("t", buffers.t)):
-            self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        out = buffers.out
-        self._binding.bind_output(self._output, "cpu", 0, out.dtype.type, out.shape, out.ctypes.data)
+        try:
+            for name, array in (("x", buffers.x), ("t", buffers.t)):
+                self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            for name, answer in ((self._output, buffers.out), (VARIANCE, buffers.var)):
+                if answer is not None:
+                    self._binding.bind_output(name, "cpu", 0, answer.dtype.type, answer.shape, answer.ctypes.data)
+        except Exception as error:
+            raise BackendError("ONNX Runtime does not take these buffers", note=last_words(error)) from error
 
     def enqueue(self) -> None:
         """Run the network once."""
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise BackendError("ONNX Runtime failed to run the network", note=str(error).strip()[-300:]) from error
+            raise BackendError("ONNX Runtime failed to run the network", note=last_words(error)) from error
+
+    def share(self) -> OrtBackend:
+        """The same session, which several threads may run at once, with buffers of its own."""
+        other = copy.copy(self)
+        other._binding = other._buffers = None
+        return other
 
     def close(self) -> None:
-        """Drop the session."""
+        """Let go of the session. Again is harmless."""
         self._binding = self._buffers = self._session = None
 
 
-def _import() -> Any:
+def open_onnx(
+    path: Path, spec: ModelSpec, *, providers: Sequence[str] = ("cpu",), fallback: bool = False, threads: int = 0
+) -> Backend:
+    """What runs an ONNX file: on a GPU a :class:`ddpmx.backends.CopyingBackend`, else an :class:`OrtBackend`.
+
+    Args:
+        path: the file, checked.
+        spec: what it is.
+        providers: in order of preference. Without ``fallback`` the first has to do the work.
+        fallback: whether the next may where one does not come up, and in the end the CPU.
+        threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+
+    Raises:
+        As :class:`OrtBackend` and :class:`ddpmx.backends.ort_device.OrtDevice`.
+    """
+    from ddpmx.backends.ort_device import OrtDevice, device_provider
+
+    left = [providers] if isinstance(providers, str) else list(providers)
+    while left and device_provider(left[0]) is not None:
+        learned = spec.variance == "learned_range"
+        try:
+            device = OrtDevice(path, spec.prediction, shape=spec.shape, provider=left[0], variance=learned)
+        except BackendError:
+            if not fallback:
+                raise
+            left = left[1:] or ["cpu"]
+            continue
+        try:
+            return CopyingBackend(device)
+        except BaseException:
+            device.close()
+            raise
+    return OrtBackend(path, spec.prediction, providers=left, fallback=fallback, threads=threads)
+
+
+def import_onnxruntime() -> Any:
+    """The library.
+
+    Raises:
+        BackendError: it is not installed.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise BackendError("ONNX Runtime is not installed", note=str(error), hint=_INSTALL) from error
     return onnxruntime
+
+
+def available_providers(ort: Any) -> list[str]:
+    """The providers that this build lists. Whether one runs here, only a run shows."""
+    # Azure's provider stands in every build, and calls a service instead of computing
+    return [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
+
+
+def no_provider(ort: Any, name: str) -> BackendError:
+    """The error for a provider that this build does not even list."""
+    nvidia = name in (NAMES["cuda"], NAMES["tensorrt"])
+    install = f"pip uninstall onnxruntime; pip install '{GPU_PACKAGE}'" if nvidia else _INSTALL
+    return BackendError(
+        f"ONNX Runtime has no {name} here",
+        note=f"version {ort.__version__} has {', '.join(available_providers(ort))}",
+        hint=f"--provider cpu, or {install}",
+    )
+
+
+def session_options(ort: Any) -> Any:
+    """Options for a session that reports errors and nothing less."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
+
+
+def last_words(error: Exception) -> str:
+    """What ONNX Runtime says of an error. The end tells most: it begins with source files of its own."""
+    return str(error).strip()[-300:] or type(error).__name__

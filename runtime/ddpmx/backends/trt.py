@@ -1,22 +1,22 @@
 """ε by TensorRT or TensorRT-RTX: one plan, on the device, from TensorRT 10.3 on.
 
-:class:`TrtEngine` is the plan, opened, and :class:`TrtContext` one of its execution contexts, bound to device memory:
-what a :class:`ddpmx.cuda.executors.DeviceChain` wants. :class:`TrtBackend` is the same as a
-:class:`ddpmx.backends.Backend` on host arrays, which parity and the chain in NumPy want.
+:class:`TrtEngine` is the plan, opened: a :class:`ddpmx.backends.DeviceBackend`, whose networks are its execution contexts.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ddpmx import planfile, tensorrt_library
-from ddpmx.backends import Buffers
+from ddpmx.cuda import EXECUTORS
 from ddpmx.cuda.driver import Driver, Handle, ask_for_lazy_loading
 from ddpmx.device import Device, Gpus, gpus
 from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
@@ -69,7 +69,7 @@ USED_RTX = {
 
 
 class TrtEngine:
-    """A plan, opened: its weights are on the device. A context manager; close its contexts first.
+    """A plan, opened: its weights are on the device. A context manager; close its networks first.
 
     Args:
         path: the plan.
@@ -82,6 +82,9 @@ class TrtEngine:
     Attributes:
         info: what the plan says about itself.
         driver: the GPU.
+        stream: 0: any will do.
+        executors: all of them.
+        batches: smallest and largest batch of each optimization profile.
 
     Raises:
         FileFormatError, SpecError: no plan, a damaged one, one that holds host code, or that does not keep the contract.
@@ -125,6 +128,8 @@ class TrtEngine:
                 hint=f"ddpmx build {info.engine.source}, without --strip",
             )
         self.library, self.device = library, found.devices[0]
+        self.stream, self.executors = 0, EXECUTORS
+        self._making = threading.Lock()
         self._runtime: Any = None
         self._engine: Any = None
         self._config: Any = None
@@ -135,7 +140,7 @@ class TrtEngine:
             undo.callback(self._drop)
             with self.driver.current():
                 self._deserialize(trust_host_code)
-                self.profiles = _check_io(self.path, library, self._engine, info.spec)
+                self.batches = _check_io(self.path, library, self._engine, info.spec)
                 if library.is_rtx:
                     self._configure(cache)
             self._closing = undo.pop_all()
@@ -158,11 +163,6 @@ class TrtEngine:
         """Library, version and device."""
         return f"{self.library} on {self.device.name}, SM {self.device.sm}"
 
-    @property
-    def largest_batch(self) -> int:
-        """Images that the plan takes at once."""
-        return max(largest for _, largest in self.profiles)
-
     def close(self) -> None:
         """Keep what was compiled, and free everything. Again is harmless."""
         if self._engine is not None:
@@ -175,29 +175,31 @@ class TrtEngine:
         Raises:
             InputError: none does. It names the plan's range.
         """
-        fitting = [(high - low, index) for index, (low, high) in enumerate(self.profiles) if low <= batch <= high]
+        fitting = [(high - low, index) for index, (low, high) in enumerate(self.batches) if low <= batch <= high]
         if not fitting:
-            ranges = ", ".join(f"{low}…{high}" for low, high in self.profiles)
+            ranges = ", ".join(f"{low}…{high}" for low, high in self.batches)
+            largest = max(high for _, high in self.batches)
             raise InputError(
                 f"{self.path}: the plan takes batches of {ranges}, not {batch}",
-                hint=f"--batch {self.largest_batch}, or a plan for more: ddpmx build {self.info.engine.source} "
+                hint=f"--batch {largest}, or a plan for more: ddpmx build {self.info.engine.source} "
                 f"--batch 1,{batch},{batch}",
             )
         return min(fitting)[1]
 
-    def context(self, batch: int, *, x: int, t: int, out: int, stream: int) -> TrtContext:
-        """An execution context of its own for ``batch`` images in device memory. A captured graph needs one to itself.
+    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, stream: int) -> TrtContext:
+        """An execution context of its own, see :meth:`ddpmx.backends.DeviceBackend.network`.
 
         Args:
             batch: images.
-            x, t, out: device addresses of float32 [batch, C, H, W], int32 [batch] and float32 [batch, C, H, W].
+            x, t, out, var: device addresses. Where the plan gives a variance and ``var`` is 0, it gets room of its own.
             stream: where a profile is chosen; it is not kept.
 
         Raises:
             BackendError: TensorRT refuses, or its memory does not suffice.
             InputError: the plan does not take this batch.
         """
-        return TrtContext(self, batch, {"x": x, "t": t, self.spec.prediction: out}, stream)
+        with self._making:  # contexts may run in several threads, and the cache of what was compiled is one for all
+            return TrtContext(self, batch, {"x": x, "t": t, self.spec.prediction: out}, var, stream)
 
     def save_cache(self) -> None:
         """Keep what TensorRT-RTX has compiled, so that the next start is faster. It is no loss if that fails."""
@@ -263,36 +265,44 @@ class TrtEngine:
 
 class TrtContext:
     """One execution context, bound to a batch and to device memory. Close it before its engine. See
-    :meth:`TrtEngine.context`.
+    :meth:`TrtEngine.network`.
 
     Raises:
         BackendError: TensorRT refuses.
     """
 
-    def __init__(self, engine: TrtEngine, batch: int, addresses: dict[str, int], stream: int) -> None:
+    def __init__(self, engine: TrtEngine, batch: int, addresses: dict[str, int], var: int, stream: int) -> None:
         profile = engine.check_batch(batch)
         self._engine, self._library = engine, engine.library
         self._context: Any = None
-        library = self._library
-        with engine.driver.current():
-            library.logger.lines.clear()
-            arguments = () if engine._config is None else (engine._config,)
-            make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
-            context = library.made("execution context", make)
-            if profile != 0:  # that one is every context's own
-                chosen = context.set_optimization_profile_async(profile, stream)
-                _demand(library, chosen, f"profile {profile}")
-                engine.driver.wait_for_stream(stream, "choosing a profile")
-            shapes = {"x": (batch, *engine.spec.shape), "t": (batch,)}
-            for name, shape in shapes.items():
-                _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
-            for name, address in addresses.items():
-                _demand(library, context.set_tensor_address(name, address), f"the address {address:#x} for {name}")
-            if unknown := context.infer_shapes():
-                raise BackendError(
-                    f"{library} does not know the shapes of {', '.join(unknown)}", note=library.last_words()
-                )
-            self._context = context
+        self._room: Handle | None = None
+        try:
+            with engine.driver.current():
+                self._prepare(batch, profile, addresses, var, stream)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, batch: int, profile: int, addresses: dict[str, int], var: int, stream: int) -> None:
+        engine, library = self._engine, self._library
+        library.logger.lines.clear()
+        arguments = () if engine._config is None else (engine._config,)
+        make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
+        self._context = context = library.made("execution context", make)
+        if profile != 0:  # that one is every context's own
+            _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+            engine.driver.wait_for_stream(stream, "choosing a profile")
+        for name, shape in {"x": (batch, *engine.spec.shape), "t": (batch,)}.items():
+            _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
+        if engine.spec.variance == "learned_range":
+            if not var:  # it writes there, wanted or not
+                self._room = engine.driver.allocate(4 * batch * math.prod(engine.spec.shape), "the variance")
+                var = self._room.value
+            addresses = addresses | {"var": var}
+        for name, address in addresses.items():
+            _demand(library, context.set_tensor_address(name, address), f"the address {address:#x} for {name}")
+        if unknown := context.infer_shapes():
+            raise BackendError(f"{library} does not know the shapes of {', '.join(unknown)}", note=library.last_words())
 
     def enqueue(self, stream: int) -> None:
         """Put the network into a stream. Waits for nothing.
@@ -316,6 +326,8 @@ class TrtContext:
                 with contextlib.suppress(BackendError):
                     stack.enter_context(self._engine.driver.current())
                 self._context = None
+        if self._room is not None:
+            self._room.close()
 
     def __enter__(self) -> TrtContext:
         """The context itself."""
@@ -326,93 +338,13 @@ class TrtContext:
         self.close()
 
 
-class TrtBackend:
-    """A plan as a :class:`ddpmx.backends.Backend`: x and t are copied to the device, and the answer back, at each call.
-
-    Args:
-        engine: the plan; closed with the backend.
-
-    Raises:
-        BackendError: the driver refuses.
-    """
-
-    def __init__(self, engine: TrtEngine) -> None:
-        self.engine = engine
-        self._buffers: Buffers | None = None
-        self._batch = 0
-        self._memory: list[Handle] = []
-        self._context: TrtContext | None = None
-        with engine.driver.current():
-            self._stream = engine.driver.stream()
-
-    @property
-    def description(self) -> str:
-        """Library, version and device."""
-        return self.engine.description
-
-    def bind(self, buffers: Buffers) -> None:
-        """Take these buffers. Memory on the device is taken anew only for another batch.
-
-        Raises:
-            BackendError: it does not suffice.
-            InputError: the plan does not take this batch.
-        """
-        batch = len(buffers.x)
-        if batch != self._batch or self._context is None:
-            self._release()
-            driver = self.engine.driver
-            try:
-                with driver.current():
-                    for array, what in ((buffers.x, "x"), (buffers.t, "t"), (buffers.out, "the network's answer")):
-                        self._memory.append(driver.allocate(array.nbytes, what))
-                    x, t, out = (memory.value for memory in self._memory)
-                    self._context = self.engine.context(batch, x=x, t=t, out=out, stream=self._stream.value)
-            except BaseException:
-                self._release()
-                raise
-            self._batch = batch
-        self._buffers = buffers
-
-    def enqueue(self) -> None:
-        """Compute ``out``, and wait for it.
-
-        Raises:
-            BackendError: TensorRT or the driver refuses.
-        """
-        if self._context is None or self._buffers is None:
-            raise BackendError("nothing is bound to the plan")
-        driver, stream, buffers = self.engine.driver, self._stream.value, self._buffers
-        x, t, out = (memory.value for memory in self._memory)
-        with driver.current():
-            driver.copy_in(x, buffers.x, stream)
-            driver.copy_in(t, buffers.t, stream)
-            try:
-                self._context.enqueue(stream)
-                driver.copy_out(buffers.out, out, stream)
-            finally:  # the buffers are the caller's again
-                driver.wait_for_stream(stream, "running the network")
-
-    def close(self) -> None:
-        """Free everything. Again is harmless."""
-        self._release()
-        self._stream.close()
-        self.engine.close()
-
-    def _release(self) -> None:
-        if self._context is not None:
-            self._context.close()
-        self._context, self._buffers, self._batch = None, None, 0
-        while self._memory:
-            self._memory.pop().close()
-
-
 def cache_name(library: Library, device: Device, info: PlanInfo) -> str:
     """TensorRT-RTX's cache holds for one version, one GPU and, with us, one plan."""
     gpu = "".join(c if c.isalnum() else "-" for c in device.name)
     return f"{library.flavour}-{library.version}-{gpu}-{info.engine.key[:16]}.runtime".lower()
 
 
-def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> list[tuple[int, int]]:
+def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tuple[tuple[int, int], ...]:
     """See that inputs and outputs are the contract's.
 
     Returns:
@@ -428,6 +360,8 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> lis
         "t": (inside, trt.DataType.INT32, []),
         spec.prediction: (outside, trt.DataType.FLOAT, image),
     }
+    if spec.variance == "learned_range":
+        wanted["var"] = wanted[spec.prediction]
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     faults = [f"no {name}" for name in wanted if name not in names]
     for name in names:
@@ -453,7 +387,7 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> lis
             note="; ".join(faults),
             hint="build it from what `ddpmx export` writes",
         )
-    return profiles
+    return tuple(profiles)
 
 
 def _demand(library: Library, granted: bool, what: str) -> None:

@@ -10,6 +10,9 @@ import ctypes
 from enum import IntEnum
 from pathlib import Path
 
+EXECUTORS: tuple[str, ...] = ("while", "graph", "plain")
+"""How a chain is run, see :mod:`ddpmx.cuda.device_chain`: in the order in which they are tried."""
+
 THREADS = 256
 """The largest block that the kernels may be launched with."""
 
@@ -53,6 +56,7 @@ class Chain(ctypes.Structure):
     x0: int
     levels: int
     rows: int
+    learned: int
     timesteps: int
     images: int
     control: int
@@ -69,8 +73,8 @@ class Chain(ctypes.Structure):
     halted: int
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("x", "out", "var", "t", "x0", "levels", "rows", "timesteps", "images")),
-        *((name, ctypes.c_uint64) for name in ("control", "seed")),
+        *((name, ctypes.c_uint64) for name in ("x", "out", "var", "t", "x0", "levels", "rows", "learned")),
+        *((name, ctypes.c_uint64) for name in ("timesteps", "images", "control", "seed")),
         *((name, ctypes.c_int32) for name in ("B", "channels", "pixels", "S")),
         ("limit", ctypes.c_float),
         ("flags", ctypes.c_uint32),

@@ -58,11 +58,12 @@ DDPMX_ASSERT(sizeof(ddpmx_control) == 16);
 typedef struct {
   ddpmx_u64 x;         /* float32 [B, N], x_t: the engine's input, updated in place */
   ddpmx_u64 out;       /* float32 [B, N]: the engine's answer */
-  ddpmx_u64 var;       /* 0: kept for networks that learn their variance, and refused until there is an update for them */
+  ddpmx_u64 var;       /* float32 [B, N]: its second answer, where sigma is learned, or 0 */
   ddpmx_u64 t;         /* int32 [B]: the engine's other input */
   ddpmx_u64 x0;        /* float32 [B, N], where each step leaves x0, or 0 */
   ddpmx_u64 levels;    /* uint8 [B, H, W, C], where the last step leaves the images, or 0 */
   ddpmx_u64 rows;      /* ddpmx_row [S] */
+  ddpmx_u64 learned;   /* ddpmx_learned [S], or 0; either there is var and this, or neither */
   ddpmx_u64 timesteps; /* int32 [S], what the network is told at each step */
   ddpmx_u64 images;    /* uint32 [B], with the seed they fix each image's noise */
   ddpmx_u64 control;   /* ddpmx_control, as the device sees it */
@@ -87,21 +88,23 @@ DDPMX_AT(ddpmx_chain, t, 24);
 DDPMX_AT(ddpmx_chain, x0, 32);
 DDPMX_AT(ddpmx_chain, levels, 40);
 DDPMX_AT(ddpmx_chain, rows, 48);
-DDPMX_AT(ddpmx_chain, timesteps, 56);
-DDPMX_AT(ddpmx_chain, images, 64);
-DDPMX_AT(ddpmx_chain, control, 72);
-DDPMX_AT(ddpmx_chain, seed, 80);
-DDPMX_AT(ddpmx_chain, B, 88);
-DDPMX_AT(ddpmx_chain, channels, 92);
-DDPMX_AT(ddpmx_chain, pixels, 96);
-DDPMX_AT(ddpmx_chain, S, 100);
-DDPMX_AT(ddpmx_chain, limit, 104);
-DDPMX_AT(ddpmx_chain, flags, 108);
-DDPMX_AT(ddpmx_chain, step, 112);
-DDPMX_AT(ddpmx_chain, arrived, 116);
-DDPMX_AT(ddpmx_chain, bad, 120);
-DDPMX_AT(ddpmx_chain, halted, 124);
-DDPMX_ASSERT(sizeof(ddpmx_chain) == 128);
+DDPMX_AT(ddpmx_chain, learned, 56);
+DDPMX_AT(ddpmx_chain, timesteps, 64);
+DDPMX_AT(ddpmx_chain, images, 72);
+DDPMX_AT(ddpmx_chain, control, 80);
+DDPMX_AT(ddpmx_chain, seed, 88);
+DDPMX_AT(ddpmx_chain, B, 96);
+DDPMX_AT(ddpmx_chain, channels, 100);
+DDPMX_AT(ddpmx_chain, pixels, 104);
+DDPMX_AT(ddpmx_chain, S, 108);
+DDPMX_AT(ddpmx_chain, limit, 112);
+DDPMX_AT(ddpmx_chain, flags, 116);
+DDPMX_AT(ddpmx_chain, step, 120);
+DDPMX_AT(ddpmx_chain, arrived, 124);
+DDPMX_AT(ddpmx_chain, bad, 128);
+DDPMX_AT(ddpmx_chain, halted, 132);
+DDPMX_ASSERT(sizeof(ddpmx_chain) == 136);
 DDPMX_ASSERT(sizeof(ddpmx_row) == 20);
+DDPMX_ASSERT(sizeof(ddpmx_learned) == 8);
 
 #endif

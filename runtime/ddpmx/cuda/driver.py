@@ -84,9 +84,12 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemHostGetDevicePointer_v2": (POINTER(c_uint64), c_void_p, c_uint),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
+    "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
@@ -195,6 +198,7 @@ class Driver:
         library: the loaded driver, for those who bring their own.
 
     Attributes:
+        ordinal: which GPU it is.
         cuda: the newest CUDA that the driver runs, "12.6".
         multiprocessors: of the GPU.
 
@@ -217,6 +221,7 @@ class Driver:
         self._functions: dict[str, Any] = {}
         self._live: dict[int, Handle] = {}
         self._context: int | None = None
+        self.ordinal = ordinal
         self.call("cuInit", 0, doing="starting CUDA")
         version, device, count = c_int(), c_int(), c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version), doing="asking for the driver's version")
@@ -352,6 +357,12 @@ class Driver:
         pinned.device = address.value
         return pinned
 
+    def free_memory(self) -> tuple[int, int]:
+        """(free, in all): bytes of the GPU's memory, whoever uses it."""
+        free, total = c_size_t(), c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total), doing="asking for free memory")
+        return free.value, total.value
+
     def copy_in(self, address: int, source: NDArray[Any] | ctypes.Structure, stream: int) -> None:
         """Copy from the host in the stream's turn. ``source`` has to stay as it is until that has come."""
         at, size = _memory(source)
@@ -361,6 +372,10 @@ class Driver:
         """Copy to the host in the stream's turn. ``target`` has its content once the stream was waited for."""
         at, size = _memory(target)
         self.call("cuMemcpyDtoHAsync_v2", at, address, size, stream, doing=f"copying {size} bytes from the GPU")
+
+    def copy(self, to: int, source: int, size: int, stream: int) -> None:
+        """Copy within the GPU's memory in the stream's turn. The two places must not overlap."""
+        self.call("cuMemcpyDtoDAsync_v2", to, source, size, stream, doing=f"copying {size} bytes on the GPU")
 
     # --- streams and events ------------------------------------------------------------------------------------------
 
@@ -374,6 +389,12 @@ class Driver:
     def wait_for_stream(self, stream: int, doing: str = "waiting for the GPU") -> None:
         """Wait until everything in a stream is done. Errors of what was launched before come up here."""
         self.call("cuStreamSynchronize", stream, doing=doing)
+
+    def follow(self, stream: int, other: int) -> None:
+        """Have what is put into ``stream`` from now on wait for what is in ``other`` by now. The host does not wait."""
+        with self.event() as event:  # the driver keeps it as long as somebody waits for it
+            self.record(event, other)
+            self.call("cuStreamWaitEvent", stream, event.value, 0, doing="waiting for another stream")
 
     def event(self, *, timing: bool = False) -> Handle:
         """An event; whoever waits for it sleeps."""

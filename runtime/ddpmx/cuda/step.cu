@@ -66,7 +66,8 @@ DDPMX_FN int ddpmx_is_finite(float x) { return (ddpmx_bits(x) & 0x7F800000) != 0
 
 /* Elements are counted in 32 bits. */
 DDPMX_FN int ddpmx_is_refused(const ddpmx_chain *chain) {
-  if (chain->B < 1 || chain->channels < 1 || chain->pixels < 1 || chain->S < 1 || chain->var) return 1;
+  if (chain->B < 1 || chain->channels < 1 || chain->pixels < 1 || chain->S < 1) return 1;
+  if ((chain->var != 0) != (chain->learned != 0)) return 1;
   const ddpmx_u64 elements = (ddpmx_u64)chain->channels * (ddpmx_u64)chain->pixels, most = 0x7FFFFFFF;
   return elements > most || (ddpmx_u64)chain->B * ((elements + 3) / 4) > most;
 }
@@ -123,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   }
 }
 
-/* x_t and the network's answer to x_{t-1}, in place, and t to the next timestep.
+/* x_t and the network's answer, or both of its answers, to x_{t-1}, in place, and t to the next timestep.
  *
  * Where the answer is not finite x keeps its value. No block can know what the others have met, so the rest of x goes on:
  * after a bad step x holds elements of two steps, and x0, levels and t are nothing to go on from either. After a
@@ -141,24 +142,29 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   const ddpmx_u32 pixels = (ddpmx_u32)chain->pixels;
   const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements);
   const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
-  const float *out = (const float *)chain->out;
+  const float *out = (const float *)chain->out, *var = (const float *)chain->var;
   float *x = (float *)chain->x, *x0 = (float *)chain->x0;
   unsigned char *levels = last ? (unsigned char *)chain->levels : (unsigned char *)0;
   ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
-  const int wide = ddpmx_is_wide(elements, chain->x | chain->out | chain->x0);
+  const int wide = ddpmx_is_wide(elements, chain->x | chain->out | chain->var | chain->x0);
   const ddpmx_u64 seed = chain->seed;
   const float limit = chain->limit;
+  ddpmx_learned learned = {0.0f, 0.0f};
+  if (var) learned = ((const ddpmx_learned *)chain->learned)[step];
   int bad = 0;
   for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
     const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
-    float here[4], answer[4], lead[4], z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float here[4], answer[4], lead[4], v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     ddpmx_load(x + four.at, four.count, wide, here);
     ddpmx_load(out + four.at, four.count, wide, answer);
+    if (var) ddpmx_load(var + four.at, four.count, wide, v);
     if (row.sigma != 0.0f)
       ddpmx_normal4(seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
     for (int k = 0; k < 4; ++k) {
-      const int finite = ddpmx_is_finite(answer[k]); /* asked here: behind the clip an infinity looks like any number */
-      const float there = ddpmx_update(row, limit, here[k], answer[k], z[k], &lead[k]);
+      /* asked here: behind the clip an infinity looks like any number, and so does it behind the exponential */
+      const int finite = ddpmx_is_finite(answer[k]) && ddpmx_is_finite(v[k]);
+      const ddpmx_row mine = var ? ddpmx_learn(row, learned, v[k]) : row;
+      const float there = ddpmx_update(mine, limit, here[k], answer[k], z[k], &lead[k]);
       here[k] = finite ? there : here[k];
       bad |= !finite;
     }

@@ -122,6 +122,34 @@ typedef struct {
   float p, q, a, b, sigma;
 } ddpmx_row;
 
+/* What stands beside it where the variance is learned. sigma = exp(c + d v), v the network's second answer. */
+typedef struct {
+  float c, d;
+} ddpmx_learned;
+
+/* e^x. x is held in -87..88, where the result is a normal number. x = k ln 2 + r, and e^x = 2^k (1 + r + r^2 P(r)).
+ * A NaN gives no number at all, and nothing undefined. */
+DDPMX_FN float ddpmx_exp(float x) {
+  const float poly[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                         4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  x = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
+  /* a sum with 1.5 2^23 ends at the point, and its lowest bits are the whole number */
+  const float rounded = DDPMX_ADD(DDPMX_MUL(x, 1.44269504f), 0x1.8p+23f), k = DDPMX_ADD(rounded, -0x1.8p+23f);
+  float r = DDPMX_ADD(x, -DDPMX_MUL(k, 0.693359375f));
+  r = DDPMX_ADD(r, -DDPMX_MUL(k, -2.12194440e-4f));
+  float y = poly[0];
+  for (int i = 1; i < 6; ++i) y = DDPMX_ADD(DDPMX_MUL(y, r), poly[i]);
+  y = DDPMX_ADD(DDPMX_ADD(DDPMX_MUL(y, DDPMX_MUL(r, r)), r), 1.0f);
+  const ddpmx_u32 power = ((ddpmx_u32)ddpmx_bits(rounded) + 127u) << 23; /* 2^k */
+  return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power));
+}
+
+/* The row of one element whose sigma is learned. A sigma of 0 stays: no noise there. */
+DDPMX_FN ddpmx_row ddpmx_learn(ddpmx_row row, ddpmx_learned learned, float v) {
+  if (row.sigma != 0.0f) row.sigma = ddpmx_exp(DDPMX_ADD(learned.c, DDPMX_MUL(learned.d, v)));
+  return row;
+}
+
 /* NaN passes through: whether the network's answer was finite is asked before. */
 DDPMX_FN float ddpmx_clip(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
 

@@ -185,12 +185,17 @@ def climb(
         states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t).
 
     Raises:
-        SpecError: the record is another model's, or the reference network answers nothing.
+        SpecError: the record is another model's, the reference network answers nothing, or the file learns its variance.
         NumericError: the answers are not finite.
         BackendError: the network could not be run.
     """
     if not 1 <= batch <= 1 << 16:
         raise InputError(f"a batch is 1…{1 << 16}, not {batch}")
+    if spec.variance == "learned_range":
+        raise SpecError(
+            "a model that learns its variance cannot be judged yet",
+            note="no record holds the second answer, var, so a wrong one would pass",
+        )
     if reference is not None:
         check_same_model(spec, reference)
         if reference.scale < SILENT:

@@ -1,0 +1,235 @@
+"""`ddpmx bench`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from textwrap import wrap
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from ddpmx_cli.console import cache_folder, parse_numbers, phases, plain, say
+
+EXAMPLES = """
+Examples:\n
+  ddpmx bench model.onnx\n
+  ddpmx bench model.plan --batch 1,4,16,64 --executor all -o bench.json\n
+  ddpmx bench model.onnx --batch 8 --steps 1000     # the whole chain, nothing extrapolated
+"""
+
+_WIDTH = 100
+
+
+def bench(
+    file: Annotated[Path, Argument(help="A model.onnx or model.plan.")],
+    batch: Annotated[
+        str | None,
+        Option(help="Batch sizes.  \\[default: 1,4,16,64 as far as they fit; 1,4 on a CPU]", metavar="N,N,…"),
+    ] = None,
+    executor: Annotated[
+        str, Option(help="Of a chain on a GPU: auto, all, plain, graph, while. On a CPU: host.", metavar="NAME")
+    ] = "auto",
+    steps: Annotated[
+        int | None, Option(help="Steps of each measured chain.  \\[default: as many as fit into --seconds]")
+    ] = None,
+    seconds: Annotated[float, Option(help="How long to measure each line of the table, about.")] = 5.0,
+    out: Annotated[Path | None, Option("-o", "--out", help="Also write all figures to this file, as JSON.")] = None,
+    as_json: Annotated[bool, Option("--json", help="All figures, as JSON, in place of the table.")] = False,
+    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
+    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
+    fallback: Annotated[bool, Option("--fallback", help="Accept the CPU if the provider does not come up.")] = False,
+    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+    trust_host_code: Annotated[
+        bool, Option("--trust-host-code", help="Load a plan that holds code for the CPU: loading runs it.")
+    ] = False,
+) -> None:
+    """Measure a model file here: ms per step, images per second, and what the chain costs beside the network."""
+    from ddpmx import modelfile
+    from ddpmx.bench import bench as measure
+    from ddpmx.errors import OutputError
+    from ddpmx.files import atomic_write, check_replaceable
+
+    batches = None if batch is None else parse_numbers("--batch", batch)
+    if out is not None:  # before minutes are spent
+        if not out.parent.is_dir():
+            raise OutputError(f"{out}: there is no folder {out.parent}", hint="make it, or another -o")
+        check_replaceable(out, what="figures", suffixes=(".json",), begins=(b"{",))
+    description = modelfile.read_spec(spec) if spec is not None else None
+    with phases("measuring") as progress:
+        report = measure(
+            file,
+            batches=batches,
+            executor=executor,
+            steps=steps,
+            seconds=seconds,
+            progress=progress,
+            spec=description,
+            providers=[provider],
+            fallback=fallback,
+            threads=threads,
+            trust_host_code=trust_host_code,
+            cache=cache_folder(),
+        ).to_json()
+    text = json.dumps(report, indent=2)
+    if out is not None:
+        with atomic_write(out) as stream:
+            stream.write(f"{text}\n".encode())
+    if as_json:
+        say(text)
+        return
+    for line in lines(report):
+        say(line)
+    if out is not None:
+        say(f"\n{out}")
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report for people, in 100 columns."""
+    file, spec = report["file"], report["file"]["spec"]
+    c, height, width = spec["shape"]
+    size = f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"
+    heading = [
+        plain(file["name"]),
+        size,
+        f"T = {spec['timesteps']}",
+        spec["precision"],
+        _bytes(file["bytes"]),
+    ]
+    facts = [("runs on", plain(file["runs_on"])), *_machine(report["machine"])]
+    loaded = f"{file['load_s']:.2f} s from opening the file to its first answer"
+    facts.append(("loading", loaded))
+    if file["build_s"] is not None:
+        facts.append(("building", f"{file['build_s']:.1f} s, when the plan was built"))
+    told = [": ".join([heading[0], "; ".join(heading[1:])])]
+    for label, value in facts:
+        told += wrap(f"{label + ':':<10}{value}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 12)
+    told += ["", *_table(report["cells"]), ""]
+    remarks = [
+        *_busy(report["machine"]["cpu"]),
+        *_remarks(report["cells"]),
+        *(f"Left out: {each}" for each in report["left_out"]),
+        *report["method"],
+    ]
+    for remark in remarks:
+        told += wrap(plain(remark), _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return told
+
+
+def _machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
+    cpu, gpu, jetson = machine["cpu"], machine["gpu"], machine["jetson"]
+    threads = f"{cpu['threads']} thread{'s' if cpu['threads'] > 1 else ''}"
+    if cpu["asked_threads"]:
+        threads = f"{cpu['asked_threads']} of {threads}"
+    busy = "" if cpu["load"] is None else f"; load average {cpu['load']:.1f}, this run included"
+    facts = [("CPU", f"{plain(cpu['model'])}, {threads}{busy}")]
+    if gpu is not None:
+        named = [gpu["name"] or "unknown", f"SM {gpu['sm']}" if gpu["sm"] else "", _driver(gpu)]
+        facts.append(("GPU", plain(", ".join(filter(None, named)))))
+        facts += [(when, state) for when in ("before", "after") if (state := _state(gpu[when]))]
+    if jetson is not None:
+        fixed = {True: "clocks fixed", False: "clocks not fixed: sudo jetson_clocks fixes them", None: ""}
+        mode = jetson["mode"] and f"power mode {jetson['mode']}"
+        facts.append(("Jetson", plain("; ".join(filter(None, (mode, fixed[jetson["clocks_fixed"]]))))))
+    return facts
+
+
+def _driver(gpu: dict[str, Any]) -> str:
+    version = (gpu["before"] or {}).get("driver")
+    runs = f"for CUDA {gpu['driver_cuda']}" if gpu["driver_cuda"] else ""
+    return " ".join(filter(None, ("driver", version, runs))) if version or runs else ""
+
+
+def _state(state: dict[str, Any] | None) -> str:
+    """Clocks, heat and power in a line."""
+    if state is None:
+        return ""
+    parts = []
+    for name, label in (("sm_clock", "SM"), ("memory_clock", "memory")):
+        if state[name] is not None:
+            most = "" if state[f"{name}_max"] is None else f" of {state[f'{name}_max']}"
+            parts.append(f"{label} {state[name]}{most} MHz")
+    if state["temperature"] is not None:
+        parts.append(f"{state['temperature']:.0f} °C")
+    if state["power"] is not None:
+        limit = "" if state["power_limit"] is None else f" of {state['power_limit']:.0f}"
+        parts.append(f"{state['power']:.0f}{limit} W")
+    if state["slowed_by"]:
+        parts.append(f"slowed by {', '.join(state['slowed_by'])}")
+    return ", ".join(parts)
+
+
+def _table(cells: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        ["", "", "ms per step:", "", "", "net", "chain", "host µs", "chain", "images", "", "steps"],
+        ["batch", "executor", "P50", "P95", "mean", "alone", "÷ net", "/step", "s", "/s", "memory", "measured"],
+        *(_row(cell) for cell in cells if not cell["failed"]),
+    ]
+    widths = [max(len(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
+    widths[7], widths[9] = max(widths[7], len(rows[0][7])), max(widths[9], len(rows[0][9]))
+    # "ms per step:" stands over three columns
+    over = sum(widths[2:5]) + 4
+    told = []
+    for number, row in enumerate(rows):
+        parts = [row[0].rjust(widths[0]), row[1].ljust(widths[1])]
+        if number == 0:
+            parts.append(row[2].center(over).rstrip().ljust(over))
+        else:
+            parts += [text.rjust(width) for text, width in zip(row[2:5], widths[2:5], strict=True)]
+        parts += [text.rjust(width) for text, width in zip(row[5:], widths[5:], strict=True)]
+        told.append("  ".join(parts).rstrip())
+    return told
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    star = "*" if cell["extrapolated"] else " "
+    return [
+        str(cell["batch"]),
+        cell["executor"],
+        *("–" if cell[name] is None else figure(cell[name]) for name in ("p50_ms", "p95_ms", "mean_ms", "bare_ms")),
+        f"{cell['ratio']:.3f}" if cell["ratio"] < 10 else figure(cell["ratio"]),
+        figure(cell["host_us"]),
+        figure(cell["chain_s"]) + star,
+        figure(cell["images_per_s"]) + star,
+        "–" if cell["memory"] is None else _bytes(cell["memory"]),
+        f"{cell['rounds']}×{cell['steps']}",
+    ]
+
+
+def _busy(cpu: dict[str, Any]) -> list[str]:
+    """What others do here shows in the figures."""
+    if cpu["load"] is None or cpu["load"] < cpu["threads"] + 1:
+        return []
+    return [
+        f"Other processes run here as well: {cpu['load']:.1f} want {cpu['threads']} threads, on average. What runs on the "
+        "CPU is slower for that, and P95 and host µs most of all."
+    ]
+
+
+def _remarks(cells: list[dict[str, Any]]) -> list[str]:
+    """What stands beside single lines, each once."""
+    said: dict[str, list[str]] = {}
+    for cell in cells:
+        line = f"batch {cell['batch']}, {cell['executor']}"
+        for remark in [f"does not work here: {cell['failed']}"] if cell["failed"] else cell["notes"]:
+            said.setdefault(remark, []).append(line)
+    warm_up = sorted({cell["warm_up"] for cell in cells if not cell["failed"]})
+    counts = "…".join(map(str, dict.fromkeys((warm_up[0], warm_up[-1]))))
+    told = [f"{'; '.join(where)}: {what}" for what, where in said.items()]
+    return [*told, f"Warm-up before each line: {counts} steps."]
+
+
+def figure(value: float) -> str:
+    """Three digits that count, and no exponent."""
+    if value >= 100:
+        return f"{value:.0f}"
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(digits, 9)}f}"
+
+
+def _bytes(size: int) -> str:
+    for unit, length in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= length:
+            return f"{figure(size / length)} {unit}"
+    return f"{size / 2**10:.0f} KiB"

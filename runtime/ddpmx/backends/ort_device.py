@@ -1,0 +1,357 @@
+"""ε by ONNX Runtime on an NVIDIA GPU: inputs and answers stay in its memory, and all work is in one stream.
+
+A list of providers proves little: a build may list CUDA, install, open a session, and hold no kernel for the GPU that is
+here, or give a session that runs on the CPU instead. So a provider is believed after one real run and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import io
+import os
+import platform
+import shlex
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpmx.backends import Buffers, CopyingBackend
+from ddpmx.backends.ort import (
+    GPU_PACKAGE,
+    NAMES,
+    VARIANCE,
+    available_providers,
+    import_onnxruntime,
+    last_words,
+    no_provider,
+    session_options,
+)
+from ddpmx.cuda.driver import Driver
+from ddpmx.errors import BackendError, InputError
+
+PROVIDERS = ("cuda", "tensorrt", "rtx")
+"""The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
+
+LARGEST_BATCH = 1 << 20
+"""ONNX Runtime knows no largest batch; the GPU's memory ends long before."""
+
+USED = {
+    "": (
+        "InferenceSession",
+        "RunOptions",
+        "SessionOptions",
+        "get_available_providers",
+        "get_ep_devices",
+        "preload_dlls",
+        "register_execution_provider_library",
+    ),
+    "InferenceSession": ("get_providers", "io_binding", "run_with_iobinding"),
+    "IOBinding": ("bind_input", "bind_output"),
+    "RunOptions": ("add_run_config_entry",),
+    "SessionOptions": ("add_provider_for_devices", "log_severity_level"),
+}
+"""What is used of ONNX Runtime, by class. Before 1.21 there was no ``preload_dlls``, and "rtx" needs 1.24."""
+
+_PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
+_registering = threading.Lock()
+
+
+def device_provider(name: str) -> str | None:
+    """Which of :data:`PROVIDERS` a name means, ONNX Runtime's own ("CUDAExecutionProvider") or short; None for others."""
+    return next((short for short in PROVIDERS if name in (short, NAMES[short])), None)
+
+
+class OrtDevice:
+    """One ONNX file in one session on one GPU, as a :class:`ddpmx.backends.DeviceBackend`.
+
+    Its only executor is ``plain``: ONNX Runtime puts the freeing of its own host buffers into the stream, and a captured
+    step would read them, and free them again, at every launch, so a capture is refused. Its own CUDA graphs stay off, since
+    they cannot be launched inside ours either and want all of a file on the GPU; plans are the way to graphs.
+
+    With "cuda", TF32 is off, and convolutions take the algorithm that cuDNN's heuristics name, not the one that was fastest
+    in a measurement, so that a file is to give the same bits tomorrow. TensorRT's providers have no such options: they
+    measure, and may round float32 to TF32. "tensorrt" builds an engine anew whenever a batch exceeds all before it.
+
+    Args:
+        path: the file. Its spec and external data have been checked by the caller.
+        output: the name of the graph's output.
+        shape: (C, H, W).
+        provider: one of :data:`PROVIDERS`, or ONNX Runtime's name for it.
+        driver: the GPU, and the caller's to close; by default the first one.
+        variance: whether the graph has a second output ``var``.
+
+    Attributes:
+        driver: the GPU.
+        stream: the stream in which everything runs.
+        executors: ("plain",).
+        provider: ONNX Runtime's name for it.
+        path, shape: as given.
+
+    Raises:
+        BackendError: ONNX Runtime, the provider or the driver is missing, or the one real run failed. Nothing is left then.
+        InputError: no such provider.
+    """
+
+    executors: tuple[str, ...] = ("plain",)
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        output: str,
+        *,
+        shape: tuple[int, int, int],
+        provider: str = "cuda",
+        driver: Driver | None = None,
+        variance: bool = False,
+    ) -> None:
+        short = device_provider(provider)
+        if short is None:
+            raise InputError(f"{provider} is no provider for NVIDIA GPUs", hint=f"one of {', '.join(PROVIDERS)}")
+        self._ort = ort = import_onnxruntime()
+        self.path, self.provider, self._short = Path(path), NAMES[short], short
+        self._output, self.shape = output, shape
+        # what is not installed is said before what the machine lacks
+        plugin = _import_plugin(ort) if short == "rtx" else None
+        if plugin is None and self.provider not in available_providers(ort):
+            raise no_provider(ort, self.provider)
+        self._session: Any = None
+        self._networks: list[OrtNetwork] = []
+        self._running = threading.Lock()
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        with contextlib.ExitStack() as undo:
+            self.driver = driver if driver is not None else undo.enter_context(Driver())
+            with self.driver.current():
+                stream = undo.enter_context(self.driver.stream())
+                self.stream = stream.value
+                self._event = undo.enter_context(self.driver.event())
+                self.driver.record(self._event, self.stream)
+                self.driver.wait_for(self._event)
+                undo.callback(self._drop)  # before the stream, which the session knows
+                self._open(plugin)
+                self._believe(variance)
+            self._closing = undo.pop_all()
+
+    @property
+    def description(self) -> str:
+        """Library, version and the provider that has run."""
+        return f"onnxruntime {self._ort.__version__}, {self.provider}"
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Any batch."""
+        return ((1, LARGEST_BATCH),)
+
+    def check_batch(self, batch: int) -> int:
+        """The only range takes it: never refuses."""
+        return 0
+
+    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, stream: int) -> OrtNetwork:
+        """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.DeviceBackend.network`.
+
+        Raises:
+            BackendError: ONNX Runtime refuses, or it is another stream than :attr:`stream`.
+        """
+        self._check_stream(stream)
+        return OrtNetwork(self, batch, {"x": x, "t": t}, {self._output: out, **({VARIANCE: var} if var else {})})
+
+    def close(self) -> None:
+        """Free everything, its networks first. Again is harmless."""
+        self._closing.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _open(self, plugin: Any) -> None:
+        """Make the session. What ONNX Runtime raises is not kept: its traceback would keep the session."""
+        ort, ordinal = self._ort, str(self.driver.ordinal)
+        options, stream = session_options(ort), {"user_compute_stream": str(self.stream)}
+        trouble = ""
+        try:
+            if plugin is not None:
+                options.add_provider_for_devices(
+                    _plugin_devices(ort, plugin, self.driver.ordinal), {"has_user_compute_stream": "1", **stream}
+                )
+                self._session = ort.InferenceSession(os.fspath(self.path), options, enable_fallback=0)
+            else:
+                _preload(ort)
+                # EXHAUSTIVE, the default, measures: another algorithm may win tomorrow, and gives other bits
+                cuda = {"device_id": ordinal, **stream, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+                providers = [(NAMES["cuda"], cuda)]
+                if self._short == "tensorrt":  # what TensorRT does not take stays on the GPU
+                    providers.insert(0, (self.provider, {"device_id": ordinal, **stream}))
+                self._session = ort.InferenceSession(
+                    os.fspath(self.path), options, providers=providers, enable_fallback=0
+                )
+        except Exception as error:  # ONNX Runtime raises its own types, which share no public base
+            trouble = last_words(error)
+        if trouble:
+            raise self._unusable(_why_not_loaded(ort, self._short) or trouble)
+        given = self._session.get_providers()
+        if self.provider not in given:
+            raise self._unusable(_why_not_loaded(ort, self._short) or f"it gave {', '.join(given)} instead")
+
+    def _believe(self, variance: bool) -> None:
+        """Run once, on zeros, and wait."""
+        copying = CopyingBackend(self)
+        trouble = ""
+        try:
+            copying.bind(Buffers.of(1, self.shape, var=variance))
+            copying.enqueue()
+        except BackendError as error:
+            own = error.fact.startswith(self.description)
+            trouble = (own and error.note) or ": ".join(filter(None, (error.fact, error.note)))
+        finally:
+            copying.release()
+        if trouble:
+            raise self._unusable(trouble)
+
+    def _unusable(self, why: str) -> BackendError:
+        build = f"ddpmx build {shlex.quote(self.path.name)}"
+        hint = {
+            "cuda": f"pip install '{GPU_PACKAGE}' brings its libraries; --provider cpu runs without",
+            "tensorrt": f"it needs TensorRT 10 and '{GPU_PACKAGE}'; {build} makes a plan instead",
+            "rtx": f"it needs an RTX GPU of SM 8.6, 8.9 or 12 and later; {build} makes a plan instead",
+        }[self._short]
+        if platform.machine().lower() in ("aarch64", "arm64"):
+            # the wheel for it lists CUDA, and has no kernels for a Jetson
+            hint = f"on a Jetson, TensorRT runs this file: {build}"
+        return BackendError(
+            f"{self.path}: ONNX Runtime {self._ort.__version__} does not run this file by {self.provider} here",
+            note=why,
+            hint=hint,
+        )
+
+    def _check_stream(self, stream: int) -> None:
+        if stream != self.stream:
+            raise BackendError("ONNX Runtime runs in its own stream alone, and was given another")
+
+    def _check_capture(self) -> None:
+        """See that the stream is not being captured.
+
+        An event that has come long ago may be asked after at any time, except within a capture, which that spoils.
+        """
+        try:
+            self.driver.has_come(self._event)
+        except BackendError as error:
+            if "STREAM_CAPTURE" not in error.fact:
+                raise
+            raise BackendError(
+                "ONNX Runtime's work cannot be captured",
+                note="it frees buffers of its own in the stream, and a graph would free them again",
+                hint=f"--executor plain, or a plan: ddpmx build {shlex.quote(self.path.name)}",
+            ) from error
+
+    def _drop(self) -> None:
+        """The session goes when nobody uses it and nothing of its work is under way."""
+        for network in list(self._networks):
+            network.close()
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(BackendError):
+                stack.enter_context(self.driver.current())
+                self.driver.wait_for_stream(self.stream)
+            self._session = None
+
+
+class OrtNetwork:
+    """A session's inputs and answers, bound to device memory for one batch. See :meth:`OrtDevice.network`."""
+
+    def __init__(self, device: OrtDevice, batch: int, inputs: dict[str, int], outputs: dict[str, int]) -> None:
+        if device._session is None:
+            raise BackendError(f"{device.description}: the session is closed")
+        self._device = device
+        self._binding = device._session.io_binding()
+        image, ordinal = (batch, *device.shape), device.driver.ordinal
+        trouble = ""
+        try:
+            for name, address in inputs.items():
+                kind, shape = (np.int32, (batch,)) if name == "t" else (np.float32, image)
+                self._binding.bind_input(name, "cuda", ordinal, kind, shape, address)
+            for name, address in outputs.items():
+                self._binding.bind_output(name, "cuda", ordinal, np.float32, image, address)
+        except Exception as error:
+            trouble = last_words(error)
+        if trouble:
+            self._binding = None
+            raise BackendError(f"{device.description} does not take these buffers", note=trouble)
+        device._networks.append(self)
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run into the stream, and wait for nothing.
+
+        Raises:
+            BackendError: ONNX Runtime refuses, or the stream is another one, or is being captured.
+        """
+        device = self._device
+        if self._binding is None:
+            raise BackendError(f"{device.description}: the network is closed")
+        device._check_stream(stream)
+        device._check_capture()
+        trouble = ""
+        try:
+            with device._running:
+                device._session.run_with_iobinding(self._binding, device._run_options)
+        except Exception as error:  # not kept: its traceback would keep the session
+            trouble = last_words(error)
+        if trouble:
+            hint = "a smaller batch: --batch" if "allocat" in trouble else None
+            raise BackendError(f"{device.description} failed to run the network", note=trouble, hint=hint)
+
+    def close(self) -> None:
+        """Let go of the buffers. Wait for the stream before. Again is harmless."""
+        self._binding = None
+        if self in self._device._networks:
+            self._device._networks.remove(self)
+
+
+def _preload(ort: Any) -> None:
+    """Have ONNX Runtime load CUDA's libraries from where pip puts them. What is missing it prints; the session tells."""
+    if hasattr(ort, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError):
+            ort.preload_dlls()
+
+
+def _why_not_loaded(ort: Any, short: str) -> str:
+    """Why the loader does not take a provider's library, or nothing. ONNX Runtime tells it to stderr and not to us."""
+    name = f"onnxruntime_providers_{short}"
+    file = f"{name}.dll" if sys.platform == "win32" else f"lib{name}.so"
+    library = Path(ort.__file__ or "").parent / "capi" / file
+    if short != "rtx" and library.is_file():
+        try:
+            ctypes.CDLL(os.fspath(library.resolve()))
+        except OSError as error:
+            return f"{file}: {error}"[-300:]
+    return ""
+
+
+def _import_plugin(ort: Any) -> Any:
+    """The package that brings TensorRT-RTX's provider."""
+    try:
+        plugin = importlib.import_module(_PLUGIN)
+    except ImportError as error:
+        raise BackendError(
+            "ONNX Runtime's provider for TensorRT-RTX is not installed",
+            note=str(error),
+            hint="pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx",
+        ) from error
+    if not hasattr(ort, "register_execution_provider_library"):
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} takes no providers as plugins", hint="pip install 'onnxruntime>=1.24'"
+        )
+    return plugin
+
+
+def _plugin_devices(ort: Any, plugin: Any, ordinal: int) -> list[Any]:
+    """The plugin's GPU. It is registered once per process, and for good."""
+    name = plugin.get_ep_name()
+    with _registering:
+        if not any(device.ep_name == name for device in ort.get_ep_devices()):
+            ort.register_execution_provider_library(name, plugin.get_library_path())
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if len(devices) <= ordinal:
+        raise RuntimeError(f"{name} finds no GPU that it supports")
+    return devices[ordinal : ordinal + 1]

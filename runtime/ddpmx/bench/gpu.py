@@ -1,0 +1,208 @@
+"""Measuring a chain that runs on the device: by events in the chain's own stream, and the network alone in that stream."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ddpmx.backends import DeviceBackend, DeviceNetwork
+from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
+from ddpmx.cuda.device_chain import DeviceChain
+from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.cuda.executors import choose_executor
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.errors import BackendError
+from ddpmx.samplers import Table, make_table
+from ddpmx.spec import ModelSpec
+
+Clock = Callable[[], float]
+
+ROUNDS = 3
+"""Chains at least, each followed by the network alone."""
+
+
+class DeviceBench:
+    """Measures one file's network. It keeps nothing on the device from one line of the table to the next.
+
+    Args:
+        device: the network.
+        spec: what it is.
+        settings: how long.
+        free_before: bytes that were free on the device before the file was opened, or None.
+        clock: in seconds.
+        thread_clock: CPU time of the thread that asks, in seconds.
+    """
+
+    def __init__(
+        self,
+        device: DeviceBackend,
+        spec: ModelSpec,
+        settings: Settings,
+        *,
+        free_before: int | None = None,
+        clock: Clock = time.perf_counter,
+        thread_clock: Clock = time.thread_time,
+    ) -> None:
+        self._device, self._spec, self._settings, self._free_before = device, spec, settings, free_before
+        self._clock, self._thread_clock = clock, thread_clock
+        self._kernels = Kernels(device.driver)
+        self._table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+        self._step: dict[int, float] = {}
+
+    def measure(self, batch: int, executor: str) -> Cell:
+        """One line of the table.
+
+        Args:
+            batch: images at once.
+            executor: ``auto``, or one of :data:`ddpmx.cuda.EXECUTORS`.
+
+        Returns:
+            The figures, or why this executor does not work with this batch.
+
+        Raises:
+            NumericError: the network's answer was not finite.
+            InputError: no such executor or batch.
+        """
+        try:
+            with self._device.driver.current():
+                if batch not in self._step:
+                    self._step[batch] = self._rehearse(batch)
+                return self._measure(batch, executor)
+        except BackendError as error:
+            return Cell(batch, executor, failed=": ".join(filter(None, (error.fact, error.note))))
+
+    def _rehearse(self, batch: int) -> float:
+        """Warm up, and see how many seconds a step takes."""
+        table = beginning(self._table, WARM_UP_STEPS)
+        with self._chain(batch, "plain", table) as (chain, _), self._marks(2) as (begin, end):
+            driver = self._device.driver
+            images = np.arange(batch)
+            chain.run(seed=0, images=images)
+            driver.record(begin, chain.stream)
+            chain.run(seed=0, images=images)
+            driver.record(end, chain.stream)
+            driver.wait_for(end)
+            return driver.milliseconds(begin, end) / 1e3 / len(table)
+
+    def _measure(self, batch: int, executor: str) -> Cell:
+        driver, total = self._device.driver, len(self._table)
+        steps, rounds = self._settings.plan(self._step[batch], total, ROUNDS)
+        with contextlib.ExitStack() as stack:
+            chain, notes = stack.enter_context(self._chain(batch, executor, beginning(self._table, steps)))
+            marks = stack.enter_context(self._marks(steps + 1))
+            images = np.arange(batch)
+            levels = np.empty((batch, *self._spec.shape[1:], self._spec.shape[0]), np.uint8)
+            chain.run(seed=0, images=images, levels=levels)
+            memory = None if self._free_before is None else max(0, self._free_before - driver.free_memory()[0])
+            bare, note = stack.enter_context(self._bare(batch, chain))
+            bare(steps)
+            assert chain.choice is not None, "the chain is prepared"
+            name = chain.choice.executor
+            times, alone, ratios, host, around = [], [], [], 0.0, 0.0
+            for _ in range(rounds):
+                begun, begun_thread = self._clock(), self._thread_clock()
+                chain.run(seed=0, images=images, levels=levels, marks=marks)
+                host += self._thread_clock() - begun_thread
+                whole = driver.milliseconds(marks[0], marks[-1]) / 1e3
+                around += max(0.0, self._clock() - begun - whole)
+                if name == "while":
+                    times.append(whole / steps)
+                else:
+                    times += [driver.milliseconds(a, b) / 1e3 for a, b in itertools.pairwise(marks)]
+                alone.append(bare(steps) / steps)
+                ratios.append(whole / steps / max(alone[-1], 1e-9))
+        return cell(
+            batch,
+            name,
+            Durations(rounds, times, alone, ratios, host, around / rounds),
+            steps=steps,
+            timesteps=total,
+            warm_up=2 * min(WARM_UP_STEPS, total) + steps,
+            apart=name != "while",
+            memory=memory,
+            notes=(*notes, *note),
+        )
+
+    @contextlib.contextmanager
+    def _chain(self, batch: int, executor: str, table: Table) -> Iterator[tuple[DeviceChain, tuple[str, ...]]]:
+        """A chain that is ready to run, and what there is to say about it. Afterwards all of it is freed."""
+        device = self._device
+        networks: list[DeviceNetwork] = []
+        try:
+            with DeviceChain(
+                device.driver,
+                self._kernels,
+                self._spec.shape,
+                batch,
+                table,
+                clip=self._spec.clip,
+                description=device.description,
+                stream=device.stream,
+            ) as chain:
+                networks.append(self._network(batch, chain))
+                choice = choose_executor(chain, networks[0].enqueue, executor, among=device.executors)
+                yield chain, tuple(f"not {name}: {why}" for name, why in choice.rejected)
+        finally:  # after the graph that it may be in
+            for network in networks:
+                network.close()
+
+    def _network(self, batch: int, chain: DeviceChain) -> DeviceNetwork:
+        return self._device.network(batch, x=chain.x, t=chain.t, out=chain.out, var=chain.var, stream=chain.stream)
+
+    @contextlib.contextmanager
+    def _bare(self, batch: int, chain: DeviceChain) -> Iterator[tuple[Callable[[int], float], tuple[str, ...]]]:
+        """What runs the network so many times and nothing else, and gives the seconds that the device took.
+
+        It is a network of its own on the chain's memory, in the chain's stream: what a captured one needs is its graph's.
+        """
+        driver, stream = self._device.driver, chain.stream
+        network = self._network(batch, chain)
+        executable: Handle | None = None
+        notes: tuple[str, ...] = ()
+        try:
+            network.enqueue(stream)  # what it does at its first run only must not be captured
+            driver.wait_for_stream(stream, "running the network for the first time")
+            try:
+                if False:
+                    raise BackendError("it is not to be captured")
+                executable = _captured(driver, network, stream)
+            except BackendError as error:
+                notes = (f"the network alone was enqueued step by step, not by a graph: {error.fact}",)
+            with self._marks(2) as (begin, end):
+
+                def run(times: int) -> float:
+                    driver.record(begin, stream)
+                    for _ in range(times):
+                        if executable is None:
+                            network.enqueue(stream)
+                        else:
+                            driver.launch_graph(executable, stream, "the network's graph")
+                    driver.record(end, stream)
+                    driver.wait_for(end, "running the network alone")
+                    return driver.milliseconds(begin, end) / 1e3
+
+                yield run, notes
+        finally:
+            with contextlib.suppress(BackendError):  # Ctrl-C may come while it runs
+                driver.wait_for_stream(stream)
+            if executable is not None:
+                executable.close()
+            network.close()
+
+    @contextlib.contextmanager
+    def _marks(self, count: int) -> Iterator[list[Handle]]:
+        with contextlib.ExitStack() as stack:
+            yield [stack.enter_context(self._device.driver.event(timing=True)) for _ in range(count)]
+
+
+def _captured(driver: Driver, network: DeviceNetwork, stream: int) -> Handle:
+    with driver.capture(stream) as graphs:
+        network.enqueue(stream)
+    if not graphs:
+        raise BackendError("its capture gave no graph")
+    with graphs[0]:
+        return driver.instantiate(graphs[0], "the network's graph")

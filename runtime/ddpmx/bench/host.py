@@ -1,0 +1,147 @@
+"""Measuring the chain in NumPy around a network on the CPU, as :func:`ddpmx.pipeline.load` runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ddpmx import chain, images
+from ddpmx.backends import Backend, Buffers, RowByRow
+from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
+from ddpmx.samplers import Table, make_table
+from ddpmx.spec import ModelSpec
+
+Clock = Callable[[], float]
+
+
+class _Watched:
+    """A backend that notes when it was bound, and how long it computes."""
+
+    def __init__(self, backend: Backend, clock: Clock) -> None:
+        self._backend, self._clock = backend, clock
+        self.bound = self.computing = 0.0
+
+    @property
+    def description(self) -> str:
+        return self._backend.description
+
+    def bind(self, buffers: Buffers) -> None:
+        self._backend.bind(buffers)
+        self.bound = self._clock()
+
+    def enqueue(self) -> None:
+        begun = self._clock()
+        self._backend.enqueue()
+        self.computing = self._clock() - begun
+
+    def share(self) -> Backend:
+        return self._backend.share()
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def measure_host(
+    backend: Backend, spec: ModelSpec, batch: int, settings: Settings, *, clock: Clock = time.perf_counter
+) -> Cell:
+    """One line of the table. After each step of the chain the network runs once more, alone and on the same arrays.
+
+    Args:
+        backend: the network.
+        spec: what it is.
+        batch: images at once.
+        settings: how long.
+        clock: in seconds.
+
+    Raises:
+        NumericError, BackendError: as the chain.
+    """
+    table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+    learned = table.learned is not None
+    notes: tuple[str, ...] = ()
+    # as the pipeline asks before it runs a chain
+    if chain.executed_batch(backend, spec.shape, spec.timesteps, batch, batch, var=learned) < batch:
+        backend = RowByRow(backend)
+        notes = ("each image alone: an image's answer depends on its place in the batch here",)
+    step, warm_up = _warm_up(backend, spec, batch, table, settings.seconds / 5, clock)
+    steps, rounds = settings.plan(step, len(table), 1)
+    chains = [_chain(backend, spec, batch, beginning(table, steps), clock) for _ in range(rounds)]
+    measured = Durations(
+        rounds,
+        steps=[s for c in chains for s in c.steps],
+        bare=[s for c in chains for s in c.bare],
+        ratios=[r for c in chains for r in c.ratios],
+        host=sum(c.host for c in chains),
+        around=sum(c.around for c in chains) / rounds,
+    )
+    return cell(
+        batch,
+        "host",
+        measured,
+        steps=steps,
+        timesteps=len(table),
+        warm_up=warm_up,
+        memory=peak_memory(),
+        notes=notes,
+    )
+
+
+def peak_memory(root: Path = Path("/")) -> int | None:
+    """The most memory that this process has had so far, in bytes."""
+    with contextlib.suppress(
+        OSError, ValueError, StopIteration
+    ):  # this, and not getrusage, forgets the parent's at exec
+        lines = (root / "proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1 << 10)
+
+
+def _warm_up(
+    backend: Backend, spec: ModelSpec, batch: int, table: Table, seconds: float, clock: Clock
+) -> tuple[float, int]:
+    """(how long the last step took, steps): ten steps, or fewer slow ones, but never less than two."""
+    begun = clock()
+    indices = np.arange(batch)
+    first = beginning(table, WARM_UP_STEPS)
+    running = chain.run(backend, first, chain.initial(0, indices, spec.shape), seed=0, images=indices, clip=spec.clip)
+    last = now = clock()
+    done = 0
+    for _ in running:
+        done, last, now = done + 1, now, clock()
+        if done >= 2 and now - begun > seconds:
+            break
+    return now - last, done
+
+
+def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: Clock) -> Durations:
+    """One chain, step and bare network in turns."""
+    watched = _Watched(backend, clock)
+    indices = np.arange(batch)
+    steps, bare, host = [], [], 0.0
+    around = begun = clock()
+    start = chain.initial(0, indices, spec.shape)
+    last = None
+    for step in chain.run(watched, table, start, seed=0, images=indices, clip=spec.clip):
+        ended = clock()
+        if last is None:  # what comes before the first step is no part of it
+            around, begun = watched.bound - around, watched.bound
+        steps.append(ended - begun)
+        host += steps[-1] - watched.computing
+        last = step
+        backend.enqueue()
+        begun = clock()
+        bare.append(begun - ended)
+    assert last is not None, "a table has steps"
+    ended = clock()
+    images.to_nhwc(last.x0)
+    around += clock() - ended
+    return Durations(1, steps, bare, [a / max(b, 1e-9) for a, b in zip(steps, bare, strict=True)], host, around)

@@ -1,0 +1,529 @@
+"""The whole chain on the device, by one of three executors that give the same bits.
+
+``plain`` launches the engine and ``ddpmx_step`` S times from the host; ``graph`` captures the two once and launches that S
+times; ``while`` makes them the body of a CUDA graph's WHILE node, so that a chain is one launch. The kernels count the
+steps themselves, so what is launched is the same for every step, and the host has nothing to say while it runs. It looks
+on, and may ask for an end, through :class:`ddpmx.cuda.Control` in pinned memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ddpmx import cuda
+from ddpmx.chain import Step
+from ddpmx.cuda import EXECUTORS, Chain, Control, Done
+from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.cuda.watch import Timeout, Watch, judge
+from ddpmx.errors import BackendError, InputError
+from ddpmx.noise import MAX_IMAGE, check_seed
+from ddpmx.samplers import Table
+
+Enqueue = Callable[[int], None]
+"""Puts the network into a stream: reads x and t, writes out. Raises BackendError; waits for nothing."""
+
+LOOK_AHEAD = 8
+"""Steps that ``plain`` and ``graph`` put into the stream ahead of the one that runs: enough that the device never waits
+for the host, and what it does in vain after a stop."""
+
+BLOCKS_PER_MULTIPROCESSOR = 4
+"""As many as step.cu is compiled for; each thread then takes several fours."""
+
+_LOOK_EVERY = 0.001  # seconds; what a chain's end is noticed late, once, and at which Ctrl-C is heard
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which executor it is, and why not another.
+
+    Attributes:
+        executor: one of :data:`ddpmx.cuda.EXECUTORS`.
+        rejected: (executor, reason) of those that were tried before it.
+    """
+
+    executor: str
+    rejected: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """For people."""
+        return "; ".join([self.executor, *(f"not {name}: {why}" for name, why in self.rejected)])
+
+
+class DeviceChain:
+    """The memory of one chain on the device, for one batch size and one table, and what runs it again and again.
+
+    Everything is allocated here and nothing later but the arrays that are returned. Bind the engine to ``x``, ``t``,
+    ``out`` and ``var``, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or :meth:`prepare`, then
+    :meth:`run`. A context manager. For one thread at a time; two chains of one driver may run in two threads.
+
+    Args:
+        driver: the GPU.
+        kernels: loaded with that driver.
+        shape: (C, H, W).
+        batch: images at once. Fewer are filled up, so that the engine always sees this many.
+        table: the sampler.
+        clip: the largest |x̂_0|, or None.
+        with_x0: keep x̂_0 of each step, for :meth:`steps`.
+        description: of what computes the network, for messages.
+        stream: the stream to run in, if the network insists on one; by default one of the chain's own.
+
+    Attributes:
+        x: address of x_t, float32 [batch, C, H, W]: the engine's input, and after a run the sample.
+        t: address of the timesteps, int32 [batch]: its other input.
+        out: address of its answer, float32 [batch, C, H, W].
+        var: address of its second answer, float32 [batch, C, H, W]; 0 unless the table learns its variance.
+        levels: address of the images, uint8 [batch, H, W, C].
+        stream: the chain's stream.
+        control: what the device says and may be asked; in pinned memory.
+        choice: the executor, once there is one.
+        driver, kernels: as given.
+
+    Raises:
+        BackendError: the memory does not suffice, or the driver refuses. Nothing stays allocated then.
+        InputError: no such batch.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        kernels: Kernels,
+        shape: tuple[int, int, int],
+        batch: int,
+        table: Table,
+        *,
+        clip: float | None = 1.0,
+        with_x0: bool = False,
+        description: str = "",
+        stream: int = 0,
+    ) -> None:
+        channels, height, width = shape
+        elements = channels * height * width
+        fours = batch * -(-elements // 4)
+        if batch < 1 or len(table) < 1 or not 0 < fours < 1 << 31:
+            raise InputError(f"{batch} images of {shape} in {len(table)} steps make no chain on a GPU")
+        self.driver, self.kernels, self._description = driver, kernels, description
+        self._shape, self._batch, self._table = shape, batch, table
+        self._grid = min(-(-fours // cuda.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
+        self._enqueue: Enqueue | None = None
+        self._executable: Handle | None = None
+        self.choice: Choice | None = None
+        self._own: list[Handle] = []
+        self._lost = False
+        self.control = Control()
+        self.stream = stream
+        try:
+            with driver.current():
+                self._allocate(batch * elements, with_x0, learned=table.learned is not None)
+                self._chain = Chain(x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, levels=self.levels)
+                self._chain.control = self._pinned.device
+                self._chain.B, self._chain.channels, self._chain.pixels = batch, channels, height * width
+                self._chain.S, self._chain.limit = len(table), math.inf if clip is None else clip
+                # of the host's memory nothing may go while a copy from it is under way
+                self._images = np.zeros(batch, np.uint32)
+                self._chain.images = self._memory(self._images.nbytes, "the images' indices")
+                self._at = self._memory(ctypes.sizeof(Chain), "the chain")
+                self._chain.rows, *rows = self._upload(np.ascontiguousarray(table.rows, np.float32), "the table")
+                self._chain.timesteps, *t = self._upload(np.ascontiguousarray(table.timesteps, np.int32), "timesteps")
+                learned: list[Any] = []
+                if table.learned is not None:
+                    coefficients = np.ascontiguousarray(table.learned, np.float32)
+                    self._chain.learned, *learned = self._upload(coefficients, "the table of variances")
+                driver.wait_for_stream(self.stream, "preparing the chain's memory")
+                del rows, t, learned
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, elements: int, with_x0: bool, *, learned: bool) -> None:
+        driver = self.driver
+        if not self.stream:
+            self.stream = self._keep(driver.stream()).value
+        self._pinned = driver.allocate_pinned(ctypes.sizeof(Control), "the control block")
+        self._keep(self._pinned)
+        self.control = Control.from_address(self._pinned.value)
+        self._events = [self._keep(driver.event()) for _ in range(LOOK_AHEAD)]
+        self.x = self._memory(4 * elements, "x")
+        self.out = self._memory(4 * elements, "the network's answer")
+        self.var = self._memory(4 * elements, "its variance") if learned else 0
+        self.t = self._memory(4 * self._batch, "t")
+        self._x0 = self._memory(4 * elements, "x0") if with_x0 else 0
+        self.levels = self._memory(elements, "the images")
+
+    def _keep(self, handle: Handle) -> Handle:
+        self._own.append(handle)
+        return handle
+
+    def _memory(self, size: int, what: str) -> int:
+        return self._keep(self.driver.allocate(size, what)).value
+
+    def _upload(self, array: NDArray[Any], what: str) -> tuple[int, NDArray[Any]]:
+        """(address, what has to be kept until the stream was waited for)."""
+        address = self._memory(array.nbytes, what)
+        self.driver.copy_in(address, array, self.stream)
+        return address, array
+
+    def __enter__(self) -> DeviceChain:
+        """The chain itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Free everything."""
+        self.close()
+
+    def close(self) -> None:
+        """Free everything, the engine's enqueue included, once the device has done with it. Again is harmless."""
+        if self._lost:  # freeing would wait for the device as well, and for ever
+            for handle in (*self._own, *filter(None, [self._executable])):
+                handle.abandon()
+        elif self._own and self.settle():
+            self.control = Control.from_buffer_copy(self.control)  # it may still be read, its memory not
+        self._drop_executable()
+        self._enqueue = self.choice = None
+        while self._own:
+            self._own.pop().close()
+
+    def settle(self) -> bool:
+        """Wait until the device has done with the chain, before which its engine's memory must not go.
+
+        Returns:
+            Whether that has worked.
+        """
+        if not self._lost:
+            with contextlib.suppress(BackendError), self.driver.current():
+                self.driver.wait_for_stream(self.stream)
+                return True
+        return False
+
+    # --- which executor ----------------------------------------------------------------------------------------------
+
+    def prepare(self, enqueue: Enqueue, executor: str, *, timeout: float = 120.0) -> None:
+        """Get ready to run the engine by one executor.
+
+        The engine is run once: what it does at its first run only (it allocates, compiles and measures) must not be
+        captured. What was captured then is run once as well, and has to give the bits that launching it gives.
+
+        Args:
+            enqueue: puts the engine, bound to ``x``, ``t``, ``out`` and ``var``, into a stream.
+            executor: ``plain``, ``graph`` or ``while``.
+            timeout: seconds after which what was captured is given up: a WHILE node may never end.
+
+        Raises:
+            BackendError: the engine or the driver refuses. The chain has no executor then, and another one may be tried.
+            InputError: no such executor.
+        """
+        if executor not in EXECUTORS:
+            raise InputError(f"there is no executor {executor!r}", hint=f"one of {', '.join(EXECUTORS)}")
+        self._drop_executable()
+        self._enqueue = self.choice = None
+        driver = self.driver
+        try:
+            with self._stopping():
+                # A chain that is stopped before it begins: x is noise and t a timestep, which is an index into the
+                # engine's tables, and both kernels have run
+                self._begin(0, self._batch, None, stop=1)
+                self._launch_step()
+                enqueue(self.stream)
+                driver.wait_for_stream(self.stream, "running the network for the first time")
+                if executor == "graph":
+                    with driver.capture(self.stream) as graphs:
+                        enqueue(self.stream)
+                        self._launch_step()
+                    self._instantiate(graphs[0] if graphs else None, "the graph of a step")
+                elif executor == "while":
+                    self._instantiate(self._while_graph(enqueue), "the WHILE node's graph")
+                if self._executable is not None:
+                    self._see_that_it_is_the_same(enqueue, timeout)
+        except BaseException:
+            self._drop_executable()
+            raise
+        self._enqueue, self.choice = enqueue, Choice(executor)
+
+    def _while_graph(self, enqueue: Enqueue) -> Handle:
+        driver, condition = self.driver, self.kernels.condition()
+        graph = driver.graph()
+        try:
+            handle, body = driver.add_while(graph)
+            with driver.capture(self.stream, into=body):
+                enqueue(self.stream)
+                self._launch_step()
+                driver.launch(condition, 1, 1, self.stream, (self._at, handle), "ddpmx_condition")
+        except BaseException:
+            graph.close()
+            raise
+        return graph
+
+    def _instantiate(self, graph: Handle | None, what: str) -> None:
+        if graph is None:
+            raise BackendError("the capture of a step gave no graph")
+        with graph:
+            self._executable = self.driver.instantiate(graph, what)
+
+    def _drop_executable(self) -> None:
+        if self._executable is not None:
+            self._executable.close()
+            self._executable = None
+
+    def _see_that_it_is_the_same(self, enqueue: Enqueue, timeout: float) -> None:
+        """Hold the captured step against the plain one.
+
+        A library may do part of its work while it enqueues: on the host, or in memory that it takes back. A capture of
+        that succeeds, and repeats old answers.
+        """
+
+        def plain() -> None:
+            enqueue(self.stream)
+            self._launch_step()
+
+        def captured() -> None:
+            if self._executable is not None:
+                self.driver.launch_graph(self._executable, self.stream, "the captured step")
+
+        wanted, got = self._one_step(plain, timeout), self._one_step(captured, timeout)
+        # a network that answers itself differently from run to run cannot be held against anything
+        if got != wanted and self._one_step(plain, timeout) == wanted:
+            raise BackendError(
+                "the captured step gives another answer than the plain one",
+                note=self._description or None,
+                hint="--executor plain gives the right images",
+            )
+
+    def _one_step(self, launch: Callable[[], None], timeout: float) -> bytes:
+        """What the network answers to x_T, and where its first step leads."""
+        driver = self.driver
+        out, x = (np.full((self._batch, *self._shape), np.nan, np.float32) for _ in range(2))
+        self._begin(0, self._batch, None)
+        driver.copy_in(self.out, out, self.stream)  # an answer that is not given shows
+        driver.wait_for_stream(self.stream, "beginning a step")
+        self.control.stop = 1
+        launch()
+        driver.record(self._events[0], self.stream)
+        until = time.monotonic() + timeout
+        while not driver.has_come(self._events[0], "running a step"):
+            if time.monotonic() > until:
+                raise Timeout("the captured step does not come to its end")
+            time.sleep(_LOOK_EVERY / 10)
+        driver.copy_out(out, self.out, self.stream)
+        driver.copy_out(x, self.x, self.stream)
+        driver.wait_for_stream(self.stream, "fetching a step")
+        return out.tobytes() + x.tobytes()
+
+    # --- a chain -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        *,
+        seed: int,
+        images: ArrayLike,
+        x: NDArray[np.float32] | int | None = None,
+        levels: NDArray[np.uint8] | int | None = None,
+        after: Sequence[int] = (),
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+        timeout: float | None = None,
+        marks: Sequence[Handle] = (),
+    ) -> NDArray[np.uint8] | None:
+        """Run the whole chain, and wait for its end.
+
+        Args:
+            seed: of the noise, 0…2⁶⁴−1.
+            images: the index of each image, 1…batch of them.
+            x: float32 [n, C, H, W], the state to begin with instead of x_T ~ N(0, I), or its device address.
+            levels: where the images go: uint8 [n, H, W, C], or its device address. By default a new array.
+            after: streams whose work so far has to be done before ``x`` is read or ``levels`` written.
+            progress: called with (steps done, steps in all). The numbers rise and end with S; some may be left out.
+            cancel: asked again and again until the chain is through; True ends it after the step that is under way.
+            timeout: seconds after which the chain is given up.
+            marks: S + 1 events with timing; one comes when the first step begins, then one after each step. By ``while``
+                only the first and the last.
+
+        Returns:
+            uint8 [n, H, W, C], or None if ``levels`` is an address.
+
+        Raises:
+            NumericError: the network's answer was not finite. It names step, t and executor.
+            Cancelled: ``cancel`` said so, even if it was the last step that was under way.
+            BackendError: the engine or the device failed.
+            InputError: no such seed, images or arrays.
+        """
+        name, n = self._ready(), self._set_images(seed, images)
+        driver, size = self.driver, n * math.prod(self._shape)
+        channels, height, width = self._shape
+        result = levels if levels is not None else np.empty((n, height, width, channels), np.uint8)
+        if isinstance(result, np.ndarray) and (result.shape, result.dtype) != ((n, height, width, channels), np.uint8):
+            raise InputError(f"the images need uint8 {[n, height, width, channels]}, not {result.dtype} {result.shape}")
+        watch = Watch(self.control, len(self._table), progress, cancel, timeout)
+        with self._stopping():
+            for other in after:
+                driver.follow(self.stream, other)
+            self._begin(seed, n, x)
+            if name == "while":
+                self._run_whole(watch, marks)
+            else:
+                self._run_steps(name, watch, marks)
+            driver.wait_for_stream(self.stream, f"running the chain by {name}")
+            watch.look()
+            judge(self.control, self._table, self._where(name), cancelled=watch.cancelled)
+            if isinstance(result, np.ndarray):
+                driver.copy_out(result, self.levels, self.stream)
+            elif result != self.levels:
+                driver.copy(result, self.levels, size, self.stream)
+            driver.wait_for_stream(self.stream, "fetching the images")
+        return result if isinstance(result, np.ndarray) else None
+
+    def steps(
+        self, *, seed: int, images: ArrayLike, x: NDArray[np.float32] | int | None = None, after: Sequence[int] = ()
+    ) -> Iterator[Step]:
+        """The chain step by step, as :func:`ddpmx.chain.run` gives it: by ``plain`` or ``graph``, and the device waits.
+
+        The arrays are the chain's own: copy what must outlive the next step. To stop, stop asking.
+
+        Args:
+            seed, images, x, after: as for :meth:`run`.
+
+        Yields:
+            Each step, with arrays [n, C, H, W] on the host.
+
+        Raises:
+            As :meth:`run`. InputError also if the chain was made without ``with_x0``, or is to run by ``while``.
+        """
+        name, n = self._ready(), self._set_images(seed, images)
+        if name == "while" or not self._x0:
+            raise InputError("only a chain that keeps x0, by plain or graph, can be watched step by step")
+        driver = self.driver
+        now, x0, following = (np.empty((n, *self._shape), np.float32) for _ in range(3))
+        with self._stopping():
+            for other in after:
+                driver.follow(self.stream, other)
+            self._begin(seed, n, x)
+            driver.copy_out(now, self.x, self.stream)
+            driver.wait_for_stream(self.stream, "beginning the chain")
+        for index, t in enumerate(self._table.timesteps.tolist()):
+            with self._stopping():  # not across the yield: the context is the caller's there
+                self._launch_one(name)
+                driver.copy_out(x0, self._x0, self.stream)
+                driver.copy_out(following, self.x, self.stream)
+                driver.wait_for_stream(self.stream, f"running the chain by {name}")
+                if self.control.done != Done.RUNNING or index + 1 == len(self._table):
+                    judge(self.control, self._table, self._where(name))
+            yield Step(t, now, x0, following)
+            now, following = following, now
+
+    def _where(self, name: str) -> str:
+        return "; ".join(filter(None, (self._description, f"executor {name}")))
+
+    def _ready(self) -> str:
+        if self.choice is None:
+            raise BackendError("the chain has no engine", hint="choose_executor(chain, enqueue) gives it one")
+        return self.choice.executor
+
+    def _set_images(self, seed: int, images: ArrayLike) -> int:
+        """How many there are. The last one fills up what the batch has left."""
+        check_seed(seed)
+        given = np.asarray(images)
+        if (
+            given.ndim != 1
+            or not 1 <= len(given) <= self._batch
+            or given.dtype.kind not in "iu"
+            or given.min() < 0
+            or given.max() > MAX_IMAGE
+        ):
+            raise InputError(
+                f"1…{self._batch} images from 0 to 2**32 - 1 are needed, not {np.array2string(given)[:100]}"
+            )
+        self._images[: len(given)] = given
+        self._images[len(given) :] = given[-1]
+        return len(given)
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Work on the device. Whatever goes wrong, Ctrl-C too, ends the chain and waits for that."""
+        with self.driver.current():
+            try:
+                yield
+            except Timeout:  # waiting is what has failed
+                self._lost = True
+                raise
+            except BaseException:
+                self.control.stop = 1
+                with contextlib.suppress(BackendError):
+                    self.driver.wait_for_stream(self.stream)
+                raise
+
+    def _begin(self, seed: int, n: int, x: NDArray[np.float32] | int | None, *, stop: int = 0) -> None:
+        driver, chain, control = self.driver, self._chain, self.control
+        chain.seed, chain.flags = seed, 0 if x is None else cuda.X_IS_GIVEN
+        if x is not None:
+            self._set_x(n, x)
+        control.stop, control.step, control.bad_step, control.done = stop, 0, -1, Done.RUNNING
+        driver.copy_in(chain.images, self._images, self.stream)
+        driver.copy_in(self._at, chain, self.stream)
+        driver.launch(self.kernels.begin, self._grid, cuda.THREADS, self.stream, (self._at,), "ddpmx_begin")
+
+    def _set_x(self, n: int, x: NDArray[np.float32] | int) -> None:
+        """The last image fills up what the batch has left."""
+        driver, image = self.driver, 4 * math.prod(self._shape)
+        if isinstance(x, int):
+            driver.copy(self.x, x, n * image, self.stream)
+            for left in range(n, self._batch):
+                driver.copy(self.x + left * image, x + (n - 1) * image, image, self.stream)
+            return
+        if x.shape != (n, *self._shape):
+            raise InputError(f"x must be {(n, *self._shape)}, not {x.shape}")
+        filled = np.empty((self._batch, *self._shape), np.float32)
+        filled[:n], filled[n:] = x, x[-1:]
+        driver.copy_in(self.x, filled, self.stream)
+        driver.wait_for_stream(self.stream, "copying x")
+
+    def _launch_step(self) -> None:
+        step = self.kernels.step
+        self.driver.launch(step, self._grid, cuda.THREADS, self.stream, (self._at,), "ddpmx_step")
+
+    def _launch_one(self, name: str) -> None:
+        """One step into the stream."""
+        if name == "graph" and self._executable is not None:
+            self.driver.launch_graph(self._executable, self.stream, "the graph of a step")
+        elif self._enqueue is not None:
+            self._enqueue(self.stream)
+            self._launch_step()
+
+    def _run_steps(self, name: str, watch: Watch, marks: Sequence[Handle]) -> None:
+        driver, doing, total = self.driver, f"running the chain by {name}", len(self._table)
+        if marks:
+            driver.record(marks[0], self.stream)
+        launched = waited = 0
+        while waited < launched or (launched < total and watch.goes_on()):
+            # after an end what is in the stream is still waited for, and nothing is added
+            if launched < total and launched - waited < LOOK_AHEAD and watch.goes_on():
+                self._launch_one(name)
+                driver.record(self._events[launched % LOOK_AHEAD], self.stream)
+                launched += 1
+                if marks:
+                    driver.record(marks[launched], self.stream)
+            else:
+                driver.wait_for(self._events[waited % LOOK_AHEAD], doing)
+                waited += 1
+            watch.look()
+
+    def _run_whole(self, watch: Watch, marks: Sequence[Handle]) -> None:
+        driver = self.driver
+        if marks:
+            driver.record(marks[0], self.stream)
+        if self._executable is not None:
+            driver.launch_graph(self._executable, self.stream, "the WHILE node's graph")
+        if marks:
+            driver.record(marks[-1], self.stream)
+        driver.record(self._events[0], self.stream)
+        while not driver.has_come(self._events[0], "running the chain by while"):
+            watch.look()
+            time.sleep(_LOOK_EVERY)

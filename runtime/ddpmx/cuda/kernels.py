@@ -1,0 +1,37 @@
+"""The chain's kernels, compiled by the driver for its GPU."""
+
+from __future__ import annotations
+
+from ddpmx import cuda
+from ddpmx.cuda.driver import Driver
+
+
+class Kernels:
+    """The kernels of ``step.ptx``, and of ``while.ptx`` when asked for. One per driver; closing it is the driver's.
+
+    Attributes:
+        begin, step: the functions.
+        why_no_while: what :func:`ddpmx.cuda.executors.why_no_while` found, or None before it was asked.
+
+    Raises:
+        BackendError: the driver does not compile them.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        with driver.current():
+            module = driver.module(cuda.ptx("step"), "step.ptx")
+            self.begin, self.step = (driver.function(module, name) for name in ("ddpmx_begin", "ddpmx_step"))
+        self._condition: int | None = None
+        self.why_no_while: str | None = None
+
+    def condition(self) -> int:
+        """``ddpmx_condition``.
+
+        Raises:
+            BackendError: the driver is older than CUDA 12.4 and does not know what it calls.
+        """
+        if self._condition is None:
+            module = self._driver.module(cuda.ptx("while"), "while.ptx")
+            self._condition = self._driver.function(module, "ddpmx_condition")
+        return self._condition

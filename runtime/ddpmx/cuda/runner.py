@@ -1,0 +1,199 @@
+"""Chains of one network on its GPU: what :class:`ddpmx.pipeline.Pipeline` runs where there is one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx import chain
+from ddpmx.arrays import DeviceArray
+from ddpmx.backends import CopyingBackend, DeviceNetwork
+from ddpmx.chain import Step
+from ddpmx.cuda.device_chain import Choice, DeviceChain
+from ddpmx.cuda.executors import choose_executor
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.errors import InputError
+from ddpmx.runner import Job
+from ddpmx.samplers import Table
+from ddpmx.spec import ModelSpec
+
+
+class DeviceRunner:
+    """Runs a :class:`ddpmx.runner.Job` on the device. It keeps the memory of the last chain for the next one like it.
+
+    Args:
+        backend: the network; closed with the runner.
+        spec: the model.
+        executor: ``auto``, or one of :data:`ddpmx.cuda.EXECUTORS`.
+
+    Raises:
+        BackendError: the driver refuses.
+    """
+
+    def __init__(self, backend: CopyingBackend, spec: ModelSpec, executor: str = "auto") -> None:
+        self._backend, self._device, self._spec, self._executor = backend, backend.device, spec, executor
+        self._kernels: Kernels | None = None
+        self._key: Any = None
+        self._chain: DeviceChain | None = None
+        self._network: DeviceNetwork | None = None
+        self._executed: dict[tuple[int, int], int] = {}
+        self._choice: Choice | None = None
+
+    @property
+    def description(self) -> str:
+        """Library, device and, once a chain was prepared, its executor."""
+        return f"{self._device.description}" + (f", executor {self._choice}" if self._choice is not None else "")
+
+    @property
+    def gpu(self) -> int | None:
+        """The driver's."""
+        return self._device.driver.ordinal
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Smallest and largest batch of each range that the network takes."""
+        return self._device.batches
+
+    def check_batch(self, batch: int) -> None:
+        """See that the network takes this batch.
+
+        Raises:
+            InputError: it does not.
+        """
+        self._device.check_batch(batch)
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """Run a chain, see :meth:`ddpmx.runner.Runner.run`."""
+        n, alone = len(job.images), self._is_alone(job)
+        size = math.prod(self._spec.shape)
+        prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
+        for first in range(0, n, 1 if alone else n):
+            part = slice(first, first + 1 if alone else n)
+            prepared.run(
+                seed=job.seed,
+                images=job.images[part],
+                x=x + 4 * size * first if isinstance(x, int) else None if x is None else x[part],
+                levels=levels + size * first if isinstance(levels, int) else levels[part],
+                after=job.after if first == 0 else (),
+                progress=_share(job.progress, first, n) if alone else job.progress,
+                cancel=job.cancel,
+            )
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+        """Run a chain step by step, see :meth:`ddpmx.runner.Runner.steps`."""
+        if self._is_alone(job) and len(job.images) > 1:
+            raise InputError(
+                f"{self._device.description} gives an image other bits beside others, so only one can be watched at a time",
+                hint="n = 1",
+            )
+        return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
+            seed=job.seed, images=job.images, x=x, after=job.after
+        )
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """See :meth:`ddpmx.runner.Runner.array`."""
+        return DeviceArray.allocate(self._device.driver, shape, np.uint8, "the images")
+
+    def share(self) -> DeviceRunner:
+        """See :meth:`ddpmx.runner.Runner.share`."""
+        return DeviceRunner(self._backend.share(), self._spec, self._executor)
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+        self._release()
+        self._backend.close()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _is_alone(self, job: Job) -> bool:
+        """Whether neighbours would make a difference."""
+        return self._measured(job.batch, job.batch) == 1 < job.batch
+
+    def _batch_of(self, job: Job, *, with_x0: bool) -> int:
+        """At which batch size the network runs the job's images."""
+        if self._chain is not None and self._key == self._key_of(job.table, job.batch, with_x0):
+            return job.batch  # filling up costs less than another chain
+        measured = self._measured(len(job.images), job.batch)
+        return max(measured, min(low for low, _ in self.batches))
+
+    def _measured(self, n: int, batch: int) -> int:
+        """See :func:`ddpmx.chain.executed_batch`; measured once for every size."""
+        if (n, batch) not in self._executed:
+            fewer = n if any(low <= n <= high for low, high in self.batches) else batch
+            self._release()  # on a small device there is no room for both
+            self._executed[n, batch] = chain.executed_batch(
+                self._backend,
+                self._spec.shape,
+                self._spec.timesteps,
+                fewer,
+                batch,
+                var=self._spec.variance == "learned_range",
+            )
+            self._backend.release()
+        return self._executed[n, batch]
+
+    def _prepared(self, table: Table, batch: int, *, with_x0: bool) -> DeviceChain:
+        """The chain, with its network and executor."""
+        key = self._key_of(table, batch, with_x0)
+        if self._chain is not None and key == self._key:
+            return self._chain
+        self._release()
+        device = self._device
+        try:
+            with device.driver.current():
+                if self._kernels is None:
+                    self._kernels = Kernels(device.driver)
+                self._chain = made = DeviceChain(
+                    device.driver,
+                    self._kernels,
+                    self._spec.shape,
+                    batch,
+                    table,
+                    clip=self._spec.clip,
+                    with_x0=with_x0,
+                    description=device.description,
+                    stream=device.stream,
+                )
+                at = {"x": made.x, "t": made.t, "out": made.out, "var": made.var}
+                self._network = network = device.network(batch, **at, stream=made.stream)
+                choice = choose_executor(made, network.enqueue, self._wanted(with_x0), among=self._among(with_x0))
+        except BaseException:
+            self._release()
+            raise
+        self._key, self._choice = key, choice
+        return made
+
+    @staticmethod
+    def _key_of(table: Table, batch: int, with_x0: bool) -> tuple[Any, ...]:
+        """What two chains have to have in common to be the same one."""
+        learned = b"" if table.learned is None else table.learned.tobytes()
+        return batch, with_x0, table.timesteps.tobytes(), table.rows.tobytes(), learned
+
+    def _wanted(self, stepwise: bool) -> str:
+        """Step by step the host has its say after every step, which WHILE does not let it."""
+        return "auto" if stepwise and self._executor == "while" else self._executor
+
+    def _among(self, stepwise: bool) -> tuple[str, ...]:
+        return tuple(name for name in self._device.executors if not (stepwise and name == "while"))
+
+    def _release(self) -> None:
+        """Free the last chain, whose network comes first."""
+        if self._network is not None:
+            if self._chain is not None:
+                self._chain.settle()
+            self._network.close()
+        if self._chain is not None:
+            self._chain.close()
+        self._network = self._chain = self._key = None
+
+
+def _share(progress: Callable[[int, int], None] | None, done: int, n: int) -> Callable[[int, int], None] | None:
+    """The progress of image ``done`` of ``n``, which run one after the other, as that of one chain."""
+    if progress is None:
+        return None
+    tell = progress  # for mypy: it is not None in there either
+    return lambda step, total: tell((done * total + step) // n, total)

@@ -1,0 +1,186 @@
+"""Who runs the chain of one batch: the host in NumPy, here, or a GPU, in :mod:`ddpmx.cuda.runner`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx import chain, images
+from ddpmx.arrays import DeviceArray
+from ddpmx.backends import Backend, RowByRow, SharedBackend
+from ddpmx.chain import Step
+from ddpmx.errors import BackendError, Cancelled, InputError
+from ddpmx.samplers import Table
+from ddpmx.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chain.
+
+    Attributes:
+        table: the sampler.
+        seed: of the noise.
+        images: int64 [n], the index of each image.
+        batch: at how many images at once the network is to run, if neighbours make a difference; n or more.
+        progress: called with (steps done, steps in all).
+        cancel: asked again and again; True stops the chain.
+        after: streams of the GPU whose work so far has to be done before what the user gave is touched.
+    """
+
+    table: Table
+    seed: int
+    images: NDArray[np.int64]
+    batch: int
+    progress: Callable[[int, int], None] | None = None
+    cancel: Callable[[], bool] | None = None
+    after: tuple[int, ...] = ()
+
+
+class Runner(Protocol):
+    """Runs chains. For one thread at a time."""
+
+    @property
+    def description(self) -> str:
+        """What really computes, for people."""
+
+    @property
+    def gpu(self) -> int | None:
+        """Which GPU it runs on, whose addresses may be given for arrays; None on the host."""
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Smallest and largest batch of each range that the network takes."""
+
+    def check_batch(self, batch: int) -> None:
+        """See that the network takes this batch.
+
+        Raises:
+            InputError: it does not.
+        """
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """Run a chain to its end. Images beside an image make no difference to it.
+
+        Args:
+            job: which.
+            x: float32 [n, C, H, W], the state to begin with; by default x_T ~ N(0, I).
+            levels: uint8 [n, H, W, C], where the images go.
+
+        Raises:
+            NumericError: the network's answer was not finite.
+            Cancelled: ``cancel`` said so.
+            BackendError: the network could not be run.
+        """
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+        """The same chain step by step; ``progress`` and ``cancel`` are not asked. The arrays are the runner's own."""
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """A new uint8 array on the GPU.
+
+        Raises:
+            InputError: there is none.
+            BackendError: its memory does not suffice.
+        """
+
+    def share(self) -> Runner:
+        """Another runner of the same network, for another thread. The network is closed with the last of them."""
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+
+
+class HostRunner:
+    """The chain in NumPy.
+
+    Args:
+        backend: computes ε; closed with the runner.
+        spec: the model.
+    """
+
+    def __init__(self, backend: Backend, spec: ModelSpec) -> None:
+        self._backend, self._spec = backend, spec
+        self._executed: dict[tuple[int, int], int] = {}
+
+    @property
+    def description(self) -> str:
+        """The backend's."""
+        return self._backend.description
+
+    @property
+    def gpu(self) -> int | None:
+        """None."""
+        return None
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Any."""
+        return ((1, 1 << 32),)
+
+    def check_batch(self, batch: int) -> None:
+        """Any will do."""
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """See :meth:`Runner.run`."""
+        if isinstance(levels, int):
+            raise InputError("the chain runs on the CPU, and the images were to go to a GPU")
+        steps = self.steps(job, x=x)
+        for done in range(len(job.table)):
+            if job.cancel is not None and job.cancel():
+                raise Cancelled("stopped before the chain was through")
+            step = next(steps)
+            if job.progress is not None:
+                job.progress(done + 1, len(job.table))
+        # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that stops
+        # short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
+        levels[...] = images.to_nhwc(step.x0)
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+        """See :meth:`Runner.steps`."""
+        if isinstance(x, int):
+            raise InputError("the chain runs on the CPU, and its first state lies on a GPU")
+        n, indices = len(job.images), job.images
+        executed = self._measured(n, job.batch)
+        backend = RowByRow(self._backend) if executed < n else self._backend
+        if executed > n:
+            indices = np.concatenate([indices, np.repeat(indices[-1:], executed - n)])
+        if x is None:
+            x = chain.initial(job.seed, indices, self._spec.shape)
+        elif executed > n:
+            x = np.concatenate([x, np.repeat(x[-1:], executed - n, axis=0)])
+        for step in chain.run(backend, job.table, x, seed=job.seed, images=indices, clip=self._spec.clip):
+            yield Step(step.t, step.x[:n], step.x0[:n], step.x_next[:n])
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """None: see :meth:`Runner.array`."""
+        raise InputError(
+            "the chain runs on the CPU, and its images are there", hint="on_device needs an engine on a GPU"
+        )
+
+    def share(self) -> HostRunner:
+        """See :meth:`Runner.share`."""
+        if not isinstance(self._backend, SharedBackend):
+            raise BackendError(f"{self.description} serves one thread", hint="load the file again for another")
+        return HostRunner(self._backend.share(), self._spec)
+
+    def close(self) -> None:
+        """Close the backend."""
+        self._backend.close()
+
+    def _measured(self, n: int, batch: int) -> int:
+        """At which batch size to run n images; measured once for every size."""
+        if (n, batch) not in self._executed:
+            self._executed[n, batch] = chain.executed_batch(
+                self._backend,
+                self._spec.shape,
+                self._spec.timesteps,
+                n,
+                batch,
+                var=self._spec.variance == "learned_range",
+            )
+        return self._executed[n, batch]

@@ -1,0 +1,353 @@
+"""Other people's runs of the same chain beside ddpmx's, as ratios: diffusers, diffusers compiled, a loop of session.run.
+
+    python tests/benchmarks/peers.py [--small] [--batch 1,64] [--steps 10] [--rounds 5] [--json peers.json]
+    python tests/benchmarks/peers.py --checkpoint runs/photos --engine model.plan model.onnx
+
+All runs have the same weights, batch and number of steps, and end with images of the same shape in host memory. Each is a
+process of its own, so that no library disturbs another's memory or threads; they take turns, call by call. A ratio is the
+median over the rounds of a run's time ÷ ddpmx's in the same precision and round. What comes before the first round is not
+in it, and is listed by itself: imports, loading, the first answer (in which torch compiles), the first chain.
+
+Before anything is timed each run's ε is held against the network in float32, and each peer's reverse step against
+ddpmx's table at every t. Runs of another network or another chain get no table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, wherever this is started
+
+from benchmarks.peers_measure import (
+    EPS_BOUND,
+    STEP_BOUND,
+    Different,
+    GpuMemory,
+    NotRun,
+    Worker,
+    check_eps,
+    check_steps,
+    measure,
+    rows,
+    step_probe,
+    table_of,
+    warm,
+)
+from ddpmx import modelfile, onnxfile
+from ddpmx.device import gpus
+from ddpmx.errors import DdpmxError
+from ddpmx.spec import ModelSpec
+
+PEERS = {"diffusers": "diffusers", "compile": "diffusers, compiled", "ort": "session.run in a loop"}
+
+
+class Bench:
+    """What is asked for, the processes that are up, and what could not be run."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> None:
+        self.options, self.folder, self.stack = options, folder, stack
+        self.not_run: list[tuple[str, str]] = []
+        self.gpu = GpuMemory(options.device)
+        self._started = 0
+
+    def start(self, kind: str, label: str, precision: str = "", **job: Any) -> Worker | None:
+        """A run in its process, ready; None if it is not possible here, which is noted."""
+        self._started += 1
+        job = {"device": self.options.device, "threads": self.options.threads, **job}
+        worker = Worker(kind, precision, label, job, self.folder / f"{self._started}.log")
+        self.stack.callback(worker.close)
+        try:
+            with self.gpu.watch(worker):
+                return worker.prepare()
+        except NotRun as error:
+            worker.close()
+            self.not_run.append((label, str(error)))
+            return None
+
+    def source(self) -> Worker | None:
+        """The network, its weights, and, unless files were given, its ONNX files."""
+        options = self.options
+        exports = {} if options.engine else {p: str(self.folder / f"{p}.onnx") for p in ("fp32", "fp16")}
+        return self.start(
+            "source",
+            "the reference, and what runs by torch",
+            "fp32",
+            checkpoint=options.checkpoint,
+            small=options.small,
+            weights=str(self.folder / "weights.safetensors"),
+            onnx=exports,
+        )
+
+    def ours(self, source: Worker | None) -> tuple[list[Worker], list[Path]]:
+        """ddpmx's runs, and the files that they may run: those given, or a plan where there is a GPU, or else the ONNX."""
+        files = [Path(file) for file in self.options.engine]
+        choices = [[file] for file in files]
+        if source and not files:
+            files = [Path(file) for file in source.job["onnx"].values()]
+            choices = [[file] for file in files]
+            if self.options.device == "cuda":
+                choices = [[*self.plan(file), file] for file in files]
+        workers = []
+        for choice in choices:
+            for file in choice:
+                if worker := self.start("ddpmx", f"ddpmx, {file.name}", file=str(file)):
+                    workers.append(worker)
+                    break
+        return workers, files
+
+    def plan(self, onnx: Path) -> list[Path]:
+        """The plan of an ONNX file, if one can be built."""
+        plan = onnx.with_suffix(".plan")
+        built = self.start("plan", plan.name, onnx=str(onnx), file=str(plan), batches=self.options.batch)
+        if built is None:
+            return []
+        built.close()
+        print(f"{plan.name}: {built.says}", flush=True)
+        return [plan]
+
+    def peers(
+        self, ours: Sequence[Worker], files: Sequence[Path], source: Worker | None, spec: ModelSpec
+    ) -> list[Worker]:
+        """Everybody else's runs, in the precisions in which ddpmx runs."""
+        gpu, here = self.options.device == "cuda", {worker.precision for worker in ours}
+        onnx: dict[str, Path] = {}
+        for file in files:
+            if modelfile.identify(file) == "onnx":
+                spec_of_file = onnxfile.onnx_spec(file, onnxfile.read_onnx(file), None)
+                onnx.setdefault(spec_of_file.precision, file)
+        wanted = {
+            "diffusers": ["fp32", "fp16"] if gpu else ["fp32"],
+            "compile": ["fp16"] if gpu else ["fp32"],
+            "ort": list(onnx),
+        }
+        found = []
+        for kind in self.options.only:
+            name = PEERS[kind]
+            if kind != "ort" and source is None:
+                self.not_run.append((name, "without torch there are no weights for it"))
+                continue
+            if not wanted[kind]:
+                self.not_run.append((name, "none of the files is an ONNX file"))
+            for precision in wanted[kind]:
+                job: dict[str, Any] = {"spec": spec.to_json()}
+                if kind == "ort":
+                    job["file"] = str(onnx[precision])
+                elif source:
+                    job.update(weights=source.job["weights"], network=source.about)
+                if precision not in here:
+                    self.not_run.append((f"{name}, {precision}", f"ddpmx does not run in {precision} here"))
+                elif worker := self.start(kind, name, precision, **job):
+                    found.append(worker)
+        return found
+
+    def able(self, workers: Sequence[Worker], where: str, action: Callable[[Worker], object]) -> list[Worker]:
+        """Those that can do it, as long as ddpmx can in their precision; the others are noted."""
+        able = []
+        for worker in workers:
+            try:
+                action(worker)
+                able.append(worker)
+            except NotRun as error:
+                self.not_run.append((f"{worker.label}, {worker.precision}{where}", str(error)))
+        ours = {worker.precision for worker in able if worker.kind == "ddpmx"}
+        return [worker for worker in able if worker.precision in ours]
+
+    def check(
+        self, workers: Sequence[Worker], source: Worker | None, spec: ModelSpec, steps: int
+    ) -> tuple[list[Worker], str]:
+        """Hold every run against the reference, and time its first answer. The runs that answer, and how far off they are.
+
+        Raises:
+            Different: one does not compute the same.
+            NotRun: the reference does not compute.
+        """
+        T, batch = spec.timesteps, self.options.batch[0]
+        probe, out = str(self.folder / "probe.npz"), str(self.folder / "answer.npz")
+        x = np.random.default_rng(0).standard_normal((batch, *spec.shape), np.float32)
+        np.savez(probe, x=x, t=[T // 2, 0, T // 10, T - 1])
+        answers: dict[int, NDArray[Any]] = {}
+
+        def answer(worker: Worker) -> None:
+            with self.gpu.watch(worker):
+                worker.before["first answer"] = worker.ask("eps", file=probe, out=out)["seconds"]
+            with np.load(out) as given:
+                answers[id(worker)] = given["eps"]
+
+        workers = self.able(workers, "", answer)
+        if source:
+            answer(source)
+        # without torch ddpmx's own answer has to do: the peers are still held against it
+        reference = source or min(workers, key=lambda worker: worker.precision != "fp32", default=None)
+        if reference is None:
+            raise NotRun("; ".join(f"{label}: {why}" for label, why in self.not_run))
+        errors: dict[str, float] = {}
+        for worker in workers:
+            error = check_eps(worker.label, worker.precision, answers[id(worker)], answers[id(reference)])
+            errors[worker.precision] = max(errors.get(worker.precision, 0.0), error)
+
+        timesteps = table_of(spec, steps).timesteps
+        x, eps = step_probe(spec, timesteps)
+        np.savez(probe, x=x, eps=eps, t=timesteps)
+        stepped = 0.0
+        for worker in (worker for worker in workers if worker.kind != "ddpmx"):
+            worker.ask("walk", file=probe, out=out)
+            with np.load(out) as walked:
+                stepped = max(stepped, check_steps(worker.label, spec, steps, walked))
+        found = ", ".join(
+            f"{precision} {error:.1e} (≤ {EPS_BOUND[precision]:g})" for precision, error in errors.items()
+        )
+        against = "torch in float32 on the CPU" if source else f"{reference.label}'s"
+        return workers, (
+            f"same network: ε against {against}, {found}; same chain: x_{{t−1}} within {stepped:.1e} (≤ {STEP_BOUND:g})"
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Everything but the printing.
+
+        Raises:
+            Different: the runs do not compute the same.
+            NotRun: ddpmx itself, or what it is measured against, does not run.
+            DdpmxError: a file cannot be read.
+        """
+        options, load = self.options, round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+        source = self.source()
+        ours, files = self.ours(source)
+        if not ours:
+            raise NotRun("; ".join(f"{label}: {why}" for label, why in self.not_run))
+        specs = [ModelSpec.from_json(worker.about) for worker in ours]
+        spec = specs[0].replace(precision="fp32", weights=None, ddpmx="")
+        if any(other.replace(precision="fp32", weights=None, ddpmx="") != spec for other in specs):
+            raise Different("the files do not describe the same chain")
+        steps = min(options.steps, spec.timesteps)
+        if source and (source.about["in_channels"], *source.about["size"]) != spec.shape:
+            raise Different(f"the files draw images of {spec.shape}, and the network does not")
+        workers = ours + self.peers(ours, files, source, spec)
+        workers, same = self.check(workers, source, spec, steps)
+        if source:
+            source.close()
+        found = []
+        for batch in options.batch:
+            for worker in workers:
+                worker.image = (*spec.shape[1:], spec.shape[0])
+            here = self.able(workers, f", batch {batch}", lambda worker: warm(worker, batch, steps, self.gpu))
+            found += rows(here, measure(here, batch, steps, options.rounds), batch, steps, options.device)
+        devices = [device.name for device in gpus().devices][:1] if options.device == "cuda" else []
+        return {
+            "load_average": load,
+            "device": ", ".join([options.device, *devices, platform.machine(), platform.system()]),
+            "threads": options.threads,
+            "versions": {"python": platform.python_version(), **{k: v for w in workers for k, v in w.versions.items()}},
+            "network": source.about if source else None,
+            "shape": list(spec.shape),
+            "timesteps": spec.timesteps,
+            "steps": steps,
+            "rounds": options.rounds,
+            "same": same,
+            "before": [{"run": w.label, "precision": w.precision, "says": w.says, **w.before} for w in workers],
+            "rows": found,
+            "not_run": [{"run": label, "why": why} for label, why in self.not_run],
+        }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print it."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    print(
+        f"{report['device']}; {report['threads']} CPU threads, load {report['load_average']} at the start; {versions}"
+    )
+    size = "×".join(map(str, report["shape"]))
+    print(f"images of {size}, {report['steps']} of T = {report['timesteps']} steps, {report['rounds']} rounds in turns")
+    print(report["same"], "TF32 is off everywhere.", sep=". ")
+    print("\nBefore the first round, in seconds (none of it is in the ratios):\n")
+    print("| run | | imports | load | first answer | first chain, by batch | by |")
+    print("|---|---|---|---|---|---|---|")
+    for row in report["before"]:
+        chains = ", ".join(f"{batch}: {seconds:.2f}" for batch, seconds in row["chain"].items())
+        three = " | ".join(f"{row[name]:.2f}" for name in ("imports", "load", "first answer"))
+        print(f"| {row['run']} | {row['precision']} | {three} | {chains} | {row['says']} |")
+    print("\n| run | | batch | ms per step | images/s | peak RSS | GPU memory | time ÷ ddpmx | goal |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in report["rows"]:
+        ratio = "1"
+        if row["ratio"] is not None:
+            low, high = row["ratio_range"]
+            ratio = f"**{row['ratio']:.2f}** ({low:.2f} … {high:.2f})"
+        gpu = f"{row['peak_gpu'] / 1e6:.0f} MB" if row["peak_gpu"] is not None else "—"
+        goal = f"≥ {row['goal']:g}" if row["goal"] else ""
+        print(
+            f"| {row['run']} | {row['precision']} | {row['batch']} | {row['ms_per_step']:.3g} | "
+            f"{row['images_per_s']:.3g} | {row['peak_rss'] / 1e6:.0f} MB | {gpu} | {ratio} | {goal} |"
+        )
+    for entry in report["not_run"]:
+        print(f"\nnot run: {entry['run']}: {entry['why']}")
+
+
+def batches(text: str) -> list[int]:
+    """ "1,64" → [1, 64], rising."""
+    found = sorted({int(part) for part in text.split(",")})
+    if found[0] < 1:
+        raise ValueError(text)
+    return found
+
+
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print. 0, or 1 if the runs do not compute the same, or 2 if there is nothing to measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--engine", nargs="+", default=[], metavar="FILE", help="ONNX files and plans; by default exported"
+    )
+    parser.add_argument("--checkpoint", help="the run or checkpoint they come from; by default random weights")
+    parser.add_argument("--small", action="store_true", help="1.1 million parameters instead of the paper's CIFAR-10")
+    parser.add_argument("--batch", type=batches, help="by default 1,64 on a GPU, 1,8 on a CPU")
+    parser.add_argument("--steps", type=count, help="by default 1000 on a GPU, 10 on a CPU")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if a GPU is found")
+    parser.add_argument("--threads", type=count, help="CPU threads of every run; by default all that there are")
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="these peers; by default all"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each time included")
+    options = parser.parse_args(arguments)
+    options.device = options.device or ("cuda" if gpus().devices else "cpu")
+    on_gpu = options.device == "cuda"
+    options.steps = options.steps or (1000 if on_gpu else 10)
+    options.batch = options.batch or ([1, 64] if on_gpu else [1, 8])
+    options.threads = options.threads or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        try:
+            report = Bench(options, Path(folder), stack).run()
+        except Different as error:
+            print(f"No table, since these runs do not compute the same.\n{error}", file=sys.stderr)
+            if options.engine:
+                print("Hint: --checkpoint names the run that the files were exported from", file=sys.stderr)
+            return 1
+        except (NotRun, DdpmxError) as error:
+            print(f"Nothing was measured: {error}", file=sys.stderr)
+            return 2
+    show(report)
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
