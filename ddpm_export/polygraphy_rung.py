@@ -15,8 +15,9 @@ import numpy as np
 from ddpmx import modelfile, planfile
 from ddpmx.errors import BackendError
 from ddpmx.onnxfile import onnx_spec, read_onnx
-from ddpmx.parity.ladder import BOUNDS, check_same_model
+from ddpmx.parity.ladder import check_same_model
 from ddpmx.parity.reference import Reference, elements
+from ddpmx.parity.rung import BOUNDS
 
 _REFERENCE = "PyTorch float32"
 

@@ -9,18 +9,21 @@ from typing import Annotated, Any
 from typer import Option
 
 from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
-from ddpmx_cli.console import counting, say
+from ddpmx_cli.console import cache_folder, counting, say
+
+_WHERE = "Where it runs"
 
 EXAMPLES = """
 Examples:\n
   ddpmx generate --engine model.onnx -n 64 --seed 0 --out samples/ --grid\n
   ddpmx generate --engine model.onnx -n 16 --steps 50 --sampler ddim --grid --animate\n
-  ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed
+  ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
+  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, by TensorRT
 """
 
 
 def generate(
-    engine: Annotated[Path, Option(help="The model.onnx to run.")],
+    engine: Annotated[Path, Option(help="The model.onnx or model.plan to run.")],
     n: Annotated[int, Option("-n", "--count", help="How many images.")] = 16,
     seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
     out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
@@ -38,9 +41,34 @@ def generate(
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
     ] = False,
     spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
-    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
-    fallback: Annotated[bool, Option("--fallback", help="Accept the CPU if the provider does not come up.")] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+    provider: Annotated[
+        str,
+        Option(
+            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.",
+            metavar="NAME",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "cpu",
+    fallback: Annotated[
+        bool, Option("--fallback", help="Accept the CPU if the provider does not come up.", rich_help_panel=_WHERE)
+    ] = False,
+    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.", rich_help_panel=_WHERE)] = 0,
+    executor: Annotated[
+        str,
+        Option(
+            help="How a chain runs on a GPU: while (one launch), graph, plain, or auto for the fastest that works.",
+            metavar="NAME",
+            rich_help_panel=_WHERE,
+        ),
+    ] = "auto",
+    trust_host_code: Annotated[
+        bool,
+        Option(
+            "--trust-host-code",
+            help="Load a plan that holds code for the CPU, which that runs.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
 ) -> None:
     """Run the full reverse chain and write PNGs."""
     from ddpmx import modelfile
@@ -49,7 +77,16 @@ def generate(
     from ddpmx.pipeline import load
 
     description = modelfile.read_spec(spec) if spec is not None else None
-    with load(engine, spec=description, providers=[provider], fallback=fallback, threads=threads) as pipeline:
+    with load(
+        engine,
+        spec=description,
+        providers=[provider],
+        fallback=fallback,
+        threads=threads,
+        executor=executor,
+        trust_host_code=trust_host_code,
+        cache=cache_folder(),
+    ) as pipeline:
         check_drawable(pipeline.spec)
         pipeline.check_request(n, seed=seed, first=first, batch=batch)
         sampling: dict[str, Any] = {  # the names are checked where they are used

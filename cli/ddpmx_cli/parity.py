@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError
-from ddpmx_cli.console import busy, counting, say
+from ddpmx_cli.console import busy, cache_folder, counting, say
 
 if TYPE_CHECKING:
     from ddpmx.parity.ladder import Climb
@@ -45,8 +45,13 @@ def parity(
     polygraphy: Annotated[
         bool, Option("--polygraphy", help="Have Polygraphy judge ε as well; its results are kept in the report.")
     ] = False,
-    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
+    provider: Annotated[
+        str, Option(help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")
+    ] = "cpu",
     threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+    trust_host_code: Annotated[
+        bool, Option("--trust-host-code", help="Load a plan that holds code for the CPU, which that runs.")
+    ] = False,
 ) -> None:
     """Prove that a file still is the PyTorch model: ε over all t, one step, teacher-forced and free chains.
 
@@ -60,7 +65,9 @@ def parity(
         raise InputError("--against, --checkpoint and --self-test exclude each other")
     if checkpoint is None and (data is not None or full):
         raise InputError("--data and --full say how to record, and need --checkpoint")
-    spec, backend = open_model(file, providers=[provider], threads=threads)
+    spec, backend = open_model(
+        file, providers=[provider], threads=threads, trust_host_code=trust_host_code, cache=cache_folder()
+    )
     try:
         reference = None
         if checkpoint is not None:
@@ -74,25 +81,36 @@ def parity(
                 climbed = climb(backend, spec, reference, progress=progress)
             except NumericError as error:
                 climbed = not_finite(backend, spec, reference, error)
-        extra, attachments = None, {}
+        extra: dict[str, Any] = _engine(file) or {}
+        attachments = {}
         if polygraphy:
             if reference is None:
                 raise InputError("--polygraphy compares with a reference, and --self-test has none")
             judged, runs = _polygraphy(file, reference)
-            extra, attachments = {"polygraphy": judged}, {"polygraphy.json": runs}
+            extra, attachments = extra | {"polygraphy": judged}, {"polygraphy.json": runs}
         with busy("writing the report"):
             written = reports.write(climbed, file, folder, extra=extra, attachments=attachments)
     finally:
         backend.close()
     say(f"{file} on {climbed.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
     show(climbed)
-    if extra is not None:
+    if "polygraphy" in extra:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
     say(f"report: {written[0]}")
     if not climbed.passed:
         fail(file, climbed.verdict)
-    if extra is not None and not extra["polygraphy"]["passed"]:
+    if "polygraphy" in extra and not extra["polygraphy"]["passed"]:
         fail(file, f"FAILED: by Polygraphy, {extra['polygraphy']['verdict']}")
+
+
+def _engine(file: Path) -> dict[str, Any] | None:
+    """What a plan is: two builds of one network differ, so a verdict is one on this file."""
+    from ddpmx import modelfile, planfile
+
+    if modelfile.identify(file) != "plan":
+        return None
+    engine = planfile.read_plan(file, trust_host_code=True).engine
+    return {"engine": {**engine.to_json(), "sha256": modelfile.sha256(file)}}
 
 
 def told(reference: Reference) -> str:

@@ -56,7 +56,8 @@ def train(
         str, Option(help=f"What the network answers: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME")
     ] = "eps",
     variance: Annotated[
-        str, Option(help=f"σ² of the reverse step: {', '.join(FIXED_VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME")
+        str,
+        Option(help=f"σ² of the reverse step: {', '.join(FIXED_VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME"),
     ] = "fixed_large",
     width: Annotated[int, Option(help="Channels of the first level.", rich_help_panel=_NETWORK)] = 128,
     mult: Annotated[str, Option(help="Width of each level, in multiples.", rich_help_panel=_NETWORK)] = "1,2,2,2",

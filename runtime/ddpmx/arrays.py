@@ -135,6 +135,7 @@ class _Hold:
 
 
 def _delete(deleter: int, managed: int) -> None:
+    """Give back what a capsule held, by the addresses of its deleter, if it has one, and of the struct."""
     if deleter:
         _DELETER(deleter)(managed)
 
@@ -162,6 +163,7 @@ class View:
     """Where somebody's array lies. It is C-contiguous, aligned, of numbers in this machine's byte order.
 
     A context manager; closing lets go of the array before the view itself goes. Arrays of :meth:`numpy` keep it longer.
+    On a GPU, close it when what reads it has run, not when it is in a stream: the owner may give the memory away at once.
 
     Attributes:
         address: of its first element, on the GPU or the host.
@@ -339,8 +341,8 @@ def _by_managed(thing: Any, kind: int, managed: Any, hold: _Hold, writable: bool
         raise InputError(f"the array comes by DLPack {managed.major}.{managed.minor}", hint="1.x is understood")
     tensor = managed.dl_tensor
     device, ndim = tensor.device, tensor.ndim
-    if device.type != kind:
-        raise _malformed(thing, f"announced on a device of kind {kind}, and given on one of kind {device.type}")
+    if device.type != kind or device.id < 0:
+        raise _malformed(thing, f"announced on kind of device {kind}, given on {device.type}:{device.id}")
     if not 0 <= ndim <= _MAX_NDIM or (ndim and not tensor.shape):
         raise _malformed(thing, f"{ndim} dimensions")
     dtype = _dtype(tensor.dtype)
@@ -429,7 +431,7 @@ def expect(
         text = ", ".join("any" if n is None else str(n) for n in shape)
         raise InputError(f"{what} must be {wanted.name} [{text}]", note=f"it is {view.dtype.name} {list(view.shape)}")
     if view.on_device and driver is not None and view.address:
-        here, there = _ordinal(driver), view.ordinal
+        here, there = driver.ordinal, view.ordinal
         ask = getattr(driver, "ordinal_of", None)
         if there is None and ask is not None:
             try:
@@ -441,10 +443,6 @@ def expect(
         if there not in (None, here):
             raise InputError(f"{what} is on GPU {there}, and the model on GPU {here}", hint=f"copy it to GPU {here}")
     return view
-
-
-def _ordinal(driver: Driver) -> int:
-    return int(getattr(driver, "ordinal", 0))
 
 
 def _is_int(value: object) -> bool:
@@ -508,7 +506,7 @@ class DeviceArray:
         Raises:
             BackendError: the memory does not suffice.
         """
-        own = type(driver)(_ordinal(driver), library=driver._library)
+        own = type(driver)(driver.ordinal, library=driver._library)
         try:
             with own.current():
                 memory = own.allocate(max(1, math.prod(shape) * np.dtype(dtype).itemsize), what)
@@ -548,7 +546,7 @@ class DeviceArray:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         """Kind of device, and which of them."""
-        return self._device_type, _ordinal(self.driver) if self._device_type == CUDA else 0
+        return self._device_type, self.driver.ordinal if self._device_type == CUDA else 0
 
     def __dlpack__(
         self,
@@ -641,7 +639,7 @@ class DeviceArray:
 
     def __repr__(self) -> str:
         """Type, shape and place."""
-        where = "closed" if self._hold is None else f"GPU {_ordinal(self.driver)}"
+        where = "closed" if self._hold is None else f"GPU {self.driver.ordinal}"
         return f"DeviceArray({self.dtype.name} {list(self.shape)}, {where})"
 
 

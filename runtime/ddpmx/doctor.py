@@ -29,6 +29,18 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpu
 import onnxruntime
 print(json.dumps({"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}))
 """,
+    "chains on the GPU": """
+from ddpmx import errors
+from ddpmx.cuda.driver import Driver
+from ddpmx.cuda.executors import why_no_while
+from ddpmx.cuda.kernels import Kernels
+try:
+    with Driver() as driver:
+        said = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels(driver))}
+except errors.BackendError as error:
+    said = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
+print(json.dumps(said))
+""",
     **{
         flavour: f"""
 from ddpmx import errors, tensorrt_library
@@ -94,7 +106,7 @@ def examine() -> Report:
         "gpu_trouble": found.trouble,
     }
     libraries = {name: _probe(code) for name, code in _PROBES.items()}
-    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "cuda-bindings"):
+    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib"):
         libraries[package] = _package(package)
     return Report(machine, libraries, _findings(machine, libraries))
 
@@ -133,6 +145,7 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
                 None if no_gpu else "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'",
             )
         )
+    findings.append(_chains(libraries))
     for flavour in ("TensorRT", "TensorRT-RTX"):
         library = libraries[flavour]
         if "missing" in library:
@@ -146,6 +159,19 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
                 Finding(f"{flavour} alone", False, "two of its libraries are loaded at once", "remove one of them")
             )
     return findings
+
+
+def _chains(libraries: dict[str, dict[str, Any]]) -> Finding:
+    """Whether plans run here, and by which executor."""
+    what, chains = "generate, parity, bench with a .plan", libraries["chains on the GPU"]
+    if "missing" in chains:
+        return Finding(what, False, chains["missing"])
+    here = [flavour for flavour in ("TensorRT", "TensorRT-RTX") if "missing" not in libraries[flavour]]
+    if not here:
+        return Finding(what, False, "without TensorRT", install_hint(None))
+    why = chains["why_no_while"]
+    executor = "a whole chain in one launch (executor while)" if why is None else f"executor graph; not while: {why}"
+    return Finding(what, True, f"{' and '.join(here)}, {executor}")
 
 
 def _probe(code: str) -> dict[str, Any]:

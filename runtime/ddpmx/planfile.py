@@ -177,7 +177,7 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
             raise FileFormatError(
                 f"{path}: the plan holds code for the CPU, which loading it would run",
                 note=f"a library for {machine}; version-compatible plans carry one",
-                hint="build a plan of your own from the ONNX file: ddpmx build model.onnx",
+                hint="build a plan of your own from the ONNX file, or trust its maker with --trust-host-code",
             )
     try:
         spec, engine = ModelSpec.from_text(texts[0]), EngineRecord.from_json(unseal(RECORD_PREFIX, texts[1]))

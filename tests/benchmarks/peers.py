@@ -22,6 +22,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from benchmarks.peers_measure import (
 from ddpmx import modelfile, onnxfile
 from ddpmx.device import gpus
 from ddpmx.errors import DdpmxError
+from ddpmx.samplers import FIXED_VARIANCES
 from ddpmx.spec import ModelSpec
 
 PEERS = {"diffusers": "diffusers", "compile": "diffusers, compiled", "ort": "session.run in a loop"}
@@ -230,6 +232,8 @@ class Bench:
         spec = specs[0].replace(precision="fp32", weights=None, ddpmx="")
         if any(other.replace(precision="fp32", weights=None, ddpmx="") != spec for other in specs):
             raise Different("the files do not describe the same chain")
+        if spec.variance not in FIXED_VARIANCES or spec.prediction not in ("eps", "x0", "v"):
+            raise NotRun(f"the peers' chains are set up for fixed variances of ε, x0 and v, not for {spec.variance}")
         steps = min(options.steps, spec.timesteps)
         if source and (source.about["in_channels"], *source.about["size"]) != spec.shape:
             raise Different(f"the files draw images of {spec.shape}, and the network does not")
@@ -241,7 +245,7 @@ class Bench:
         for batch in options.batch:
             for worker in workers:
                 worker.image = (*spec.shape[1:], spec.shape[0])
-            here = self.able(workers, f", batch {batch}", lambda worker: warm(worker, batch, steps, self.gpu))
+            here = self.able(workers, f", batch {batch}", partial(warm, batch=batch, steps=steps, gpu=self.gpu))
             found += rows(here, measure(here, batch, steps, options.rounds), batch, steps, options.device)
         devices = [device.name for device in gpus().devices][:1] if options.device == "cuda" else []
         return {

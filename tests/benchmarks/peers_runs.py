@@ -33,7 +33,8 @@ class Ddpmx:
     def __init__(self, job: dict[str, Any]) -> None:
         import ddpmx
 
-        self.job, self.asked = job, None
+        self.job = job
+        self.asked: Any = None
         self.versions = {"ddpmx": ddpmx.__version__}
         if Path(job["file"]).suffix == ".onnx":
             import onnxruntime
@@ -48,7 +49,11 @@ class Ddpmx:
         return self.pipeline.backend
 
     def _how(self) -> dict[str, Any]:
-        """All that is said to ddpmx about how to run; the executor is its own choice."""
+        """All that is said to ddpmx about how to run. A plan runs by TensorRT, and the executor is ddpmx's choice."""
+        from ddpmx.modelfile import identify
+
+        if identify(self.job["file"]) == "plan":
+            return {}
         return {"providers": (self.job["device"],), "threads": self.job["threads"]}
 
     def eps(self, x: Float32, t: int) -> Float32:
@@ -219,7 +224,7 @@ class Source:
     def load(self) -> str:
         from safetensors.torch import save_file
 
-        from ddpm_export.unet import UNet, UNetConfig, cifar10
+        from ddpm_export.unet import UNet, cifar10
         from ddpmx.spec import ModelSpec
         from oracles.random_weights import rerandomise
 
@@ -228,8 +233,7 @@ class Source:
 
             network, spec = load_network(self.job["checkpoint"])
         else:
-            small = UNetConfig(3, 3, (16, 16), 32, (1, 2, 2), 1, (8,), 0.0, 8)
-            network = UNet(small if self.job["small"] else cifar10())
+            network = UNet(small_network() if self.job["small"] else cifar10())
             rerandomise(network)
             spec = ModelSpec((network.config.in_channels, *network.config.size))
         self.network = network.eval().requires_grad_(False)
@@ -248,17 +252,28 @@ class Source:
 
 
 class Plan:
-    """Builds a plan, without torch in the process."""
+    """Builds a plan as ``ddpmx build`` does by default, for larger batches as well if they are asked for."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self.job, self.versions = job, {}
+        self.job = job
+        self.versions: dict[str, str] = {}
 
     def load(self) -> str:
-        from ddpmx.engine import BuildOptions, build
+        from ddpmx.engine import BuildOptions, build, default_batch
+        from ddpmx.onnxfile import onnx_spec, read_onnx
 
-        low, *_, high = sorted({1, *self.job["batches"]})
-        built = build(self.job["onnx"], self.job["file"], BuildOptions(batch=(low, high, high)))
-        return f"{built.info.flavour} {built.info.version}, built in {built.seconds:.1f} s"
+        spec = onnx_spec(Path(self.job["onnx"]), read_onnx(Path(self.job["onnx"])), None)
+        low, best, high = default_batch(spec.shape)
+        batch = low, best, max(high, *self.job["batches"])
+        built = build(self.job["onnx"], self.job["file"], BuildOptions(batch=batch))
+        return f"{built.info.flavour} {built.info.version}, batch {batch}, built in {built.seconds:.1f} s"
+
+
+def small_network() -> Any:
+    """What ``--small`` runs: 1.1 million parameters."""
+    from ddpm_export.unet import UNetConfig
+
+    return UNetConfig(3, 3, (16, 16), 32, (1, 2, 2), 1, (8,), 0.0, 8)
 
 
 def as_diffusers(config: Any, state: dict[str, Any]) -> Any:

@@ -229,6 +229,8 @@ class ToyNetwork:
         self.device.cuda.enqueue(stream, self.toy.enqueue)
 
     def close(self):
+        if any(stream.queue for stream in self.device.cuda.live["stream"].values()):
+            self.device.cuda.faults.append("a network is closed while it may run")
         self.device.open -= 1
 
 
@@ -269,6 +271,7 @@ def device(cuda):
     device = ToyDevice(cuda)
     yield device
     assert device.open == 0
+    assert set(cuda.alive()) <= {"module", "function"}  # the kernels, which are the driver's
     device.close()
 
 
@@ -373,7 +376,7 @@ def test_out_of_memory_is_this_line_s_trouble_alone(device):
     assert measured(device, 1, "plain").failed is None
 
 
-@pytest.mark.parametrize("at", [10, 70, 85], ids=["to warm up", "in the chain", "later"])
+@pytest.mark.parametrize("at", range(4, 100, 6))  # kernels: in the warm-up, in a chain, in the network alone
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_ctrl_c_leaves_nothing_on_the_device(device, executor, at):
     cuda = device.cuda
@@ -415,6 +418,18 @@ def test_all_executors_are_lines_of_the_table(on_gpu):
     ]
     assert not any(cell.failed for cell in report.cells)
     assert any("their mean is known" in line for line in report.method)
+
+
+def test_nothing_of_the_first_answer_is_left_on_the_device_while_it_is_measured(on_gpu, cuda, monkeypatch):
+    measure, seen = DeviceBench.measure, []
+
+    def watched(*arguments):
+        seen.append(cuda.alive().get("memory", 0))
+        return measure(*arguments)
+
+    monkeypatch.setattr(DeviceBench, "measure", watched)
+    on_gpu(batches=[1, 2])
+    assert seen == [0, 0]
 
 
 def test_progress_is_told_before_each_line(gaussian_onnx):

@@ -281,11 +281,13 @@ def test_packages_are_asked_for_their_version():
     assert doctor._package("no-such-package-anywhere") == {"missing": "not installed"}
 
 
+CHAINS = "chains on the GPU"
 EVERYTHING = {
     "torch": {"version": "2.9.0", "cuda": "12.6", "gpu": True},
     "onnxruntime": {"version": "1.23.0", "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]},
     "TensorRT": {"version": "10.3.0", "libraries": ["/usr/lib/libnvinfer.so.10"]},
     "TensorRT-RTX": {"version": "1.7.1.116", "libraries": []},
+    CHAINS: {"version": "by CUDA 12.6", "why_no_while": None},
 }
 GPU = Gpus((Device("Orin", "8.7", 8 << 30),), "12.6")
 NO_GPU = Gpus(trouble="there is no NVIDIA driver")
@@ -296,6 +298,7 @@ def examine(monkeypatch):
     """``examine(gpus, torch={"missing": …})``: the findings where everything else is here."""
 
     def call(gpus=GPU, packages=True, **changes):
+        changes = {CHAINS: {"missing": gpus.trouble}} | changes if gpus.trouble else changes
         said = EVERYTHING | {name.replace("_", "-"): value for name, value in changes.items()}
         by_code = {code: said[name] for name, code in doctor._PROBES.items()}
         monkeypatch.setattr(doctor, "_probe", by_code.__getitem__)
@@ -320,9 +323,10 @@ def test_without_a_gpu_only_what_needs_none_works(examine):
     findings = examine(NO_GPU, torch={"version": "2.9.0+cpu", "cuda": None, "gpu": False})
     assert {what for what, finding in findings.items() if not finding.works} == {
         "generate --provider cuda",
+        "generate, parity, bench with a .plan",
         "build with TensorRT",
     }
-    for what in ("generate --provider cuda", "build with TensorRT"):
+    for what in ("generate --provider cuda", "generate, parity, bench with a .plan", "build with TensorRT"):
         assert "no NVIDIA driver" in findings[what].why
     assert "CPU" in findings["train"].why
 
@@ -341,6 +345,17 @@ def test_an_onnxruntime_without_cuda_is_told_from_a_missing_gpu(examine):
     cpu = {"version": "1.23.0", "providers": ["CPUExecutionProvider"]}
     assert "onnxruntime-gpu" in examine(onnxruntime=cpu)["generate --provider cuda"].fix
     assert examine(NO_GPU, onnxruntime=cpu)["generate --provider cuda"].fix is None
+
+
+def test_it_says_by_which_executor_plans_run_and_why(examine):
+    what = "generate, parity, bench with a .plan"
+    assert "one launch (executor while)" in examine()[what].why
+    old = {"version": "by CUDA 12.2", "why_no_while": "the driver has no cuGraphAddNode_v2"}
+    assert examine(**{CHAINS: old})[what].why.endswith("executor graph; not while: the driver has no cuGraphAddNode_v2")
+    missing = {"missing": "not installed"}
+    found = examine(TensorRT=missing)[what]
+    assert (found.works, found.why[:13]) == (True, "TensorRT-RTX,")
+    assert not examine(TensorRT=missing, TensorRT_RTX=missing)[what].works
 
 
 def test_two_libraries_at_once_are_a_finding(examine):

@@ -11,8 +11,9 @@ import pytest
 import ddpmx
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.noise import Purpose, normal
-from ddpmx.parity.ladder import BOUNDS, Climb, Rung, check_same_model, climb
+from ddpmx.parity.ladder import Climb, check_same_model, climb
 from ddpmx.parity.reference import Reference
+from ddpmx.parity.rung import BOUNDS, Rung
 from oracles.parity import (
     ALL,
     ALPHA_BAR,

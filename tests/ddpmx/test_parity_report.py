@@ -21,8 +21,9 @@ import ddpmx
 import ddpmx.parity
 from ddpmx.errors import OutputError
 from ddpmx.parity import report
-from ddpmx.parity.ladder import BOUNDS, Climb, climb
+from ddpmx.parity.ladder import Climb, climb
 from ddpmx.parity.reference import Reference
+from ddpmx.parity.rung import BOUNDS
 from ddpmx.spec import ModelSpec
 from oracles.parity import SPEC, STEPS, Faulty, biased, channels_swapped, make_reference, neighbours_leak
 from oracles.toy_backend import ToyBackend

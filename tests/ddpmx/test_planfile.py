@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpmx import pipeline, planfile
+from ddpmx import pipeline, planfile, tensorrt_library
+from ddpmx.backends import trt
 from ddpmx.device import Device, Gpus
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError, SpecError
 from ddpmx.planfile import RECORD_PREFIX, EngineRecord
@@ -427,7 +428,7 @@ def test_the_difference_between_sidecar_and_plan_is_shown(plan):
 
 
 def test_loading_a_plan_without_a_gpu_names_the_onnx_file_to_use(plan, monkeypatch):
-    monkeypatch.setattr(pipeline, "gpus", lambda: NO_GPU)
+    monkeypatch.setattr(trt, "gpus", lambda: NO_GPU)
     with pytest.raises(BackendError, match="there is none here") as caught:
         pipeline.load(plan(make_plan()))
     assert "ddpmx generate --engine model.onnx" in str(caught.value)
@@ -437,14 +438,14 @@ def test_loading_a_plan_without_its_library_says_what_to_install(plan, monkeypat
     def missing(flavour):
         raise BackendError(f"{flavour} is not installed here")
 
-    monkeypatch.setattr(pipeline, "gpus", lambda: ADA)
-    monkeypatch.setattr(pipeline.tensorrt_library, "load", missing)
-    monkeypatch.setattr(pipeline.tensorrt_library, "host_platform", lambda: "linux x86_64")
+    monkeypatch.setattr(trt, "gpus", lambda: ADA)
+    monkeypatch.setattr(tensorrt_library, "load", missing)
+    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: "linux x86_64")
     with pytest.raises(BackendError, match="needs TensorRT-RTX, which is not installed"):
         pipeline.load(plan(make_plan()))
 
 
 def test_a_plan_with_code_for_the_cpu_is_not_loaded(plan, monkeypatch):
-    monkeypatch.setattr(pipeline, "gpus", lambda: ADA)
+    monkeypatch.setattr(trt, "gpus", lambda: ADA)
     with pytest.raises(FileFormatError, match="code for the CPU"):
         pipeline.load(plan(make_plan(tail=elf(62))))

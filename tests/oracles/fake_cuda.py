@@ -312,6 +312,10 @@ class FakeCuda:
 
         self._put(handle, run)
 
+    def _cuStreamIsCapturing(self, handle: int, out: Any) -> None:
+        stream = self._stream(handle)
+        out._obj.value = 0 if stream.capture is None else 2 if stream.spoilt else 1
+
     def _cuStreamBeginCapture_v2(self, handle: int, mode: int) -> None:
         assert mode == 1, "not thread-local"
         stream = self._stream(handle)

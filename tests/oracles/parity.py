@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from ddpmx.noise import Purpose, normal
-from ddpmx.parity.ladder import Climb, Rung
+from ddpmx.parity.ladder import Climb
 from ddpmx.parity.reference import Reference
+from ddpmx.parity.rung import Rung
 from oracles import gaussian
 from oracles.toy_backend import ToyBackend
 

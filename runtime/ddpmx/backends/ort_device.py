@@ -129,9 +129,6 @@ class OrtDevice:
             with self.driver.current():
                 stream = undo.enter_context(self.driver.stream())
                 self.stream = stream.value
-                self._event = undo.enter_context(self.driver.event())
-                self.driver.record(self._event, self.stream)
-                self.driver.wait_for(self._event)
                 undo.callback(self._drop)  # before the stream, which the session knows
                 self._open(plugin)
                 self._believe(variance)
@@ -231,20 +228,13 @@ class OrtDevice:
             raise BackendError("ONNX Runtime runs in its own stream alone, and was given another")
 
     def _check_capture(self) -> None:
-        """See that the stream is not being captured.
-
-        An event that has come long ago may be asked after at any time, except within a capture, which that spoils.
-        """
-        try:
-            self.driver.has_come(self._event)
-        except BackendError as error:
-            if "STREAM_CAPTURE" not in error.fact:
-                raise
+        """See that the stream is not being captured."""
+        if self.driver.is_capturing(self.stream):
             raise BackendError(
                 "ONNX Runtime's work cannot be captured",
                 note="it frees buffers of its own in the stream, and a graph would free them again",
                 hint=f"--executor plain, or a plan: ddpmx build {shlex.quote(self.path.name)}",
-            ) from error
+            )
 
     def _drop(self) -> None:
         """The session goes when nobody uses it and nothing of its work is under way."""

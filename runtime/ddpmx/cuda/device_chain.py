@@ -360,7 +360,9 @@ class DeviceChain:
         driver, size = self.driver, n * math.prod(self._shape)
         channels, height, width = self._shape
         result = levels if levels is not None else np.empty((n, height, width, channels), np.uint8)
-        if isinstance(result, np.ndarray) and (result.shape, result.dtype) != ((n, height, width, channels), np.uint8):
+        if isinstance(result, np.ndarray) and (
+            result.shape != (n, height, width, channels) or result.dtype != np.uint8 or not result.flags.c_contiguous
+        ):
             raise InputError(f"the images need uint8 {[n, height, width, channels]}, not {result.dtype} {result.shape}")
         watch = Watch(self.control, len(self._table), progress, cancel, timeout)
         with self._stopping():

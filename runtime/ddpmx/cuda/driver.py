@@ -90,6 +90,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
+    "cuStreamIsCapturing": (c_void_p, POINTER(c_int)),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
     "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
@@ -496,6 +497,12 @@ class Driver:
         self.call("cuStreamEndCapture", stream, ctypes.byref(graph), doing="ending a capture")
         if own and graph.value:
             captured.append(Handle(self, graph.value, "cuGraphDestroy", "a captured graph"))
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is put into a stream is recorded instead of run."""
+        status = c_int()
+        self.call("cuStreamIsCapturing", stream, ctypes.byref(status), doing="asking for a capture")
+        return status.value != 0
 
     def graph(self) -> Handle:
         """An empty graph."""

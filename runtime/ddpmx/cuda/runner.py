@@ -31,11 +31,16 @@ class DeviceRunner:
         executor: ``auto``, or one of :data:`ddpmx.cuda.EXECUTORS`.
 
     Raises:
-        BackendError: the driver refuses.
+        InputError: the network does not run by that executor.
     """
 
     def __init__(self, backend: CopyingBackend, spec: ModelSpec, executor: str = "auto") -> None:
         self._backend, self._device, self._spec, self._executor = backend, backend.device, spec, executor
+        if executor not in ("auto", *self._device.executors):
+            raise InputError(
+                f"{self._device.description} does not run by executor {executor!r}",
+                hint=f"auto, {', '.join(self._device.executors)}",
+            )
         self._kernels: Kernels | None = None
         self._key: Any = None
         self._chain: DeviceChain | None = None

@@ -6,6 +6,7 @@
 4. teacher-forced chain — every step starts where PyTorch's chain was
 5. free-running chain — same x_T and noise, nobody corrects: the pixels that come out
 6. distribution — what the errors change of the variational bound
+7. on a GPU, the chain that runs there — equal to NumPy's, by every executor
 
 Errors are given in units of the RMS of PyTorch's answers (1 for a network that predicts ε).
 """
@@ -20,84 +21,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import chain, images
-from ddpmx.backends import Backend, Buffers
+from ddpmx.backends import Backend, Buffers, CopyingBackend
 from ddpmx.chain import Float32
 from ddpmx.errors import InputError, NumericError, SpecError
+from ddpmx.parity import on_device
 from ddpmx.parity.reference import Reference, elements
+from ddpmx.parity.rung import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
 from ddpmx.samplers import Table, make_table
 from ddpmx.schedule import Float64
-from ddpmx.spec import ModelSpec, Precision
+from ddpmx.spec import ModelSpec
 
 SILENT = 1e-3
 """RMS. A network below it answers nothing: its last layers are as they were initialised (Ho et al.: almost zero), so what
 lies before them could be wrong unseen. ε, x_0 and v all have an RMS of about 1."""
 
 MOST = 16  # rows at once
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What a file of one precision has to keep.
-
-    Attributes:
-        eps: RMS of the answer's error at the worst t.
-        eps_pixel: the largest error of a single number.
-        step: RMS of x_{t−1}'s error at the worst t.
-        pixels: share of a free chain's uint8 values within one level of PyTorch's.
-        bits: change of the variational bound, in bits per dimension.
-    """
-
-    eps: float
-    eps_pixel: float
-    step: float
-    pixels: float
-    bits: float
-
-
-BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(eps=2e-5, eps_pixel=2e-4, step=4e-7, pixels=0.999, bits=1e-5),
-    "fp16": Bounds(eps=5e-3, eps_pixel=5e-2, step=1e-4, pixels=0.99, bits=1e-3),
-    "bf16": Bounds(eps=3e-2, eps_pixel=3e-1, step=6e-4, pixels=0.75, bits=1e-2),
-}
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One figure.
-
-    Attributes:
-        name: which.
-        value: measured; NaN if it was not.
-        bound: what it may be.
-        at_least: whether the bound is one from below.
-        worst: where it was worst, for people.
-        skipped: why it was not measured, or None.
-    """
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool = False
-    worst: str = ""
-    skipped: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether it holds. What was not measured does not fail."""
-        holds = self.value >= self.bound if self.at_least else self.value <= self.bound
-        return self.skipped is not None or bool(holds)
-
-    def __str__(self) -> str:
-        """ "ε: 1.2e-06 ≤ 2e-05 (worst at t = 999)"."""
-        if self.skipped is not None:
-            return f"{self.name}: not judged, {self.skipped}"
-        sign = ("≥" if self.at_least else "≤") if self.passed else ("<" if self.at_least else ">")
-        figure = (
-            f"{self.value:.2%} {sign} {100 * self.bound:g}%"
-            if self.at_least
-            else f"{self.value:.3g} {sign} {self.bound:g}"
-        )
-        return f"{self.name}: {figure}" + (f" ({self.worst})" if self.worst else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +115,7 @@ def climb(
         backend: computes the file's answers.
         spec: the file's.
         reference: what PyTorch answered; without it only the first rung can be climbed.
-        batch: how many rows at once, at most.
+        batch: how many rows at once, at most, where the network takes so few.
         progress: called with (network calls done, network calls in all).
 
     Returns:
@@ -204,11 +142,17 @@ def climb(
                 note=f"RMS of its answers: {reference.scale:.1g}",
                 hint="train it first",
             )
+    on_gpu = isinstance(backend, CopyingBackend)
+    least = 1
+    if isinstance(backend, CopyingBackend):
+        batch, least = on_device.fitting_batch(backend, batch), on_device.fitting_batch(backend, 1)
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
-    ask = _Asker(backend, spec.shape, batch, progress, total=runs + 2 + batch)
-    bounds = BOUNDS[spec.precision]
-    rungs = _itself(ask, spec, bounds, reference)
+    ask = _Asker(backend, spec.shape, batch, progress, total=runs + 2 + -(-batch // least))
+    bounds = (BOUNDS_ON_GPU if on_gpu else BOUNDS)[spec.precision]
+    rungs = _itself(ask, spec, bounds, reference, least)
+    if isinstance(backend, CopyingBackend):
+        rungs += on_device.rungs(backend, spec)
     if reference is None:
         return Climb(spec, backend.description, None, tuple(rungs))
     curves: dict[str, NDArray[Any]] = {}
@@ -266,8 +210,11 @@ class _Asker:
             self._progress(min(self._done, self._total), self._total)
 
 
-def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None) -> list[Rung]:
-    """What needs no reference: some TensorRT versions compute only the first row of a batch rightly."""
+def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Rung]:
+    """What needs no reference: some TensorRT versions compute only the first row of a batch rightly.
+
+    ``least`` is the smallest batch that the network takes.
+    """
     n = ask.batch
     x = chain.initial(0, np.arange(n), spec.shape)
     t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32) if n > 1 else np.array([spec.timesteps // 2])
@@ -275,12 +222,13 @@ def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference |
     unit = max(_rms(whole), 1e-12) if reference is None else reference.scale
     middle = np.full(n, spec.timesteps // 2, np.int32)
     same = ask(np.broadcast_to(x[:1], x.shape).copy(), middle)
-    alone = ask(x, t, batch=1)
+    alone = ask(x, t, batch=least)
     rows = float(np.abs(same - same[:1]).max()) / unit
     neighbours = float(np.abs(alone - whole).max()) / unit
-    few = "a batch of one" if n == 1 else None
+    one = "a batch of one" if n == 1 else None
+    few = one or (None if least < n else f"only batches of {n} and more are taken")
     return [
-        Rung("identical rows, largest difference", rows, bounds.eps_pixel, skipped=few, worst=_exact(rows)),
+        Rung("identical rows, largest difference", rows, bounds.eps_pixel, skipped=one, worst=_exact(rows)),
         Rung(
             "batch against one by one, largest difference",
             neighbours,

@@ -15,7 +15,8 @@ import numpy as np
 import ddpmx
 from ddpmx.errors import OutputError, SpecError
 from ddpmx.files import make_folder, write_error
-from ddpmx.parity.ladder import Climb, Rung
+from ddpmx.parity.ladder import Climb
+from ddpmx.parity.rung import Rung
 from ddpmx.sealed import parse_json
 
 _FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
@@ -29,6 +30,7 @@ _MEANING = {
     "variational bound": "What it does to the likelihood that the model gives to the images.",
     "teacher-forced chain, RMS of ε": "Along PyTorch's own chain, every step started where PyTorch was.",
     "teacher-forced chain, RMS of x": "The same, after the step.",
+    "executor": "The chain on the GPU and the same in NumPy, with the same network: every value must be equal.",
     "free chain": "The same x_T and the same noise, and nobody corrects: the pixels that come out.",
 }
 
@@ -124,6 +126,11 @@ def to_markdown(
         f"predicts {spec.prediction}",
         f"- ran on: {climb.ran_on}",
     ]
+    if engine := (extra or {}).get("engine"):
+        lines.append(
+            f"- engine: {engine['flavour']} {engine['version']}, batches {engine['batch'][0]}…{engine['batch'][2]}, "
+            f"TF32 {'on' if engine['options'].get('tf32') else 'off'}, plan sha256 {engine['sha256']}"
+        )
     if reference is None:
         lines.append("- held against: **nothing but itself**; whether it is the PyTorch model is NOT VERIFIED")
     else:

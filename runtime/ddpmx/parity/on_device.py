@@ -1,0 +1,77 @@
+"""What only a GPU can get wrong: the chain that runs there, held against the same network's chain in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ddpmx import chain, images
+from ddpmx.backends import CopyingBackend
+from ddpmx.cuda.device_chain import DeviceChain
+from ddpmx.cuda.executors import choose_executor
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.errors import BackendError
+from ddpmx.parity.rung import Rung
+from ddpmx.samplers import make_table
+from ddpmx.spec import ModelSpec
+
+IMAGES, STEPS, SEED = 3, 20, 0
+
+
+def fitting_batch(backend: CopyingBackend, most: int) -> int:
+    """The largest batch up to ``most`` that a network takes, or else the smallest."""
+    ranges = backend.device.batches
+    fitting = [min(high, most) for low, high in ranges if low <= most]
+    return max(fitting) if fitting else min(low for low, _ in ranges)
+
+
+def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
+    """One for each executor: the uint8 values that differ from NumPy's, of which there must be none.
+
+    The network need not be trained for that. An executor that does not work here is not judged, and says why.
+
+    Args:
+        backend: the network. What it had bound is let go of.
+        spec: the model.
+
+    Raises:
+        BackendError: the network could not be run.
+    """
+    batch = fitting_batch(backend, IMAGES)
+    indices = np.arange(min(IMAGES, batch))
+    filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
+    table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
+    start = chain.initial(SEED, filled, spec.shape)
+    *_, last = chain.run(backend, table, start, seed=SEED, images=filled, clip=spec.clip)
+    wanted = images.to_nhwc(last.x0)[: len(indices)]
+    backend.release()
+    device = backend.device
+    found: list[Rung] = []
+    with device.driver.current():
+        kernels = Kernels(device.driver)
+    for executor in reversed(device.executors):
+        name = f"executor {executor} against the chain in NumPy, values that differ"
+        with DeviceChain(
+            device.driver,
+            kernels,
+            spec.shape,
+            batch,
+            table,
+            clip=spec.clip,
+            description=device.description,
+            stream=device.stream,
+        ) as made:
+            network = device.network(batch, x=made.x, t=made.t, out=made.out, var=made.var, stream=made.stream)
+            try:
+                choose_executor(made, network.enqueue, executor)
+                got = made.run(seed=SEED, images=indices)
+            except BackendError as error:
+                if executor == "plain":
+                    raise
+                found.append(Rung(name, float("nan"), 0.0, skipped=": ".join(filter(None, (error.fact, error.note)))))
+            else:
+                differing = float(np.mean(np.asarray(got) != wanted))
+                found.append(Rung(name, differing, 0.0, worst="" if differing else "equal bit for bit"))
+            finally:
+                made.settle()
+                network.close()
+    return found
