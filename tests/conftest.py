@@ -9,6 +9,15 @@ from pathlib import Path
 
 import pytest
 
+import ddpmx
+from ddpmx import tensorrt_library
+from ddpmx.backends import trt
+from ddpmx.cuda.driver import Driver
+from oracles import cuda_on_host
+from oracles.fake_cuda import FakeCuda
+from oracles.fake_tensorrt import ADA, FakeTrt
+from oracles.plans import RECORD, make_plan
+
 # The networks here are tiny. Threads that wait for each other by spinning take minutes for what one does in seconds, as
 # soon as anything else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,3 +85,50 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     for precision in ("fp32", "fp16"):
         export(folder / "run", folder / f"{precision}.onnx", precision=precision)
     return Trained(folder / "run", folder / "fp32.onnx", folder / "fp16.onnx")
+
+
+# --- a chain on a fake driver ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    try:
+        return cuda_on_host.build(tmp_path_factory.mktemp("kernels"), Path(ddpmx.__file__).parent / "cuda")
+    except cuda_on_host.Unavailable as why:
+        pytest.skip(f"not verified here: the executors' control flow ({why})")
+
+
+@pytest.fixture
+def fake(kernels):
+    """A driver that is asked afterwards whether anything leaked or was abused."""
+    cuda = FakeCuda(kernels)
+    yield cuda
+    cuda.live.pop("function", None)  # a module's, and gone with it
+    assert (cuda.alive(), cuda.retained, cuda.faults) == ({}, 0, [])
+
+
+# --- plans on a fake TensorRT and a fake driver ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: RECORD.platform)
+    path = tmp_path / "model.plan"
+    path.write_bytes(make_plan())
+    return path
+
+
+@pytest.fixture
+def plan_driver(fake, monkeypatch):
+    """A driver that the engine makes and closes itself."""
+    monkeypatch.setattr(trt, "Driver", lambda: Driver(library=fake))
+    return fake
+
+
+@pytest.fixture
+def fake_tensorrt(plan_driver, monkeypatch):
+    """A TensorRT that runs ``plan`` as a toy network, wherever ddpmx loads one."""
+    module = FakeTrt(plan_driver)
+    monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: module.library())
+    monkeypatch.setattr(trt, "gpus", lambda: ADA)
+    return module

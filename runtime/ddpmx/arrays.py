@@ -1,8 +1,7 @@
-"""Other people's arrays where they lie, and results that stay on the GPU: no copy through the host in either direction.
+"""Other people's arrays where they lie, without a copy.
 
 :func:`view` reads what NumPy, PyTorch, CuPy, JAX and the like say about an array of theirs: by ``__dlpack__`` (DLPack up
-to 1.x, <https://dmlc.github.io/dlpack>), ``__cuda_array_interface__`` (2 and 3) or ``__array_interface__``.
-:class:`DeviceArray` says the same about memory of ours. Importing this module touches no driver.
+to 1.x), ``__cuda_array_interface__`` (2 and 3) or ``__array_interface__``. Importing this module touches no driver.
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import re
-import weakref
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -20,142 +17,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from ddpmx.dlpack import (
+    CPU,
+    CUDA,
+    CUDA_HOST,
+    CUDA_MANAGED,
+    DEVICES,
+    FOREIGN,
+    IS_COPIED,
+    KINDS,
+    MAX_NDIM,
+    READ_ONLY,
+    At,
+    DLDataType,
+    Hold,
+    delete,
+    opened,
+    rename,
+)
 from ddpmx.errors import BackendError, InputError
 
 if TYPE_CHECKING:
-    from ddpmx.cuda.driver import Driver, Handle
-
-# --- DLPack, as in dlpack.h --------------------------------------------------------------------------------------------
-
-CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
-_DEVICES = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "a simulator", 10: "ROCm", 11: "ROCm's pinned memory"}
-_DEVICES |= {12: "an extension", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon", 17: "MAIA", 18: "Trainium"}
-
-_KINDS = {0: "i", 1: "u", 2: "f", 5: "c", 6: "b"}
-_FOREIGN = {3: "opaque handles", 4: "bfloat16", 7: "float8_e3m4", 8: "float8_e4m3", 9: "float8_e4m3b11fnuz"}
-_FOREIGN |= {10: "float8_e4m3fn", 11: "float8_e4m3fnuz", 12: "float8_e5m2", 13: "float8_e5m2fnuz"}
-_FOREIGN |= {14: "float8_e8m0fnu", 15: "float6_e2m3fn", 16: "float6_e3m2fn", 17: "float4_e2m1fn"}
-
-_READ_ONLY, _IS_COPIED = 1, 2
-_MAX_NDIM = 32  # NumPy 1's
-
-
-class DLDevice(ctypes.Structure):
-    """Kind of device, and which of them."""
-
-    _fields_ = [("type", c_int32), ("id", c_int32)]
-
-
-class DLDataType(ctypes.Structure):
-    """Kind of number, its bits, and how many make an element."""
-
-    _fields_ = [("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16)]
-
-
-class DLTensor(ctypes.Structure):
-    """An array. Strides are in elements, and NULL for C order."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("device", DLDevice),
-        ("ndim", c_int32),
-        ("dtype", DLDataType),
-        ("shape", POINTER(c_int64)),
-        ("strides", POINTER(c_int64)),
-        ("byte_offset", c_uint64),
-    ]
-
-
-class DLManagedTensor(ctypes.Structure):
-    """What a capsule called ``dltensor`` holds."""
-
-    _fields_ = [("dl_tensor", DLTensor), ("manager_ctx", c_void_p), ("deleter", c_void_p)]
-
-
-class DLManagedTensorVersioned(ctypes.Structure):
-    """What a capsule called ``dltensor_versioned`` holds. All up to ``flags`` is the same in every version to come."""
-
-    _fields_ = [
-        ("major", c_uint32),
-        ("minor", c_uint32),
-        ("manager_ctx", c_void_p),
-        ("deleter", c_void_p),
-        ("flags", c_uint64),
-        ("dl_tensor", DLTensor),
-    ]
-
-
-_LAYOUTS: tuple[tuple[bytes, bytes, Any], ...] = (
-    (b"dltensor_versioned", b"used_dltensor_versioned", DLManagedTensorVersioned),
-    (b"dltensor", b"used_dltensor", DLManagedTensor),
-)
-"""(name, name once it was taken, what it holds)."""
-
-
-def _python(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of Python's C API; one of our own, since the types of ``pythonapi``'s are everybody's."""
-    return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
-
-
-_is_capsule = _python("PyCapsule_IsValid", ctypes.c_int, ctypes.py_object, c_char_p)
-_pointer = _python("PyCapsule_GetPointer", c_void_p, ctypes.py_object, c_char_p)
-_rename = _python("PyCapsule_SetName", ctypes.c_int, ctypes.py_object, c_char_p)
-_keep_for_ever = _python("Py_IncRef", None, ctypes.py_object)
-_DELETER = ctypes.PYFUNCTYPE(None, c_void_p)  # with the GIL, as NumPy calls it
-
-for _, _used, _ in _LAYOUTS:
-    _keep_for_ever(_used)  # a capsule keeps the pointer to its name, and may outlive this module
-
-
-def _opened(capsule: object) -> tuple[Any, bytes] | None:
-    """What a capsule holds, and its name once it is taken; None if it is none, or was taken before."""
-    for name, used, layout in _LAYOUTS:
-        if _is_capsule(capsule, name):
-            return layout.from_address(_pointer(capsule, name)), used
-    return None
-
-
-class _Hold:
-    """Something that must not go before everybody who uses it has. What ends it runs once, and not at Python's exit.
-
-    At exit others may still be using it, and the process takes it along anyway.
-    """
-
-    def __init__(self, end: Callable[..., object], *arguments: object) -> None:
-        self._finalizer = weakref.finalize(self, end, *arguments)
-        self._finalizer.atexit = False
-
-    def end(self) -> None:
-        """End it now: nobody has it yet."""
-        self._finalizer()
-
-    def abandon(self) -> None:
-        """It is never ended."""
-        self._finalizer.detach()
-
-
-def _delete(deleter: int, managed: int) -> None:
-    """Give back what a capsule held, by the addresses of its deleter, if it has one, and of the struct."""
-    if deleter:
-        _DELETER(deleter)(managed)
-
-
-class _At:
-    """An address that NumPy takes for an array, and what has to live as long as that array."""
-
-    def __init__(
-        self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], keeps: object, writable: bool
-    ) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "data": (address, not writable),
-            "shape": shape,
-            "typestr": dtype.str,
-        }
-        self._keeps = keeps
-
-
-# --- arrays of others --------------------------------------------------------------------------------------------------
+    from ddpmx.cuda.driver import Driver
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +79,7 @@ class View:
             raise InputError("the view of the array was closed")
         if self.on_device:
             raise InputError("the array is in a GPU's memory, where NumPy cannot read", hint="copy it to the host")
-        return np.asarray(_At(self.address, self.shape, self.dtype, kept, self.writable))
+        return np.asarray(At(self.address, self.shape, self.dtype, kept, self.writable))
 
     def close(self) -> None:
         """Let go of the array. Again is harmless."""
@@ -303,7 +186,7 @@ def _device(thing: Any) -> tuple[int, int]:
         raise _malformed(thing, f"__dlpack_device__ gives {said!r}")
     kind, index = map(int, said)
     if kind not in (CPU, CUDA, CUDA_HOST, CUDA_MANAGED):
-        name = _DEVICES.get(kind, f"a device of DLPack's kind {kind}")
+        name = DEVICES.get(kind, f"a device of DLPack's kind {kind}")
         raise InputError(
             f"this {_name(thing)} is on {name}", hint="copy it to the host or to an NVIDIA GPU; nothing else is read"
         )
@@ -319,14 +202,14 @@ def _by_dlpack(thing: Any, stream: int, writable: bool) -> View:
         capsule = thing.__dlpack__(max_version=(1, 0), **options)
     except TypeError:  # of before DLPack 1
         capsule = thing.__dlpack__(**options)
-    opened = _opened(capsule)
-    if opened is None:
+    held = opened(capsule)
+    if held is None:
         raise _malformed(
             thing, f"__dlpack__ gives {_name(capsule)}: no capsule of DLPack's, or one that was used before"
         )
-    managed, used = opened
-    _rename(capsule, used)
-    hold = _Hold(_delete, managed.deleter or 0, ctypes.addressof(managed))
+    managed, used = held
+    rename(capsule, used)
+    hold = Hold(delete, managed.deleter or 0, ctypes.addressof(managed))
     try:
         where = {"on_device": True, "wait_for": None if stream else 1} if on_device else {}
         return _by_managed(thing, kind, managed, hold, writable, where)
@@ -335,7 +218,7 @@ def _by_dlpack(thing: Any, stream: int, writable: bool) -> View:
         raise
 
 
-def _by_managed(thing: Any, kind: int, managed: Any, hold: _Hold, writable: bool, where: dict[str, Any]) -> View:
+def _by_managed(thing: Any, kind: int, managed: Any, hold: Hold, writable: bool, where: dict[str, Any]) -> View:
     flags = getattr(managed, "flags", 0)
     if getattr(managed, "major", 1) != 1:
         raise InputError(f"the array comes by DLPack {managed.major}.{managed.minor}", hint="1.x is understood")
@@ -343,10 +226,10 @@ def _by_managed(thing: Any, kind: int, managed: Any, hold: _Hold, writable: bool
     device, ndim = tensor.device, tensor.ndim
     if device.type != kind or device.id < 0:
         raise _malformed(thing, f"announced on kind of device {kind}, given on {device.type}:{device.id}")
-    if not 0 <= ndim <= _MAX_NDIM or (ndim and not tensor.shape):
+    if not 0 <= ndim <= MAX_NDIM or (ndim and not tensor.shape):
         raise _malformed(thing, f"{ndim} dimensions")
     dtype = _dtype(tensor.dtype)
-    if writable and flags & _IS_COPIED:
+    if writable and flags & IS_COPIED:
         raise InputError("the array can be had as a copy only, and is to be written to")
     address = tensor.data + tensor.byte_offset if tensor.data else 0
     shape = tuple(tensor.shape[:ndim]) if ndim else ()
@@ -354,17 +237,17 @@ def _by_managed(thing: Any, kind: int, managed: Any, hold: _Hold, writable: bool
     if where:
         where = {**where, "ordinal": device.id}
     keeps = (hold,)
-    return _checked(thing, address, shape, dtype, strides, bool(flags & _READ_ONLY), writable, keeps, **where)
+    return _checked(thing, address, shape, dtype, strides, bool(flags & READ_ONLY), writable, keeps, **where)
 
 
 def _dtype(said: DLDataType) -> np.dtype[Any]:
     code, bits, lanes = said.code, said.bits, said.lanes
-    if lanes == 1 and code in _KINDS and bits % 8 == 0 and bits <= (128 if code == 5 else 64):
+    if lanes == 1 and code in KINDS and bits % 8 == 0 and bits <= (128 if code == 5 else 64):
         try:
-            return np.dtype(f"{_KINDS[code]}{bits // 8}")
+            return np.dtype(f"{KINDS[code]}{bits // 8}")
         except TypeError:
             pass
-    name = _FOREIGN.get(code, f"type {code}") if code not in _KINDS else f"{np.dtype(_KINDS[code] + '8').kind}{bits}"
+    name = FOREIGN.get(code, f"type {code}") if code not in KINDS else f"{np.dtype(KINDS[code] + '8').kind}{bits}"
     raise _no_type(name if lanes == 1 else f"{lanes} × {name}")
 
 
@@ -381,7 +264,7 @@ def _checked(
 ) -> View:
     """The view, if all of it makes sense. ``strides`` are in bytes, None for C order."""
     ints = isinstance(shape, tuple) and all(_is_int(n) and 0 <= n < 1 << 63 for n in shape)
-    if not ints or len(shape) > _MAX_NDIM:
+    if not ints or len(shape) > MAX_NDIM:
         raise _malformed(thing, f"shape {shape!r}")
     shape = tuple(map(int, shape))
     if strides is not None and (not isinstance(strides, tuple) or len(strides) != len(shape)):
@@ -432,15 +315,14 @@ def expect(
         raise InputError(f"{what} must be {wanted.name} [{text}]", note=f"it is {view.dtype.name} {list(view.shape)}")
     if view.on_device and driver is not None and view.address:
         here, there = driver.ordinal, view.ordinal
-        ask = getattr(driver, "ordinal_of", None)
-        if there is None and ask is not None:
+        if there is None:  # not everybody says
             try:
-                there = ask(view.address)
+                there = driver.ordinal_of(view.address)
             except BackendError as error:
                 raise InputError(
                     f"{what} is in no GPU's memory", note=f"{error.fact}: address {view.address:#x}"
                 ) from error
-        if there not in (None, here):
+        if there != here:
             raise InputError(f"{what} is on GPU {there}, and the model on GPU {here}", hint=f"copy it to GPU {here}")
     return view
 
@@ -460,191 +342,3 @@ def _malformed(thing: object, note: str) -> InputError:
 
 def _no_type(name: str) -> InputError:
     return InputError(f"arrays of {name} are not read", hint="convert it: x.float() in PyTorch, x.astype('float32')")
-
-
-# --- arrays of ours ----------------------------------------------------------------------------------------------------
-
-
-class DeviceArray:
-    """An array in a GPU's memory, complete when it is handed out. NumPy's order (C-contiguous).
-
-    ``torch.from_dlpack(array)``, ``cupy.from_dlpack(array)`` and their like take it as it lies there; ``numpy()`` copies
-    it to the host. The memory is freed when nobody needs it any more: neither this array, which may be closed,
-    nor those who took it by DLPack. A context manager.
-
-    Args:
-        memory: at least as many bytes; the array's from now on.
-        shape: of the array.
-        dtype: of its elements.
-        driver: with which the memory was allocated. If that is closed, the memory goes with it: see :meth:`allocate`.
-        owned: the driver is the array's alone, and closed in the memory's stead.
-
-    Attributes:
-        shape, dtype, driver: as given.
-    """
-
-    _device_type = CUDA
-
-    def __init__(
-        self, memory: Handle, shape: tuple[int, ...], dtype: DTypeLike, driver: Driver, *, owned: bool = False
-    ) -> None:
-        self.shape, self.dtype, self.driver = shape, np.dtype(dtype), driver
-        self._memory = memory
-        self._hold: _Hold | None = _Hold(driver.close if owned else memory.close)
-        self._shown: _Hold | None = None
-
-    @classmethod
-    def allocate(cls, driver: Driver, shape: tuple[int, ...], dtype: DTypeLike, what: str) -> DeviceArray:
-        """A new array of any content, which outlives ``driver``: it has a hold on the GPU of its own.
-
-        Args:
-            driver: the GPU.
-            shape: of the array.
-            dtype: of its elements.
-            what: it is, for error messages.
-
-        Raises:
-            BackendError: the memory does not suffice.
-        """
-        own = type(driver)(driver.ordinal, library=driver._library)
-        try:
-            with own.current():
-                memory = own.allocate(max(1, math.prod(shape) * np.dtype(dtype).itemsize), what)
-        except BaseException:
-            own.close()
-            raise
-        return cls(memory, shape, dtype, own, owned=True)
-
-    @property
-    def address(self) -> int:
-        """Of the first element, on the GPU.
-
-        Raises:
-            InputError: it was closed.
-            BackendError: its driver was.
-        """
-        return self._held()[0]
-
-    def _held(self) -> tuple[int, _Hold]:
-        hold = self._hold
-        if hold is None:
-            raise InputError("the array was closed")
-        return self._memory.value, hold
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """CUDA Array Interface 3. No stream: nothing is to be waited for."""
-        address, hold = self._held()
-        self._shown = hold  # those who read this keep the array itself, and never say when they are done
-        data, dtype = (address if self.nbytes else 0, False), self.dtype.str
-        return {"shape": self.shape, "typestr": dtype, "data": data, "strides": None, "version": 3, "stream": None}
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """Kind of device, and which of them."""
-        return self._device_type, self.driver.ordinal if self._device_type == CUDA else 0
-
-    def __dlpack__(
-        self,
-        *,
-        stream: int | None = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> Any:
-        """A capsule of DLPack's with this memory; with ``dl_device=(1, 0)``, the host, with a copy.
-
-        NumPy makes the capsule, of an array that pretends to lie on the host, and the device is put right in it. So what
-        deletes it is NumPy's C: a callback in Python could not run while an exception is on its way, which is how a
-        consumer that refuses drops a capsule, nor after Python's end.
-
-        Args:
-            stream: the consumer's. Nothing has to be waited for in it.
-            max_version: the newest DLPack that the consumer reads. NumPy before 2.1 gives the one of before 1.0.
-            dl_device: where it is wanted.
-            copy: whether it is to be a copy.
-
-        Raises:
-            BufferError: it is wanted on another GPU, or as a copy on this one.
-            InputError: it was closed.
-        """
-        options = {"max_version": tuple(max_version)} if max_version is not None else {}
-        address, hold = self._held()
-        here = self.__dlpack_device__()
-        wanted = here if dl_device is None else (int(dl_device[0]), int(dl_device[1]))
-        if wanted == here and not copy:
-            return self._placed(_capsule(np.asarray(_At(address, self.shape, self.dtype, hold, True)), options))
-        if wanted == (CPU, 0) and copy is not False:
-            return _capsule(self.numpy(), options)
-        raise BufferError(f"an array on DLPack's device {here} is not given {'as a copy ' if copy else ''}on {wanted}")
-
-    def _placed(self, capsule: object) -> object:
-        opened = _opened(capsule)
-        if opened is None:
-            raise BackendError("NumPy gives no capsule of DLPack's", note=f"NumPy {np.__version__}")
-        device = opened[0].dl_tensor.device
-        device.type, device.id = self.__dlpack_device__()
-        return capsule
-
-    def numpy(self) -> NDArray[Any]:
-        """A copy on the host. Who has written to the array since has to have waited for that.
-
-        Raises:
-            InputError: it was closed.
-            BackendError: the driver refuses.
-        """
-        address, _hold = self._held()  # the hold: another thread may close the array meanwhile
-        host = np.empty(self.shape, self.dtype)
-        if host.nbytes:
-            with self.driver.current(), self.driver.stream() as stream:
-                self.driver.copy_out(host, address, stream.value)
-                self.driver.wait_for_stream(stream.value, "copying an array to the host")
-        return host
-
-    def __array__(self, *arguments: object, **options: object) -> NDArray[Any]:
-        """Refused: nothing crosses the bus unasked.
-
-        Raises:
-            InputError: always.
-        """
-        raise InputError("the array is in a GPU's memory", hint="array.numpy() copies it to the host")
-
-    def abandon(self) -> None:
-        """Leave the memory to the end of the process, since freeing it would wait for a device that does not answer."""
-        if self._hold is not None:
-            self._hold.abandon()
-            self._memory.abandon()
-
-    def close(self) -> None:
-        """Done with it here; who took it by DLPack or the array interface still has it. Again is harmless."""
-        self._hold = None
-
-    def __enter__(self) -> DeviceArray:
-        """The array itself."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        """Close it."""
-        self.close()
-
-    def __len__(self) -> int:
-        """Of the first axis."""
-        if not self.shape:
-            raise TypeError("an array without axes has no length")
-        return self.shape[0]
-
-    def __repr__(self) -> str:
-        """Type, shape and place."""
-        where = "closed" if self._hold is None else f"GPU {self.driver.ordinal}"
-        return f"DeviceArray({self.dtype.name} {list(self.shape)}, {where})"
-
-
-def _capsule(array: NDArray[Any], options: dict[str, Any]) -> Any:
-    try:
-        return array.__dlpack__(**options)
-    except TypeError:  # NumPy before 2.1 knows no versions, and gives what everybody reads
-        return array.__dlpack__()

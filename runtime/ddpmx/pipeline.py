@@ -211,7 +211,7 @@ class Pipeline:
             **sampling: see :meth:`table`.
 
         Returns:
-            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.arrays.DeviceArray`, or else a NumPy array.
+            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.device_array.DeviceArray`, or else a NumPy array.
 
         Raises:
             InputError: a number out of its range, or an array that does not fit.
@@ -311,18 +311,15 @@ class Pipeline:
         writable: bool = False,
     ) -> Any:
         """Somebody's array: as NumPy's if it is on the host, as an address if it is where the chain runs."""
-        seen: View = given.enter_context(view(thing, stream=_LEGACY_STREAM, writable=writable))
-        expect(seen, shape, np.dtype(dtype), what)
+        seen: View = given.enter_context(view(thing, writable=writable))
+        driver = self._runner.driver
+        if seen.on_device and driver is None:
+            raise InputError(f"{what} lies on a GPU, and the chain runs on the CPU", hint="copy it to the host first")
+        expect(seen, shape, dtype, what, driver=driver)
         if not seen.on_device:
             return seen.numpy()
-        gpu = self._runner.gpu
-        if gpu is None or seen.ordinal not in (gpu, None):  # not everybody says which
-            where = "a GPU" if seen.ordinal is None else f"GPU {seen.ordinal}"
-            raise InputError(
-                f"{what} lies on {where}, and the chain runs on {'the CPU' if gpu is None else f'GPU {gpu}'}",
-                hint="copy it there first",
-            )
-        after.append(_LEGACY_STREAM if seen.wait_for is None else seen.wait_for)
+        if seen.wait_for is not None:
+            after.append(seen.wait_for)
         return seen.address
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import chain, images
-from ddpmx.arrays import DeviceArray
 from ddpmx.backends import Backend, RowByRow, SharedBackend
 from ddpmx.chain import Step
+from ddpmx.device_array import DeviceArray
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.samplers import Table
 from ddpmx.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from ddpmx.cuda.driver import Driver
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ class Runner(Protocol):
         """What really computes, for people."""
 
     @property
-    def gpu(self) -> int | None:
-        """Which GPU it runs on, whose addresses may be given for arrays; None on the host."""
+    def driver(self) -> Driver | None:
+        """The GPU it runs on, whose addresses may be given for arrays; None on the host."""
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
@@ -113,7 +116,7 @@ class HostRunner:
         return self._backend.description
 
     @property
-    def gpu(self) -> int | None:
+    def driver(self) -> Driver | None:
         """None."""
         return None
 

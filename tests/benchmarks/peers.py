@@ -6,7 +6,8 @@
 All runs have the same weights, batch and number of steps, and end with images of the same shape in host memory. Each is a
 process of its own, so that no library disturbs another's memory or threads; they take turns, call by call. A ratio is the
 median over the rounds of a run's time ÷ ddpmx's in the same precision and round. What comes before the first round is not
-in it, and is listed by itself: imports, loading, the first answer (in which torch compiles), the first chain.
+in it, and is listed by itself: imports, loading, the first answer (in which torch compiles), the first chain (in which it
+compiles for the next batch). Peak memory is the largest in any chain of a batch, the first included.
 
 Before anything is timed each run's ε is held against the network in float32, and each peer's reverse step against
 ddpmx's table at every t. Runs of another network or another chain get no table.
@@ -193,7 +194,7 @@ class Bench:
         # without torch ddpmx's own answer has to do: the peers are still held against it
         reference = source or min(workers, key=lambda worker: worker.precision != "fp32", default=None)
         if reference is None:
-            raise NotRun("; ".join(f"{label}: {why}" for label, why in self.not_run))
+            raise NotRun("".join(f"\n{label}: {why}" for label, why in self.not_run))
         errors: dict[str, float] = {}
         for worker in workers:
             error = check_eps(worker.label, worker.precision, answers[id(worker)], answers[id(reference)])
@@ -227,7 +228,7 @@ class Bench:
         source = self.source()
         ours, files = self.ours(source)
         if not ours:
-            raise NotRun("; ".join(f"{label}: {why}" for label, why in self.not_run))
+            raise NotRun("".join(f"\n{label}: {why}" for label, why in self.not_run))
         specs = [ModelSpec.from_json(worker.about) for worker in ours]
         spec = specs[0].replace(precision="fp32", weights=None, ddpmx="")
         if any(other.replace(precision="fp32", weights=None, ddpmx="") != spec for other in specs):
@@ -273,7 +274,7 @@ def show(report: dict[str, Any]) -> None:
     )
     size = "×".join(map(str, report["shape"]))
     print(f"images of {size}, {report['steps']} of T = {report['timesteps']} steps, {report['rounds']} rounds in turns")
-    print(report["same"], "TF32 is off everywhere.", sep=". ")
+    print(report["same"] + ("; TF32 is off everywhere" if report["device"].startswith("cuda") else ""))
     print("\nBefore the first round, in seconds (none of it is in the ratios):\n")
     print("| run | | imports | load | first answer | first chain, by batch | by |")
     print("|---|---|---|---|---|---|---|")
@@ -299,7 +300,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def batches(text: str) -> list[int]:
-    """ "1,64" → [1, 64], rising."""
+    """The batches in "1,64", smallest first."""
     found = sorted({int(part) for part in text.split(",")})
     if found[0] < 1:
         raise ValueError(text)
@@ -345,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("Hint: --checkpoint names the run that the files were exported from", file=sys.stderr)
             return 1
         except (NotRun, DdpmxError) as error:
-            print(f"Nothing was measured: {error}", file=sys.stderr)
+            print(f"Nothing was measured. {error}", file=sys.stderr)
             return 2
     show(report)
     if options.json:

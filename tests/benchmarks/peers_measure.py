@@ -139,6 +139,8 @@ class Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
 
 # --- the same network, the same chain ---------------------------------------------------------------------------------

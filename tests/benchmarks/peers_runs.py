@@ -68,10 +68,12 @@ class Ddpmx:
         self.asked.enqueue()
         return buffers.out
 
+    def answered(self) -> None:
+        """No more ε is asked for: its memory is not the chain's."""
+        self.asked.close()
+        self.asked = None
+
     def draw(self, batch: int, steps: int, seed: int) -> NDArray[Any]:
-        if self.asked is not None:
-            self.asked.close()
-            self.asked = None
         return self.pipeline.generate(batch, seed=seed, batch=batch, steps=steps, spacing=SPACING)
 
 
@@ -342,6 +344,7 @@ def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
         answers = [run.eps(x, first)]
         seconds = time.perf_counter() - begun
         np.savez(request["out"], eps=np.stack(answers + [run.eps(x, t) for t in rest]))
+        getattr(run, "answered", lambda: None)()
         return {"seconds": seconds}
     if what == "walk":
         with np.load(request["file"]) as given:

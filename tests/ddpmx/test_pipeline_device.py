@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import chain, images, tensorrt_library
-from ddpmx.backends import trt
+from ddpmx import chain, images
 from ddpmx.cuda import EXECUTORS
 from ddpmx.errors import BackendError, Cancelled, InputError, NumericError
 from ddpmx.samplers import make_table
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
-from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import SPEC
 
 STEPS = 4
@@ -36,11 +34,8 @@ def expected(indices, *, seed=5, x=None):
 
 
 @pytest.fixture
-def module(plan_driver, monkeypatch):
-    fake = FakeTrt(plan_driver)
-    monkeypatch.setattr(tensorrt_library, "load", lambda flavour: fake.library())
-    monkeypatch.setattr(trt, "gpus", lambda: ADA)
-    return fake
+def module(fake_tensorrt):
+    return fake_tensorrt
 
 
 class OnDevice:

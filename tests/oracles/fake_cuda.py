@@ -289,6 +289,12 @@ class FakeCuda:
     def _cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
         free._obj.value, total._obj.value = (8 << 30) - sum(n for _, n in self.live.get("memory", {}).values()), 8 << 30
 
+    def _cuPointerGetAttribute(self, out: Any, attribute: int, address: int) -> None:
+        assert attribute == 9
+        if not any(a <= address < a + room for a, (_, room) in self.live.get("memory", {}).items()):
+            raise Failure(1)
+        out._obj.value = 0
+
     def _cuStreamCreate(self, out: Any, flags: int) -> None:
         assert flags == 1
         out._obj.value = self._make("stream", Stream())

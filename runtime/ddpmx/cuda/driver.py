@@ -61,6 +61,7 @@ ENUMS = {
     "CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES": 6,
     "CU_MEMHOSTALLOC_DEVICEMAP": 2,
     "CU_MEMHOSTALLOC_PORTABLE": 1,
+    "CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL": 9,
     "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1,
     "CU_STREAM_NON_BLOCKING": 1,
 }
@@ -86,6 +87,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
+    "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
@@ -363,6 +365,18 @@ class Driver:
         free, total = c_size_t(), c_size_t()
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total), doing="asking for free memory")
         return free.value, total.value
+
+    def ordinal_of(self, address: int) -> int:
+        """Which GPU's memory an address is.
+
+        Raises:
+            BackendError: no GPU's.
+        """
+        ordinal, attribute = c_int(), ENUMS["CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL"]
+        with self.current():
+            doing = "looking where an array lies"
+            self.call("cuPointerGetAttribute", ctypes.byref(ordinal), attribute, address, doing=doing)
+        return ordinal.value
 
     def copy_in(self, address: int, source: NDArray[Any] | ctypes.Structure, stream: int) -> None:
         """Copy from the host in the stream's turn. ``source`` has to stay as it is until that has come."""

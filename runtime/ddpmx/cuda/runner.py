@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import chain
-from ddpmx.arrays import DeviceArray
 from ddpmx.backends import CopyingBackend, DeviceNetwork
 from ddpmx.chain import Step
 from ddpmx.cuda.device_chain import Choice, DeviceChain
+from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.device_array import DeviceArray
 from ddpmx.errors import InputError
 from ddpmx.runner import Job
 from ddpmx.samplers import Table
@@ -54,9 +55,9 @@ class DeviceRunner:
         return f"{self._device.description}" + (f", executor {self._choice}" if self._choice is not None else "")
 
     @property
-    def gpu(self) -> int | None:
-        """The driver's."""
-        return self._device.driver.ordinal
+    def driver(self) -> Driver:
+        """The network's."""
+        return self._device.driver
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
