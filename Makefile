@@ -36,6 +36,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/chain_overhead.py
 	$(BIN)/python tests/benchmarks/time_table.py
 	$(BIN)/python tests/benchmarks/engine_build.py
+	$(BIN)/python tests/benchmarks/peers.py --small --only diffusers ort
 
 mutations: $(VENV)/.dev
 	$(BIN)/python tests/mutations/run.py --count 100000

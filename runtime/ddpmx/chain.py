@@ -20,6 +20,9 @@ from ddpmx.samplers import Table
 
 Float32 = NDArray[np.float32]
 
+NOISE_AT_ONCE = 1 << 13
+"""Numbers: with fewer, NumPy spends its time on being called."""
+
 
 class Step(NamedTuple):
     """One reverse step. The arrays are the chain's own: copy what must outlive the next step.
@@ -152,6 +155,14 @@ def executed_batch(
     return n if n == batch or np.array_equal(answer(last), whole[last], equal_nan=True) else batch
 
 
+def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) -> Iterator[Float32]:
+    """z of every step that has one. Of small images several steps' are drawn at once, which costs hardly more."""
+    timesteps = table.timesteps[table.rows[:, 4].astype(np.float32) != 0]
+    steps = max(1, NOISE_AT_ONCE // (len(images) * elements))
+    for start in range(0, len(timesteps), steps):
+        yield from noise.normal(seed, images, timesteps[start : start + steps], Purpose.STEP, elements)
+
+
 def run(
     backend: Backend,
     table: Table,
@@ -184,7 +195,7 @@ def run(
     limit = np.inf if clip is None else clip
     backend.bind(buffers)
     rows = table.rows.astype(np.float32)
-    elements = int(np.prod(chw))
+    draws = _noise(seed, images, table, int(np.prod(chw)))
     with np.errstate(over="ignore", invalid="ignore"):  # the finite check below says it better
         for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
             buffers.t.fill(t)
@@ -197,7 +208,7 @@ def run(
                 )
             z = sigma = None
             if row[4] != 0:
-                z = noise.normal(seed, images, t, Purpose.STEP, elements).reshape(x.shape)
+                z = next(draws).reshape(x.shape)
                 if learned is not None and var is not None:
                     sigma = learned_sigma(learned[index], var)
             update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)

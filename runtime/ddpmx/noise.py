@@ -146,7 +146,7 @@ def _cos_sin(word: UInt32) -> tuple[Float32, Float32]:
 def normal(
     seed: int,
     images: NDArray[np.integer] | range | list[int],
-    t: int,
+    t: int | NDArray[np.integer],
     purpose: Purpose,
     elements: int,
     *,
@@ -157,13 +157,13 @@ def normal(
     Args:
         seed: 0…2⁶⁴−1.
         images: [n], the index of each image, 0…2³²−1. What else is in the batch makes no difference to an image.
-        t: the timestep, 0…T−1.
+        t: the timestep, 0…T−1, or [k] of them, whose draws are made at once.
         purpose: what the draw is for.
         elements: how many numbers an image takes, C·H·W.
         repeat: 0…2²⁴−1, a further draw for the same purpose.
 
     Returns:
-        float32 [n, elements].
+        float32 [n, elements], or [k, n, elements].
 
     Raises:
         InputError: a number outside its range.
@@ -175,20 +175,21 @@ def normal(
         indices = np.array([-1])
     if indices.size and not (indices.min() >= 0 and indices.max() <= MAX_IMAGE):
         raise InputError("image indices run from 0 to 2**32 - 1")
-    if not 0 <= t < 2**32 or not 0 <= repeat < 2**24:
+    steps = np.asarray(t, np.int64)
+    if (steps.size and not 0 <= steps.min() <= steps.max() < 2**32) or not 0 <= repeat < 2**24:
         raise InputError(f"noise is defined for t below 2**32 and repeat below 2**24, not t = {t}, repeat = {repeat}")
     blocks = -(-elements // 4)
-    counter = np.empty((4, len(indices), blocks), np.uint64)
+    counter = np.empty((4, *steps.shape, len(indices), blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
     counter[1] = indices.astype(np.uint64)[:, None]
-    counter[2] = t
+    counter[2] = steps.astype(np.uint64)[..., None, None]
     counter[3] = int(purpose) << 24 | repeat
     w0, w1, w2, w3 = philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    z = np.empty((len(indices), blocks, 4), np.float32)
+    z = np.empty((*steps.shape, len(indices), blocks, 4), np.float32)
     for pair, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
         radius = np.sqrt(np.maximum(_minus_two_ln(radius_word), np.float32(0)))
         cos, sin = _cos_sin(angle_word)
         z[..., 2 * pair] = radius * cos
         z[..., 2 * pair + 1] = radius * sin
-    drawn: Float32 = z.reshape(len(indices), 4 * blocks)[:, :elements]
+    drawn: Float32 = z.reshape(*z.shape[:-2], 4 * blocks)[..., :elements]
     return drawn

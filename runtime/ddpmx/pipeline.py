@@ -19,7 +19,7 @@ from ddpmx.backends import Backend, CopyingBackend
 from ddpmx.cuda import EXECUTORS
 from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
 from ddpmx.noise import MAX_IMAGE, check_seed
-from ddpmx.runner import HostRunner, Job, Runner
+from ddpmx.runner import HostRunner, Job, Runner, fitting_batch
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
 
@@ -82,9 +82,7 @@ class Pipeline:
     def default_batch(self) -> int:
         """How many images run at once if nothing is said: 1…16, fewer the larger they are. The file alone decides."""
         batch = int(np.clip(DEFAULT_BATCH_ELEMENTS // np.prod(self.spec.shape), 1, DEFAULT_BATCH))
-        ranges = self._runner.batches
-        nearest = [min(max(batch, low), high) for low, high in ranges]
-        return min(nearest, key=lambda possible: (abs(possible - batch), possible))
+        return fitting_batch(self._runner.batches, batch)
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -144,7 +142,7 @@ class Pipeline:
         """See that :meth:`generate` would take these numbers, before anything is prepared for them.
 
         Returns:
-            ``batch``, or the default in its place.
+            ``batch``, or the default in its place; or less, or more, if a plan takes none but that.
 
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
@@ -168,8 +166,7 @@ class Pipeline:
             raise InputError(
                 f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
             )
-        self._runner.check_batch(int(batch))
-        return int(batch)
+        return fitting_batch(self._runner.batches, int(batch))
 
     def generate(
         self,
@@ -196,8 +193,9 @@ class Pipeline:
             n: how many, at least 1.
             seed: 0…2⁶⁴−1.
             first: the index of the first one: ``generate(8)`` equals ``generate(4)`` and ``generate(4, first=4)``.
-            batch: how many run at once, at most; by default :attr:`default_batch`. Where the device's arithmetic depends
-                on the batch, an image does so by its last bits, but never on ``n``, ``first`` or its neighbours.
+            batch: how many run at once, at most; by default :attr:`default_batch`. A plan may take fewer. Where the
+                device's arithmetic depends on the batch, an image does so by its last bits, but never on ``n``,
+                ``first`` or its neighbours.
             x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I).
             out: uint8 [n, H, W, C], C-contiguous, where the images go.
             on_device: leave them on the GPU.
@@ -270,7 +268,8 @@ class Pipeline:
         """
         table = self.table(**sampling)
         batch = max(n, self.check_request(n, seed=seed, first=first, batch=batch))
-        self.check_request(n, batch=batch)
+        if batch > (largest := self.check_request(n, batch=batch)):
+            raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
         ((_, indices),) = _batches(n, first, batch)
         for step in self._runner.steps(Job(table, seed, indices, batch), x=None):
             yield Preview(step.t, step.x.copy(), step.x0.copy())

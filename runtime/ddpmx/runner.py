@@ -44,6 +44,17 @@ class Job:
     after: tuple[int, ...] = ()
 
 
+def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
+    """The largest batch up to ``wanted`` that a network takes, or else its smallest.
+
+    Args:
+        ranges: the smallest and the largest batch of each range that it takes.
+        wanted: images at once.
+    """
+    fewer = [min(high, wanted) for low, high in ranges if low <= wanted]
+    return max(fewer) if fewer else min(low for low, _ in ranges)
+
+
 class Runner(Protocol):
     """Runs chains. For one thread at a time."""
 
@@ -58,13 +69,6 @@ class Runner(Protocol):
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
         """Smallest and largest batch of each range that the network takes."""
-
-    def check_batch(self, batch: int) -> None:
-        """See that the network takes this batch.
-
-        Raises:
-            InputError: it does not.
-        """
 
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
         """Run a chain to its end. Images beside an image make no difference to it.
@@ -124,9 +128,6 @@ class HostRunner:
     def batches(self) -> tuple[tuple[int, int], ...]:
         """Any."""
         return ((1, 1 << 32),)
-
-    def check_batch(self, batch: int) -> None:
-        """Any will do."""
 
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
         """See :meth:`Runner.run`."""

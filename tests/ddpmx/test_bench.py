@@ -226,7 +226,12 @@ class ToyNetwork:
     def enqueue(self, stream):
         if self.device.stubborn and self.device.cuda._stream(stream).capture is not None:
             raise BackendError("it does not let itself be captured")
-        self.device.cuda.enqueue(stream, self.toy.enqueue)
+        self.device.cuda.enqueue(stream, self._compute)
+
+    def _compute(self):
+        self.toy.enqueue()
+        out = self.toy.buffers.out
+        out += self.device.sways * np.arange(len(out), dtype=np.float32)[:, None, None, None]
 
     def close(self):
         if any(stream.queue for stream in self.device.cuda.live["stream"].values()):
@@ -239,7 +244,8 @@ class ToyDevice:
 
     description, stream = "a toy", 0
 
-    def __init__(self, cuda, *, executors=EXECUTORS, batches=((1, 4),), stubborn=False):
+    def __init__(self, cuda, *, executors=EXECUTORS, batches=((1, 4),), stubborn=False, sways=0.0):
+        self.sways = np.float32(sways)  # with an image's place in the batch
         self.cuda, self.executors, self.batches, self.stubborn = cuda, executors, batches, stubborn
         self.driver = Driver(library=cuda)
         self.open = 0
@@ -345,6 +351,26 @@ def test_a_network_that_is_not_to_be_captured_is_enqueued_alone_as_well(cuda):
         device.close()
 
 
+def test_an_executor_that_the_library_does_not_run_by_is_not_even_tried(cuda):
+    device = ToyDevice(cuda, executors=("plain",))
+    for name in ("graph", "while"):
+        assert "does not run by it" in measured(device, 1, name).failed
+    assert cuda.count("cuStreamBeginCapture_v2", "cuStreamBeginCaptureToGraph") == 0
+    assert measured(device, 1, "auto").executor == "plain"
+    device.close()
+
+
+@pytest.mark.parametrize(("sways", "said"), [(0.0, False), (0.01, True)])
+def test_it_says_where_generate_would_run_each_image_alone(cuda, sways, said):
+    device = ToyDevice(cuda, sways=sways)
+    backend = CopyingBackend(device)
+    cell = measured(device, 3, "plain", backend=backend)
+    assert any("runs each one alone" in note for note in cell.notes) is said
+    assert cell.mean_ms == pytest.approx(2.5)
+    assert device.open == 0
+    backend.close()
+
+
 def test_an_executor_that_does_not_work_here_says_why(cuda):
     cuda.lacking = ("cuGraphConditionalHandleCreate", "cuGraphAddNode_v2", "cuStreamBeginCaptureToGraph")
     device = ToyDevice(cuda)
@@ -400,8 +426,8 @@ def test_ctrl_c_leaves_nothing_on_the_device(device, executor, at):
 def on_gpu(cuda, monkeypatch, gaussian_onnx):
     """``bench`` of a file whose network runs on the fake device."""
 
-    def call(*, batches=None, executor="auto", ranges=((1, 4),)):
-        device = ToyDevice(cuda, batches=ranges)
+    def call(*, batches=None, executor="auto", ranges=((1, 4),), executors=EXECUTORS):
+        device = ToyDevice(cuda, batches=ranges, executors=executors)
         monkeypatch.setattr(pipeline, "open_model", lambda path, **opening: (SPEC, CopyingBackend(device)))
         try:
             return bench(gaussian_onnx, batches=batches, executor=executor, steps=3, seconds=1e-3)
@@ -478,6 +504,13 @@ def test_a_batch_outside_the_file_s_range_is_refused_before_anything_runs(on_gpu
     with pytest.raises(InputError, match="no batch of 5"):
         on_gpu(batches=[1, 5])
     assert "engine" not in cuda.launches
+
+
+def test_an_executor_that_is_not_the_library_s_is_refused(on_gpu, cuda):
+    with pytest.raises(InputError, match="does not run by executor 'while'"):
+        on_gpu(executor="while", executors=("plain",))
+    report = on_gpu(executor="all", batches=[1], executors=("plain",))
+    assert [bool(cell.failed) for cell in report.cells] == [False, True, True]
 
 
 def test_the_host_s_executor_is_not_for_a_device(on_gpu):

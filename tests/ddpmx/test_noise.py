@@ -105,7 +105,7 @@ def test_other_steps_are_uncorrelated(figure):
 
 
 def test_tails_are_those_of_a_normal():
-    z = np.abs(noise.normal(11, range(1000), 1, Purpose.STEP, 1000))
+    z = np.abs(noise.noise.normal(11, range(1000), 1, Purpose.STEP, 1000))
     for limit, share in ((1, 0.317311), (2, 0.045500), (3, 0.0026998), (4, 6.334e-5)):
         expected = share * MILLION
         assert abs((z > limit).sum() - expected) < 4 * expected**0.5
@@ -157,3 +157,13 @@ def test_numbers_outside_the_counter_are_refused(change):
 def test_the_largest_numbers_are_not():
     z = noise.normal(2**64 - 1, [2**32 - 1], 2**32 - 1, Purpose.DIFFUSE, 8, repeat=2**24 - 1)
     assert np.all(np.isfinite(z))
+
+
+def test_draws_of_several_timesteps_at_once_are_those_of_each():
+    ts = np.array([999, 3, 0, 2**32 - 1])
+    together = noise.normal(11, [5, 0], ts, Purpose.STEP, 30)
+    assert together.shape == (4, 2, 30)
+    for t, drawn in zip(ts, together, strict=True):
+        np.testing.assert_array_equal(drawn, noise.normal(11, [5, 0], int(t), Purpose.STEP, 30))
+    with pytest.raises(InputError, match="t below"):
+        noise.normal(0, [0], np.array([0, 2**32]), Purpose.STEP, 4)

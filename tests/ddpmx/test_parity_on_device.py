@@ -7,9 +7,9 @@ import pytest
 
 from ddpmx.backends import CopyingBackend, trt
 from ddpmx.cuda.device_chain import DeviceChain
-from ddpmx.parity import on_device
 from ddpmx.parity.ladder import climb
 from ddpmx.parity.rung import BOUNDS, BOUNDS_ON_GPU
+from ddpmx.runner import fitting_batch
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import SPEC
 
@@ -75,8 +75,7 @@ def test_an_executor_that_does_not_work_is_not_judged(backend):
     [([(1, 64)], 16, 16), ([(1, 8)], 16, 8), ([(32, 64)], 16, 32), ([(1, 1), (20, 24)], 16, 1), ([(4, 4)], 1, 4)],
 )
 def test_a_batch_that_the_network_takes(profiles, most, fits):
-    device = type("Device", (), {"batches": tuple(profiles)})
-    assert on_device.fitting_batch(type("Backend", (), {"device": device}), most) == fits
+    assert fitting_batch(tuple(profiles), most) == fits
 
 
 def test_bounds_on_a_gpu_are_no_tighter_and_only_float32_s_differ():

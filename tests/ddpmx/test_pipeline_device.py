@@ -110,7 +110,7 @@ def test_where_neighbours_matter_and_the_plan_takes_no_single_image(plan, module
 
 
 @pytest.mark.parametrize(
-    ("profiles", "default"), [(((1, 4, 8),), 8), (((32, 32, 64),), 32), (((1, 1, 1), (20, 20, 24)), 20)], ids=str
+    ("profiles", "default"), [(((1, 4, 8),), 8), (((32, 32, 64),), 32), (((1, 1, 1), (20, 20, 24)), 1)], ids=str
 )
 def test_the_default_batch_is_one_that_the_plan_takes(plan, module, profiles, default):
     module.profiles = profiles
@@ -119,9 +119,12 @@ def test_the_default_batch_is_one_that_the_plan_takes(plan, module, profiles, de
         assert pipeline.generate(1, seed=5, steps=STEPS).tobytes() == expected([0]).tobytes()
 
 
-def test_a_batch_that_the_plan_does_not_take(plan, module):
-    with ddpmx.load(plan) as pipeline, pytest.raises(InputError, match="takes batches of 1…8, not 9"):
-        pipeline.generate(1, batch=9)
+def test_a_batch_larger_than_the_plan_s_is_split(plan, module):
+    with ddpmx.load(plan) as pipeline:
+        assert pipeline.check_request(20, batch=20) == 8
+        assert pipeline.generate(20, seed=5, steps=STEPS, batch=20).tobytes() == expected(range(20)).tobytes()
+        with pytest.raises(InputError, match="9 images cannot be watched together"):
+            next(pipeline.stream(9, steps=STEPS))
 
 
 def test_a_chain_is_kept_for_the_next_one_like_it(plan, module):

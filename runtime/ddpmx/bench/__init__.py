@@ -108,7 +108,8 @@ def bench(
         if device is not None:
             from ddpmx.bench.gpu import DeviceBench
 
-            measure = DeviceBench(device, spec, settings, free_before=free_before).measure
+            assert isinstance(backend, CopyingBackend)
+            measure = DeviceBench(device, spec, settings, backend=backend, free_before=free_before).measure
             ordinal = device.driver.ordinal
         before = None if ordinal is None else machine.gpu_state(ordinal)
         cells: list[Cell] = []
@@ -161,6 +162,10 @@ def _executors(executor: str, device: DeviceBackend | None) -> tuple[str, ...]:
     if executor == "host":
         raise InputError(
             "the executor 'host' is for files that run on the CPU", hint=f"one of auto, all, {', '.join(ALL_EXECUTORS)}"
+        )
+    if executor not in ("auto", "all", *device.executors):
+        raise InputError(
+            f"{device.description} does not run by executor {executor!r}", hint=f"auto, {', '.join(device.executors)}"
         )
     return ALL_EXECUTORS if executor == "all" else (executor,)
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ddpmx.backends import DeviceBackend, DeviceNetwork
+from ddpmx.backends import CopyingBackend, DeviceBackend, DeviceNetwork
 from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
+from ddpmx.chain import executed_batch
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.driver import Driver, Handle
 from ddpmx.cuda.executors import choose_executor
@@ -24,6 +25,10 @@ Clock = Callable[[], float]
 ROUNDS = 3
 """Chains at least, each followed by the network alone."""
 
+_ALONE = (
+    "generate is slower: an image's answer depends on its place in this batch, so it runs each one alone, as batch 1"
+)
+
 
 class DeviceBench:
     """Measures one file's network. It keeps nothing on the device from one line of the table to the next.
@@ -32,6 +37,7 @@ class DeviceBench:
         device: the network.
         spec: what it is.
         settings: how long.
+        backend: the same network for arrays on the host, or None. It is asked whether images may run side by side.
         free_before: bytes that were free on the device before the file was opened, or None.
         clock: in seconds.
         thread_clock: CPU time of the thread that asks, in seconds.
@@ -43,12 +49,14 @@ class DeviceBench:
         spec: ModelSpec,
         settings: Settings,
         *,
+        backend: CopyingBackend | None = None,
         free_before: int | None = None,
         clock: Clock = time.perf_counter,
         thread_clock: Clock = time.thread_time,
     ) -> None:
         self._device, self._spec, self._settings, self._free_before = device, spec, settings, free_before
-        self._clock, self._thread_clock = clock, thread_clock
+        self._clock, self._thread_clock, self._backend = clock, thread_clock, backend
+        self._alone: dict[int, bool] = {}
         self._kernels = Kernels(device.driver)
         self._table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
         self._step: dict[int, float] = {}
@@ -67,13 +75,27 @@ class DeviceBench:
             NumericError: the network's answer was not finite.
             InputError: no such executor or batch.
         """
+        if executor not in ("auto", *self._device.executors):  # not even tried: it may spoil more than this line
+            return Cell(batch, executor, failed=f"{self._device.description} does not run by it")
         try:
+            if batch not in self._alone:
+                self._alone[batch] = self._run_alone(batch)
             with self._device.driver.current():
                 if batch not in self._step:
                     self._step[batch] = self._rehearse(batch)
                 return self._measure(batch, executor)
         except BackendError as error:
             return Cell(batch, executor, failed=": ".join(filter(None, (error.fact, error.note))))
+
+    def _run_alone(self, batch: int) -> bool:
+        """Whether the pipeline gives each image to the network alone."""
+        if self._backend is None:
+            return False
+        shape, total, learned = self._spec.shape, self._spec.timesteps, self._table.learned is not None
+        try:
+            return executed_batch(self._backend, shape, total, batch, batch, var=learned) < batch
+        finally:
+            self._backend.release()
 
     def _rehearse(self, batch: int) -> float:
         """Warm up, and see how many seconds a step takes."""
@@ -124,30 +146,29 @@ class DeviceBench:
             warm_up=2 * min(WARM_UP_STEPS, total) + steps,
             apart=name != "while",
             memory=memory,
-            notes=(*notes, *note),
+            notes=(*notes, *note, *([_ALONE] if self._alone.get(batch) else [])),
         )
 
     @contextlib.contextmanager
     def _chain(self, batch: int, executor: str, table: Table) -> Iterator[tuple[DeviceChain, tuple[str, ...]]]:
         """A chain that is ready to run, and what there is to say about it. Afterwards all of it is freed."""
         device = self._device
-        networks: list[DeviceNetwork] = []
-        try:
-            with DeviceChain(
-                device.driver,
-                self._kernels,
-                self._spec.shape,
-                batch,
-                table,
-                clip=self._spec.clip,
-                description=device.description,
-                stream=device.stream,
-            ) as chain:
-                networks.append(self._network(batch, chain))
-                choice = choose_executor(chain, networks[0].enqueue, executor, among=device.executors)
+        with DeviceChain(
+            device.driver,
+            self._kernels,
+            self._spec.shape,
+            batch,
+            table,
+            clip=self._spec.clip,
+            description=device.description,
+            stream=device.stream,
+        ) as chain:
+            network = self._network(batch, chain)
+            try:
+                choice = choose_executor(chain, network.enqueue, executor, among=device.executors)
                 yield chain, tuple(f"not {name}: {why}" for name, why in choice.rejected)
-        finally:  # after the graph that it may be in
-            for network in networks:
+            finally:
+                chain.settle()
                 network.close()
 
     def _network(self, batch: int, chain: DeviceChain) -> DeviceNetwork:

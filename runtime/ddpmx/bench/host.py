@@ -39,9 +39,6 @@ class _Watched:
         self._backend.enqueue()
         self.computing = self._clock() - begun
 
-    def share(self) -> Backend:
-        return self._backend.share()
-
     def close(self) -> None:
         self._backend.close()
 

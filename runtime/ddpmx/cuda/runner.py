@@ -64,14 +64,6 @@ class DeviceRunner:
         """Smallest and largest batch of each range that the network takes."""
         return self._device.batches
 
-    def check_batch(self, batch: int) -> None:
-        """See that the network takes this batch.
-
-        Raises:
-            InputError: it does not.
-        """
-        self._device.check_batch(batch)
-
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
         """Run a chain, see :meth:`ddpmx.runner.Runner.run`."""
         n, alone = len(job.images), self._is_alone(job)

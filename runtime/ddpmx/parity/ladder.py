@@ -27,6 +27,7 @@ from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.parity import on_device
 from ddpmx.parity.reference import Reference, elements
 from ddpmx.parity.rung import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
+from ddpmx.runner import fitting_batch
 from ddpmx.samplers import Table, make_table
 from ddpmx.schedule import Float64
 from ddpmx.spec import ModelSpec
@@ -145,7 +146,7 @@ def climb(
     on_gpu = isinstance(backend, CopyingBackend)
     least = 1
     if isinstance(backend, CopyingBackend):
-        batch, least = on_device.fitting_batch(backend, batch), on_device.fitting_batch(backend, 1)
+        batch, least = (fitting_batch(backend.device.batches, wanted) for wanted in (batch, 1))
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
     ask = _Asker(backend, spec.shape, batch, progress, total=runs + 2 + -(-batch // least))

@@ -11,17 +11,11 @@ from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.errors import BackendError
 from ddpmx.parity.rung import Rung
+from ddpmx.runner import fitting_batch
 from ddpmx.samplers import make_table
 from ddpmx.spec import ModelSpec
 
 IMAGES, STEPS, SEED = 3, 20, 0
-
-
-def fitting_batch(backend: CopyingBackend, most: int) -> int:
-    """The largest batch up to ``most`` that a network takes, or else the smallest."""
-    ranges = backend.device.batches
-    fitting = [min(high, most) for low, high in ranges if low <= most]
-    return max(fitting) if fitting else min(low for low, _ in ranges)
 
 
 def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
@@ -36,7 +30,7 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
     Raises:
         BackendError: the network could not be run.
     """
-    batch = fitting_batch(backend, IMAGES)
+    batch = fitting_batch(backend.device.batches, IMAGES)
     indices = np.arange(min(IMAGES, batch))
     filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
