@@ -62,20 +62,19 @@ def test_figures_of_known_durations():
 
 
 @pytest.mark.parametrize(
-    ("settings", "step", "least", "planned"),
+    ("settings", "step", "planned"),
     [
-        (Settings(5.0), 0.05, 1, (50, 1)),  # 50 steps, and as often the network alone
-        (Settings(5.0), 0.05, 3, (16, 3)),
-        (Settings(5.0), 2.0, 3, (3, 3)),  # slower than the time allows
-        (Settings(5.0), 0.001, 1, (1000, 2)),
-        (Settings(5.0), 1e-6, 1, (1000, 25)),
-        (Settings(5.0), 0.0, 1, (1000, 25)),
-        (Settings(5.0, steps=10), 0.05, 3, (10, 5)),
-        (Settings(0.1, steps=1000), 0.05, 1, (1000, 1)),
+        (Settings(5.0), 0.05, (16, 3)),  # 48 steps in three chains, and as often the network alone
+        (Settings(5.0), 2.0, (3, 3)),  # slower than the time allows
+        (Settings(5.0), 0.0005, (1000, 5)),
+        (Settings(5.0), 1e-6, (1000, 25)),
+        (Settings(5.0), 0.0, (1000, 25)),
+        (Settings(5.0, steps=10), 0.05, (10, 5)),
+        (Settings(0.1, steps=1000), 0.05, (1000, 3)),
     ],
 )
-def test_as_many_steps_are_planned_as_the_time_allows(settings, step, least, planned):
-    assert settings.plan(step, 1000, least) == planned
+def test_as_many_steps_are_planned_as_the_time_allows(settings, step, planned):
+    assert settings.plan(step, 1000) == planned
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
@@ -114,29 +113,34 @@ class Slow(ToyBackend):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Drawing noise takes 0.5 ms, and nothing else takes any time."""
-    clock, normal = Clock(), chain.noise.normal
+    """An update takes 0.5 ms, drawing x_T 0.25 ms, and nothing else but the network takes any time."""
+    clock = Clock()
 
-    def slow(*arguments):
-        clock.now += 0.5 * MS
-        return normal(*arguments)
+    def slowed(function, seconds):
+        def call(*arguments, **named):
+            clock.now += seconds
+            return function(*arguments, **named)
 
-    monkeypatch.setattr(chain.noise, "normal", slow)
+        return call
+
+    monkeypatch.setattr(chain, "update", slowed(chain.update, 0.5 * MS))
+    monkeypatch.setattr(chain, "initial", slowed(chain.initial, 0.25 * MS))
     return clock
 
 
 def test_the_host_s_chain_is_measured_step_by_step_beside_the_network(clock):
-    # two steps to warm up; then each step of the chain, and the network alone after it
-    backend = Slow(clock, [9, 9, *(n for step in (1, 2, 3, 4, 5) for n in (step, 2))])
+    # two steps to warm up; then each step of the chains, and the network alone after it
+    chains = [(step, alone) for alone in (2, 1, 4) for step in (1, 2, 3, 4, 5)]
+    backend = Slow(clock, [9, 9, *itertools.chain(*chains)])
     cell = measure_host(backend, SPEC, 1, QUICK, clock=clock)
-    assert (cell.executor, cell.batch, cell.steps, cell.rounds, cell.warm_up) == ("host", 1, 5, 1, 2)
+    assert (cell.executor, cell.batch, cell.steps, cell.rounds, cell.warm_up) == ("host", 1, 5, 3, 2)
     assert cell.p50_ms == pytest.approx(3.5)
-    assert cell.p95_ms == pytest.approx(5.3)
+    assert cell.p95_ms == pytest.approx(5.5)
     assert cell.mean_ms == pytest.approx(3.5)
-    assert cell.bare_ms == pytest.approx(2)
-    assert cell.ratio == pytest.approx(3.5 / 2)
+    assert cell.bare_ms == pytest.approx(7 / 3)
+    assert cell.ratio == pytest.approx(3.5 / 2)  # of 3.5 / 2, 3.5 / 1 and 3.5 / 4
     assert cell.host_us == pytest.approx(500)
-    assert cell.chain_s == pytest.approx(0.5 * MS + T * 3.5 * MS)  # x_T is drawn once
+    assert cell.chain_s == pytest.approx(0.25 * MS + T * 3.5 * MS)  # x_T is drawn once
     assert cell.images_per_s == pytest.approx(1 / cell.chain_s)
     assert cell.extrapolated
 
@@ -153,8 +157,7 @@ def test_the_network_alone_is_asked_what_the_chain_asks_and_leaves_no_trace(cloc
 def test_whole_chains_are_not_extrapolated(clock):
     cell = measure_host(Slow(clock, itertools.repeat(1)), SPEC, 1, Settings(1e-3, steps=T), clock=clock)
     assert not cell.extrapolated
-    # the last step draws no noise
-    assert cell.chain_s == pytest.approx(T * 1.5 * MS)
+    assert cell.chain_s == pytest.approx((0.25 + T * 1.5) * MS)
 
 
 def test_a_network_that_has_to_run_row_by_row_is_measured_so(clock):

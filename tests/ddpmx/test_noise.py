@@ -105,7 +105,7 @@ def test_other_steps_are_uncorrelated(figure):
 
 
 def test_tails_are_those_of_a_normal():
-    z = np.abs(noise.noise.normal(11, range(1000), 1, Purpose.STEP, 1000))
+    z = np.abs(noise.normal(11, range(1000), 1, Purpose.STEP, 1000))
     for limit, share in ((1, 0.317311), (2, 0.045500), (3, 0.0026998), (4, 6.334e-5)):
         expected = share * MILLION
         assert abs((z > limit).sum() - expected) < 4 * expected**0.5

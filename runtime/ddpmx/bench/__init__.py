@@ -284,7 +284,7 @@ def _method(cells: Sequence[Cell], *, on_gpu: bool) -> list[str]:
         said += [
             "Steps are timed by events in the chain's stream. Host: this thread's CPU time per step.",
             "Chain ÷ net: against the same network captured alone in a graph and launched as often in the same stream, in "
-            "turns with the chain; median of the ratios.",
+            "turns with the chain; median over the chains.",
             "Memory: what is less free on the whole device than before the file was opened, CUDA's own context not "
             "counted; other processes on it count.",
         ]
@@ -294,8 +294,9 @@ def _method(cells: Sequence[Cell], *, on_gpu: bool) -> list[str]:
             )
     else:
         said += [
-            "Host: what a step takes beside the network. Chain ÷ net: against the network alone on the same arrays, in "
-            "turns step by step; median of the ratios.",
+            "Host: what a step takes beside the network. Small images' noise is drawn for several steps at once, so steps "
+            "are uneven. Chain ÷ net: against the network alone on the same arrays, in turns step by step; median over "
+            "the chains.",
             "Memory: the most that the process has had so far.",
         ]
     if any(cell.extrapolated for cell in measured):

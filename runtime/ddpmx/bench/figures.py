@@ -13,6 +13,7 @@ import numpy as np
 from ddpmx.samplers import Table
 
 LEAST_STEPS = 3
+LEAST_ROUNDS = 3
 MOST_ROUNDS = 25
 WARM_UP_STEPS = 10
 
@@ -29,20 +30,20 @@ class Settings:
     seconds: float = 5.0
     steps: int | None = None
 
-    def plan(self, step: float, timesteps: int, rounds: int) -> tuple[int, int]:
+    def plan(self, step: float, timesteps: int) -> tuple[int, int]:
         """How to spend the seconds.
 
         Args:
             step: seconds that one step takes, roughly; a bare run of the network is taken to last as long.
             timesteps: T; no chain is longer.
-            rounds: how many chains there have to be, at least.
 
         Returns:
-            (steps of each chain, chains). Slow networks take longer than :attr:`seconds`: 3 steps are always made.
+            (steps of each chain, chains). Slow networks take longer than :attr:`seconds`: 3 chains of 3 steps
+            are always made.
         """
         pairs = self.seconds / (2 * max(step, 1e-9))
-        steps = self.steps or int(min(timesteps, max(LEAST_STEPS, pairs / rounds)))
-        return steps, int(min(MOST_ROUNDS, max(rounds, pairs / steps)))
+        steps = self.steps or int(min(timesteps, max(LEAST_STEPS, pairs / LEAST_ROUNDS)))
+        return steps, int(min(MOST_ROUNDS, max(LEAST_ROUNDS, pairs / steps)))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Durations:
         rounds: measured chains.
         steps: one per step, over all chains; or one per chain, its mean, where steps cannot be told apart.
         bare: beside each of ``steps``, or each chain, the network alone.
-        ratios: chain ÷ bare, each from two that were measured one after the other.
+        ratios: one per chain: its steps ÷ the network alone as often, measured in turns.
         host: the host's part of all of the chains together.
         around: what a chain takes before its first step and after its last, on average.
     """

@@ -22,9 +22,6 @@ from ddpmx.spec import ModelSpec
 
 Clock = Callable[[], float]
 
-ROUNDS = 3
-"""Chains at least, each followed by the network alone."""
-
 _ALONE = (
     "generate is slower: an image's answer depends on its place in this batch, so it runs each one alone, as batch 1"
 )
@@ -112,7 +109,7 @@ class DeviceBench:
 
     def _measure(self, batch: int, executor: str) -> Cell:
         driver, total = self._device.driver, len(self._table)
-        steps, rounds = self._settings.plan(self._step[batch], total, ROUNDS)
+        steps, rounds = self._settings.plan(self._step[batch], total)
         with contextlib.ExitStack() as stack:
             chain, notes = stack.enter_context(self._chain(batch, executor, beginning(self._table, steps)))
             marks = stack.enter_context(self._marks(steps + 1))

@@ -66,7 +66,7 @@ def measure_host(
         backend = RowByRow(backend)
         notes = ("each image alone: an image's answer depends on its place in the batch here",)
     step, warm_up = _warm_up(backend, spec, batch, table, settings.seconds / 5, clock)
-    steps, rounds = settings.plan(step, len(table), 1)
+    steps, rounds = settings.plan(step, len(table))
     chains = [_chain(backend, spec, batch, beginning(table, steps), clock) for _ in range(rounds)]
     measured = Durations(
         rounds,
@@ -105,18 +105,16 @@ def peak_memory(root: Path = Path("/")) -> int | None:
 def _warm_up(
     backend: Backend, spec: ModelSpec, batch: int, table: Table, seconds: float, clock: Clock
 ) -> tuple[float, int]:
-    """(how long the last step took, steps): ten steps, or fewer slow ones, but never less than two."""
+    """(how long a step takes after the first, steps made): ten, or fewer slow ones, but never less than two."""
     begun = clock()
     indices = np.arange(batch)
     first = beginning(table, WARM_UP_STEPS)
-    running = chain.run(backend, first, chain.initial(0, indices, spec.shape), seed=0, images=indices, clip=spec.clip)
-    last = now = clock()
-    done = 0
-    for _ in running:
-        done, last, now = done + 1, now, clock()
-        if done >= 2 and now - begun > seconds:
+    ended = []
+    for _ in chain.run(backend, first, chain.initial(0, indices, spec.shape), seed=0, images=indices, clip=spec.clip):
+        ended.append(clock())
+        if len(ended) >= 2 and ended[-1] - begun > seconds:
             break
-    return now - last, done
+    return (ended[-1] - ended[0]) / max(1, len(ended) - 1), len(ended)
 
 
 def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: Clock) -> Durations:
@@ -141,4 +139,4 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
     ended = clock()
     images.to_nhwc(last.x0)
     around += clock() - ended
-    return Durations(1, steps, bare, [a / max(b, 1e-9) for a, b in zip(steps, bare, strict=True)], host, around)
+    return Durations(1, steps, bare, [sum(steps) / max(sum(bare), 1e-9)], host, around)
