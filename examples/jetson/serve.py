@@ -1,0 +1,223 @@
+"""Images by HTTP from one DDPM on one GPU, with ddpmx and the standard library alone.
+
+    python serve.py model.plan      # built first, from model.onnx beside it, if it is missing or does not fit any more
+    python serve.py model.onnx      # on the CPU
+
+    GET /image?seed=7&steps=50              a PNG: what `ddpmx generate --batch 1` draws for that seed
+    GET /stream?seed=7&steps=50&every=5     x̂_0 in the making, and at last the image: multipart/x-mixed-replace
+    GET /                                   a page that shows the stream
+
+Exit codes: 130 after Ctrl-C, 0 after SIGTERM, 2 if the model cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import queue
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import numpy as np
+from fitting import open_pipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+import ddpmx
+from ddpmx import images
+from ddpmx.errors import BackendError, DdpmxError, InputError
+from ddpmx.gallery import check_drawable
+
+WAITING = 16  # clients in the queue; the next one hears that it is too long
+BEHIND = 4  # frames that a slow client may be behind; more are left out
+PAGE = """<!doctype html><meta charset="utf-8"><title>ddpmx</title><link rel="icon" href="data:,">
+<style>img {{ width: min(512px, 90vw); image-rendering: pixelated; border: 1px solid #ccc }}</style>
+<form>seed <input name="seed" type="number" min="0" value="{seed}">
+steps <input name="steps" type="number" min="1" max="{most}" value="{steps}"> <button>Draw</button></form>
+<p><img src="/stream?seed={seed}&amp;steps={steps}" alt="x̂₀ in the making"></p>
+<p><a href="/image?seed={seed}&amp;steps={steps}">PNG</a>, <a href="/?seed={after}&amp;steps={steps}">next seed</a></p>
+"""
+
+
+class Job:
+    """What one client wants. Made by the client's thread, answered by the one that owns the pipeline."""
+
+    def __init__(self, connection: socket.socket, seed: int, steps: int, every: int = 0) -> None:
+        self.connection, self.seed, self.steps, self.every = connection, seed, steps, every
+        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | DdpmxError]] = queue.SimpleQueue()
+        self.told = threading.Event()
+        self._seen = 0
+
+    def client_left(self) -> bool:
+        """Asked at every step. What the other side has closed can be read, and gives nothing."""
+        try:
+            readable, _, _ = select.select([self.connection], [], [], 0)
+            return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):  # reset, or closed on this side
+            return True
+
+    def show(self, _: int, step: ddpmx.Preview) -> None:
+        """Called after every step. The arrays are the chain's own, so what is kept is a copy."""
+        self._seen += 1
+        if self._seen % self.every == 0 and self._seen < self.steps and self.answers.qsize() < BEHIND:
+            self.answers.put((False, images.to_nhwc(step.x0)[0]))
+
+    def end(self, answer: NDArray[np.uint8] | DdpmxError) -> None:
+        """The image, or why there is none."""
+        self.answers.put((True, answer))
+
+
+def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
+    """Answer one client after the other, for ever.
+
+    One thread owns the pipeline, and it is the main one. A pipeline is for one thread; the GPU gains little from a second
+    chain, which would take its memory once more; and signals arrive in the main thread, so Ctrl-C ends the chain that runs.
+    """
+    while True:
+        job = jobs.get()
+        how = {"seed": job.seed, "steps": job.steps, "cancel": job.client_left}
+        try:
+            job.end(pipeline.generate(1, batch=1, preview=job.show if job.every else None, **how)[0])
+        except DdpmxError as error:
+            job.end(error)
+            if isinstance(error, BackendError):  # CUDA seldom recovers within a process; systemd starts another one,
+                job.told.wait(5)  # but the client hears of it first
+                raise
+
+
+class Server(ThreadingHTTPServer):
+    """A thread for each client, none of which touches the pipeline."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], spec: ddpmx.ModelSpec) -> None:
+        self.spec, self.jobs = spec, queue.Queue[Job](WAITING)
+        super().__init__(address, Handler)
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = 30  # seconds for a client that neither reads nor leaves
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # the client left
+            super().handle()
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        try:
+            if url.path == "/":
+                self.page(self.numbers(url.query, "seed", "steps"))
+            elif url.path == "/image":
+                self.image(self.numbers(url.query, "seed", "steps"))
+            elif url.path == "/stream":
+                self.stream(self.numbers(url.query, "seed", "steps", "every"))
+            else:
+                self.reply(404, "there are /, /image and /stream")
+        except InputError as error:
+            self.reply(400, error.fact)
+        except queue.Full:
+            self.reply(503, f"{WAITING} others are waiting")
+
+    def page(self, asked: dict[str, int]) -> None:
+        most = self.server.spec.timesteps
+        values = {"seed": 0, "steps": min(50, most), **asked}
+        self.reply(200, PAGE.format(**values, most=most, after=values["seed"] + 1), "text/html")
+
+    def image(self, asked: dict[str, int]) -> None:
+        job = self.queue_up(asked)
+        _, answer = job.answers.get()
+        self.reply(*((500, answer.fact) if isinstance(answer, DdpmxError) else (200, png(answer), "image/png")))
+        job.told.set()
+
+    def stream(self, asked: dict[str, int]) -> None:
+        steps = asked.get("steps", self.server.spec.timesteps)
+        job, begun, last = self.queue_up({"every": max(1, steps // 25), **asked}), False, False
+        while not last:
+            last, answer = job.answers.get()
+            if isinstance(answer, DdpmxError):  # once it has begun there is no way to say so but to end
+                if not begun:
+                    self.reply(500, answer.fact)
+            else:
+                if not begun:
+                    self.head(200, "multipart/x-mixed-replace; boundary=frame")
+                data = png(answer)
+                part = b"--frame\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(data), data)
+                self.wfile.write(
+                    part * 2 + b"--frame--\r\n" if last else part
+                )  # twice: Chromium shows the last but one
+                begun = True
+        job.told.set()
+
+    def numbers(self, query: str, *allowed: str) -> dict[str, int]:
+        """ "seed=7&steps=50" → {"seed": 7, "steps": 50}."""
+        found: dict[str, int] = {}
+        for name, text in parse_qsl(query, keep_blank_values=True):
+            if name not in allowed or name in found:
+                raise InputError(f"{ascii(name)[:40]}: {', '.join(allowed)} may be given, each once")
+            low, high = (0, 2**64 - 1) if name == "seed" else (1, self.server.spec.timesteps)
+            if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:
+                raise InputError(f"{name} must be a whole number from {low} to {high}, not {ascii(text)[:40]}")
+            found[name] = int(text)
+        return found
+
+    def queue_up(self, asked: dict[str, int]) -> Job:
+        job = Job(self.connection, **{"seed": 0, "steps": self.server.spec.timesteps, **asked})
+        self.server.jobs.put_nowait(job)
+        return job
+
+    def reply(self, status: int, content: str | bytes, kind: str = "text/plain") -> None:
+        data = content if isinstance(content, bytes) else f"{content.rstrip()}\n".encode()
+        self.head(status, kind if isinstance(content, bytes) else f"{kind}; charset=utf-8")
+        self.wfile.write(data)
+
+    def head(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+
+
+def png(image: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Serve images of a DDPM by HTTP.")
+    parser.add_argument("model", type=Path, help="model.plan, or model.onnx for the CPU")
+    parser.add_argument("--onnx", type=Path, help="what the plan is built from (default: the .onnx beside it)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets everybody in (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8080, help="0 takes any that is free (default: 8080)")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as an exception, so that the GPU is let go of
+    try:
+        with open_pipeline(given.model, given.onnx or given.model.with_suffix(".onnx")) as pipeline:
+            check_drawable(pipeline.spec)
+            pipeline.generate(1, steps=1, batch=1)  # what does not work shows now, and not to the first client
+            try:
+                server = Server((given.host, given.port), pipeline.spec)
+            except (OSError, OverflowError) as error:
+                raise InputError(f"{given.host}:{given.port} cannot be listened to", note=str(error)) from error
+            with server:
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                print(f"http://{given.host}:{server.server_port}/ by {pipeline.backend}", flush=True)
+                work(pipeline, server.jobs)
+    except DdpmxError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
