@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddpm_export.unet import UNet, UNetConfig
+from ddpm_export.networks import Config, Network, check_spec, config_from_json, config_to_json, make_network
 from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.files import make_folder, write_error
 from ddpmx.modelfile import SPEC_FILE, checkpoints, model_spec, read_spec_json
@@ -62,7 +62,7 @@ class TrainingState:
 def save(
     run: Path,
     spec: ModelSpec,
-    network: UNetConfig,
+    network: Config,
     weights: Mapping[str, Tensor],
     ema: Mapping[str, Tensor],
     state: TrainingState,
@@ -81,7 +81,7 @@ def save(
     try:
         model = spec.replace(weights=weights_hash(ema))
         texts = {
-            SPEC_FILE: {"model": model.to_json(), "network": {"type": "unet", **network.to_json()}},
+            SPEC_FILE: {"model": model.to_json(whole=True), "network": config_to_json(network)},
             TRAINING_JSON: {"step": state.step, "settings": state.settings},
         }
         for name, values in texts.items():
@@ -144,7 +144,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def load_network(path: str | os.PathLike[str], weights: Weights = "ema") -> tuple[UNet, ModelSpec]:
+def load_network(path: str | os.PathLike[str], weights: Weights = "ema") -> tuple[Network, ModelSpec]:
     """The network of a checkpoint or of a run's newest one, in eval mode, on the CPU.
 
     Raises:
@@ -184,20 +184,16 @@ def _reread(path: str | os.PathLike[str], read: Callable[[Path], _T]) -> _T:
     return read(resolve(path))
 
 
-def _load_network(checkpoint: Path, weights: Weights) -> tuple[UNet, ModelSpec]:
+def _load_network(checkpoint: Path, weights: Weights) -> tuple[Network, ModelSpec]:
     values = read_spec_json(checkpoint / SPEC_FILE)
-    network_json = values.get("network")
-    if not isinstance(network_json, dict) or network_json.get("type") != "unet":
-        raise SpecError(f"{checkpoint / SPEC_FILE}: it describes no network that this ddpmx knows")
     spec = model_spec(checkpoint / SPEC_FILE, values)
-    config = UNetConfig.from_json({key: value for key, value in network_json.items() if key != "type"})
-    if (config.in_channels, *config.size) != spec.shape:
-        raise SpecError(
-            f"{checkpoint / SPEC_FILE}: network and model disagree about the image",
-            note=f"{[config.in_channels, *config.size]} and {list(spec.shape)}",
-        )
+    try:
+        config = config_from_json(values.get("network"))
+        check_spec(config, spec)
+    except SpecError as error:
+        raise SpecError(f"{checkpoint / SPEC_FILE}: {error.fact}", note=error.note, hint=error.hint) from error
     with torch.device("meta"):  # no memory before the file has shown that it holds the weights
-        network = UNet(config)
+        network = make_network(config)
     file = checkpoint / FILES[weights]
     tensors = read_tensors(file)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

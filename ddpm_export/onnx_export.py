@@ -1,6 +1,8 @@
 """checkpoint → model.onnx: one strongly typed, self-describing file.
 
-The graph's contract: x float32 [batch, C, H, W] and t int32 [batch] → one float32 output named by what it predicts.
+The graph's contract: x float32 [batch, C, H, W] and t int32 [batch] → a float32 output named by what it predicts; with
+classes, self-conditioning or a condition also y int32 [batch], x0_prev and cond float32 [batch, ·, H, W]; with a learned
+variance a second output var.
 Precision is baked into the graph, since TensorRT 11 knows no precision flags: fp16 means half-precision convolutions,
 attention products and activations, with float32 kept around every norm and softmax, in the time path and in the first
 and last convolution.
@@ -15,7 +17,9 @@ import os
 import warnings
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import onnx
 import onnxscript  # noqa: F401 - torch asks for it only in the middle of an export
 import torch
@@ -25,11 +29,13 @@ from torch import Tensor, nn
 import ddpmx
 from ddpm_export import checkpoint as checkpoints
 from ddpm_export.checkpoint import Weights
-from ddpm_export.unet import Attention, Downsample, ResidualBlock, UNet, Upsample
+from ddpm_export.lucidrains_unet import LucidrainsUNet
+from ddpm_export.networks import check_spec
+from ddpm_export.unet import UNet
 from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.files import atomic_write, check_replaceable
-from ddpmx.onnxfile import METADATA_KEY
-from ddpmx.spec import PRECISIONS, ModelSpec, Precision
+from ddpmx.onnxfile import metadata
+from ddpmx.spec import PRECISIONS, ModelSpec, Precision, extra_type
 
 OPSET = 20
 """The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
@@ -39,6 +45,8 @@ BF16_OPSET = 22
 """The first in which convolutions and norms take bfloat16. TensorRT 10.3 does not know it, and has no use for the file."""
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class TimeTable(nn.Module):
@@ -58,28 +66,25 @@ class TimeTable(nn.Module):
         return torch.split(F.embedding(t, table), self.widths, dim=1)
 
 
-def to_precision(network: UNet, precision: Precision) -> UNet:
+def to_precision(network: Network, precision: Precision) -> Network:
     """A copy of the network that computes in ``precision`` inside; its inputs and outputs stay float32.
 
+    Halved are those parts of each module that its class names in ``HALVED``. All others stay as they are: norms,
+    softmax, the time path, the first and the last layer.
+
     Raises:
-        InputError: an unknown precision.
+        InputError: an unknown precision, or one that this network has no parts for.
     """
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if precision != "fp32":
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        for module in network.modules():
-            if isinstance(module, ResidualBlock):
-                halved: tuple[nn.Module, ...] = (module.conv1, module.conv2, module.skip)
-            elif isinstance(module, Attention):
-                halved = (module.q, module.k, module.v, module.out)
-            elif isinstance(module, (Downsample, Upsample)):
-                halved = (module.conv,)
-            else:
-                continue
-            for part in halved:
-                part.to(dtype)
+        halved = [getattr(module, part) for module in network.modules() for part in getattr(module, "HALVED", ())]
+        if not halved:
+            raise InputError(f"this network does not say which of its parts may compute in {precision}")
+        for part in halved:
+            part.to(dtype)
     return network
 
 
@@ -121,17 +126,37 @@ def export(
 
 
 def export_network(
-    network: UNet,
+    network: nn.Module,
     spec: ModelSpec,
     output: str | os.PathLike[str],
     *,
     precision: Precision = "fp32",
     time_table: bool = False,
 ) -> ModelSpec:
-    """Export a network in memory; see :func:`export`."""
+    """Export a network in memory; see :func:`export`.
+
+    Args:
+        network: called with x, t and, by name, with those of y, x0_prev and cond that the spec speaks of.
+        spec: what it is.
+        output, precision, time_table: as for :func:`export`.
+
+    Raises:
+        SpecError: the spec describes another network.
+        InputError: a precision or a table that this network cannot have.
+    """
     spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
+    if isinstance(network, (UNet, LucidrainsUNet)):
+        check_spec(network.config, spec)
     network = to_precision(network, precision)
     if time_table:
+        if not isinstance(network, (UNet, LucidrainsUNet)):
+            raise InputError("only a U-Net that ddpmx knows can have a time table")
+        if getattr(network.config, "classes", None) is not None:
+            raise InputError(
+                "a network with classes cannot have a time table",
+                note="what its blocks use depends on the class as well as on t",
+                hint="export it without",
+            )
         network.time = TimeTable(network.time, spec.timesteps)
     model = _trace(network, spec)
     _clean(model)
@@ -139,8 +164,7 @@ def export_network(
         # Traced as opset 20, where norms and attention come apart into plain operators. From there to 22 these operators
         # only learnt new types; the checker below says if that should cease to be so.
         model.opset_import[0].version = BF16_OPSET
-    entry = model.metadata_props.add()
-    entry.key, entry.value = METADATA_KEY, spec.to_text()
+    onnx.helper.set_model_props(model, metadata(spec))
     if model.ByteSize() > MAX_PROTOBUF_BYTES:
         raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
     onnx.checker.check_model(model, full_check=True)
@@ -149,10 +173,12 @@ def export_network(
     return spec
 
 
-def _trace(network: UNet, spec: ModelSpec) -> onnx.ModelProto:
+def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
-    x = torch.zeros(2, *spec.shape)  # two, since torch.export takes a batch of one for a constant
-    t = torch.zeros(2, dtype=torch.int32)
+    inputs = {  # two images, since torch.export takes a batch of one for a constant
+        name: torch.zeros(2, *dims, dtype=torch.int32 if extra_type(name) is np.int32 else torch.float32)
+        for name, dims in spec.inputs.items()
+    }
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -161,12 +187,13 @@ def _trace(network: UNet, spec: ModelSpec) -> onnx.ModelProto:
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 network,
-                (x, t),
+                (inputs["x"], inputs["t"]),
+                kwargs={name: inputs[name] for name in spec.extras},
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["x", "t"],
-                output_names=[spec.prediction],
-                dynamic_shapes={"x": {0: batch}, "t": {0: batch}},
+                input_names=list(inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes={name: {0: batch} for name in inputs},
                 external_data=False,
                 verbose=False,
             )

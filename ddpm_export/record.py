@@ -12,9 +12,8 @@ from torch import nn
 
 from ddpm_export.torch_backend import TorchBackend
 from ddpmx import chain, images
-from ddpmx.backends import Buffers
-from ddpmx.chain import Float32
 from ddpmx.errors import InputError
+from ddpmx.parity.asker import Asker
 from ddpmx.parity.ladder import SILENT
 from ddpmx.parity.reference import Reference, chain_table, diffusion_noise, elements, recorded_steps
 from ddpmx.samplers import timestep_grid
@@ -40,9 +39,10 @@ def record(
     """Ask a network what a file of it should answer, in float32, TF32 off.
 
     Args:
-        network: x float32 [B, C, H, W], t int [B] → [B, C, H, W], in eval mode, float32.
+        network: x float32 [B, C, H, W], t int [B] → [B, C, H, W], in eval mode, float32; see :class:`TorchBackend`.
         spec: what it is. Its precision is not looked at.
-        data: uint8 [N, H, W, C], real images; by default the ends of the network's own chain.
+        data: uint8 [N, H, W, C], real images; by default the ends of the network's own chain. A network with classes is
+            told other ones for every t, spread over all that it has, whatever the images show.
         steps: length of the recorded chain, at most T; None for all T.
         seed: of all noise.
         progress: called with (network calls done, network calls in all).
@@ -55,7 +55,8 @@ def record(
     steps = spec.timesteps if steps is None else min(steps, spec.timesteps)
     t = timestep_grid(spec.timesteps, min(TIMESTEPS, spec.timesteps)).astype(np.int32)
     size = int(np.prod(spec.shape))
-    images_per_t, chains = int(np.clip((1 << 15) // size, 1, 2)), int(np.clip((1 << 18) // size, 1, 4))
+    learns = spec.variance == "learned_range"  # its second answers take as much room again
+    images_per_t, chains = int(np.clip((1 << 15) // size, 1, 1 if learns else 2)), int(np.clip((1 << 18) // size, 1, 4))
     total, done = steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
 
     def tick() -> None:
@@ -66,35 +67,60 @@ def record(
 
     with _exact_float32():
         backend = TorchBackend(network)
+        ask = Asker(backend, spec, images_per_t, None, total)
         table = chain_table(spec, steps)
         at = recorded_steps(steps, spec.shape)
         state = np.empty((len(at), *spec.shape), np.float32)
-        x_start = chain.initial(seed, np.arange(chains), spec.shape)
-        sample = x_start
-        run = chain.run(backend, table, x_start, seed=seed, images=np.arange(chains), clip=spec.clip)
+        indices = np.arange(chains)
+        x_start = chain.initial(seed, indices, spec.shape)
+        sample, before = x_start, np.zeros(spec.shape, np.float32)
+        told_before = np.empty((len(at), *spec.shape), np.uint8)
+        given = chain.example(spec, indices, seed=seed)
+        if spec.classes is not None:
+            given["y"] = _spread(spec.classes, chains)[::-1].copy()  # the first, whose states are kept, is not class 0
+        run = chain.run(
+            backend, table, x_start, seed=seed, images=indices, clip=spec.clip, extras=spec.extras, given=given
+        )
         for number, step in enumerate(run):
             if number in at:
                 state[np.searchsorted(at, number)] = step.x[0]
-            sample = step.x0
+                told_before[np.searchsorted(at, number)] = images.to_uint8(before)
+            sample, before = step.x0, step.x0[0].copy()
             tick()
         final = images.to_uint8(sample)
         x0 = final[:images_per_t] if data is None else _chosen(data, spec, images_per_t)
         clean, schedule = images.from_uint8(x0), spec.make_schedule()
         kept = elements(spec.shape)
         out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
+        var = np.empty_like(out) if learns else None
+        y = None if spec.classes is None else _spread(spec.classes, len(t) * len(x0)).reshape(len(t), len(x0))
+        told = chain.example(spec, np.arange(len(x0)), seed=seed)
+        if spec.self_condition:
+            told["x0_prev"] = np.zeros_like(clean)
         for i, ti in enumerate(t):
             z = diffusion_noise(clean, int(ti), seed)
             signal, noise = (np.float32(np.sqrt(v[ti])) for v in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
             x_t = signal * clean + noise * z
-            answer = _ask(backend, x_t, np.full(len(x0), ti, np.int32))
+            if y is not None:
+                told["y"] = y[i]
+            answer, second = ask(x_t, np.full(len(x0), ti, np.int32), told)
+            if var is not None and second is not None:
+                var[i] = second.reshape(len(x0), -1)[:, kept]
             target = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction]
             losses.append(float(np.mean(np.square(target - answer)) / max(float(np.var(target)), 1e-6)))
             out[i] = answer.reshape(len(x0), -1)[:, kept]
             tick()
         states_out = np.empty((len(at), len(kept)), np.float32)
+        states_var = np.empty_like(states_out) if learns else None
+        told = {name: array[:1] for name, array in given.items()}
         for i, number in enumerate(at):
+            if spec.self_condition:
+                told["x0_prev"] = images.from_uint8(told_before[i : i + 1])
             ti = np.array([table.timesteps[number]], np.int32)
-            states_out[i] = _ask(backend, state[i : i + 1], ti).reshape(-1)[kept]
+            answer, second = ask(state[i : i + 1], ti, told, batch=1)
+            states_out[i] = answer.reshape(-1)[kept]
+            if states_var is not None and second is not None:
+                states_var[i] = second.reshape(-1)[kept]
             tick()
     reference = Reference(
         spec=spec,
@@ -110,6 +136,11 @@ def record(
         state=state,
         state_out=states_out,
         final=np.ascontiguousarray(final),
+        y=y,
+        final_y=given.get("y"),
+        var=var,
+        state_var=states_var,
+        state_x0=told_before if spec.self_condition else None,
     )
     if reference.scale < SILENT:
         raise InputError(
@@ -120,11 +151,9 @@ def record(
     return reference
 
 
-def _ask(backend: TorchBackend, x: Float32, t: NDArray[np.int32]) -> Float32:
-    buffers = Buffers(np.ascontiguousarray(x), t, np.empty_like(x))
-    backend.bind(buffers)
-    backend.enqueue()
-    return buffers.out
+def _spread(classes: int, n: int) -> NDArray[np.int32]:
+    """``n`` classes over all that there are."""
+    return np.linspace(0, classes - 1, n).round().astype(np.int32)
 
 
 def check_images(data: NDArray[np.uint8], spec: ModelSpec) -> None:

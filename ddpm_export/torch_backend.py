@@ -10,9 +10,11 @@ from ddpmx.errors import BackendError
 
 
 class TorchBackend:
-    """ε by a module that takes x float32 [B, C, H, W] and t int [B], on the device where its parameters are.
+    """ε by a module, on the device where its parameters are.
 
-    The module is used as it stands: the caller puts it into eval mode.
+    It takes x float32 [B, C, H, W] and t int [B] and, by their names, those of y int [B], x0_prev float32 [B, C, H, W]
+    and cond float32 [B, K, H, W] that it knows, and gives float32 [B, C, H, W], or two of these if it learns its variance.
+    It is used as it stands: the caller puts it into eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -26,13 +28,20 @@ class TorchBackend:
 
     def bind(self, buffers: Buffers) -> None:
         """Use these buffers."""
-        self._x, self._t, self._out = (torch.from_numpy(a) for a in (buffers.x, buffers.t, buffers.out))
+        self._inputs = {name: torch.from_numpy(array) for name, array in buffers.inputs().items()}
+        self._answers = [torch.from_numpy(array) for array in buffers.answers().values()]
 
     @torch.no_grad()
     def enqueue(self) -> None:
         """Run the network once."""
         try:
-            self._out.copy_(self._network(self._x.to(self._device), self._t.to(self._device)))
+            told = {name: tensor.to(self._device) for name, tensor in self._inputs.items()}
+            answers = self._network(told.pop("x"), told.pop("t"), **told)
+            given = answers if isinstance(answers, tuple) else (answers,)
+            if len(given) < len(self._answers):
+                raise BackendError("the network gives no variance", note="it was asked for one, as a second answer")
+            for mine, theirs in zip(self._answers, given, strict=False):
+                mine.copy_(theirs)
         except (RuntimeError, MemoryError) as error:
             raise BackendError(
                 "torch could not run the network", note=str(error).strip()[:300], hint="is there enough memory for it?"

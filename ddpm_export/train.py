@@ -168,6 +168,8 @@ class Trainer:
                 f"{run}: this run was trained on other images than {dataset.source.path} holds now",
                 hint="--data what it began with, or begin a new run",
             )
+        if not isinstance(network.config, UNetConfig):
+            raise FileFormatError(f"{checkpoint}: a network of another kind than ddpmx trains")
         trainer = cls(run, dataset, spec, network.config, settings, device=device)
         trainer.step = trainer._saved_step = state.step
         trainer.network.load_state_dict(network.state_dict())

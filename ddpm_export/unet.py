@@ -1,27 +1,30 @@
 """The ε-network of Ho, Jain, Abbeel 2020 (appendix B): a U-Net with group norm, attention and a sinusoidal time embedding.
 
 Two named sizes, :func:`cifar10` and :func:`lsun256`, are the paper's. A network is described by :class:`UNetConfig`,
-plain numbers that go into a checkpoint's ``spec.json``.
+plain numbers that go into a checkpoint's ``spec.json``; its knobs make the network that of OpenAI's improved-diffusion
+and guided-diffusion, of diffusers, and of others who began with Ho's.
 
-Everything that depends on t alone lives in one module, :class:`TimeShifts`, which gives every residual block the vector
-that it adds. So it can stay in float32 while the rest is half, and be replaced by a table at export.
+Everything that depends on t (and on the class y, where there are classes) lives in one module, :class:`TimeShifts`,
+which gives every residual block the vector that it uses. So it can stay in float32 while the rest is half, and be
+replaced by a table at export.
 
 Norms and softmax compute in float32 whatever the precision around them: their sums overflow or lose digits in half.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpmx.errors import InputError, SpecError
+from ddpm_export.unet_config import UNetConfig, cifar10, lsun256
+from ddpmx.errors import InputError
+
+__all__ = ["UNet", "UNetConfig", "cifar10", "lsun256"]
 
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
@@ -29,126 +32,32 @@ ZERO_GAIN = 1e-5
 """Ho et al. initialise "zero" layers with a variance scale of 1e-10, which is a gain of 1e-5 and not quite zero."""
 
 
-@dataclass(frozen=True)
-class UNetConfig:
-    """The numbers that make a U-Net.
-
-    Attributes:
-        in_channels: C of the image.
-        out_channels: C of the answer.
-        size: (H, W); each must be divisible by 2^(levels − 1).
-        channels: width of the first level, and of the time embedding.
-        multipliers: width of each level, as multiples of ``channels``.
-        blocks: residual blocks per level on the way down; one more on the way up.
-        attention: heights in pixels at which attention follows every block. The middle always has one.
-        dropout: probability, inside each residual block.
-        groups: of every group norm; each width must be divisible by it.
-    """
-
-    in_channels: int
-    out_channels: int
-    size: tuple[int, int]
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
-    attention: tuple[int, ...] = (16,)
-    dropout: float = 0.1
-    groups: int = 32
-
-    def __post_init__(self) -> None:
-        """Check that such a network can be built.
-
-        Raises:
-            InputError: it cannot.
-        """
-        sequences = (("size", 2), ("multipliers", None), ("attention", None))
-        for name, length in sequences:
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or any(type(v) is not int or v < 1 for v in values):
-                raise InputError(f"{name} must be whole numbers above 0, not {values!r}")
-            if length is not None and len(values) != length:
-                raise InputError(f"{name} must be {length} numbers, not {len(values)}")
-            object.__setattr__(self, name, tuple(values))
-        for name in ("in_channels", "out_channels", "channels", "blocks", "groups"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 65536:
-                raise InputError(f"{name} must be a whole number from 1 to 65536, not {value!r}")
-        if not self.multipliers or len(self.multipliers) > 12 or max(self.multipliers) > 64 or self.blocks > 64:
-            raise InputError(
-                "a U-Net has 1 to 12 levels of at most 64 blocks, and widths of at most 64 times the first"
-            )
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
-        halvings = 2 ** (len(self.multipliers) - 1)
-        if any(side % halvings for side in self.size):
-            raise InputError(
-                f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times, "
-                f"and {self.size[0]}×{self.size[1]} cannot be halved that often",
-                hint=f"sides divisible by {halvings} (ddpmx train --size), or fewer levels (--mult)",
-            )
-        if self.channels < 4:
-            raise InputError(
-                "channels must be at least 4", note="the time embedding needs two frequencies of sin and cos"
-            )
-        for multiplier in self.multipliers:
-            if self.channels * multiplier % self.groups:
-                raise InputError(
-                    f"a width of {self.channels * multiplier} cannot be split into {self.groups} groups",
-                    hint=f"channels divisible by {self.groups}, or other groups",
-                )
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values = dataclasses.asdict(self)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-    @classmethod
-    def from_json(cls, values: object) -> UNetConfig:
-        """What :meth:`to_json` made.
-
-        Raises:
-            SpecError: not such an object.
-            InputError: numbers of which no network can be built.
-        """
-        known = {f.name for f in dataclasses.fields(cls)}
-        if (
-            not isinstance(values, Mapping)
-            or set(values) - known
-            or {"in_channels", "out_channels", "size"} - set(values)
-        ):
-            raise SpecError(
-                "the spec's network is not a U-Net's", note=f"its fields should be {', '.join(sorted(known))}"
-            )
-        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-        return cls(**fields)
-
-
-def cifar10() -> UNetConfig:
-    """The paper's CIFAR-10 network: 35,746,307 parameters."""
-    return UNetConfig(3, 3, (32, 32))
-
-
-def lsun256() -> UNetConfig:
-    """The paper's network for 256×256 images (LSUN, CelebA-HQ): 113,673,219 parameters."""
-    return UNetConfig(3, 3, (256, 256), multipliers=(1, 1, 2, 2, 4, 4), dropout=0.0)
-
-
 class UNet(nn.Module):
-    """ε_θ(x_t, t).
+    """ε_θ(x_t, t), or ε_θ(x_t, t, y).
 
-    ``forward(x, t)`` takes x float32 [B, C, H, W] and t int [B] in 0…T−1, and gives float32 [B, C, H, W].
+    ``forward(x, t)`` takes x float32 [B, C, H, W] and t [B] in 0…T−1, whole or not, and gives float32 [B, C, H, W].
+    With classes, ``forward(x, t, y)`` takes the class y int [B] too. With a learned variance it gives two such tensors,
+    the answer and ``var``.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
+        widths = config.widths
         height = config.size[0]
         block_widths: list[int] = []  # of every residual block, in the order in which they run
 
         def stage(c_in: int, c_out: int, attention: bool) -> Stage:
             block_widths.append(c_out)
             return Stage(c_in, c_out, attention, config)
+
+        def resample(c: int, size: Halve | Double) -> nn.Module:
+            if config.resample_blocks:
+                block_widths.append(c)
+                return ResidualBlock(c, c, config, size)
+            if config.average_pool:
+                return size
+            return Downsample(c, config.symmetric_padding) if isinstance(size, Halve) else Upsample(c)
 
         self.conv_in = conv3x3(config.in_channels, config.channels)
         self.down = nn.ModuleList()
@@ -159,7 +68,7 @@ class UNet(nn.Module):
                 stages.append(stage(c, width, height in config.attention))
                 skips.append(c := width)
             last = level == len(widths) - 1
-            self.down.append(Level(stages, nn.Identity() if last else Downsample(c)))
+            self.down.append(Level(stages, nn.Identity() if last else resample(c, Halve())))
             if not last:
                 skips.append(c)
                 height //= 2
@@ -170,15 +79,21 @@ class UNet(nn.Module):
             for _ in range(config.blocks + 1):
                 stages.append(stage(c + skips.pop(), width, height in config.attention))
                 c = width
-            self.up.append(Level(stages, nn.Identity() if level == 0 else Upsample(c)))
+            self.up.append(Level(stages, nn.Identity() if level == 0 else resample(c, Double())))
             height *= 2
-        self.norm_out = GroupNorm32(config.groups, c)
+        self.norm_out = GroupNorm32(config.groups, c, config.norm_eps)
         self.conv_out = conv3x3(c, config.out_channels, gain=ZERO_GAIN)
-        self.time: nn.Module = TimeShifts(config.channels, block_widths)
+        self.time: nn.Module = TimeShifts(config, block_widths)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """The network's answer for each image at its own t."""
-        shifts = iter(self.time(t))
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The network's answer for each image at its own t, and its variance where that is learned.
+
+        Raises:
+            InputError: a class for a network without classes, or none for one with classes.
+        """
+        if (y is None) != (self.config.classes is None):
+            raise InputError("this network takes no class" if y is not None else "this network needs a class")
+        shifts = iter(self.time(t) if y is None else self.time(t, y))
         # conv_in and conv_out stay in float32 when the body is half: first and last layers cost little and matter most
         h = self.conv_in(x).to(self._body_dtype())
         skips = [h]
@@ -187,15 +102,18 @@ class UNet(nn.Module):
                 h = stage(h, next(shifts))
                 skips.append(h)
             if not isinstance(level.resample, nn.Identity):
-                h = level.resample(h)
+                h = _resampled(level, h, shifts)
                 skips.append(h)
         for stage in self.middle:
             h = stage(h, next(shifts))
         for level in _levels(self.up):
             for stage in level.stages:
                 h = stage(torch.cat([h, skips.pop()], dim=1), next(shifts))
-            h = level.resample(h)
+            h = _resampled(level, h, shifts)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h.to(self.conv_out.weight.dtype))))
+        if self.config.learned_variance:
+            answer, var = out.chunk(2, dim=1)
+            return answer, var
         return out
 
     def _body_dtype(self) -> torch.dtype:
@@ -205,35 +123,47 @@ class UNet(nn.Module):
 
 
 class TimeShifts(nn.Module):
-    """t → what each residual block adds after its first convolution: a tuple of float32 [B, width], one per block.
+    """t (and y) → what each residual block does about it: a tuple of float32 [B, width], one per block.
 
-    Sinusoidal embedding, two dense layers shared by all blocks, one dense layer per block.
+    Sinusoidal embedding, two dense layers shared by all blocks, one dense layer per block. A class adds its learnt
+    vector before the blocks' layers. With ``scale_shift`` each block gets [B, 2·width]: scale ‖ shift.
     """
 
-    def __init__(self, channels: int, block_widths: Sequence[int]) -> None:
+    def __init__(self, config: UNetConfig, block_widths: Sequence[int]) -> None:
         super().__init__()
-        self.channels = channels
-        self.dense0 = dense(channels, 4 * channels)
-        self.dense1 = dense(4 * channels, 4 * channels)
-        self.projections = nn.ModuleList(dense(4 * channels, width) for width in block_widths)
+        self.config = config
+        hidden, rows = 4 * config.channels, 2 if config.scale_shift else 1
+        self.dense0 = dense(config.channels, hidden)
+        self.dense1 = dense(hidden, hidden)
+        self.projections = nn.ModuleList(dense(hidden, rows * width) for width in block_widths)
+        self.classes = None if config.classes is None else nn.Embedding(config.classes, hidden)
 
-    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
-        """For t int [B]."""
-        h = sinusoidal_embedding(t, self.channels)
-        h = F.silu(self.dense1(F.silu(self.dense0(h))))
+    def forward(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """For t [B], and y int [B] in 0…classes−1."""
+        config = self.config
+        t = t.to(torch.float32)
+        if config.time_scale != 1:
+            t = t * config.time_scale
+        h = sinusoidal_embedding(t, config.channels, cos_first=config.cos_first, frequency_shift=config.frequency_shift)
+        h = self.dense1(F.silu(self.dense0(h)))
+        if self.classes is not None:
+            h = h + self.classes(y)
+        h = F.silu(h)
         return tuple(projection(h) for projection in self.projections)
 
 
-def sinusoidal_embedding(t: Tensor, channels: int) -> Tensor:
-    """sin(t·f_i) ‖ cos(t·f_i) with f_i = 10000^(−i/(half − 1)), i = 0…half−1, half = channels // 2. Float32 [B, channels].
+def sinusoidal_embedding(t: Tensor, channels: int, *, cos_first: bool = False, frequency_shift: int = 1) -> Tensor:
+    """sin(t·f_i) ‖ cos(t·f_i) with f_i = 10000^(−i/(half − shift)), i = 0…half−1, half = channels // 2.
 
-    sin comes first and the divisor is half − 1: descendants of this network differ in both. Always float32, since in
-    half precision t·f is off by up to half a radian at t ≥ 512.
+    With Ho sin comes first and the shift is 1: descendants of his network differ in both. Always float32, since in half
+    precision t·f is off by up to half a radian at t ≥ 512. Float32 [B, channels]; an odd width ends in a zero.
     """
     half = channels // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000) / (half - 1)))
+    decay = -math.log(10000) / (half - frequency_shift)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * decay)
     angles = t.to(torch.float32)[:, None] * frequencies[None, :]
-    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+    parts = [torch.sin(angles), torch.cos(angles)]
+    embedding = torch.cat(parts[::-1] if cos_first else parts, dim=1)
     return F.pad(embedding, (0, channels % 2))
 
 
@@ -243,10 +173,10 @@ class Stage(nn.Module):
     def __init__(self, c_in: int, c_out: int, attention: bool, config: UNetConfig) -> None:
         super().__init__()
         self.block = ResidualBlock(c_in, c_out, config)
-        self.attention: nn.Module = Attention(c_out, config.groups) if attention else nn.Identity()
+        self.attention: nn.Module = Attention(c_out, config) if attention else nn.Identity()
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """For x [B, c_in, H, W] and shift [B, c_out]."""
+        """For x [B, c_in, H, W] and what :class:`TimeShifts` gives for the block."""
         h: Tensor = self.attention(self.block(x, shift))
         return h
 
@@ -261,32 +191,55 @@ class Level(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x ↦ skip(x) + conv2(drop(silu(norm2(conv1(silu(norm1(x))) + shift))))."""
+    """x ↦ skip(x) + conv2(drop(silu(norm2(conv1(silu(norm1(x))) + shift)))).
 
-    def __init__(self, c_in: int, c_out: int, config: UNetConfig) -> None:
+    With ``scale_shift``, norm2(h)·(1 + scale) + shift stands in place of norm2(h + shift). A block that changes the size
+    does so to silu(norm1(x)), and to the x that goes around.
+    """
+
+    HALVED: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "skip")
+
+    def __init__(self, c_in: int, c_out: int, config: UNetConfig, resample: Halve | Double | None = None) -> None:
         super().__init__()
-        self.norm1 = GroupNorm32(config.groups, c_in)
+        self.scale_shift = config.scale_shift
+        self.norm1 = GroupNorm32(config.groups, c_in, config.norm_eps)
+        self.resample: nn.Module = resample or nn.Identity()
         self.conv1 = conv3x3(c_in, c_out)
-        self.norm2 = GroupNorm32(config.groups, c_out)
+        self.norm2 = GroupNorm32(config.groups, c_out, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = conv3x3(c_out, c_out, gain=ZERO_GAIN)
         self.skip: nn.Module = nn.Identity() if c_in == c_out else conv1x1(c_in, c_out)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """For x [B, c_in, H, W] and shift [B, c_out]."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = h + shift[:, :, None, None].to(h.dtype)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        out: Tensor = self.skip(x) + h
+        """For x [B, c_in, H, W] and shift [B, c_out], or scale ‖ shift [B, 2·c_out]."""
+        h: Tensor = self.conv1(self.resample(F.silu(self.norm1(x))))
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            h = self.norm2(h) * _per_channel(1 + scale, h) + _per_channel(shift, h)
+        else:
+            h = self.norm2(h + _per_channel(shift, h))
+        h = self.conv2(self.dropout(F.silu(h)))
+        out: Tensor = self.skip(self.resample(x)) + h
         return out
 
 
-class Attention(nn.Module):
-    """One head over all H·W positions: x ↦ x + out(softmax(q·kᵀ/√C)·v)."""
+def _per_channel(values: Tensor, h: Tensor) -> Tensor:
+    """[B, C] in the dtype of h [B, C, H, W] and ready to meet it."""
+    return values[:, :, None, None].to(h.dtype)
 
-    def __init__(self, channels: int, groups: int) -> None:
+
+class Attention(nn.Module):
+    """Attention over all H·W positions: x ↦ x + out(softmax(q·kᵀ/√c)·v) in each head of width c.
+
+    The output channels of q, k and v, and the input channels of out, are ordered [head][channel].
+    """
+
+    HALVED: ClassVar[tuple[str, ...]] = ("q", "k", "v", "out")
+
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.norm = GroupNorm32(groups, channels)
+        self.heads = config.heads_of(channels)
+        self.norm = GroupNorm32(config.groups, channels, config.norm_eps)
         self.q = conv1x1(channels, channels)
         self.k = conv1x1(channels, channels)
         self.v = conv1x1(channels, channels)
@@ -296,19 +249,23 @@ class Attention(nn.Module):
         """For x [B, C, H, W]."""
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2) for layer in (self.q, self.k, self.v))  # [B, C, H·W]
+        if self.heads > 1:
+            q, k, v = (part.unflatten(1, (self.heads, -1)) for part in (q, k, v))  # [B, heads, c, H·W]
         # q is scaled before the product, so that in half precision the product stays small
-        scores = (q * x.shape[1] ** -0.5).transpose(1, 2) @ k
+        scores = (q * q.shape[-2] ** -0.5).transpose(-2, -1) @ k
         weights = scores.to(torch.float32).softmax(dim=-1).to(v.dtype)
-        h = (v @ weights.transpose(1, 2)).unflatten(2, (x.shape[2], x.shape[3]))
-        out: Tensor = x + self.out(h)
+        h = v @ weights.transpose(-2, -1)
+        if self.heads > 1:
+            h = h.flatten(1, 2)
+        out: Tensor = x + self.out(h.unflatten(2, (x.shape[2], x.shape[3])))
         return out
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm with ε = 1e-6 (TensorFlow's default; PyTorch's is 1e-5), computed in float32, given back in x's dtype."""
+    """Group norm computed in float32, given back in x's dtype."""
 
-    def __init__(self, groups: int, channels: int) -> None:
-        super().__init__(groups, channels, eps=1e-6)
+    def __init__(self, groups: int, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(groups, channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """For x [B, C, H, W]."""
@@ -316,22 +273,45 @@ class GroupNorm32(nn.GroupNorm):
         return h.to(x.dtype)
 
 
-class Downsample(nn.Module):
-    """3×3 convolution of stride 2, padded below and to the right only, as TensorFlow's SAME does on even sides."""
+class Halve(nn.Module):
+    """The mean of every 2×2 pixels."""
 
-    def __init__(self, channels: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, H/2, W/2]."""
+        return F.avg_pool2d(x, 2)
+
+
+class Double(nn.Module):
+    """Every pixel twice in both directions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, C, 2H, 2W]."""
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Downsample(nn.Module):
+    """3×3 convolution of stride 2, padded below and to the right only, as TensorFlow's SAME does on even sides.
+
+    Or padded on all sides, as is usual in PyTorch.
+    """
+
+    HALVED: ClassVar[tuple[str, ...]] = ("conv",)
+
+    def __init__(self, channels: int, symmetric_padding: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric_padding else 0)
         _xavier(self.conv, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H/2, W/2]."""
-        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        out: Tensor = self.conv(x if self.conv.padding != (0, 0) else F.pad(x, (0, 1, 0, 1)))
         return out
 
 
 class Upsample(nn.Module):
     """Every pixel twice in both directions, then a 3×3 convolution."""
+
+    HALVED: ClassVar[tuple[str, ...]] = ("conv",)
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -353,13 +333,22 @@ def conv1x1(c_in: int, c_out: int, *, gain: float = 1.0) -> nn.Conv2d:
     return _xavier(nn.Conv2d(c_in, c_out, 1), gain)
 
 
+def dense(n_in: int, n_out: int) -> nn.Linear:
+    """A dense layer."""
+    return _xavier(nn.Linear(n_in, n_out), 1.0)
+
+
 def _levels(modules: nn.ModuleList) -> Iterable[Level]:
     return cast("Iterable[Level]", modules)
 
 
-def dense(n_in: int, n_out: int) -> nn.Linear:
-    """A dense layer."""
-    return _xavier(nn.Linear(n_in, n_out), 1.0)
+def _resampled(level: Level, h: Tensor, shifts: Iterator[Tensor]) -> Tensor:
+    """``h`` in the size of the next level."""
+    if isinstance(level.resample, ResidualBlock):
+        out: Tensor = level.resample(h, next(shifts))
+    else:
+        out = level.resample(h)
+    return out
 
 
 def _xavier(layer: _Layer, gain: float) -> _Layer:

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from ddpmx.errors import InputError
 from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
+from ddpmx.spec import ModelSpec
 from ddpmx_cli.console import cache_folder, counting, say
 
 _WHERE = "Where it runs"
@@ -18,7 +20,8 @@ Examples:\n
   ddpmx generate --engine model.onnx -n 64 --seed 0 --out samples/ --grid\n
   ddpmx generate --engine model.onnx -n 16 --steps 50 --sampler ddim --grid --animate\n
   ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
-  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, by TensorRT
+  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, by TensorRT\n
+  ddpmx generate --engine model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i is of class i mod 5
 """
 
 
@@ -28,6 +31,10 @@ def generate(
     seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
     out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
     first: Annotated[int, Option(help="Index of the first image.")] = 0,
+    label: Annotated[int | None, Option(help="The class of all images, for a model that has classes.")] = None,
+    labels: Annotated[
+        str | None, Option(help="Their classes, in turns by their index: 0,1,2.", metavar="CLASS,…")
+    ] = None,
     steps: Annotated[int | None, Option(help="Visit only so many of the T timesteps.  \\[default: all]")] = None,
     sampler: Annotated[str, Option(help=f"{', '.join(SAMPLERS)}.", metavar="NAME")] = "ancestral",
     eta: Annotated[float, Option(help="Noise of the ddim sampler, 0 … 1.")] = 0.0,
@@ -89,6 +96,13 @@ def generate(
     ) as pipeline:
         check_drawable(pipeline.spec)
         pipeline.check_request(n, seed=seed, first=first, batch=batch)
+        classes = _classes(pipeline.spec, label, labels, n, first)
+        pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes)
+        if pipeline.spec.condition is not None:
+            raise InputError(
+                "the model draws images by a condition, which this command cannot give",
+                hint="from Python: ddpmx.load(…).generate(n, cond=…)",
+            )
         sampling: dict[str, Any] = {  # the names are checked where they are used
             "sampler": sampler,
             "steps": steps,
@@ -102,7 +116,14 @@ def generate(
         begun = time.monotonic()
         with counting(f"{n} images", unit="steps") as progress:
             images = pipeline.generate(
-                n, seed=seed, first=first, batch=batch, progress=progress, preview=animation, **sampling
+                n,
+                seed=seed,
+                first=first,
+                batch=batch,
+                labels=classes,
+                progress=progress,
+                preview=animation,
+                **sampling,
             )
         seconds = time.monotonic() - begun
         written = save_gallery(out, images, first=first, grid=grid, animation=animation)
@@ -112,3 +133,24 @@ def generate(
         say(str(extra))
     if others := len(set(out.glob("[0-9]*.png")) - set(written)):
         say(f"Note: {out} also holds {others} images from before")
+
+
+def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:
+    """The class of each image. Image i has the same one whatever else is drawn with it."""
+    if label is not None and labels is not None:
+        raise InputError("--label is one class for all images, and --labels are several", hint="one of the two")
+    if label is not None:
+        turns = [label]
+    elif labels is not None:
+        try:
+            turns = [int(word) for word in labels.split(",")]
+        except ValueError as error:
+            raise InputError(f"--labels {labels[:40]!r} are no whole numbers", hint="--labels 0,1,2") from error
+    elif spec.classes is not None:
+        raise InputError(
+            f"the model draws images of {spec.classes} classes, and none is named",
+            hint=f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",
+        )
+    else:
+        return None
+    return [turns[i % len(turns)] for i in range(first, first + n)]

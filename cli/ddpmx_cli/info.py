@@ -35,6 +35,18 @@ def info(
         say(f"  {label + ':':<12} {plain(value)}")
 
 
+def _told(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the network is told beside x and t."""
+    lines = []
+    if (classes := spec.get("classes")) is not None:
+        lines.append(("classes", f"{classes}, 0…{classes - 1}"))
+    if spec.get("self_condition"):
+        lines.append(("conditions", "itself: it is told x̂_0 of the step before"))
+    if (channels := spec.get("condition")) is not None:
+        lines.append(("condition", f"{channels} channel{'s' if channels > 1 else ''} of the image's size"))
+    return lines
+
+
 _KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan"}
 
 
@@ -43,11 +55,13 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
     if spec := told["spec"]:
         c, height, width = spec["shape"]
         clipped = "not clipped" if spec["clip"] is None else f"clipped to ±{spec['clip']:g}"
+        schedule = f"an array of β (CRC {spec['betas']})" if "betas" in spec else spec["schedule"]
         params = ", ".join(f"{name} {value:g}" for name, value in spec["schedule_params"].items())
         lines += [
             ("image", f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"),
-            ("chain", f"T = {spec['timesteps']}, {spec['schedule']}{f' ({params})' if params else ''}"),
+            ("chain", f"T = {spec['timesteps']}, {schedule}{f' ({params})' if params else ''}"),
             ("predicts", f"{spec['prediction']}; variance {spec['variance']}; x̂_0 {clipped}"),
+            *_told(spec),
             ("precision", spec["precision"]),
             ("weights", f"sha256 {spec['weights'] or 'not stated'}"),
         ]

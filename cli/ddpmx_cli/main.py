@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ddpmx.errors import DdpmxError
-from ddpmx_cli import bench, build, console, doctor, export, generate, info, parity, train
+from ddpmx_cli import bench, build, console, convert, doctor, export, generate, import_, info, parity, train
 from ddpmx_cli.console import complain, say
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=build.EXAMPLES)(build.build)
 app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=parity.EXAMPLES)(parity.parity)
+app.command("import", epilog=import_.EXAMPLES)(import_.import_)
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=info.EXAMPLES)(info.info)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

@@ -6,17 +6,18 @@ and x_{t−1} must feel no more than 0.02 of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import noise
-from ddpmx.backends import Backend, Buffers
-from ddpmx.errors import NumericError
+from ddpmx.backends import NO_EXTRAS, Backend, Buffers
+from ddpmx.errors import InputError, NumericError
 from ddpmx.noise import Purpose
 from ddpmx.samplers import Table
+from ddpmx.spec import Extras, ModelSpec, extra_type
 
 Float32 = NDArray[np.float32]
 
@@ -120,9 +121,38 @@ def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -
     return z.reshape(len(images), *shape)
 
 
-def executed_batch(
-    backend: Backend, shape: tuple[int, int, int], timesteps: int, n: int, batch: int, *, var: bool = False
-) -> int:
+def example(spec: ModelSpec, images: NDArray[np.int64], *, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """What to tell a network of images nobody has said anything about: ``y`` int32 [n] and ``cond`` float32 [n, K, H, W].
+
+    Classes in turns, and noise in −1…1, as a function of the image's index and the seed. Empty for a network that is told
+    nothing.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    if spec.classes is not None:
+        found["y"] = (images % spec.classes).astype(np.int32)
+    if (dims := spec.extras.get("cond")) is not None:
+        z = noise.normal(seed, images, 0, Purpose.CONDITION, int(np.prod(dims)))
+        found["cond"] = np.clip(z, -1, 1).reshape(len(images), *dims)
+    return found
+
+
+def check_given(extras: Extras, given: Mapping[str, NDArray[Any] | int], n: int) -> None:
+    """See that ``n`` images are told what their network asks for, and nothing else. Addresses are believed.
+
+    Raises:
+        InputError: something is missing, too much, or of another type or shape.
+    """
+    for name in extras.keys() - given.keys() - {"x0_prev"}:
+        raise InputError(f"the network is told {name} as well, and there is none")
+    for name, array in given.items():
+        dims, dtype = extras.get(name), np.dtype(extra_type(name))
+        if dims is None or name == "x0_prev":
+            raise InputError(f"the network is told no {name}")
+        if not isinstance(array, int) and (array.dtype != dtype or array.shape != (n, *dims)):
+            raise InputError(f"{name} must be {dtype.name} {[n, *dims]}", note=f"it is {array.dtype} {[*array.shape]}")
+
+
+def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int:
     """At which batch size to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
 
     Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. What
@@ -132,18 +162,21 @@ def executed_batch(
     - ``n``, if that gives the same bits as a batch of ``batch``;
     - ``batch`` otherwise: the rest has to be filled up.
 
-    It takes two runs of ``batch`` images, and one of ``n`` if that is less. ``var``: the network's second answer has to
-    be the same as well.
+    It takes two runs of ``batch`` images, and one of ``n`` if that is less. Where the network has a second answer, that
+    has to be the same as well.
     """
     if batch == 1:
         return 1
-    images = np.arange(batch)
-    x = initial(0, images, shape)
-    t = np.linspace(0, timesteps - 1, batch).round().astype(np.int32)
+    images, var = np.arange(batch), spec.variance == "learned_range"
+    told = {"x": initial(0, images, spec.shape), **example(spec, images)}
+    told["t"] = np.linspace(0, spec.timesteps - 1, batch).round().astype(np.int32)
+    if spec.self_condition:
+        told["x0_prev"] = np.clip(told["x"][::-1], -1, 1)
 
     def answer(rows: NDArray[np.int64]) -> Float32:
-        buffers = Buffers.of(len(rows), shape, var=var)
-        buffers.x[...], buffers.t[...] = x[rows], t[rows]
+        buffers = Buffers.of(len(rows), spec.shape, var=var, extras=spec.extras)
+        for name, array in buffers.inputs().items():
+            array[...] = told[name][rows]
         backend.bind(buffers)
         backend.enqueue()
         return buffers.out if buffers.var is None else np.stack([buffers.out, buffers.var], axis=1)
@@ -171,6 +204,8 @@ def run(
     seed: int,
     images: NDArray[np.int64],
     clip: float | None = 1.0,
+    extras: Extras = NO_EXTRAS,
+    given: Mapping[str, NDArray[Any]] = NO_EXTRAS,
 ) -> Iterator[Step]:
     """Walk the table from ``x_start``, one :class:`Step` at a time. To stop, stop asking.
 
@@ -181,17 +216,26 @@ def run(
         seed: of the noise.
         images: int64 [B], the index of each image: with the seed it fixes the image's noise.
         clip: the largest |x̂_0|, or None.
+        extras: what the network is told beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`. ``x0_prev`` is x̂_0 of
+            the step before, as the chain keeps it, and 0 in the first (Chen et al. 2022, "Analog bits").
+        given: the rest of it, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
 
     Raises:
+        InputError: ``given`` is not what ``extras`` ask for.
         NumericError: the network's answer was not finite, or its second one was not.
         BackendError: the network could not be run.
     """
     batch, *chw = x_start.shape
     learned = None if table.learned is None else table.learned.astype(np.float32)
-    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]), var=learned is not None)
+    check_given(extras, given, batch)
+    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]), var=learned is not None, extras=extras)
     x, out, var = buffers.x, buffers.out, buffers.var
     x[...] = x_start
-    x0, x_next = np.empty_like(x), np.empty_like(x)
+    for name, value in given.items():
+        getattr(buffers, name)[...] = value
+    x0, x_next = buffers.x0_prev, np.empty_like(x)
+    if x0 is None:
+        x0 = np.empty_like(x)
     limit = np.inf if clip is None else clip
     backend.bind(buffers)
     rows = table.rows.astype(np.float32)

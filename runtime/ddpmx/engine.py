@@ -28,7 +28,7 @@ from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, I
 from ddpmx.files import atomic_write, check_replaceable, make_folder
 from ddpmx.planfile import MAX_BATCH, RECORD_PREFIX, EngineRecord, PlanInfo, sidecar_path
 from ddpmx.sealed import seal
-from ddpmx.spec import MAX_TEXT, ModelSpec
+from ddpmx.spec import MAX_TEXT, ModelSpec, extra_type
 from ddpmx.tensorrt_library import Library, host_platform
 
 USED = {
@@ -394,19 +394,19 @@ def _already(output: Path, record: EngineRecord) -> PlanInfo | None:
 
 
 def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
-    """What the parser understood: x and t of the right types in, float32 out, and only the batch left open."""
+    """What the parser understood: the contract's inputs of the right types, float32 out, and only the batch left open."""
     faults = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        wanted = trt.DataType.INT32 if tensor.name == "t" else trt.DataType.FLOAT
-        dims = _dims(tensor)
-        if tensor.dtype != wanted or dims[:1] != [-1] or dims[1:] != ([] if tensor.name == "t" else list(spec.shape)):
+        wanted = trt.DataType.INT32 if extra_type(tensor.name) is np.int32 else trt.DataType.FLOAT
+        dims, image = _dims(tensor), spec.inputs.get(tensor.name)
+        if image is None or tensor.dtype != wanted or dims != [-1, *image]:
             faults.append(f"{tensor.name}: {tensor.dtype} {dims}")
     for index in range(network.num_outputs):
         tensor = network.get_output(index)
         if tensor.dtype != trt.DataType.FLOAT:
             faults.append(f"{tensor.name}: {tensor.dtype}")
-    if faults or network.num_inputs != 2 or network.num_outputs != 1:
+    if faults or network.num_inputs != len(spec.inputs) or network.num_outputs != len(spec.outputs):
         raise FileFormatError(
             f"{path}: TensorRT reads other inputs and outputs from this file than the contract asks for",
             note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",
@@ -525,7 +525,7 @@ def _parser_errors(parser: Any) -> str:
 def _write(output: Path, plan: Any, spec: ModelSpec, record: EngineRecord, extra: dict[str, Any]) -> None:
     """The plan and its sidecar, never one with another's: without a sidecar a plan is good, with a wrong one it is not."""
     view = memoryview(plan)
-    values = {"spec": spec.to_json(), "engine": record.to_json(), "bytes": view.nbytes, "build": extra}
+    values = planfile.sidecar_json(view.nbytes, spec, record, extra)
     with atomic_write(output) as stream:
         stream.write(view)
         stream.flush()

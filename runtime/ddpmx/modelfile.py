@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from ddpmx.errors import FileFormatError, SpecError
+from ddpmx.errors import FileFormatError, InputError, SpecError
+from ddpmx.free_betas import as_betas
 from ddpmx.planfile import MAGIC
 from ddpmx.sealed import parse_json
 from ddpmx.spec import ModelSpec
@@ -79,12 +80,16 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
 def model_spec(path: str | os.PathLike[str], values: Mapping[str, object]) -> ModelSpec:
     """The :class:`ModelSpec` in what :func:`read_spec_json` read from ``path``.
 
+    The numbers of a schedule ``betas`` may stand in the spec itself, or as "betas" beside it.
+
     Raises:
         SpecError: it is none.
     """
+    beside = values.get("betas")
     try:
-        return ModelSpec.from_json(values["model"])
-    except SpecError as error:
+        betas = None if beside is None else as_betas(beside)
+        return ModelSpec.from_json(values["model"], betas=betas, where=f'"betas": [β, …] of {SPEC_FILE}')
+    except (SpecError, InputError) as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
 
 

@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     """z of one reverse step, p(x_{t−1} | x_t)."""
     DIFFUSE = 2
     """ε of q(x_t | x_0)."""
+    CONDITION = 3
+    """What stands in for a condition where a network is tried out."""
 
 
 def check_seed(seed: int) -> int:

@@ -13,12 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from ddpmx import free_betas
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.spec import ModelSpec
+from ddpmx.spec import ModelSpec, extra_type
 from ddpmx.wire import MalformedError, as_message, as_number, as_text, fields, packed
 
 METADATA_KEY = "ddpmx"
 """The key of ``metadata_props`` under which an ONNX file carries its spec."""
+
+BETAS_KEY = "ddpmx.betas"
+"""The key under which it carries the array of a schedule ``betas``, see :mod:`ddpmx.free_betas`."""
 
 FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 """ONNX element types."""
@@ -107,6 +113,16 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
     return found
 
 
+def metadata(spec: ModelSpec) -> dict[str, str]:
+    """What an ONNX file of this model has to carry as ``metadata_props``.
+
+    Raises:
+        SpecError: it would be too long.
+    """
+    beside = {} if spec.betas is None else {BETAS_KEY: free_betas.to_text(spec.betas)}
+    return {METADATA_KEY: spec.to_text(), **beside}
+
+
 def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec | None = None) -> ModelSpec:
     """The spec of an ONNX file: its own, or ``override`` for a file that has none.
 
@@ -122,7 +138,10 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
             hint="if you know its schedule and prediction, say so with --spec spec.json",
         )
     try:
-        spec = override if text is None else ModelSpec.from_text(text)
+        beside = info.metadata.get(BETAS_KEY) if text is not None else None
+        betas = None if beside is None else free_betas.from_text(beside)
+        where = f"the file's metadata {BETAS_KEY!r}"
+        spec = override if text is None else ModelSpec.from_text(text, betas=betas, where=where)
     except SpecError as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
     assert spec is not None
@@ -140,16 +159,16 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
 def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSpec) -> None:
     """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W].
 
-    With a learned variance there is one more of that shape, ``var``.
+    With a learned variance there is one more of that shape, ``var``. What the spec says decides over further inputs:
+    y: int32 [batch], x0_prev: float32 [batch, C, H, W], cond: float32 [batch, K, H, W].
     """
-    outputs = (spec.prediction, "var") if spec.variance == "learned_range" else (spec.prediction,)
+    types = {name: INT32 if extra_type(name) is np.int32 else FLOAT for name in spec.inputs}
     wanted = (
-        ("x", info.inputs, FLOAT, spec.shape),
-        ("t", info.inputs, INT32, ()),
-        *((output, info.outputs, FLOAT, spec.shape) for output in outputs),
+        *((name, info.inputs, types[name], dims) for name, dims in spec.inputs.items()),
+        *((output, info.outputs, FLOAT, spec.shape) for output in spec.outputs),
     )
-    faults = [f"an input {name!r} too many" for name in info.inputs if name not in ("x", "t")]
-    faults += [f"an output {name!r} too many" for name in info.outputs if name not in outputs]
+    faults = [f"an input {name!r} too many" for name in info.inputs if name not in spec.inputs]
+    faults += [f"an output {name!r} too many" for name in info.outputs if name not in spec.outputs]
     for name, tensors, element_type, dims in wanted:
         tensor = tensors.get(name)
         if tensor is None:
@@ -167,9 +186,15 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
         raise SpecError(
             f"{path}: the graph is not what the spec describes",
             note="; ".join(faults)[:400],
-            hint="the graph needs x float32 [batch, C, H, W] and t int32 [batch], and gives "
-            + " and ".join(map(repr, outputs)),
+            hint=f"the graph needs {_listed(spec)}, and gives " + " and ".join(map(repr, spec.outputs)),
         )
+
+
+def _listed(spec: ModelSpec) -> str:
+    """The inputs, for people."""
+    dims = {"t": "", "y": "", "cond": ", K, H, W"}
+    *most, last = [f"{name} {extra_type(name).__name__} [batch{dims.get(name, ', C, H, W')}]" for name in spec.inputs]
+    return f"{', '.join(most)} and {last}"
 
 
 # --- as much of onnx.proto as is needed -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ from ddpmx.arrays import View, expect, view
 from ddpmx.backends import Backend, CopyingBackend
 from ddpmx.cuda import EXECUTORS
 from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
+from ddpmx.labels import class_labels
 from ddpmx.noise import MAX_IMAGE, check_seed
-from ddpmx.runner import HostRunner, Job, Runner, fitting_batch
+from ddpmx.runner import HostRunner, Job, Runner, fitting_batch, rows
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
 
@@ -138,8 +139,12 @@ class Pipeline:
             eta=eta,
         )
 
-    def check_request(self, n: int, *, seed: int = 0, first: int = 0, batch: int | None = None) -> int:
+    def check_request(
+        self, n: int, *, seed: int = 0, first: int = 0, batch: int | None = None, labels: Any = None
+    ) -> int:
         """See that :meth:`generate` would take these numbers, before anything is prepared for them.
+
+        ``labels`` are looked at where there are any; whether there have to be, :meth:`generate` sees.
 
         Returns:
             ``batch``, or the default in its place; or less, or more, if a plan takes none but that.
@@ -166,6 +171,8 @@ class Pipeline:
             raise InputError(
                 f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
             )
+        if labels is not None:
+            class_labels(self.spec, n, labels)
         return fitting_batch(self._runner.batches, int(batch))
 
     def generate(
@@ -175,6 +182,8 @@ class Pipeline:
         seed: int = 0,
         first: int = 0,
         batch: int | None = None,
+        labels: Any = None,
+        cond: Any = None,
         x: Any = None,
         out: Any = None,
         on_device: bool = False,
@@ -196,12 +205,14 @@ class Pipeline:
             batch: how many run at once, at most; by default :attr:`default_batch`. A plan may take fewer. Where the
                 device's arithmetic depends on the batch, an image does so by its last bits, but never on ``n``,
                 ``first`` or its neighbours.
+            labels: the class of each image, whole numbers [n], or one for all; on the host. For models that have classes.
+            cond: float32 [n, K, H, W], the condition of each image. For models that have one.
             x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I).
             out: uint8 [n, H, W, C], C-contiguous, where the images go.
             on_device: leave them on the GPU.
-            stream: the CUDA stream in which ``x`` was, or is being, written and ``out`` last used: a number, or an object
-                with ``__cuda_stream__`` or ``cuda_stream``. What is in it by now is waited for, on the device. When
-                :meth:`generate` returns, everything is done.
+            stream: the CUDA stream in which ``x`` and ``cond`` were, or are being, written and ``out`` last used: a number,
+                or an object with ``__cuda_stream__`` or ``cuda_stream``. What is in it by now is waited for, on the
+                device. When :meth:`generate` returns, everything is done.
             progress: called again and again with (steps done, steps in all) over all batches.
             cancel: asked again and again; True stops the chain.
             preview: called after each step with the position in the result of the batch's first image, and the state. On
@@ -226,6 +237,7 @@ class Pipeline:
         with ExitStack() as given:
             after = [] if stream is None else [_stream_handle(stream)]
             start = None if x is None else self._take(given, x, (n, *shape), np.float32, "x", after)
+            told, extras = self._told(given, n, labels, cond, after), self.spec.extras
             result: Any = out
             if out is not None:
                 target = self._take(given, out, (n, height, width, channels), np.uint8, "out", after, writable=True)
@@ -246,6 +258,7 @@ class Pipeline:
                     progress=_after(progress, done, total),
                     cancel=cancel,
                     after=tuple(after) if number == 0 else (),
+                    given={name: rows(array, part, extras[name]) for name, array in told.items()},
                 )
                 begin = start + 4 * size * at if isinstance(start, int) else None if start is None else start[part]
                 levels = target + size * at if isinstance(target, int) else target[part]
@@ -256,7 +269,15 @@ class Pipeline:
         return result
 
     def stream(
-        self, n: int = 1, *, seed: int = 0, first: int = 0, batch: int | None = None, **sampling: Any
+        self,
+        n: int = 1,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        batch: int | None = None,
+        labels: Any = None,
+        cond: Any = None,
+        **sampling: Any,
     ) -> Iterator[Preview]:
         """Watch ``n`` images come into being together: a :class:`Preview` for every step. Break off to cancel.
 
@@ -271,8 +292,11 @@ class Pipeline:
         if batch > (largest := self.check_request(n, batch=batch)):
             raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
         ((_, indices),) = _batches(n, first, batch)
-        for step in self._runner.steps(Job(table, seed, indices, batch), x=None):
-            yield Preview(step.t, step.x.copy(), step.x0.copy())
+        with ExitStack() as given:
+            after: list[int] = []
+            told = self._told(given, n, labels, cond, after)
+            for step in self._runner.steps(Job(table, seed, indices, batch, after=tuple(after), given=told), x=None):
+                yield Preview(step.t, step.x.copy(), step.x0.copy())
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -297,6 +321,25 @@ class Pipeline:
             if job.progress is not None:
                 job.progress(done + 1, len(job.table))
         levels[...] = images.to_nhwc(step.x0)
+
+    def _told(
+        self, given: ExitStack, n: int, labels: Any, cond: Any, after: list[int]
+    ) -> Mapping[str, NDArray[Any] | int]:
+        """What the network is told of ``n`` images beside x and t."""
+        found: dict[str, NDArray[Any] | int] = {}
+        if labels is not None or self.spec.classes is not None:
+            found["y"] = class_labels(self.spec, n, labels)
+        dims = self.spec.extras.get("cond")
+        if dims is None and cond is not None:
+            raise InputError("the model takes no condition, and cond gives one")
+        if dims is not None:
+            if cond is None:
+                raise InputError(
+                    "the model draws images by a condition, and there is none",
+                    hint=f"cond: float32 [{n}, {', '.join(map(str, dims))}]",
+                )
+            found["cond"] = self._take(given, cond, (n, *dims), np.float32, "cond", after)
+        return found
 
     def _take(
         self,

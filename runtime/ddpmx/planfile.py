@@ -3,7 +3,8 @@
 The format is not public. What is known of it: bytes 0–3 tell the flavour ("ftrt", "vtrt"), bytes 16–23 the length of the
 whole, bytes 24–27 the version, and the network's name stands in it as it was given. ``ddpmx build`` makes that name of
 two sealed texts, the ModelSpec and an :class:`EngineRecord`. A sidecar ``model.plan.json`` repeats both, with what only
-the builder knew; it may be missing, but it may not contradict.
+the builder knew; it may be missing, but it may not contradict. Only where the schedule is an array of β it may not be
+missing either, since that lies there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpmx import free_betas
 from ddpmx.device import Gpus
 from ddpmx.errors import BackendError, FileFormatError, SpecError
 from ddpmx.sealed import parse_json, search, unseal
@@ -180,7 +182,8 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
                 hint="build a plan of your own from the ONNX file, or trust its maker with --trust-host-code",
             )
     try:
-        spec, engine = ModelSpec.from_text(texts[0]), EngineRecord.from_json(unseal(RECORD_PREFIX, texts[1]))
+        engine = EngineRecord.from_json(unseal(RECORD_PREFIX, texts[1]))
+        values = unseal(PREFIX, texts[0])
     except SpecError as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
     if (engine.flavour, _release(engine.version)) != (flavour, _release(version)):
@@ -189,7 +192,29 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
             note=f"{flavour} {version} and {engine.flavour} {engine.version}",
             hint=rebuild_command(path, engine),
         )
-    return PlanInfo(flavour, version, size, spec, engine, _sidecar(path, size, spec, engine))
+    file = sidecar_path(os.path.realpath(path))
+    sidecar = _sidecar(path, file, engine)
+    try:
+        beside = sidecar.get("betas") if sidecar is not None else None
+        betas = None if beside is None else free_betas.from_text(beside)
+        spec = ModelSpec.from_json(values, betas=betas, where=f'the plan\'s sidecar, {file.name}, as "betas"')
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
+    _check_sidecar(path, file, sidecar, size, spec, engine)
+    return PlanInfo(flavour, version, size, spec, engine, sidecar)
+
+
+def sidecar_json(size: int, spec: ModelSpec, engine: EngineRecord, build: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan's sidecar says, as plain JSON values.
+
+    Args:
+        size: bytes of the plan.
+        spec: the model.
+        engine: how the plan was built.
+        build: what only the builder knows.
+    """
+    beside = {} if spec.betas is None else {"betas": free_betas.to_text(spec.betas)}
+    return {"spec": spec.to_json(), "engine": engine.to_json(), "bytes": size, "build": build, **beside}
 
 
 def rebuild_command(path: str | os.PathLike[str], engine: EngineRecord) -> str:
@@ -296,8 +321,8 @@ def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
     return found.pop()
 
 
-def _sidecar(path: Path, size: int, spec: ModelSpec, engine: EngineRecord) -> Mapping[str, Any] | None:
-    file = sidecar_path(os.path.realpath(path))
+def _sidecar(path: Path, file: Path, engine: EngineRecord) -> Mapping[str, Any] | None:
+    """What the sidecar says, if it is there."""
     if not os.path.lexists(file):
         return None
     again = f"remove it, or build again: {rebuild_command(path, engine)}"
@@ -312,15 +337,20 @@ def _sidecar(path: Path, size: int, spec: ModelSpec, engine: EngineRecord) -> Ma
     except (OSError, SpecError) as error:
         note = error.strerror if isinstance(error, OSError) else f"{error}"
         raise SpecError(f"{file}: the plan's sidecar cannot be read", note=note, hint=again) from error
-    told = values if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _check_sidecar(
+    path: Path, file: Path, told: Mapping[str, Any] | None, size: int, spec: ModelSpec, engine: EngineRecord
+) -> None:
+    """See that it does not contradict its plan."""
     for name, mine in (("spec", spec.to_json()), ("engine", engine.to_json()), ("bytes", size)):
-        if told.get(name) != mine:
+        if told is not None and told.get(name) != mine:
             raise SpecError(
                 f"{file}: the sidecar contradicts its plan",
                 note=_difference(name, told.get(name), mine, path.name),
-                hint=again,
+                hint=f"remove it, or build again: {rebuild_command(path, engine)}",
             )
-    return told
 
 
 def _difference(name: str, theirs: object, mine: object, plan: str) -> str:

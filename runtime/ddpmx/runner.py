@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ class Job:
         progress: called with (steps done, steps in all).
         cancel: asked again and again; True stops the chain.
         after: streams of the GPU whose work so far has to be done before what the user gave is touched.
+        given: what the network is told of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of
+            such an array where the chain runs.
     """
 
     table: Table
@@ -42,6 +45,7 @@ class Job:
     progress: Callable[[int, int], None] | None = None
     cancel: Callable[[], bool] | None = None
     after: tuple[int, ...] = ()
+    given: Mapping[str, NDArray[Any] | int] = field(default_factory=dict)
 
 
 def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
@@ -53,6 +57,11 @@ def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
     """
     fewer = [min(high, wanted) for low, high in ranges if low <= wanted]
     return max(fewer) if fewer else min(low for low, _ in ranges)
+
+
+def rows(array: NDArray[Any] | int, part: slice, dims: tuple[int, ...]) -> NDArray[Any] | int:
+    """Some images' rows of an array, or of one at an address, with ``dims`` numbers of four bytes for each image."""
+    return array + 4 * math.prod(dims) * int(part.start) if isinstance(array, int) else array[part]
 
 
 class Runner(Protocol):
@@ -151,14 +160,26 @@ class HostRunner:
         n, indices = len(job.images), job.images
         executed = self._measured(n, job.batch)
         backend = RowByRow(self._backend) if executed < n else self._backend
-        if executed > n:
-            indices = np.concatenate([indices, np.repeat(indices[-1:], executed - n)])
-        if x is None:
-            x = chain.initial(job.seed, indices, self._spec.shape)
-        elif executed > n:
-            x = np.concatenate([x, np.repeat(x[-1:], executed - n, axis=0)])
-        for step in chain.run(backend, job.table, x, seed=job.seed, images=indices, clip=self._spec.clip):
-            yield Step(step.t, step.x[:n], step.x0[:n], step.x_next[:n])
+        given: dict[str, NDArray[Any]] = {}
+        for name, array in job.given.items():
+            if isinstance(array, int):
+                raise InputError(f"the chain runs on the CPU, and its {name} lies on a GPU")
+            given[name] = _filled(array, executed)
+        indices = _filled(indices, executed)
+        x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _filled(x, executed)
+        yield from (
+            Step(step.t, step.x[:n], step.x0[:n], step.x_next[:n])
+            for step in chain.run(
+                backend,
+                job.table,
+                x,
+                seed=job.seed,
+                images=indices,
+                clip=self._spec.clip,
+                extras=self._spec.extras,
+                given=given,
+            )
+        )
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
         """None: see :meth:`Runner.array`."""
@@ -179,12 +200,10 @@ class HostRunner:
     def _measured(self, n: int, batch: int) -> int:
         """At which batch size to run n images; measured once for every size."""
         if (n, batch) not in self._executed:
-            self._executed[n, batch] = chain.executed_batch(
-                self._backend,
-                self._spec.shape,
-                self._spec.timesteps,
-                n,
-                batch,
-                var=self._spec.variance == "learned_range",
-            )
+            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, n, batch)
         return self._executed[n, batch]
+
+
+def _filled(array: NDArray[Any], executed: int) -> NDArray[Any]:
+    """As many rows as the network runs: the last one fills up."""
+    return np.concatenate([array, np.repeat(array[-1:], max(0, executed - len(array)), axis=0)])

@@ -55,6 +55,26 @@ class Schedule:
         alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
         return cls(alpha_bar, betas, np.arange(len(betas)))
 
+    @classmethod
+    def from_alpha_bar(cls, alpha_bar: Float64) -> Schedule:
+        """The schedule of the given ᾱ_t, float64 [T], by β_t = 1 − ᾱ_t/ᾱ_{t−1}. ᾱ follows anew from these β.
+
+        Raises:
+            InputError: ᾱ is empty, too long, does not fall strictly, or leaves [0, 1).
+        """
+        alpha_bar = np.asarray(alpha_bar, np.float64)
+        if alpha_bar.ndim != 1 or not 1 <= len(alpha_bar) <= MAX_TIMESTEPS:
+            raise InputError(
+                f"a schedule has one ᾱ for each of 1…{MAX_TIMESTEPS} steps, not the shape {alpha_bar.shape}"
+            )
+        previous = np.concatenate([[1.0], alpha_bar[:-1]])
+        if not (np.all(alpha_bar >= 0) and np.all(alpha_bar < previous)):
+            raise InputError(
+                "ᾱ_t has to fall at every t, from below 1 to 0 or above",
+                note=f"it runs from {alpha_bar[0]:g} to {alpha_bar[-1]:g}",
+            )
+        return cls.from_betas(1.0 - alpha_bar / previous)
+
     def __len__(self) -> int:
         """The number of steps, S."""
         return len(self.betas)

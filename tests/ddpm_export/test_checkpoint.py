@@ -226,7 +226,7 @@ SPEC_DAMAGE = {
     "no model": edit_json("spec.json", lambda values: values.pop("model")),
     "no network": edit_json("spec.json", lambda values: values.pop("network")),
     "another network": edit_json("spec.json", lambda values: values["network"].update(type="transformer")),
-    "unknown field": edit_json("spec.json", lambda values: values["network"].update(heads=4)),
+    "unknown field": edit_json("spec.json", lambda values: values["network"].update(tails=4)),
     "impossible network": edit_json("spec.json", lambda values: values["network"].update(groups=3)),
     "huge network": edit_json("spec.json", lambda values: values["network"].update(channels=65536)),
     "another image": edit_json("spec.json", lambda values: values["model"].update(shape=[1, 16, 16])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -59,6 +60,19 @@ def test_widths_walk_down_and_up_as_in_the_paper():
         *[(512, 256), (512, 256), (384, 256)],
         *[(384, 128), (256, 128), (256, 128)],
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "digest"),
+    [
+        (cifar10(), "67146964a7663f35"),
+        (lsun256(), "c58503c40de7d7f9"),
+    ],
+    ids=["cifar", "lsun"],
+)
+def test_names_and_shapes_of_the_weights_are_those_of_every_checkpoint_so_far(config, digest):
+    lines = [f"{name} {list(tensor.shape)}" for name, tensor in without_weights(config).state_dict().items()]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == digest
 
 
 def test_a_skip_has_a_convolution_only_where_the_width_changes():
@@ -271,7 +285,7 @@ def test_a_config_survives_json():
 
 
 @pytest.mark.parametrize(
-    "junk", [None, 3, "unet", [], {}, {"size": [16, 16]}, {**SMALL, "heads": 8}, {**SMALL, 3: 4}], ids=repr
+    "junk", [None, 3, "unet", [], {}, {"size": [16, 16]}, {**SMALL, "tails": 8}, {**SMALL, 3: 4}], ids=repr
 )
 def test_junk_is_no_config(junk):
     with pytest.raises(SpecError, match="network"):
@@ -283,13 +297,13 @@ def test_junk_is_no_config(junk):
 
 def test_images_need_not_be_square_and_each_has_its_own_t():
     torch.manual_seed(0)
-    network = UNet(UNetConfig(3, 6, (8, 20), 8, (1, 2, 1), 1, (4,), 0.0, 4)).eval()
+    network = UNet(UNetConfig(3, 5, (8, 20), 8, (1, 2, 1), 1, (4,), 0.0, 4)).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, t = torch.randn(3, 3, 8, 20), torch.tensor([0, 500, 999], dtype=torch.int32)
     with torch.no_grad():
         together = network(x, t)
-        assert together.shape == (3, 6, 8, 20)
+        assert together.shape == (3, 5, 8, 20)
         assert together.dtype == torch.float32
         for index in range(3):
             alone = network(x[index : index + 1], t[index : index + 1])
@@ -340,18 +354,18 @@ def test_the_cifar10_network_answers_as_diffusers_does(figure):
 
 
 def swap_sin_and_cos(network, monkeypatch):
-    monkeypatch.setattr(unet, "sinusoidal_embedding", lambda t, n: sinusoidal_embedding(t, n).roll(n // 2, dims=1))
+    monkeypatch.setattr(unet, "sinusoidal_embedding", lambda t, n, **_: sinusoidal_embedding(t, n).roll(n // 2, dims=1))
 
 
 def divide_by_half(network, monkeypatch):
-    def embedding(t, n):
+    def embedding(t, n, **_):
         return torch.from_numpy(reference_embedding(t.numpy(), n, n // 2)).float()
 
     monkeypatch.setattr(unet, "sinusoidal_embedding", embedding)
 
 
 def count_t_from_one(network, monkeypatch):
-    monkeypatch.setattr(unet, "sinusoidal_embedding", lambda t, n: sinusoidal_embedding(t + 1, n))
+    monkeypatch.setattr(unet, "sinusoidal_embedding", lambda t, n, **_: sinusoidal_embedding(t + 1, n))
 
 
 def pad_on_all_sides(network, monkeypatch):

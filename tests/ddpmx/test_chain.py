@@ -142,7 +142,7 @@ def test_the_next_step_is_computed_only_when_asked_for():
     ],
 )
 def test_the_executed_batch_is_found_by_measuring(sways, n, batch, executed):
-    assert chain.executed_batch(ToyBackend(sways=sways), gaussian.SHAPE, T, n, batch) == executed
+    assert chain.executed_batch(ToyBackend(sways=sways), gaussian.SPEC, n, batch) == executed
 
 
 # --- the closed form -------------------------------------------------------------------------------------------------

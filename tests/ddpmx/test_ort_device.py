@@ -23,7 +23,7 @@ from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.errors import BackendError, Cancelled, InputError
-from oracles import gaussian, wire
+from oracles import gaussian, told, wire
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
 from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
@@ -58,11 +58,11 @@ class Chain:
 
     def __init__(self, device, *, batch=3):
         self.device = device
-        self.chain = DeviceChain(device.driver, Kernels(device.driver), SHAPE, batch, TABLE, stream=device.stream)
+        self.chain = DeviceChain(
+            device.driver, Kernels(device.driver), SHAPE, batch, TABLE, extras=device.extras, stream=device.stream
+        )
         with device.driver.current():
-            self.network = device.network(
-                batch, x=self.chain.x, t=self.chain.t, out=self.chain.out, stream=device.stream
-            )
+            self.network = device.network(batch, **self.chain.at, extras=self.chain.extras, stream=device.stream)
 
     def __enter__(self):
         return self
@@ -83,6 +83,17 @@ def test_a_chain_gives_numpy_s_bits(opened, provider):
         got = c.chain.run(seed=5, images=IMAGES)
         assert got.tobytes() == images.to_nhwc(expected().x0).tobytes()
     assert device.description == f"onnxruntime 1.31.1, {NAMES.get(provider, provider)}"
+
+
+@pytest.mark.parametrize("kind", told.KINDS)
+def test_a_chain_is_told_what_its_network_asks_for(opened, kind):
+    spec = gaussian.SPEC.replace(shape=SHAPE, **told.KINDS[kind])
+    given = told.given(spec)
+    wanted = expected(extras=spec.extras, given=given)
+    with Chain(opened(extras=spec.extras)) as c:
+        choose_executor(c.chain, c.network.enqueue, "plain")
+        for _ in range(2):
+            assert c.chain.run(seed=5, images=IMAGES, given=given).tobytes() == images.to_nhwc(wanted.x0).tobytes()
 
 
 @pytest.mark.parametrize("executor", ["graph", "while"])

@@ -105,7 +105,7 @@ def test_a_plan_is_a_backend(plan, plan_driver):
         *_, mine = chain.run(backend, table, start, seed=5, images=drawn)
         *_, theirs = chain.run(Toy(SPEC.shape), table, start, seed=5, images=drawn)
         assert mine.x0.tobytes() == theirs.x0.tobytes()
-    assert chain.executed_batch(backend, SPEC.shape, 20, 1, 4) == 1
+    assert chain.executed_batch(backend, SPEC, 1, 4) == 1
     made = len(module.contexts)
     for _ in range(2):
         backend.bind(Buffers.of(1, SPEC.shape))

@@ -15,7 +15,7 @@ from ddpmx import chain, images
 from ddpmx.backends import Buffers
 from ddpmx.cuda import Chain, Control, Done
 from ddpmx.samplers import Table
-from oracles import gaussian
+from oracles import gaussian, told
 
 HERE = Path(__file__).parent
 STRICT = ("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
@@ -53,7 +53,8 @@ def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.
 
 
 class Toy:
-    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend. v, if asked for, leaves −1…1.
+    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend. v, if asked for, leaves −1…1. What
+    else it is told is added to its answer, see ``told.py``.
 
     Args:
         poison: (t, values): at that t the last elements of the first image's answer are these values.
@@ -80,6 +81,7 @@ class Toy:
         x, t, out, var = self.buffers.x, self.buffers.t, self.buffers.out, self.buffers.var
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * self._mu
+        out += told.effect(self.buffers.inputs())
         if var is not None:
             var[...] = 0.7 * x - self._mu
         if self.poison is not None and t[0] == self.poison[0]:

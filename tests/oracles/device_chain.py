@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddpmx import chain
-from ddpmx.backends import Buffers
+from ddpmx.backends import NO_EXTRAS, Buffers
 from ddpmx.cuda import driver
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.driver import Driver
@@ -34,15 +34,23 @@ class Engine:
     def __init__(self, cuda, device_chain, batch, shape=SHAPE, *, poison=None, refuse_at=0):
         self.cuda, self.refuse_at, self.enqueued = cuda, refuse_at, 0
         self.toy = Toy(shape, poison=poison)
-        addresses = (device_chain.x, device_chain.out, device_chain.var)
-        x, out, var = (array_at(at, (batch, *shape), ctypes.c_float) if at else None for at in addresses)
-        self.toy.bind(Buffers(x, array_at(device_chain.t, (batch,), ctypes.c_int32), out, var))
+        self.toy.bind(buffers_at(batch, shape, device_chain.at, device_chain.extras, device_chain._told))
 
     def __call__(self, stream):
         self.enqueued += 1
         if self.enqueued == self.refuse_at:
             raise BackendError("TensorRT refuses to run the network", note="its last words")
         self.cuda.enqueue(stream, self.toy.enqueue)
+
+
+def buffers_at(batch, shape, at, extras=None, dims=None):
+    """A network's arrays where these addresses are. ``dims``: those of the extras, of one image."""
+    x, out, var = (array_at(at[n], (batch, *shape), ctypes.c_float) if at.get(n) else None for n in ("x", "out", "var"))
+    told = {
+        name: array_at(address, (batch, *dims[name]), ctypes.c_int32 if name == "y" else ctypes.c_float)
+        for name, address in (extras or {}).items()
+    }
+    return Buffers(x, array_at(at["t"], (batch,), ctypes.c_int32), out, var, **told)
 
 
 def array_at(address, shape, kind):
@@ -52,11 +60,19 @@ def array_at(address, shape, kind):
 class Setup:
     """Driver, kernels, chain and engine; close them all with ``with``."""
 
-    def __init__(self, cuda, *, batch=3, table=TABLE, clip=1.0, with_x0=False, **faults):
+    def __init__(self, cuda, *, batch=3, table=TABLE, clip=1.0, with_x0=False, extras=NO_EXTRAS, **faults):
         self.driver = Driver(library=cuda)
         try:
             self.chain = DeviceChain(
-                self.driver, Kernels(self.driver), SHAPE, batch, table, clip=clip, with_x0=with_x0, description="toy"
+                self.driver,
+                Kernels(self.driver),
+                SHAPE,
+                batch,
+                table,
+                clip=clip,
+                extras=extras,
+                with_x0=with_x0,
+                description="toy",
             )
             self.engine = Engine(cuda, self.chain, batch, **faults)
         except BaseException:
@@ -71,10 +87,10 @@ class Setup:
         self.driver.close()
 
 
-def expected(indices=IMAGES, *, seed=5, clip=1.0, table=TABLE, x=None):
+def expected(indices=IMAGES, *, seed=5, clip=1.0, table=TABLE, x=None, extras=NO_EXTRAS, given=NO_EXTRAS):
     drawn = np.array(indices, np.int64)
     start = chain.initial(seed, drawn, SHAPE) if x is None else x
-    *_, step = chain.run(Toy(SHAPE), table, start, seed=seed, images=drawn, clip=clip)
+    *_, step = chain.run(Toy(SHAPE), table, start, seed=seed, images=drawn, clip=clip, extras=extras, given=given)
     return step
 
 

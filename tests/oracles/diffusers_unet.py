@@ -1,5 +1,5 @@
-"""The same network twice: diffusers' UNet2DModel in the configuration of google/ddpm-cifar10-32, an independent port of
-Ho et al., and how its tensors are called here. Needs torch and diffusers.
+"""The same network twice: diffusers' UNet2DModel, an independent port of Ho et al. (google/ddpm-cifar10-32 is one) with
+most of the knobs that ours has, and how its tensors are called here. Needs torch and diffusers.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from torch import Tensor
 from ddpm_export.unet import UNetConfig
 from oracles.random_weights import rerandomise
 
-# ours → theirs; {i} is a level, {j} a stage within it, {n} counts all residual blocks in the order in which they run
+# ours → theirs
 OUTSIDE = {
     "conv_in": "conv_in",
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
     "time.dense0": "time_embedding.linear_1",
     "time.dense1": "time_embedding.linear_2",
+    "time.classes": "class_embedding",
 }
-STAGES = {"down.{i}.stages.{j}": "down_blocks.{i}", "middle.{j}": "mid_block", "up.{i}.stages.{j}": "up_blocks.{i}"}
-BLOCK = {
-    "block.norm1": "resnets.{j}.norm1",
-    "block.conv1": "resnets.{j}.conv1",
-    "block.norm2": "resnets.{j}.norm2",
-    "block.conv2": "resnets.{j}.conv2",
-    "block.skip": "resnets.{j}.conv_shortcut",
-    "attention.norm": "attentions.{j}.group_norm",
-    "attention.q": "attentions.{j}.to_q",
-    "attention.k": "attentions.{j}.to_k",
-    "attention.v": "attentions.{j}.to_v",
-    "attention.out": "attentions.{j}.to_out.0",
-}
-PROJECTION = {"time.projections.{n}": "resnets.{j}.time_emb_proj"}
-RESAMPLE = {"down.{i}.resample.conv": "down_blocks.{i}.downsamplers.0.conv",
-            "up.{i}.resample.conv": "up_blocks.{i}.upsamplers.0.conv"}  # fmt: skip
+BLOCK = {part: part for part in ("norm1", "conv1", "norm2", "conv2")} | {"skip": "conv_shortcut"}
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
 
 def twin(config: UNetConfig) -> UNet2DModel:
-    """diffusers' network of the same numbers, with random weights of which none is near zero."""
+    """diffusers' network of the same numbers, with random weights of which none is near zero.
+
+    It has no ``time_scale`` and no ``average_pool``, and knows heads by their width alone.
+    """
+    assert (config.time_scale, config.average_pool, config.heads) == (1, False, 1)
     heights = [config.size[0] >> level for level in range(len(config.multipliers))]
     attends = [height in config.attention for height in heights]
+    plain = (
+        ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resample_blocks else ("DownBlock2D", "UpBlock2D")
+    )
+    resample = "resnet" if config.resample_blocks else "conv"
     model = UNet2DModel(
         sample_size=config.size[0],
         in_channels=config.in_channels,
         out_channels=config.out_channels,
-        block_out_channels=tuple(config.channels * multiplier for multiplier in config.multipliers),
-        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
-        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        block_out_channels=config.widths,
+        down_block_types=tuple("AttnDownBlock2D" if attend else plain[0] for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else plain[1] for attend in reversed(attends)),
         layers_per_block=config.blocks,
         norm_num_groups=config.groups,
-        norm_eps=1e-6,
+        attn_norm_num_groups=config.groups,  # else, with scale_shift, the middle's attention has no norm
+        norm_eps=config.norm_eps,
         act_fn="silu",
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
+        attention_head_dim=config.head_channels,
+        downsample_padding=1 if config.symmetric_padding else 0,
+        downsample_type=resample,
+        upsample_type=resample,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        flip_sin_to_cos=config.cos_first,
+        freq_shift=config.frequency_shift,
+        num_class_embeds=config.classes,
         center_input_sample=False,
         time_embedding_type="positional",
         mid_block_scale_factor=1,
@@ -66,15 +66,29 @@ def twin(config: UNetConfig) -> UNet2DModel:
 
 
 def names(config: UNetConfig) -> dict[str, str]:
-    """Every module with weights: our name → theirs."""
+    """Every module with weights: our name → theirs. Some of them only some networks have."""
     table = dict(OUTSIDE)
-    for n, (ours, theirs, i, j) in enumerate(_stages(config)):
-        at = {"i": i, "j": j, "n": n}
-        theirs = theirs.format(**at)
-        table.update({f"{ours.format(**at)}.{a}": f"{theirs}.{b.format(**at)}" for a, b in BLOCK.items()})
-        table.update({a.format(**at): f"{theirs}.{b.format(**at)}" for a, b in PROJECTION.items()})
-    for i in range(len(config.multipliers) - 1):
-        table.update({a.format(i=i): b.format(i=i) for a, b in RESAMPLE.items()})
+    n = 0
+
+    def block(ours: str, theirs: str) -> None:
+        nonlocal n
+        table.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in BLOCK.items()})
+        table[f"time.projections.{n}"] = f"{theirs}.time_emb_proj"
+        n += 1
+
+    for ours, theirs, stages in _levels(config):
+        for j in range(stages):
+            stage = ours.format(j=j)
+            block(f"{stage}.block", f"{theirs}.resnets.{j}")
+            table.update({f"{stage}.attention.{a}": f"{theirs}.attentions.{j}.{b}" for a, b in ATTENTION.items()})
+        way, _, level = ours.partition(".stages")[0].partition(".")
+        if way == "middle" or int(level) == len(config.multipliers) - 1:
+            continue
+        resample = f"{way}.{level}.resample", f"{theirs}.{way}samplers.0"
+        if config.resample_blocks:
+            block(*resample)
+        else:
+            table[f"{resample[0]}.conv"] = f"{resample[1]}.conv"
     return table
 
 
@@ -95,10 +109,9 @@ def carry(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
     return carried
 
 
-def _stages(config: UNetConfig) -> Iterator[tuple[str, str, int, int]]:
-    """(our pattern, their pattern, level, stage) of every residual block, in the order in which they run."""
-    down, middle, up = STAGES.items()
+def _levels(config: UNetConfig) -> Iterator[tuple[str, str, int]]:
+    """(pattern of our stages, their level, number of stages), in the order in which they run."""
     levels = range(len(config.multipliers))
-    yield from ((*down, i, j) for i in levels for j in range(config.blocks))
-    yield from ((*middle, 0, j) for j in range(2))
-    yield from ((*up, i, j) for i in levels for j in range(config.blocks + 1))
+    yield from ((f"down.{i}.stages.{{j}}", f"down_blocks.{i}", config.blocks) for i in levels)
+    yield "middle.{j}", "mid_block", 2
+    yield from ((f"up.{i}.stages.{{j}}", f"up_blocks.{i}", config.blocks + 1) for i in levels)

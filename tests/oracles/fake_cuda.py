@@ -263,7 +263,7 @@ class FakeCuda:
         self._get("pinned", address)
         out._obj.value = address
 
-    def _move(self, stream: int, to: int, source: int, size: int, device: int) -> None:
+    def _move(self, stream: int, to: int, source: int, size: int, device: int, keep: object = None) -> None:
         self._undisturbed()
         if not any(a <= device and device + size <= a + room for a, (_, room) in self.live["memory"].items()):
             self.faults.append("a copy beyond what was allocated")
@@ -271,6 +271,7 @@ class FakeCuda:
 
         def run() -> Iterator[None]:
             ctypes.memmove(to, source, size)
+            _ = keep
             yield
 
         self._put(stream, run)
@@ -285,6 +286,11 @@ class FakeCuda:
         if to < source + size and source < to + size:
             self.faults.append("a copy onto itself")
         self._move(stream, to, source, size, to)
+
+    def _cuMemsetD32Async(self, to: int, value: int, count: int, stream: int) -> None:
+        assert value == 0
+        zeros = ctypes.create_string_buffer(4 * count)
+        self._move(stream, to, ctypes.addressof(zeros), 4 * count, to, keep=zeros)
 
     def _cuMemGetInfo_v2(self, free: Any, total: Any) -> None:
         free._obj.value, total._obj.value = (8 << 30) - sum(n for _, n in self.live.get("memory", {}).values()), 8 << 30

@@ -132,11 +132,17 @@ class FakeSession:
         ort.check("run")
         x, shape = binding.bound["x"]
         toy = Toy(shape[1:])
+        told = {
+            name: array_at(*binding.bound[name], ctypes.c_int32 if name == "y" else ctypes.c_float)
+            for name in ("y", "x0_prev", "cond")
+            if name in binding.bound
+        }
         toy.bind(
             Buffers(
                 array_at(x, shape, ctypes.c_float),
                 array_at(*binding.bound["t"], ctypes.c_int32),
                 array_at(*binding.bound["eps"], ctypes.c_float),
+                **told,
             )
         )
         variance = binding.bound.get("var")
@@ -156,7 +162,7 @@ class FakeBinding:
     def bind_input(self, name, device_type, device_id, element_type, shape, buffer_ptr):
         self.session.ort.check("bind")
         assert (device_type, device_id) == ("cuda", 0)
-        assert element_type is (np.int32 if name == "t" else np.float32)
+        assert element_type is (np.int32 if name in ("t", "y") else np.float32)
         self.bound[name] = buffer_ptr, shape
 
     bind_output = bind_input

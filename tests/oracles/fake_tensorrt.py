@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from types import SimpleNamespace
 
 from ddpmx import tensorrt_library
-from ddpmx.backends import Buffers
 from ddpmx.device import Device, Gpus
 from oracles.cuda_on_host import Toy
-from oracles.device_chain import array_at
+from oracles.device_chain import buffers_at
 from oracles.plans import SPEC, name_of
 
 ADA = Gpus((Device("NVIDIA RTX 4090", "8.9", 24 << 30),), "13.0")
@@ -37,13 +35,12 @@ class FakeTrt:
         class Severity:
             ERROR = 1
 
-    def __init__(self, cuda, profiles=((1, 4, 8),), *, name=None, tensors=None):
-        self.cuda, self.profiles = cuda, profiles
-        self.name = name_of().decode() if name is None else name
+    def __init__(self, cuda, profiles=((1, 4, 8),), *, name=None, tensors=None, spec=SPEC):
+        self.cuda, self.profiles, self.spec = cuda, profiles, spec
+        self.name = name_of(spec).decode() if name is None else name
         self.tensors = tensors or {
-            "x": ("INPUT", "FLOAT", (-1, *SPEC.shape)),
-            "t": ("INPUT", "INT32", (-1,)),
-            "eps": ("OUTPUT", "FLOAT", (-1, *SPEC.shape)),
+            **{n: ("INPUT", "INT32" if n in ("t", "y") else "FLOAT", (-1, *d)) for n, d in spec.inputs.items()},
+            "eps": ("OUTPUT", "FLOAT", (-1, *spec.shape)),
         }
         self.refuse: set[str] = set()
         self.contexts, self.loaded = [], []
@@ -73,7 +70,7 @@ class FakeTrt:
             get_tensor_shape=lambda name: self.tensors[name][2],
             get_tensor_location=lambda name: "DEVICE",
             get_tensor_profile_shape=lambda name, index: [
-                (n, *SPEC.shape)[: 4 if name == "x" else 1] for n in self.profiles[index]
+                (n, *self.tensors[name][2][1:]) for n in self.profiles[index]
             ],
             create_runtime_config=lambda: FakeConfig(self),
             create_execution_context=lambda config: FakeContext(self, config) if self.says("context") else None,
@@ -115,14 +112,10 @@ class FakeContext:
     def execute_async_v3(self, stream):
         if not self.fake.says("execute"):
             return False
-        shape = self.shapes["x"]
-        toy = self.fake.make()
-        toy.bind(
-            Buffers(
-                array_at(self.addresses["x"], shape, ctypes.c_float),
-                array_at(self.addresses["t"], self.shapes["t"], ctypes.c_int32),
-                array_at(self.addresses["eps"], shape, ctypes.c_float),
-            )
-        )
+        batch, *shape = self.shapes["x"]
+        assert self.shapes == {name: (batch, *dims) for name, dims in self.fake.spec.inputs.items()}
+        toy, at = self.fake.make(), {"out": self.addresses["eps"], **self.addresses}
+        extras = {name: self.addresses[name] for name in self.fake.spec.extras}
+        toy.bind(buffers_at(batch, shape, at, extras, self.fake.spec.extras))
         self.fake.cuda.enqueue(stream, toy.enqueue)
         return True

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from ddpmx.backends import Buffers
-from oracles import gaussian
+from oracles import gaussian, told
 
 
 class ToyBackend:
@@ -46,6 +46,7 @@ class ToyBackend:
         self.asked.append((int(t[0]), len(x)))
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * gaussian.MU
+        out += told.effect(self.buffers.inputs())
         if self.buffers.var is not None:
             self.buffers.var[...] = self.v
         swaying, poisoned = (getattr(self.buffers, name) for name in (self.swaying, self.poisoned))

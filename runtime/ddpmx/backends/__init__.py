@@ -7,16 +7,23 @@ read and write a GPU's memory, in a stream, and wait for nothing. :class:`Copyin
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.errors import BackendError
+from ddpmx.spec import Extras, extra_type
 
 if TYPE_CHECKING:
     from ddpmx.cuda.driver import Driver, Handle
+
+
+NO_EXTRAS: Mapping[str, Any] = MappingProxyType({})
+"""Of a network that is told x and t alone."""
 
 
 @dataclass(frozen=True)
@@ -28,23 +35,48 @@ class Buffers:
         t: int32 [B].
         out: float32 [B, C, H, W], C-contiguous, the network's answer.
         var: float32 [B, C, H, W], C-contiguous, its second answer, or None if it learns no variance.
+        y: int32 [B], each image's class, or None if the network knows none. So are the following.
+        x0_prev: float32 [B, C, H, W], C-contiguous, x̂_0 of the step before.
+        cond: float32 [B, K, H, W], C-contiguous, its condition.
     """
 
     x: NDArray[np.float32]
     t: NDArray[np.int32]
     out: NDArray[np.float32]
     var: NDArray[np.float32] | None = None
+    y: NDArray[np.int32] | None = None
+    x0_prev: NDArray[np.float32] | None = None
+    cond: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, batch: int, shape: tuple[int, int, int], *, var: bool = False) -> Buffers:
-        """New ones for ``batch`` images of shape (C, H, W)."""
+    def of(cls, batch: int, shape: tuple[int, int, int], *, var: bool = False, extras: Extras = NO_EXTRAS) -> Buffers:
+        """New ones for ``batch`` images of shape (C, H, W), all 0.
+
+        Args:
+            batch: images.
+            shape: of one.
+            var: whether there is a second answer.
+            extras: the network's inputs beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`.
+        """
         x, out = (np.zeros((batch, *shape), np.float32) for _ in range(2))
-        return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None)
+        told: dict[str, Any] = {name: np.zeros((batch, *dims), extra_type(name)) for name, dims in extras.items()}
+        return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None, **told)
+
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """What the network reads, by the names that its graph has for it."""
+        every = {name: getattr(self, name) for name in ("x", "t", "y", "x0_prev", "cond")}
+        return {name: array for name, array in every.items() if array is not None}
+
+    def answers(self) -> dict[str, NDArray[np.float32]]:
+        """What it writes: ``out``, and ``var`` if there is one."""
+        return {"out": self.out, **({} if self.var is None else {"var": self.var})}
 
     def row(self, index: int) -> Buffers:
         """The buffers of one image alone, as views."""
         part = slice(index, index + 1)
-        return Buffers(self.x[part], self.t[part], self.out[part], None if self.var is None else self.var[part])
+        arrays: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        parts: list[Any] = [None if array is None else array[part] for array in arrays]
+        return Buffers(*parts)
 
 
 class Backend(Protocol):
@@ -58,7 +90,7 @@ class Backend(Protocol):
         """Take these buffers for all following calls of :meth:`enqueue`."""
 
     def enqueue(self) -> None:
-        """Compute ``out``, and ``var`` if there is one, from ``x`` and ``t``.
+        """Compute ``out``, and ``var`` if there is one, from ``x``, ``t`` and whatever else there is to read.
 
         Raises:
             BackendError: the library refused.
@@ -166,13 +198,24 @@ class DeviceBackend(Protocol):
             InputError: none does.
         """
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, stream: int) -> DeviceNetwork:
+    def network(
+        self,
+        batch: int,
+        *,
+        x: int,
+        t: int,
+        out: int,
+        var: int = 0,
+        extras: Mapping[str, int] = NO_EXTRAS,
+        stream: int,
+    ) -> DeviceNetwork:
         """The network for ``batch`` images in device memory.
 
         Args:
             batch: images.
             x, t, out, var: device addresses of float32 [batch, C, H, W], int32 [batch], float32 [batch, C, H, W] and,
                 if the network learns its variance, float32 [batch, C, H, W].
+            extras: the device addresses of its other inputs, by name: those of :attr:`ddpmx.spec.ModelSpec.extras`.
             stream: where it is prepared.
 
         Raises:
@@ -185,7 +228,7 @@ class DeviceBackend(Protocol):
 
 
 class CopyingBackend:
-    """A :class:`DeviceBackend` as a :class:`Backend`: x and t are copied to the device, and the answer back, every time.
+    """A :class:`DeviceBackend` as a :class:`Backend`: inputs are copied to the device, and the answer back, every time.
 
     What parity and everything else in NumPy wants; chains run on the device instead.
 
@@ -202,7 +245,7 @@ class CopyingBackend:
         self._users = users or Users()
         self._buffers: Buffers | None = None
         self._batch = 0
-        self._memory: list[Handle] = []
+        self._memory: dict[str, Handle] = {}
         self._network: DeviceNetwork | None = None
         self._own: Handle | None = None
         self._closed = False
@@ -223,17 +266,17 @@ class CopyingBackend:
             BackendError: it does not suffice.
             InputError: the network does not take this batch.
         """
-        batch = len(buffers.x)
-        if batch != self._batch or self._network is None:
+        batch, arrays = len(buffers.x), buffers.inputs() | buffers.answers()
+        if batch != self._batch or self._network is None or arrays.keys() != self._memory.keys():
             self.release()
             driver = self.device.driver
             try:
                 with driver.current():
-                    for array, what in _told(buffers):
-                        self._memory.append(driver.allocate(array.nbytes, what))
-                    x, t, *answers = (memory.value for memory in self._memory)
-                    at = dict(zip(("out", "var"), answers, strict=False))
-                    self._network = self.device.network(batch, x=x, t=t, **at, stream=self._stream)
+                    for name, array in arrays.items():
+                        self._memory[name] = driver.allocate(array.nbytes, _CALLED.get(name, name))
+                    at = {name: memory.value for name, memory in self._memory.items()}
+                    extras = {name: at.pop(name) for name in arrays if name not in ("x", "t", "out", "var")}
+                    self._network = self.device.network(batch, **at, extras=extras, stream=self._stream)
             except BaseException:
                 self.release()
                 raise
@@ -249,14 +292,13 @@ class CopyingBackend:
         if self._network is None or self._buffers is None:
             raise BackendError("nothing is bound to the network")
         driver, stream = self.device.driver, self._stream
-        arrays = [array for array, _ in _told(self._buffers)]
         with driver.current():
             try:
-                for array, memory in zip(arrays[:2], self._memory[:2], strict=True):
-                    driver.copy_in(memory.value, array, stream)
+                for name, array in self._buffers.inputs().items():
+                    driver.copy_in(self._memory[name].value, array, stream)
                 self._network.enqueue(stream)
-                for array, memory in zip(arrays[2:], self._memory[2:], strict=True):
-                    driver.copy_out(array, memory.value, stream)
+                for name, array in self._buffers.answers().items():
+                    driver.copy_out(array, self._memory[name].value, stream)
             finally:  # the buffers are the caller's again
                 driver.wait_for_stream(stream, "running the network")
 
@@ -266,7 +308,7 @@ class CopyingBackend:
             self._network.close()
         self._network, self._buffers, self._batch = None, None, 0
         while self._memory:
-            self._memory.pop().close()
+            self._memory.popitem()[1].close()
 
     def share(self) -> CopyingBackend:
         """See :meth:`SharedBackend.share`. What runs on a stream of the library's own is for one thread.
@@ -294,7 +336,4 @@ class CopyingBackend:
             self.device.close()
 
 
-def _told(buffers: Buffers) -> list[tuple[NDArray[np.generic], str]]:
-    """Each array and what it is: x and t, then the answers."""
-    named = [(buffers.x, "x"), (buffers.t, "t"), (buffers.out, "the network's answer"), (buffers.var, "its variance")]
-    return [(array, what) for array, what in named if array is not None]
+_CALLED = {"out": "the network's answer", "var": "its variance"}

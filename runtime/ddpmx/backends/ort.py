@@ -104,7 +104,7 @@ class OrtBackend:
         self._buffers = buffers  # they have to outlive the binding, which knows only their addresses
         self._binding = self._session.io_binding()
         try:
-            for name, array in (("x", buffers.x), ("t", buffers.t)):
+            for name, array in buffers.inputs().items():
                 self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             for name, answer in ((self._output, buffers.out), (VARIANCE, buffers.var)):
                 if answer is not None:
@@ -151,7 +151,9 @@ def open_onnx(
     while left and device_provider(left[0]) is not None:
         learned = spec.variance == "learned_range"
         try:
-            device = OrtDevice(path, spec.prediction, shape=spec.shape, provider=left[0], variance=learned)
+            device = OrtDevice(
+                path, spec.prediction, shape=spec.shape, provider=left[0], variance=learned, extras=spec.extras
+            )
         except BackendError:
             if not fallback:
                 raise

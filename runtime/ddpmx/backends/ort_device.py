@@ -15,12 +15,13 @@ import platform
 import shlex
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddpmx.backends import Buffers, CopyingBackend
+from ddpmx.backends import NO_EXTRAS, Buffers, CopyingBackend
 from ddpmx.backends.ort import (
     GPU_PACKAGE,
     NAMES,
@@ -33,6 +34,7 @@ from ddpmx.backends.ort import (
 )
 from ddpmx.cuda.driver import Driver
 from ddpmx.errors import BackendError, InputError
+from ddpmx.spec import Extras, extra_type
 
 PROVIDERS = ("cuda", "tensorrt", "rtx")
 """The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
@@ -84,13 +86,14 @@ class OrtDevice:
         provider: one of :data:`PROVIDERS`, or ONNX Runtime's name for it.
         driver: the GPU, and the caller's to close; by default the first one.
         variance: whether the graph has a second output ``var``.
+        extras: its inputs beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`.
 
     Attributes:
         driver: the GPU.
         stream: the stream in which everything runs.
         executors: ("plain",).
         provider: ONNX Runtime's name for it.
-        path, shape: as given.
+        path, shape, extras: as given.
 
     Raises:
         BackendError: ONNX Runtime, the provider or the driver is missing, or the one real run failed. Nothing is left then.
@@ -108,13 +111,14 @@ class OrtDevice:
         provider: str = "cuda",
         driver: Driver | None = None,
         variance: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> None:
         short = device_provider(provider)
         if short is None:
             raise InputError(f"{provider} is no provider for NVIDIA GPUs", hint=f"one of {', '.join(PROVIDERS)}")
         self._ort = ort = import_onnxruntime()
         self.path, self.provider, self._short = Path(path), NAMES[short], short
-        self._output, self.shape = output, shape
+        self._output, self.shape, self.extras = output, shape, extras
         # what is not installed is said before what the machine lacks
         plugin = _import_plugin(ort) if short == "rtx" else None
         if plugin is None and self.provider not in available_providers(ort):
@@ -148,14 +152,25 @@ class OrtDevice:
         """The only range takes it: never refuses."""
         return 0
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, stream: int) -> OrtNetwork:
+    def network(
+        self,
+        batch: int,
+        *,
+        x: int,
+        t: int,
+        out: int,
+        var: int = 0,
+        extras: Mapping[str, int] = NO_EXTRAS,
+        stream: int,
+    ) -> OrtNetwork:
         """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.DeviceBackend.network`.
 
         Raises:
             BackendError: ONNX Runtime refuses, or it is another stream than :attr:`stream`.
         """
         self._check_stream(stream)
-        return OrtNetwork(self, batch, {"x": x, "t": t}, {self._output: out, **({VARIANCE: var} if var else {})})
+        answers = {self._output: out, **({VARIANCE: var} if var else {})}
+        return OrtNetwork(self, batch, {"x": x, "t": t, **extras}, answers)
 
     def close(self) -> None:
         """Free everything, its networks first. Again is harmless."""
@@ -197,7 +212,7 @@ class OrtDevice:
         copying = CopyingBackend(self)
         trouble = ""
         try:
-            copying.bind(Buffers.of(1, self.shape, var=variance))
+            copying.bind(Buffers.of(1, self.shape, var=variance, extras=self.extras))
             copying.enqueue()
         except BackendError as error:
             own = error.fact.startswith(self.description)
@@ -259,8 +274,8 @@ class OrtNetwork:
         trouble = ""
         try:
             for name, address in inputs.items():
-                kind, shape = (np.int32, (batch,)) if name == "t" else (np.float32, image)
-                self._binding.bind_input(name, "cuda", ordinal, kind, shape, address)
+                dims = {"x": device.shape, "t": (), **device.extras}[name]
+                self._binding.bind_input(name, "cuda", ordinal, extra_type(name), (batch, *dims), address)
             for name, address in outputs.items():
                 self._binding.bind_output(name, "cuda", ordinal, np.float32, image, address)
         except Exception as error:

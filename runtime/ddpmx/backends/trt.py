@@ -10,12 +10,15 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from ddpmx import planfile, tensorrt_library
+from ddpmx.backends import NO_EXTRAS
 from ddpmx.cuda import EXECUTORS
 from ddpmx.cuda.driver import Driver, Handle, ask_for_lazy_loading
 from ddpmx.device import Device, Gpus, gpus
@@ -23,7 +26,7 @@ from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
 from ddpmx.files import atomic_write, make_folder
 from ddpmx.planfile import PlanInfo
 from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec
+from ddpmx.spec import ModelSpec, extra_type
 from ddpmx.tensorrt_library import Library
 
 USED = {
@@ -186,12 +189,23 @@ class TrtEngine:
             )
         return min(fitting)[1]
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, stream: int) -> TrtContext:
+    def network(
+        self,
+        batch: int,
+        *,
+        x: int,
+        t: int,
+        out: int,
+        var: int = 0,
+        extras: Mapping[str, int] = NO_EXTRAS,
+        stream: int,
+    ) -> TrtContext:
         """An execution context of its own, see :meth:`ddpmx.backends.DeviceBackend.network`.
 
         Args:
             batch: images.
             x, t, out, var: device addresses. Where the plan gives a variance and ``var`` is 0, it gets room of its own.
+            extras: those of its other inputs, by name.
             stream: where a profile is chosen; it is not kept.
 
         Raises:
@@ -199,7 +213,7 @@ class TrtEngine:
             InputError: the plan does not take this batch.
         """
         with self._making:  # contexts may run in several threads, and the cache of what was compiled is one for all
-            return TrtContext(self, batch, {"x": x, "t": t, self.spec.prediction: out}, var, stream)
+            return TrtContext(self, batch, {"x": x, "t": t, **extras, self.spec.prediction: out}, var, stream)
 
     def save_cache(self) -> None:
         """Keep what TensorRT-RTX has compiled, so that the next start is faster. It is no loss if that fails."""
@@ -292,7 +306,8 @@ class TrtContext:
         if profile != 0:  # that one is every context's own
             _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
             engine.driver.wait_for_stream(stream, "choosing a profile")
-        for name, shape in {"x": (batch, *engine.spec.shape), "t": (batch,)}.items():
+        for name, dims in engine.spec.inputs.items():
+            shape = (batch, *dims)
             _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
         if engine.spec.variance == "learned_range":
             if not var:  # it writes there, wanted or not
@@ -355,13 +370,9 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tup
     """
     trt, image = library.trt, list(spec.shape)
     inside, outside = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
-    wanted = {
-        "x": (inside, trt.DataType.FLOAT, image),
-        "t": (inside, trt.DataType.INT32, []),
-        spec.prediction: (outside, trt.DataType.FLOAT, image),
-    }
-    if spec.variance == "learned_range":
-        wanted["var"] = wanted[spec.prediction]
+    types = {name: trt.DataType.INT32 if extra_type(name) is np.int32 else trt.DataType.FLOAT for name in spec.inputs}
+    wanted = {name: (inside, types[name], list(dims)) for name, dims in spec.inputs.items()}
+    wanted |= dict.fromkeys(spec.outputs, (outside, trt.DataType.FLOAT, image))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     faults = [f"no {name}" for name in wanted if name not in names]
     for name in names:
@@ -376,7 +387,7 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tup
     profiles = []
     if not faults:
         for index in range(engine.num_optimization_profiles):
-            ranges = [[dims[0] for dims in engine.get_tensor_profile_shape(name, index)] for name in ("x", "t")]
+            ranges = [[dims[0] for dims in engine.get_tensor_profile_shape(name, index)] for name in spec.inputs]
             low, high = max(r[0] for r in ranges), min(r[2] for r in ranges)
             profiles.append((int(low), int(high)))
         if not profiles:

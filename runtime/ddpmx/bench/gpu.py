@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpmx.backends import CopyingBackend, DeviceBackend, DeviceNetwork
 from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
-from ddpmx.chain import executed_batch
+from ddpmx.chain import example, executed_batch
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.driver import Driver, Handle
 from ddpmx.cuda.executors import choose_executor
@@ -88,9 +88,8 @@ class DeviceBench:
         """Whether the pipeline gives each image to the network alone."""
         if self._backend is None:
             return False
-        shape, total, learned = self._spec.shape, self._spec.timesteps, self._table.learned is not None
         try:
-            return executed_batch(self._backend, shape, total, batch, batch, var=learned) < batch
+            return executed_batch(self._backend, self._spec, batch, batch) < batch
         finally:
             self._backend.release()
 
@@ -100,9 +99,10 @@ class DeviceBench:
         with self._chain(batch, "plain", table) as (chain, _), self._marks(2) as (begin, end):
             driver = self._device.driver
             images = np.arange(batch)
-            chain.run(seed=0, images=images)
+            given = example(self._spec, images)
+            chain.run(seed=0, images=images, given=given)
             driver.record(begin, chain.stream)
-            chain.run(seed=0, images=images)
+            chain.run(seed=0, images=images, given=given)
             driver.record(end, chain.stream)
             driver.wait_for(end)
             return driver.milliseconds(begin, end) / 1e3 / len(table)
@@ -114,8 +114,9 @@ class DeviceBench:
             chain, notes = stack.enter_context(self._chain(batch, executor, beginning(self._table, steps)))
             marks = stack.enter_context(self._marks(steps + 1))
             images = np.arange(batch)
+            given = example(self._spec, images)
             levels = np.empty((batch, *self._spec.shape[1:], self._spec.shape[0]), np.uint8)
-            chain.run(seed=0, images=images, levels=levels)
+            chain.run(seed=0, images=images, levels=levels, given=given)
             memory = None if self._free_before is None else max(0, self._free_before - driver.free_memory()[0])
             bare, note = stack.enter_context(self._bare(batch, chain))
             bare(steps)
@@ -124,7 +125,7 @@ class DeviceBench:
             times, alone, ratios, host, around = [], [], [], 0.0, 0.0
             for _ in range(rounds):
                 begun, begun_thread = self._clock(), self._thread_clock()
-                chain.run(seed=0, images=images, levels=levels, marks=marks)
+                chain.run(seed=0, images=images, levels=levels, given=given, marks=marks)
                 host += self._thread_clock() - begun_thread
                 whole = driver.milliseconds(marks[0], marks[-1]) / 1e3
                 around += max(0.0, self._clock() - begun - whole)
@@ -157,6 +158,7 @@ class DeviceBench:
             batch,
             table,
             clip=self._spec.clip,
+            extras=self._spec.extras,
             description=device.description,
             stream=device.stream,
         ) as chain:
@@ -169,7 +171,7 @@ class DeviceBench:
                 network.close()
 
     def _network(self, batch: int, chain: DeviceChain) -> DeviceNetwork:
-        return self._device.network(batch, x=chain.x, t=chain.t, out=chain.out, var=chain.var, stream=chain.stream)
+        return self._device.network(batch, **chain.at, extras=chain.extras, stream=chain.stream)
 
     @contextlib.contextmanager
     def _bare(self, batch: int, chain: DeviceChain) -> Iterator[tuple[Callable[[int], float], tuple[str, ...]]]:

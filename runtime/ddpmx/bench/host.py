@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddpmx import chain, images
 from ddpmx.backends import Backend, Buffers, RowByRow
@@ -59,10 +60,9 @@ def measure_host(
         NumericError, BackendError: as the chain.
     """
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
-    learned = table.learned is not None
     notes: tuple[str, ...] = ()
     # as the pipeline asks before it runs a chain
-    if chain.executed_batch(backend, spec.shape, spec.timesteps, batch, batch, var=learned) < batch:
+    if chain.executed_batch(backend, spec, batch, batch) < batch:
         backend = RowByRow(backend)
         notes = ("each image alone: an image's answer depends on its place in the batch here",)
     step, warm_up = _warm_up(backend, spec, batch, table, settings.seconds / 5, clock)
@@ -110,7 +110,7 @@ def _warm_up(
     indices = np.arange(batch)
     first = beginning(table, WARM_UP_STEPS)
     ended = []
-    for _ in chain.run(backend, first, chain.initial(0, indices, spec.shape), seed=0, images=indices, clip=spec.clip):
+    for _ in _walk(backend, spec, first, indices):
         ended.append(clock())
         if len(ended) >= 2 and ended[-1] - begun > seconds:
             break
@@ -123,9 +123,8 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
     indices = np.arange(batch)
     steps, bare, host = [], [], 0.0
     around = begun = clock()
-    start = chain.initial(0, indices, spec.shape)
     last = None
-    for step in chain.run(watched, table, start, seed=0, images=indices, clip=spec.clip):
+    for step in _walk(watched, spec, table, indices):
         ended = clock()
         if last is None:  # what comes before the first step is no part of it
             around, begun = watched.bound - around, watched.bound
@@ -140,3 +139,8 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
     images.to_nhwc(last.x0)
     around += clock() - ended
     return Durations(1, steps, bare, [sum(steps) / max(sum(bare), 1e-9)], host, around)
+
+
+def _walk(backend: Backend, spec: ModelSpec, table: Table, indices: NDArray[np.int64]) -> Iterator[chain.Step]:
+    start, given = chain.initial(0, indices, spec.shape), chain.example(spec, indices)
+    return chain.run(backend, table, start, seed=0, images=indices, clip=spec.clip, extras=spec.extras, given=given)

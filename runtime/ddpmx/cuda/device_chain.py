@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ddpmx import cuda
-from ddpmx.chain import Step
+from ddpmx.backends import NO_EXTRAS
+from ddpmx.chain import Step, check_given
 from ddpmx.cuda import EXECUTORS, Chain, Control, Done
 from ddpmx.cuda.driver import Driver, Handle
 from ddpmx.cuda.kernels import Kernels
@@ -29,9 +30,10 @@ from ddpmx.cuda.watch import Timeout, Watch, judge
 from ddpmx.errors import BackendError, InputError
 from ddpmx.noise import MAX_IMAGE, check_seed
 from ddpmx.samplers import Table
+from ddpmx.spec import Extras
 
 Enqueue = Callable[[int], None]
-"""Puts the network into a stream: reads x and t, writes out. Raises BackendError; waits for nothing."""
+"""Puts the network into a stream: reads its inputs, writes out. Raises BackendError; waits for nothing."""
 
 LOOK_AHEAD = 8
 """Steps that ``plain`` and ``graph`` put into the stream ahead of the one that runs: enough that the device never waits
@@ -63,8 +65,8 @@ class Choice:
 class DeviceChain:
     """The memory of one chain on the device, for one batch size and one table, and what runs it again and again.
 
-    Everything is allocated here and nothing later but the arrays that are returned. Bind the engine to ``x``, ``t``,
-    ``out`` and ``var``, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or :meth:`prepare`, then
+    Everything is allocated here and nothing later but the arrays that are returned. Bind the engine to what :attr:`at`
+    and :attr:`extras` name, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or :meth:`prepare`, then
     :meth:`run`. A context manager. For one thread at a time; two chains of one driver may run in two threads.
 
     Args:
@@ -74,6 +76,7 @@ class DeviceChain:
         batch: images at once. Fewer are filled up, so that the engine always sees this many.
         table: the sampler.
         clip: the largest |x̂_0|, or None.
+        extras: what the network is told beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`.
         with_x0: keep x̂_0 of each step, for :meth:`steps`.
         description: of what computes the network, for messages.
         stream: the stream to run in, if the network insists on one; by default one of the chain's own.
@@ -83,6 +86,8 @@ class DeviceChain:
         t: address of the timesteps, int32 [batch]: its other input.
         out: address of its answer, float32 [batch, C, H, W].
         var: address of its second answer, float32 [batch, C, H, W]; 0 unless the table learns its variance.
+        extras: the addresses of the engine's other inputs, by name. ``x0_prev`` is where the chain keeps x̂_0: 0 when it
+            begins, and then what each step leaves there for the next.
         levels: address of the images, uint8 [batch, H, W, C].
         stream: the chain's stream.
         control: what the device says and may be asked; in pinned memory.
@@ -103,6 +108,7 @@ class DeviceChain:
         table: Table,
         *,
         clip: float | None = 1.0,
+        extras: Extras = NO_EXTRAS,
         with_x0: bool = False,
         description: str = "",
         stream: int = 0,
@@ -113,7 +119,7 @@ class DeviceChain:
         if batch < 1 or len(table) < 1 or not 0 < fours < 1 << 31:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps make no chain on a GPU")
         self.driver, self.kernels, self._description = driver, kernels, description
-        self._shape, self._batch, self._table = shape, batch, table
+        self._shape, self._batch, self._table, self._told = shape, batch, table, dict(extras)
         self._grid = min(-(-fours // cuda.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
         self._enqueue: Enqueue | None = None
         self._executable: Handle | None = None
@@ -124,7 +130,7 @@ class DeviceChain:
         self.stream = stream
         try:
             with driver.current():
-                self._allocate(batch * elements, with_x0, learned=table.learned is not None)
+                self._allocate(batch * elements, with_x0 or "x0_prev" in extras, learned=table.learned is not None)
                 self._chain = Chain(x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, levels=self.levels)
                 self._chain.control = self._pinned.device
                 self._chain.B, self._chain.channels, self._chain.pixels = batch, channels, height * width
@@ -158,7 +164,17 @@ class DeviceChain:
         self.var = self._memory(4 * elements, "its variance") if learned else 0
         self.t = self._memory(4 * self._batch, "t")
         self._x0 = self._memory(4 * elements, "x0") if with_x0 else 0
+        self.extras: dict[str, int] = {}
+        for name, dims in self._told.items():
+            size = 4 * self._batch * math.prod(dims)
+            self.extras[name] = self._x0 if name == "x0_prev" else self._memory(size, name)
+            driver.zero(self.extras[name], size, self.stream)  # a class is an index into the engine's tables
         self.levels = self._memory(elements, "the images")
+
+    @property
+    def at(self) -> dict[str, int]:
+        """The addresses of the engine's ``x``, ``t``, ``out`` and ``var``."""
+        return {"x": self.x, "t": self.t, "out": self.out, "var": self.var}
 
     def _keep(self, handle: Handle) -> Handle:
         self._own.append(handle)
@@ -327,6 +343,7 @@ class DeviceChain:
         images: ArrayLike,
         x: NDArray[np.float32] | int | None = None,
         levels: NDArray[np.uint8] | int | None = None,
+        given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
         after: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
@@ -340,7 +357,9 @@ class DeviceChain:
             images: the index of each image, 1…batch of them.
             x: float32 [n, C, H, W], the state to begin with instead of x_T ~ N(0, I), or its device address.
             levels: where the images go: uint8 [n, H, W, C], or its device address. By default a new array.
-            after: streams whose work so far has to be done before ``x`` is read or ``levels`` written.
+            given: what the network is told of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the device
+                address of such an array.
+            after: streams whose work so far has to be done before what is given is read or ``levels`` written.
             progress: called with (steps done, steps in all). The numbers rise and end with S; some may be left out.
             cancel: asked again and again until the chain is through; True ends it after the step that is under way.
             timeout: seconds after which the chain is given up.
@@ -357,6 +376,7 @@ class DeviceChain:
             InputError: no such seed, images or arrays.
         """
         name, n = self._ready(), self._set_images(seed, images)
+        check_given(self._told, given, n)
         driver, size = self.driver, n * math.prod(self._shape)
         channels, height, width = self._shape
         result = levels if levels is not None else np.empty((n, height, width, channels), np.uint8)
@@ -368,6 +388,7 @@ class DeviceChain:
         with self._stopping():
             for other in after:
                 driver.follow(self.stream, other)
+            self._tell(n, given)
             self._begin(seed, n, x)
             if name == "while":
                 self._run_whole(watch, marks)
@@ -384,14 +405,20 @@ class DeviceChain:
         return result if isinstance(result, np.ndarray) else None
 
     def steps(
-        self, *, seed: int, images: ArrayLike, x: NDArray[np.float32] | int | None = None, after: Sequence[int] = ()
+        self,
+        *,
+        seed: int,
+        images: ArrayLike,
+        x: NDArray[np.float32] | int | None = None,
+        given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
+        after: Sequence[int] = (),
     ) -> Iterator[Step]:
         """The chain step by step, as :func:`ddpmx.chain.run` gives it: by ``plain`` or ``graph``, and the device waits.
 
         The arrays are the chain's own: copy what must outlive the next step. To stop, stop asking.
 
         Args:
-            seed, images, x, after: as for :meth:`run`.
+            seed, images, x, given, after: as for :meth:`run`.
 
         Yields:
             Each step, with arrays [n, C, H, W] on the host.
@@ -402,11 +429,13 @@ class DeviceChain:
         name, n = self._ready(), self._set_images(seed, images)
         if name == "while" or not self._x0:
             raise InputError("only a chain that keeps x0, by plain or graph, can be watched step by step")
+        check_given(self._told, given, n)
         driver = self.driver
         now, x0, following = (np.empty((n, *self._shape), np.float32) for _ in range(3))
         with self._stopping():
             for other in after:
                 driver.follow(self.stream, other)
+            self._tell(n, given)
             self._begin(seed, n, x)
             driver.copy_out(now, self.x, self.stream)
             driver.wait_for_stream(self.stream, "beginning the chain")
@@ -466,26 +495,33 @@ class DeviceChain:
         driver, chain, control = self.driver, self._chain, self.control
         chain.seed, chain.flags = seed, 0 if x is None else cuda.X_IS_GIVEN
         if x is not None:
-            self._set_x(n, x)
+            self._fill(self.x, n, x, self._shape, "x")
+        if "x0_prev" in self._told:
+            driver.zero(self._x0, 4 * self._batch * math.prod(self._shape), self.stream)
         control.stop, control.step, control.bad_step, control.done = stop, 0, -1, Done.RUNNING
         driver.copy_in(chain.images, self._images, self.stream)
         driver.copy_in(self._at, chain, self.stream)
         driver.launch(self.kernels.begin, self._grid, cuda.THREADS, self.stream, (self._at,), "ddpmx_begin")
 
-    def _set_x(self, n: int, x: NDArray[np.float32] | int) -> None:
-        """The last image fills up what the batch has left."""
-        driver, image = self.driver, 4 * math.prod(self._shape)
-        if isinstance(x, int):
-            driver.copy(self.x, x, n * image, self.stream)
+    def _tell(self, n: int, given: Mapping[str, NDArray[Any] | int]) -> None:
+        """What the network is told of the images, which stays where it is through the chain."""
+        for name, array in given.items():
+            self._fill(self.extras[name], n, array, self._told[name], name)
+
+    def _fill(self, to: int, n: int, source: NDArray[Any] | int, dims: tuple[int, ...], what: str) -> None:
+        """Copy ``n`` images' numbers, of four bytes each; the last image fills up what the batch has left."""
+        driver, image = self.driver, 4 * math.prod(dims)
+        if isinstance(source, int):
+            driver.copy(to, source, n * image, self.stream)
             for left in range(n, self._batch):
-                driver.copy(self.x + left * image, x + (n - 1) * image, image, self.stream)
+                driver.copy(to + left * image, source + (n - 1) * image, image, self.stream)
             return
-        if x.shape != (n, *self._shape):
-            raise InputError(f"x must be {(n, *self._shape)}, not {x.shape}")
-        filled = np.empty((self._batch, *self._shape), np.float32)
-        filled[:n], filled[n:] = x, x[-1:]
-        driver.copy_in(self.x, filled, self.stream)
-        driver.wait_for_stream(self.stream, "copying x")
+        if source.shape != (n, *dims):
+            raise InputError(f"{what} must be {(n, *dims)}, not {source.shape}")
+        filled = np.empty((self._batch, *dims), np.float32 if what == "x" else source.dtype)
+        filled[:n], filled[n:] = source, source[-1:]
+        driver.copy_in(to, filled, self.stream)
+        driver.wait_for_stream(self.stream, f"copying {what}")
 
     def _launch_step(self) -> None:
         step = self.kernels.step

@@ -86,6 +86,7 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
     "cuMemcpyDtoDAsync_v2": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuMemsetD32Async": (c_uint64, c_uint, c_size_t, c_void_p),
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuPointerGetAttribute": (c_void_p, c_int, c_uint64),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
@@ -391,6 +392,10 @@ class Driver:
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
         """Copy within the GPU's memory in the stream's turn. The two places must not overlap."""
         self.call("cuMemcpyDtoDAsync_v2", to, source, size, stream, doing=f"copying {size} bytes on the GPU")
+
+    def zero(self, address: int, size: int, stream: int) -> None:
+        """Fill with zeros, in the stream's turn, ``size`` bytes, of which four make one."""
+        self.call("cuMemsetD32Async", address, 0, size // 4, stream, doing=f"zeroing {size} bytes on the GPU")
 
     # --- streams and events ------------------------------------------------------------------------------------------
 

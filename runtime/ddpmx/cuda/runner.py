@@ -18,7 +18,7 @@ from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.device_array import DeviceArray
 from ddpmx.errors import InputError
-from ddpmx.runner import Job
+from ddpmx.runner import Job, rows
 from ddpmx.samplers import Table
 from ddpmx.spec import ModelSpec
 
@@ -67,14 +67,15 @@ class DeviceRunner:
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
         """Run a chain, see :meth:`ddpmx.runner.Runner.run`."""
         n, alone = len(job.images), self._is_alone(job)
-        size = math.prod(self._spec.shape)
+        size, extras = math.prod(self._spec.shape), self._spec.extras
         prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
         for first in range(0, n, 1 if alone else n):
             part = slice(first, first + 1 if alone else n)
             prepared.run(
                 seed=job.seed,
                 images=job.images[part],
-                x=x + 4 * size * first if isinstance(x, int) else None if x is None else x[part],
+                x=None if x is None else rows(x, part, self._spec.shape),
+                given={name: rows(array, part, extras[name]) for name, array in job.given.items()},
                 levels=levels + size * first if isinstance(levels, int) else levels[part],
                 after=job.after if first == 0 else (),
                 progress=_share(job.progress, first, n) if alone else job.progress,
@@ -89,7 +90,7 @@ class DeviceRunner:
                 hint="n = 1",
             )
         return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
-            seed=job.seed, images=job.images, x=x, after=job.after
+            seed=job.seed, images=job.images, x=x, given=job.given, after=job.after
         )
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
@@ -123,14 +124,7 @@ class DeviceRunner:
         if (n, batch) not in self._executed:
             fewer = n if any(low <= n <= high for low, high in self.batches) else batch
             self._release()  # on a small device there is no room for both
-            self._executed[n, batch] = chain.executed_batch(
-                self._backend,
-                self._spec.shape,
-                self._spec.timesteps,
-                fewer,
-                batch,
-                var=self._spec.variance == "learned_range",
-            )
+            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, fewer, batch)
             self._backend.release()
         return self._executed[n, batch]
 
@@ -152,12 +146,12 @@ class DeviceRunner:
                     batch,
                     table,
                     clip=self._spec.clip,
+                    extras=self._spec.extras,
                     with_x0=with_x0,
                     description=device.description,
                     stream=device.stream,
                 )
-                at = {"x": made.x, "t": made.t, "out": made.out, "var": made.var}
-                self._network = network = device.network(batch, **at, stream=made.stream)
+                self._network = network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
                 choice = choose_executor(made, network.enqueue, self._wanted(with_x0), among=self._among(with_x0))
         except BaseException:
             self._release()

@@ -8,7 +8,8 @@
 6. distribution — what the errors change of the variational bound
 7. on a GPU, the chain that runs there — equal to NumPy's, by every executor
 
-Errors are given in units of the RMS of PyTorch's answers (1 for a network that predicts ε).
+Errors are given in units of the RMS of PyTorch's answers (1 for a network that predicts ε). Where the network learns its
+variance, its second answer v is judged like the first, in units of its own: −1…1 is from the smallest σ² to the largest.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx import chain, images
-from ddpmx.backends import Backend, Buffers, CopyingBackend
+from ddpmx.backends import Backend, CopyingBackend
 from ddpmx.chain import Float32
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.parity import on_device
+from ddpmx.parity.asker import Asker
 from ddpmx.parity.reference import Reference, elements
 from ddpmx.parity.rung import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
 from ddpmx.runner import fitting_batch
@@ -92,12 +94,14 @@ def check_same_model(spec: ModelSpec, reference: Reference) -> None:
     ignored = {"precision", "ddpmx"}
     if spec.weights is None:
         ignored.add("weights")  # a file of someone else's does not know
-    differing = sorted(name for name in mine if name not in ignored and mine[name] != theirs[name])
-    if differing:
+    nothing = "nothing"
+    names = (mine.keys() | theirs.keys()) - ignored
+    if differing := sorted(name for name in names if mine.get(name, nothing) != theirs.get(name, nothing)):
         name = differing[0]
         raise SpecError(
             "the record is another model's",
-            note=f"{', '.join(differing)} differ; {name}: {str(theirs[name])[:70]} there, {str(mine[name])[:70]} here",
+            note=f"{', '.join(differing)} differ; {name}: {str(theirs.get(name, nothing))[:70]} there, "
+            f"{str(mine.get(name, nothing))[:70]} here",
             hint="use the .parity.npz that the same export wrote, or the checkpoint and --weights that it is of",
         )
 
@@ -121,20 +125,16 @@ def climb(
 
     Returns:
         The rungs; ``curves`` holds ``t``, ``eps`` (RMS error over t), ``eps_pixel``, ``step``, and over the recorded
-        states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t).
+        states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t). With a
+        learned variance ``var``, ``var_pixel`` and ``forced_var`` as well.
 
     Raises:
-        SpecError: the record is another model's, the reference network answers nothing, or the file learns its variance.
+        SpecError: the record is another model's, or the reference network answers nothing.
         NumericError: the answers are not finite.
         BackendError: the network could not be run.
     """
     if not 1 <= batch <= 1 << 16:
         raise InputError(f"a batch is 1…{1 << 16}, not {batch}")
-    if spec.variance == "learned_range":
-        raise SpecError(
-            "a model that learns its variance cannot be judged yet",
-            note="no record holds the second answer, var, so a wrong one would pass",
-        )
     if reference is not None:
         check_same_model(spec, reference)
         if reference.scale < SILENT:
@@ -149,7 +149,7 @@ def climb(
         batch, least = (fitting_batch(backend.device.batches, wanted) for wanted in (batch, 1))
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
-    ask = _Asker(backend, spec.shape, batch, progress, total=runs + 2 + -(-batch // least))
+    ask = Asker(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
     bounds = (BOUNDS_ON_GPU if on_gpu else BOUNDS)[spec.precision]
     rungs = _itself(ask, spec, bounds, reference, least)
     if isinstance(backend, CopyingBackend):
@@ -167,51 +167,7 @@ def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, e
     return Climb(spec, backend.description, reference, (Rung("answers that are not finite", 1, 0, worst=error.fact),))
 
 
-class _Asker:
-    """The network's answers for any number of rows, in batches of one size."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        shape: tuple[int, int, int],
-        batch: int,
-        progress: Callable[[int, int], None] | None,
-        total: int,
-    ) -> None:
-        self._backend, self._shape, self.batch = backend, shape, batch
-        self._progress, self._done, self._total = progress, 0, total
-
-    def __call__(self, x: Float32, t: NDArray[np.integer], *, batch: int | None = None) -> Float32:
-        """float32 [n, C, H, W] for x [n, C, H, W] and t [n]."""
-        size = batch or self.batch
-        buffers = Buffers.of(size, self._shape)
-        self._backend.bind(buffers)
-        out = np.empty_like(x)
-        for start in range(0, len(x), size):
-            rows = slice(start, min(start + size, len(x)))
-            n = rows.stop - rows.start
-            buffers.x[:n], buffers.t[:n] = x[rows], t[rows]
-            buffers.x[n:], buffers.t[n:] = x[rows][-1:], t[rows][-1:]
-            self._backend.enqueue()
-            out[rows] = buffers.out[:n]
-            self.tick()
-        if not np.isfinite(out).all():
-            bad = int(t[int(np.argmin(np.isfinite(out).reshape(len(out), -1).all(axis=1)))])
-            raise NumericError(
-                f"the network's answer at t = {bad} is not finite",
-                note=self._backend.description,
-                hint="if the file is fp16, try fp32: an activation may exceed 65504",
-            )
-        return out
-
-    def tick(self) -> None:
-        """One more run of the network is done."""
-        self._done += 1
-        if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total)
-
-
-def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Rung]:
+def _itself(ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Rung]:
     """What needs no reference: some TensorRT versions compute only the first row of a batch rightly.
 
     ``least`` is the smallest batch that the network takes.
@@ -219,13 +175,20 @@ def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference |
     n = ask.batch
     x = chain.initial(0, np.arange(n), spec.shape)
     t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32) if n > 1 else np.array([spec.timesteps // 2])
-    whole = ask(x, t)
-    unit = max(_rms(whole), 1e-12) if reference is None else reference.scale
+    told = chain.example(spec, np.arange(n))
+    if spec.self_condition:
+        told["x0_prev"] = np.clip(x[::-1], -1, 1)
+    whole = ask(x, t, told)
+    unit = max(_rms(whole.out), 1e-12) if reference is None else reference.scale
     middle = np.full(n, spec.timesteps // 2, np.int32)
-    same = ask(np.broadcast_to(x[:1], x.shape).copy(), middle)
-    alone = ask(x, t, batch=least)
-    rows = float(np.abs(same - same[:1]).max()) / unit
-    neighbours = float(np.abs(alone - whole).max()) / unit
+    first = {name: np.repeat(array[:1], n, axis=0) for name, array in {"x": x, **told}.items()}
+    same = ask(first.pop("x"), middle, first)
+    alone = ask(x, t, told, batch=least)
+    rows, neighbours = float(np.abs(same.out - same.out[:1]).max()), float(np.abs(alone.out - whole.out).max())
+    rows, neighbours = rows / unit, neighbours / unit
+    if same.var is not None and alone.var is not None and whole.var is not None:
+        rows = max(rows, float(np.abs(same.var - same.var[:1]).max()))
+        neighbours = max(neighbours, float(np.abs(alone.var - whole.var).max()))
     one = "a batch of one" if n == 1 else None
     few = one or (None if least < n else f"only batches of {n} and more are taken")
     return [
@@ -241,14 +204,18 @@ def _itself(ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference |
 
 
 def _teacher(
-    ask: _Asker, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+    ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> list[Rung]:
     """ε and one step over t, and what that does to the bound."""
     kept, unit = elements(spec.shape), reference.scale
     k, n = reference.out.shape[:2]
     x = np.stack([reference.inputs(i) for i in range(k)])
     t = np.repeat(reference.t, n)
-    answers = ask(x.reshape(k * n, *spec.shape), t).reshape(k, n, -1)[:, :, kept]
+    each = [reference.told(i) for i in range(k)]
+    told = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+    both = ask(x.reshape(k * n, *spec.shape), t, told)
+    answers = both.out.reshape(k, n, -1)[:, :, kept]
+    v = None if both.var is None else both.var.reshape(k, n, -1)[:, :, kept]
     x = x.reshape(k, n, -1)[:, :, kept]
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     error = answers - reference.out
@@ -257,15 +224,27 @@ def _teacher(
     curves["eps_pixel"] = np.abs(error).reshape(k, -1).max(axis=1) / unit
     curves["step"] = np.array(
         [
-            _rms(_step(table, spec, ti, xi, a) - _step(table, spec, ti, xi, b))
-            for ti, xi, a, b in zip(reference.t, x, answers, reference.out, strict=True)
+            _rms(_step(table, spec, ti, xi, *mine) - _step(table, spec, ti, xi, *theirs))
+            for ti, xi, mine, theirs in zip(
+                reference.t, x, _pairs(answers, v), _pairs(reference.out, reference.var), strict=True
+            )
         ]
     )
     x0 = images.from_uint8(reference.x0).reshape(n, -1)[:, kept]
-    bits = [_bits(spec, reference.t, x0, x, out) for out in (answers, reference.out)]
+    bits = [_bits(spec, reference.t, x0, x, out, var) for out, var in ((answers, v), (reference.out, reference.var))]
+    second = []
+    if v is not None and reference.var is not None:
+        apart = v - reference.var
+        curves["var"] = np.array([_rms(e) for e in apart])
+        curves["var_pixel"] = np.abs(apart).reshape(k, -1).max(axis=1)
+        second = [
+            _worst("v, RMS", curves["var"], bounds.eps, reference.t),
+            _worst("v, largest error", curves["var_pixel"], bounds.eps_pixel, reference.t),
+        ]
     return [
         _worst("ε, RMS", curves["eps"], bounds.eps, reference.t),
         _worst("ε, largest error", curves["eps_pixel"], bounds.eps_pixel, reference.t),
+        *second,
         _worst("one step, RMS of x_{t−1}", curves["step"], bounds.step, reference.t),
         Rung(
             "variational bound, change in bits/dim",
@@ -277,27 +256,34 @@ def _teacher(
 
 
 def _chains(
-    ask: _Asker, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+    ask: Asker, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> tuple[list[Rung], NDArray[np.uint8] | None]:
     """The recorded chain, teacher-forced and free."""
     spec, kept, unit = reference.spec, elements(reference.spec.shape), reference.scale
     table = reference.table()
     t = table.timesteps[reference.at].astype(np.int32)
-    answers = ask(reference.state, t).reshape(len(t), -1)[:, kept]
+    both = ask(reference.state, t, reference.told_states())
+    answers = both.out.reshape(len(t), -1)[:, kept]
+    var = None if both.var is None else both.var.reshape(len(t), -1)[:, kept]
     states = reference.state.reshape(len(t), -1)[:, kept]
     curves["chain_t"] = t
     curves["forced"] = np.array([_rms(a - b) for a, b in zip(answers, reference.state_out, strict=True)]) / unit
     full = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     curves["forced_step"] = np.array(
         [
-            _rms(_step(full, spec, ti, xi, a) - _step(full, spec, ti, xi, b))
-            for ti, xi, a, b in zip(t, states, answers, reference.state_out, strict=True)
+            _rms(_step(full, spec, ti, xi, *mine) - _step(full, spec, ti, xi, *theirs))
+            for ti, xi, mine, theirs in zip(
+                t, states, _pairs(answers, var), _pairs(reference.state_out, reference.state_var), strict=True
+            )
         ]
     )
     rungs = [
         _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.eps, t),
         _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], bounds.step, t),
     ]
+    if var is not None and reference.state_var is not None:
+        curves["forced_var"] = np.array([_rms(a - b) for a, b in zip(var, reference.state_var, strict=True)])
+        rungs.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], bounds.eps, t))
     name = f"free chain of {reference.steps} steps, pixels within one level"
     if not reference.trained:
         why = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
@@ -308,9 +294,17 @@ def _chains(
     states_free = np.empty_like(reference.state)
     at = {int(step): i for i, step in enumerate(reference.at)}
     sample = x_start
-    for number, step in enumerate(
-        chain.run(backend, table, x_start, seed=reference.seed, images=indices, clip=spec.clip)
-    ):
+    free = chain.run(
+        backend,
+        table,
+        x_start,
+        seed=reference.seed,
+        images=indices,
+        clip=spec.clip,
+        extras=spec.extras,
+        given=reference.given(),
+    )
+    for number, step in enumerate(free):
         if number in at:
             states_free[at[number]] = step.x[0]
         sample = step.x0
@@ -325,19 +319,29 @@ def _chains(
     return [*rungs, Rung(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
 
 
-def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32) -> Float32:
-    """x_{t−1} without its noise, which is the same on both sides."""
-    row = table.rows[len(table) - 1 - int(t)].astype(np.float32)
+def _pairs(out: Float32, var: Float32 | None) -> list[tuple[Float32, Float32 | None]]:
+    """First and second answer, row by row."""
+    return [(a, None if var is None else var[i]) for i, a in enumerate(out)]
+
+
+def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32, var: Float32 | None) -> Float32:
+    """x_{t−1} without its noise, which is the same on both sides; where σ is learned, with z = 1 for it."""
+    index = len(table) - 1 - int(t)
+    row = table.rows[index].astype(np.float32)
     x0, x_next = np.empty_like(x), np.empty_like(x)
-    chain.update(row, np.inf if spec.clip is None else spec.clip, x, out, None, x0=x0, x_next=x_next)
+    sigma = z = None
+    if table.learned is not None and var is not None and row[4] != 0:
+        sigma, z = chain.learned_sigma(table.learned[index].astype(np.float32), var), np.ones_like(x)
+    limit = np.inf if spec.clip is None else spec.clip
+    chain.update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
     return x_next
 
 
-def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: Float32) -> float:
+def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: Float32, var: Float32 | None) -> float:
     """Σ_{t≥1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) in bits per dimension, from the recorded t.
 
-    With the file's σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction);
-    each recorded t stands for the timesteps that are nearest to it.
+    With the file's σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction),
+    and, if it learns σ², (log(σ²/β̃) + β̃/σ² − 1)/2 as well; each recorded t stands for the timesteps that are nearest to it.
     """
     schedule = spec.make_schedule()
     table = make_table(schedule, spec.prediction, spec.variance)
@@ -350,7 +354,12 @@ def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: F
         if sigma == 0:
             continue
         guess = np.clip(p * x[i] + q * out[i], -limit, limit)
-        total += share[i] * a**2 * float(np.mean(np.square(x0 - guess))) / (2 * sigma**2)
+        variance: Any = sigma**2
+        if table.learned is not None and var is not None:
+            c, d = table.learned[::-1][t[i]]
+            variance, small = np.exp(2 * (c + d * var[i].astype(np.float64))), schedule.posterior_variance[t[i]]
+            total += share[i] * float(np.mean(np.log(variance / small) + small / variance - 1)) / 2
+        total += share[i] * a**2 * float(np.mean(np.square(x0 - guess) / (2 * variance)))
     return total / float(np.log(2))
 
 

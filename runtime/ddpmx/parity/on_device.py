@@ -35,7 +35,10 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
     filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
     start = chain.initial(SEED, filled, spec.shape)
-    *_, last = chain.run(backend, table, start, seed=SEED, images=filled, clip=spec.clip)
+    given = chain.example(spec, filled)
+    *_, last = chain.run(
+        backend, table, start, seed=SEED, images=filled, clip=spec.clip, extras=spec.extras, given=given
+    )
     wanted = images.to_nhwc(last.x0)[: len(indices)]
     backend.release()
     device = backend.device
@@ -51,13 +54,14 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
             batch,
             table,
             clip=spec.clip,
+            extras=spec.extras,
             description=device.description,
             stream=device.stream,
         ) as made:
-            network = device.network(batch, x=made.x, t=made.t, out=made.out, var=made.var, stream=made.stream)
+            network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
             try:
                 choose_executor(made, network.enqueue, executor)
-                got = made.run(seed=SEED, images=indices)
+                got = made.run(seed=SEED, images=indices, given=chain.example(spec, indices))
             except BackendError as error:
                 if executor == "plain":
                     raise

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import images, noise
+from ddpmx import chain, images, noise
 from ddpmx.chain import Float32
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.files import atomic_write
@@ -37,6 +37,7 @@ TRAINED = 0.5
 FORMAT = "ddpmx-parity1"
 _MOST = {"t": 4096, "x0": 16, "at": 64, "final": 16}
 _TOLD = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # as JSON; everything else is an array
+_OPTIONAL = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # there if the network has what they are of
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,14 @@ class Reference:
         state: float32 [M, C, H, W], x_t of the chain's first image there.
         state_out: float32 [M, E], the answers to them.
         final: uint8 [m, C, H, W], where the chain of m images ended.
+        y: int32 [K, n], of a network with classes: the class it was told with each of ``out``.
+        final_y: int32 [m], the class of each image of the chain.
+        var: float32 [K, n, E], of a network that learns its variance: its second answers, beside ``out``.
+        state_var: float32 [M, E], those beside ``state_out``.
+        state_x0: uint8 [M, C, H, W], of a network that conditions itself: the x̂_0 that it was told with each of ``state``,
+            rounded to 256 levels for that. With ``out`` it was told 0.
+
+    A condition is not stored: it is noise, see :func:`ddpmx.chain.example`.
     """
 
     spec: ModelSpec
@@ -72,6 +81,11 @@ class Reference:
     state: Float32
     state_out: Float32
     final: NDArray[np.uint8]
+    y: NDArray[np.int32] | None = None
+    final_y: NDArray[np.int32] | None = None
+    var: Float32 | None = None
+    state_var: Float32 | None = None
+    state_x0: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together.
@@ -96,12 +110,25 @@ class Reference:
             "state_out": (np.float32, (m, kept)),
             "final": (np.uint8, (len(self.final), *shape)),
         }
+        if spec.classes is not None:
+            expected |= {"y": (np.int32, (k, n)), "final_y": (np.int32, (len(self.final),))}
+        if spec.variance == "learned_range":
+            expected |= {"var": (np.float32, (k, n, kept)), "state_var": (np.float32, (m, kept))}
+        if spec.self_condition:
+            expected["state_x0"] = (np.uint8, (m, *shape))
+        if surplus := [name for name in sorted(_OPTIONAL - expected.keys()) if getattr(self, name) is not None]:
+            raise FileFormatError(f"the record's {surplus[0]!r} is of something that its network has not")
         for name, (dtype, dims) in expected.items():
             array = getattr(self, name)
+            if array is None:
+                raise FileFormatError(f"the record has no {name!r}")
             if array.dtype != dtype or array.shape != dims or 0 in array.shape:
                 raise FileFormatError(f"the record's {name!r} is {array.dtype} {list(array.shape)}, not {list(dims)}")
             if dtype == np.float32 and not np.isfinite(array).all():
                 raise FileFormatError(f"the record's {name!r} holds NaN or infinities")
+        for labels in (self.y, self.final_y):
+            if labels is not None and not np.all((labels >= 0) & (labels < (spec.classes or 0))):
+                raise FileFormatError("the record's numbers are out of range")
         if not (
             type(self.steps) is int
             and 1 <= self.steps <= spec.timesteps
@@ -137,6 +164,31 @@ class Reference:
         """x_t of each image at ``t[k]``, float32 [n, C, H, W]."""
         return diffuse(self.spec.make_schedule(), images.from_uint8(self.x0), int(self.t[k]), self.seed)
 
+    def told(self, k: int) -> dict[str, NDArray[Any]]:
+        """What the network was told at ``t[k]`` beside x and t, by the names of its inputs, [n, …] each."""
+        n = len(self.x0)
+        found = chain.example(self.spec, np.arange(n), seed=self.seed)
+        if self.y is not None:
+            found["y"] = self.y[k]
+        if self.spec.self_condition:
+            found["x0_prev"] = np.zeros((n, *self.spec.shape), np.float32)
+        return found
+
+    def told_states(self) -> dict[str, NDArray[Any]]:
+        """What it was told with each of ``state``, [M, …] each: of one image, the chain's first."""
+        m = len(self.at)
+        found = {name: np.repeat(array[:1], m, axis=0) for name, array in self.given().items()}
+        if self.state_x0 is not None:
+            found["x0_prev"] = images.from_uint8(self.state_x0)
+        return found
+
+    def given(self) -> dict[str, NDArray[Any]]:
+        """What it was told of each image of the chain, all the way."""
+        found = chain.example(self.spec, np.arange(len(self.final)), seed=self.seed)
+        if self.final_y is not None:
+            found["y"] = self.final_y
+        return found
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record.
 
@@ -145,11 +197,12 @@ class Reference:
         """
         told = {
             "format": FORMAT,
-            "spec": self.spec.to_json(),
+            "spec": self.spec.to_json(whole=True),
             **{name: getattr(self, name) for name in sorted(_TOLD - {"spec"})},
         }
         text = np.frombuffer(json.dumps(told).encode(), np.uint8)
-        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        arrays = {name: array for name, array in parts.items() if array is not None}
         with atomic_write(path) as stream:
             np.savez_compressed(stream, about=text, **arrays)
 
@@ -170,7 +223,7 @@ class Reference:
             if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
                 raise FileFormatError("a record of another version of ddpmx")
             told["spec"] = ModelSpec.from_json(told.get("spec"))
-            if set(told) != _TOLD or set(arrays) != {f.name for f in fields(cls)} - _TOLD:
+            if set(told) != _TOLD or set(arrays) - _OPTIONAL != {f.name for f in fields(cls)} - _TOLD - _OPTIONAL:
                 raise FileFormatError("the record has not the parts that this ddpmx knows")
             parts: dict[str, Any] = {**told, **arrays}
             return cls(**parts)

@@ -1,0 +1,185 @@
+"""tqch/ddpm-torch: Ho's network with one projection for q, k and v.
+
+A checkpoint is {model, optimizer, scheduler, ema: {decay, shadow, num_updates}, epoch}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ddpm_export.importers.found import Found
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.keys import Row, Slot, SplitQkv, config_error, layer, side, to_ours, unet_shapes, walk
+from ddpm_export.unet_config import UNetConfig
+from ddpmx.errors import FileFormatError
+
+NAME = "ddpm-torch"
+
+_CHAIN = {"timesteps": 1000, "schedule": "linear", "prediction": "eps"}
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {**_CHAIN, "size": (32, 32), "variance": "fixed_large", "dropout": 0.1},
+    "celeba": {**_CHAIN, "size": (64, 64), "variance": "fixed_small", "dropout": 0.0},
+    "celebahq": {**_CHAIN, "size": (256, 256), "variance": "fixed_small", "dropout": 0.0},
+}
+"""configs/*.json."""
+
+_PREFIXES = ("ema.shadow.", "ema.shadow.module.", "model.", "model.module.", "", "module.")
+_MARK = "in_conv.weight"
+
+
+def recognise(found: Found) -> str | None:
+    """By the names, in the container or bare."""
+    for prefix in _PREFIXES:
+        if prefix + _MARK in found.tensors and any(
+            name.startswith(f"{prefix}downsamples.level_0.") for name in found.tensors
+        ):
+            return f"the weights are called {prefix}downsamples.level_0.*, in_conv"
+    return None
+
+
+def read(found: Found, options: Options) -> Imported:
+    """The network of a file.
+
+    Raises:
+        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+    """
+    ask = Inquiry(options)
+    averaged, raw, bare = (_below(found, prefix) for prefix in ("ema.shadow.", "model.", ""))
+    both = [tensors for tensors in (averaged, raw) if tensors] or [bare]
+    if averaged and raw:
+        ask.fact("weights", options.weights, "ema.shadow and model")
+    told = ask.published(MODELS)
+    config = _config(ask, both[0], told)
+    spec = ask.chain(
+        config,
+        told,
+        "that model's config",
+        schedules=("linear", "quad", "warmup10", "warmup50", "jsd"),
+        predictions=("eps", "x0"),
+        clip=1.0,
+        clip_because="its ancestral chain clips",
+    )
+    table, shapes = rows(config), unet_shapes(config)
+    sets = [to_ours(table, tensors, shapes=shapes) for tensors in both]
+    chosen = sets[-1] if options.weights == "raw" else sets[0]
+    return ask.done(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+
+
+def _below(found: Found, prefix: str) -> dict[str, Tensor]:
+    """The network's tensors under ``prefix``, without DataParallel's ``module.``; none if it is not there."""
+    for inside in (prefix, f"{prefix}module."):
+        if inside + _MARK in found.tensors:
+            return found.below(inside)
+    return {}
+
+
+def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any]) -> UNetConfig:
+    """The numbers, from the shapes."""
+    levels = blocks = 0
+    attends: list[bool] = []
+    widths: list[int] = []
+    while True:
+        plain, attending = (f"downsamples.level_{levels}.0.{inside}conv1.weight" for inside in ("", "0."))
+        if plain not in theirs and attending not in theirs:
+            break
+        attends.append(attending in theirs)
+        widths.append(side(theirs, attending if attends[-1] else plain, 0))
+        levels += 1
+    if not levels:
+        raise config_error("levels", 0)
+    inside = "0." if attends[0] else ""
+    while f"downsamples.level_0.{blocks}.{inside}conv1.weight" in theirs:
+        blocks += 1
+    channels = side(theirs, _MARK, 0)
+    if channels < 1 or any(width % channels for width in widths):
+        raise config_error("widths", widths)
+    c_in, c_out = side(theirs, _MARK, 1), side(theirs, "out_conv.2.weight", 0)
+    if c_out == 2 * c_in:
+        raise FileFormatError(
+            "this network learned log σ² itself, and ddpmx runs a learned range only",
+            note="model_var_type is learned: twice the image's channels go out",
+        )
+    guess = 16 << attends.index(True) if True in attends else 32
+    size = ask.settle(
+        "size",
+        ((guess, guess),),
+        known=told.get("size"),
+        source="that model's config",
+        why="the network is as happy with any" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
+        closed=False,
+        probed=False,
+    )
+    ask.fact("network", f"{widths}, {blocks} blocks per level", "shapes of the weights")
+    dropout = ask.settle(
+        "dropout",
+        (0.0,),
+        known=told.get("dropout"),
+        source="that model's config",
+        assume="not in the file; it acts in training only",
+        closed=False,
+    )
+    return UNetConfig(
+        in_channels=c_in,
+        out_channels=c_out,
+        size=size,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        blocks=blocks,
+        attention=tuple(size[0] >> level for level in range(levels) if attends[level]),
+        dropout=dropout,
+        average_pool=levels > 1 and f"downsamples.level_0.{blocks}.1.weight" not in theirs,
+    )
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+_OUTSIDE = {
+    "time0": "embed.0",
+    "time1": "embed.2",
+    "conv_in": "in_conv",
+    "norm_out": "out_conv.0",
+    "conv_out": "out_conv.2",
+}
+
+
+def rows(config: UNetConfig) -> list[Row]:
+    """The table."""
+    table: list[Row] = []
+    for slot in walk(config):
+        if slot.kind == "stage":
+            table += _stage(slot)
+        elif slot.kind == "downsample":
+            if not config.average_pool:
+                table += layer(f"downsamples.level_{slot.level}.{config.blocks}.1", f"{slot.ours}.conv")
+        elif slot.kind == "upsample":
+            if not config.average_pool:
+                table += layer(f"upsamples.level_{slot.level}.{config.blocks + 1}.1", f"{slot.ours}.conv")
+        else:
+            table += layer(_OUTSIDE[slot.kind], slot.ours)
+    return table
+
+
+def _stage(slot: Slot) -> list[Row]:
+    if slot.part == "middle":
+        block, attention = f"middle.{2 * slot.block}", "middle.1"
+    else:
+        at = f"{slot.part}samples.level_{slot.level}.{slot.block}"
+        block, attention = (f"{at}.0", f"{at}.1") if slot.attention else (at, "")
+    table = [
+        row
+        for name in ("norm1", "conv1", "norm2", "conv2")
+        for row in layer(f"{block}.{name}", f"{slot.residual}.{name}")
+    ]
+    table += layer(f"{block}.fc", slot.projection)
+    if slot.skip:
+        table += layer(f"{block}.skip", f"{slot.residual}.skip")
+    if slot.attention:
+        table += layer(f"{attention}.norm", f"{slot.attention}.norm")
+        table += layer(f"{attention}.project_out", f"{slot.attention}.out")
+        for part in ("weight", "bias"):
+            ours = tuple(f"{slot.attention}.{name}.{part}" for name in "qkv")
+            table.append(Row((f"{attention}.project_in.{part}",), ours, SplitQkv(1, new_order=True, sides=2)))
+    return table

@@ -1,0 +1,221 @@
+"""w86763777/pytorch-ddpm: Ho's network with PyTorch's norms and paddings, and an embedding that interleaves sin and cos.
+
+``ckpt.pt`` is {net_model, ema_model, sched, optim, step, x_T}; the flags lie in flagfile.txt beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpm_export.importers.found import Found
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.keys import Columns, Row, Slot, config_error, layer, side, to_ours, unet_shapes, walk
+from ddpm_export.unet import sinusoidal_embedding
+from ddpm_export.unet_config import UNetConfig
+from ddpmx.errors import FileFormatError
+
+NAME = "pytorch-ddpm"
+
+TABLE = "time_embedding.timembedding.0.weight"
+"""[T, channels]: sin(t·f_0), cos(t·f_0), sin(t·f_1), …"""
+
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "cifar10": {"size": (32, 32), "schedule": "linear", "prediction": "eps", "variance": "fixed_large", "dropout": 0.1}
+}
+"""config/CIFAR10.txt."""
+
+_PREDICTIONS = {"epsilon": "eps", "xstart": "x0"}
+_VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
+
+
+def recognise(found: Found) -> str | None:
+    """By the names, in the container or bare."""
+    for prefix in ("ema_model.", "net_model.", ""):
+        if prefix + TABLE in found.tensors:
+            return f"the weights are called {prefix}downblocks.*, time_embedding.timembedding"
+    return None
+
+
+def read(found: Found, options: Options) -> Imported:
+    """The network of a file.
+
+    Raises:
+        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+    """
+    ask = Inquiry(options)
+    averaged, raw = found.below("ema_model."), found.below("net_model.")
+    theirs = averaged or raw or dict(found.tensors)
+    if averaged and raw:
+        ask.fact("weights", options.weights, "ema_model and net_model")
+    flags, source = _flagfile(found)
+    if published := ask.published(MODELS):
+        flags, source = dict(published), "that model's config"
+    timesteps = _check_table(theirs)
+    config = _config(ask, theirs, found.tensors.get("x_T"), flags, source)
+    spec = ask.chain(
+        config,
+        {**flags, "timesteps": timesteps},
+        source,
+        schedules=("linear",),
+        predictions=("eps", "x0"),
+        clip=None,
+        clip_because="its code clips x̂_0 only after the mean is made of it",
+    )
+    table, shapes = rows(config), unet_shapes(config)
+    sets = [to_ours(table, tensors, shapes=shapes, ignore=(TABLE,)) for tensors in (averaged, raw) if tensors]
+    sets = sets or [to_ours(table, theirs, shapes=shapes, ignore=(TABLE,))]
+    chosen = sets[-1] if options.weights == "raw" else sets[0]
+    return ask.done(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+
+
+def _flagfile(found: Found) -> tuple[dict[str, Any], str]:
+    """What flagfile.txt says: lines ``--name=value``."""
+    file = found.file.parent / "flagfile.txt"
+    if not file.is_file() or file.stat().st_size > 1 << 16:
+        return {}, ""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = dict(line.removeprefix("--").split("=", 1) for line in lines if line.startswith("--") and "=" in line)
+    told: dict[str, Any] = {}
+    try:
+        if "img_size" in flags:
+            told["size"] = (int(flags["img_size"]),) * 2
+        for name, flag in {"beta_start": "beta_1", "beta_end": "beta_T", "dropout": "dropout"}.items():
+            if flag in flags:
+                told[name] = float(flags[flag])
+    except ValueError as error:
+        raise FileFormatError(f"{file}: flags that are no numbers", note=str(error)) from error
+    if flags.get("mean_type") == "xprev":
+        raise FileFormatError(f"{file}: mean_type is xprev, which ddpmx cannot run", note="it knows ε, x_0 and v")
+    if flags.get("mean_type") in _PREDICTIONS:
+        told["prediction"] = _PREDICTIONS[flags["mean_type"]]
+    if flags.get("var_type") in _VARIANCES:
+        told["variance"] = _VARIANCES[flags["var_type"]]
+    return told, "flagfile.txt"
+
+
+def _check_table(theirs: Mapping[str, Tensor]) -> int:
+    """T, from the embedding's table, once that is seen to be the one which the formula gives.
+
+    Raises:
+        FileFormatError: it is another.
+    """
+    if TABLE not in theirs or theirs[TABLE].ndim != 2 or theirs[TABLE].shape[1] < 4:
+        raise FileFormatError(f"no table of time embeddings {TABLE!r} in it")
+    table = theirs[TABLE].float()
+    timesteps, channels = table.shape
+    if timesteps > 1_000_000 or channels % 2:
+        raise config_error("a table of time embeddings", list(table.shape))
+    expected = sinusoidal_embedding(torch.arange(timesteps), channels, frequency_shift=0)[
+        :, list(_interleaved(channels))
+    ]
+    # float32 in another order of operations is off by t·2^−24
+    if not (table - expected).abs().max() <= 1e-3:
+        raise FileFormatError(
+            f"the table {TABLE!r} is not sin and cos of 10000^(−i/half)·t",
+            note=f"it is off by {float((table - expected).abs().max()):.3g}",
+        )
+    return timesteps
+
+
+def _config(
+    ask: Inquiry, theirs: Mapping[str, Tensor], noise: Tensor | None, flags: Mapping[str, Any], source: str
+) -> UNetConfig:
+    """The numbers, from the shapes; the image's size from x_T, the noise that samples were drawn from."""
+    channels = side(theirs, "head.weight", 0)
+    widths: list[int] = []
+    attends: list[bool] = []
+    counts = [0]
+    n = 0
+    while (residual := f"downblocks.{n}.block1.2.weight" in theirs) or f"downblocks.{n}.main.weight" in theirs:
+        if residual:
+            if not counts[-1]:
+                widths.append(side(theirs, f"downblocks.{n}.block1.2.weight", 0))
+                attends.append(f"downblocks.{n}.attn.proj.weight" in theirs)
+            counts[-1] += 1
+        else:
+            counts.append(0)
+        n += 1
+    if len(set(counts)) != 1 or not counts[0] or channels < 1 or any(width % channels for width in widths):
+        raise config_error("blocks and widths", f"{counts} {widths}")
+    seen = tuple(noise.shape[2:]) if noise is not None and noise.ndim == 4 else None
+    size = ask.settle(
+        "size",
+        ((32, 32),),
+        known=seen or flags.get("size"),
+        source="x_T" if seen else source,
+        why="the network is as happy with any",
+        closed=False,
+        probed=False,
+    )
+    ask.fact("network", f"{widths}, {counts[0]} blocks per level", "shapes of the weights")
+    dropout = ask.settle(
+        "dropout",
+        (0.0,),
+        known=flags.get("dropout"),
+        source=source,
+        assume="not in the file; it acts in training only",
+        closed=False,
+    )
+    return UNetConfig(
+        in_channels=side(theirs, "head.weight", 1),
+        out_channels=side(theirs, "tail.2.weight", 0),
+        size=size,
+        channels=channels,
+        multipliers=tuple(width // channels for width in widths),
+        blocks=counts[0],
+        attention=tuple(size[0] >> level for level, attention in enumerate(attends) if attention),
+        dropout=dropout,
+        norm_eps=1e-5,
+        frequency_shift=0,
+        symmetric_padding=True,
+    )
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+_OUTSIDE = {
+    "time1": "time_embedding.timembedding.3",
+    "conv_in": "head",
+    "norm_out": "tail.0",
+    "conv_out": "tail.2",
+}
+_RESIDUAL = {"norm1": "block1.0", "conv1": "block1.2", "norm2": "block2.0", "conv2": "block2.3"}
+_ATTENTION = {"norm": "group_norm", "q": "proj_q", "k": "proj_k", "v": "proj_v", "out": "proj"}
+
+
+def rows(config: UNetConfig) -> list[Row]:
+    """The table."""
+    table: list[Row] = []
+    counts = {"down": 0, "middle": 0, "up": 0}
+    half = config.channels // 2
+    for slot in walk(config):
+        if slot.kind == "time0":
+            columns = Columns((*range(0, 2 * half, 2), *range(1, 2 * half, 2)))  # their sin, cos, sin … → sin ‖ cos
+            table += layer("time_embedding.timembedding.1", slot.ours, columns)
+        elif slot.part:
+            at = f"{slot.part}blocks.{counts[slot.part]}"
+            counts[slot.part] += 1
+            table += _stage(slot, at) if slot.kind == "stage" else layer(f"{at}.main", f"{slot.ours}.conv")
+        else:
+            table += layer(_OUTSIDE[slot.kind], slot.ours)
+    return table
+
+
+def _stage(slot: Slot, at: str) -> list[Row]:
+    table = [row for ours, theirs in _RESIDUAL.items() for row in layer(f"{at}.{theirs}", f"{slot.residual}.{ours}")]
+    table += layer(f"{at}.temb_proj.1", slot.projection)
+    if slot.skip:
+        table += layer(f"{at}.shortcut", f"{slot.residual}.skip")
+    if slot.attention:
+        for ours, theirs in _ATTENTION.items():
+            table += layer(f"{at}.attn.{theirs}", f"{slot.attention}.{ours}")
+    return table
+
+
+def _interleaved(channels: int) -> tuple[int, ...]:
+    """Columns of sin ‖ cos in the order sin, cos, sin, cos, …"""
+    return tuple(i // 2 + i % 2 * (channels // 2) for i in range(channels))
