@@ -22,7 +22,6 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import web
@@ -43,7 +42,7 @@ class Job:
 
     def __init__(self, connection: socket.socket, seed: int, steps: int, every: int = 0) -> None:
         self.connection, self.seed, self.steps, self.every = connection, seed, steps, every
-        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | DdpmxError]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | str]] = queue.SimpleQueue()
         self.told = threading.Event()
         self._seen = 0
 
@@ -75,7 +74,7 @@ def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
             drawn = pipeline.generate(1, seed=job.seed, steps=job.steps, batch=1, cancel=job.client_left, preview=show)
             job.answers.put((True, drawn[0]))
         except DdpmxError as error:
-            job.answers.put((True, error))
+            job.answers.put((True, error.fact))  # its words alone: the error itself holds on to the chain
             if isinstance(error, BackendError):  # CUDA seldom recovers within a process; systemd starts another one,
                 job.told.wait(5)  # but the client hears of it first
                 raise
@@ -100,16 +99,16 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        url, steps = urlsplit(self.path), self.server.spec.timesteps
+        (path, _, query), steps = self.path.partition("?"), self.server.spec.timesteps
         most = {"seed": web.MOST_SEED, "steps": steps}
         try:
-            if url.path == "/":
-                asked = {"seed": 0, "steps": min(50, steps), **web.numbers(url.query, most)}
+            if path == "/":
+                asked = {"seed": 0, "steps": min(50, steps), **web.numbers(query, most)}
                 self.reply(200, web.page(**asked, most=steps), "text/html")
-            elif url.path == "/image":
-                self.image(self.queue_up(web.numbers(url.query, most)))
-            elif url.path == "/stream":
-                asked = {"steps": steps, **web.numbers(url.query, {**most, "every": steps})}
+            elif path == "/image":
+                self.image(self.queue_up(web.numbers(query, most)))
+            elif path == "/stream":
+                asked = {"steps": steps, **web.numbers(query, {**most, "every": steps})}
                 self.stream(self.queue_up({"every": max(1, asked["steps"] // 25), **asked}))
             else:
                 self.reply(404, "there are /, /image and /stream")
@@ -120,8 +119,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def image(self, job: Job) -> None:
         _, answer = job.answers.get()
-        if isinstance(answer, DdpmxError):
-            self.reply(500, answer.fact)
+        if isinstance(answer, str):
+            self.reply(500, answer)
         else:
             self.reply(200, web.png(answer), "image/png")
         job.told.set()
@@ -130,9 +129,9 @@ class Handler(BaseHTTPRequestHandler):
         begun = last = False
         while not last:
             last, answer = job.answers.get()
-            if isinstance(answer, DdpmxError):
+            if isinstance(answer, str):
                 if not begun:  # later there is no way to say so but to end
-                    self.reply(500, answer.fact)
+                    self.reply(500, answer)
                 break
             if not begun:
                 self.head(200, web.STREAM)

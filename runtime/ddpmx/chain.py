@@ -196,21 +196,22 @@ def run(
     backend.bind(buffers)
     rows = table.rows.astype(np.float32)
     draws = _noise(seed, images, table, int(np.prod(chw)))
-    with np.errstate(over="ignore", invalid="ignore"):  # the finite check below says it better
-        for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
-            buffers.t.fill(t)
-            backend.enqueue()
-            if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
-                raise NumericError(
-                    f"the network's answer at t = {t} is not finite",
-                    note=f"step {index + 1} of {len(table)}; {backend.description}",
-                    hint="if the file is fp16, try fp32: an activation may exceed 65504",
-                )
-            z = sigma = None
-            if row[4] != 0:
-                z = next(draws).reshape(x.shape)
-                if learned is not None and var is not None:
-                    sigma = learned_sigma(learned[index], var)
+    for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
+        buffers.t.fill(t)
+        backend.enqueue()
+        if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
+            raise NumericError(
+                f"the network's answer at t = {t} is not finite",
+                note=f"step {index + 1} of {len(table)}; {backend.description}",
+                hint="if the file is fp16, try fp32: an activation may exceed 65504",
+            )
+        z = sigma = None
+        if row[4] != 0:
+            z = next(draws).reshape(x.shape)
+        # the finite check says it better; not across the yield, where these settings would be the caller's
+        with np.errstate(over="ignore", invalid="ignore"):
+            if z is not None and learned is not None and var is not None:
+                sigma = learned_sigma(learned[index], var)
             update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
-            yield Step(t, x, x0, x_next)
-            x[...] = x_next
+        yield Step(t, x, x0, x_next)
+        x[...] = x_next

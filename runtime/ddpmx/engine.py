@@ -406,7 +406,8 @@ def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
         tensor = network.get_output(index)
         if tensor.dtype != trt.DataType.FLOAT:
             faults.append(f"{tensor.name}: {tensor.dtype}")
-    if faults or network.num_inputs != 2 or network.num_outputs != 1:
+    answers = 2 if spec.variance == "learned_range" else 1
+    if faults or network.num_inputs != 2 or network.num_outputs != answers:
         raise FileFormatError(
             f"{path}: TensorRT reads other inputs and outputs from this file than the contract asks for",
             note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -288,14 +288,14 @@ class Pipeline:
         preview: Callable[[Preview], None],
     ) -> None:
         """The chain with the host looking on after every step."""
-        steps = self._runner.steps(job, x=x)
-        for done in range(len(job.table)):
-            if job.cancel is not None and job.cancel():
-                raise Cancelled("stopped before the chain was through")
-            step = next(steps)
-            preview(Preview(step.t, step.x, step.x0))
-            if job.progress is not None:
-                job.progress(done + 1, len(job.table))
+        with closing(self._runner.steps(job, x=x)) as steps:
+            for done in range(len(job.table)):
+                if job.cancel is not None and job.cancel():
+                    raise Cancelled("stopped before the chain was through")
+                step = next(steps)
+                preview(Preview(step.t, step.x, step.x0))
+                if job.progress is not None:
+                    job.progress(done + 1, len(job.table))
         levels[...] = images.to_nhwc(step.x0)
 
     def _take(

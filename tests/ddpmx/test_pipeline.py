@@ -447,3 +447,12 @@ def test_another_provider_may_do_the_work_where_that_is_allowed(gaussian_onnx, e
 def test_impossible_settings_are_refused(gaussian_onnx, change):
     with pytest.raises(InputError):
         ddpmx.load(gaussian_onnx, **change)
+
+
+def test_a_chain_that_is_looked_at_leaves_numpy_s_settings_alone(gaussian_onnx):
+    with ddpmx.load(gaussian_onnx, threads=1) as pipeline:
+        before = np.geterr()
+        steps = pipeline.stream(1, steps=3)
+        next(steps)
+        assert np.geterr() == before
+        steps.close()

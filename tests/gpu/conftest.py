@@ -36,6 +36,24 @@ def importorskip(name: str, what: str) -> Any:
         pytest.skip(f"not verified here: {what} ({name}: {str(error).splitlines()[0][:200]})")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU one line for each file says so, instead of one for each test."""
+    trouble, here = gpus().trouble, Path(__file__).parent
+    if not trouble:
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if item.path.parent == here:
+            files.setdefault(item.path, []).append(item)
+    for path, found in files.items():
+        reason = f"not verified here: {path.stem.removeprefix('test_')} on a GPU, {len(found)} tests ({trouble})"
+        found[0].add_marker(pytest.mark.skip(reason=reason))
+    left_out = [item for found in files.values() for item in found[1:]]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 # --- the GPU ---------------------------------------------------------------------------------------------------------
 
 

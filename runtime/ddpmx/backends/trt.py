@@ -17,8 +17,8 @@ from typing import Any
 
 from ddpmx import planfile, tensorrt_library
 from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver, Handle, ask_for_lazy_loading
-from ddpmx.device import Device, Gpus, gpus
+from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.device import Device, Gpus, ask_for_lazy_loading, gpus
 from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
 from ddpmx.files import atomic_write, make_folder
 from ddpmx.planfile import PlanInfo

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -385,7 +385,7 @@ class DeviceChain:
 
     def steps(
         self, *, seed: int, images: ArrayLike, x: NDArray[np.float32] | int | None = None, after: Sequence[int] = ()
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """The chain step by step, as :func:`ddpmx.chain.run` gives it: by ``plain`` or ``graph``, and the device waits.
 
         The arrays are the chain's own: copy what must outlive the next step. To stop, stop asking.

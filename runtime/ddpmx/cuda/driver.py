@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_longlong, c_size_t, c_uint, c_uint64, c_void_p
 from types import TracebackType
@@ -20,9 +18,8 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from ddpmx.device import DRIVER, ask_for_lazy_loading
 from ddpmx.errors import BackendError
-
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 class ConditionalNodeParams(ctypes.Structure):
@@ -131,14 +128,6 @@ _HINTS = {
 }
 
 
-def ask_for_lazy_loading() -> None:
-    """Have CUDA load kernels when they are first used: on a Jetson that is hundreds of megabytes.
-
-    It is read when CUDA starts, so this has to come before anything that asks the driver. What the user has set stays.
-    """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
-
-
 class Handle:
     """Something of the driver's, and what frees it. A context manager; closing it again is harmless.
 
@@ -213,7 +202,7 @@ class Driver:
         ask_for_lazy_loading()
         if library is None:
             try:
-                library = ctypes.CDLL(LIBRARY)
+                library = ctypes.CDLL(DRIVER)
             except OSError as error:
                 raise BackendError(
                     "there is no NVIDIA driver here",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class DeviceRunner:
                 cancel=job.cancel,
             )
 
-    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """Run a chain step by step, see :meth:`ddpmx.runner.Runner.steps`."""
         if self._is_alone(job) and len(job.images) > 1:
             raise InputError(
