@@ -168,14 +168,16 @@ class Engines:
 
     library: Any
     folder: Path
-    built: int = 0
+    built: dict[Any, Path] = dataclasses.field(default_factory=dict)
 
     def build(self, onnx: Path, **options: Any) -> Path:
-        """A new plan; smallest, best and largest batch are 1, 4 and 8 unless they are given."""
-        self.built += 1
-        output = self.folder / f"{self.built}.plan"
-        engine.build(onnx, output, BuildOptions(**{"batch": (1, 4, 8), **options}), library=self.library)
-        return output
+        """A plan; smallest, best and largest batch are 1, 4 and 8 unless they are given. Each is built once."""
+        key = (onnx, tuple(sorted(options.items())))
+        if key not in self.built:
+            output = self.folder / f"{len(self.built)}.plan"
+            engine.build(onnx, output, BuildOptions(**{"batch": (1, 4, 8), **options}), library=self.library)
+            self.built[key] = output
+        return self.built[key]
 
     def open(self, onnx: Path) -> tuple[Any, CopyingBackend]:
         """(spec, backend) of a plan of this file."""
