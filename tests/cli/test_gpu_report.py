@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from ddpmx import engine
 from gpu import check, found, report, steps
 from gpu.fakes.canned import BENCH, CELL, DOCTOR, GPU, JUNIT, PARITY, PEERS, SPEED
 from gpu.steps import Result
+from oracles.plans import RECORD, SPEC, make_plan
 
 
 @pytest.fixture
@@ -33,10 +35,10 @@ def filled(place):
         "peers.json": PEERS,
         "speed.json": SPEED,
         "parity-fp16/report.json": PARITY,
-        "engines/cifar-fp16.plan.json": {"seconds": 3.5, "layers": 700, "precision": "fp16 weights"},
+        "engines/model-fp16.plan.json": {"build": {"seconds": 3.5, "layers": 700, "precision": "fp16"}},
     }.items():
         (out / name).write_text(json.dumps(values))
-    (out / "engines" / "cifar-fp16.plan").write_bytes(bytes(2_000_000))
+    (out / "engines" / "model-fp16.plan").write_bytes(bytes(2_000_000))
     (out / "bench-fp32.json").write_text("{ broken")
 
     def gather(results=(), **facts):
@@ -66,7 +68,7 @@ def test_everything_that_was_found_stands_in_the_report(filled, place):
         "test_d: fixture broke",
         "| ε, RMS | 1.5e-07 | ≤ 0.0001 |",
         "a chain in one launch (CUDA_ERROR_NOT_SUPPORTED) (1)",
-        "| cifar-fp16.plan | 2.0 MB | 3.5 | 700 |",
+        "| model-fp16.plan | 2.0 MB | 3.5 | 700 | fp16 |",
         "## Parity, fp32\n\nNot judged.",
         "| free | — | ≥ 0.99 | not judged | random |",
         "parity fp16: free: random",
@@ -93,6 +95,14 @@ def test_goals_are_reached_or_not_and_nothing_else_is_claimed(filled):
         ("256 CIFAR images of 1000", "reached"),
     ]
     assert {goal["state"] for goal in filled(quick=True)["goals"]} == {"not judged", "not measured"}
+
+
+def test_a_plan_s_sidecar_is_read_as_it_is_written(place):
+    told = {"seconds": 3.5, "layers": 7, "precision": "fp16"}
+    engine._write(place.plan("fp16"), make_plan(), SPEC, RECORD, told)
+    assert found.gather(place.out, [], engines=place.engines, doctor=None)["plans"] == {
+        "model-fp16.plan": {"bytes": len(make_plan()), **told}
+    }
 
 
 @pytest.mark.parametrize(("ratio", "state"), [(1.02, "reached"), (1.021, "NOT")])

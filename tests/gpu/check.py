@@ -59,11 +59,11 @@ class Place:
         return self.model(precision).with_suffix(".parity.npz")
 
     def plan(self, precision: str) -> Path:
-        return self.engines / f"cifar-{precision}.plan"
+        return self.engines / f"model-{precision}.plan"
 
     def many(self) -> Path:
         """A plan for large batches alone."""
-        return self.engines / "cifar-fp16-many.plan"
+        return self.engines / "model-fp16-many.plan"
 
 
 def python(script: str, *arguments: object) -> list[str]:
@@ -300,7 +300,7 @@ def main(
         seconds=time.monotonic() - begun,
         engines=place.engines,
     )
-    if stopped:
+    if stopped and not told["verdict"].startswith("FAILED"):
         told["verdict"] = "INCOMPLETE: stopped by Ctrl-C"
     written = report.write(place.out, told, hidden={str(ROOT): "REPO", str(place.out): "OUT"})
     print(f"\n{told['verdict']}\n{written}: paste this file", flush=True)

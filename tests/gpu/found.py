@@ -135,5 +135,5 @@ def _json(path: Path) -> Any:
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    sidecar = _json(path.with_name(path.name + ".json")) or {}
-    return {"bytes": path.stat().st_size, **{name: sidecar.get(name) for name in ("seconds", "layers", "precision")}}
+    built = (_json(path.with_name(path.name + ".json")) or {}).get("build") or {}
+    return {"bytes": path.stat().st_size, **{name: built.get(name) for name in ("seconds", "layers", "precision")}}

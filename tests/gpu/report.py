@@ -168,7 +168,13 @@ def _state(state: Mapping[str, Any]) -> str:
 
 def _plans(plans: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        [name, f"{p['bytes'] / 1e6:.1f} MB", _number(p["seconds"]), str(p["layers"]), _cell(str(p["precision"]))]
+        [
+            name,
+            f"{p['bytes'] / 1e6:.1f} MB",
+            _number(p["seconds"]),
+            _number(p["layers"]),
+            _cell(p["precision"] or "?"),
+        ]
         for name, p in plans.items()
     ]
     return "## Plans\n\n" + _table(["", "size", "built in, s", "layers", "precision"], rows) if rows else ""

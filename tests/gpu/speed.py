@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ddpmx
+from ddpmx.errors import DdpmxError
 
 
 def main(plan: str, output: str, count: str = "256", steps: str = "") -> None:
@@ -38,4 +39,7 @@ def main(plan: str, output: str, count: str = "256", steps: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except DdpmxError as error:
+        sys.exit(f"Error: {error}")

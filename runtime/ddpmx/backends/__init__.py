@@ -224,7 +224,7 @@ class CopyingBackend:
             InputError: the network does not take this batch.
         """
         batch = len(buffers.x)
-        if batch != self._batch or self._network is None:
+        if batch != self._batch or self._network is None or len(self._memory) != len(_told(buffers)):
             self.release()
             driver = self.device.driver
             try:

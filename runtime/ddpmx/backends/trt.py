@@ -289,9 +289,8 @@ class TrtContext:
         arguments = () if engine._config is None else (engine._config,)
         make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
         self._context = context = library.made("execution context", make)
-        if profile != 0:  # that one is every context's own
-            _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
-            engine.driver.wait_for_stream(stream, "choosing a profile")
+        _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+        engine.driver.wait_for_stream(stream, "choosing a profile")
         for name, shape in {"x": (batch, *engine.spec.shape), "t": (batch,)}.items():
             _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
         if engine.spec.variance == "learned_range":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_longlong, c_size_t, c_uint, c_uint64, c_void_p
 from types import TracebackType
@@ -191,6 +192,7 @@ class Driver:
 
     Attributes:
         ordinal: which GPU it is.
+        lock, shared: what all who use it have in common, and the lock for that.
         cuda: the newest CUDA that the driver runs, "12.6".
         multiprocessors: of the GPU.
 
@@ -214,6 +216,8 @@ class Driver:
         self._live: dict[int, Handle] = {}
         self._context: int | None = None
         self.ordinal = ordinal
+        self.lock = threading.RLock()
+        self.shared: dict[str, object] = {}
         self.call("cuInit", 0, doing="starting CUDA")
         version, device, count = c_int(), c_int(), c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version), doing="asking for the driver's version")
@@ -239,6 +243,7 @@ class Driver:
             return
         for handle in reversed(list(self._live.values())):
             handle.close()
+        self.shared.clear()
         self._context = None
         with contextlib.suppress(BackendError):
             self.call("cuDevicePrimaryCtxRelease_v2", self._device, doing="letting go of the GPU")
@@ -258,6 +263,18 @@ class Driver:
         finally:
             with contextlib.suppress(BackendError):  # it would stand before what went wrong inside
                 self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within :meth:`current`, for code of others: the context is whatever it was outside.
+
+        They may turn to another GPU meanwhile.
+        """
+        self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+        try:
+            yield
+        finally:
+            self.call("cuCtxPushCurrent_v2", self._context, doing="turning to the GPU")
 
     def has(self, name: str) -> bool:
         """Whether the driver exports a function."""
@@ -479,15 +496,19 @@ class Driver:
             BackendError: something inside cannot be captured.
         """
         mode = ENUMS["CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"]
-        if into is None:
-            self.call("cuStreamBeginCapture_v2", stream, mode, doing="beginning a capture")
-        else:
-            doing = "beginning the capture of a WHILE node's body"
-            self.call("cuStreamBeginCaptureToGraph", stream, into, None, None, 0, mode, doing=doing)
         captured: list[Handle] = []
+        begun = False
         try:
+            if into is None:
+                self.call("cuStreamBeginCapture_v2", stream, mode, doing="beginning a capture")
+            else:
+                doing = "beginning the capture of a WHILE node's body"
+                self.call("cuStreamBeginCaptureToGraph", stream, into, None, None, 0, mode, doing=doing)
+            begun = True
             yield captured
-        except BaseException:
+        except BaseException as error:
+            if not begun and isinstance(error, BackendError):
+                raise
             with contextlib.suppress(BackendError):  # that it was spoilt is known
                 self._end_capture(stream, captured, own=into is None)
             for graph in captured:
