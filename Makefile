@@ -1,6 +1,7 @@
 # make demo    train on real images, export, generate, judge (about six minutes on two cores)
 # make test    everything that is checked without a GPU
 # make bench   ratios measured side by side
+# make gpu-check   everything that needs an NVIDIA GPU, in one report to paste (tests/gpu/README.md); CHECK='--quick'
 # make mutations   100,000 damaged files for the readers, about half an hour (make test: 2,000)
 #
 # TORCH is the build that is installed; on a machine with an NVIDIA GPU, `make demo TORCH=torch` takes the newest.
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 
-.PHONY: demo test lint pytest others bench mutations clean
+.PHONY: demo test lint pytest others bench gpu-check mutations clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/fashion_mnist/demo.py
@@ -37,6 +38,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/time_table.py
 	$(BIN)/python tests/benchmarks/engine_build.py
 	$(BIN)/python tests/benchmarks/peers.py --small --only diffusers ort
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python tests/gpu/check.py $(CHECK)
 
 mutations: $(VENV)/.dev
 	$(BIN)/python tests/mutations/run.py --count 100000

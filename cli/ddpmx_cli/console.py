@@ -136,6 +136,6 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
         InputError: something else stands there.
     """
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
         raise InputError(f"{flag} {text!r} is no list of whole numbers", hint=f"{flag} 1,2,2") from None

@@ -8,8 +8,7 @@ from typing import Any
 
 import ddpmx
 from ddpmx import engine, planfile
-from ddpmx.device import gpus
-from ddpmx.errors import BackendError
+from ddpmx.errors import PlanMismatchError
 
 SMALL = engine.BuildOptions(batch=(1, 1, 4), workspace=512 << 20)  # few images at a time, on a board of 4 or 8 GB
 
@@ -29,22 +28,15 @@ def open_pipeline(path: Path, onnx: Path) -> ddpmx.Pipeline:
     """
     if path.suffix == ".onnx":
         return ddpmx.load(path)
-    options, refusal = SMALL, None
+    options, why = SMALL, f"there is no {path}"
     if path.exists():
         try:
             return ddpmx.load(path)
-        except BackendError as error:
-            if not gpus().devices:  # nothing that could be built would run
-                raise
-            refusal = error
-        options = as_before(path)
-    print(
-        f"{refusal.fact if refusal else f'there is no {path}'}: building it from {onnx}; it may take minutes",
-        flush=True,
-    )
-    if engine.build(onnx, path, options).reused and refusal:  # it is what would be built, so something else is wrong
-        raise refusal
-    return ddpmx.load(path)
+        except PlanMismatchError as error:
+            options, why = as_before(path), error.fact
+    print(f"{why}: building it from {onnx}, which may take minutes", flush=True)
+    engine.build(onnx, path, options)  # it leaves a plan alone that would come out the same
+    return ddpmx.load(path)  # so what else is wrong is said here
 
 
 def as_before(path: Path) -> engine.BuildOptions:

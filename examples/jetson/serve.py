@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import queue
-import re
 import select
 import signal
 import socket
@@ -24,12 +22,11 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
+import web
 from fitting import open_pipeline
 from numpy.typing import NDArray
-from PIL import Image
 
 import ddpmx
 from ddpmx import images
@@ -38,13 +35,6 @@ from ddpmx.gallery import check_drawable
 
 WAITING = 16  # clients in the queue; the next one hears that it is too long
 BEHIND = 4  # frames that a slow client may be behind; more are left out
-PAGE = """<!doctype html><meta charset="utf-8"><title>ddpmx</title><link rel="icon" href="data:,">
-<style>img {{ width: min(512px, 90vw); image-rendering: pixelated; border: 1px solid #ccc }}</style>
-<form>seed <input name="seed" type="number" min="0" value="{seed}">
-steps <input name="steps" type="number" min="1" max="{most}" value="{steps}"> <button>Draw</button></form>
-<p><img src="/stream?seed={seed}&amp;steps={steps}" alt="x̂₀ in the making"></p>
-<p><a href="/image?seed={seed}&amp;steps={steps}">PNG</a>, <a href="/?seed={after}&amp;steps={steps}">next seed</a></p>
-"""
 
 
 class Job:
@@ -52,7 +42,7 @@ class Job:
 
     def __init__(self, connection: socket.socket, seed: int, steps: int, every: int = 0) -> None:
         self.connection, self.seed, self.steps, self.every = connection, seed, steps, every
-        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | DdpmxError]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | str]] = queue.SimpleQueue()
         self.told = threading.Event()
         self._seen = 0
 
@@ -70,10 +60,6 @@ class Job:
         if self._seen % self.every == 0 and self._seen < self.steps and self.answers.qsize() < BEHIND:
             self.answers.put((False, images.to_nhwc(step.x0)[0]))
 
-    def end(self, answer: NDArray[np.uint8] | DdpmxError) -> None:
-        """The image, or why there is none."""
-        self.answers.put((True, answer))
-
 
 def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
     """Answer one client after the other, for ever.
@@ -83,11 +69,12 @@ def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
     """
     while True:
         job = jobs.get()
-        how = {"seed": job.seed, "steps": job.steps, "cancel": job.client_left}
+        show = job.show if job.every else None
         try:
-            job.end(pipeline.generate(1, batch=1, preview=job.show if job.every else None, **how)[0])
+            drawn = pipeline.generate(1, seed=job.seed, steps=job.steps, batch=1, cancel=job.client_left, preview=show)
+            job.answers.put((True, drawn[0]))
         except DdpmxError as error:
-            job.end(error)
+            job.answers.put((True, error.fact))  # its words alone: the error itself holds on to the chain
             if isinstance(error, BackendError):  # CUDA seldom recovers within a process; systemd starts another one,
                 job.told.wait(5)  # but the client hears of it first
                 raise
@@ -112,14 +99,17 @@ class Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
+        (path, _, query), steps = self.path.partition("?"), self.server.spec.timesteps
+        most = {"seed": web.MOST_SEED, "steps": steps}
         try:
-            if url.path == "/":
-                self.page(self.numbers(url.query, "seed", "steps"))
-            elif url.path == "/image":
-                self.image(self.numbers(url.query, "seed", "steps"))
-            elif url.path == "/stream":
-                self.stream(self.numbers(url.query, "seed", "steps", "every"))
+            if path == "/":
+                asked = {"seed": 0, "steps": min(50, steps), **web.numbers(query, most)}
+                self.reply(200, web.page(**asked, most=steps), "text/html")
+            elif path == "/image":
+                self.image(self.queue_up(web.numbers(query, most)))
+            elif path == "/stream":
+                asked = {"steps": steps, **web.numbers(query, {**most, "every": steps})}
+                self.stream(self.queue_up({"every": max(1, asked["steps"] // 25), **asked}))
             else:
                 self.reply(404, "there are /, /image and /stream")
         except InputError as error:
@@ -127,47 +117,27 @@ class Handler(BaseHTTPRequestHandler):
         except queue.Full:
             self.reply(503, f"{WAITING} others are waiting")
 
-    def page(self, asked: dict[str, int]) -> None:
-        most = self.server.spec.timesteps
-        values = {"seed": 0, "steps": min(50, most), **asked}
-        self.reply(200, PAGE.format(**values, most=most, after=values["seed"] + 1), "text/html")
-
-    def image(self, asked: dict[str, int]) -> None:
-        job = self.queue_up(asked)
+    def image(self, job: Job) -> None:
         _, answer = job.answers.get()
-        self.reply(*((500, answer.fact) if isinstance(answer, DdpmxError) else (200, png(answer), "image/png")))
+        if isinstance(answer, str):
+            self.reply(500, answer)
+        else:
+            self.reply(200, web.png(answer), "image/png")
         job.told.set()
 
-    def stream(self, asked: dict[str, int]) -> None:
-        steps = asked.get("steps", self.server.spec.timesteps)
-        job, begun, last = self.queue_up({"every": max(1, steps // 25), **asked}), False, False
+    def stream(self, job: Job) -> None:
+        begun = last = False
         while not last:
             last, answer = job.answers.get()
-            if isinstance(answer, DdpmxError):  # once it has begun there is no way to say so but to end
-                if not begun:
-                    self.reply(500, answer.fact)
-            else:
-                if not begun:
-                    self.head(200, "multipart/x-mixed-replace; boundary=frame")
-                data = png(answer)
-                part = b"--frame\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(data), data)
-                self.wfile.write(
-                    part * 2 + b"--frame--\r\n" if last else part
-                )  # twice: Chromium shows the last but one
-                begun = True
+            if isinstance(answer, str):
+                if not begun:  # later there is no way to say so but to end
+                    self.reply(500, answer)
+                break
+            if not begun:
+                self.head(200, web.STREAM)
+            begun, part = True, web.part(answer)
+            self.wfile.write(part * 2 + web.LAST if last else part)  # twice, since Chromium shows the last but one
         job.told.set()
-
-    def numbers(self, query: str, *allowed: str) -> dict[str, int]:
-        """ "seed=7&steps=50" → {"seed": 7, "steps": 50}."""
-        found: dict[str, int] = {}
-        for name, text in parse_qsl(query, keep_blank_values=True):
-            if name not in allowed or name in found:
-                raise InputError(f"{ascii(name)[:40]}: {', '.join(allowed)} may be given, each once")
-            low, high = (0, 2**64 - 1) if name == "seed" else (1, self.server.spec.timesteps)
-            if not re.fullmatch(r"[0-9]{1,20}", text) or not low <= int(text) <= high:
-                raise InputError(f"{name} must be a whole number from {low} to {high}, not {ascii(text)[:40]}")
-            found[name] = int(text)
-        return found
 
     def queue_up(self, asked: dict[str, int]) -> Job:
         job = Job(self.connection, **{"seed": 0, "steps": self.server.spec.timesteps, **asked})
@@ -184,12 +154,6 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-
-
-def png(image: NDArray[np.uint8]) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[-1] == 1 else image).save(stream, format="PNG")
-    return stream.getvalue()
 
 
 def main() -> int:
@@ -216,7 +180,8 @@ def main() -> int:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        pass
+    return 130
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from dataclasses import dataclass
 
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-_DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+DRIVER = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,26 @@ class Gpus:
     trouble: str | None = None
 
 
+def ask_for_lazy_loading() -> None:
+    """Have CUDA load kernels when they are first used: on a Jetson that is hundreds of megabytes.
+
+    It is read when CUDA starts, so this has to come before anything that asks the driver. What the user has set stays.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+
+
 @functools.lru_cache(maxsize=1)
 def gpus() -> Gpus:
     """Ask the driver, once per process. Never raises: what is wrong stands in ``trouble``."""
+    ask_for_lazy_loading()
     try:
-        driver = ctypes.CDLL(_DRIVER)
+        driver = ctypes.CDLL(DRIVER)
     except OSError as error:
         return Gpus(trouble=f"there is no NVIDIA driver: {error}"[:300])
     try:
         return _ask(driver)
     except AttributeError as error:  # a function that every driver has
-        return Gpus(trouble=f"what is called {_DRIVER} is no NVIDIA driver: {error}"[:300])
+        return Gpus(trouble=f"what is called {DRIVER} is no NVIDIA driver: {error}"[:300])
 
 
 def _ask(driver: ctypes.CDLL) -> Gpus:

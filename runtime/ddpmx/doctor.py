@@ -36,7 +36,7 @@ from ddpmx.cuda.executors import why_no_while
 from ddpmx.cuda.kernels import Kernels
 try:
     with Driver() as driver:
-        said = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels(driver))}
+        said = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels.of(driver))}
 except errors.BackendError as error:
     said = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
 print(json.dumps(said))

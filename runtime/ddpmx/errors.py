@@ -65,6 +65,10 @@ class BackendError(DdpmxError):
     """The library that computes ε is missing, or refused."""
 
 
+class PlanMismatchError(BackendError):
+    """A plan was built for another platform, TensorRT or GPU than those that are here: it has to be built anew."""
+
+
 class NumericError(DdpmxError):
     """The network returned NaN or an infinity."""
 

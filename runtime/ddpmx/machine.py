@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpmx.cuda.driver import LIBRARY as CUDA
+from ddpmx.device import DRIVER as CUDA
 
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 

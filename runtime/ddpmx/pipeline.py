@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -72,7 +73,14 @@ class Pipeline:
         else:
             self._runner = HostRunner(backend, spec)
         self._schedule = spec.make_schedule()
-        self._closed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._closed = self._busy = False
+        self._turn = 0
+        # who forgets to close it gets the memory back when nobody needs it
+        self._closing = weakref.finalize(self, self._runner.close)
+        self._closing.atexit = False
 
     @property
     def backend(self) -> str:
@@ -94,9 +102,15 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Free everything but what :meth:`share` has given to others. The pipeline cannot be used afterwards."""
+        """Free everything but what :meth:`share` has given to others. The pipeline cannot be used afterwards.
+
+        Raises:
+            InputError: it is at work: this was called from within one of its callbacks, or from another thread.
+        """
+        if self._busy:
+            raise InputError("the pipeline is at work", hint="close it when it is done; cancel ends a chain")
         self._closed = True
-        self._runner.close()
+        self._closing()
 
     def share(self) -> Pipeline:
         """Another pipeline on the same opened file, for another thread: the weights are in memory once.
@@ -109,8 +123,8 @@ class Pipeline:
         """
         self._check_open()
         other = object.__new__(Pipeline)
-        other.spec, other._schedule, other._closed = self.spec, self._schedule, False
-        other._runner = self._runner.share()
+        other.spec, other._schedule, other._runner = self.spec, self._schedule, self._runner.share()
+        other._begin()
         return other
 
     def table(
@@ -152,8 +166,15 @@ class Pipeline:
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
         """
+        n, _, _, batch = self._checked(n, seed, first, batch)
+        if labels is not None:
+            class_labels(self.spec, n, labels)
+        return batch
+
+    def _checked(self, n: int, seed: int, first: int, batch: int | None) -> tuple[int, int, int, int]:
+        """n, seed, first and batch as Python's numbers, whose products do not wrap around."""
         self._check_open()
-        check_seed(seed)
+        seed = check_seed(seed)
         batch = self.default_batch if batch is None else batch
         for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
             if (
@@ -162,6 +183,7 @@ class Pipeline:
                 or not least <= value <= MAX_IMAGE + 1
             ):
                 raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
+        n, first, batch = int(n), int(first), int(batch)
         if first + n > MAX_IMAGE + 1:
             raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
         channels, height, width = self.spec.shape
@@ -171,9 +193,7 @@ class Pipeline:
             raise InputError(
                 f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
             )
-        if labels is not None:
-            class_labels(self.spec, n, labels)
-        return fitting_batch(self._runner.batches, int(batch))
+        return n, seed, first, fitting_batch(self._runner.batches, batch)
 
     def generate(
         self,
@@ -215,26 +235,27 @@ class Pipeline:
                 device. When :meth:`generate` returns, everything is done.
             progress: called again and again with (steps done, steps in all) over all batches.
             cancel: asked again and again; True stops the chain.
-            preview: called after each step with the position in the result of the batch's first image, and the state. On
-                a GPU the device then waits for the host in every step.
+            preview: called after each step with the position in the result of the batch's first image, and the state, in
+                arrays of its own. On a GPU the device then waits for the host in every step.
             **sampling: see :meth:`table`.
 
         Returns:
             uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.device_array.DeviceArray`, or else a NumPy array.
 
         Raises:
-            InputError: a number out of its range, or an array that does not fit.
+            InputError: a number out of its range, an array that does not fit, or the pipeline is at work already.
             Cancelled: ``cancel`` said so. What ``out`` holds then is undefined, as after every error.
             NumericError: the network's answer was not finite.
             BackendError: the network could not be run.
         """
         channels, height, width = shape = self.spec.shape
         table = self.table(**sampling)
-        batch = self.check_request(n, seed=seed, first=first, batch=batch)
+        n, seed, first, batch = self._checked(n, seed, first, batch)
         if on_device and out is not None:
             raise InputError("on_device makes the array for the images, and out gives one")
         total, size = -(-n // batch) * len(table), channels * height * width
         with ExitStack() as given:
+            given.enter_context(self._work())
             after = [] if stream is None else [_stream_handle(stream)]
             start = None if x is None else self._take(given, x, (n, *shape), np.float32, "x", after)
             told, extras = self._told(given, n, labels, cond, after), self.spec.extras
@@ -246,6 +267,8 @@ class Pipeline:
                 target = result.address
             else:
                 target = result = np.empty((n, height, width, channels), np.uint8)
+            if start is not None and out is not None and _meet(start, 4 * n * size, target, n * size):
+                raise InputError("x and out share memory", hint="an array of its own for out")
             if preview is not None and isinstance(target, int):
                 raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
             for number, (at, indices) in enumerate(_batches(n, first, batch)):
@@ -288,17 +311,45 @@ class Pipeline:
             As :meth:`generate`.
         """
         table = self.table(**sampling)
-        batch = max(n, self.check_request(n, seed=seed, first=first, batch=batch))
+        n, seed, first, batch = self._checked(n, seed, first, batch)
+        batch = max(n, batch)
         if batch > (largest := self.check_request(n, batch=batch)):
             raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
         ((_, indices),) = _batches(n, first, batch)
         with ExitStack() as given:
             after: list[int] = []
             told = self._told(given, n, labels, cond, after)
-            for step in self._runner.steps(Job(table, seed, indices, batch, after=tuple(after), given=told), x=None):
-                yield Preview(step.t, step.x.copy(), step.x0.copy())
+            with self._work():
+                turn = self._turn
+                steps = self._runner.steps(Job(table, seed, indices, batch, after=tuple(after), given=told), x=None)
+            given.enter_context(closing(steps))
+            for _ in range(len(table)):
+                self._check_open()
+                if turn != self._turn:
+                    raise InputError(
+                        "another chain was begun in this pipeline, which ends this one",
+                        hint="pipeline.share() makes a pipeline for it",
+                    )
+                with self._work(again=True):
+                    step = next(steps)
+                    seen = Preview(step.t, step.x.copy(), step.x0.copy())
+                yield seen
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _work(self, *, again: bool = False) -> Iterator[None]:
+        """One chain at a time: the buffers are the same for all. A new one, unless ``again``, ends what was watched."""
+        if self._busy:
+            raise InputError(
+                "the pipeline is at work already", hint="pipeline.share() makes one for another thread or a callback"
+            )
+        self._busy = True
+        self._turn += not again
+        try:
+            yield
+        finally:
+            self._busy = False
 
     def _check_open(self) -> None:
         if self._closed:
@@ -312,15 +363,16 @@ class Pipeline:
         preview: Callable[[Preview], None],
     ) -> None:
         """The chain with the host looking on after every step."""
-        steps = self._runner.steps(job, x=x)
-        for done in range(len(job.table)):
-            if job.cancel is not None and job.cancel():
-                raise Cancelled("stopped before the chain was through")
-            step = next(steps)
-            preview(Preview(step.t, step.x, step.x0))
-            if job.progress is not None:
-                job.progress(done + 1, len(job.table))
-        levels[...] = images.to_nhwc(step.x0)
+        with closing(self._runner.steps(job, x=x)) as steps:
+            for done in range(len(job.table)):
+                if job.cancel is not None and job.cancel():
+                    raise Cancelled("stopped before the chain was through")
+                step = next(steps)
+                if done + 1 == len(job.table):
+                    levels[...] = images.to_nhwc(step.x0)
+                preview(Preview(step.t, step.x.copy(), step.x0.copy()))
+                if job.progress is not None:
+                    job.progress(done + 1, len(job.table))
 
     def _told(
         self, given: ExitStack, n: int, labels: Any, cond: Any, after: list[int]
@@ -359,7 +411,10 @@ class Pipeline:
             raise InputError(f"{what} lies on a GPU, and the chain runs on the CPU", hint="copy it to the host first")
         expect(seen, shape, dtype, what, driver=driver)
         if not seen.on_device:
-            return seen.numpy()
+            array = seen.numpy()
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise InputError(f"{what} holds NaN or infinities")
+            return array
         if seen.wait_for is not None:
             after.append(seen.wait_for)
         return seen.address
@@ -481,12 +536,18 @@ def _after(progress: Callable[[int, int], None] | None, before: int, total: int)
     return lambda done, _: tell(before + done, total)
 
 
+def _meet(x: NDArray[Any] | int, x_bytes: int, out: NDArray[Any] | int, out_bytes: int) -> bool:
+    """Whether two arrays have bytes in common."""
+    a, b = (place if isinstance(place, int) else place.ctypes.data for place in (x, out))
+    return isinstance(x, int) == isinstance(out, int) and a < b + out_bytes and b < a + x_bytes
+
+
 def _stream_handle(stream: Any) -> int:
     """The number of somebody's CUDA stream."""
     if hasattr(stream, "__cuda_stream__"):  # (version of the protocol, handle)
         protocol = stream.__cuda_stream__
         stream = (protocol() if callable(protocol) else protocol)[1]
     stream = getattr(stream, "cuda_stream", stream)
-    if isinstance(stream, bool) or not isinstance(stream, int) or stream < 0:
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 1 << 64:
         raise InputError(f"a CUDA stream is a number or an object that has one, not {str(stream)[:100]}")
     return stream or _LEGACY_STREAM

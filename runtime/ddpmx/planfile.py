@@ -21,7 +21,7 @@ from typing import Any
 
 from ddpmx import free_betas
 from ddpmx.device import Gpus
-from ddpmx.errors import BackendError, FileFormatError, SpecError
+from ddpmx.errors import BackendError, FileFormatError, PlanMismatchError, SpecError
 from ddpmx.sealed import parse_json, search, unseal
 from ddpmx.spec import PREFIX, ModelSpec
 
@@ -247,7 +247,8 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
         gpus: the GPUs that are here. The first one counts.
 
     Raises:
-        BackendError: it cannot; both sides and the command that rebuilds the plan are named.
+        BackendError: it cannot: a :class:`~ddpmx.errors.PlanMismatchError` if it has to be built anew. Both sides and the
+            command that does it are named.
     """
     engine = info.engine
     built = f"{info.flavour} {info.version} for SM {', '.join(engine.targets)} on {engine.platform}"
@@ -262,7 +263,7 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
         )
     gpu = gpus.devices[0]
     if engine.platform != platform:
-        raise BackendError(
+        raise PlanMismatchError(
             f"{path}: the plan was built on {engine.platform}, and this is {platform}",
             note="plans do not cross operating systems or processors",
             hint=again,
@@ -274,13 +275,13 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
             hint=f"{install_hint(info.flavour)}; or, for what is installed: {again}",
         )
     if _release(version) != _release(info.version):
-        raise BackendError(
+        raise PlanMismatchError(
             f"{path}: the plan was built with {info.flavour} {info.version}, and here is {info.flavour} {version}",
             note="plans do not cross versions",
             hint=again,
         )
     if not any(_covers(target, gpu.sm) for target in engine.targets):
-        raise BackendError(
+        raise PlanMismatchError(
             f"{path}: the plan was built for SM {', '.join(engine.targets)}, and this GPU is {gpu.name}, SM {gpu.sm}",
             note="plans do not cross GPU architectures",
             hint=again,

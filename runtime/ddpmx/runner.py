@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -93,7 +94,7 @@ class Runner(Protocol):
             BackendError: the network could not be run.
         """
 
-    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """The same chain step by step; ``progress`` and ``cancel`` are not asked. The arrays are the runner's own."""
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
@@ -142,18 +143,18 @@ class HostRunner:
         """See :meth:`Runner.run`."""
         if isinstance(levels, int):
             raise InputError("the chain runs on the CPU, and the images were to go to a GPU")
-        steps = self.steps(job, x=x)
-        for done in range(len(job.table)):
-            if job.cancel is not None and job.cancel():
-                raise Cancelled("stopped before the chain was through")
-            step = next(steps)
-            if job.progress is not None:
-                job.progress(done + 1, len(job.table))
+        with contextlib.closing(self.steps(job, x=x)) as steps:
+            for done in range(len(job.table)):
+                if job.cancel is not None and job.cancel():
+                    raise Cancelled("stopped before the chain was through")
+                step = next(steps)
+                if job.progress is not None:
+                    job.progress(done + 1, len(job.table))
         # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that stops
         # short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
         levels[...] = images.to_nhwc(step.x0)
 
-    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """See :meth:`Runner.steps`."""
         if isinstance(x, int):
             raise InputError("the chain runs on the CPU, and its first state lies on a GPU")

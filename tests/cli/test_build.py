@@ -6,13 +6,14 @@ import shutil
 
 import pytest
 
-from ddpmx import pipeline, planfile
+from ddpmx import planfile
+from ddpmx.backends import trt
 from ddpmx.device import Gpus
 from oracles.plans import make_plan
 
 
 def test_generate_with_a_plan_says_which_onnx_file_to_use(refused, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "gpus", lambda: Gpus(trouble="there is no NVIDIA driver"))
+    monkeypatch.setattr(trt, "gpus", lambda: Gpus(trouble="there is no NVIDIA driver"))
     (tmp_path / "model.plan").write_bytes(make_plan())
     said = refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
     for part in ("there is none here", "TensorRT-RTX 1.7.1.116", "ddpmx generate --engine model.onnx"):

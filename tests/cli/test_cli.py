@@ -194,7 +194,7 @@ def test_a_run_is_named_after_its_images(ddpmx, images, here):
 # --- what it says about itself ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "export", "build", "generate", "parity", "info", "doctor"])
+@pytest.mark.parametrize("command", ["train", "export", "build", "generate", "parity", "bench", "info", "doctor"])
 def test_every_flag_is_explained(command):
     parameters = get_command(app).commands[command].params
     assert parameters
@@ -217,7 +217,7 @@ def test_what_cannot_be_parsed(ddpmx, here, arguments):
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)], ids=str)
 def test_help_names_the_commands(ddpmx, arguments):
     done = ddpmx(*arguments)
-    for command in ("train", "export", "build", "generate", "parity", "info", "doctor"):
+    for command in ("train", "export", "build", "generate", "parity", "bench", "info", "doctor"):
         assert command in done.out + done.err
 
 
@@ -235,5 +235,34 @@ def complete(words: str, instruction: str) -> str:
 
 def test_the_shell_gets_its_completion_script():
     assert "complete -o default -F _ddpmx_completion ddpmx" in complete("", "source_bash")
-    commands = ["train", "export", "build", "generate", "parity", "info", "doctor"]
+    commands = ["train", "export", "build", "generate", "parity", "bench", "info", "doctor"]
     assert complete("ddpmx ", "complete_bash").split() == commands
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_program_is_still_being_imported_is_no_traceback(number):
+    code = (
+        "import os, signal, sys, types\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'typer': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "sys.argv = ['ddpmx', '--version']\n"
+        "from ddpmx_cli.entry import run\n"
+        "run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+def test_the_script_is_the_program(monkeypatch, capsys):
+    from ddpmx_cli import entry
+
+    monkeypatch.setattr("sys.argv", ["ddpmx", "--version"])
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(SystemExit) as end:
+        entry.run()
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    assert not end.value.code
+    assert capsys.readouterr().out.startswith("ddpmx ")

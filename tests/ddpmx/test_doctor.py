@@ -202,7 +202,7 @@ def driver(tmp_path, monkeypatch):
         source.write_text(LIBCUDA)
         defines = [f"-DCOUNT={count}", f"-DINIT={init}", f"-DLIST={listing}"]
         subprocess.run([compiler, "-shared", "-fPIC", *defines, "-o", stub, source], check=True, timeout=60)
-        monkeypatch.setattr(device, "_DRIVER", str(stub))
+        monkeypatch.setattr(device, "DRIVER", str(stub))
         return device.gpus.__wrapped__()
 
     return ask
@@ -230,7 +230,7 @@ def test_a_driver_s_troubles_are_told(driver, answers, says):
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch):
-    monkeypatch.setattr(device, "_DRIVER", "libcuda-that-is-not-here.so.1")
+    monkeypatch.setattr(device, "DRIVER", "libcuda-that-is-not-here.so.1")
     found = device.gpus.__wrapped__()
     assert (found.devices, found.cuda) == ((), None)
     assert "no NVIDIA driver" in found.trouble

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpmx import device
 from ddpmx.backends import trt
 from ddpmx.cuda import driver
 from ddpmx.cuda.driver import ENUMS, FUNCTIONS, ConditionalNodeParams, Driver, GraphNodeParams
@@ -33,11 +35,11 @@ def test_the_rest_of_the_driver(fake):
 
 def test_lazy_loading_is_asked_for_unless_the_user_has(monkeypatch):
     monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
-    driver.ask_for_lazy_loading()
-    assert driver.os.environ["CUDA_MODULE_LOADING"] == "LAZY"
+    device.ask_for_lazy_loading()
+    assert os.environ["CUDA_MODULE_LOADING"] == "LAZY"
     monkeypatch.setenv("CUDA_MODULE_LOADING", "EAGER")
-    driver.ask_for_lazy_loading()
-    assert driver.os.environ["CUDA_MODULE_LOADING"] == "EAGER"
+    device.ask_for_lazy_loading()
+    assert os.environ["CUDA_MODULE_LOADING"] == "EAGER"
 
 
 def test_closing_twice_is_harmless(fake):

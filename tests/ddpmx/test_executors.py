@@ -316,3 +316,15 @@ def test_marks_stand_between_the_steps(fake, executor):
         assert s.driver.milliseconds(marks[0], marks[-1]) > 0
         for mark in marks:
             mark.close()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_callbacks_run_in_the_context_of_the_caller(fake, executor):
+    """They may turn to another GPU, and ours must not be what they find."""
+    contexts = []
+    with Setup(fake) as s:
+        s.chain.prepare(s.engine, executor)
+        look = lambda *_: contexts.append(list(fake._stack()))  # noqa: E731
+        s.chain.run(seed=5, images=IMAGES, progress=look, cancel=look)
+    assert contexts
+    assert set(map(tuple, contexts)) == {()}

@@ -447,3 +447,23 @@ def test_another_provider_may_do_the_work_where_that_is_allowed(gaussian_onnx, e
 def test_impossible_settings_are_refused(gaussian_onnx, change):
     with pytest.raises(InputError):
         ddpmx.load(gaussian_onnx, **change)
+
+
+def test_a_chain_that_is_looked_at_leaves_numpy_s_settings_alone(gaussian_onnx):
+    with ddpmx.load(gaussian_onnx, threads=1) as pipeline:
+        before = np.geterr()
+        steps = pipeline.stream(1, steps=3)
+        next(steps)
+        assert np.geterr() == before
+        steps.close()
+
+
+@NO_CUDA
+def test_a_fallback_says_why(gaussian_onnx):
+    with ddpmx.load(gaussian_onnx, providers=("cuda",), fallback=True) as pipeline:
+        assert "CPUExecutionProvider, not cuda (ONNX Runtime has no CUDAExecutionProvider here)" in pipeline.backend
+
+
+def test_a_provider_that_nobody_knows_is_no_wish_for_another(gaussian_onnx):
+    with pytest.raises(BackendError, match="has no cudaa"):
+        ddpmx.load(gaussian_onnx, providers=("cudaa",), fallback=True)

@@ -5,6 +5,8 @@ Oracle for every image is the chain in NumPy.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -13,9 +15,11 @@ import pytest
 
 import ddpmx
 from ddpmx import chain, images
-from ddpmx.cuda import EXECUTORS
+from ddpmx.cuda import EXECUTORS, executors
+from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.errors import BackendError, Cancelled, InputError, NumericError
 from ddpmx.samplers import make_table
+from oracles import fake_cuda
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
 from oracles.plans import SPEC
@@ -312,3 +316,179 @@ def test_what_makes_no_sense_for_a_plan(plan, module, wrong):
 def test_an_executor_is_for_a_gpu(gaussian_onnx):
     with pytest.raises(InputError, match="runs a chain on a GPU"):
         ddpmx.load(gaussian_onnx, executor="graph")
+
+
+# --- one chain at a time ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["gpu", "cpu"])
+def open_it(request, plan, fake_tensorrt, gaussian_onnx):
+    """A pipeline on the fake GPU, and one on the CPU."""
+    return lambda: ddpmx.load(plan if request.param == "gpu" else gaussian_onnx, executor="auto")
+
+
+def test_a_new_chain_ends_one_that_is_watched(open_it):
+    with open_it() as pipeline:
+        first, second = pipeline.stream(1, steps=STEPS), pipeline.stream(1, seed=1, steps=STEPS)
+        next(first), next(second)
+        with pytest.raises(InputError, match="another chain was begun"):
+            next(first)
+        assert len(list(second)) == STEPS - 1
+        third = pipeline.stream(1, steps=STEPS)
+        next(third)
+        pipeline.generate(1, steps=STEPS)
+        with pytest.raises(InputError, match="another chain was begun"):
+            next(third)
+
+
+def test_closing_ends_one_that_is_watched(open_it):
+    with open_it() as pipeline:
+        steps = pipeline.stream(1, steps=STEPS)
+        next(steps)
+    with pytest.raises(InputError, match="the pipeline is closed"):
+        next(steps)
+
+
+@pytest.mark.parametrize("name", ["progress", "cancel", "preview"])
+def test_callbacks_cannot_begin_another_chain_or_close(open_it, name):
+    refused = []
+
+    def again(*_):
+        for attempt in (lambda: pipeline.generate(1, steps=STEPS), lambda: next(pipeline.stream(1)), pipeline.close):
+            try:
+                attempt()
+            except InputError as error:
+                refused.append(error.fact)
+
+    with open_it() as pipeline:
+        wanted = pipeline.generate(2, seed=5, steps=STEPS)
+        assert pipeline.generate(2, seed=5, steps=STEPS, **{name: again}).tobytes() == wanted.tobytes()
+    assert refused
+    assert set(refused) == {"the pipeline is at work already", "the pipeline is at work"}
+
+
+def test_a_preview_s_arrays_are_its_own(open_it):
+    with open_it() as pipeline:
+        wanted = pipeline.generate(2, seed=5, steps=STEPS)
+        kept = []
+
+        def spoil(at, preview):
+            kept.append(preview.x0)
+            preview.x[...] = 0
+            preview.x0.__imul__(127.5)
+
+        assert pipeline.generate(2, seed=5, steps=STEPS, preview=spoil).tobytes() == wanted.tobytes()
+        assert len({array.ctypes.data for array in kept}) == STEPS
+
+
+def test_numpy_s_integers_are_numbers_like_any(open_it):
+    with open_it() as pipeline:
+        seen = []
+        wanted = pipeline.generate(4, seed=3, first=100, batch=2, steps=STEPS)
+        got = pipeline.generate(
+            np.uint8(4),
+            seed=np.uint64(3),
+            first=np.int8(100),
+            batch=np.uint16(2),
+            steps=STEPS,
+            progress=lambda *now: seen.append(now),
+        )
+        assert got.tobytes() == wanted.tobytes()
+        assert seen[-1] == (2 * STEPS, 2 * STEPS)
+
+
+def test_x_and_out_may_not_share_memory(open_it):
+    with open_it() as pipeline:
+        channels, height, width = pipeline.spec.shape
+        size = channels * height * width
+        room = np.zeros(4 * 4 * size, np.uint8)
+        x = room.view(np.float32).reshape(4, channels, height, width)
+        out = room[4 * size : 8 * size].reshape(4, height, width, channels)
+        with pytest.raises(InputError, match="share memory"):
+            pipeline.generate(4, x=x, out=out, batch=1, steps=STEPS)
+
+
+def test_a_state_that_is_not_finite_is_the_caller_s_fault(open_it):
+    with open_it() as pipeline:
+        x = np.zeros((1, *pipeline.spec.shape), np.float32)
+        x[0, 0, 0, 0] = np.nan
+        with pytest.raises(InputError, match="x holds NaN"):
+            pipeline.generate(1, x=x, steps=STEPS)
+
+
+def test_a_state_on_the_device_that_is_not_finite_is_named(plan, module):
+    with ddpmx.load(plan) as pipeline:
+        theirs = OnDevice(pipeline._runner.driver, np.full((1, *SPEC.shape), np.nan, np.float32))
+        with pytest.raises(NumericError, match="not finite") as caught:
+            pipeline.generate(1, x=theirs, steps=STEPS)
+        assert "x that was given" in caught.value.hint
+        theirs.handle.close()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_sharing_again_and_again_takes_nothing(plan, module):
+    with ddpmx.load(plan) as pipeline:
+        pipeline.generate(1, steps=STEPS)
+        alive = module.cuda.alive()
+        for _ in range(3):
+            with pipeline.share() as other:
+                other.generate(1, steps=STEPS)
+        assert module.cuda.alive() == alive
+
+
+def test_who_forgets_to_close_gets_the_memory_back(plan, module):
+    pipeline = ddpmx.load(plan)
+    pipeline.generate(1, steps=STEPS)
+    del pipeline
+    gc.collect()
+    module.cuda.live.pop("function", None)
+    assert (module.cuda.alive(), module.cuda.retained) == ({}, 0)
+
+
+class Unsteady(Toy):
+    """A network that gives other bits every time."""
+
+    def __init__(self, shape, runs):
+        super().__init__(shape)
+        self.runs = runs
+
+    def enqueue(self):
+        super().enqueue()
+        self.buffers.out[...] += np.float32(1e-6) * next(self.runs)
+
+
+def test_a_network_that_differs_from_itself_does_not_run_images_alone(plan, module):
+    runs = itertools.count()
+    module.make = lambda: Unsteady(SPEC.shape, runs)
+    with ddpmx.load(plan, executor="plain") as pipeline:
+        pipeline.generate(4, steps=STEPS, batch=4)
+        assert "one image at a time" not in pipeline.backend
+        assert pipeline._runner._chain._batch == 4
+
+
+def test_images_that_run_alone_are_said_to(plan, module):
+    module.make = lambda: Jealous(SPEC.shape)
+    with ddpmx.load(plan) as pipeline:
+        pipeline.generate(3, steps=STEPS, batch=4)
+        assert "one image at a time" in pipeline.backend
+
+
+def test_a_step_that_hangs_is_given_up_and_nothing_waits_for_it(plan, module, monkeypatch):
+    """The probe ends, the engine's own captured step does not: nothing of it can be freed any more."""
+    prepare = DeviceChain.prepare
+    monkeypatch.setattr(
+        DeviceChain, "prepare", lambda self, enqueue, executor: prepare(self, enqueue, executor, timeout=0.05)
+    )
+    call = fake_cuda.While.__call__
+    monkeypatch.setattr(executors, "why_no_while", lambda driver, kernels: None)
+    monkeypatch.setattr(fake_cuda.While, "__call__", lambda self: iter(lambda: None, 1))
+    pipeline = ddpmx.load(plan)
+    with pytest.raises(BackendError, match="does not come to its end"):
+        pipeline.generate(1, steps=STEPS)
+    pipeline.close()
+    monkeypatch.setattr(fake_cuda.While, "__call__", call)
+    for handles in module.cuda.live.values():
+        handles.clear()
+    module.cuda.faults.clear()  # kernels of the lost stream, which the fake believes may use any memory

@@ -13,7 +13,7 @@ import pytest
 from ddpmx import pipeline, planfile, tensorrt_library
 from ddpmx.backends import trt
 from ddpmx.device import Device, Gpus
-from ddpmx.errors import BackendError, DdpmxError, FileFormatError, SpecError
+from ddpmx.errors import BackendError, DdpmxError, FileFormatError, PlanMismatchError, SpecError
 from ddpmx.planfile import RECORD_PREFIX, EngineRecord
 from ddpmx.sealed import seal
 from oracles.plans import RECORD, SPEC, TENSORRT, elf, make_plan, name_of
@@ -318,7 +318,7 @@ def test_a_plan_that_fits_is_accepted(plan):
 @pytest.mark.parametrize("version", ["2.7.1.116", "1.8.1.116", "1.7.2.116", "1.7", "11.7.1.116"])
 def test_another_version_is_refused(plan, version):
     path = plan(make_plan())
-    with pytest.raises(BackendError, match="cross versions") as caught:
+    with pytest.raises(PlanMismatchError, match="cross versions") as caught:
         check(path, version=version)
     for said in (
         "TensorRT-RTX 1.7.1.116",
@@ -343,7 +343,7 @@ def test_compute_capabilities_are_compared_as_numbers(plan, targets, fits, not_f
     for sm in fits:
         check(path, gpus=gpu(sm))
     for sm in not_fits:
-        with pytest.raises(BackendError, match="cross GPU architectures") as caught:
+        with pytest.raises(PlanMismatchError, match="cross GPU architectures") as caught:
             check(path, gpus=gpu(sm))
         for said in (f"SM {', '.join(targets)}", f"some GPU, SM {sm}", "ddpmx build model.onnx -o "):
             assert said in str(caught.value)
@@ -359,7 +359,7 @@ def test_the_first_gpu_counts(plan):
 @pytest.mark.parametrize("platform", ["linux aarch64", "windows amd64"])
 def test_another_platform_is_refused(plan, platform):
     path = plan(make_plan())
-    with pytest.raises(BackendError, match="operating systems") as caught:
+    with pytest.raises(PlanMismatchError, match="operating systems") as caught:
         check(path, platform=platform)
     for said in ("linux x86_64", platform, f"ddpmx build model.onnx -o {path}"):
         assert said in str(caught.value)

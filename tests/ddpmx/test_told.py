@@ -162,7 +162,7 @@ def test_the_executed_batch_is_measured_with_labels_that_there_are():
 
     spec = TOY["all"].replace(classes=2)
     assert chain.executed_batch(Watched(), spec, 3, 5) == 3
-    assert len(seen) == 3
+    assert len(seen) == 4
     for inputs in seen:
         assert set(inputs) == {"x", "t", "y", "x0_prev", "cond"}
         assert set(inputs["y"]) == {0, 1}

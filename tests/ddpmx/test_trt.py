@@ -237,3 +237,13 @@ def test_a_real_plan_as_far_as_tensorrt_goes_without_a_gpu(tmp_path, gaussian_on
     with Driver(library=fake) as gpu, pytest.raises(BackendError, match="cannot make the engine") as caught:
         trt.TrtEngine(tmp_path / "model.plan", driver=gpu, devices=ADA)
     assert "cuda" in caught.value.note.lower()
+
+
+def test_a_backend_takes_room_for_another_answer(plan, plan_driver):
+    """With and without the variance at the same batch."""
+    module = FakeTrt(plan_driver)
+    backend = CopyingBackend(trt.TrtEngine(plan, library=module.library(), devices=ADA))
+    for var in (False, True, False):
+        backend.bind(Buffers.of(2, SPEC.shape, var=var))
+        backend.enqueue()
+    backend.close()

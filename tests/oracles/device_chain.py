@@ -9,10 +9,10 @@ import pytest
 
 from ddpmx import chain
 from ddpmx.backends import NO_EXTRAS, Buffers
-from ddpmx.cuda import driver
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.device import DRIVER
 from ddpmx.errors import BackendError
 from ddpmx.samplers import make_table
 from oracles import gaussian
@@ -96,7 +96,7 @@ def expected(indices=IMAGES, *, seed=5, clip=1.0, table=TABLE, x=None, extras=NO
 
 def no_driver():
     try:
-        ctypes.CDLL(driver.LIBRARY)
+        ctypes.CDLL(DRIVER)
     except OSError:
         return
     pytest.skip("not verified here: what is said where there is no NVIDIA driver (there is one)")

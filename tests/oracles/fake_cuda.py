@@ -476,7 +476,7 @@ class While:
     def __init__(self, cuda: FakeCuda, handle: int) -> None:
         self.cuda, self.handle = cuda, handle
         self.body: list[Work] = []
-        self.body_handle = 0x600D0000 + handle % 0x10000
+        self.body_handle = 0x600D0000 + (handle >> 32) % 0x10000
         self.bodies = (ctypes.c_void_p * 1)(self.body_handle)
 
     def __call__(self) -> Iterator[None]:

@@ -68,6 +68,9 @@ class FakeOrt:
     def get_available_providers(self):
         return list(self.listed)
 
+    def get_all_providers(self):
+        return ["CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"]
+
     def preload_dlls(self):
         self.preloaded += 1
         print("Failed to load libcublasLt.so.13")

@@ -41,6 +41,7 @@ class OrtBackend:
         fallback: whether another provider than the first, in the end the CPU, may do the work. Otherwise that is an
             error, since a chain that silently runs on the CPU looks like a chain that is slow.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+        instead: of what it does the work, and why, for :attr:`description`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, or a provider is not there.
@@ -56,6 +57,7 @@ class OrtBackend:
         providers: Sequence[str] = ("cpu",),
         fallback: bool = False,
         threads: int = 0,
+        instead: Sequence[str] = (),
     ) -> None:
         ort = import_onnxruntime()
         wanted = [NAMES.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
@@ -83,7 +85,7 @@ class OrtBackend:
                 f"{wanted[0]} was asked for, and ONNX Runtime gave {self.provider}",
                 hint="--fallback accepts that; see its own message above for why",
             )
-        self._output = output
+        self._output, self._instead = output, tuple(instead)
         self._version: str = ort.__version__
         self._binding: Any = None
         self._buffers: Buffers | None = None
@@ -91,7 +93,7 @@ class OrtBackend:
     @property
     def description(self) -> str:
         """Library, version and the provider really in use."""
-        return f"onnxruntime {self._version}, {self.provider}"
+        return f"onnxruntime {self._version}, {self.provider}" + "".join(f", not {why}" for why in self._instead)
 
     def bind(self, buffers: Buffers) -> None:
         """Point the session at the buffers: no copy and no allocation per step.
@@ -148,15 +150,20 @@ def open_onnx(
     from ddpmx.backends.ort_device import OrtDevice, device_provider
 
     left = [providers] if isinstance(providers, str) else list(providers)
+    ort, instead = import_onnxruntime(), []
+    for name in left:
+        if NAMES.get(name, name) not in (*NAMES.values(), *ort.get_all_providers(), *available_providers(ort)):
+            raise no_provider(ort, name)  # a name that nobody knows is no wish for another one
     while left and device_provider(left[0]) is not None:
         learned = spec.variance == "learned_range"
         try:
             device = OrtDevice(
                 path, spec.prediction, shape=spec.shape, provider=left[0], variance=learned, extras=spec.extras
             )
-        except BackendError:
+        except BackendError as error:
             if not fallback:
                 raise
+            instead.append(f"{left[0]} ({error.fact})")
             left = left[1:] or ["cpu"]
             continue
         try:
@@ -164,7 +171,7 @@ def open_onnx(
         except BaseException:
             device.close()
             raise
-    return OrtBackend(path, spec.prediction, providers=left, fallback=fallback, threads=threads)
+    return OrtBackend(path, spec.prediction, providers=left, fallback=fallback, threads=threads, instead=instead)
 
 
 def import_onnxruntime() -> Any:

@@ -20,8 +20,8 @@ import numpy as np
 from ddpmx import planfile, tensorrt_library
 from ddpmx.backends import NO_EXTRAS
 from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver, Handle, ask_for_lazy_loading
-from ddpmx.device import Device, Gpus, gpus
+from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.device import Device, Gpus, ask_for_lazy_loading, gpus
 from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
 from ddpmx.files import atomic_write, make_folder
 from ddpmx.planfile import PlanInfo
@@ -303,9 +303,8 @@ class TrtContext:
         arguments = () if engine._config is None else (engine._config,)
         make: Callable[[], Any] = lambda: engine._engine.create_execution_context(*arguments)  # noqa: E731
         self._context = context = library.made("execution context", make)
-        if profile != 0:  # that one is every context's own
-            _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
-            engine.driver.wait_for_stream(stream, "choosing a profile")
+        _demand(library, context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+        engine.driver.wait_for_stream(stream, "choosing a profile")
         for name, dims in engine.spec.inputs.items():
             shape = (batch, *dims)
             _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")

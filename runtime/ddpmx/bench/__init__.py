@@ -239,7 +239,7 @@ def _file(path: Path, spec: ModelSpec, description: str, load_s: float) -> dict[
     }
     if kind == "plan":  # it was opened, so host code was agreed to, if there is any
         info = planfile.read_plan(path, trust_host_code=True)
-        seconds = (info.sidecar or {}).get("seconds")
+        seconds = ((info.sidecar or {}).get("build") or {}).get("seconds")
         told["build_s"] = seconds if isinstance(seconds, int | float) else None
         told["engine"] = info.engine.to_json()
     return told

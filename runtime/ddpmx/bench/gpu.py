@@ -54,7 +54,7 @@ class DeviceBench:
         self._device, self._spec, self._settings, self._free_before = device, spec, settings, free_before
         self._clock, self._thread_clock, self._backend = clock, thread_clock, backend
         self._alone: dict[int, bool] = {}
-        self._kernels = Kernels(device.driver)
+        self._kernels = Kernels.of(device.driver)
         self._table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
         self._step: dict[int, float] = {}
 

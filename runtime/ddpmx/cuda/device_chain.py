@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -93,6 +93,7 @@ class DeviceChain:
         control: what the device says and may be asked; in pinned memory.
         choice: the executor, once there is one.
         driver, kernels: as given.
+        lost: whether it was given up in the middle, and may still run. Nothing of it can be freed then.
 
     Raises:
         BackendError: the memory does not suffice, or the driver refuses. Nothing stays allocated then.
@@ -123,9 +124,10 @@ class DeviceChain:
         self._grid = min(-(-fours // cuda.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
         self._enqueue: Enqueue | None = None
         self._executable: Handle | None = None
+        self._graph: Handle | None = None
         self.choice: Choice | None = None
         self._own: list[Handle] = []
-        self._lost = False
+        self.lost = False
         self.control = Control()
         self.stream = stream
         try:
@@ -199,8 +201,8 @@ class DeviceChain:
 
     def close(self) -> None:
         """Free everything, the engine's enqueue included, once the device has done with it. Again is harmless."""
-        if self._lost:  # freeing would wait for the device as well, and for ever
-            for handle in (*self._own, *filter(None, [self._executable])):
+        if self.lost:  # freeing would wait for the device as well, and for ever
+            for handle in (*self._own, *filter(None, [self._executable, self._graph])):
                 handle.abandon()
         elif self._own and self.settle():
             self.control = Control.from_buffer_copy(self.control)  # it may still be read, its memory not
@@ -215,7 +217,7 @@ class DeviceChain:
         Returns:
             Whether that has worked.
         """
-        if not self._lost:
+        if not self.lost:
             with contextlib.suppress(BackendError), self.driver.current():
                 self.driver.wait_for_stream(self.stream)
                 return True
@@ -240,6 +242,7 @@ class DeviceChain:
         """
         if executor not in EXECUTORS:
             raise InputError(f"there is no executor {executor!r}", hint=f"one of {', '.join(EXECUTORS)}")
+        self._check_lost()
         self._drop_executable()
         self._enqueue = self.choice = None
         driver = self.driver
@@ -282,13 +285,30 @@ class DeviceChain:
     def _instantiate(self, graph: Handle | None, what: str) -> None:
         if graph is None:
             raise BackendError("the capture of a step gave no graph")
-        with graph:
-            self._executable = self.driver.instantiate(graph, what)
+        self._graph = graph  # to which a WHILE node's condition belongs
+        self._executable = self.driver.instantiate(graph, what)
 
     def _drop_executable(self) -> None:
-        if self._executable is not None:
-            self._executable.close()
-            self._executable = None
+        for handle in (self._executable, self._graph):
+            if handle is not None:
+                handle.close()
+        self._executable = self._graph = None
+
+    def unprepare(self) -> bool:
+        """Let go of the engine and of what was captured of it, once the device has done with them.
+
+        Returns:
+            Whether that has worked; if not, the engine's memory must stay as well.
+        """
+        settled = self.settle()
+        if settled:
+            self._drop_executable()
+            self._enqueue = self.choice = None
+        return settled
+
+    def _check_lost(self) -> None:
+        if self.lost:
+            raise BackendError("the chain was given up, and may still run", hint="end the process and start again")
 
     def _see_that_it_is_the_same(self, enqueue: Enqueue, timeout: float) -> None:
         """Hold the captured step against the plain one.
@@ -384,7 +404,7 @@ class DeviceChain:
             result.shape != (n, height, width, channels) or result.dtype != np.uint8 or not result.flags.c_contiguous
         ):
             raise InputError(f"the images need uint8 {[n, height, width, channels]}, not {result.dtype} {result.shape}")
-        watch = Watch(self.control, len(self._table), progress, cancel, timeout)
+        watch = Watch(self.control, len(self._table), progress, cancel, timeout, aside=driver.aside)
         with self._stopping():
             for other in after:
                 driver.follow(self.stream, other)
@@ -396,7 +416,7 @@ class DeviceChain:
                 self._run_steps(name, watch, marks)
             driver.wait_for_stream(self.stream, f"running the chain by {name}")
             watch.look()
-            judge(self.control, self._table, self._where(name), cancelled=watch.cancelled)
+            judge(self.control, self._table, self._where(name), cancelled=watch.cancelled, given=x is not None)
             if isinstance(result, np.ndarray):
                 driver.copy_out(result, self.levels, self.stream)
             elif result != self.levels:
@@ -412,7 +432,7 @@ class DeviceChain:
         x: NDArray[np.float32] | int | None = None,
         given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
         after: Sequence[int] = (),
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """The chain step by step, as :func:`ddpmx.chain.run` gives it: by ``plain`` or ``graph``, and the device waits.
 
         The arrays are the chain's own: copy what must outlive the next step. To stop, stop asking.
@@ -440,13 +460,14 @@ class DeviceChain:
             driver.copy_out(now, self.x, self.stream)
             driver.wait_for_stream(self.stream, "beginning the chain")
         for index, t in enumerate(self._table.timesteps.tolist()):
+            self._ready()
             with self._stopping():  # not across the yield: the context is the caller's there
                 self._launch_one(name)
                 driver.copy_out(x0, self._x0, self.stream)
                 driver.copy_out(following, self.x, self.stream)
                 driver.wait_for_stream(self.stream, f"running the chain by {name}")
                 if self.control.done != Done.RUNNING or index + 1 == len(self._table):
-                    judge(self.control, self._table, self._where(name))
+                    judge(self.control, self._table, self._where(name), given=x is not None)
             yield Step(t, now, x0, following)
             now, following = following, now
 
@@ -454,6 +475,7 @@ class DeviceChain:
         return "; ".join(filter(None, (self._description, f"executor {name}")))
 
     def _ready(self) -> str:
+        self._check_lost()
         if self.choice is None:
             raise BackendError("the chain has no engine", hint="choose_executor(chain, enqueue) gives it one")
         return self.choice.executor
@@ -483,7 +505,7 @@ class DeviceChain:
             try:
                 yield
             except Timeout:  # waiting is what has failed
-                self._lost = True
+                self.lost = True
                 raise
             except BaseException:
                 self.control.stop = 1

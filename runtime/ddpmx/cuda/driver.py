@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import sys
+import threading
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int, c_longlong, c_size_t, c_uint, c_uint64, c_void_p
 from types import TracebackType
@@ -20,9 +19,8 @@ from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
+from ddpmx.device import DRIVER, ask_for_lazy_loading
 from ddpmx.errors import BackendError
-
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
 class ConditionalNodeParams(ctypes.Structure):
@@ -132,14 +130,6 @@ _HINTS = {
 }
 
 
-def ask_for_lazy_loading() -> None:
-    """Have CUDA load kernels when they are first used: on a Jetson that is hundreds of megabytes.
-
-    It is read when CUDA starts, so this has to come before anything that asks the driver. What the user has set stays.
-    """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
-
-
 class Handle:
     """Something of the driver's, and what frees it. A context manager; closing it again is harmless.
 
@@ -203,6 +193,7 @@ class Driver:
 
     Attributes:
         ordinal: which GPU it is.
+        lock, shared: what all who use it have in common, and the lock for that.
         cuda: the newest CUDA that the driver runs, "12.6".
         multiprocessors: of the GPU.
 
@@ -214,7 +205,7 @@ class Driver:
         ask_for_lazy_loading()
         if library is None:
             try:
-                library = ctypes.CDLL(LIBRARY)
+                library = ctypes.CDLL(DRIVER)
             except OSError as error:
                 raise BackendError(
                     "there is no NVIDIA driver here",
@@ -226,6 +217,8 @@ class Driver:
         self._live: dict[int, Handle] = {}
         self._context: int | None = None
         self.ordinal = ordinal
+        self.lock = threading.RLock()
+        self.shared: dict[str, object] = {}
         self.call("cuInit", 0, doing="starting CUDA")
         version, device, count = c_int(), c_int(), c_int()
         self.call("cuDriverGetVersion", ctypes.byref(version), doing="asking for the driver's version")
@@ -251,6 +244,7 @@ class Driver:
             return
         for handle in reversed(list(self._live.values())):
             handle.close()
+        self.shared.clear()
         self._context = None
         with contextlib.suppress(BackendError):
             self.call("cuDevicePrimaryCtxRelease_v2", self._device, doing="letting go of the GPU")
@@ -270,6 +264,18 @@ class Driver:
         finally:
             with contextlib.suppress(BackendError):  # it would stand before what went wrong inside
                 self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within :meth:`current`, for code of others: the context is whatever it was outside.
+
+        They may turn to another GPU meanwhile.
+        """
+        self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+        try:
+            yield
+        finally:
+            self.call("cuCtxPushCurrent_v2", self._context, doing="turning to the GPU")
 
     def has(self, name: str) -> bool:
         """Whether the driver exports a function."""
@@ -495,15 +501,19 @@ class Driver:
             BackendError: something inside cannot be captured.
         """
         mode = ENUMS["CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"]
-        if into is None:
-            self.call("cuStreamBeginCapture_v2", stream, mode, doing="beginning a capture")
-        else:
-            doing = "beginning the capture of a WHILE node's body"
-            self.call("cuStreamBeginCaptureToGraph", stream, into, None, None, 0, mode, doing=doing)
         captured: list[Handle] = []
+        begun = False
         try:
+            if into is None:
+                self.call("cuStreamBeginCapture_v2", stream, mode, doing="beginning a capture")
+            else:
+                doing = "beginning the capture of a WHILE node's body"
+                self.call("cuStreamBeginCaptureToGraph", stream, into, None, None, 0, mode, doing=doing)
+            begun = True
             yield captured
-        except BaseException:
+        except BaseException as error:
+            if not begun and isinstance(error, BackendError):
+                raise
             with contextlib.suppress(BackendError):  # that it was spoilt is known
                 self._end_capture(stream, captured, own=into is None)
             for graph in captured:

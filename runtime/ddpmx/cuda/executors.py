@@ -10,6 +10,7 @@ from ddpmx.cuda import EXECUTORS
 from ddpmx.cuda.device_chain import Choice, DeviceChain, Enqueue
 from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.cuda.watch import Timeout
 from ddpmx.errors import BackendError, InputError
 from ddpmx.samplers import Table
 
@@ -22,21 +23,27 @@ def why_no_while(driver: Driver, kernels: Kernels) -> str | None:
     Version numbers do not tell: a driver may export the functions, and a platform still refuse the node. The probe's body
     is the chain's own without an engine, on one pixel.
     """
-    if kernels.why_no_while is None:
-        rows = np.tile(np.array([1, 0, 1, 0, 0], np.float64), (_PROBE_STEPS, 1))
-        table = Table(np.arange(_PROBE_STEPS)[::-1].copy(), rows)
-        kernels.why_no_while = ""
-        try:
-            with DeviceChain(driver, kernels, (1, 1, 1), 1, table) as chain:
-                chain.prepare(lambda stream: None, "while", timeout=_PROBE_SECONDS)
-                answer = np.zeros(1, np.float32)  # nobody else gives one
-                with driver.current():
-                    driver.copy_in(chain.out, answer, chain.stream)
-                    driver.wait_for_stream(chain.stream)
-                chain.run(seed=0, images=[0], timeout=_PROBE_SECONDS)
-        except BackendError as error:
-            kernels.why_no_while = _reason(error)
+    with kernels.lock:
+        if kernels.why_no_while is None:
+            kernels.why_no_while = _probe(driver, kernels)
     return kernels.why_no_while or None
+
+
+def _probe(driver: Driver, kernels: Kernels) -> str:
+    """The reason, or nothing."""
+    rows = np.tile(np.array([1, 0, 1, 0, 0], np.float64), (_PROBE_STEPS, 1))
+    table = Table(np.arange(_PROBE_STEPS)[::-1].copy(), rows)
+    try:
+        with DeviceChain(driver, kernels, (1, 1, 1), 1, table) as chain:
+            chain.prepare(lambda stream: None, "while", timeout=_PROBE_SECONDS)
+            answer = np.zeros(1, np.float32)  # nobody else gives one
+            with driver.current():
+                driver.copy_in(chain.out, answer, chain.stream)
+                driver.wait_for_stream(chain.stream)
+            chain.run(seed=0, images=[0], timeout=_PROBE_SECONDS)
+    except BackendError as error:
+        return _reason(error)
+    return ""
 
 
 def choose_executor(
@@ -67,6 +74,8 @@ def choose_executor(
                     "WHILE nodes do not work here", note=why, hint="--executor graph gives the same images"
                 )
             chain.prepare(enqueue, name)
+        except Timeout:  # it may run for ever, and nothing else can in its stream
+            raise
         except BackendError as error:
             if name == names[-1]:
                 raise

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+
 from ddpmx import cuda
 from ddpmx.cuda.driver import Driver
 
 
 class Kernels:
-    """The kernels of ``step.ptx``, and of ``while.ptx`` when asked for. One per driver; closing it is the driver's.
+    """The kernels of ``step.ptx``, and of ``while.ptx`` when asked for. Closing them is the driver's.
 
     Attributes:
         begin, step: the functions.
         why_no_while: what :func:`ddpmx.cuda.executors.why_no_while` found, or None before it was asked.
+        lock: for what is found out once.
 
     Raises:
         BackendError: the driver does not compile them.
@@ -24,6 +27,16 @@ class Kernels:
             self.begin, self.step = (driver.function(module, name) for name in ("ddpmx_begin", "ddpmx_step"))
         self._condition: int | None = None
         self.why_no_while: str | None = None
+        self.lock = threading.RLock()
+
+    @classmethod
+    def of(cls, driver: Driver) -> Kernels:
+        """Those of a driver: loaded once, for all chains and threads."""
+        with driver.lock:
+            kernels = driver.shared.get("kernels")
+            if not isinstance(kernels, cls):
+                driver.shared["kernels"] = kernels = cls(driver)
+            return kernels
 
     def condition(self) -> int:
         """``ddpmx_condition``.
@@ -31,7 +44,8 @@ class Kernels:
         Raises:
             BackendError: the driver is older than CUDA 12.4 and does not know what it calls.
         """
-        if self._condition is None:
-            module = self._driver.module(cuda.ptx("while"), "while.ptx")
-            self._condition = self._driver.function(module, "ddpmx_condition")
-        return self._condition
+        with self.lock:
+            if self._condition is None:
+                module = self._driver.module(cuda.ptx("while"), "while.ptx")
+                self._condition = self._driver.function(module, "ddpmx_condition")
+            return self._condition

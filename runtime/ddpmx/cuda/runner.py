@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -42,17 +43,18 @@ class DeviceRunner:
                 f"{self._device.description} does not run by executor {executor!r}",
                 hint=f"auto, {', '.join(self._device.executors)}",
             )
-        self._kernels: Kernels | None = None
         self._key: Any = None
         self._chain: DeviceChain | None = None
         self._network: DeviceNetwork | None = None
         self._executed: dict[tuple[int, int], int] = {}
         self._choice: Choice | None = None
+        self._alone = False
 
     @property
     def description(self) -> str:
         """Library, device and, once a chain was prepared, its executor."""
-        return f"{self._device.description}" + (f", executor {self._choice}" if self._choice is not None else "")
+        told = [self._device.description, *(["one image at a time"] if self._alone else [])]
+        return ", ".join(told + ([f"executor {self._choice}"] if self._choice is not None else []))
 
     @property
     def driver(self) -> Driver:
@@ -69,6 +71,7 @@ class DeviceRunner:
         n, alone = len(job.images), self._is_alone(job)
         size, extras = math.prod(self._spec.shape), self._spec.extras
         prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
+        told = [0]
         for first in range(0, n, 1 if alone else n):
             part = slice(first, first + 1 if alone else n)
             prepared.run(
@@ -78,16 +81,16 @@ class DeviceRunner:
                 given={name: rows(array, part, extras[name]) for name, array in job.given.items()},
                 levels=levels + size * first if isinstance(levels, int) else levels[part],
                 after=job.after if first == 0 else (),
-                progress=_share(job.progress, first, n) if alone else job.progress,
+                progress=_share(job.progress, first, n, told) if alone else job.progress,
                 cancel=job.cancel,
             )
 
-    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Iterator[Step]:
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """Run a chain step by step, see :meth:`ddpmx.runner.Runner.steps`."""
         if self._is_alone(job) and len(job.images) > 1:
             raise InputError(
                 f"{self._device.description} gives an image other bits beside others, so only one can be watched at a time",
-                hint="n = 1",
+                hint="batch = 1 (--batch 1)",
             )
         return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
             seed=job.seed, images=job.images, x=x, given=job.given, after=job.after
@@ -103,14 +106,16 @@ class DeviceRunner:
 
     def close(self) -> None:
         """Free everything. Again is harmless."""
-        self._release()
-        self._backend.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._backend.close)
+            self._release()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _is_alone(self, job: Job) -> bool:
         """Whether neighbours would make a difference."""
-        return self._measured(job.batch, job.batch) == 1 < job.batch
+        self._alone = self._measured(job.batch, job.batch) == 1 < job.batch
+        return self._alone
 
     def _batch_of(self, job: Job, *, with_x0: bool) -> int:
         """At which batch size the network runs the job's images."""
@@ -137,11 +142,9 @@ class DeviceRunner:
         device = self._device
         try:
             with device.driver.current():
-                if self._kernels is None:
-                    self._kernels = Kernels(device.driver)
                 self._chain = made = DeviceChain(
                     device.driver,
-                    self._kernels,
+                    Kernels.of(device.driver),
                     self._spec.shape,
                     batch,
                     table,
@@ -174,18 +177,30 @@ class DeviceRunner:
 
     def _release(self) -> None:
         """Free the last chain, whose network comes first."""
-        if self._network is not None:
-            if self._chain is not None:
-                self._chain.settle()
-            self._network.close()
-        if self._chain is not None:
-            self._chain.close()
+        chain, network = self._chain, self._network
         self._network = self._chain = self._key = None
+        with contextlib.ExitStack() as stack:
+            if chain is not None:
+                stack.callback(chain.close)
+            if network is not None and (chain is None or chain.unprepare()):
+                stack.callback(network.close)
 
 
-def _share(progress: Callable[[int, int], None] | None, done: int, n: int) -> Callable[[int, int], None] | None:
-    """The progress of image ``done`` of ``n``, which run one after the other, as that of one chain."""
+def _share(
+    progress: Callable[[int, int], None] | None, done: int, n: int, told: list[int]
+) -> Callable[[int, int], None] | None:
+    """The progress of image ``done`` of ``n``, which run one after the other, as that of one chain.
+
+    ``told`` holds the last number that was told.
+    """
     if progress is None:
         return None
     tell = progress  # for mypy: it is not None in there either
-    return lambda step, total: tell((done * total + step) // n, total)
+
+    def share(step: int, total: int) -> None:
+        now = (done * total + step) // n
+        if now > told[0]:
+            told[0] = now
+            tell(now, total)
+
+    return share

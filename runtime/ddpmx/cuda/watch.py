@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from ddpmx.cuda import Control, Done
 from ddpmx.errors import BackendError, Cancelled, NumericError
@@ -22,6 +24,7 @@ class Watch:
         control: the chain's.
         total: how many steps there are.
         progress, cancel, timeout: as for :meth:`ddpmx.cuda.device_chain.DeviceChain.run`.
+        aside: a context in which ``progress`` and ``cancel`` are called.
 
     Attributes:
         cancelled: whether ``cancel`` has said so.
@@ -34,10 +37,12 @@ class Watch:
         progress: Callable[[int, int], None] | None,
         cancel: Callable[[], bool] | None,
         timeout: float | None,
+        *,
+        aside: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         self._control, self._total = control, total
         self._progress, self._cancel = progress, cancel
-        self._seen, self.cancelled = 0, False
+        self._seen, self.cancelled, self._aside = 0, False, aside
         self._until = math.inf if timeout is None else time.monotonic() + timeout
 
     def goes_on(self) -> bool:
@@ -46,19 +51,22 @@ class Watch:
 
     def look(self) -> None:
         """Once in a while."""
-        if self._cancel is not None and self.goes_on() and self._cancel():
-            self.cancelled = True
-            self._control.stop = 1
+        if self._cancel is not None and self.goes_on():
+            with self._aside():
+                self.cancelled = bool(self._cancel())
+            if self.cancelled:
+                self._control.stop = 1
         step = self._control.step
         if step > self._seen:
             self._seen = step
             if self._progress is not None:
-                self._progress(step, self._total)
+                with self._aside():
+                    self._progress(step, self._total)
         if time.monotonic() > self._until:
             raise Timeout("the chain does not come to its end")
 
 
-def judge(control: Control, table: Table, where: str, *, cancelled: bool = False) -> None:
+def judge(control: Control, table: Table, where: str, *, cancelled: bool = False, given: bool = False) -> None:
     """How a chain has ended.
 
     Args:
@@ -66,6 +74,7 @@ def judge(control: Control, table: Table, where: str, *, cancelled: bool = False
         table: what it was to run.
         where: on what and by which executor, for messages.
         cancelled: whether the host has asked for an end.
+        given: whether it began with a state of the caller's.
 
     Raises:
         NumericError: the network's answer was not finite.
@@ -79,7 +88,9 @@ def judge(control: Control, table: Table, where: str, *, cancelled: bool = False
         raise NumericError(
             f"the network's answer at t = {table.timesteps[step]} is not finite",
             note=f"step {step + 1} of {total}; {where}",
-            hint="if the file is fp16, try fp32: an activation may exceed 65504",
+            hint="look at the x that was given: it may hold NaN or infinities"
+            if given and step == 0
+            else "if the file is fp16, try fp32: an activation may exceed 65504",
         )
     if cancelled or done == Done.STOPPED:
         raise Cancelled("stopped before the chain was through", note=f"after {control.step} of {total} steps")

@@ -44,7 +44,7 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
     device = backend.device
     found: list[Rung] = []
     with device.driver.current():
-        kernels = Kernels(device.driver)
+        kernels = Kernels.of(device.driver)
     for executor in reversed(device.executors):
         name = f"executor {executor} against the chain in NumPy, values that differ"
         with DeviceChain(
@@ -70,6 +70,6 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
                 differing = float(np.mean(np.asarray(got) != wanted))
                 found.append(Rung(name, differing, 0.0, worst="" if differing else "equal bit for bit"))
             finally:
-                made.settle()
+                made.unprepare()
                 network.close()
     return found

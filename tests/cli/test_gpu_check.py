@@ -1,0 +1,306 @@
+"""`make gpu-check` without a GPU: what it says then, how it goes on when steps fail, and what its report holds."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ddpmx.device import Device, Gpus
+from gpu import check, report, steps
+from gpu.fakes.canned import DOCTOR, GPU
+from gpu.steps import Result, Step
+
+HERE = Gpus((Device("NVIDIA H200", "9.0", 141 << 30),), "13.0")
+NO_GPU = Gpus(trouble="there is no NVIDIA driver: libcuda.so.1: no such file")
+
+
+def script(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+def options(**given: object) -> SimpleNamespace:
+    values = {"quick": False, "no_peers": False, "onnx_dir": None, "engine_dir": None, "out": Path("gpu-report")}
+    return SimpleNamespace(**{**values, **given})
+
+
+@pytest.fixture
+def place(tmp_path):
+    out = tmp_path / "gpu-report"
+    (out / "logs").mkdir(parents=True)
+    (out / "engines").mkdir()
+    return check.Place(out, out / "engines", out)
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch, capsys):
+    """``checked([Step(…)], "--quick")`` → (exit code, the report, its JSON)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(planned, *arguments):
+        code = check.main(
+            arguments,
+            devices=HERE,
+            plan=lambda options, place, doctor: [s(place) if callable(s) else s for s in planned],
+            look=lambda place, runner: ([runner(Step("doctor", script("print(1)"), 60, "always"))], DOCTOR),
+        )
+        folder = Path("gpu-report")
+        capsys.readouterr()
+        return code, (folder / report.NAME).read_text(), json.loads((folder / report.JSON).read_text())
+
+    return call
+
+
+# --- no GPU ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_it_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert check.main([], devices=NO_GPU) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == ["Error", "Note", "Hint"]
+    assert "no NVIDIA GPU" in said[0]
+    assert "libcuda.so.1" in said[1]
+    assert "nvidia-smi" in said[2]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["--onnx-dir", "--out"])
+def test_folders_that_are_not_what_they_should_be(tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(SystemExit, match=r"Error: theirs: .*\nHint: "):
+        check.main([flag, "theirs"], devices=HERE)
+    assert (tmp_path / "theirs" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_files_in_the_folder_that_is_emptied_are_not_lost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kept = tmp_path / "gpu-report" / "onnx"
+    kept.mkdir(parents=True)
+    for name in ("gpu-report.md", *(f"onnx/model{p}{e}" for p in ("", "-fp16") for e in (".onnx", ".parity.npz"))):
+        (tmp_path / "gpu-report" / name).write_text("x")
+    with pytest.raises(SystemExit, match="is emptied"):
+        check.main(["--onnx-dir", "gpu-report/onnx"], devices=HERE)
+    assert len(list(kept.iterdir())) == 4
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def do(place, step):
+    return steps.run(step, place.out / "logs", cwd=place.out, environment={"MARK": "seen"})
+
+
+def test_a_step_keeps_its_output_and_its_environment(place):
+    result = do(place, Step("a b", script("import os, sys; print(os.environ['MARK']); print('e', file=sys.stderr)")))
+    assert (result.status, result.code, result.why) == ("ok", 0, "")
+    assert (place.out / "logs" / "a-b.log").read_text().split() == ["seen", "e"]
+
+
+def test_a_step_that_fails_says_its_error(place):
+    text = "print('Error: no such thing\\nHint: another'); raise SystemExit(2)"
+    result = do(place, Step("a", script(text)))
+    assert (result.status, result.code, result.why) == ("failed", 2, "Error: no such thing")
+    assert do(place, Step("b", ["/there/is/no/such/program"])).status == "failed"
+
+
+def test_a_step_that_takes_too_long_is_ended_with_what_it_started(place):
+    child = place.out / "child"
+    text = (
+        "import subprocess, sys, time\n"
+        f"code = \"import time, pathlib; time.sleep(3); pathlib.Path({str(child)!r}).write_text('lives')\"\n"
+        "subprocess.Popen([sys.executable, '-c', code]); print('begun', flush=True); time.sleep(60)"
+    )
+    begun = time.monotonic()
+    result = do(place, Step("a", script(text), seconds=1.5))
+    assert result.status == "timed out"
+    assert "after 2 s" in result.why
+    assert result.tail == "begun"
+    assert time.monotonic() - begun < 20
+    time.sleep(3)
+    assert not child.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="not verified here: a crash by a signal (Windows has none)")
+def test_a_step_that_crashes_names_the_signal(place):
+    result = do(place, Step("a", script("import os; os.kill(os.getpid(), 11)")))
+    assert (result.status, result.why) == ("crashed", "by signal 11 (SIGSEGV)")
+
+
+def test_a_step_that_lacks_something_is_not_run(place):
+    result = do(place, Step("a", script("raise SystemExit(9)"), needs=(place.out / "model.onnx",)))
+    assert (result.status, result.code) == ("not run", None)
+    assert "model.onnx" in result.why
+    assert do(place, Step("b", not_run="there is no torch")).why == "there is no torch"
+
+
+def test_a_step_that_makes_nothing_has_failed(place):
+    result = do(place, Step("a", script("pass"), makes=(place.out / "x.plan",)))
+    assert (result.status, result.why) == ("failed", "it did not make x.plan")
+
+
+# --- the whole of it -------------------------------------------------------------------------------------------------
+
+
+def test_all_that_must_hold_holds(checked):
+    code, text, told = checked([Step("a", script("pass"), must="always"), Step("b", script("raise SystemExit(1)"))])
+    assert code == 0
+    assert text.startswith("# ddpmx on NVIDIA H200: HOLDS: 2 steps")
+    assert [step["status"] for step in told["steps"]] == ["ok", "ok", "failed"]
+
+
+def test_what_fails_does_not_stop_the_rest(checked):
+    code, text, told = checked(
+        [
+            Step("first", script("print('Error: a word of its own'); raise SystemExit(1)"), must="always"),
+            Step("slow", script("import time; time.sleep(60)"), seconds=0.5),
+            lambda place: Step("builds", script("pass"), needs=(place.out / "x.onnx",)),
+            Step("last", script("pass"), must="always"),
+        ]
+    )
+    assert code == 1
+    assert told["verdict"] == "FAILED: first"
+    assert [step["status"] for step in told["steps"]] == ["ok", "failed", "timed out", "not run", "ok"]
+    for needed in ("a word of its own", "**timed out**", "x.onnx is not there", "## Not verified"):
+        assert needed in text
+
+
+@pytest.mark.parametrize(("must", "verdict"), [("always", "INCOMPLETE"), ("if run", "HOLDS"), ("", "HOLDS")])
+def test_what_is_left_out(checked, must, verdict):
+    code, _, told = checked([Step("a", must=must, not_run="there is no TensorRT here")], "--quick")
+    assert told["verdict"].startswith(verdict)
+    assert code == (verdict != "HOLDS")
+    assert "a: there is no TensorRT here" in told["not_verified"]
+
+
+def test_ctrl_c_leaves_a_report(checked, monkeypatch):
+    def interrupted(step, *arguments, **named):
+        if step.name == "b":
+            raise KeyboardInterrupt
+        return Result(step.name, step.must, "ok")
+
+    monkeypatch.setattr(check, "run", interrupted)
+    code, text, told = checked([Step(name, script("pass"), must="always") for name in "abc"])
+    assert code == 130
+    assert "stopped by Ctrl-C" in text
+    assert [step["status"] for step in told["steps"]] == ["ok", "ok", "not run", "not run"]
+
+
+def test_a_report_is_replaced_by_the_next(checked):
+    checked([Step("a", script("pass"), must="always")])
+    Path("gpu-report", "run").mkdir()
+    assert checked([Step("a", script("pass"), must="always")])[0] == 0
+    assert not Path("gpu-report", "run").exists()
+
+
+def test_a_doctor_that_does_not_answer_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "ddpmx", lambda *arguments: script("raise SystemExit('no such module')"))
+    assert check.main([], devices=HERE) == 1
+    text = Path("gpu-report", report.NAME).read_text()
+    assert "FAILED: doctor" in text
+    assert "no such module" in text
+
+
+def test_the_doctor_s_own_words_are_read(place):
+    found_here = json.dumps(DOCTOR, indent=2)
+    (place.out / "logs" / "doctor.log").write_text(f"a library's remark\n{found_here}\n", encoding="utf-8")
+    results, told = check.look_around(place, lambda step: Result(step.name, step.must, "ok"))
+    assert ([r.status for r in results], told) == (["ok"], DOCTOR)
+
+
+# --- what is planned -------------------------------------------------------------------------------------------------
+
+
+def named(planned):
+    return [step.name for step in planned if not step.not_run]
+
+
+ALL = [
+    *(f"tests of {name}" for name in ("kernels", "chains", "networks", "engines")),
+    *("images", "network", "export fp32", "export fp16"),
+    *("build fp32", "parity fp32", "build fp16", "parity fp16"),
+    *("bench fp32", "bench fp16", "build for 256", "many images", "peers"),
+]
+
+
+def doctored(**changes):
+    return {**DOCTOR, "libraries": {**DOCTOR["libraries"], **changes}}
+
+
+def test_a_large_gpu_with_everything(place):
+    planned = check.make_steps(options(), place, DOCTOR)
+    assert named(planned) == ALL
+    commands = {step.name: " ".join(step.command) for step in planned}
+    assert "train" in commands["network"]
+    assert "--bf16" in commands["network"]
+    assert "--batch 128" in commands["network"]
+    assert "--batch 64,256,256" in commands["build for 256"]
+    assert "--engine" in commands["peers"]
+
+
+def test_quick(place):
+    planned = check.make_steps(options(quick=True, no_peers=True), place, DOCTOR)
+    assert named(planned) == [name for name in ALL if name not in ("images", "build for 256", "peers")]
+    assert all("--seconds 0.5" in " ".join(step.command) for step in planned if step.name.startswith("bench"))
+
+
+def test_a_jetson_without_torch(place, tmp_path):
+    no_torch = doctored(torch={"missing": "no module named torch"})
+    planned = check.make_steps(options(), place, no_torch)
+    (network,) = (step for step in planned if step.name == "network")
+    assert "--onnx-dir" in network.not_run
+    assert network.must == "always"
+    elsewhere = check.Place(place.out, place.engines, tmp_path / "files")
+    planned = check.make_steps(options(onnx_dir=tmp_path / "files"), elsewhere, no_torch)
+    wanted = [name for name in ALL if name not in ("images", "network", "export fp32", "export fp16", "peers")]
+    assert named(planned) == wanted
+    (build,) = (step for step in planned if step.name == "build fp16")
+    assert build.needs == (tmp_path / "files" / "model-fp16.onnx",)
+
+
+def test_a_small_gpu_has_small_batches(place):
+    orin = {**DOCTOR, "machine": {**DOCTOR["machine"], "gpus": [{**GPU, "memory": 8 << 30}]}}
+    commands = {step.name: " ".join(step.command) for step in check.make_steps(options(), place, orin)}
+    assert "--batch 1,4,16 --workspace 512" in commands["build fp16"]
+    assert "--batch 32" in commands["network"]
+    assert "build for 256" not in commands
+
+
+def test_without_tensorrt_engines_are_not_built_and_it_is_said_why(place):
+    planned = check.make_steps(options(), place, doctored(**{"TensorRT-RTX": {"missing": "not installed"}}))
+    assert [step.name for step in planned if "no TensorRT" in step.not_run] == [
+        name for name in ALL if name.startswith(("build", "parity", "bench", "many"))
+    ]
+
+
+def test_torch_without_cuda_trains_nothing(place):
+    planned = check.make_steps(options(), place, doctored(torch={"version": "2.13.0", "cuda": None, "gpu": False}))
+    (network,) = (step for step in planned if step.name == "network")
+    assert "random" in network.command
+    assert "peers" not in named(planned)
+
+
+def test_every_command_that_is_planned_is_one(place, ddpmx):
+    """Flags are looked up in --help, scripts on the disk."""
+    known = {}
+    for step in (
+        *check.make_steps(options(), place, DOCTOR),
+        *check.make_steps(options(quick=True), place, DOCTOR),
+    ):
+        python, *command = map(str, step.command)
+        assert python == sys.executable
+        if command[:2] == ["-m", "ddpmx_cli.main"]:
+            name = command[2]
+            if name not in known:
+                known[name] = ddpmx(name, "--help").out
+            for flag in (word for word in command[3:] if word.startswith("--")):
+                assert flag in known[name], f"ddpmx {name} has no {flag}"
+        else:
+            assert command[0] == "-m" or Path(command[0]).is_file()

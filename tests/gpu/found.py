@@ -1,0 +1,139 @@
+"""What the steps have left behind: read, judged, and held against the project's goals."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu.steps import Result
+
+WHILE_GOAL, IMAGES_GOAL = 1.02, 7.0
+PEER_GOALS = {
+    "diffusers eager ÷ ddpmx, fp16, batch 1": (("diffusers", "fp16", 1), 5.0),
+    "diffusers eager ÷ ddpmx, fp16, batch 64": (("diffusers", "fp16", 64), 2.0),
+    "diffusers compiled, with CUDA graphs ÷ ddpmx, fp16, batch 1": (("compile", "fp16", 1), 1.3),
+}
+
+
+def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any) -> dict[str, Any]:
+    """Everything that the steps have found, as plain JSON values. What is not there is None.
+
+    Args:
+        out: where the steps have written.
+        results: how each has ended.
+        engines: where the plans are.
+        **facts: kept as they are; "network", "doctor", "state", … of :func:`gpu.report.to_markdown`.
+    """
+    suites = {path.stem.removeprefix("tests-"): read_tests(path) for path in sorted(out.glob("tests-*.xml"))}
+    parity = {p: _json(out / f"parity-{p}" / "report.json") for p in ("fp32", "fp16")}
+    told: dict[str, Any] = {
+        **facts,
+        "steps": [result.to_json() for result in results],
+        "tests": suites,
+        "plans": {path.name: _plan(path) for path in sorted(engines.glob("*.plan"))},
+        "parity": parity,
+        "bench": {p: _json(out / f"bench-{p}.json") for p in ("fp32", "fp16")},
+        "peers": _json(out / "peers.json"),
+        "speed": _json(out / "speed.json"),
+    }
+    told["not_verified"] = not_verified(results, suites, parity)
+    told["verdict"] = verdict(results, suites)
+    told["goals"] = goals(told)
+    return told
+
+
+def read_tests(path: Path) -> dict[str, Any] | None:
+    """pytest's own report: how many there were, what failed, what was skipped and why, and the figures."""
+    try:
+        cases = list(ElementTree.parse(path).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return None
+    failed, skipped, measured = [], Counter[str](), []
+    for case in cases:
+        for trouble in (*case.iter("failure"), *case.iter("error")):
+            failed.append([case.get("name", "?"), (trouble.get("message") or "").strip()[:400]])
+        for skip in case.iter("skipped"):
+            skipped[(skip.get("message") or "no reason").strip()[:500]] += 1
+        for told in case.iter("property"):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+                what, value, bound = ast.literal_eval(told.get("value") or "")
+                measured.append([str(what), float(value), str(bound)])
+    return {
+        "tests": len(cases),
+        "failed": failed,
+        "skipped": sorted(skipped.items()),
+        "measured": measured,
+    }
+
+
+def verdict(results: Sequence[Result], suites: Mapping[str, Any]) -> str:
+    """One line: HOLDS, INCOMPLETE or FAILED."""
+    must = [result for result in results if result.must]
+    failed = [result.name for result in must if result.status not in ("ok", "not run")]
+    if failed:
+        return f"FAILED: {', '.join(failed)}"
+    left_out = [result.name for result in must if result.must == "always" and result.status == "not run"]
+    for result in must:
+        suite = suites.get(result.name.removeprefix("tests of ")) if result.name.startswith("tests of ") else None
+        if suite and result.must == "always" and sum(n for _, n in suite["skipped"]) == suite["tests"]:
+            left_out.append(f"{result.name} (all were skipped)")
+    if left_out or not must:
+        return f"INCOMPLETE: nothing failed, but not seen: {', '.join(left_out) or 'anything'}"
+    return f"HOLDS: {len([result for result in must if result.status == 'ok'])} steps, all that has to hold"
+
+
+def not_verified(results: Sequence[Result], suites: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:
+    """What nobody may take for proven."""
+    found = [f"{result.name}: {result.why}" for result in results if result.status == "not run"]
+    found += [f"{reason} ({n})" for suite in suites.values() if suite for reason, n in suite["skipped"]]
+    for precision, judged in parity.items():
+        rungs = judged["rungs"] if judged else []
+        found += [f"parity {precision}: {rung['name']}: {rung['skipped']}" for rung in rungs if rung["skipped"]]
+    return list(dict.fromkeys(found))
+
+
+def goals(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The project's goals of speed: each with what was measured, and whether that reaches it. Nothing fails by them."""
+    found: list[dict[str, Any]] = []
+
+    def add(what: str, goal: str, value: float | None, reached: bool | None) -> None:
+        state = (
+            "not measured" if value is None else "not judged" if reached is None else "reached" if reached else "NOT"
+        )
+        found.append({"what": what, "goal": goal, "measured": value, "state": state})
+
+    quick = bool(told.get("quick"))
+    for precision, bench in told["bench"].items():
+        cells = (bench or {}).get("cells", ())
+        cell = next((c for c in cells if (c["batch"], c["executor"]) == (1, "while") and not c["failed"]), None)
+        value = cell["ratio"] if cell else None
+        reached = None if quick or value is None else value <= WHILE_GOAL
+        add(f"chain ÷ bare engine, while, batch 1, {precision}", f"≤ {WHILE_GOAL}", value, reached)
+    rows = {(r["kind"], r["precision"], r["batch"]): r for r in (told["peers"] or {}).get("rows", ())}
+    for what, (key, goal) in PEER_GOALS.items():
+        value = rows[key]["ratio"] if key in rows else None
+        add(what, f"≥ {goal:g}", value, None if quick or value is None else value >= goal)
+    speed, gpus = told["speed"], ((told["doctor"] or {}).get("machine") or {}).get("gpus") or [{}]
+    whole = speed if speed and (speed["images"], speed["steps"]) == (256, 1000) else None
+    value = min(whole["seconds"]) if whole else None
+    reached = None if quick or value is None or "H200" not in str(gpus[0].get("name")) else value < IMAGES_GOAL
+    add("256 CIFAR images of 1000 steps, fp16, seconds (on an H200)", f"< {IMAGES_GOAL:g}", value, reached)
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    built = (_json(path.with_name(path.name + ".json")) or {}).get("build") or {}
+    return {"bytes": path.stat().st_size, **{name: built.get(name) for name in ("seconds", "layers", "precision")}}

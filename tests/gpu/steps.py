@@ -1,0 +1,146 @@
+"""One step of the check: a command in a process of its own, with a time limit, whose output is kept whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+Must = Literal["", "if run", "always"]
+Status = Literal["ok", "failed", "timed out", "crashed", "not run"]
+
+TAIL = 1500
+"""Characters of a failing step's output that the report shows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is to be done.
+
+    Attributes:
+        name: for people, and of its log.
+        command: what is run; none for a step that cannot be.
+        seconds: after which it is ended.
+        must: whether all depends on it: "always", "if run" (it may be left out), or not at all.
+        needs: files that earlier steps make.
+        makes: files that have to be there afterwards.
+        not_run: why it is not run at all.
+    """
+
+    name: str
+    command: Sequence[str] = ()
+    seconds: float = 600.0
+    must: Must = ""
+    needs: tuple[Path, ...] = ()
+    makes: tuple[Path, ...] = ()
+    not_run: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of it.
+
+    Attributes:
+        name, must: the step's.
+        status: how it ended.
+        code: the exit code, or None.
+        seconds: how long it took.
+        why: in a line, if it is not "ok".
+        tail: the end of its output.
+    """
+
+    name: str
+    must: Must
+    status: Status
+    code: int | None = None
+    seconds: float = 0.0
+    why: str = ""
+    tail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def run(step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) -> Result:
+    """Run one step. Ctrl-C ends it and comes out; nothing else does.
+
+    Args:
+        step: which.
+        folder: of the logs.
+        cwd: where it runs.
+        environment: set for it, beside what is set already.
+    """
+    missing = [path.name for path in step.needs if not path.exists()]
+    if step.not_run or missing:
+        why = step.not_run or f"{', '.join(missing)} is not there: an earlier step did not make it"
+        return Result(step.name, step.must, "not run", why=why)
+    log = folder / f"{step.name.replace(' ', '-')}.log"
+    begun, code, late = time.monotonic(), None, False
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                list(step.command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=cwd,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Result(step.name, step.must, "failed", why=f"it does not start: {error}")
+        try:
+            code = process.wait(step.seconds)
+        except subprocess.TimeoutExpired:
+            late = True
+        finally:
+            _end(process)
+    seconds, tail = time.monotonic() - begun, _tail(log)
+    told: dict[str, Any] = {"code": code, "seconds": seconds, "tail": tail}
+    if late:
+        return Result(step.name, step.must, "timed out", why=f"it was ended after {step.seconds:.0f} s", **told)
+    if code is not None and code < 0:
+        return Result(step.name, step.must, "crashed", why=f"by signal {_signal(-code)}", **told)
+    if code != 0:
+        return Result(step.name, step.must, "failed", why=_last_line(tail) or f"exit code {code}", **told)
+    if missing := [path.name for path in step.makes if not path.exists()]:
+        return Result(step.name, step.must, "failed", why=f"it did not make {', '.join(missing)}", **told)
+    return Result(step.name, step.must, "ok", **told)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it started, if it still runs."""
+    if process.poll() is not None:
+        return
+    with contextlib.suppress(OSError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # what waits for a lost GPU may not end
+        process.wait(10)
+
+
+def _tail(log: Path) -> str:
+    text = log.read_bytes()[-4 * TAIL :].decode("utf-8", "replace")
+    return text[-TAIL:].strip()
+
+
+def _last_line(text: str) -> str:
+    """What an error says first: the line that begins with "Error:", or else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("Error:", "E  "))]
+    return (errors or lines or [""])[-1][:300]
+
+
+def _signal(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return f"{number} ({signal.Signals(number).name})"
+    return str(number)

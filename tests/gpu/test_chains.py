@@ -1,0 +1,219 @@
+"""Whole chains on the GPU by every executor: the same images, progress, stops, faults, streams, arrays and threads."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from ddpmx import chain, images
+from ddpmx.cuda import EXECUTORS
+from ddpmx.cuda.device_chain import DeviceChain
+from ddpmx.cuda.executors import why_no_while
+from ddpmx.errors import Cancelled, InputError, NumericError
+from gpu.stand_in import SEED, SPEC, STEPS, Copying, CopyingTwin, StandIn, drawn, table_of
+
+IMAGES = [7, 0, 2]
+
+
+@contextlib.contextmanager
+def prepared(device, kernels, executor, *, batch=3, table=None, with_x0=False):
+    with DeviceChain(
+        device.driver,
+        kernels,
+        device.spec.shape,
+        batch,
+        table or table_of(),
+        clip=device.spec.clip,
+        with_x0=with_x0,
+        description="the stand-in",
+    ) as made:
+        network = device.network(batch, x=made.x, t=made.t, out=made.out, var=made.var, stream=made.stream)
+        made.prepare(network.enqueue, executor)
+        yield made
+
+
+def test_while_nodes_work_here(driver, loaded):
+    if why := why_no_while(driver, loaded):
+        pytest.skip(f"not verified here: a chain in one launch (driver for CUDA {driver.cuda}: {why})")
+    assert EXECUTORS[0] == "while"
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_images_are_numpy_s(open_pipeline, executor):
+    with open_pipeline(executor) as pipeline:
+        got = pipeline.generate(11, seed=SEED, steps=STEPS, batch=4)
+        assert pipeline.backend == f"the stand-in, executor {executor}"
+    assert got.tobytes() == drawn(range(11)).tobytes()
+
+
+def test_any_n_split_or_shard_gives_the_same_images(open_pipeline, executor):
+    whole = drawn(range(13))
+    with open_pipeline(executor) as pipeline:
+        for n, first, batch in ((1, 0, 8), (13, 0, 8), (5, 8, 8), (13, 0, 3), (2, 11, None), (1, 12, 1)):
+            got = pipeline.generate(n, first=first, seed=SEED, steps=STEPS, batch=batch)
+            assert got.tobytes() == whole[first : first + n].tobytes(), (n, first, batch)
+
+
+def test_a_network_without_kernels_is_captured_as_well(driver, open_pipeline, executor):
+    """A copy is a node of its own kind in a graph, and in a WHILE node's body."""
+    with open_pipeline(executor, Copying(driver)) as pipeline:
+        got = pipeline.generate(3, seed=SEED, steps=STEPS)
+    indices = np.arange(3)
+    start = chain.initial(SEED, indices, SPEC.shape)
+    *_, last = chain.run(CopyingTwin(), table_of(), start, seed=SEED, images=indices, clip=SPEC.clip)
+    assert got.tobytes() == images.to_nhwc(last.x0).tobytes()
+
+
+def test_a_variance_that_the_network_learns(driver, open_pipeline, executor):
+    spec = SPEC.replace(variance="learned_range")
+    with open_pipeline(executor, StandIn(driver, spec)) as pipeline:
+        got = pipeline.generate(3, seed=SEED, steps=STEPS)
+    assert got.tobytes() == drawn(range(3), spec=spec, table=table_of(spec)).tobytes()
+
+
+def test_a_whole_chain_of_1000_steps(open_pipeline, executor, many_steps):
+    with open_pipeline(executor) as pipeline:
+        got = pipeline.generate(2, seed=SEED, steps=many_steps)
+    assert got.tobytes() == drawn(range(2), table=table_of(steps=many_steps)).tobytes()
+
+
+def test_watched_step_by_step(open_pipeline):
+    with open_pipeline() as pipeline:
+        seen = list(pipeline.stream(3, seed=SEED, steps=STEPS))
+        shown = []
+        got = pipeline.generate(3, seed=SEED, steps=STEPS, preview=lambda at, p: shown.append((at, p.t)))
+    assert images.to_nhwc(seen[-1].x0).tobytes() == got.tobytes() == drawn(range(3)).tobytes()
+    assert shown == [(0, t) for t in table_of().timesteps.tolist()]
+
+
+# --- while it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_progress_rises_to_its_end(driver, loaded, executor, many_steps):
+    device, seen = StandIn(driver), []
+    with prepared(device, loaded, executor, table=table_of(steps=many_steps)) as made:
+        made.run(seed=SEED, images=IMAGES, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(set(seen))
+    assert seen[-1] == (many_steps, many_steps)
+    device.close()
+
+
+def test_cancel_in_mid_chain_and_then_a_whole_one(driver, loaded, executor, many_steps):
+    device, table = StandIn(driver), table_of(steps=many_steps)
+    with prepared(device, loaded, executor, table=table) as made:
+        with pytest.raises(Cancelled, match=f"of {many_steps} steps"):
+            made.run(seed=SEED, images=IMAGES, cancel=lambda: made.control.step >= 5)
+        assert 5 <= made.control.step < many_steps
+        got = made.run(seed=SEED, images=IMAGES)
+    assert got.tobytes() == drawn(IMAGES, table=table).tobytes()
+    device.close()
+
+
+def test_cancel_before_it_begins(open_pipeline, executor, many_steps):
+    with open_pipeline(executor) as pipeline:
+        with pytest.raises(Cancelled):
+            pipeline.generate(3, seed=SEED, steps=many_steps, cancel=lambda: True)
+        assert pipeline.generate(3, seed=SEED, steps=STEPS).tobytes() == drawn(range(3)).tobytes()
+
+
+@pytest.mark.parametrize("k", [0, 5, STEPS - 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_answer_that_is_not_finite_is_found_where_it_is(driver, loaded, executor, k, value):
+    device, t = StandIn(driver), int(table_of().timesteps[k])
+    with prepared(device, loaded, executor) as made:
+        device.poison(t, value)
+        with pytest.raises(NumericError, match=f"t = {t} is not finite") as caught:
+            made.run(seed=SEED, images=IMAGES)
+        assert f"step {k + 1} of {STEPS}; the stand-in; executor {executor}" in str(caught.value)
+        device.heal()
+        got = made.run(seed=SEED, images=IMAGES)
+    assert got.tobytes() == drawn(IMAGES).tobytes()
+    device.close()
+
+
+def test_an_exception_in_a_callback_ends_the_chain(driver, loaded, executor, many_steps):
+    def progress(done, total):
+        raise RuntimeError("a bar that broke")
+
+    device, table = StandIn(driver), table_of(steps=many_steps)
+    with prepared(device, loaded, executor, table=table) as made:
+        with pytest.raises(RuntimeError, match="a bar that broke"):
+            made.run(seed=SEED, images=IMAGES, progress=progress)
+        got = made.run(seed=SEED, images=IMAGES)
+    assert got.tobytes() == drawn(IMAGES, table=table).tobytes()
+    device.close()
+
+
+def test_events_tell_the_time(driver, loaded, executor):
+    device = StandIn(driver)
+    with prepared(device, loaded, executor) as made, contextlib.ExitStack() as stack, driver.current():
+        marks = [stack.enter_context(driver.event(timing=True)) for _ in range(STEPS + 1)]
+        made.run(seed=SEED, images=IMAGES, marks=marks)
+        assert driver.milliseconds(marks[0], marks[-1]) > 0
+    device.close()
+
+
+# --- streams and arrays ----------------------------------------------------------------------------------------------
+
+
+def test_what_another_stream_is_still_writing_is_waited_for(driver, loaded, executor, noise):
+    """x comes at the end of a long queue in another stream, and the images go to memory that is read at its beginning."""
+    device, n = StandIn(driver), len(noise)
+    wrong = np.full_like(noise, 0.25)
+    with prepared(device, loaded, executor, batch=n) as made, driver.current(), driver.stream() as other:
+        x, room, far = (driver.allocate(size, "memory") for size in (noise.nbytes, 1 << 25, 1 << 25))
+        driver.copy_in(x.value, wrong, other.value)
+        driver.wait_for_stream(other.value)
+        for _ in range(50):
+            driver.copy(far.value, room.value, 1 << 25, other.value)
+        driver.copy_in(x.value, noise, other.value)
+        got = made.run(seed=SEED, images=range(n), x=x.value, after=[other.value])
+        driver.wait_for_stream(other.value)
+    assert got.tobytes() == drawn(range(n), x=noise).tobytes()
+    device.close()
+
+
+def test_x_and_out_are_read_and_written_where_they_are(open_pipeline, arrays, executor, noise):
+    n = len(noise)
+    wanted = drawn(range(n), x=noise)
+    with open_pipeline(executor) as pipeline:
+        x, out = arrays.make(noise), arrays.make(np.zeros_like(wanted))
+        assert pipeline.generate(n, seed=SEED, steps=STEPS, batch=2, x=x, out=out) is out
+        assert arrays.read(out).tobytes() == wanted.tobytes()
+        assert arrays.read(x).tobytes() == noise.tobytes(), "x was written"
+
+
+def test_images_that_stay_on_the_gpu_are_anyone_s(open_pipeline, arrays):
+    with open_pipeline() as pipeline:
+        kept = pipeline.generate(5, seed=SEED, steps=STEPS, batch=2, on_device=True)
+        theirs = arrays.adopt(kept)
+        assert arrays.read(theirs).tobytes() == drawn(range(5)).tobytes()
+        assert kept.numpy().tobytes() == drawn(range(5)).tobytes()
+        del theirs
+        kept.close()
+
+
+def test_an_array_of_another_type_is_refused(open_pipeline, arrays, noise):
+    with open_pipeline() as pipeline:
+        with pytest.raises(InputError, match="float32"):
+            pipeline.generate(5, steps=STEPS, x=arrays.make(noise.astype(np.float16)))
+        assert pipeline.generate(3, seed=SEED, steps=STEPS).tobytes() == drawn(range(3)).tobytes()
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_threads_run_at_once(open_pipeline, at_once, executor):
+    rounds, got = 5, {}
+    with open_pipeline(executor) as pipeline, pipeline.share() as other:
+
+        def draw(name, mine, first):
+            got[name] = [mine.generate(4, seed=SEED, first=first, steps=STEPS).tobytes() for _ in range(rounds)]
+
+        at_once([lambda: draw("one", pipeline, 0), lambda: draw("other", other, 4)])
+    assert got["one"] == rounds * [drawn(range(4)).tobytes()]
+    assert got["other"] == rounds * [drawn(range(4, 8)).tobytes()]

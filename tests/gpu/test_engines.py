@@ -1,0 +1,135 @@
+"""Plans of TensorRT or TensorRT-RTX, whichever is here: built, run by every executor, and held against what they are of."""
+
+from __future__ import annotations
+
+import pytest
+
+import ddpmx
+from ddpmx.backends import CopyingBackend
+from ddpmx.backends.trt import TrtEngine
+from ddpmx.cuda import EXECUTORS
+from ddpmx.device import Device, Gpus
+from ddpmx.errors import BackendError, InputError
+from ddpmx.parity import on_device
+from ddpmx.parity.ladder import climb
+from oracles.parity import make_reference
+
+STEPS, SEED = 12, 5
+ELSEWHERE = Gpus((Device("a GPU of long ago", "5.0", 1 << 30),), "13.0")
+
+
+def test_a_plan_is_opened_as_what_it_says_it_is(plan, engines):
+    """That its name came back whole from TensorRT is checked by whoever opens it."""
+    with TrtEngine(plan) as opened:
+        assert opened.description.startswith(f"{engines.library} on ")
+        assert opened.batches == ((1, 8),)
+        assert opened.info.spec.prediction == "eps"
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_the_chain_is_numpy_s_chain_of_the_same_engine(plan, executor):
+    with TrtEngine(plan) as opened:
+        backend = CopyingBackend(opened)
+        (rung,) = (r for r in on_device.rungs(backend, opened.spec) if r.name.split()[1] == executor)
+        backend.close()
+    if rung.skipped:
+        pytest.skip(f"not verified here: a plan by {executor} ({rung.skipped})")
+    assert rung.passed, str(rung)
+
+
+def test_all_executors_give_the_same_images(plan):
+    drawn = {}
+    for executor in EXECUTORS:
+        with ddpmx.load(plan, executor=executor) as pipeline:
+            try:
+                drawn[executor] = pipeline.generate(5, seed=SEED, steps=STEPS, batch=4).tobytes()
+            except BackendError:
+                if executor != "while":  # which not every platform has
+                    raise
+    assert len(set(drawn.values())) == 1
+    assert {"plain", "graph"} <= set(drawn)
+
+
+def test_an_engine_draws_the_same_images_in_any_split(plan):
+    with ddpmx.load(plan) as pipeline:
+        whole = pipeline.generate(11, seed=SEED, steps=STEPS, batch=4)
+        for n, first in ((1, 0), (5, 6), (2, 3), (1, 10)):
+            got = pipeline.generate(n, first=first, seed=SEED, steps=STEPS, batch=4)
+            assert got.tobytes() == whole[first : first + n].tobytes(), (n, first)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 8])
+def test_every_batch_of_the_profile_runs(plan, batch):
+    with ddpmx.load(plan) as pipeline:
+        got = pipeline.generate(batch, seed=SEED, steps=STEPS, batch=batch)
+        assert got.shape[0] == batch
+        assert got.std() > 0
+
+
+def test_a_batch_beyond_the_profile_is_split(plan):
+    with ddpmx.load(plan) as pipeline:
+        assert pipeline.check_request(11, batch=11) == 8
+        got = pipeline.generate(11, seed=SEED, steps=STEPS, batch=11)
+        assert got.tobytes() == pipeline.generate(11, seed=SEED, steps=STEPS, batch=8).tobytes()
+    with TrtEngine(plan) as opened, pytest.raises(InputError, match="takes batches of 1…8, not 9"):
+        opened.check_batch(9)
+
+
+def test_a_plan_for_another_gpu_is_refused_before_it_is_opened(plan):
+    with pytest.raises(BackendError, match=r"built for SM .*, and this GPU is a GPU of long ago, SM 5\.0") as caught:
+        TrtEngine(plan, devices=ELSEWHERE)
+    assert "ddpmx build" in caught.value.hint
+
+
+def test_what_was_compiled_for_this_gpu_is_kept(plan, engines, tmp_path):
+    if not engines.library.is_rtx:
+        pytest.skip(f"not verified here: TensorRT-RTX's cache of what it compiled ({engines.library} has none)")
+    drawn = []
+    for _ in range(2):
+        with ddpmx.load(plan, cache=tmp_path) as pipeline:
+            drawn.append(pipeline.generate(3, seed=SEED, steps=STEPS).tobytes())
+        (kept,) = tmp_path.iterdir()
+        assert kept.stat().st_size > 0
+    assert drawn[0] == drawn[1]
+    with ddpmx.load(plan) as pipeline:
+        assert pipeline.generate(3, seed=SEED, steps=STEPS).tobytes() == drawn[0]
+
+
+def test_two_threads_have_contexts_of_their_own(plan, at_once):
+    rounds, got = 5, {}
+    with ddpmx.load(plan) as pipeline, pipeline.share() as other:
+        alone = [pipeline.generate(4, seed=SEED, first=first, steps=STEPS).tobytes() for first in (0, 4)]
+
+        def draw(mine, first):
+            got[first] = [mine.generate(4, seed=SEED, first=first, steps=STEPS).tobytes() for _ in range(rounds)]
+
+        at_once([lambda: draw(pipeline, 0), lambda: draw(other, 4)])
+    assert got == {0: rounds * alone[:1], 4: rounds * alone[1:]}
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+def judged(spec, backend, reference, name, figure):
+    """Climb, have each figure told, and see that all hold."""
+    try:
+        climbed = climb(backend, spec, reference)
+    finally:
+        backend.close()
+    for rung in climbed.rungs:
+        if rung.skipped is None:
+            figure(f"{name}: {rung.name}", rung.value, **{"at_least" if rung.at_least else "at_most": rung.bound})
+    assert climbed.passed, climbed.verdict
+
+
+def test_the_ladder_holds_for_the_closed_form(engines, gaussian_onnx, figure):
+    """ε within 1e-4 of float64, and the chain's pixels: no torch is needed for that."""
+    spec, backend = engines.open(gaussian_onnx)
+    judged(spec, backend, make_reference(), f"{engines.library}, closed form, fp32", figure)
+
+
+def test_the_ladder_holds_for_a_trained_network(engines, references, figure):
+    """fp32: ε within 1e-4 of PyTorch's, relative; fp16: 5e-3."""
+    for name, onnx, reference in references:
+        spec, backend = engines.open(onnx)
+        judged(spec, backend, reference, f"{engines.library}, U-Net, {name}", figure)

@@ -1,0 +1,42 @@
+"""Networks of other libraries on the GPU: torch's in the chain's own stream, and ONNX Runtime's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ddpmx import chain, images
+from ddpmx.backends import CopyingBackend
+from ddpmx.parity import on_device
+
+STEPS, SEED = 12, 5
+
+
+def test_a_network_of_torch_s_runs_in_the_chain_s_stream(torch_network, executor):
+    """Held against the same network's chain in NumPy. A library that refuses to be captured is one to be run plainly."""
+    device = torch_network()
+    backend = CopyingBackend(device)
+    rungs = {rung.name.split()[1]: rung for rung in on_device.rungs(backend, device.spec)}
+    backend.close()
+    rung = rungs[executor]
+    if rung.skipped:
+        pytest.skip(f"not verified here: torch's network by {executor} ({rung.skipped})")
+    assert rung.passed, str(rung)
+
+
+def test_onnx_runtime_s_images_are_numpy_s(ort_pipeline):
+    spec = ort_pipeline.spec
+    got = ort_pipeline.generate(3, seed=SEED, steps=STEPS, batch=3)
+    assert "executor plain" in ort_pipeline.backend
+    indices = np.arange(3)
+    backend = ort_pipeline._runner._backend
+    start = chain.initial(SEED, indices, spec.shape)
+    *_, last = chain.run(backend, ort_pipeline.table(steps=STEPS), start, seed=SEED, images=indices, clip=spec.clip)
+    assert got.tobytes() == images.to_nhwc(last.x0).tobytes()
+
+
+def test_onnx_runtime_draws_the_same_images_in_any_split(ort_pipeline):
+    whole = ort_pipeline.generate(7, seed=SEED, steps=STEPS, batch=4)
+    for n, first in ((1, 0), (3, 4), (1, 6)):
+        got = ort_pipeline.generate(n, first=first, seed=SEED, steps=STEPS, batch=4)
+        assert got.tobytes() == whole[first : first + n].tobytes(), (n, first)
