@@ -85,7 +85,7 @@ def open_found(path: str | os.PathLike[str]) -> Found:
 def _file(path: Path) -> Found:
     if not path.is_file():
         raise FileFormatError(f"{path}: neither a file nor a folder")
-    if path.suffix == ".index" or ".data-0" in path.name:
+    if is_bundle(path):
         return _tensor_bundle(path)
     if path.name in ("config.json", "model_index.json"):
         return _folder(path.parent)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ddpm_export.importers.crc32c import crc32c, unmask
 from ddpmx.errors import FileFormatError
-from ddpmx.wire import MalformedError, as_message, as_number, fields
+from ddpmx.wire import MalformedError, as_message, as_number, fields, varint
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 """The last eight bytes of an index."""
@@ -356,12 +356,12 @@ def _table(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     position = 0
     handle = []
     for _ in range(4):  # where the block of statistics is (offset, size), and where the block of blocks
-        number, position = _varint(footer, position)
+        number, position = varint(footer, position)
         handle.append(number)
     end, count, names, last = 0, 0, 0, None
     for _, place in _block(view, handle[2], handle[3]):
-        offset, at = _varint(place, 0)
-        size, _ = _varint(place, at)
+        offset, at = varint(place, 0)
+        size, _ = varint(place, at)
         if offset < end:  # blocks that are told twice would be read twice, and so on
             raise MalformedError("its blocks are not in order")
         end = offset + size
@@ -394,25 +394,12 @@ def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, me
     entries = block[: size - 4 - 4 * restarts]
     position, key = 0, b""
     while position < len(entries):
-        shared, position = _varint(entries, position)
-        own, position = _varint(entries, position)
-        length, position = _varint(entries, position)
+        shared, position = varint(entries, position)
+        own, position = varint(entries, position)
+        length, position = varint(entries, position)
         if shared > len(key) or shared + own > MAX_NAME or position + own + length > len(entries):
             raise MalformedError("an entry that does not fit into its block")
         key = key[:shared] + entries[position : position + own].tobytes()
         position += own
         yield key, entries[position : position + length]
         position += length
-
-
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(view):
-            raise MalformedError("it ends inside a number")
-        byte = view[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise MalformedError("a number of more than ten bytes")

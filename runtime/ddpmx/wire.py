@@ -17,16 +17,16 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     """
     position, end = 0, len(view)
     while position < end:
-        key, position = _varint(view, position)
+        key, position = varint(view, position)
         number, wire = key >> 3, key & 7
         if number == 0:
             raise MalformedError("a field numbered 0")
         if wire == 0:
-            value, position = _varint(view, position)
+            value, position = varint(view, position)
             yield number, value
             continue
         if wire == 2:
-            length, position = _varint(view, position)
+            length, position = varint(view, position)
         elif wire in (1, 5):
             length = 8 if wire == 1 else 4
         else:
@@ -37,7 +37,12 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         position += length
 
 
-def _varint(view: memoryview, position: int) -> tuple[int, int]:
+def varint(view: memoryview, position: int) -> tuple[int, int]:
+    """A number at ``position``, and where it ends.
+
+    Raises:
+        MalformedError: it does not end.
+    """
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(view):
@@ -58,7 +63,7 @@ def packed(view: memoryview) -> Iterator[int]:
     """
     position = 0
     while position < len(view):
-        value, position = _varint(view, position)
+        value, position = varint(view, position)
         yield value
 
 
