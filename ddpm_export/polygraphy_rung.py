@@ -71,7 +71,8 @@ def compare(
     else:
         runner = OnnxrtRunner(SessionFromOnnx(os.fspath(path), providers=["cpu"]), name="ONNX Runtime")
     feeds = [
-        {"x": reference.inputs(k), "t": np.full(len(reference.x0), t, np.int32)} for k, t in enumerate(reference.t)
+        {"x": reference.inputs(k), "t": np.full(len(reference.x0), t, np.int32), **reference.told(k)}
+        for k, t in enumerate(reference.t)
     ]
     kept, name = elements(spec.shape), spec.prediction
 

@@ -377,3 +377,14 @@ def test_training_reduces_the_loss(trained, figure):
     assert fresh == pytest.approx(1, rel=0.05), "an untrained network answers zero, and ε has variance 1"
     figure("loss after half a minute of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
            at_most=0.2)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "spec"),
+    [({"classes": 4}, {"classes": 4}), ({"out_channels": 2}, {"variance": "learned_range"}), ({}, {"condition": 1})],
+    ids=["classes", "learned variance", "a condition"],
+)
+def test_what_l_simple_does_not_teach_is_refused(tmp_path, network, spec):
+    images = Dataset(IMAGES, Source(tmp_path))
+    with pytest.raises(SpecError, match="x and t alone"):
+        Trainer(tmp_path, images, SPEC.replace(**spec), dataclasses.replace(NETWORK, **network), SETTINGS, device="cpu")

@@ -1,0 +1,362 @@
+"""OpenAI's improved-diffusion and guided-diffusion: bare state dicts, which name neither network nor chain.
+
+The shapes of the weights show the structure. The rest (heads, the order in qkv, schedule, T, whether t is rescaled) is
+taken from what the user says, from ``openai_flags.txt`` beside the weights, or from the published flags of a file that
+is known by its name or by a structure that no other network has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm_export.importers import openai_flags
+from ddpm_export.importers.found import Found
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.keys import config_error, side, to_ours, to_theirs, unet_shapes
+from ddpm_export.importers.openai_flags import ALWAYS, PUBLISHED, SIZES, openai_unet
+from ddpm_export.importers.openai_keys import rows
+from ddpm_export.unet_config import UNetConfig, check_spec
+from ddpmx.errors import FileFormatError, InputError
+from ddpmx.samplers import Variance
+from ddpmx.spec import ModelSpec
+
+NAME = "openai"
+FLAGS_FILE = "openai_flags.txt"
+
+_FIRST = "input_blocks.0.0.weight"
+_LEVEL = "input_blocks.{}.0"
+
+
+def recognise(found: Found) -> str | None:
+    """By the names."""
+    prefix = _prefix(found)
+    return None if prefix is None else f"the weights are called {prefix}input_blocks.*, time_embed.*"
+
+
+def _prefix(found: Found) -> str | None:
+    """DataParallel's, or none."""
+    for prefix in ("", "module."):
+        if prefix + _FIRST in found.tensors and prefix + "time_embed.0.weight" in found.tensors:
+            return prefix
+    return None
+
+
+def read(found: Found, options: Options) -> Imported:
+    """The network of a file.
+
+    Raises:
+        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+    """
+    name = found.file.name
+    if options.weights == "raw" and name.startswith("ema_"):
+        raise InputError(f"{name}: averaged weights, by its name", hint="the others are in a file model*.pt beside it")
+    ask = Inquiry(options)
+    theirs = found.below(_prefix(found) or "")
+    config, spec, new_order = understand(ask, found, theirs)
+    ask.fact("weights", len(theirs), name)
+    return ask.done(NAME, config, spec, to_ours(rows(config, new_order), theirs, shapes=unet_shapes(config)))
+
+
+def understand(ask: Inquiry, found: Found, theirs: Mapping[str, Tensor]) -> tuple[UNetConfig, ModelSpec, bool]:
+    """Network, chain, and whether qkv is in the new order; from the shapes of the weights and what is told.
+
+    Raises:
+        FileFormatError, InputError: no such network, or another than was said.
+    """
+    seen = _structure(theirs)
+    told, source = _told(ask, found, seen)
+    widths = [seen["channels"] * multiplier for multiplier in seen["multipliers"]]
+    ask.fact("network", f"{widths}, {seen['blocks']} blocks per level", "shapes of the weights")
+    size = _size(ask, seen, told, source)
+    timesteps, schedule, rescale = _times(ask, seen, told, source)
+    attended = [width for width, attends in zip(widths, seen["attends"], strict=True) if attends] + widths[-1:]
+    heads, head_channels = _heads(ask, sorted(set(attended)), told, source)
+    config = openai_unet(
+        **{name: value for name, value in seen.items() if name != "attends"},
+        size=size,
+        attention=tuple(size[0] >> level for level, attends in enumerate(seen["attends"]) if attends),
+        dropout=ask.settle(
+            "dropout",
+            (0.0,),
+            known=told.get("dropout"),
+            source=source,
+            assume="not in the file; it acts in training only",
+            closed=False,
+        ),
+        time_scale=1000 / timesteps if rescale else 1.0,
+        heads=heads,
+        head_channels=head_channels,
+    )
+    new_order = _new_order(ask, config, told, source)
+    variances: tuple[Variance, ...] = ("learned_range",) if config.learned_variance else ("fixed_large", "fixed_small")
+    spec = ModelSpec(
+        (config.in_channels, *config.size),
+        timesteps,
+        schedule,
+        schedule_params(schedule, timesteps),
+        ask.settle(
+            "prediction", ("eps", "x0"), known=told.get("prediction"), source=source, assume="its scripts' default"
+        ),
+        ask.settle(
+            "variance",
+            variances,
+            known=variances[0] if config.learned_variance else told.get("variance"),
+            source="it answers twice the image's channels" if config.learned_variance else source,
+            why="it acts in the chain only",
+            probed=False,
+        ),
+        ask.settle("clip", (1.0, None), assume="its scripts clip", closed=False),
+        classes=config.classes,
+    )
+    return config, spec, new_order
+
+
+def schedule_params(schedule: str, timesteps: int) -> dict[str, float]:
+    """Theirs: the linear schedule is stretched, so that β·T is as with T = 1000."""
+    if schedule != "linear":
+        return {}
+    scale = 1000 / timesteps
+    return {"beta_start": scale * 0.0001, "beta_end": scale * 0.02}
+
+
+# --- what the shapes show --------------------------------------------------------------------------------------------
+
+
+def _structure(theirs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The numbers of :func:`.openai_flags.structure`.
+
+    Raises:
+        FileFormatError: no network of this code, or one that draws upon more than noise, t and a class.
+    """
+    if not any(name.startswith("output_blocks.") for name in theirs):
+        raise FileFormatError(
+            "a network without a way up, as OpenAI's classifiers are",
+            note="it answers no ε, and ddpmx has no use for it",
+        )
+    if any(".transformer_blocks." in name for name in theirs):
+        raise FileFormatError("a network with cross-attention", note="it is told by a text, which ddpmx cannot give it")
+    c_in, c_out = side(theirs, _FIRST, 1), side(theirs, "out.2.weight", 0)
+    if c_in == 6 and c_out in (3, 6):
+        raise FileFormatError(
+            "a network that enlarges images", note="it takes 6 channels: x_t, and a smaller image made large"
+        )
+    if c_out not in (c_in, 2 * c_in):
+        raise config_error("channels in and out", f"{c_in} and {c_out}")
+    channels, embedded = side(theirs, _FIRST, 0), side(theirs, "time_embed.0.weight", 1)
+    if channels != embedded:
+        raise FileFormatError(
+            f"the first level is {channels} wide, and the time embedding {embedded}",
+            note="ddpmx's U-Net has one number for both; guided-diffusion's for 512×512 has not",
+        )
+    levels, blocks, resample = _levels(theirs)
+    first = [_LEVEL.format(1 + level * (blocks + 1)) for level in range(levels)]
+    widths = [side(theirs, f"{block}.out_layers.3.weight", 0) for block in first]
+    if channels < 1 or any(width % channels or width < channels for width in widths):
+        raise config_error("widths", widths)
+    return {
+        "in_channels": c_in,
+        "out_channels": c_out,
+        "channels": channels,
+        "multipliers": tuple(width // channels for width in widths),
+        "blocks": blocks,
+        "attends": tuple(f"{block[:-1]}1.qkv.weight" in theirs for block in first),
+        "scale_shift": side(theirs, f"{first[0]}.emb_layers.1.weight", 0) == 2 * widths[0],
+        "resample_blocks": resample == "blocks",
+        "average_pool": resample == "pool",
+        "classes": side(theirs, "label_emb.weight", 0) if "label_emb.weight" in theirs else None,
+    }
+
+
+def _levels(theirs: Mapping[str, Tensor]) -> tuple[int, int, str]:
+    """How many levels, how many blocks in each, and how the size changes between them: conv, blocks, pool or "".
+
+    There are levels·(blocks + 1) input blocks, those that resample among them, and as many output blocks.
+    """
+    total = 0
+    while f"output_blocks.{total}.0.in_layers.2.weight" in theirs:
+        total += 1
+    inner = range(1, total)
+    ups = (n for n in range(total) for place in (1, 2) if f"output_blocks.{n}.{place}.in_layers.2.weight" in theirs)
+    convs = (i - 1 for i in inner if f"{_LEVEL.format(i)}.op.weight" in theirs)
+    nothing = (i - 1 for i in inner if f"{_LEVEL.format(i)}.in_layers.2.weight" not in theirs)
+    kinds: tuple[tuple[str, Iterator[int]], ...] = (("blocks", ups), ("conv", convs), ("pool", nothing))
+    resample, blocks = next(((kind, n) for kind, found in kinds for n in found), ("", total - 1))
+    if blocks < 1 or total % (blocks + 1):
+        raise config_error("blocks on the way up, and per level", f"{total}, {blocks}")
+    return total // (blocks + 1), blocks, resample
+
+
+# --- what they do not ------------------------------------------------------------------------------------------------
+
+
+def _told(ask: Inquiry, found: Found, seen: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Settings from a published network or from a file of flags, and their source.
+
+    Raises:
+        InputError: the network that was said is another.
+    """
+    file = found.file.parent / FLAGS_FILE
+    if "model" not in ask.options.said and file.is_file() and file.stat().st_size <= 1 << 16:
+        try:
+            flags = openai_flags.parse(file.read_text(encoding="utf-8", errors="replace"))
+            return openai_flags.settings(flags), FLAGS_FILE
+        except InputError as error:
+            raise FileFormatError(f"{file}: {error.fact}", note=error.note, hint=error.hint) from error
+    structures = {name: openai_flags.structure(openai_flags.network(p.flags)) for name, p in PUBLISHED.items()}
+    alike = [name for name, structure in structures.items() if structure == seen]
+    known, why = next((name for name in alike if found.file.name in PUBLISHED[name].files), None), "the file's name"
+    shown = [name for name in alike if PUBLISHED[name].shown]
+    if known is None and shown:  # where there are several, they differ in dropout only
+        known, why = shown[0], "its structure is that network's alone"
+    models = {name: openai_flags.settings(published.flags) for name, published in PUBLISHED.items()}
+    told = ask.published(models, known=known, source=why)
+    if told and (model := _name_of(told, models)) not in alike:
+        differs = [
+            f"{name} {value}, and {structures[model][name]} there"
+            for name, value in seen.items()
+            if value != structures[model][name]
+        ]
+        raise InputError(f"the file is not {model}", note="; ".join(differs))
+    return told, "that network's published flags"
+
+
+def _name_of(told: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
+    return next(name for name, settings in models.items() if settings is told)
+
+
+def _size(ask: Inquiry, seen: Mapping[str, Any], told: Mapping[str, Any], source: str) -> tuple[int, int]:
+    """Height and width: the network is as happy with any, but their scripts are not."""
+    attends = seen["attends"]
+    usual = SIZES.get(seen["multipliers"])
+    guess = usual or (16 << attends.index(True) if True in attends else 64)
+    size = ask.settle(
+        "size",
+        ((guess, guess),),
+        known=told.get("size"),
+        source=source,
+        assume=f"the scripts have these widths for {usual} pixels only" if usual else "",
+        why="the network is as happy with any",
+        closed=False,
+        probed=False,
+    )
+    if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        raise InputError(f"size cannot be {size!r}", hint="for example 64x64")
+    return size
+
+
+def _times(ask: Inquiry, seen: Mapping[str, Any], told: Mapping[str, Any], source: str) -> tuple[int, str, bool]:
+    """T, the schedule, and whether the network sees t·1000/T."""
+    schedule = ask.settle("schedule", ("linear", "cosine"), known=told.get("schedule"), source=source)
+    timesteps = ask.settle(
+        "timesteps",
+        (1000, 4000) if seen["resample_blocks"] else (4000, 1000),
+        known=told.get("timesteps"),
+        source=source,
+        why="any other is possible",
+        closed=False,
+        probed=False,
+    )
+    if type(timesteps) is not int or timesteps < 1:
+        raise InputError(f"timesteps cannot be {timesteps!r}", hint="a whole number above 0")
+    if timesteps == 1000:
+        return timesteps, schedule, ask.settle("rescale_timesteps", (False, True), assume="with T = 1000 it is nothing")
+    rescale = ask.settle(
+        "rescale_timesteps",
+        (True, False),
+        known=told.get("rescale_timesteps"),
+        source=source,
+        why="improved-diffusion's default is true, guided-diffusion's false",
+    )
+    return timesteps, schedule, rescale
+
+
+def _heads(ask: Inquiry, widths: list[int], told: Mapping[str, Any], source: str) -> tuple[int, int | None]:
+    """The number of heads, or 1 and the width of one head.
+
+    Args:
+        ask: whom to ask.
+        widths: of the attentions, each once.
+        told: settings.
+        source: of them.
+    """
+    said = ask.options.said
+    if "head_channels" in said and "heads" not in said:
+        return 1, ask.settle("head_channels", (64,), closed=False)
+    candidates: list[int | None] = [n for n in (4, 1, 2, 8) if all(width % n == 0 for width in widths)]
+    if all(width % 64 == 0 for width in widths):
+        # where all are of one width, so many heads are the same, and two names for it could not be told apart
+        by_width = None if len(widths) > 1 else widths[0] // 64
+        candidates += [by_width] if by_width not in candidates else []
+    heads = ask.settle(
+        "heads",
+        candidates,
+        known=told.get("heads"),
+        none_is_known="heads" in told,
+        source=source,
+        why="none: --head-channels 64 instead" if None in candidates else "",
+        closed=False,
+    )
+    if heads is not None:
+        return heads, None
+    width = ask.settle(
+        "head_channels",
+        (64,),
+        known=told.get("head_channels"),
+        source=source,
+        assume="as all published ones",
+        closed=False,
+    )
+    return 1, width
+
+
+def _new_order(ask: Inquiry, config: UNetConfig, told: Mapping[str, Any], source: str) -> bool:
+    """Whether qkv's rows are [Q | K | V], and not [q | k | v] of one head after the other."""
+    if all(config.heads_of(width) == 1 for width in config.attention_widths):
+        return ask.settle("attention_order", ("legacy",), assume="with one head both are the same") == "new"
+    order = ask.settle(
+        "attention_order",
+        ("legacy", "new"),
+        known=told.get("attention_order", "legacy" if told else None),
+        source=source,
+        why="new: guided-diffusion with use_new_attention_order",
+    )
+    return order == "new"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write(imported: Imported, folder: Path) -> None:
+    """``model.pt``, a bare state dict, and ``openai_flags.txt``, what guided-diffusion's scripts have to be told about it.
+
+    Raises:
+        InputError: that code cannot compute this network or this chain.
+    """
+    config, spec = imported.config, imported.spec
+    if not isinstance(config, UNetConfig):
+        raise InputError("OpenAI's U-Net is a relative of Ho's, and this network is of another kind")
+    check_spec(config, spec)
+    fixed = {**ALWAYS, "time_scale": 1.0 if config.time_scale == 1 else 1000 / spec.timesteps}
+    if len(config.multipliers) == 1 or config.resample_blocks or config.average_pool:
+        del fixed["symmetric_padding"]  # nothing there that is padded
+    for name, value in fixed.items():
+        if getattr(config, name) != value:
+            raise InputError(f"OpenAI's U-Net cannot compute {name} = {getattr(config, name)}", note=f"only {value}")
+    if config.size[0] != config.size[1]:
+        raise InputError("OpenAI's images are square", note=f"{config.size[0]}×{config.size[1]}")
+    wanted = ModelSpec(spec.shape, spec.timesteps, spec.schedule, schedule_params(spec.schedule, spec.timesteps))
+    if spec.schedule not in ("linear", "cosine") or spec.schedule_params != wanted.schedule_params:
+        raise InputError(
+            f"OpenAI's code has no such schedule: {spec.schedule}",
+            note=str(dict(spec.schedule_params)),
+            hint="linear (with β·1000/T) or cosine",
+        )
+    if spec.prediction not in ("eps", "x0"):
+        raise InputError(f"OpenAI's chain takes ε or x_0, and this network answers {spec.prediction}")
+    torch.save(to_theirs(rows(config), imported.tensors), folder / "model.pt")
+    (folder / FLAGS_FILE).write_text(openai_flags.flag_lines(config, spec), encoding="utf-8")
