@@ -89,7 +89,9 @@ class Adapter:
         if not isinstance(self.module, nn.Module):
             raise InputError(f"the network must be a torch.nn.Module, not {type(self.module).__name__}")
         if isinstance(self.time, str) and self.time not in TIMES:
-            raise InputError(f"there is no time {self.time!r}", hint=f"{', '.join(TIMES)}, (scale, offset), or T numbers")
+            raise InputError(
+                f"there is no time {self.time!r}", hint=f"{', '.join(TIMES)}, (scale, offset), or T numbers"
+            )
         if not 1 <= self.time_dims <= 4:
             raise InputError(f"time_dims is 1…4, not {self.time_dims!r}")
         try:
@@ -100,7 +102,11 @@ class Adapter:
             raise InputError(f"data_range must rise, and ({low:g}, {high:g}) does not")
         if unknown := sorted(set(self.inputs) - set(INPUTS)):
             raise InputError(f"inputs: there is no {', '.join(unknown)}", hint=f"there are {', '.join(INPUTS)}")
-        if "x" not in self.channels or not set(self.channels) <= set(IMAGES) or len(set(self.channels)) < len(self.channels):
+        if (
+            "x" not in self.channels
+            or not set(self.channels) <= set(IMAGES)
+            or len(set(self.channels)) < len(self.channels)
+        ):
             raise InputError(f"channels must hold x, and may hold x0_prev and cond, each once, not {self.channels!r}")
         if twice := sorted(set(self.channels) - {"x"} & set(self.inputs)):
             raise InputError(f"{', '.join(twice)} cannot be concatenated and be an input of its own")
@@ -109,7 +115,9 @@ class Adapter:
             raise InputError(f"two inputs go to the same place: {', '.join(twice_told)}")
         positions = sorted(place for place in places if isinstance(place, int))
         if positions != list(range(len(positions))):
-            raise InputError(f"positions of inputs must be 0, 1, …, not {positions}", hint="x and t are 0 and 1 by default")
+            raise InputError(
+                f"positions of inputs must be 0, 1, …, not {positions}", hint="x and t are 0 and 1 by default"
+            )
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -185,7 +193,9 @@ class Canonical(nn.Module):
         self._fixed = {name: value for name, value in adapter.fixed.items() if not isinstance(value, Tensor)}
         self._whole, self._each = _Tensors(adapter.fixed), _Tensors(adapter.fixed_per_image)
         self.times: Tensor | None
-        self.register_buffer("times", None if isinstance(self._time, str) and self._time != "fraction" else self._table(spec))
+        self.register_buffer(
+            "times", None if isinstance(self._time, str) and self._time != "fraction" else self._table(spec)
+        )
         self._ranged = adapter.scale != (1.0, 0.0)
         self._diffused = self._ranged and adapter.diffused_in_range
         self.ranges: Tensor | None

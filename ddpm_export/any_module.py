@@ -1,22 +1,27 @@
 """Any torch module → model.onnx, proved like a checkpoint's.
 
-    from ddpm_export import Adapter, export
-    from ddpmx.spec import ModelSpec
+from ddpm_export import Adapter, export
+from ddpmx.spec import ModelSpec
 
-    exported = export(Adapter(net.eval(), time="fraction"), ModelSpec((3, 32, 32), schedule="cosine"), "model.onnx")
-    print(exported.verdict)
+exported = export(Adapter(net.eval(), time="fraction"), ModelSpec((3, 32, 32), schedule="cosine"), "model.onnx")
+print(exported.verdict)
 """
 
 from __future__ import annotations
 
 import copy
+import io
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -25,11 +30,12 @@ from ddpm_export import module_half, module_probes
 from ddpm_export import module_where as where
 from ddpm_export.adapter import Adapter, Canonical
 from ddpm_export.checkpoint import weights_hash
-from ddpm_export.onnx_export import check_output, export_network, to_precision
+from ddpm_export.onnx_export import export_network, to_precision
 from ddpm_export.proof import _ModuleInstead
 from ddpm_export.record import record, short_chain
 from ddpmx.backends import Backend
-from ddpmx.errors import BackendError, InputError, NumericError, SpecError
+from ddpmx.errors import BackendError, InputError, NumericError, OutputError, SpecError
+from ddpmx.files import check_replaceable
 from ddpmx.parity.ladder import Climb, climb, not_finite
 from ddpmx.pipeline import open_model
 from ddpmx.schedule import Schedule
@@ -104,46 +110,31 @@ def export(
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
     output = Path(output)
-    check_output(output)
+    _check_output(output)
     adapter = module if isinstance(module, Adapter) else Adapter(module)
     network, told = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
-    module_probes.probe(network, told)
-    told = told.replace(weights=weights_hash(network.state_dict()), precision=precision)
-    halved: list[str] = []
-    ready = network
-    if precision != "fp32":
-        ready = copy.deepcopy(network)
-        halved = module_half.mark(ready, lambda: module_probes.ask(ready, module_probes.questions(told)))
-        if not halved:
-            raise InputError(
-                f"no layer of this module may compute in {precision}",
-                note="only plain convolutions and linear layers with weights of their own, between the first and the "
-                "last, asked about more than one position of an image, within half's range",
-                hint="export it in fp32",
-            )
-        _check_half(ready, told, precision)
-    try:
-        told = export_network(ready, told, output, precision=precision)
-    except BackendError as error:
-        raise _explained(ready, told, error) from error
-    halved = [name.removeprefix("module.") for name in halved]
-    if not parity:
-        return Exported(told, output, None, None, tuple(halved))
-    steps = None if full else short_chain(told.shape)
-    reference = record(network, told, data=data, steps=steps, progress=progress)
-    beside = output.with_suffix(".parity.npz")
-    reference.save(beside)
-    backend: Backend
-    if precision == "bf16":  # ONNX Runtime has none on a CPU
-        backend = _ModuleInstead(to_precision(ready, precision))
-    else:
-        _, backend = open_model(output)
-    try:
-        climbed = climb(backend, told, reference, progress=progress)
-    except NumericError as error:
-        climbed = not_finite(backend, told, reference, error)
-    finally:
-        backend.close()
+    with _one_path():
+        module_probes.probe(network, told)
+        told = told.replace(weights=weights_hash(network.state_dict()), precision=precision)
+        ready, halved = (network, []) if precision == "fp32" else _halved(network, told, precision)
+        told = _write(ready, told, output, precision)
+        if not parity:
+            return Exported(told, output, None, None, tuple(halved))
+        steps = None if full else short_chain(told.shape)
+        reference = record(network, told, data=data, steps=steps, progress=progress)
+        beside = output.with_suffix(".parity.npz")
+        reference.save(beside)
+        backend: Backend
+        if precision == "bf16":  # ONNX Runtime has none on a CPU
+            backend = _ModuleInstead(to_precision(ready, precision))
+        else:
+            _, backend = open_model(output)
+        try:
+            climbed = climb(backend, told, reference, progress=progress)
+        except NumericError as error:
+            climbed = not_finite(backend, told, reference, error)
+        finally:
+            backend.close()
     return Exported(told, output, beside, climbed, tuple(halved))
 
 
@@ -178,10 +169,23 @@ def spec_from_arrays(
     return ModelSpec((c, height, width), timesteps=len(schedule), schedule=BETAS, betas=schedule.betas, **fields)
 
 
+def _check_output(output: Path) -> None:
+    """See that the file can be written, before anything takes long."""
+    if output.is_dir():
+        raise OutputError(f"{output}: a folder stands there", hint=str(output / "model.onnx"))
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}")
+    if output.suffix.lower() != ".onnx":
+        raise InputError(f"{output}: not a name for an ONNX file", hint=str(output.with_suffix(".onnx")))
+    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
+
+
 def _on_cpu(network: Canonical) -> Canonical:
     """A copy that is the export's own."""
+    module_probes.check_mode(network)
     try:
-        return copy.deepcopy(network).to("cpu").requires_grad_(False)
+        # eval: what einops calls a layer forgets its mode when it is copied
+        return copy.deepcopy(network).to("cpu").requires_grad_(False).eval()
     except Exception as error:  # what a foreign module's copy may raise
         raise InputError(
             "the module cannot be copied",
@@ -190,10 +194,30 @@ def _on_cpu(network: Canonical) -> Canonical:
         ) from error
 
 
-def _check_half(ready: Canonical, spec: ModelSpec, precision: Precision) -> None:
-    """See that the module lives with layers in half precision before an exporter trips over it."""
+@contextmanager
+def _one_path() -> Iterator[None]:
+    """torch's attention has a second way through it, which depends on who looks on; and a trace takes the first."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        answer = module_probes.ask(to_precision(ready, precision), module_probes.questions(spec))
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _halved(network: Canonical, spec: ModelSpec, precision: Precision) -> tuple[Canonical, list[str]]:
+    """A copy whose layers are marked for half precision, and their paths; seen to live with it."""
+    ready, told = copy.deepcopy(network), module_probes.questions(spec)
+    halved = module_half.mark(ready, lambda: module_probes.ask(ready, told))
+    if not halved:
+        raise InputError(
+            f"no layer of this module may compute in {precision}",
+            note="only plain convolutions and linear layers with weights of their own, between the first and the "
+            "last, asked about more than one position of an image, within half's range",
+            hint="export it in fp32",
+        )
+    try:
+        answer = module_probes.ask(to_precision(ready, precision), told)
     except BackendError as error:
         raise InputError(
             f"the module does not work with layers in {precision}: {error.fact}",
@@ -202,6 +226,26 @@ def _check_half(ready: Canonical, spec: ModelSpec, precision: Precision) -> None
         ) from error
     if not bool(answer.isfinite().all()):
         raise NumericError(f"in {precision} the module's answer is not finite", hint="export it in fp32")
+    return ready, [name.removeprefix("module.") for name in halved]
+
+
+def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> ModelSpec:
+    """Write the file; it is at its place only if it takes batches of any size."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        file = Path(folder) / output.name
+        try:
+            spec = export_network(ready, spec, file, precision=precision)
+        except BackendError as error:
+            raise _explained(ready, spec, error) from error
+        graph = onnx.load(file, load_external_data=False).graph
+        if any(not value.type.tensor_type.shape.dim[0].dim_param for value in graph.input):
+            raise BackendError(
+                "torch traced this module for a batch of two images alone",
+                note="it goes through the images one by one, or uses the batch's size as a number",
+                hint="no `for` over x.shape[0], no int(x.shape[0]), no size of the batch written out",
+            )
+        os.replace(file, output)
+    return spec
 
 
 def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> BackendError:
@@ -211,17 +255,24 @@ def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> Back
     cause: BaseException = error.__cause__ or error
     at = None
     try:
-        torch.export.export(
-            network.eval(),
-            (told.pop("x"), told.pop("t")),
-            kwargs=told,
-            dynamic_shapes={name: {0: batch} for name in spec.inputs},
-            strict=False,
-        )
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                network.eval(),
+                (told.pop("x"), told.pop("t")),
+                kwargs=told,
+                dynamic_shapes={name: {0: batch} for name in spec.inputs},
+                strict=False,
+            ).run_decompositions()
     except Exception as again:  # torch raises what it likes
         cause, at = again, where.place(again, network)
         stage = "torch cannot trace this module"
     else:
+        names = where.operators(cause)
+        at = where.operator_place(names, program.graph)
+        line = module_probes.first_call(network, module_probes.questions(spec), names)
+        if at is not None and line is not None and line not in at:
+            at = f"{at}, and there at {line}"
         stage = "this module has no form in ONNX"
     at = at or where.told_place(cause)
     return BackendError(

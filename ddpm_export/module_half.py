@@ -1,16 +1,16 @@
 """Half precision for a module of which nothing is known: the layers that may, by a rule that looks at how they are used.
 
-A layer computes in half if it is a plain convolution or linear layer (no subclass: that would be unknown code, such as
-weights standardised before use), with weights of its own, that is asked about many positions of an image: not about one
-vector per image, as the time path is. The first and the last such layer stay float32, and so does a layer whose numbers
-come near the end of half's range. Each casts what comes in and casts its answer back, so that everything between them
-(norms, softmax, products of attention, sums) stays float32.
+A layer computes in half if it is a plain convolution or linear layer (no forward of its own: that would be unknown code,
+such as weights standardised before use), with weights of its own, that is asked about many positions of an image: not
+about one vector per image, as the time path is. The first and the last such layer stay float32, and so does a layer whose
+numbers come near the end of half's range. Each casts what comes in and casts its answer back, so that everything between
+them (norms, softmax, products of attention, sums) stays float32.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,37 +21,37 @@ LARGEST = 65504 / 8
 """Half ends at 65504; the probe has seen only a few images."""
 
 
-class HalvedConv2d(nn.Conv2d):
-    """A convolution that takes and gives float32, whatever its weights are."""
+KINDS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+class Halved(nn.Module):
+    """Goes in front of a layer's class: it takes and gives float32, whatever its weights are."""
 
     HALVED: ClassVar[tuple[str, ...]] = ("itself",)
+    weight: Tensor
 
     @property
     def itself(self) -> nn.Module:
         """What :func:`~ddpm_export.onnx_export.to_precision` halves."""
         return self
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """For any input that the layer takes."""
-        return super().forward(input.to(self.weight.dtype)).to(torch.float32)
+        out: Tensor = super().forward(input.to(self.weight.dtype), *args, **kwargs)
+        return out.to(torch.float32)
 
 
-class HalvedLinear(nn.Linear):
-    """A linear layer that takes and gives float32, whatever its weights are."""
-
-    HALVED: ClassVar[tuple[str, ...]] = ("itself",)
-
-    @property
-    def itself(self) -> nn.Module:
-        """What :func:`~ddpm_export.onnx_export.to_precision` halves."""
-        return self
-
-    def forward(self, input: Tensor) -> Tensor:
-        """For any input that the layer takes."""
-        return super().forward(input.to(self.weight.dtype)).to(torch.float32)
-
-
-_HALVED: Mapping[type[nn.Module], type[nn.Module]] = {nn.Conv2d: HalvedConv2d, nn.Linear: HalvedLinear}
+def is_plain(module: nn.Module) -> bool:
+    """Whether it computes what torch's own layer does, with a weight that is a parameter and nothing computed."""
+    for kind in KINDS:
+        if isinstance(module, kind):
+            same = all(
+                getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward")
+            )
+            # torch's old weight_norm puts a tensor where the parameter was, by a hook
+            hooks = module._forward_pre_hooks or module._forward_hooks
+            return same and not hooks and isinstance(module._parameters.get("weight"), Tensor)
+    return False
 
 
 def mark(network: nn.Module, ask: Callable[[], Any]) -> list[str]:
@@ -78,7 +78,7 @@ def mark(network: nn.Module, ask: Callable[[], Any]) -> list[str]:
             asked.append((module, fits))
 
     for module in network.modules():
-        if type(module) in _HALVED:
+        if is_plain(module):
             handles.append(module.register_forward_hook(note))
     try:
         ask()
@@ -92,11 +92,7 @@ def mark(network: nn.Module, ask: Callable[[], Any]) -> list[str]:
     for name, module in network.named_modules():
         if id(module) in refused or all(module is not one for one, _ in asked):
             continue
-        own = list(module.parameters(recurse=False))
-        # a norm of the weights by hooks, as torch's old weight_norm, puts a tensor where the parameter was
-        if not isinstance(module._parameters.get("weight"), Tensor) or module._forward_pre_hooks or module._forward_hooks:
-            continue
-        if all(held[id(p)] == 1 for p in own):
-            module.__class__ = _HALVED[type(module)]
+        if all(held[id(p)] == 1 for p in module.parameters(recurse=False)):
+            module.__class__ = type(f"Halved{type(module).__name__}", (Halved, type(module)), {})
             chosen.append(name)
     return chosen

@@ -102,6 +102,14 @@ def ask(network: nn.Module, told: Told, watch: _Watch | None = None) -> Any:
     return out
 
 
+def first_call(network: nn.Module, told: Told, operators: set[str]) -> str | None:
+    """The line that calls one of these operators, or None if none does so by this name."""
+    finder = _Finder(operators)
+    with torch.no_grad(), finder:
+        network(**told)
+    return finder.found
+
+
 def check_mode(network: Canonical) -> None:
     """In eval mode, all of it.
 
@@ -125,6 +133,8 @@ def check_weights(network: Canonical) -> None:
         InputError: another type, or no values at all.
         NumericError: NaN or an infinity.
     """
+    if not list(network.module.parameters()):
+        raise InputError("the module has no weights", hint="layers in a plain list are nobody's: nn.ModuleList(…)")
     for name, p in network.module.named_parameters():
         if p.device.type == "meta":
             raise InputError(f"{name} has no values", note="it lies on the device meta", hint="load the weights first")
@@ -219,18 +229,35 @@ def _check_looks(network: Canonical, spec: ModelSpec, told: Told, answer: Tensor
             )
 
 
-class _Watch(TorchDispatchMode):
+class _Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Waits for an operator."""
+
+    def __init__(self, operators: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operators = operators
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation."""
+        if self.found is None and where.operator(func) in self._operators:
+            self.found = where.here()
+        return func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Looks at every operation: where float64, half precision or chance comes in, and where the time loses digits.
 
     Only numbers that depend on an input count: a table of constants may have been computed in float64.
     """
 
     def __init__(self, network: Canonical, told: Told) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kept: list[Tensor] = list(told.values())  # kept alive, so that an id means one tensor
         self._tainted = {id(tensor) for tensor in self._kept}
         self._rows = len(told["t"])
         self._time = network._told_time(told["t"]).detach().flatten().to(torch.float64)
+        self._owned = {id(p) for p in network.parameters()}
+        self._foreign: str | None = None
         self.random: str | None = None
         self._typed: tuple[torch.dtype, str] | None = None
         self._lost: tuple[torch.dtype, str] | None = None
@@ -243,6 +270,8 @@ class _Watch(TorchDispatchMode):
         results = [one for one in torch.utils._pytree.tree_flatten(out)[0] if isinstance(one, Tensor)]
         if torch.Tag.nondeterministic_seeded in func.tags and self.random is None:
             self.random = where.here()
+        if self._foreign is None and any(isinstance(p, nn.Parameter) and id(p) not in self._owned for p in tensors):
+            self._foreign = where.here()
         if any(id(one) in self._tainted for one in tensors):
             self._kept += results
             self._tainted |= {id(one) for one in results}
@@ -257,13 +286,21 @@ class _Watch(TorchDispatchMode):
 
     def surprise(self) -> InputError | None:
         """What was seen that must not be."""
+        if self._foreign is not None:
+            return InputError(
+                "the module uses weights that it does not own, which are in no checkpoint of it",
+                note=self._foreign,
+                hint="layers in a plain list are nobody's: nn.ModuleList(…)",
+            )
         if self._lost is not None:
             dtype, at = self._lost
             whole = not dtype.is_floating_point
             return InputError(
                 f"the module casts its time to {str(dtype).removeprefix('torch.')}, which cannot hold it",
                 note=at,
-                hint='Adapter(…, time="index") if it was trained on whole numbers' if whole else "keep the time float32",
+                hint='Adapter(…, time="index") if it was trained on whole numbers'
+                if whole
+                else "keep the time float32",
             )
         if self._typed is not None:
             dtype, at = self._typed

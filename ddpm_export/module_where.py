@@ -14,7 +14,10 @@ import torch
 from torch import nn
 
 _NOT_THEIRS = tuple(os.path.dirname(os.path.abspath(part.__file__ or "")) + os.sep for part in (torch, onnxscript))
-_OWN = {os.path.join(os.path.dirname(os.path.abspath(__file__)), name) for name in os.listdir(os.path.dirname(os.path.abspath(__file__)))}
+_OWN = {
+    os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    for name in os.listdir(os.path.dirname(os.path.abspath(__file__)))
+}
 
 HINTS = (
     (r"data-dependent|GuardOnDataDependent|_local_scalar_dense|\.item\(\)|UserError.*bool",
@@ -57,12 +60,13 @@ def place(error: BaseException, root: nn.Module) -> str | None:
         for frame, number in traceback.walk_tb(one.__traceback__):
             if not is_theirs(frame.f_code.co_filename):
                 continue
-            if (known := paths.get(id(frame.f_locals.get("self")))) is not None:
+            first = next(iter(frame.f_code.co_varnames), "")  # "self", by whatever name
+            if (known := paths.get(id(frame.f_locals.get(first)))) is not None:
                 path, line = known, source(frame, number)
             elif path is not None:
                 line = source(frame, number)
         if path is not None:
-            return f"{path.removeprefix('module.') if path != 'module' else 'the module itself'}, {line}"
+            return f"{_path(path)}, {line}"
     return None
 
 
@@ -86,12 +90,44 @@ def told_place(error: BaseException) -> str | None:
     return _line(found[-1][0], int(found[-1][1]), found[-1][2]) if found else None
 
 
+def operators(error: BaseException) -> set[str]:
+    """The operators that the messages say have no form in ONNX: "aten.linalg_eig"."""
+    text = "\n".join(str(one) for one in chain(error))
+    return set(re.findall(r"found for <OpOverload\(op='([\w.]+)'", text))
+
+
+def operator_place(names: set[str], graph: torch.fx.Graph) -> str | None:
+    """The module that calls one of these operators, and the line of its ``forward``, by what the trace remembers."""
+    for node in graph.nodes:
+        if node.op != "call_function" or operator(node.target) not in names:
+            continue
+        lines = re.findall(r'File "([^"\n]+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
+        theirs = [hit for hit in lines if is_theirs(hit[0])]
+        stack = node.meta.get("nn_module_stack") or {}
+        path = next((str(path) for path, _ in reversed(stack.values()) if path), "")
+        if theirs:
+            return f"{_path(path)}, {_line(theirs[-1][0], int(theirs[-1][1]), theirs[-1][2])}"
+    return None
+
+
+def operator(target: object) -> str:
+    """Its name without the overload: "aten.linalg_eig"."""
+    return ".".join(str(target).split(".")[:2])
+
+
+def _path(name: str) -> str:
+    """A path below the user's own module."""
+    return "the module itself" if name in ("", "module") else name.removeprefix("module.")
+
+
 def last_words(error: BaseException) -> str:
     """The first cause, by its type and the last line that says something."""
     for one in reversed(list(chain(error))):
         lines = [line.strip() for line in str(one).splitlines() if line.strip()]
         if lines:
-            words = lines[0] if len(lines) < 3 else next((x for x in lines if "Error" in x or "Could not" in x), lines[0])
+            words = (
+                lines[0] if len(lines) < 3 else next((x for x in lines if "Error" in x or "Could not" in x), lines[0])
+            )
             return f"{type(one).__name__}: {words[:240]}"
     return type(error).__name__
 

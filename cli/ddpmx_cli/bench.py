@@ -169,7 +169,8 @@ def _table(cells: list[dict[str, Any]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     widths[7], widths[9] = max(widths[7], len(rows[0][7])), max(widths[9], len(rows[0][9]))
     # "ms per step:" stands over three columns
-    over = sum(widths[2:5]) + 4
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 100 else " "
+    over = sum(widths[2:5]) + 2 * len(gap)
     told = []
     for number, row in enumerate(rows):
         parts = [row[0].rjust(widths[0]), row[1].ljust(widths[1])]
@@ -178,7 +179,7 @@ def _table(cells: list[dict[str, Any]]) -> list[str]:
         else:
             parts += [text.rjust(width) for text, width in zip(row[2:5], widths[2:5], strict=True)]
         parts += [text.rjust(width) for text, width in zip(row[5:], widths[5:], strict=True)]
-        told.append("  ".join(parts).rstrip())
+        told.append(gap.join(parts).rstrip())
     return told
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:\n
   ddpmx convert runs/photos --to diffusers -o photos-diffusers/   # DDPMPipeline.from_pretrained reads it\n
-  ddpmx convert runs/photos --to openai -o photos-openai/ --weights raw
+  ddpmx convert runs/cifar --to openai -o cifar-openai/   # a run that was imported from there
 """
 
 

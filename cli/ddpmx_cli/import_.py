@@ -136,7 +136,7 @@ def _show(imported: Imported) -> None:
 def _open(questions: tuple[Question, ...]) -> InputError:
     """What has to be said, and how."""
     asked = "; ".join(
-        f"{flag(question.name)} {'|'.join(_text(value) for value in question.candidates)}"
+        f"{flag(question.name)} {'|'.join(_text(value) for value in question.candidates)}".replace("= ", "=", 1)
         + (f" ({question.why})" if question.why else "")
         for question in questions
     )

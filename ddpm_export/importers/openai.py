@@ -7,9 +7,10 @@ is known by its name or by a structure that no other network has.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from ddpm_export.importers.openai_flags import ALWAYS, PUBLISHED, SIZES, openai_
 from ddpm_export.importers.openai_keys import rows
 from ddpm_export.unet_config import UNetConfig, check_spec
 from ddpmx.errors import FileFormatError, InputError
-from ddpmx.samplers import Variance
+from ddpmx.samplers import Prediction, Variance
 from ddpmx.spec import ModelSpec
 
 NAME = "openai"
+_T = TypeVar("_T")
+
 FLAGS_FILE = "openai_flags.txt"
 
 _FIRST = "input_blocks.0.0.weight"
@@ -69,48 +72,32 @@ def understand(ask: Inquiry, found: Found, theirs: Mapping[str, Tensor]) -> tupl
         FileFormatError, InputError: no such network, or another than was said.
     """
     seen = _structure(theirs)
-    told, source = _told(ask, found, seen)
+    told = _told(ask, found, seen)
     widths = [seen["channels"] * multiplier for multiplier in seen["multipliers"]]
     ask.fact("network", f"{widths}, {seen['blocks']} blocks per level", "shapes of the weights")
-    size = _size(ask, seen, told, source)
-    timesteps, schedule, rescale = _times(ask, seen, told, source)
-    attended = [width for width, attends in zip(widths, seen["attends"], strict=True) if attends] + widths[-1:]
-    heads, head_channels = _heads(ask, sorted(set(attended)), told, source)
+    size = _size(told, seen)
+    schedule, timesteps, rescale = _times(told, seen)
+    attended = {width for width, attends in zip(widths, seen["attends"], strict=True) if attends} | {widths[-1]}
+    heads, head_channels = _heads(told, sorted(attended))
     config = openai_unet(
         **{name: value for name, value in seen.items() if name != "attends"},
         size=size,
         attention=tuple(size[0] >> level for level, attends in enumerate(seen["attends"]) if attends),
-        dropout=ask.settle(
-            "dropout",
-            (0.0,),
-            known=told.get("dropout"),
-            source=source,
-            assume="not in the file; it acts in training only",
-            closed=False,
-        ),
+        dropout=told.settle("dropout", (0.0,), assume="not in the file; it acts in training only", closed=False),
         time_scale=1000 / timesteps if rescale else 1.0,
         heads=heads,
         head_channels=head_channels,
     )
-    new_order = _new_order(ask, config, told, source)
-    variances: tuple[Variance, ...] = ("learned_range",) if config.learned_variance else ("fixed_large", "fixed_small")
+    new_order = _new_order(told, config)
+    prediction: Prediction = told.settle("prediction", ("eps", "x0"), assume="its scripts' default")
     spec = ModelSpec(
         (config.in_channels, *config.size),
         timesteps,
         schedule,
         schedule_params(schedule, timesteps),
-        ask.settle(
-            "prediction", ("eps", "x0"), known=told.get("prediction"), source=source, assume="its scripts' default"
-        ),
-        ask.settle(
-            "variance",
-            variances,
-            known=variances[0] if config.learned_variance else told.get("variance"),
-            source="it answers twice the image's channels" if config.learned_variance else source,
-            why="it acts in the chain only",
-            probed=False,
-        ),
-        ask.settle("clip", (1.0, None), assume="its scripts clip", closed=False),
+        prediction,
+        _variance(told, config),
+        told.settle("clip", (1.0, None), assume="its scripts clip", closed=False),
         classes=config.classes,
     )
     return config, spec, new_order
@@ -194,51 +181,72 @@ def _levels(theirs: Mapping[str, Tensor]) -> tuple[int, int, str]:
 # --- what they do not ------------------------------------------------------------------------------------------------
 
 
-def _told(ask: Inquiry, found: Found, seen: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
-    """Settings from a published network or from a file of flags, and their source.
+@dataclass(frozen=True)
+class _Told:
+    """Settings that somebody but the user tells.
+
+    Attributes:
+        ask: whom to ask for the others.
+        settings: by name.
+        source: who tells them.
+        alike: a published network of this structure, where it is not known to be that.
+    """
+
+    ask: Inquiry
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    alike: str = ""
+
+    def settle(self, name: str, candidates: Sequence[_T], **how: Any) -> _T:
+        """:meth:`.Inquiry.settle`, which knows them."""
+        known = self.settings.get(name)
+        unset = name in self.settings and known is None
+        settled: _T = self.ask.settle(name, candidates, known=known, none_is_known=unset, source=self.source, **how)
+        return settled
+
+
+def _told(ask: Inquiry, found: Found, seen: Mapping[str, Any]) -> _Told:
+    """What a published network, or a file of flags, tells.
 
     Raises:
+        FileFormatError: the file of flags is none.
         InputError: the network that was said is another.
     """
     file = found.file.parent / FLAGS_FILE
     if "model" not in ask.options.said and file.is_file() and file.stat().st_size <= 1 << 16:
         try:
             flags = openai_flags.parse(file.read_text(encoding="utf-8", errors="replace"))
-            return openai_flags.settings(flags), FLAGS_FILE
+            return _Told(ask, openai_flags.settings(flags), FLAGS_FILE)
         except InputError as error:
             raise FileFormatError(f"{file}: {error.fact}", note=error.note, hint=error.hint) from error
     structures = {name: openai_flags.structure(openai_flags.network(p.flags)) for name, p in PUBLISHED.items()}
     alike = [name for name, structure in structures.items() if structure == seen]
     known, why = next((name for name in alike if found.file.name in PUBLISHED[name].files), None), "the file's name"
     shown = [name for name in alike if PUBLISHED[name].shown]
-    if known is None and shown:  # where there are several, they differ in dropout only
-        known, why = shown[0], "its structure is that network's alone"
-    models = {name: openai_flags.settings(published.flags) for name, published in PUBLISHED.items()}
-    told = ask.published(models, known=known, source=why)
-    if told and (model := _name_of(told, models)) not in alike:
+    if known is None and shown:
+        known, why = shown[0], "its structure; published networks that share one differ in dropout at most"
+    if known is None and "model" not in ask.options.said:
+        return _Told(ask, alike=alike[0] if alike else "")
+    model = ask.settle("model", tuple(PUBLISHED), known=known, source=why)
+    if model not in alike:
         differs = [
             f"{name} {value}, and {structures[model][name]} there"
             for name, value in seen.items()
             if value != structures[model][name]
         ]
         raise InputError(f"the file is not {model}", note="; ".join(differs))
-    return told, "that network's published flags"
+    # improved-diffusion has one order of qkv, and no flag for it
+    settings = {"attention_order": "legacy", **openai_flags.settings(PUBLISHED[model].flags)}
+    return _Told(ask, settings, f"the published flags of {model}")
 
 
-def _name_of(told: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> str:
-    return next(name for name, settings in models.items() if settings is told)
-
-
-def _size(ask: Inquiry, seen: Mapping[str, Any], told: Mapping[str, Any], source: str) -> tuple[int, int]:
-    """Height and width: the network is as happy with any, but their scripts are not."""
-    attends = seen["attends"]
-    usual = SIZES.get(seen["multipliers"])
+def _size(told: _Told, seen: Mapping[str, Any]) -> tuple[int, int]:
+    """Height and width: the network is as happy with any, but the scripts are not."""
+    usual, attends = SIZES.get(seen["multipliers"]), seen["attends"]
     guess = usual or (16 << attends.index(True) if True in attends else 64)
-    size = ask.settle(
+    size = told.settle(
         "size",
         ((guess, guess),),
-        known=told.get("size"),
-        source=source,
         assume=f"the scripts have these widths for {usual} pixels only" if usual else "",
         why="the network is as happy with any",
         closed=False,
@@ -249,83 +257,60 @@ def _size(ask: Inquiry, seen: Mapping[str, Any], told: Mapping[str, Any], source
     return size
 
 
-def _times(ask: Inquiry, seen: Mapping[str, Any], told: Mapping[str, Any], source: str) -> tuple[int, str, bool]:
-    """T, the schedule, and whether the network sees t·1000/T."""
-    schedule = ask.settle("schedule", ("linear", "cosine"), known=told.get("schedule"), source=source)
-    timesteps = ask.settle(
+def _times(told: _Told, seen: Mapping[str, Any]) -> tuple[str, int, bool]:
+    """The schedule, T, and whether the network sees t·1000/T."""
+    why = f"if it is the published one of its structure, --model {told.alike} tells all" if told.alike else ""
+    schedule = told.settle("schedule", ("linear", "cosine"), why=why)
+    timesteps = told.settle(
         "timesteps",
         (1000, 4000) if seen["resample_blocks"] else (4000, 1000),
-        known=told.get("timesteps"),
-        source=source,
         why="any other is possible",
         closed=False,
         probed=False,
     )
-    if type(timesteps) is not int or timesteps < 1:
+    if timesteps < 1:
         raise InputError(f"timesteps cannot be {timesteps!r}", hint="a whole number above 0")
     if timesteps == 1000:
-        return timesteps, schedule, ask.settle("rescale_timesteps", (False, True), assume="with T = 1000 it is nothing")
-    rescale = ask.settle(
-        "rescale_timesteps",
-        (True, False),
-        known=told.get("rescale_timesteps"),
-        source=source,
-        why="improved-diffusion's default is true, guided-diffusion's false",
+        told.ask.settle("rescale_timesteps", (False, True), assume="with T = 1000 it changes nothing")
+        return schedule, timesteps, False
+    rescale = told.settle(
+        "rescale_timesteps", (True, False), why="improved-diffusion's default is true, guided-diffusion's false"
     )
-    return timesteps, schedule, rescale
+    return schedule, timesteps, rescale
 
 
-def _heads(ask: Inquiry, widths: list[int], told: Mapping[str, Any], source: str) -> tuple[int, int | None]:
-    """The number of heads, or 1 and the width of one head.
-
-    Args:
-        ask: whom to ask.
-        widths: of the attentions, each once.
-        told: settings.
-        source: of them.
-    """
-    said = ask.options.said
+def _heads(told: _Told, widths: list[int]) -> tuple[int, int | None]:
+    """The number of heads, and the width of one where that is what was said; for attentions of these widths."""
+    said = told.ask.options.said
     if "head_channels" in said and "heads" not in said:
-        return 1, ask.settle("head_channels", (64,), closed=False)
+        return 1, told.settle("head_channels", (64,), closed=False)
     candidates: list[int | None] = [n for n in (4, 1, 2, 8) if all(width % n == 0 for width in widths)]
     if all(width % 64 == 0 for width in widths):
-        # where all are of one width, so many heads are the same, and two names for it could not be told apart
+        # where all are of one width, so many heads are the same, and real images could not tell the two apart
         by_width = None if len(widths) > 1 else widths[0] // 64
         candidates += [by_width] if by_width not in candidates else []
-    heads = ask.settle(
-        "heads",
-        candidates,
-        known=told.get("heads"),
-        none_is_known="heads" in told,
-        source=source,
-        why="none: --head-channels 64 instead" if None in candidates else "",
-        closed=False,
-    )
+    why = "none: heads of one width, --head-channels 64" if None in candidates else ""
+    heads = told.settle("heads", candidates, why=why, closed=False)
     if heads is not None:
         return heads, None
-    width = ask.settle(
-        "head_channels",
-        (64,),
-        known=told.get("head_channels"),
-        source=source,
-        assume="as all published ones",
-        closed=False,
-    )
-    return 1, width
+    return 1, told.settle("head_channels", (64,), assume="as in all published networks", closed=False)
 
 
-def _new_order(ask: Inquiry, config: UNetConfig, told: Mapping[str, Any], source: str) -> bool:
+def _new_order(told: _Told, config: UNetConfig) -> bool:
     """Whether qkv's rows are [Q | K | V], and not [q | k | v] of one head after the other."""
     if all(config.heads_of(width) == 1 for width in config.attention_widths):
-        return ask.settle("attention_order", ("legacy",), assume="with one head both are the same") == "new"
-    order = ask.settle(
-        "attention_order",
-        ("legacy", "new"),
-        known=told.get("attention_order", "legacy" if told else None),
-        source=source,
-        why="new: guided-diffusion with use_new_attention_order",
-    )
-    return order == "new"
+        told.ask.settle("attention_order", ("legacy",), assume="with one head both are the same")
+        return False
+    why = "new: guided-diffusion with use_new_attention_order"
+    return told.settle("attention_order", ("legacy", "new"), why=why) == "new"
+
+
+def _variance(told: _Told, config: UNetConfig) -> Variance:
+    if config.learned_variance:
+        learned: tuple[Variance, ...] = ("learned_range",)
+        return told.ask.settle("variance", learned, known=learned[0], source="it answers twice the image's channels")
+    fixed: tuple[Variance, ...] = ("fixed_large", "fixed_small")
+    return told.settle("variance", fixed, why="it acts in the chain only", probed=False)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -358,5 +343,7 @@ def write(imported: Imported, folder: Path) -> None:
         )
     if spec.prediction not in ("eps", "x0"):
         raise InputError(f"OpenAI's chain takes ε or x_0, and this network answers {spec.prediction}")
+    if spec.clip not in (1.0, None):
+        raise InputError(f"OpenAI's chain keeps x̂_0 within ±1 or not at all, and this one within ±{spec.clip:g}")
     torch.save(to_theirs(rows(config), imported.tensors), folder / "model.pt")
     (folder / FLAGS_FILE).write_text(openai_flags.flag_lines(config, spec), encoding="utf-8")

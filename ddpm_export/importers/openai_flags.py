@@ -184,6 +184,8 @@ def settings(flags: Flags) -> dict[str, Any]:
         found["rescale_timesteps"] = _bool(flags, "rescale_timesteps")
     if "predict_xstart" in flags:
         found["prediction"] = "x0" if _bool(flags, "predict_xstart") else "eps"
+    if "clip_denoised" in flags:
+        found["clip"] = 1.0 if _bool(flags, "clip_denoised") else None
     if "sigma_small" in flags:
         found["variance"] = "fixed_small" if _bool(flags, "sigma_small") else "fixed_large"
     return found
@@ -248,7 +250,7 @@ def flag_lines(config: UNetConfig, spec: ModelSpec) -> str:
         "num_channels": config.channels,
         "channel_mult": ",".join(map(str, config.multipliers)),
         "num_res_blocks": config.blocks,
-        "attention_resolutions": ",".join(map(str, config.attention)),
+        **({"attention_resolutions": ",".join(map(str, config.attention))} if config.attention else {}),
         "num_heads": config.heads,
         "num_head_channels": config.head_channels or -1,
         "use_scale_shift_norm": config.scale_shift,
@@ -261,11 +263,13 @@ def flag_lines(config: UNetConfig, spec: ModelSpec) -> str:
         "noise_schedule": spec.schedule,
         "rescale_timesteps": spec.timesteps != 1000 and config.time_scale != 1,
         "predict_xstart": spec.prediction == "x0",
+        "clip_denoised": spec.clip is not None,
     }
     lines = [f"--{name} {value}" for name, value in flags.items()]
     if not config.learned_variance:
         lines.append(f"--sigma_small {spec.variance == 'fixed_small'}  # the class has it, guided's scripts do not")
     for name, usual, value in (
+        ("attention_resolutions", config.attention or None, config.attention),
         ("in_channels", 3, config.in_channels),
         ("num_classes", CLASSES, config.classes or CLASSES),
         ("conv_resample", True, not config.average_pool),
