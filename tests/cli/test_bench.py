@@ -35,7 +35,7 @@ def test_a_table_that_fits_into_100_columns(ddpmx, model):
     assert re.search(r"runs on: +onnxruntime \S+, CPUExecutionProvider", done.out)
     assert re.search(r"CPU: +\S.*, \d+ thread", done.out)
     assert re.search(r"loading: +\d+\.\d\d s", done.out)
-    rows = [line.split() for line in said if re.match(r" +[12]  host ", line)]
+    rows = [line.split() for line in said if re.match(r" +[12] +host ", line)]
     assert [row[0] for row in rows] == ["1", "2"]
     for needed in ("Warm-up before each line:", "PNG and loading are not included", "Chain ÷ net:", "Memory:"):
         assert needed in done.out
