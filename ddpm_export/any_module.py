@@ -30,12 +30,11 @@ from ddpm_export import module_half, module_probes
 from ddpm_export import module_where as where
 from ddpm_export.adapter import Adapter, Canonical
 from ddpm_export.checkpoint import weights_hash
-from ddpm_export.onnx_export import export_network, to_precision
-from ddpm_export.proof import _ModuleInstead
+from ddpm_export.onnx_export import check_output, export_network, to_precision
+from ddpm_export.proof import ModuleInstead
 from ddpm_export.record import record, short_chain
 from ddpmx.backends import Backend
-from ddpmx.errors import BackendError, InputError, NumericError, OutputError, SpecError
-from ddpmx.files import check_replaceable
+from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.parity.ladder import Climb, climb, not_finite
 from ddpmx.pipeline import open_model
 from ddpmx.schedule import Schedule
@@ -110,7 +109,7 @@ def export(
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
     output = Path(output)
-    _check_output(output)
+    check_output(output)
     adapter = module if isinstance(module, Adapter) else Adapter(module)
     network, told = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
     with _one_path():
@@ -126,7 +125,7 @@ def export(
         reference.save(beside)
         backend: Backend
         if precision == "bf16":  # ONNX Runtime has none on a CPU
-            backend = _ModuleInstead(to_precision(ready, precision))
+            backend = ModuleInstead(to_precision(ready, precision))
         else:
             _, backend = open_model(output)
         try:
@@ -167,17 +166,6 @@ def spec_from_arrays(
         raise SpecError(f"{', '.join(clash)}: the array says that")
     c, height, width = shape
     return ModelSpec((c, height, width), timesteps=len(schedule), schedule=BETAS, betas=schedule.betas, **fields)
-
-
-def _check_output(output: Path) -> None:
-    """See that the file can be written, before anything takes long."""
-    if output.is_dir():
-        raise OutputError(f"{output}: a folder stands there", hint=str(output / "model.onnx"))
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}")
-    if output.suffix.lower() != ".onnx":
-        raise InputError(f"{output}: not a name for an ONNX file", hint=str(output.with_suffix(".onnx")))
-    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
 
 
 def _on_cpu(network: Canonical) -> Canonical:

@@ -14,9 +14,18 @@ import torch
 from torch import nn
 
 _NOT_THEIRS = tuple(os.path.dirname(os.path.abspath(part.__file__ or "")) + os.sep for part in (torch, onnxscript))
+_HERE = os.path.dirname(os.path.abspath(__file__))
 _OWN = {
-    os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    for name in os.listdir(os.path.dirname(os.path.abspath(__file__)))
+    os.path.join(_HERE, f"{name}.py")
+    for name in (
+        "adapter",
+        "any_module",
+        "module_half",
+        "module_probes",
+        "module_where",
+        "onnx_export",
+        "torch_backend",
+    )
 }
 
 HINTS = (
@@ -78,7 +87,7 @@ def source(frame: FrameType, number: int) -> str:
 def here() -> str:
     """The innermost running line that is neither torch's nor the export's."""
     for frame, number in traceback.walk_stack(None):
-        if is_theirs(frame.f_code.co_filename) and not frame.f_code.co_filename.endswith("module_probes.py"):
+        if is_theirs(frame.f_code.co_filename):
             return source(frame, number)
     return "an unknown place"
 

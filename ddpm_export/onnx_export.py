@@ -112,6 +112,19 @@ def export(
         DdpmxError: the checkpoint cannot be read, or the file not be written.
     """
     output = Path(output)
+    check_output(output)
+    network, spec = checkpoints.load_network(path, weights)
+    if weights == "raw":
+        spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
+    return export_network(network, spec, output, precision=precision, time_table=time_table)
+
+
+def check_output(output: Path) -> None:
+    """See that an ONNX file can be written there, before anything takes long.
+
+    Raises:
+        OutputError, InputError: it cannot, or something else stands there.
+    """
     if output.is_dir():
         raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.onnx'}")
     if not output.parent.is_dir():
@@ -119,10 +132,6 @@ def export(
     if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
         raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
     check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
-    network, spec = checkpoints.load_network(path, weights)
-    if weights == "raw":
-        spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
-    return export_network(network, spec, output, precision=precision, time_table=time_table)
 
 
 def export_network(
@@ -159,6 +168,11 @@ def export_network(
             )
         network.time = TimeTable(network.time, spec.timesteps)
     model = _trace(network, spec)
+    if any(not value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
+        raise BackendError(
+            "torch traced this network for a batch of two images alone",
+            hint="somewhere in it the batch is a number of Python's: use x.shape[0] as it is, or -1",
+        )
     _clean(model)
     if precision == "bf16":
         # Traced as opset 20, where norms and attention come apart into plain operators. From there to 22 these operators

@@ -81,7 +81,7 @@ def climb_export(
     """
     if spec.precision == "bf16":
         network, _ = checkpoint.load_network(source, weights)
-        return climb(_ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
+        return climb(ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
     _, backend = open_model(Path(file))
     try:
         return climb(backend, spec, reference, progress=progress)
@@ -89,7 +89,7 @@ def climb_export(
         backend.close()
 
 
-class _ModuleInstead(TorchBackend):
+class ModuleInstead(TorchBackend):
     """The module that a file was exported from."""
 
     @property

@@ -19,7 +19,8 @@ class TorchBackend:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._device = next(network.parameters()).device
+        tensors = (*network.parameters(), *network.buffers())
+        self._device = next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     @property
     def description(self) -> str:

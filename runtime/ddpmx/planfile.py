@@ -351,7 +351,8 @@ def _check_sidecar(
                 f"{file}: the sidecar contradicts its plan",
                 note=_difference(name, told.get(name), mine, path.name),
                 # a plan whose β lie in its sidecar is nothing without
-                hint=("" if spec.schedule == "betas" else "remove it, or build again: ") + rebuild_command(path, engine),
+                hint=("" if spec.schedule == "betas" else "remove it, or build again: ")
+                + rebuild_command(path, engine),
             )
 
 

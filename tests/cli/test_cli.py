@@ -194,7 +194,9 @@ def test_a_run_is_named_after_its_images(ddpmx, images, here):
 # --- what it says about itself ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["train", "export", "build", "generate", "parity", "import", "convert", "bench", "info", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["train", "export", "build", "generate", "parity", "import", "convert", "bench", "info", "doctor"]
+)
 def test_every_flag_is_explained(command):
     parameters = get_command(app).commands[command].params
     assert parameters

@@ -100,6 +100,15 @@ def test_where_noise_was_added_in_minus_one_to_one_the_schedule_stays():
     torch.testing.assert_close(adapter.module.args[0], (x + 1) / 2)
 
 
+def test_what_the_network_is_told_of_itself_is_in_its_units():
+    spec = ModelSpec(SHAPE, timesteps=T, self_condition=True, condition=1)
+    adapter = Adapter(Told(torch.zeros(3, *SHAPE)), data_range=(-0.5, 0.5))
+    x0_prev, cond = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
+    adapter.network(spec)(torch.zeros(3, *SHAPE), torch.arange(3, dtype=torch.int32), x0_prev=x0_prev, cond=cond)
+    assert torch.equal(adapter.module.kwargs["x0_prev"], x0_prev / 2)
+    assert torch.equal(adapter.module.kwargs["cond"], cond)
+
+
 @pytest.mark.parametrize(
     ("fields", "adapter", "why"),
     [

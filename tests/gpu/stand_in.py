@@ -150,7 +150,9 @@ class StandIn:
             raise InputError(f"the stand-in takes batches of 1…{self.batches[0][1]}, not {batch}")
         return 0
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int) -> Network:
+    def network(
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+    ) -> Network:
         self.check_batch(batch)
         return Network(self, batch, x, t, [address for address in (out, var) if address])
 
@@ -189,7 +191,9 @@ class Copying:
     def check_batch(self, batch: int) -> int:
         return 0
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int) -> CopyingNetwork:
+    def network(
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+    ) -> CopyingNetwork:
         return CopyingNetwork(self.driver, x, out, 4 * batch * math.prod(self.spec.shape))
 
     def close(self) -> None:

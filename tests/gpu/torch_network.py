@@ -39,7 +39,9 @@ class TorchDevice:
     def check_batch(self, batch: int) -> int:
         return 0
 
-    def network(self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int) -> TorchNetwork:
+    def network(
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+    ) -> TorchNetwork:
         return TorchNetwork(self, batch, x, t, out)
 
     def see(self, address: int, shape: tuple[int, ...], typestr: str) -> Any:
