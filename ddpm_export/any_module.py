@@ -35,8 +35,8 @@ from ddpm_export.proof import ModuleInstead
 from ddpm_export.record import record, short_chain
 from ddpmx.backends import Backend
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
+from ddpmx.opening import open_model
 from ddpmx.parity.ladder import Climb, climb, not_finite
-from ddpmx.pipeline import open_model
 from ddpmx.schedule import Schedule
 from ddpmx.spec import BETAS, PRECISIONS, ModelSpec, Precision
 

@@ -15,9 +15,9 @@ from ddpm_export.data import load_dataset
 from ddpm_export.onnx_export import to_precision
 from ddpm_export.record import check_images, record, short_chain
 from ddpm_export.torch_backend import TorchBackend
+from ddpmx.opening import open_model
 from ddpmx.parity.ladder import Climb, climb
 from ddpmx.parity.reference import Reference
-from ddpmx.pipeline import open_model
 from ddpmx.spec import ModelSpec
 
 

@@ -57,9 +57,9 @@ def parity(
 
     Exit code 0 if every bound of the file's precision holds, 1 if one does not, 2 if it could not be judged.
     """
+    from ddpmx.opening import open_model
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import climb, not_finite
-    from ddpmx.pipeline import open_model
 
     if sum((against is not None, checkpoint is not None, self_test)) > 1:
         raise InputError("--against, --checkpoint and --self-test exclude each other")

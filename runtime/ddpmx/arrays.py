@@ -342,3 +342,28 @@ def _malformed(thing: object, note: str) -> InputError:
 
 def _no_type(name: str) -> InputError:
     return InputError(f"arrays of {name} are not read", hint="convert it: x.float() in PyTorch, x.astype('float32')")
+
+
+LEGACY_STREAM = 1
+"""CU_STREAM_LEGACY: the default stream, which waits for others, and in which most people work."""
+
+
+def meet(x: NDArray[Any] | int, x_bytes: int, out: NDArray[Any] | int, out_bytes: int) -> bool:
+    """Whether two arrays, or device addresses, have bytes in common."""
+    a, b = (place if isinstance(place, int) else place.ctypes.data for place in (x, out))
+    return isinstance(x, int) == isinstance(out, int) and a < b + out_bytes and b < a + x_bytes
+
+
+def stream_handle(stream: Any) -> int:
+    """The number of somebody's CUDA stream: itself, or an object with ``__cuda_stream__`` or ``cuda_stream``.
+
+    Raises:
+        InputError: it is none.
+    """
+    if hasattr(stream, "__cuda_stream__"):  # (version of the protocol, handle)
+        protocol = stream.__cuda_stream__
+        stream = (protocol() if callable(protocol) else protocol)[1]
+    stream = getattr(stream, "cuda_stream", stream)
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 1 << 64:
+        raise InputError(f"a CUDA stream is a number or an object that has one, not {str(stream)[:100]}")
+    return stream or LEGACY_STREAM

@@ -7,20 +7,20 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import images, modelfile, onnxfile
-from ddpmx.arrays import View, expect, view
+from ddpmx import images
+from ddpmx.arrays import View, expect, meet, stream_handle, view
 from ddpmx.backends import Backend, CopyingBackend
 from ddpmx.cuda import EXECUTORS
-from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
+from ddpmx.errors import Cancelled, InputError
 from ddpmx.labels import class_labels
 from ddpmx.noise import MAX_IMAGE, check_seed
+from ddpmx.opening import open_model
 from ddpmx.runner import HostRunner, Job, Runner, fitting_batch, rows
 from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.spec import ModelSpec
@@ -33,9 +33,6 @@ MAX_RESULT_BYTES = 1 << 36
 
 MAX_BATCH_ELEMENTS = 1 << 25
 """n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
-
-
-_LEGACY_STREAM = 1  # CU_STREAM_LEGACY: the default stream, which waits for others, and in which most people work
 
 
 class Preview(NamedTuple):
@@ -256,7 +253,7 @@ class Pipeline:
         total, size = -(-n // batch) * len(table), channels * height * width
         with ExitStack() as given:
             given.enter_context(self._work())
-            after = [] if stream is None else [_stream_handle(stream)]
+            after = [] if stream is None else [stream_handle(stream)]
             start = None if x is None else self._take(given, x, (n, *shape), np.float32, "x", after)
             told, extras = self._told(given, n, labels, cond, after), self.spec.extras
             result: Any = out
@@ -267,7 +264,7 @@ class Pipeline:
                 target = result.address
             else:
                 target = result = np.empty((n, height, width, channels), np.uint8)
-            if start is not None and out is not None and _meet(start, 4 * n * size, target, n * size):
+            if start is not None and out is not None and meet(start, 4 * n * size, target, n * size):
                 raise InputError("x and out share memory", hint="an array of its own for out")
             if preview is not None and isinstance(target, int):
                 raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
@@ -466,62 +463,6 @@ def load(
         raise
 
 
-def open_model(
-    path: str | os.PathLike[str],
-    *,
-    spec: ModelSpec | None = None,
-    providers: Sequence[str] = ("cpu",),
-    fallback: bool = False,
-    threads: int = 0,
-    trust_host_code: bool = False,
-    cache: str | os.PathLike[str] | None = None,
-) -> tuple[ModelSpec, Backend]:
-    """What a file is, and what runs it: :func:`load` without the chain around it. Close the backend after use."""
-    path = Path(path)
-    kind = modelfile.identify(path)
-    if kind == "checkpoint":
-        raise FileFormatError(
-            f"{path}: a checkpoint, which needs torch to run",
-            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that",
-        )
-    if kind == "plan":
-        return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
-    # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
-    path = path.resolve()
-    info = onnxfile.read_onnx(path)
-    onnxfile.check_external(path, info)
-    spec = onnxfile.onnx_spec(path, info, spec)
-    from ddpmx.backends import ort
-
-    try:
-        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads)
-    except FileFormatError as error:
-        if spec.precision != "bf16":
-            raise
-        raise BackendError(
-            f"{path}: ONNX Runtime cannot run this bfloat16 file here",
-            note=error.note,
-            hint=f"it is made for TensorRT 10.13 and later: ddpmx build {path.name}; fp16 and fp32 files run here",
-        ) from error
-
-
-def _open_plan(
-    path: Path, spec: ModelSpec | None, providers: Sequence[str], trust_host_code: bool, cache: Path | None
-) -> tuple[ModelSpec, Backend]:
-    if spec is not None:
-        raise InputError(f"{path}: a plan says itself what it is", hint="spec is for ONNX files that do not")
-    if tuple(providers) != ("cpu",):
-        raise InputError(f"{path}: a plan is run by TensorRT itself", hint="providers are for ONNX files")
-    from ddpmx.backends.trt import TrtEngine
-
-    engine = TrtEngine(path, trust_host_code=trust_host_code, cache=cache)
-    try:
-        return engine.spec, CopyingBackend(engine)
-    except BaseException:
-        engine.close()
-        raise
-
-
 def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """(position in the result, image indices) of each batch."""
     for start in range(0, n, batch):
@@ -534,20 +475,3 @@ def _after(progress: Callable[[int, int], None] | None, before: int, total: int)
         return None
     tell = progress
     return lambda done, _: tell(before + done, total)
-
-
-def _meet(x: NDArray[Any] | int, x_bytes: int, out: NDArray[Any] | int, out_bytes: int) -> bool:
-    """Whether two arrays have bytes in common."""
-    a, b = (place if isinstance(place, int) else place.ctypes.data for place in (x, out))
-    return isinstance(x, int) == isinstance(out, int) and a < b + out_bytes and b < a + x_bytes
-
-
-def _stream_handle(stream: Any) -> int:
-    """The number of somebody's CUDA stream."""
-    if hasattr(stream, "__cuda_stream__"):  # (version of the protocol, handle)
-        protocol = stream.__cuda_stream__
-        stream = (protocol() if callable(protocol) else protocol)[1]
-    stream = getattr(stream, "cuda_stream", stream)
-    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < 1 << 64:
-        raise InputError(f"a CUDA stream is a number or an object that has one, not {str(stream)[:100]}")
-    return stream or _LEGACY_STREAM

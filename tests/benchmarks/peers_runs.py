@@ -58,7 +58,7 @@ class Ddpmx:
 
     def eps(self, x: Float32, t: int) -> Float32:
         from ddpmx.backends import Buffers
-        from ddpmx.pipeline import open_model
+        from ddpmx.opening import open_model
 
         if self.asked is None:  # a pipeline gives images, not ε: the file is opened once more
             _, self.asked = open_model(self.job["file"], **self._how())

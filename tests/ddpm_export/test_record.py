@@ -29,10 +29,11 @@ from ddpm_export.unet import UNet, UNetConfig
 from ddpmx import planfile
 from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError, SpecError
 from ddpmx.noise import Purpose, normal
+from ddpmx.opening import open_model
 from ddpmx.parity.ladder import climb
 from ddpmx.parity.reference import Reference
 from ddpmx.parity.rung import BOUNDS
-from ddpmx.pipeline import Pipeline, load, open_model
+from ddpmx.pipeline import Pipeline, load
 from ddpmx.spec import ModelSpec
 from oracles.random_weights import rerandomise
 

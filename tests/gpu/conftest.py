@@ -21,7 +21,8 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device import gpus
 from ddpmx.engine import BuildOptions
 from ddpmx.errors import BackendError
-from ddpmx.pipeline import Pipeline, open_model
+from ddpmx.opening import open_model
+from ddpmx.pipeline import Pipeline
 from gpu.arrays import Cupy, Maker, Ours, Torch
 from gpu.stand_in import SPEC, StandIn
 

@@ -21,6 +21,7 @@ from ddpmx.bench.host import measure_host
 from ddpmx.cuda import EXECUTORS
 from ddpmx.device import gpus
 from ddpmx.errors import BackendError, InputError
+from ddpmx.opening import open_model
 from ddpmx.samplers import make_table
 from ddpmx.spec import ModelSpec
 
@@ -78,7 +79,7 @@ def bench(
         steps: of each chain, 3…T; by default as many as fit into ``seconds``.
         seconds: for each batch size and executor, about.
         progress: called with (what is being measured, lines done, lines in all).
-        **opening: see :func:`ddpmx.pipeline.open_model`.
+        **opening: see :func:`ddpmx.opening.open_model`.
 
     Raises:
         InputError: a number out of its range, a batch that the file does not take, or no such executor.
@@ -91,7 +92,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         begun = time.perf_counter()
         free_before = stack.enter_context(_context()) if on_gpu else None
-        spec, backend = pipeline.open_model(path, **opening)
+        spec, backend = open_model(path, **opening)
         stack.callback(backend.close)
         device = backend.device if isinstance(backend, CopyingBackend) else None
         names = _executors(executor, device)

@@ -18,7 +18,8 @@ from ddpmx import tensorrt_library
 from ddpmx.backends import ort_device, trt
 from ddpmx.backends.ort import open_onnx
 from ddpmx.cuda.driver import Driver
-from ddpmx.pipeline import Pipeline, open_model
+from ddpmx.opening import open_model
+from ddpmx.pipeline import Pipeline
 from gpu.arrays import Cupy, Ours, Torch
 from gpu.stand_in import scaled
 from gpu.torch_network import TorchDevice
