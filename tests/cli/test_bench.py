@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from ddpmx import backends, pipeline
+from ddpmx import backends
 from ddpmx.bench import Report
 from ddpmx.bench.figures import Cell
 from ddpmx.errors import InputError
@@ -132,7 +132,7 @@ def test_a_plan_s_range_is_a_limit(refused, model, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(pipeline, "open_model", lambda path, **opening: (gaussian.SPEC, Copying(Plan())))
+    monkeypatch.setattr("ddpmx.bench.open_model", lambda path, **opening: (gaussian.SPEC, Copying(Plan())))
     said = refused("bench", model, "--batch", "1,5")
     assert "Hint: --batch 4" in said
 

@@ -431,7 +431,7 @@ def on_gpu(cuda, monkeypatch, gaussian_onnx):
 
     def call(*, batches=None, executor="auto", ranges=((1, 4),), executors=EXECUTORS):
         device = ToyDevice(cuda, batches=ranges, executors=executors)
-        monkeypatch.setattr(pipeline, "open_model", lambda path, **opening: (SPEC, CopyingBackend(device)))
+        monkeypatch.setattr("ddpmx.bench.open_model", lambda path, **opening: (SPEC, CopyingBackend(device)))
         try:
             return bench(gaussian_onnx, batches=batches, executor=executor, steps=3, seconds=1e-3)
         finally:
