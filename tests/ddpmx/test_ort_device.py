@@ -430,7 +430,7 @@ def test_every_name_of_onnxruntime_s_exists(real):
     # what pybind takes is written in its docstrings alone
     assert "arg0: str, arg1: str" in real.register_execution_provider_library.__doc__
     assert re.search(
-        r"arg0: \S*Sequence\[\S*OrtEpDevice\], arg1: \S*Mapping\[str, str\]",
+        r"arg0: \S*(Sequence|list)\[\S*OrtEpDevice\], arg1: \S*(Mapping|dict)\[str, str\]",
         real.SessionOptions.add_provider_for_devices.__doc__,
     )
     assert all(isinstance(device.ep_name, str) for device in real.get_ep_devices())

@@ -14,7 +14,7 @@ from ddpmx.bench.host import measure_host
 from ddpmx.cuda import EXECUTORS
 from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.executors import choose_executor
-from ddpmx.errors import InputError
+from ddpmx.errors import FileFormatError, InputError
 from ddpmx.parity import on_device
 from ddpmx.pipeline import Pipeline
 from ddpmx.samplers import make_table
@@ -372,7 +372,7 @@ def test_a_plan_without_what_its_spec_names_is_refused(opened, missing):
     tensors = {**{n: ("INPUT", "INT32" if n in ("t", "y") else "FLOAT", (-1, *d)) for n, d in spec.inputs.items()}}
     tensors["eps"] = ("OUTPUT", "FLOAT", (-1, *spec.shape))
     del tensors[missing]
-    with pytest.raises(pipeline.FileFormatError, match="other inputs and outputs") as caught:
+    with pytest.raises(FileFormatError, match="other inputs and outputs") as caught:
         pipeline.load(opened(spec, tensors=tensors))
     assert f"no {missing}" in str(caught.value)
 
