@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Exported:
     spec: ModelSpec
     file: Path
     record: Path | None
-    climb: Climb | None
+    climb: Climb | None = field(repr=False)
     halved: tuple[str, ...] = ()
 
     @property

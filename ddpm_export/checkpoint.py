@@ -137,6 +137,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
         return path
     if found := checkpoints(path):
         return found[-1]
+    if (path / "checkpoints").is_dir():
+        raise FileFormatError(
+            f"{path}: this run has no checkpoint yet",
+            note="training writes one every few minutes (--save-minutes), when it is stopped by Ctrl-C, and at its end",
+        )
     raise FileFormatError(
         f"{path}: no checkpoint there",
         note="the folder does not exist" if not path.exists() else f"it has no {SPEC_FILE}, and no run's checkpoints",

@@ -61,6 +61,18 @@ _SCHEDULER_DEFAULTS: Mapping[str, Any] = {
     "rescale_betas_zero_snr": False,
 }
 
+_SCHEDULER_OTHERS = frozenset(
+    (
+        *("_class_name", "_diffusers_version", "_name_or_path", "predict_epsilon"),
+        # which timesteps their loop visits, and from where: ddpmx's own flags say that
+        *("timestep_spacing", "steps_offset", "set_alpha_to_one", "timesteps", "num_inference_steps"),
+        # of thresholding, which is refused
+        *("dynamic_thresholding_ratio", "sample_max_value"),
+        # of older releases, without effect on what is computed
+        *("tensor_format", "skip_prk_steps", "trained_timesteps"),
+    )
+)
+
 _ONLY: Mapping[str, tuple[object, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -214,6 +226,17 @@ def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
             hint="write the folder again with a DDPMScheduler made from its config",
         )
     values = _checked(source, scheduler, _SCHEDULER_DEFAULTS)
+    if unknown := sorted(scheduler.keys() - _SCHEDULER_DEFAULTS.keys() - _SCHEDULER_OTHERS):
+        raise FileFormatError(
+            f"{source} has fields that ddpmx does not know: {', '.join(map(str, unknown))[:200]}",
+            note="they may change what the chain computes",
+            hint="if they do not, take them out of a copy of the folder",
+        )
+    if "predict_epsilon" in scheduler:  # the first releases', before there was a prediction_type
+        said = "epsilon" if scheduler["predict_epsilon"] is True else "sample"
+        if scheduler.get("prediction_type", said) != said or type(scheduler["predict_epsilon"]) is not bool:
+            raise FileFormatError(f"{source}: predict_epsilon and prediction_type contradict each other")
+        values["prediction_type"] = said
     for name in ("thresholding", "rescale_betas_zero_snr"):
         if values[name]:
             raise _inexpressible(name, values[name], (False,), source)
@@ -225,6 +248,9 @@ def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
         schedule, betas = "betas", np.asarray(betas, np.float64)
         timesteps: Any = len(betas)
         ask.fact("schedule", f"betas, {timesteps} of them", f"{source}: trained_betas")
+        ask.fact(
+            "timesteps", timesteps, f"as many as trained_betas; num_train_timesteps is {values['num_train_timesteps']}"
+        )
     else:
         theirs = values["beta_schedule"]
         if theirs not in _SCHEDULES:
@@ -304,7 +330,7 @@ def _inexpressible(
     return FileFormatError(
         f"{file}: {name} is {value!r}, which this graph cannot express",
         note=f"it can: {', '.join(map(str, possible))}",
-        hint="ddpm_export.export takes any torch module, from Python",
+        hint="ddpm_export.export takes any torch module, from Python" if file == "config.json" else None,
     )
 
 

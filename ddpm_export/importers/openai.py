@@ -222,9 +222,7 @@ def _told(ask: Inquiry, found: Found, seen: Mapping[str, Any]) -> _Told:
     structures = {name: openai_flags.structure(openai_flags.network(p.flags)) for name, p in PUBLISHED.items()}
     alike = [name for name, structure in structures.items() if structure == seen]
     known, why = next((name for name in alike if found.file.name in PUBLISHED[name].files), None), "the file's name"
-    shown = [name for name in alike if PUBLISHED[name].shown]
-    if known is None and shown:
-        known, why = shown[0], "its structure; published networks that share one differ in dropout at most"
+    # Structure is no proof: people train the same networks with other heads, schedules and T, which it does not show
     if known is None and "model" not in ask.options.said:
         return _Told(ask, alike=alike[0] if alike else "")
     model = ask.settle("model", tuple(PUBLISHED), known=known, source=why)

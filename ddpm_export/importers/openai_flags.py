@@ -63,14 +63,11 @@ class Published:
         files: the names of its checkpoints; several where the training differed and the network did not.
         defaults: its project's.
         line: its flags, as the README has them. Those that act in training only are left out.
-        shown: whether its structure alone tells it. The others have that of the README's baseline, which people train
-            with either schedule.
     """
 
     files: tuple[str, ...]
     defaults: Flags
     line: str
-    shown: bool = True
 
     @property
     def flags(self) -> Flags:
@@ -90,14 +87,12 @@ PUBLISHED: Mapping[str, Published] = {
         IMPROVED,
         "--image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True --dropout 0.3 "
         "--diffusion_steps 4000 --noise_schedule cosine",
-        shown=False,
     ),
     "imagenet64": Published(
         ("imagenet64_uncond_100M_1500K.pt", "imagenet64_uncond_vlb_100M_1500K.pt"),
         IMPROVED,
         "--image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True "
         "--diffusion_steps 4000 --noise_schedule cosine",
-        shown=False,
     ),
     "imagenet64_cond": Published(
         ("imagenet64_cond_270M_250K.pt",),

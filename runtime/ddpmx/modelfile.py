@@ -44,6 +44,12 @@ def identify(path: str | os.PathLike[str]) -> Kind:
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with path.open("rb") as stream:
             head = stream.read(4)
+    except FileNotFoundError as error:
+        raise FileFormatError(
+            f"{path}: cannot be read",
+            note=error.strerror or str(error),
+            hint="`ddpmx export RUN -o model.onnx` writes a model file from a checkpoint",
+        ) from error
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     if not head:
@@ -53,6 +59,11 @@ def identify(path: str | os.PathLike[str]) -> Kind:
     # A ModelProto begins with ir_version (field 1, a number): every writer puts the lowest field first.
     if head[0] == 0x08:
         return "onnx"
+    if path.name.endswith(".parity.npz"):
+        raise FileFormatError(
+            f"{path}: a record of what PyTorch answered, and no model file",
+            hint=f"ddpmx parity model.onnx --against {path}",
+        )
     raise FileFormatError(
         f"{path}: neither an ONNX file nor a TensorRT plan",
         note=f"it begins with {head!r}",

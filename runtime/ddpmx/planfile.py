@@ -259,7 +259,7 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
             note=f"{gpus.trouble}; the plan was built with {built}",
             hint="it is bfloat16, which no CPU runs: export with --fp16 for a file that runs here"
             if info.spec.precision == "bf16"
-            else f"the ONNX file runs on the CPU: ddpmx generate --engine {shlex.quote(engine.source)}",
+            else f"the ONNX file runs on the CPU: {shlex.quote(engine.source)} in its place",
         )
     gpu = gpus.devices[0]
     if engine.platform != platform:

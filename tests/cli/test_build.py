@@ -16,7 +16,7 @@ def test_generate_with_a_plan_says_which_onnx_file_to_use(refused, tmp_path, mon
     monkeypatch.setattr(trt, "gpus", lambda: Gpus(trouble="there is no NVIDIA driver"))
     (tmp_path / "model.plan").write_bytes(make_plan())
     said = refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
-    for part in ("there is none here", "TensorRT-RTX 1.7.1.116", "ddpmx generate --engine model.onnx"):
+    for part in ("there is none here", "TensorRT-RTX 1.7.1.116", "model.onnx in its place"):
         assert part in said
     assert not (tmp_path / "out").exists()
 

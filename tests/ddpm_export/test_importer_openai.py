@@ -220,19 +220,15 @@ def test_a_published_network_is_understood_without_a_question(name, by):
     assert new_order == (name == "guided_imagenet64")
 
 
-def test_the_structure_alone_tells_a_network_unless_people_train_others_like_it():
-    for name, published in PUBLISHED.items():
+def test_the_structure_alone_tells_nothing_that_people_train_otherwise():
+    """Heads, the schedule and T are in no shape."""
+    for name in PUBLISHED:
         tensors = weightless(name)
         ask = Inquiry(Options())
-        config, *_ = openai.understand(ask, with_tensors(tensors), tensors)
-        wanted = openai_flags.network(published.flags)
-        if published.shown:
-            assert ask.questions == []
-            assert config == wanted or openai_flags.network({**published.flags, "dropout": "0.0"}) == config
-        else:
-            asked = {question.name: question for question in ask.questions}
-            assert asked.keys() == {"schedule", "timesteps", "rescale_timesteps", "heads", "attention_order"}
-            assert f"--model {name}" in asked["schedule"].why
+        openai.understand(ask, with_tensors(tensors), tensors)
+        asked = {question.name: question for question in ask.questions}
+        assert {"schedule", "timesteps"} <= asked.keys(), name
+        assert "--model " in asked["schedule"].why
 
 
 def test_another_network_than_the_one_said_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ddpm_export.importers import Imported, Options, convert, import_checkpoint
-from ddpm_export.importers.diffusers_config import UNET_DEFAULTS
+from ddpm_export.importers.diffusers_config import UNET_DEFAULTS, read_chain
+from ddpm_export.importers.inquiry import Inquiry
 from ddpm_export.importers.probe import module_of
 from ddpm_export.unet import UNet, UNetConfig
 from ddpmx.errors import DdpmxError, FileFormatError, InputError, OutputError
@@ -445,3 +447,31 @@ def test_nonsense_in_a_field_is_an_error_or_harmless(file, junk, tmp_path):
             refused += 1
         (tmp_path / file).write_text(whole)
     assert refused > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "prediction"),
+    [({"predict_epsilon": False}, "x0"), ({"predict_epsilon": True}, "eps"), ({}, "eps")],
+    ids=["x0", "eps", "silent"],
+)
+def test_the_first_releases_said_the_prediction_otherwise(changes, prediction):
+    ask = Inquiry(Options())
+    scheduler = {"_class_name": "DDPMScheduler", **changes}
+    found = SimpleNamespace(configs={"scheduler_config.json": scheduler})
+    spec = read_chain(ask, found, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))
+    assert spec.prediction == prediction
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"predict_epsilon": False, "prediction_type": "epsilon"},
+        {"predict_epsilon": 1},
+        {"variance_scale": 2.0},
+    ],
+    ids=["contradiction", "no boolean", "unknown"],
+)
+def test_a_scheduler_that_says_what_is_not_understood_is_refused(changes):
+    found = SimpleNamespace(configs={"scheduler_config.json": {"_class_name": "DDPMScheduler", **changes}})
+    with pytest.raises(FileFormatError):
+        read_chain(Inquiry(Options()), found, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))

@@ -385,7 +385,7 @@ def test_without_a_gpu_the_onnx_file_is_named(plan):
     record = dataclasses.replace(RECORD, source="my model.onnx")
     with pytest.raises(BackendError, match="there is none here") as caught:
         check(plan(make_plan(record=record)), gpus=NO_GPU)
-    for said in (NO_GPU.trouble, "TensorRT-RTX 1.7.1.116", "SM 8.0+", "ddpmx generate --engine 'my model.onnx'"):
+    for said in (NO_GPU.trouble, "TensorRT-RTX 1.7.1.116", "SM 8.0+", "'my model.onnx' in its place"):
         assert said in str(caught.value)
 
 
@@ -431,7 +431,7 @@ def test_loading_a_plan_without_a_gpu_names_the_onnx_file_to_use(plan, monkeypat
     monkeypatch.setattr(trt, "gpus", lambda: NO_GPU)
     with pytest.raises(BackendError, match="there is none here") as caught:
         pipeline.load(plan(make_plan()))
-    assert "ddpmx generate --engine model.onnx" in str(caught.value)
+    assert "model.onnx in its place" in str(caught.value)
 
 
 def test_loading_a_plan_without_its_library_says_what_to_install(plan, monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.backends import Backend, Buffers, CopyingBackend
+from ddpmx.device import gpus
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.spec import ModelSpec
 
@@ -195,8 +196,10 @@ def available_providers(ort: Any) -> list[str]:
 
 def no_provider(ort: Any, name: str) -> BackendError:
     """The error for a provider that this build does not even list."""
-    nvidia = name in (NAMES["cuda"], NAMES["tensorrt"])
+    nvidia, here = name in (NAMES["cuda"], NAMES["tensorrt"]), bool(gpus().devices)
     install = f"pip uninstall onnxruntime; pip install '{GPU_PACKAGE}'" if nvidia else _INSTALL
+    if nvidia and not here:
+        install += ", on a machine with an NVIDIA GPU: there is none here"
     return BackendError(
         f"ONNX Runtime has no {name} here",
         note=f"version {ort.__version__} has {', '.join(available_providers(ort))}",
