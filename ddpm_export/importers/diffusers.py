@@ -41,14 +41,27 @@ def read(found: Found, options: Options) -> Imported:
             hint="name the folder that has config.json beside them",
         )
     if options.weights == "raw" and found.file.parent.name == "unet_ema":
-        raise InputError(f"{found.file.parent}: these are the averaged weights", hint=f"name {found.path / 'unet'}")
+        raise InputError(
+            f"{found.file.parent}: these are the averaged weights", hint=f"name {found.file.parent.with_name('unet')}"
+        )
     ask = Inquiry(options)
     config = read_network(ask, found.config)
     spec = read_chain(ask, found, config)
     old = any(name.endswith(".proj_attn.weight") for name in found.tensors)
-    ask.fact("weights", len(found.tensors), found.file.name)
+    ask.fact("weights", len(found.tensors), _whence(found))
     tensors = to_ours(rows(config, old_attention=old), found.tensors, shapes=unet_shapes(config))
     return ask.done(NAME, config, spec, tensors)
+
+
+def _whence(found: Found) -> str:
+    """The file of the weights below the path that was named, and what its folder and its name say of them."""
+    file = found.file
+    told = str(file.relative_to(found.path)) if file.is_relative_to(found.path) else file.name
+    if file.parent.name == "unet_ema":
+        told += ", averaged"
+    if variant := file.stem.partition(".")[2]:
+        told += f", the variant {variant}"
+    return told
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from ddpmx.sealed import parse_json
 MAX_JSON = 1 << 24
 MAX_ITEMS = 1_000_000
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl")
-_DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_STEM = "diffusion_pytorch_model"
+_DIFFUSERS = (f"{_STEM}.safetensors", f"{_STEM}.bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +90,11 @@ def _file(path: Path) -> Found:
         return _tensor_bundle(path)
     if path.name in ("config.json", "model_index.json"):
         return _folder(path.parent)
+    if path.name.startswith(_STEM) and "-of-" in path.name:
+        raise _split(path.parent)
+    of_diffusers = path.name.startswith(f"{_STEM}.") and path.suffix in (".safetensors", ".bin")
+    if of_diffusers and (path.parent / "config.json").is_file():
+        return _diffusers(path.parent, path.parent, path)
     if path.suffix == ".safetensors":
         tensors, config = _read_safetensors(path)
         return Found(path, "safetensors", tensors, config=config, configs={}, file=path)
@@ -99,15 +105,15 @@ def _file(path: Path) -> Found:
             f"{path}: neither a torch file, nor safetensors, nor a TensorFlow checkpoint",
             note=f"it begins with {head!r}" if head else "it is empty",
         )
-    tensors, objects = _flatten(path, torch_file.load(path))
+    tensors, objects = _read_torch(path)
     return Found(path, "torch", tensors, objects, file=path)
 
 
 def _folder(path: Path) -> Found:
     """A folder of diffusers, of TensorFlow, or with a single file of weights."""
     for inside in (path, path / "unet_ema", path / "unet"):  # a checkpoint of diffusers' training has both
-        if (inside / "config.json").is_file() and _diffusers_weights(inside) is not None:
-            return _diffusers(path, inside)
+        if (inside / "config.json").is_file() and (file := _diffusers_weights(inside)) is not None:
+            return _diffusers(path, inside, file)
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():
         raise FileFormatError(
             f"{path}: a folder of diffusers without its weights",
@@ -130,21 +136,39 @@ def _several(path: Path, files: list[Path]) -> FileFormatError:
 
 
 def _diffusers_weights(folder: Path) -> Path | None:
+    """The plain file; without one, the only variant (diffusion_pytorch_model.fp16.safetensors); None if there is none.
+
+    Raises:
+        FileFormatError: which of several is meant, or whether weights that are not averaged are, is for the user to say;
+            or they are split over several files.
+    """
     for name in _DIFFUSERS:
-        stem, suffix = name.rsplit(".", 1)
-        # beside the plain file there may be variants: diffusion_pytorch_model.fp16.safetensors
-        for file in (folder / name, *sorted(folder.glob(f"{stem}.*.{suffix}"))):
-            if file.is_file() and "-of-" not in file.name:
-                return file
-    return None
-
-
-def _diffusers(path: Path, inside: Path) -> Found:
-    if len(list(inside.glob("diffusion_pytorch_model*-of-*"))) > 0:
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob(f"{_STEM}*-of-*")):
+        raise _split(folder)
+    variants: dict[str, Path] = {}
+    for suffix in (".safetensors", ".bin"):
+        for file in sorted(folder.glob(f"{_STEM}.*{suffix}")):
+            if file.is_file():
+                variants.setdefault(file.stem.removeprefix(f"{_STEM}."), file)
+    if len(variants) > 1 or "non_ema" in variants:
         raise FileFormatError(
-            f"{inside}: the weights are split over several files",
-            hint="diffusers writes them as one: model.save_pretrained(folder, max_shard_size='100GB')",
+            f"{folder}: only variants of the weights in this folder",
+            note=", ".join(file.name for file in list(variants.values())[:6]),
+            hint="name one of them",
         )
+    return next(iter(variants.values()), None)
+
+
+def _split(folder: Path) -> FileFormatError:
+    return FileFormatError(
+        f"{folder}: the weights are split over several files",
+        hint="diffusers writes them as one: model.save_pretrained(folder, max_shard_size='100GB')",
+    )
+
+
+def _diffusers(path: Path, inside: Path, file: Path) -> Found:
     configs: dict[str, dict[str, Any]] = {"config.json": _read_json(inside / "config.json")}
     for name, places in {
         "model_index.json": (path, path.parent),
@@ -152,11 +176,9 @@ def _diffusers(path: Path, inside: Path) -> Found:
     }.items():
         if place := next((place / name for place in places if (place / name).is_file()), None):
             configs[name] = _read_json(place)
-    file = _diffusers_weights(inside)
-    assert file is not None
     if file.suffix == ".safetensors":
         return Found(path, "folder", _read_safetensors(file)[0], {}, configs["config.json"], configs, file)
-    tensors, objects = _flatten(file, torch_file.load(file))
+    tensors, objects = _read_torch(file)
     return Found(path, "folder", tensors, objects, configs["config.json"], configs, file)
 
 
@@ -219,11 +241,25 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, config
 
 
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    content = torch_file.load(path)
+    try:
+        return _flatten(path, content)
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:  # RecursionError is a RuntimeError
+        # what torch's reader makes is plain, but a file may hang attributes on it that hide its methods
+        raise FileFormatError(
+            f"{path}: no plain weights",
+            note=f"{type(error).__name__}: {error}"[:200],
+            hint="save them again: torch.save(model.state_dict(), …)",
+        ) from error
+
+
 def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors and plain values by dotted names.
 
     Raises:
-        FileFormatError: tensors that claim to be larger than what they hold, or two things of one name.
+        FileFormatError: tensors that claim to be larger than what they hold, two things of one name, or a key that is
+            no name.
     """
     tensors: dict[str, Tensor] = {}
     objects: dict[str, object] = {}
@@ -235,12 +271,13 @@ def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
         if items > MAX_ITEMS or depth > 32:  # a list of itself, or of lists of lists that are all the same
             raise FileFormatError(f"{path}: nested too deep, or more than {MAX_ITEMS:,} things in it")
         if isinstance(value, Tensor):
-            _check_tensor(path, name, value)
             if name in tensors:
                 raise FileFormatError(f"{path}: two tensors are called {name!r}")
-            tensors[name] = value.detach()
+            tensors[name] = _plain_tensor(path, name, value)
         elif isinstance(value, Mapping):
-            inner = [(str(key), item) for key, item in value.items()]
+            if not isinstance(value, dict) or not all(isinstance(key, (str, int)) for key in dict.keys(value)):
+                raise FileFormatError(f"{path}: {name!r} is no dict of names", note=f"it is a {type(value).__name__}")
+            inner = [(str(key), item) for key, item in dict.items(value)]
             waiting += [(f"{name}.{key}" if name else key, item, depth + 1) for key, item in reversed(inner)]
         elif isinstance(value, (list, tuple)):
             many = list(enumerate(value))
@@ -252,14 +289,22 @@ def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, objects
 
 
-def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+def _plain_tensor(path: Path, name: str, value: Tensor) -> Tensor:
+    """``value`` without a gradient, and without what the file hung on it.
+
+    Raises:
+        FileFormatError: it is not dense, or claims to be larger than what it holds.
+    """
+    tensor = torch.Tensor.detach(value)  # the class's own method: the file may have given this one another
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise FileFormatError(f"{path}: {name!r} is a sparse, quantized or empty-handed tensor", hint="save it dense")
+    tensor = torch.Tensor.as_subclass(tensor, torch.Tensor)
     if _bytes(tensor) > tensor.untyped_storage().nbytes():
         raise FileFormatError(
             f"{path}: {name!r} has the absurd shape {list(tensor.shape)}",
             note=f"{tensor.untyped_storage().nbytes():,} bytes are stored for it",
         )
+    return tensor
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -277,7 +322,9 @@ def _download(name: str) -> Path:
         ) from error
     try:
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        if not list(folder.rglob("*.safetensors")):
+        names = {file.name for file in folder.rglob("*.safetensors")}
+        variants = any(name.startswith(_STEM) for name in names)
+        if not names or (variants and _DIFFUSERS[0] not in names):  # the plain weights may be there as .bin
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
     except ValueError as error:  # HFValidationError
         raise InputError(

@@ -107,7 +107,7 @@ def _check_table(theirs: Mapping[str, Tensor]) -> int:
         raise FileFormatError(f"no table of time embeddings {TABLE!r} in it")
     table = theirs[TABLE].float()
     timesteps, channels = table.shape
-    if timesteps > 1_000_000 or channels % 2:
+    if not 1 <= timesteps <= 1_000_000 or channels % 2:
         raise config_error("a table of time embeddings", list(table.shape))
     expected = sinusoidal_embedding(torch.arange(timesteps), channels, frequency_shift=0)[
         :, list(_interleaved(channels))

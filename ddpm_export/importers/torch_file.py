@@ -2,17 +2,21 @@
 
 A torch file is a pickle beside raw storages. torch's own ``weights_only`` reader builds nothing but tensors and plain
 values; it came whole only with torch 2.6. Before it sees a file, the pickle is walked here with every class replaced by
-a stub, so that storages which claim more bytes than the file holds are refused before memory is taken for them.
+a stub, so that storages which claim more bytes than the file holds are refused before memory is taken for them. The walk
+is Python's own and not C's: an interrupt stops it, and a number in the pickle allocates nothing.
 """
 
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
+import pickletools
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, ClassVar, cast
 
 import torch
 
@@ -20,6 +24,9 @@ from ddpmx.errors import BackendError, FileFormatError
 
 MAX_PICKLE = 1 << 28
 """Bytes of the pickle itself: names and shapes. A file of a million tensors stays below."""
+
+MAX_NESTED = 10_000
+"""Things in a tuple of tuples, each counted as often as it is met: hash() walks them all, and no interrupt stops it."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ITEMSIZE = {
@@ -87,6 +94,9 @@ def _check_zip(path: Path) -> None:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
+        if len({name.lower() for name in members}) < len(archive.infolist()):
+            # torch looks members up without regard to case: it might open another than the one that is checked here
+            raise FileFormatError(f"{path}: two members of the archive have one name", hint=_AGAIN)
         if any(name.endswith("/constants.pkl") for name in members):
             raise FileFormatError(
                 f"{path}: a TorchScript program, which carries code",
@@ -99,16 +109,16 @@ def _check_zip(path: Path) -> None:
                 note=f"{size:,} bytes would inflate to {inflated:,}",
                 hint="a zip bomb looks like this; if the file was packed again, save it with torch.save",
             )
-        pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+        pickles = [name for name in members if name.lower().endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise FileFormatError(f"{path}: a zip archive, and not one that torch.save wrote")
         if members[pickles[0]].file_size > MAX_PICKLE:
             raise FileFormatError(f"{path}: its pickle alone has {members[pickles[0]].file_size:,} bytes")
         if damaged := archive.testzip():
             raise FileFormatError(f"{path}: damaged: the checksum of {damaged} is wrong", hint=_AGAIN)
-        scan = _Scan(io.BytesIO(archive.read(pickles[0])))
+        scan = _Scan(path, _first_pickle(path, archive.read(pickles[0]), 0))
         scan.load()
-        root = pickles[0].removesuffix("data.pkl")
+        root = pickles[0][: -len("data.pkl")]
         for key, claimed in scan.storages.items():
             info = members.get(f"{root}data/{key}")
             if info is None or info.file_size != claimed:
@@ -121,9 +131,13 @@ def _check_zip(path: Path) -> None:
 def _check_legacy(path: Path) -> None:
     """The format before torch 1.6: pickles one after the other, then the storages."""
     size = path.stat().st_size
-    with path.open("rb") as stream:
-        scan = _Scan(stream)
-        magic = scan.load()
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        first = _first_pickle(path, content, 0)
+        scan = _Scan(path, first)
+        try:
+            magic = scan.load()
+        except FileFormatError:
+            magic = None
         if magic != _LEGACY_MAGIC:
             needed = sorted(scan.classes)
             raise FileFormatError(
@@ -131,10 +145,13 @@ def _check_legacy(path: Path) -> None:
                 note=f"opening it would run {', '.join(needed[:4])}, which may do anything" if needed else None,
                 hint=_STATE_ONLY,
             )
-        for _ in range(2):  # the version of the protocol, and the machine's sizes
-            _Scan(stream).load()
-        scan = _Scan(stream)
-        scan.load()
+        start, scans = len(first), []
+        for _ in range(4):  # the version of the protocol, the machine's sizes, the content, the storages' keys
+            part = _first_pickle(path, content, start)
+            start += len(part)
+            scans.append(_Scan(path, part))
+            scans[-1].load()
+        scan = scans[2]
     if (claimed := sum(scan.storages.values())) > size:
         raise FileFormatError(f"{path}: its tensors claim {claimed:,} bytes, and the file has {size:,}", hint=_AGAIN)
 
@@ -149,26 +166,148 @@ def _more_than_weights(path: Path, message: str) -> FileFormatError:
     )
 
 
-class _Scan(pickle.Unpickler):
+def _first_pickle(path: Path, content: bytes | mmap.mmap, start: int) -> bytes:
+    """The pickle that begins at ``start``, once its operations are seen to be whole and to number no more than it has.
+
+    C's unpickler takes 16 bytes for every number below the one that an object is remembered by.
+
+    Raises:
+        FileFormatError: it is too long, or it remembers an object by an absurd number.
+        ValueError: it is no pickle, or it has no end.
+    """
+    stream = cast("IO[bytes]", content) if isinstance(content, mmap.mmap) else io.BytesIO(content)
+    stream.seek(start)
+    largest, end = 0, start
+    for operation, argument, position in pickletools.genops(stream):
+        end = start if position is None else position
+        if end - start >= MAX_PICKLE:
+            raise FileFormatError(f"{path}: its pickle alone has more than {MAX_PICKLE:,} bytes")
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            largest = max(largest, cast(int, argument))
+    length = end + 1 - start  # STOP is one byte
+    if largest > length:
+        raise FileFormatError(
+            f"{path}: its pickle numbers an object {largest:,}, and has {length:,} bytes",
+            hint="no program writes that; have the file from somebody you trust",
+        )
+    return bytes(content[start : end + 1])
+
+
+class _Tuple(tuple[Any, ...]):
+    """Knows how many things are in it, and in the tuples in it."""
+
+    nested: int
+
+
+class _Scan(pickle._Unpickler):
     """Walks a pickle in which every class is a stub: nothing is run, and nothing larger than the pickle is made."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        super().__init__(stream)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self.path = path
         self.storages: dict[str, int] = {}
         self.classes: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
         self.classes.add(f"{module}.{name}")
-        return type(name, (_Stub,), {})
+        return type(name, (_Bytes if name == "bytearray" else _Stub,), {})
 
     def persistent_load(self, identity: Any) -> Any:
         """A reference to a storage: ("storage", type, key, device, how many numbers, …)."""
         kind, storage, key, _, count, *_ = identity
-        itemsize = _ITEMSIZE.get(getattr(storage, "__name__", ""))
+        name = getattr(storage, "__name__", "")
+        if re.fullmatch(r"QU?Int\w+Storage", name):
+            raise FileFormatError(
+                f"{self.path}: it holds quantized tensors ({name.removesuffix('Storage')}), which are not read",
+                hint="save the weights as they were before quantization, or tensor.dequantize() of each",
+            )
+        itemsize = _ITEMSIZE.get(name)
         if kind != "storage" or itemsize is None or type(count) is not int or count < 0:
             raise ValueError(f"a reference to {kind} {getattr(storage, '__name__', storage)}")
-        self.storages[str(key)] = itemsize * count
+        self.storages[str(self.key(key))] = itemsize * count
         return _Stub()
+
+    def key(self, key: Any) -> Any:
+        """``key``, if it is one that weights are called by. A stub is one too: torch's reader says what is wrong."""
+        if not isinstance(key, (str, int, type, _Stub)):
+            raise FileFormatError(
+                f"{self.path}: a dict whose key is neither a name nor a number",
+                note=f"it is a {type(key).__name__.lstrip('_').lower()}",
+                hint=_STATE_ONLY,
+            )
+        return key
+
+    def tuple_of(self, items: list[Any]) -> _Tuple:
+        """A tuple, if hash() of it has an end."""
+        made = _Tuple(items)
+        inner = [item.nested for item in items if isinstance(item, _Tuple)]
+        made.nested = len(items) + sum(inner)
+        if inner and made.nested > MAX_NESTED:
+            raise FileFormatError(f"{self.path}: tuples of tuples, with more than {MAX_NESTED:,} things in them")
+        return made
+
+
+def _operation(opcode: bytes) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Lets ``_Scan`` do ``opcode`` as the function below says."""
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        _Scan.dispatch[opcode[0]] = function
+        return function
+
+    return register
+
+
+@_operation(pickle.SETITEM)
+def _setitem(scan: Any) -> None:
+    value = scan.stack.pop()
+    key = scan.key(scan.stack.pop())
+    scan.stack[-1][key] = value
+
+
+@_operation(pickle.SETITEMS)
+def _setitems(scan: Any) -> None:
+    items = scan.pop_mark()
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        scan.stack[-1][scan.key(key)] = value
+
+
+@_operation(pickle.DICT)
+def _dict(scan: Any) -> None:
+    items = scan.pop_mark()
+    scan.append({scan.key(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+
+@_operation(pickle.EMPTY_SET)
+def _empty_set(scan: Any) -> None:
+    scan.append(_Stub())
+
+
+@_operation(pickle.FROZENSET)
+def _frozenset(scan: Any) -> None:
+    scan.pop_mark()
+    scan.append(_Stub())
+
+
+@_operation(pickle.TUPLE)
+def _tuple(scan: Any) -> None:
+    items = scan.pop_mark()
+    scan.append(scan.tuple_of(items))
+
+
+def _short_tuple(count: int) -> Callable[[Any], None]:
+    def load(scan: Any) -> None:
+        if len(scan.stack) < count:
+            raise ValueError("a tuple of nothing")
+        scan.stack[-count:] = [scan.tuple_of(scan.stack[-count:])]
+
+    return load
+
+
+_operation(pickle.TUPLE1)(_short_tuple(1))
+_operation(pickle.TUPLE2)(_short_tuple(2))
+_operation(pickle.TUPLE3)(_short_tuple(3))
 
 
 class _Stub:
@@ -190,3 +329,11 @@ class _Stub:
     def add(self, _: Any) -> None: ...
 
     def update(self, *_: Any) -> None: ...
+
+
+class _Bytes(_Stub):
+    """Stands for a bytearray: a number makes one of that length, and it may be any."""
+
+    def __init__(self, *arguments: Any, **_: Any) -> None:
+        if any(isinstance(argument, int) for argument in arguments):
+            raise ValueError("a bytearray of a length that is only said")

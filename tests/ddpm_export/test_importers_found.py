@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
+import struct
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -16,7 +19,8 @@ pytest.importorskip("torch", reason="not verified here: importers (no torch)")
 import torch
 from safetensors.torch import save_file
 
-from ddpm_export.importers import import_checkpoint, open_found
+from ddpm_export.importers import diffusers, import_checkpoint, open_found
+from ddpm_export.importers.inquiry import Inquiry, Options
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError
 
 pytestmark = pytest.mark.torch
@@ -170,8 +174,132 @@ def test_containers_without_end_are_refused(kind, tmp_path):
         open_found(saved(tmp_path, content))
 
 
-def test_sparse_tensors_are_refused(tmp_path):
+LEGACY = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+NESTED = b"K\x01K\x01\x86q\x00" + b"".join(b"h%ch%c\x86q%c" % (i - 1, i - 1, i) for i in range(1, 60))
+"""A tuple of twice a tuple of twice a tuple …: 60 levels, which hash() walks 2^60 times."""
+
+
+def crafted(tmp_path: Path, content: bytes, *, legacy: bool = False) -> Path:
+    """A file whose content is the pickle with these operations."""
+    path = tmp_path / "model.pt"
+    if legacy:
+        path.write_bytes(LEGACY + content + pickle.dumps([], 2))
+        return path
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(b"\x80\x02}" + NESTED + b"K\x01s.", id="a key"),
+        pytest.param(b"\x80\x02}(" + NESTED + b"K\x01u.", id="keys"),
+        pytest.param(b"\x80\x02ccollections\nOrderedDict\n]]" + NESTED + b"aK\x01aa\x85R.", id="reduce"),
+        pytest.param(b"\x80\x02(" + NESTED + b"Q.", id="a storage"),
+        pytest.param(b"\x80\x04(" + NESTED + b"\x91.", id="a frozen set"),
+    ],
+)
+def test_tuples_that_hash_cannot_walk_are_refused(content, legacy, tmp_path):
     with pytest.raises(FileFormatError):
+        open_found(crafted(tmp_path, content, legacy=legacy))
+
+
+def test_the_storages_keys_of_an_old_file_are_looked_at(tmp_path):
+    path = crafted(tmp_path, pickle.dumps({}, 2), legacy=True)
+    assert not open_found(path).tensors
+    path.write_bytes(LEGACY + pickle.dumps({}, 2) + b"\x80\x02}" + NESTED + b"K\x01s.")
+    with pytest.raises(FileFormatError, match="tuples of tuples"):
+        open_found(path)
+
+
+@pytest.mark.parametrize("key", [(1, 2), 1.5, None], ids=str)
+def test_keys_are_names_or_numbers(key, tmp_path):
+    with pytest.raises(FileFormatError, match="neither a name nor a number"):
+        open_found(saved(tmp_path, {"a": torch.ones(1), "b": {key: 1}}))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize(
+    "put", [b"r" + struct.pack("<I", 0x7FFFFFFF), b"q\xff", b"p99999\n"], ids=["long", "one", "text"]
+)
+def test_an_object_s_number_allocates_nothing(put, legacy, tmp_path):
+    with pytest.raises(FileFormatError, match="numbers an object"):
+        open_found(crafted(tmp_path, b"\x80\x02N" + put + b".", legacy=legacy))
+
+
+def test_a_bare_pickle_with_an_absurd_number_is_refused(tmp_path):
+    (tmp_path / "m.pkl").write_bytes(b"\x80\x02Nr" + struct.pack("<I", 0x7FFFFFFF) + b".")
+    with pytest.raises(FileFormatError, match="numbers an object"):
+        open_found(tmp_path / "m.pkl")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
+def test_a_pickle_beyond_the_bound_is_refused(legacy, tmp_path, monkeypatch):
+    path = saved(tmp_path, {"a": "x" * 5000}, legacy=legacy)
+    assert open_found(path).objects["a"] == "x" * 5000
+    monkeypatch.setattr("ddpm_export.importers.torch_file.MAX_PICKLE", 4096)
+    with pytest.raises(FileFormatError, match="its pickle alone"):
+        open_found(path)
+
+
+def test_a_bytearray_of_any_length_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match="only said"):
+        open_found(crafted(tmp_path, b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x70\x85R."))
+
+
+def test_two_members_that_torch_takes_for_one_are_refused(tmp_path):
+    path = saved(tmp_path, WEIGHTS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model/DATA.PKL", b"\x80\x02}.")
+    with pytest.raises(FileFormatError, match="one name"):
+        open_found(path)
+
+
+# --- what is plain, but has been given attributes ---------------------------------------------------------------------
+
+
+def test_a_dict_whose_items_are_hidden_is_read_as_a_dict(tmp_path):
+    state = b"}X\x05\x00\x00\x00itemsX\x01\x00\x00\x00xsb"
+    path = crafted(tmp_path, b"\x80\x02ccollections\nOrderedDict\n)RX\x01\x00\x00\x00nK\x07s" + state + b".")
+    assert open_found(path).objects == {"n": 7}
+
+
+def test_a_tensor_whose_methods_are_hidden_is_read_as_a_tensor(tmp_path):
+    tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.zeros(3))
+    tensor.detach = tensor.numel = parameter.detach = parameter.numel = "x"
+    found = open_found(saved(tmp_path, {"t": tensor, "p": parameter}))
+    assert {type(one) for one in found.tensors.values()} == {torch.Tensor}
+    assert found.tensors["t"].numel() == 2
+    assert not found.tensors["p"].requires_grad
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, RuntimeError, ValueError, RecursionError])
+def test_what_cannot_be_laid_flat_is_no_traceback(error, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise error("not callable")
+
+    path = saved(tmp_path, WEIGHTS)
+    monkeypatch.setattr("ddpm_export.importers.found._plain_tensor", fail)
+    with pytest.raises(FileFormatError, match="no plain weights"):
+        open_found(path)
+
+
+def test_an_empty_table_of_time_embeddings_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match="time embeddings"):
+        import_checkpoint(saved(tmp_path, {"time_embedding.timembedding.0.weight": torch.zeros(0, 8)}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_tensors_are_said_to_be_unread(tmp_path):
+    with pytest.raises(FileFormatError, match=r"quantized tensors \(QInt8\)"):
+        open_found(saved(tmp_path, {"a": torch.quantize_per_tensor(torch.zeros(2, 2), 0.1, 0, torch.qint8)}))
+
+
+def test_sparse_tensors_are_refused(tmp_path):
+    with pytest.raises(FileFormatError, match="sparse"):
         open_found(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
@@ -261,6 +389,74 @@ def test_score_sde_is_refused_with_the_reason(tmp_path):
         import_checkpoint(saved(tmp_path, weights))
 
 
+# --- several files of one network ------------------------------------------------------------------------------------
+
+
+def folder_of(folder: Path, *names: str) -> Path:
+    """diffusers' layout, in which each file holds its own name's length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    for name in names:
+        weights = {"a": torch.tensor([float(len(name))])}
+        save = save_file if name.endswith("safetensors") else torch.save
+        save(weights, folder / f"diffusion_pytorch_model.{name}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("bin", "fp16.safetensors", "non_ema.safetensors"), "bin"),
+        (("bin", "fp16.bin", "safetensors"), "safetensors"),
+        (("fp16.bin", "fp16.safetensors"), "fp16.safetensors"),
+    ],
+)
+def test_plain_weights_come_before_their_variants(names, taken, tmp_path):
+    found = open_found(folder_of(tmp_path, *names))
+    assert found.file.name == f"diffusion_pytorch_model.{taken}"
+    assert found.tensors["a"].item() == len(taken)
+
+
+@pytest.mark.parametrize("names", [("non_ema.safetensors",), ("fp16.bin", "ema.safetensors")], ids=len)
+def test_variants_alone_are_not_guessed_at(names, tmp_path):
+    with pytest.raises(FileFormatError, match="only variants") as caught:
+        open_found(folder_of(tmp_path, *names))
+    assert "name one of them" in str(caught.value)
+    for name in names:
+        found = open_found(tmp_path / f"diffusion_pytorch_model.{name}")
+        assert (found.kind, found.path) == ("folder", tmp_path)
+        assert (found.tensors["a"].item(), found.config["_class_name"]) == (len(name), "UNet2DModel")
+
+
+@pytest.mark.parametrize(
+    ("inside", "name", "told"),
+    [
+        (".", "bin", "diffusion_pytorch_model.bin"),
+        ("unet", "safetensors", "unet/diffusion_pytorch_model.safetensors"),
+        ("unet_ema", "safetensors", "unet_ema/diffusion_pytorch_model.safetensors, averaged"),
+        ("unet", "fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors, the variant fp16"),
+    ],
+)
+def test_it_is_told_which_weights_are_taken(inside, name, told, tmp_path, monkeypatch):
+    facts: list[tuple[str, object, str]] = []
+    monkeypatch.setattr(Inquiry, "fact", lambda _, *fact: facts.append(fact))
+    for part in ("read_network", "read_chain", "rows", "unet_shapes", "to_ours"):
+        monkeypatch.setattr(diffusers, part, lambda *_, **__: None)
+    monkeypatch.setattr(Inquiry, "done", lambda *_: None)
+    folder_of(tmp_path / inside, name)
+    diffusers.read(open_found(tmp_path), Options())
+    assert facts == [("weights", 1, told)]
+
+
+def test_weights_in_parts_are_refused(tmp_path):
+    folder = folder_of(tmp_path)
+    part = folder / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    save_file({"a": torch.ones(1)}, part)
+    for path in (folder, part):
+        with pytest.raises(FileFormatError, match="split over several files"):
+            open_found(path)
+
+
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,3 +464,22 @@ def test_without_huggingface_hub_an_id_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(BackendError, match="not installed"):
         open_found("hf:google/ddpm-cifar10-32")
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("bin", "fp16.safetensors"), "bin"),
+        (("bin", "safetensors"), "safetensors"),
+        (("bin",), "bin"),
+        (("fp16.safetensors",), "fp16.safetensors"),
+    ],
+)
+def test_the_hub_s_plain_weights_are_downloaded(names, taken, tmp_path, monkeypatch):
+    def snapshot_download(_: str, *, allow_patterns: list[str]) -> str:
+        folder_of(tmp_path, *(name for name in names if f"*.{name.rsplit('.')[-1]}" in allow_patterns))
+        return str(tmp_path)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    assert open_found("hf:somebody/something").file.name == f"diffusion_pytorch_model.{taken}"
