@@ -8,7 +8,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-OTHER_PYTHONS ?= 3.10 3.12 3.13
+OTHER_PYTHONS ?= 3.10 3.13
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))

@@ -179,7 +179,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def _reread(path: str | os.PathLike[str], read: Callable[[Path], _T]) -> _T:
     """Read a checkpoint; if it vanished meanwhile (a run that is training forgets old ones), read the newer one."""
-    for _ in range(3):
+    for _ in range(20):  # each time there was a newer one
         checkpoint = resolve(path)
         try:
             return read(checkpoint)
