@@ -1,4 +1,4 @@
-# make demo    train on real images, export, generate, judge (about ten minutes on two cores)
+# make demo    train on real images, export, generate, judge (about eleven minutes on two cores)
 # make test    everything that is checked without a GPU
 # make bench   ratios measured side by side
 # make gpu-check   everything that needs an NVIDIA GPU, in one report to paste (tests/gpu/README.md); CHECK='--quick'
