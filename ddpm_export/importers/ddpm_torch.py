@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options, size_and_dropout
 from ddpm_export.importers.keys import Row, Slot, SplitQkv, config_error, layer, side, to_ours, unet_shapes, walk
 from ddpm_export.unet_config import UNetConfig
 from ddpmx.errors import FileFormatError
@@ -102,25 +102,7 @@ def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any])
             "this network learned log σ² itself, and ddpmx runs a learned range only",
             note="model_var_type is learned: twice the image's channels go out",
         )
-    guess = 16 << attends.index(True) if True in attends else 32
-    size = ask.settle(
-        "size",
-        ((guess, guess),),
-        known=told.get("size"),
-        source="that model's config",
-        why="the network is as happy with any" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
-        closed=False,
-        probed=False,
-    )
-    ask.fact("network", f"{widths}, {blocks} blocks per level", "shapes of the weights")
-    dropout = ask.settle(
-        "dropout",
-        (0.0,),
-        known=told.get("dropout"),
-        source="that model's config",
-        assume="not in the file; it acts in training only",
-        closed=False,
-    )
+    size, dropout = size_and_dropout(ask, widths, blocks, told, "that model's config", attends=attends)
     return UNetConfig(
         in_channels=c_in,
         out_channels=c_out,

@@ -273,3 +273,45 @@ def _parse(name: str, said: object, candidates: Sequence[_T], closed: bool) -> _
         f"{name} cannot be {said!r}",
         hint=f"one of: {', '.join(map(str, candidates))}" if closed else f"for example {candidates[0]}",
     )
+
+
+def size_and_dropout(
+    ask: Inquiry,
+    widths: Sequence[int],
+    blocks: int,
+    told: Mapping[str, Any],
+    source: str,
+    *,
+    size_source: str | None = None,
+    attends: Sequence[bool] = (),
+) -> tuple[tuple[int, int], float]:
+    """What no weight shows of a U-Net, while its levels and blocks are told as a fact.
+
+    Args:
+        ask: settles both.
+        widths, blocks: of the levels, for people.
+        told: ``size`` and ``dropout``, where somebody says them.
+        source: who.
+        size_source: who says the size, if somebody else.
+        attends: which levels have attention, which in most of these networks is the one of 16 pixels.
+    """
+    guess = 16 << attends.index(True) if True in attends else 32
+    size = ask.settle(
+        "size",
+        ((guess, guess),),
+        known=told.get("size"),
+        source=size_source or source,
+        why="the network is as happy with any" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
+        closed=False,
+        probed=False,
+    )
+    ask.fact("network", f"{list(widths)}, {blocks} blocks per level", "shapes of the weights")
+    dropout = ask.settle(
+        "dropout",
+        (0.0,),
+        known=told.get("dropout"),
+        source=source,
+        assume="not in the file; it acts in training only",
+        closed=False,
+    )
+    return size, dropout

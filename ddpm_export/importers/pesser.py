@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options, size_and_dropout
 from ddpm_export.importers.keys import Row, Slot, config_error, layer, side, to_ours, to_theirs, unet_shapes, walk
 from ddpm_export.unet_config import UNetConfig
 from ddpmx.errors import InputError
@@ -108,25 +108,7 @@ def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any])
     if channels < 1 or any(width % channels for width in widths):
         raise config_error("widths", widths)
     attends = [f"down.{level}.attn.0.q.weight" in theirs for level in range(levels)]
-    guess = 16 << attends.index(True) if True in attends else 32
-    size = ask.settle(
-        "size",
-        ((guess, guess),),
-        known=told.get("size"),
-        source="that model's config",
-        why="the network is as happy with any" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
-        closed=False,
-        probed=False,
-    )
-    ask.fact("network", f"{widths}, {blocks} blocks per level", "shapes of the weights")
-    dropout = ask.settle(
-        "dropout",
-        (0.0,),
-        known=told.get("dropout"),
-        source="that model's config",
-        assume="not in the file; it acts in training only",
-        closed=False,
-    )
+    size, dropout = size_and_dropout(ask, widths, blocks, told, "that model's config", attends=attends)
     return UNetConfig(
         in_channels=side(theirs, "conv_in.weight", 1),
         out_channels=side(theirs, "conv_out.weight", 0),

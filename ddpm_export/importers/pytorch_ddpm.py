@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
+from ddpm_export.importers.inquiry import Imported, Inquiry, Options, size_and_dropout
 from ddpm_export.importers.keys import Columns, Row, Slot, config_error, layer, side, to_ours, unet_shapes, walk
 from ddpm_export.unet import sinusoidal_embedding
 from ddpm_export.unet_config import UNetConfig
@@ -142,24 +142,8 @@ def _config(
     if len(set(counts)) != 1 or not counts[0] or channels < 1 or any(width % channels for width in widths):
         raise config_error("blocks and widths", f"{counts} {widths}")
     seen = tuple(noise.shape[2:]) if noise is not None and noise.ndim == 4 else None
-    size = ask.settle(
-        "size",
-        ((32, 32),),
-        known=seen or flags.get("size"),
-        source="x_T" if seen else source,
-        why="the network is as happy with any",
-        closed=False,
-        probed=False,
-    )
-    ask.fact("network", f"{widths}, {counts[0]} blocks per level", "shapes of the weights")
-    dropout = ask.settle(
-        "dropout",
-        (0.0,),
-        known=flags.get("dropout"),
-        source=source,
-        assume="not in the file; it acts in training only",
-        closed=False,
-    )
+    told = {**flags, "size": seen} if seen else flags
+    size, dropout = size_and_dropout(ask, widths, counts[0], told, source, size_source="x_T" if seen else source)
     return UNetConfig(
         in_channels=side(theirs, "head.weight", 1),
         out_channels=side(theirs, "tail.2.weight", 0),

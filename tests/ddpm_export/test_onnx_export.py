@@ -35,6 +35,7 @@ from ddpmx.errors import InputError, OutputError
 from ddpmx.onnxfile import METADATA_KEY
 from ddpmx.pipeline import Pipeline, load
 from ddpmx.spec import ModelSpec
+from oracles.onnx_types import element_types, half_precision_faults
 from oracles.random_weights import rerandomise
 
 pytestmark = pytest.mark.torch
@@ -193,31 +194,6 @@ def test_another_process_exports_the_same_bytes_and_says_nothing(trained, tmp_pa
 
 
 # --- half precision --------------------------------------------------------------------------------------------------
-
-FULL_PRECISION = {
-    "InstanceNormalization", "GroupNormalization", "LayerNormalization", "BatchNormalization",
-    "Softmax", "LogSoftmax", "Exp", "Sin", "Cos", "Gemm",
-}  # fmt: skip
-
-
-def half_precision_faults(model: onnx.ModelProto) -> list[str]:
-    """Operators that compute in half what should be float32: norms, sums, softmax and the time path."""
-    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
-    types = element_types(model)
-    return [
-        node.op_type
-        for node in model.graph.node
-        if (node.op_type in FULL_PRECISION or node.op_type.startswith("Reduce"))
-        and any(types[name] == TensorProto.FLOAT16 for name in node.input if name)
-    ]
-
-
-def element_types(model: onnx.ModelProto) -> dict[str, int]:
-    graph = model.graph
-    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    assert all(types[name] for node in graph.node for name in node.output), "the type of every value is known"
-    return types
 
 
 @every_export
