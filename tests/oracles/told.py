@@ -64,7 +64,7 @@ def factors(spec: ModelSpec) -> np.ndarray:
 
 
 def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> bytes:
-    """eps = factors[t]·x + effect. ``inputs`` replaces what the graph says of its inputs."""
+    """out = factors[t]·x + effect, and var = x/2 if there is one. ``inputs`` replaces what the graph says of its inputs."""
     axis = wire.field(1, "axis") + wire.field(3, 1) + wire.field(20, 2)
     nodes = [wire.node("Gather", ["factors", "t"], ["factor"]), wire.node("Mul", ["factor", "x"], ["sum0"])]
     constants = [wire.tensor("factors", FLOAT, (spec.timesteps, 1, 1, 1), factors(spec).tobytes())]
@@ -90,11 +90,14 @@ def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, A
         nodes += [*terms[name], wire.node("Add", [result, f"by_{name}"], [f"sum{number}"])]
         constants += parts[name]
         result = f"sum{number}"
-    nodes.append(wire.node("Identity", [result], ["eps"]))
+    nodes.append(wire.node("Identity", [result], [spec.prediction]))
+    if "var" in spec.outputs:
+        nodes.append(wire.node("Mul", ["x", "half"], ["var"]))
+        constants.append(wire.tensor("half", FLOAT, (), np.float32(0.5).tobytes()))
     types = {name: INT32 if name in ("t", "y") else FLOAT for name in spec.inputs}
     return wire.model(
         {name: (types[name], ("batch", *dims)) for name, dims in spec.inputs.items()} if inputs is None else inputs,
-        {"eps": (FLOAT, ("batch", *spec.shape))},
+        dict.fromkeys(spec.outputs, (FLOAT, ("batch", *spec.shape))),
         metadata=metadata,
         graph=b"".join(wire.field(1, node) for node in nodes) + b"".join(wire.field(5, c) for c in constants),
     )

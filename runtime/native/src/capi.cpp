@@ -1,0 +1,208 @@
+// The border: no exception crosses it, and every pointer and size of the caller's is looked at here.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "ddpmx/ddpmx.h"
+#include "error.hpp"
+#include "pipeline.hpp"
+
+using ddpmx::Failure;
+
+struct ddpmx_pipeline {
+  std::unique_ptr<ddpmx::Pipeline> inside;
+};
+
+namespace {
+
+constexpr size_t kLargestStruct = 4096;  // what no version of a struct will reach
+
+// Of a fixed size, so that telling of a lack of memory takes none; and not a string, whose memory later calls would move.
+thread_local char last_error[2048];
+
+void remember(const char *text) {
+  size_t size = std::min(std::strlen(text), sizeof last_error - 1);
+  if (text[size]) {
+    while (size && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;  // no half of a character
+  }
+  std::memcpy(last_error, text, size);
+  last_error[size] = 0;
+}
+
+// The status of `action`; whatever it throws becomes text.
+template <class Action>
+ddpmx_status guarded(Action action) noexcept {
+  try {
+    action();
+    return DDPMX_OK;
+  } catch (const Failure &failure) {
+    remember(failure.what());
+    return failure.status;
+  } catch (const std::bad_alloc &) {
+    remember("the memory does not suffice\nHint: a smaller batch, or fewer images at once");
+    return DDPMX_MEMORY;
+  } catch (const std::exception &error) {
+    remember(error.what());
+    return DDPMX_INTERNAL;
+  } catch (...) {
+    remember("something was thrown that is no std::exception");
+    return DDPMX_INTERNAL;
+  }
+}
+
+void check_pointer(const void *pointer, const char *name) {
+  if (!pointer) throw Failure(DDPMX_INPUT, std::string(name) + " is NULL");
+}
+
+void check_size(size_t size, size_t own, const char *name) {
+  if (size < own || size > kLargestStruct) {
+    throw Failure(DDPMX_INPUT, "no version of " + std::string(name) + " has " + std::to_string(size) + " bytes",
+                  "here it has " + std::to_string(own), "set it by sizeof, where the program is compiled");
+  }
+}
+
+// The caller's struct as this version knows it. A program that was compiled with a later header may have set fields that
+// nobody here would heed: then it has to be told.
+template <class Struct>
+Struct whole(const Struct *given, const char *name) {
+  check_pointer(given, name);
+  const size_t size = given->struct_size;
+  check_size(size, sizeof(Struct), name);
+  const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+  if (std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+    throw Failure(DDPMX_INPUT, std::string(name) + " has fields set that this version does not know",
+                  "it is libddpmx " DDPMX_VERSION_TEXT, "a newer libddpmx");
+  }
+  return *given;
+}
+
+// The usual values, and zeros in what later versions have appended.
+template <class Struct>
+void initialise(Struct *given, size_t size, const Struct &usual, const char *name) {
+  check_pointer(given, name);
+  check_size(size, sizeof(Struct), name);
+  std::memset(given, 0, size);
+  std::memcpy(given, &usual, sizeof usual);
+  given->struct_size = static_cast<uint32_t>(size);
+}
+
+void copy_name(char *to, size_t size, std::string_view name) {
+  std::memset(to, 0, size);
+  std::memcpy(to, name.data(), std::min(size - 1, name.size()));
+}
+
+// One chain more, for as long as it lives.
+struct AtWork {
+  explicit AtWork(std::atomic<int> &count) : count(count) { ++count; }
+  ~AtWork() { --count; }
+  std::atomic<int> &count;
+};
+
+}  // namespace
+
+extern "C" {
+
+const char *ddpmx_status_name(ddpmx_status status) DDPMX_NOEXCEPT {
+  switch (status) {
+    case DDPMX_OK: return "DDPMX_OK";
+    case DDPMX_INPUT: return "DDPMX_INPUT";
+    case DDPMX_FILE_FORMAT: return "DDPMX_FILE_FORMAT";
+    case DDPMX_SPEC: return "DDPMX_SPEC";
+    case DDPMX_BACKEND: return "DDPMX_BACKEND";
+    case DDPMX_PLAN_MISMATCH: return "DDPMX_PLAN_MISMATCH";
+    case DDPMX_NUMERIC: return "DDPMX_NUMERIC";
+    case DDPMX_CANCELLED: return "DDPMX_CANCELLED";
+    case DDPMX_MEMORY: return "DDPMX_MEMORY";
+    case DDPMX_BUSY: return "DDPMX_BUSY";
+    case DDPMX_INTERNAL: return "DDPMX_INTERNAL";
+    default: return "DDPMX_?";
+  }
+}
+
+const char *ddpmx_last_error(void) DDPMX_NOEXCEPT { return last_error; }
+
+uint32_t ddpmx_abi_version(void) DDPMX_NOEXCEPT { return DDPMX_ABI_VERSION; }
+
+const char *ddpmx_version(void) DDPMX_NOEXCEPT { return DDPMX_VERSION_TEXT; }
+
+ddpmx_status ddpmx_open_options_init(ddpmx_open_options *options, size_t size) DDPMX_NOEXCEPT {
+  return guarded([&] { initialise(options, size, ddpmx_open_options{}, "ddpmx_open_options"); });
+}
+
+ddpmx_status ddpmx_request_init(ddpmx_request *request, size_t size) DDPMX_NOEXCEPT {
+  return guarded([&] {
+    ddpmx_request usual{};
+    usual.n = 1;
+    usual.start = -1;
+    initialise(request, size, usual, "ddpmx_request");
+  });
+}
+
+ddpmx_status ddpmx_open(const char *path, const ddpmx_open_options *options, ddpmx_pipeline **pipeline) DDPMX_NOEXCEPT {
+  if (pipeline) *pipeline = nullptr;
+  return guarded([&] {
+    check_pointer(path, "path");
+    check_pointer(pipeline, "pipeline");
+    const ddpmx_open_options asked = options ? whole(options, "ddpmx_open_options") : ddpmx_open_options{};
+    auto opened = std::make_unique<ddpmx_pipeline>();
+    opened->inside = ddpmx::open_pipeline(path, asked);
+    *pipeline = opened.release();
+  });
+}
+
+ddpmx_status ddpmx_close(ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
+  return guarded([&] {
+    if (pipeline && pipeline->inside->at_work != 0) {
+      throw Failure(DDPMX_BUSY, "the pipeline is at work", "", "close it when it is done; the callback ends a chain");
+    }
+    delete pipeline;
+  });
+}
+
+ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model) DDPMX_NOEXCEPT {
+  return guarded([&] {
+    check_pointer(pipeline, "pipeline");
+    check_pointer(model, "ddpmx_model");
+    const ddpmx::Spec &spec = pipeline->inside->spec();
+    ddpmx_model told{};
+    told.channels = static_cast<int32_t>(spec.channels);
+    told.height = static_cast<int32_t>(spec.height);
+    told.width = static_cast<int32_t>(spec.width);
+    told.timesteps = static_cast<int32_t>(spec.timesteps);
+    told.classes = static_cast<int32_t>(spec.classes.value_or(0));
+    told.condition = static_cast<int32_t>(spec.condition.value_or(0));
+    told.self_condition = spec.self_condition;
+    told.default_batch = static_cast<int32_t>(pipeline->inside->default_batch());
+    copy_name(told.prediction, sizeof told.prediction, name_of(spec.prediction));
+    copy_name(told.variance, sizeof told.variance, name_of(spec.variance));
+    copy_name(told.precision, sizeof told.precision, spec.precision);
+    initialise(model, model->struct_size, told, "ddpmx_model");
+  });
+}
+
+const char *ddpmx_backend(const ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
+  return pipeline ? pipeline->inside->description().c_str() : "";
+}
+
+ddpmx_status ddpmx_output_size(const ddpmx_pipeline *pipeline, const ddpmx_request *request,
+                               uint64_t *bytes) DDPMX_NOEXCEPT {
+  return guarded([&] {
+    check_pointer(pipeline, "pipeline");
+    check_pointer(bytes, "bytes");
+    *bytes = pipeline->inside->output_size(whole(request, "ddpmx_request").n);
+  });
+}
+
+ddpmx_status ddpmx_generate(ddpmx_pipeline *pipeline, const ddpmx_request *request, uint8_t *images, uint64_t images_size,
+                            float *samples, uint64_t samples_size) DDPMX_NOEXCEPT {
+  return guarded([&] {
+    check_pointer(pipeline, "pipeline");
+    const ddpmx_request asked = whole(request, "ddpmx_request");
+    const AtWork here(pipeline->inside->at_work);
+    pipeline->inside->generate(asked, images, images_size, samples, samples_size);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,73 @@
+// Chains of one plan on its GPU. See runtime/ddpmx/cuda/runner.py.
+#pragma once
+
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "device_chain.hpp"
+#include "driver.hpp"
+#include "model_file.hpp"
+#include "runner.hpp"
+#include "trt_engine.hpp"
+
+namespace ddpmx {
+
+// A plan, ready to run. options: checked and complete; a null text means its usual value.
+// Failure: (DDPMX_BACKEND) no GPU, no module, no TensorRT, or it refuses; (DDPMX_PLAN_MISMATCH) built for something else;
+// (DDPMX_FILE_FORMAT) it does not keep the contract; (DDPMX_INPUT) no such device.
+std::unique_ptr<Runner> open_plan(const std::string &path, const MappedFile &file, const PlanInfo &info,
+                                  const ddpmx_open_options &options);
+
+namespace cuda {
+
+// One chain at a time: others wait. The memory of the last chain is kept for the next one like it.
+class DeviceRunner : public Runner {
+ public:
+  // driver: started. executor: "auto", "graph" or "plain". patience: seconds after which a captured step is given up.
+  DeviceRunner(std::unique_ptr<Driver> driver, std::unique_ptr<TrtEngine> engine, const Spec &spec,
+               const std::string &executor, double patience = 120);
+  ~DeviceRunner() override;
+
+  // Library, device and, once a chain was prepared, its executor.
+  std::string description() const override;
+  std::vector<std::pair<uint64_t, uint64_t>> batches() const override { return engine_->batches(); }
+  bool on_device() const override { return true; }
+  void run(const Job &job) override;
+
+ private:
+  void run_alone_or_together(const Job &job);
+  bool is_alone(const Job &job);
+  int64_t batch_of(const Job &job, bool with_x0);
+  uint64_t measured(uint64_t n, uint64_t batch);
+  DeviceChain &prepared(const Table &table, int64_t batch, bool with_x0);
+  bool fits(const Table &table, int64_t batch, bool with_x0) const;
+  void release() noexcept;
+
+  const std::unique_ptr<Driver> driver_;
+  const std::unique_ptr<TrtEngine> engine_;
+  const Spec spec_;
+  const std::string executor_;
+  const double patience_;
+
+  std::mutex mutex_;  // for all that follows, but what has its own
+  std::atomic<std::thread::id> at_work_{std::thread::id()};
+  std::unique_ptr<Kernels> kernels_;
+  std::unique_ptr<DeviceChain> chain_;
+  std::unique_ptr<TrtContext> context_;  // the chain's network; goes before it
+  Table table_;                          // of the chain
+  int64_t batch_ = 0;
+  bool with_x0_ = false, lost_ = false;
+  std::map<std::pair<uint64_t, uint64_t>, uint64_t> executed_;
+
+  mutable std::mutex told_mutex_;
+  std::string told_;  // about the executor
+};
+
+}  // namespace cuda
+}  // namespace ddpmx

@@ -1,0 +1,71 @@
+#include "trial.hpp"
+
+namespace ddpmx::cuda {
+
+Trial::Trial(const Driver &driver, TrtEngine &engine, const Spec &spec) : driver_(driver), engine_(engine), spec_(spec) {
+  const Current current(driver_);
+  stream_ = driver_.stream();
+}
+
+Trial::~Trial() { release(); }
+
+Address Trial::room(uint64_t numbers, const char *what) {
+  memory_.push_back(driver_.allocate(numbers * 4, what));
+  return memory_.back().value();
+}
+
+void Trial::take(int64_t batch) {
+  if (batch == batch_ && context_) return;
+  release();
+  const auto images = static_cast<uint64_t>(batch), size = images * static_cast<uint64_t>(spec_.elements());
+  try {
+    at_ = {};
+    at_.x = room(size, "x");
+    at_.t = room(images, "t");
+    at_.out = room(size, "the network's answer");
+    if (spec_.variance == Variance::learned_range) at_.var = room(size, "its variance");
+    if (spec_.classes) at_.y = room(images, "y");
+    if (spec_.self_condition) at_.x0_prev = room(size, "x0_prev");
+    if (spec_.condition) {
+      at_.cond = room(images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width), "cond");
+    }
+    context_ = engine_.bind(batch, at_, stream_.pointer());
+  } catch (...) {
+    release();
+    throw;
+  }
+  batch_ = batch;
+}
+
+void Trial::release() noexcept {
+  context_.reset();
+  memory_.clear();
+  batch_ = 0;
+}
+
+void Trial::answer(Example &example) {
+  const Current current(driver_);
+  const Stream stream = stream_.pointer();
+  take(static_cast<int64_t>(example.t.size()));
+  const auto in = [&](Address to, const auto &array) {
+    if (to) driver_.copy_in(to, array.data(), array.size() * sizeof array[0], stream);
+  };
+  const auto out = [&](auto &array, Address from) {
+    if (from) driver_.copy_out(array.data(), from, array.size() * sizeof array[0], stream);
+  };
+  try {
+    in(at_.x, example.x), in(at_.t, example.t), in(at_.y, example.y);
+    in(at_.x0_prev, example.x0_prev), in(at_.cond, example.cond);
+    context_->enqueue(stream);
+    out(example.out, at_.out), out(example.var, at_.var);
+    driver_.wait_for_stream(stream, "running the network");
+  } catch (...) {
+    try {  // the arrays are the caller's again
+      driver_.wait_for_stream(stream, "running the network");
+    } catch (const Failure &) {
+    }
+    throw;
+  }
+}
+
+}  // namespace ddpmx::cuda

@@ -1,0 +1,99 @@
+// A plan's network by TensorRT, through libddpmx_trt.so. See runtime/ddpmx/backends/trt.py.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "device_chain.hpp"
+#include "driver.hpp"
+#include "library.hpp"
+#include "model_file.hpp"
+#include "trt/module.h"
+
+namespace ddpmx::cuda {
+
+// libddpmx_trt.so, and the TensorRT that it found.
+class TrtModule {
+ public:
+  // module, library: paths from the options, or nullptr. Failure(DDPMX_BACKEND): one of them is missing or does not fit; the
+  // note lists what was tried, and why it failed.
+  TrtModule(const PlanInfo &info, const char *module, const char *library);
+
+  const ddpmx_trt_module &functions() const { return *functions_; }
+  ddpmx_trt_library *library() const { return opened_; }
+  const std::string &version() const { return version_; }
+  std::string description() const { return std::string(functions_->flavour) + " " + version_; }
+
+ private:
+  Library module_;
+  const ddpmx_trt_module *functions_ = nullptr;
+  ddpmx_trt_library *opened_ = nullptr;
+  std::string version_;
+};
+
+class TrtContext;
+
+// A plan, opened: its weights are on the device. Its contexts go first.
+class TrtEngine {
+ public:
+  // cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, or nullptr.
+  // Failure: (DDPMX_FILE_FORMAT) the plan does not keep the contract; (DDPMX_BACKEND) TensorRT refuses it.
+  TrtEngine(const Driver &driver, TrtModule module, const std::string &path, std::string_view plan, const PlanInfo &info,
+            bool trust_host_code, const char *cache);
+  ~TrtEngine();  // keeps what was compiled
+  TrtEngine(const TrtEngine &) = delete;
+  TrtEngine &operator=(const TrtEngine &) = delete;
+
+  const std::string &description() const { return description_; }
+  // Smallest and largest batch of each optimization profile.
+  const std::vector<std::pair<uint64_t, uint64_t>> &batches() const { return batches_; }
+  // The network for so many images at these addresses. stream: where it is prepared; it is not kept.
+  // Failure: (DDPMX_BACKEND) TensorRT refuses; (DDPMX_INPUT) the plan does not take this batch.
+  std::unique_ptr<TrtContext> bind(int64_t batch, const Addresses &at, Stream stream);
+  // Leave it to the end of the process, since a context of it could not be freed.
+  void abandon() noexcept { abandoned_ = true; }
+
+ private:
+  friend class TrtContext;
+  void check_name(const std::string &plan_name) const;
+  void check_io();
+  int32_t profile_for(int64_t batch) const;
+  void save_cache() const noexcept;
+
+  const Driver &driver_;
+  const TrtModule module_;
+  const std::string path_;
+  const Spec spec_;
+  const EngineRecord record_;
+  const std::string description_;
+  std::string cache_file_;  // or empty
+  ddpmx_trt_engine *engine_ = nullptr;
+  bool abandoned_ = false;
+  std::vector<std::pair<uint64_t, uint64_t>> batches_;
+};
+
+// The network bound to a batch and to device memory. Wait for what it has enqueued before it goes.
+class TrtContext {
+ public:
+  TrtContext(const TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream);
+  ~TrtContext();
+  TrtContext(const TrtContext &) = delete;
+  TrtContext &operator=(const TrtContext &) = delete;
+
+  void enqueue(Stream stream);
+  // Leave it to the end of the process.
+  void abandon() noexcept;
+
+ private:
+  void prepare(int64_t batch, Addresses at, Stream stream);
+
+  const TrtEngine &engine_;
+  ddpmx_trt_context *context_ = nullptr;
+  Handle room_;  // for a variance that nobody wants
+};
+
+}  // namespace ddpmx::cuda

@@ -1,0 +1,37 @@
+// What goes wrong inside: one exception, with the status that the border makes of it.
+#pragma once
+
+#include <exception>
+#include <string>
+#include <string_view>
+
+#include "ddpmx/ddpmx.h"
+
+namespace ddpmx {
+
+// A failure that the caller can do something about: a fact, what was seen, and what to do. Texts may hold what a file
+// says; they are shortened here, and made printable ASCII or UTF-8 by whoever quotes foreign bytes (see quoted()).
+class Failure : public std::exception {
+ public:
+  Failure(ddpmx_status status, std::string fact, std::string note = "", std::string hint = "");
+
+  // "fact\nNote: note\nHint: hint", without the lines that are empty.
+  const char *what() const noexcept override { return text_.c_str(); }
+
+  const ddpmx_status status;
+  const std::string fact, note, hint;
+
+ private:
+  std::string text_;
+};
+
+// The same failure with "where: " before its fact.
+Failure at(const std::string &where, const Failure &failure);
+
+// Foreign text between quotes, with what cannot be printed as \xNN, and at most `most` bytes of it.
+std::string quoted(std::string_view text, size_t most = 200);
+
+// Whether text can be shown as it stands: UTF-8 without control and format characters, as str.isprintable() in Python.
+bool printable(std::string_view text);
+
+}  // namespace ddpmx

@@ -1,0 +1,114 @@
+// A model file: what it is, read from its bytes before any library sees it. See runtime/ddpmx/{modelfile,onnxfile,planfile}.py.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "spec.hpp"
+
+namespace ddpmx {
+
+// A file's bytes, mapped. Failure(DDPMX_FILE_FORMAT): it cannot be read, or is no file.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string &path);
+  ~MappedFile();
+  MappedFile(const MappedFile &) = delete;
+  MappedFile &operator=(const MappedFile &) = delete;
+  std::string_view bytes() const { return {static_cast<const char *>(data_), size_}; }
+
+ private:
+  void *data_ = nullptr;
+  size_t size_ = 0;
+};
+
+enum class Kind { onnx, plan };
+
+// Failure(DDPMX_FILE_FORMAT): missing, empty, or neither.
+Kind identify(const std::string &path);
+
+// A path without links, "." and ".." in it, as far as it exists. error: ELOOP, or 0.
+std::string resolved(const std::string &path, int &error);
+
+// Whether a file is there. error: what stat() says other than that it is not there, or 0.
+bool is_file(const std::string &path, int &error);
+
+// The text of an error number.
+std::string reason(int error);
+
+// --- ONNX (onnx_file.cpp) ---
+
+// A dimension: a number, or -1 where it is dynamic, and has a name or none.
+struct Dim {
+  int64_t size = -1;  // what fits no int64 is the largest
+  std::string name;
+};
+
+// An ONNX element type (1 = float32, 6 = int32) and dimensions, where there is a word about them.
+struct TensorInfo {
+  uint64_t element_type = 0;
+  std::optional<std::vector<Dim>> dims;
+};
+
+struct GraphInfo {
+  std::map<std::string, TensorInfo, std::less<>> inputs, outputs;  // graph inputs that are no weights
+  std::map<std::string, std::string> metadata;
+  std::vector<std::string> external;  // every other file that it wants to read, as written there, each once
+};
+
+// Failure(DDPMX_FILE_FORMAT): cut off or damaged. The bytes may be anyone's. `path` is for messages.
+GraphInfo read_onnx(const std::string &path, std::string_view bytes);
+
+// See that the files beside `path` that hold its weights are there, and within its own folder.
+void check_external(const std::string &path, const GraphInfo &info);
+
+// The spec of an ONNX file, seen to fit its graph: its own, or `override_json` (may be empty) for a file that has none.
+Spec onnx_spec(const std::string &path, const GraphInfo &info, const std::string &override_json);
+
+// The spec in JSON that a caller gives: the object itself, or the "model" part of what lies in a checkpoint.
+Spec given_spec(const std::string &json);
+
+// --- plans (plan_file.cpp, plan_record.cpp) ---
+
+struct EngineRecord {
+  std::string flavour, version;       // "TensorRT" or "TensorRT-RTX"
+  std::vector<std::string> targets;   // compute capabilities: "8.6", or "8.0+"
+  std::string platform;               // "linux x86_64"
+  int64_t batch[3] = {1, 1, 1};       // smallest, best, largest
+  std::string source;                 // the ONNX file's name
+  std::string key;                    // sha256 of everything that makes a difference
+  bool stripped = false;              // built without weights
+  std::string rebuild;                // the command that builds it anew: "ddpmx build …"
+};
+
+struct PlanInfo {
+  std::string flavour, version;  // of the header
+  Spec spec;
+  EngineRecord engine;
+  std::string name;  // of the network, as it was given: the two sealed texts
+};
+
+// All that a plan says about itself, its parts and its sidecar checked against each other, as read_plan in Python.
+PlanInfo read_plan(const std::string &path, std::string_view bytes, bool trust_host_code);
+
+// The same from bytes alone: no sidecar is looked for. sidecar: its text, or nullptr.
+PlanInfo parse_plan(const std::string &path, std::string_view bytes, const std::string *sidecar, bool trust_host_code);
+
+// What is here, for check_fits.
+struct Here {
+  std::string version;      // of the TensorRT of the plan's flavour, or empty
+  std::string platform;     // "linux x86_64"
+  std::string gpu, sm;      // name and compute capability ("8.7") of the GPU; empty if there is none
+  std::string trouble;      // why there is none
+};
+
+// Failure(DDPMX_PLAN_MISMATCH): another platform, version or GPU; (DDPMX_BACKEND): no GPU, or no TensorRT.
+void check_fits(const std::string &path, const PlanInfo &info, const Here &here);
+
+}  // namespace ddpmx

@@ -1,0 +1,260 @@
+#include "pipeline.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "cuda/device_runner.hpp"
+#include "error.hpp"
+#include "host_runner.hpp"
+#include "model_file.hpp"
+#include "ort.hpp"
+
+namespace ddpmx {
+
+namespace {
+
+constexpr uint64_t kImages = uint64_t{1} << 32;         // they are numbered 0…2³²−1
+constexpr uint64_t kResultBytes = uint64_t{1} << 36;    // 64 GiB in one request is a mistake
+constexpr uint64_t kBatchElements = uint64_t{1} << 25;  // 128 MiB of float, and several times that inside the network
+constexpr uint64_t kDefaultBatch = 16, kDefaultBatchElements = uint64_t{1} << 22;
+
+// A text of the caller's, or what NULL stands for.
+std::string text_or(const char *text, const char *usual) { return text ? text : usual; }
+
+std::string sides(const Spec &spec) { return std::to_string(spec.height) + "×" + std::to_string(spec.width); }
+
+// The largest batch up to `wanted` that a network takes, or else its smallest.
+uint64_t fitting_batch(const std::vector<std::pair<uint64_t, uint64_t>> &ranges, uint64_t wanted) {
+  uint64_t most = 0, least = ranges.front().first;
+  for (const auto &[low, high] : ranges) {
+    if (low <= wanted) most = std::max(most, std::min(high, wanted));
+    least = std::min(least, low);
+  }
+  return most ? most : least;
+}
+
+void check_finite(const float *values, uint64_t size, const char *what) {
+  for (uint64_t k = 0; k < size; ++k) {
+    if (!std::isfinite(values[k])) throw Failure(DDPMX_INPUT, std::string(what) + " holds NaN or infinities");
+  }
+}
+
+// An array of the caller's.
+struct Region {
+  const char *name;
+  const void *begin;
+  uint64_t bytes;
+};
+
+// See that what is written meets nothing else. Regions of NULL are none.
+void check_apart(const std::vector<Region> &read, const std::vector<Region> &written) {
+  const auto meet = [](const Region &a, const Region &b) {
+    const auto a0 = reinterpret_cast<uintptr_t>(a.begin), b0 = reinterpret_cast<uintptr_t>(b.begin);
+    return a.begin && b.begin && a0 < b0 + b.bytes && b0 < a0 + a.bytes;
+  };
+  for (size_t i = 0; i < written.size(); ++i) {
+    std::vector<Region> others(read);
+    others.insert(others.end(), written.begin(), written.begin() + static_cast<std::ptrdiff_t>(i));
+    for (const Region &other : others) {
+      if (meet(written[i], other)) {
+        throw Failure(DDPMX_INPUT, std::string(other.name) + " and " + written[i].name + " share memory", "",
+                      std::string("an array of its own for ") + written[i].name);
+      }
+    }
+  }
+}
+
+void check_room(const char *name, const void *buffer, uint64_t has, uint64_t needs) {
+  if (buffer && has < needs) {
+    throw Failure(DDPMX_INPUT, std::string(name) + " needs " + std::to_string(needs) + " bytes, and " + name + "_size is " +
+                                   std::to_string(has), "", "ddpmx_output_size says how many it takes");
+  }
+}
+
+// The class of each image.
+std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
+  if (!spec.classes) {
+    if (request.labels) throw Failure(DDPMX_INPUT, "the model has no classes, and labels name some");
+    return {};
+  }
+  const std::string range = "0…" + std::to_string(*spec.classes - 1);
+  if (!request.labels) {
+    throw Failure(DDPMX_INPUT, "the model draws images of " + std::to_string(*spec.classes) + " classes, and none is named", "",
+                  "labels: " + range);
+  }
+  if (request.labels_count != 1 && request.labels_count != request.n) {
+    throw Failure(DDPMX_INPUT, "labels must be one whole number, or " + std::to_string(request.n),
+                  "labels_count is " + std::to_string(request.labels_count));
+  }
+  std::vector<int32_t> labels(request.labels, request.labels + request.labels_count);
+  for (const int32_t label : labels) {
+    if (label < 0 || label >= *spec.classes) {
+      throw Failure(DDPMX_INPUT, "there is no class " + std::to_string(label), "", "the model's are " + range);
+    }
+  }
+  labels.resize(request.n, labels.front());
+  return labels;
+}
+
+}  // namespace
+
+// The numbers of a request, whose products do not overflow.
+struct Pipeline::Numbers {
+  uint64_t n, first, batch;
+};
+
+Pipeline::Pipeline(Spec spec, std::unique_ptr<Runner> runner)
+    : spec_(std::move(spec)), runner_(std::move(runner)), description_(runner_->description()) {}
+
+uint64_t Pipeline::default_batch() const {
+  const auto elements = static_cast<uint64_t>(spec_.elements());
+  return fitting_batch(runner_->batches(), std::clamp<uint64_t>(kDefaultBatchElements / elements, 1, kDefaultBatch));
+}
+
+uint64_t Pipeline::output_size(uint64_t n) const {
+  if (n < 1 || n > kImages) {
+    throw Failure(DDPMX_INPUT, "n must be a whole number from 1 to 2**32, not " + std::to_string(n));
+  }
+  const uint64_t bytes = n * static_cast<uint64_t>(spec_.elements());  // below 2³² times 2²⁸
+  if (bytes > kResultBytes) {
+    throw Failure(DDPMX_INPUT, std::to_string(n) + " images of " + sides(spec_) + " do not fit into memory", "",
+                  "draw them in parts, with first");
+  }
+  return bytes;
+}
+
+Pipeline::Numbers Pipeline::checked(const ddpmx_request &request) const {
+  const uint64_t batch = request.batch ? request.batch : default_batch();
+  output_size(request.n);
+  if (request.first >= kImages || request.first + request.n > kImages) {
+    throw Failure(DDPMX_INPUT, "images are numbered 0…2**32 - 1, and " + std::to_string(request.first) + " + " +
+                                   std::to_string(request.n) + " leads past that");
+  }
+  if (batch > kImages || batch * static_cast<uint64_t>(spec_.elements()) > kBatchElements) {
+    throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + sides(spec_) + " at once do not fit into memory", "",
+                  "a smaller batch");
+  }
+  return {request.n, request.first, fitting_batch(runner_->batches(), batch)};
+}
+
+Table Pipeline::table(const ddpmx_request &request) const {
+  Sampling sampling;
+  sampling.sampler = text_or(request.sampler, "ancestral");
+  sampling.spacing = text_or(request.spacing, "linspace");
+  sampling.eta = request.eta;
+  if (request.steps != 0) sampling.steps = request.steps;
+  if (request.start != -1) sampling.start = request.start;
+  Variance variance = spec_.variance;
+  if (request.variance) {
+    const auto named = variance_named(request.variance);
+    if (!named) {
+      throw Failure(DDPMX_INPUT, "there is no variance " + quoted(request.variance), "",
+                    "one of: fixed_small, fixed_large, learned_range");
+    }
+    if (*named == Variance::learned_range && spec_.variance != Variance::learned_range) {
+      throw Failure(DDPMX_INPUT, "the network gives no variance", "the file says " + quoted(name_of(spec_.variance)));
+    }
+    variance = *named;
+  }
+  return make_table(spec_.schedule, spec_.prediction, variance, sampling);
+}
+
+void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t images_size, float *samples,
+                        uint64_t samples_size) {
+  if (request.flags & ~(DDPMX_PREVIEWS | DDPMX_ON_DEVICE)) {
+    throw Failure(DDPMX_INPUT, "flags " + std::to_string(request.flags) + " are none of this version's");
+  }
+  const bool on_device = request.flags & DDPMX_ON_DEVICE, previews = request.flags & DDPMX_PREVIEWS;
+  if (on_device && !runner_->on_device()) {
+    throw Failure(DDPMX_INPUT, "the chain runs on the CPU, and the arrays are to lie on a GPU", description_,
+                  "DDPMX_ON_DEVICE is for plans");
+  }
+  if (request.stream && !runner_->on_device()) {
+    throw Failure(DDPMX_INPUT, "the chain runs on the CPU, and waits for no stream of a GPU's", description_);
+  }
+  const Table table = this->table(request);
+  const Numbers numbers = checked(request);
+  const auto N = static_cast<uint64_t>(spec_.elements());
+  const auto K = static_cast<uint64_t>(spec_.condition.value_or(0) * spec_.height * spec_.width);
+  if (!images && !samples) throw Failure(DDPMX_INPUT, "there is no place for the images", "images and samples are NULL");
+  check_room("images", images, images_size, numbers.n * N);
+  check_room("samples", samples, samples_size, numbers.n * N * sizeof(float));
+  if (request.start != -1 && !request.x) {
+    throw Failure(DDPMX_INPUT, "start begins in the middle of a chain, and there is no x to begin with", "",
+                  "x: the states x_t at t = " + std::to_string(request.start));
+  }
+  if (K && !request.cond) {
+    throw Failure(DDPMX_INPUT, "the model draws images by a condition, and there is none", "",
+                  "cond: float [n, " + std::to_string(*spec_.condition) + ", " + std::to_string(spec_.height) + ", " +
+                      std::to_string(spec_.width) + "]");
+  }
+  if (!K && request.cond) throw Failure(DDPMX_INPUT, "the model takes no condition, and cond gives one");
+  check_apart({{"x", request.x, numbers.n * N * sizeof(float)}, {"cond", request.cond, numbers.n * K * sizeof(float)}},
+              {{"images", images, numbers.n * N}, {"samples", samples, numbers.n * N * sizeof(float)}});
+  if (!on_device) {
+    if (request.x) check_finite(request.x, numbers.n * N, "x");
+    if (request.cond) check_finite(request.cond, numbers.n * K, "cond");
+  }
+  const std::vector<int32_t> labels = labels_of(spec_, request);
+
+  const uint64_t steps = table.rows.size(), total = (numbers.n + numbers.batch - 1) / numbers.batch * steps;
+  for (uint64_t at = 0, before = 0; at < numbers.n; at += numbers.batch, before += steps) {
+    const uint64_t n = std::min(numbers.batch, numbers.n - at);
+    Job job{table, request.seed, {}, numbers.batch};
+    for (uint64_t i = 0; i < n; ++i) job.images.push_back(static_cast<uint32_t>(numbers.first + at + i));
+    job.x = request.x ? request.x + at * N : nullptr;
+    job.y = labels.empty() ? nullptr : labels.data() + at;
+    job.cond = request.cond ? request.cond + at * K : nullptr;
+    job.levels = images ? images + at * N : nullptr;
+    job.samples = samples ? samples + at * N : nullptr;
+    job.on_device = on_device, job.previews = previews && request.callback, job.after = at ? nullptr : request.stream;
+    if (request.callback) {
+      job.report = [&](int32_t t, uint64_t done, const float *x, const float *x0) {
+        const ddpmx_progress progress{sizeof(ddpmx_progress), t, before + done, total, at, n, x, x0};
+        return request.callback(&progress, request.user) == 0;
+      };
+    }
+    runner_->run(job);
+  }
+}
+
+std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_open_options &options) {
+  if (options.flags & ~DDPMX_TRUST_HOST_CODE) {
+    throw Failure(DDPMX_INPUT, "flags " + std::to_string(options.flags) + " are none of this version's");
+  }
+  if (options.threads < 0 || options.threads > 256) {
+    throw Failure(DDPMX_INPUT, "threads must be a whole number from 0 to 256, not " + std::to_string(options.threads));
+  }
+  if (options.device < 0) throw Failure(DDPMX_INPUT, "there is no GPU " + std::to_string(options.device));
+  const std::string executor = text_or(options.executor, "auto"), spec_json = text_or(options.spec, "");
+  if (executor != "auto" && executor != "graph" && executor != "plain") {
+    throw Failure(DDPMX_INPUT, "there is no executor " + quoted(executor), "", "auto, graph, plain");
+  }
+  if (identify(path) == Kind::plan) {
+    if (!spec_json.empty()) {
+      throw Failure(DDPMX_INPUT, path + ": a plan says itself what it is", "", "spec is for ONNX files that do not");
+    }
+    const MappedFile file(path);
+    const PlanInfo info = read_plan(path, file.bytes(), options.flags & DDPMX_TRUST_HOST_CODE);
+    return std::make_unique<Pipeline>(info.spec, open_plan(path, file, info, options));
+  }
+  // A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
+  const std::unique_ptr<char, void (*)(void *)> resolved(realpath(path.c_str(), nullptr), std::free);
+  const std::string real = resolved ? resolved.get() : path;
+  Spec spec;
+  {
+    const MappedFile file(real);
+    const GraphInfo info = read_onnx(path, file.bytes());
+    check_external(real, info);
+    spec = onnx_spec(path, info, spec_json);
+  }
+  std::unique_ptr<Network> network = open_ort(real, spec, options.ort_library, options.threads);
+  if (executor != "auto") {
+    throw Failure(DDPMX_INPUT,
+                  "executor " + quoted(executor) + " runs a chain on a GPU, and " + network->description() + " does not");
+  }
+  return std::make_unique<Pipeline>(spec, std::make_unique<HostRunner>(std::move(network), spec));
+}
+
+}  // namespace ddpmx

@@ -1,0 +1,202 @@
+#include "samplers.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <numeric>
+
+#include "elementary.hpp"
+#include "error.hpp"
+#include "sealed.hpp"
+
+namespace ddpmx {
+namespace {
+
+// A row before its numbers are rounded to float32.
+struct Row {
+  double p = 0, q = 0, a = 0, b = 0, sigma = 0;
+};
+
+// x̂_0 = p·x_t + q·out at the position t.
+void set_x0_coefficients(const Schedule &schedule, Prediction prediction, size_t t, Row &row) {
+  const double alpha_bar = schedule.alpha_bar[t], noise = schedule.one_minus_alpha_bar[t];
+  switch (prediction) {
+    case Prediction::eps:  // √(1/ᾱ)·x − √(1/ᾱ − 1)·ε, equation 15
+      row.p = std::sqrt(1 / alpha_bar);
+      row.q = -std::sqrt(noise / alpha_bar);
+      break;
+    case Prediction::x0:
+      row.p = 0;
+      row.q = 1;
+      break;
+    case Prediction::v:  // √ᾱ·x − √(1−ᾱ)·v, Salimans & Ho 2022
+      row.p = std::sqrt(alpha_bar);
+      row.q = -std::sqrt(noise);
+      break;
+  }
+}
+
+// Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0. With a learned variance σ only says whether
+// there is noise.
+void set_ancestral(const Schedule &schedule, Variance variance, size_t t, Row &row) {
+  row.a = schedule.posterior_mean_coef_x0(t);
+  row.b = schedule.posterior_mean_coef_xt(t);
+  if (t == 0) {
+    row.sigma = 0;
+  } else if (variance == Variance::learned_range) {
+    row.sigma = 1;
+  } else {
+    const bool large = variance == Variance::fixed_large;
+    row.sigma = elementary::exp(0.5 * (large ? schedule.log_variance_large(t) : schedule.log_variance_small(t)));
+  }
+}
+
+// c and d of σ = exp(c + d·v), Nichol & Dhariwal 2021, equation 15: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2.
+ddpmx_learned learned_range(const Schedule &schedule, size_t t) {
+  const double small = schedule.log_variance_small(t), large = elementary::log(schedule.betas[t]);
+  return {static_cast<float>((large + small) / 4), static_cast<float>((large - small) / 4)};
+}
+
+// Song et al. 2020, equation 12, with ε̂ re-derived from the clipped x̂_0: see ddim() in samplers.py.
+void set_ddim(const Schedule &schedule, double eta, size_t t, Row &row) {
+  const double beta = schedule.betas[t];
+  const double noise = schedule.one_minus_alpha_bar[t], noise_previous = schedule.one_minus_alpha_bar_prev(t);
+  row.sigma = eta * std::sqrt(noise_previous / noise) * std::sqrt(beta);  // β = 1 − ᾱ/ᾱ_prev
+  // √(1−ᾱ_prev−σ²) written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β
+  const double direction =
+      std::sqrt(noise_previous * ((1 - beta) * noise_previous + (1 - eta * eta) * beta) / noise);
+  row.b = direction / std::sqrt(noise);
+  row.a = std::sqrt(schedule.alpha_bar_prev(t)) - row.b * std::sqrt(schedule.alpha_bar[t]);
+}
+
+ddpmx_row rounded(const Row &row) {
+  return {static_cast<float>(row.p), static_cast<float>(row.q), static_cast<float>(row.a), static_cast<float>(row.b),
+          static_cast<float>(row.sigma)};
+}
+
+bool finite(const ddpmx_row &row) {
+  return std::isfinite(row.p) && std::isfinite(row.q) && std::isfinite(row.a) && std::isfinite(row.b) &&
+         std::isfinite(row.sigma);
+}
+
+// Leave out what comes before `start`.
+void begin_at(Table &table, int64_t start) {
+  // the first row, from above, whose timestep is not larger
+  const auto found = std::lower_bound(table.timesteps.begin(), table.timesteps.end(), start, std::greater<int64_t>());
+  if (found == table.timesteps.end() || *found != start) {
+    std::string nearest = found == table.timesteps.end() ? "" : std::to_string(*found);
+    if (found != table.timesteps.begin()) nearest += (nearest.empty() ? "" : " and ") + std::to_string(found[-1]);
+    throw Failure(DDPMX_INPUT, "start is " + std::to_string(start) + ", and the chain does not visit that timestep", "",
+                  "the nearest that it visits: " + nearest);
+  }
+  const auto before = found - table.timesteps.begin();
+  table.timesteps.erase(table.timesteps.begin(), found);
+  table.rows.erase(table.rows.begin(), table.rows.begin() + before);
+  if (!table.learned.empty()) table.learned.erase(table.learned.begin(), table.learned.begin() + before);
+}
+
+}  // namespace
+
+std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view spacing) {
+  if (steps < 1 || steps > T) {
+    throw Failure(DDPMX_INPUT,
+                  "steps must be a whole number from 1 to " + std::to_string(T) + ", not " + std::to_string(steps),
+                  "the model has T = " + std::to_string(T));
+  }
+  if (spacing != "linspace" && spacing != "leading" && spacing != "trailing" && spacing != "quad") {
+    throw Failure(DDPMX_INPUT, "there is no spacing " + quoted(spacing), "", "one of: linspace, leading, trailing, quad");
+  }
+  std::vector<int64_t> grid(static_cast<size_t>(steps));
+  std::iota(grid.begin(), grid.end(), 0);
+  if (steps == T) return grid;
+  const auto length = static_cast<double>(T), count = static_cast<double>(steps);
+  if (spacing == "quad") {  // dense near t = 0, up to 0.8·T
+    const std::vector<double> roots = linspace(0, std::sqrt(length * 0.8), steps);
+    for (size_t k = 0; k < grid.size(); ++k) grid[k] = static_cast<int64_t>(std::floor(roots[k] * roots[k]));
+  } else {
+    for (int64_t &t : grid) {
+      const auto i = static_cast<double>(t);
+      if (spacing == "leading") {
+        t *= T / steps;
+      } else if (spacing == "trailing") {
+        t = static_cast<int64_t>(std::nearbyint(length - (count - i - 1) * length / count)) - 1;
+      } else {
+        t = steps > 1 ? static_cast<int64_t>(std::nearbyint(i * (length - 1) / (count - 1))) : T - 1;
+      }
+    }
+  }
+  for (size_t k = 1; k < grid.size(); ++k) {
+    if (grid[k] <= grid[k - 1]) {
+      throw Failure(DDPMX_INPUT,
+                    quoted(spacing) + " spacing cannot pick " + std::to_string(steps) + " different steps out of " +
+                        std::to_string(T),
+                    "", "fewer steps, or linspace");
+    }
+  }
+  return grid;
+}
+
+Table make_table(const Schedule &schedule, Prediction prediction, Variance variance, const Sampling &sampling) {
+  const bool ddim = sampling.sampler == "ddim";
+  if (!ddim && sampling.sampler != "ancestral") {
+    throw Failure(DDPMX_INPUT, "there is no sampler " + quoted(sampling.sampler), "", "one of: ancestral, ddim");
+  }
+  if (!ddim && sampling.eta != 0) {
+    throw Failure(DDPMX_INPUT, "η belongs to the ddim sampler", "", "sampler ddim, or leave η away");
+  }
+  const auto T = static_cast<int64_t>(schedule.size());
+  const Schedule part = respace(schedule, timestep_grid(T, sampling.steps.value_or(T), sampling.spacing));
+  if (ddim && !(sampling.eta >= 0 && sampling.eta <= 1)) {
+    throw Failure(DDPMX_INPUT, "η must lie between 0 (no noise) and 1 (as much as the ancestral chain), not " +
+                                   shown(sampling.eta));
+  }
+  if (prediction == Prediction::eps && part.alpha_bar.back() <= 0) {
+    throw Failure(DDPMX_SPEC, "this schedule ends at ᾱ = 0, from where ε does not lead back to x_0", "",
+                  "predict x0 or v, or choose a schedule that keeps some signal");
+  }
+  const size_t S = part.size();
+  const bool learns = !ddim && variance == Variance::learned_range;
+  Table table;
+  table.timesteps.reserve(S);
+  table.rows.reserve(S);
+  if (learns) table.learned.reserve(S);
+  bool numbers = true;
+  for (size_t t = S; t-- > 0;) {
+    Row row;
+    set_x0_coefficients(part, prediction, t, row);
+    if (ddim) {
+      set_ddim(part, sampling.eta, t, row);
+    } else {
+      set_ancestral(part, variance, t, row);
+    }
+    table.timesteps.push_back(static_cast<int32_t>(part.timesteps[t]));
+    table.rows.push_back(rounded(row));
+    numbers = numbers && finite(table.rows.back());
+    if (learns) {
+      table.learned.push_back(learned_range(part, t));
+      numbers = numbers && std::isfinite(table.learned.back().c) && std::isfinite(table.learned.back().d);
+    }
+  }
+  if (!numbers) {
+    throw Failure(DDPMX_SPEC, "this schedule leaves no signal, or adds no noise, somewhere on its way",
+                  "the chain would compute with NaN or infinities", "other β, or fewer timesteps");
+  }
+  if (sampling.start) begin_at(table, *sampling.start);
+  return table;
+}
+
+std::string checksum(const Table &table) {
+  std::vector<float> numbers;
+  numbers.reserve(7 * table.rows.size());
+  for (size_t k = 0; k < table.rows.size(); ++k) {
+    const ddpmx_row &row = table.rows[k];
+    numbers.insert(numbers.end(), {row.p, row.q, row.a, row.b, row.sigma});
+    if (!table.learned.empty()) numbers.insert(numbers.end(), {table.learned[k].c, table.learned[k].d});
+  }
+  char text[9];
+  std::snprintf(text, sizeof text, "%08x", static_cast<unsigned>(crc32(numbers.data(), numbers.size() * sizeof(float))));
+  return text;
+}
+
+}  // namespace ddpmx

@@ -1,0 +1,38 @@
+// A linear sampler is a table: for every step five numbers. See runtime/ddpmx/samplers.py.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "spec.hpp"
+#include "step.h"
+
+namespace ddpmx {
+
+// A chain to run, first step first.
+struct Table {
+  std::vector<int32_t> timesteps;      // [S], what the network is told
+  std::vector<ddpmx_row> rows;         // [S]
+  std::vector<ddpmx_learned> learned;  // [S], or empty if σ is that of rows
+};
+
+struct Sampling {
+  std::string sampler = "ancestral";
+  std::string spacing = "linspace";
+  std::optional<int64_t> steps;  // all
+  double eta = 0;
+  std::optional<int64_t> start;  // the first timestep, one of those that are visited; else the largest
+};
+
+// `steps` of the timesteps 0…T−1, rising. Failure(DDPMX_INPUT): as timestep_grid in Python.
+std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view spacing);
+
+// Failure(DDPMX_INPUT) or (DDPMX_SPEC) as make_table in Python.
+Table make_table(const Schedule &schedule, Prediction prediction, Variance variance, const Sampling &sampling = {});
+
+// CRC32 of every float32 that the chain computes with, [S, 5] or [S, 7], lowest byte first, in hexadecimal.
+std::string checksum(const Table &table);
+
+}  // namespace ddpmx

@@ -1,0 +1,240 @@
+// What the driver of fake_cuda.cpp is made of: kernels, streams and what they hold.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <set>
+
+#include "fake_cuda.hpp"
+
+// --- as much of CUDA as step.cu needs ---
+
+#define __global__
+#define __device__
+#define __launch_bounds__(threads, blocks)
+
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct Index {
+  unsigned x = 0;
+};
+static Index threadIdx, blockIdx, blockDim, gridDim;  // of the thread that runs
+
+static void __syncthreads() {}
+static void __threadfence() {}
+static void __threadfence_system() {}
+template <class T>
+static T atomicAdd(T *at, T value) {
+  const T before = *at;
+  *at = before + value;
+  return before;
+}
+template <class T>
+static T atomicOr(T *at, T value) {
+  const T before = *at;
+  *at = before | value;
+  return before;
+}
+
+#include "step.cu"
+
+namespace {
+
+// --- streams ---
+
+struct Refused {
+  int code;
+};
+
+struct Entry {
+  std::function<void()> work;
+  bool is_kernel = false, is_stuck = false;
+};
+
+struct Stream {
+  std::deque<Entry> queue;
+  std::vector<Entry> captured;
+  bool capturing = false, spoilt = false;
+};
+
+struct Event {
+  std::shared_ptr<bool> came;  // of what was recorded last, or nothing
+  Stream *stream = nullptr;
+};
+
+struct Function {
+  std::string name;
+};
+
+struct Memory {
+  void *base;
+  size_t size;
+};
+
+const char *const kErrors[][2] = {{"CUDA_ERROR_INVALID_VALUE", "invalid argument"},
+                                  {"CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+                                  {"CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+                                  {"CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the PTX is of an unsupported toolchain"},
+                                  {"CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+                                  {"CUDA_ERROR_NOT_READY", "device not ready"},
+                                  {"CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+                                  {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "not permitted when stream is capturing"},
+                                  {"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "a capture was disturbed"},
+                                  {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}};
+const int kCodes[] = {1, 2, 201, 222, 400, 600, 700, 900, 901, 100};
+
+// All that it remembers, for one thread at a time.
+struct World {
+  FakeCuda told;
+  std::recursive_mutex mutex;
+  std::set<Stream *> streams;
+  std::set<Event *> events;
+  std::set<void *> pinned, modules;
+  std::map<void *, std::vector<Entry>> graphs, executables;
+  std::map<uint64_t, Memory> memory;
+  std::vector<std::unique_ptr<Function>> functions;
+};
+
+World *world = new World;  // for good: the library stays in the process
+thread_local std::vector<void *> contexts;
+int context_mark;
+void *const kContext = &context_mark;
+
+void fault(const std::string &what) { world->told.faults.push_back(what); }
+
+bool is_free(const std::string &name) {
+  for (const char *part : {"Free", "Destroy", "Unload", "Release", "Pop", "Push"}) {
+    if (name.find(part) != std::string::npos) return true;
+  }
+  return false;
+}
+
+bool needs_context(const std::string &name) {
+  for (const char *part : {"cuInit", "cuDriver", "cuGetError", "cuDevice", "cuCtx"}) {
+    if (name.compare(0, std::strlen(part), part) == 0) return false;
+  }
+  return true;
+}
+
+// The answer of a function: 0, what was ordered, or what work() throws.
+template <class Work>
+int called(const std::string &name, Work work) {
+  const std::lock_guard<std::recursive_mutex> lock(world->mutex);
+  FakeCuda &told = world->told;
+  try {
+    told.calls.push_back(name);
+    if (needs_context(name) && contexts.empty()) {
+      fault(name + " without a context");
+      throw Refused{201};
+    }
+    if (!is_free(name) || told.count_frees) {
+      if (++told.counted == told.fail_at) throw Refused{700};
+    }
+    if (const auto found = told.fail.find(name); found != told.fail.end()) {
+      const auto [at, code] = found->second;
+      if (at == 0 || at == told.count(name)) throw Refused{code};
+    }
+    work();
+    return 0;
+  } catch (const Refused &refused) {
+    return refused.code;
+  }
+}
+
+template <class Set, class Thing>
+Thing *known(const Set &things, Thing *thing, const char *kind) {
+  if (things.count(thing)) return thing;
+  fault(std::string("no ") + kind + ", or freed already");
+  throw Refused{400};
+}
+
+Stream *stream_of(void *handle) { return known(world->streams, static_cast<Stream *>(handle), "stream"); }
+
+// Waiting, copying and allocating spoil a capture.
+void undisturbed() {
+  for (Stream *stream : world->streams) {
+    if (!stream->capturing) continue;
+    stream->spoilt = true;
+    throw Refused{900};
+  }
+}
+
+void put(void *handle, Entry entry) {
+  Stream *stream = stream_of(handle);
+  if (stream->capturing) {
+    stream->captured.push_back(std::move(entry));
+  } else {
+    stream->queue.push_back(std::move(entry));
+  }
+}
+
+// Run what is in the stream, up to so many kernels.
+void advance(Stream *stream, const std::function<bool()> &until, int kernels) {
+  while (!stream->queue.empty() && kernels > 0 && !until()) {
+    if (world->told.broken) throw Refused{world->told.broken};
+    if (stream->queue.front().is_stuck) return;
+    const Entry entry = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    entry.work();
+    kernels -= entry.is_kernel;
+  }
+}
+
+constexpr int kAll = 1 << 30;
+const auto kNever = [] { return false; };
+
+void put_kernel(void *stream, const std::string &name, std::function<void()> work) {
+  put(stream, {[name, work = std::move(work)] {
+                 world->told.launches.push_back(name);
+                 work();
+                 world->told.on_kernel(name);
+               },
+               true});
+}
+
+void enqueue(void *stream, const std::string &name, std::function<void()> work) {
+  const std::lock_guard<std::recursive_mutex> lock(world->mutex);
+  try {
+    put_kernel(stream, name, std::move(work));
+  } catch (const Refused &) {
+  }
+}
+
+void move(void *stream, void *to, const void *from, size_t size, uint64_t device) {
+  undisturbed();
+  const auto after = world->memory.upper_bound(device);
+  const bool inside = after != world->memory.begin() && [&] {
+    const auto &[base, memory] = *std::prev(after);
+    return device + size <= base + memory.size;
+  }();
+  if (!inside) {
+    fault("a copy beyond what was allocated");
+    throw Refused{1};
+  }
+  put(stream, {[=] { std::memcpy(to, from, size); }});
+}
+
+void run_kernel(const std::string &name, uint64_t argument, unsigned grid) {
+  auto *chain = reinterpret_cast<ddpmx_chain *>(argument);
+  gridDim.x = grid, blockDim.x = 1;
+  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) name == "ddpmx_begin" ? ddpmx_begin(chain) : ddpmx_step(chain);
+}
+
+int depth() { return static_cast<int>(contexts.size()); }
+
+void reset() {
+  const std::lock_guard<std::recursive_mutex> lock(world->mutex);
+  world->told = FakeCuda();
+  world->told.enqueue = enqueue, world->told.depth = depth, world->told.reset = reset;
+  for (Stream *stream : world->streams) stream->queue.clear();
+  world->streams.clear(), world->events.clear(), world->pinned.clear(), world->modules.clear();
+  world->graphs.clear(), world->executables.clear(), world->memory.clear();
+  contexts.clear();
+}
+
+}  // namespace

@@ -1,0 +1,36 @@
+// What a test may order of the module of fake_trt_module.cpp, and see of it.
+#pragma once
+
+#include <cstdint>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fake_network.hpp"
+#include "trt/module.h"
+
+struct FakeTrt {
+  // orders
+  std::string flavour = "TensorRT", version = "10.3.0.26";
+  uint32_t abi = DDPMX_TRT_ABI;
+  std::string name;                                          // of the engine
+  std::vector<ddpmx_trt_tensor> tensors;                     // its inputs and outputs
+  std::vector<std::pair<int64_t, int64_t>> profiles{{1, 8}};
+  FakeNetwork network;
+  std::set<std::string> refuse;  // names of functions that say no
+  int refuse_at = 0;             // which enqueue, from 1, does
+  bool on_the_host = false;      // the network is computed while it is enqueued, and not in the stream
+
+  // seen
+  int engines = 0, contexts = 0, enqueued = 0, runs = 0;
+  std::string library;             // what was to be opened
+  std::string plan, cache, saved;  // the plan's bytes; what was given of the cache, and what it is to be
+  bool trusted = false;
+  std::vector<int64_t> batches;    // of the contexts that were bound
+
+  void (*reset)() = nullptr;
+};
+
+// What the library exports: "fake_trt".
+using fake_trt_function = FakeTrt *(*)();

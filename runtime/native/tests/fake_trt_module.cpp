@@ -1,0 +1,189 @@
+// A libddpmx_trt.so without TensorRT: its network is that of fake_network.hpp, put into the streams of fake_cuda.cpp, which
+// DDPMX_CUDA_LIBRARY names. For control flow.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+
+#include "fake_cuda.hpp"
+#include "fake_trt.hpp"
+
+struct ddpmx_trt_library {};
+struct ddpmx_trt_engine {};
+
+struct ddpmx_trt_context {
+  std::map<std::string, uint64_t> addresses;
+  std::map<std::string, std::vector<int64_t>> shapes;
+  int32_t profile = 0;
+  std::shared_ptr<int> pending = std::make_shared<int>(0);  // runs in a stream; -1 when it is closed
+};
+
+namespace {
+
+FakeTrt *told = new FakeTrt;  // for good: the library stays in the process
+ddpmx_trt_library the_library;
+
+FakeCuda &cuda() {
+  void *const library = dlopen(std::getenv("DDPMX_CUDA_LIBRARY"), RTLD_NOW | RTLD_LOCAL);
+  return *reinterpret_cast<fake_cuda_function>(dlsym(library, "fake_cuda"))();
+}
+
+int32_t answer(const std::string &function, char *error, size_t size) {
+  if (cuda().depth() == 0 && function != "open_library") cuda().faults.push_back(function + " without a context");
+  if (!told->refuse.count(function)) return 0;
+  std::snprintf(error, size, "[%s] refused\x01", function.c_str());
+  return 1;
+}
+
+int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) {
+  told->library = path ? path : "the usual";
+  if (answer("open_library", error, size)) return 1;
+  std::snprintf(version, 32, "%s", told->version.c_str());
+  *library = &the_library;
+  return 0;
+}
+
+int32_t open_engine(ddpmx_trt_library *, const void *plan, size_t plan_size, int32_t trust, const void *cache,
+                    size_t cache_size, int32_t keep_cache, ddpmx_trt_engine **engine, char *error, size_t size) {
+  told->plan.assign(static_cast<const char *>(plan), plan_size);
+  told->cache = cache_size ? std::string(static_cast<const char *>(cache), cache_size) : keep_cache ? "none yet" : "none wanted";
+  told->trusted = trust != 0;
+  if (answer("open_engine", error, size)) return 1;
+  ++told->engines;
+  *engine = new ddpmx_trt_engine;
+  return 0;
+}
+
+void close_engine(ddpmx_trt_engine *engine) {
+  if (!engine) return;
+  if (cuda().depth() == 0) cuda().faults.push_back("close_engine without a context");
+  if (told->contexts) cuda().faults.push_back("an engine is closed before its contexts");
+  --told->engines;
+  delete engine;
+}
+
+const char *name(const ddpmx_trt_engine *) { return told->name.c_str(); }
+int32_t tensors(const ddpmx_trt_engine *) { return static_cast<int32_t>(told->tensors.size()); }
+
+int32_t tensor(const ddpmx_trt_engine *, int32_t index, ddpmx_trt_tensor *tensor) {
+  *tensor = told->tensors.at(static_cast<size_t>(index));
+  return told->refuse.count("tensor") != 0;
+}
+
+int32_t profiles(const ddpmx_trt_engine *) { return static_cast<int32_t>(told->profiles.size()); }
+
+int32_t batches(const ddpmx_trt_engine *, int32_t profile, const char *, int64_t *low, int64_t *high) {
+  *low = told->profiles.at(static_cast<size_t>(profile)).first;
+  *high = told->profiles.at(static_cast<size_t>(profile)).second;
+  return told->refuse.count("batches") != 0;
+}
+
+void save_cache(const ddpmx_trt_engine *, void (*take)(const void *, size_t, void *), void *user) {
+  if (!told->saved.empty()) take(told->saved.data(), told->saved.size(), user);
+}
+
+int32_t open_context(ddpmx_trt_engine *, int32_t profile, void *stream, ddpmx_trt_context **context, char *error,
+                     size_t size) {
+  if (answer("open_context", error, size)) return 1;
+  auto *made = new ddpmx_trt_context;
+  made->profile = profile;
+  const std::shared_ptr<int> pending = made->pending;
+  ++*pending;
+  cuda().enqueue(stream, "profile", [pending] { --*pending; });
+  ++told->contexts;
+  *context = made;
+  return 0;
+}
+
+void close_context(ddpmx_trt_context *context) {
+  if (!context) return;
+  if (cuda().depth() == 0) cuda().faults.push_back("close_context without a context");
+  if (*context->pending && !cuda().broken) cuda().faults.push_back("a context is closed while it is at work");
+  *context->pending = -1000;
+  --told->contexts;
+  delete context;
+}
+
+int32_t bind(ddpmx_trt_context *context, const char *tensor, const int64_t *dims, int32_t rank, uint64_t address,
+             char *error, size_t size) {
+  context->addresses[tensor] = address;
+  if (rank) context->shapes[tensor] = std::vector<int64_t>(dims, dims + rank);
+  if (!address) cuda().faults.push_back(std::string("no address for ") + tensor);
+  return answer("bind", error, size);
+}
+
+int32_t check(ddpmx_trt_context *context, char *error, size_t size) {
+  const int64_t batch = context->shapes["x"][0];
+  told->batches.push_back(batch);
+  const auto [low, high] = told->profiles.at(static_cast<size_t>(context->profile));
+  if (batch < low || batch > high) cuda().faults.push_back("a batch beyond the profile");
+  for (const ddpmx_trt_tensor &tensor : told->tensors) {
+    if (!context->addresses.count(tensor.name)) cuda().faults.push_back(std::string(tensor.name) + " is not bound");
+    if (!tensor.is_input) continue;
+    std::vector<int64_t> wanted(tensor.dims, tensor.dims + tensor.rank);
+    wanted[0] = batch;
+    if (context->shapes[tensor.name] != wanted) cuda().faults.push_back(std::string("the shape of ") + tensor.name);
+  }
+  return answer("check", error, size);
+}
+
+int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t size) {
+  if (answer("enqueue", error, size)) return 1;
+  if (++told->enqueued == told->refuse_at) {
+    std::snprintf(error, size, "its last words");
+    return 1;
+  }
+  const auto at = [context](const char *tensor) {
+    const auto found = context->addresses.find(tensor);
+    return reinterpret_cast<void *>(found == context->addresses.end() ? 0 : found->second);
+  };
+  FakeArrays arrays;
+  arrays.batch = context->shapes["x"][0];
+  arrays.x = static_cast<float *>(at("x")), arrays.t = static_cast<int32_t *>(at("t")), arrays.y = static_cast<int32_t *>(at("y"));
+  arrays.x0_prev = static_cast<float *>(at("x0_prev")), arrays.cond = static_cast<float *>(at("cond"));
+  for (const ddpmx_trt_tensor &tensor : told->tensors) {
+    const bool is_var = std::string(tensor.name) == "var";
+    if (!tensor.is_input) (is_var ? arrays.var : arrays.out) = static_cast<float *>(at(tensor.name));
+  }
+  if (told->on_the_host) {  // what was in the stream before has not been done: its answer is of the arrays as they are now
+    const int64_t count = arrays.batch * told->network.channels * told->network.pixels;
+    const auto out = std::make_shared<std::vector<float>>(static_cast<size_t>(count));
+    FakeArrays now = arrays;
+    now.out = out->data();
+    fake_answer(told->network, now);
+    cuda().enqueue(stream, "network", [out, arrays] { std::copy(out->begin(), out->end(), arrays.out); });
+    return 0;
+  }
+  const std::shared_ptr<int> pending = context->pending;
+  cuda().enqueue(stream, "network", [pending, arrays] {
+    if (*pending < 0) cuda().faults.push_back("a closed context runs");
+    fake_answer(told->network, arrays, ++told->runs);
+  });
+  return 0;
+}
+
+ddpmx_trt_module functions;
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT FakeTrt *fake_trt() {
+  told->reset = [] {
+    *told = FakeTrt();
+    fake_trt();
+  };
+  return told;
+}
+
+EXPORT const ddpmx_trt_module *ddpmx_trt_get(uint32_t) {
+  functions = {told->abi, sizeof functions, told->flavour.c_str(), told->version.c_str(), "libfake.so.1", open_library,
+               open_engine, close_engine, name, tensors, tensor, profiles, batches, save_cache, open_context, close_context,
+               bind, check, enqueue};
+  return &functions;
+}

@@ -1,0 +1,318 @@
+// Chains of a plan, without a GPU: what they give, and what may be asked of them.
+#include <algorithm>
+#include <atomic>
+#include <thread>
+
+#include "check.hpp"
+#include "device_rig.hpp"
+
+namespace {
+
+using namespace ddpmx_test;
+
+// Every bit, by both executors, for every kind of network, and from call to call.
+void whole_chains() {
+  for (const std::string &json : {kSmall, kOdd, kTold, kLearned}) {
+    for (const char *executor : {"graph", "plain"}) {
+      Rig rig(json);
+      {
+        const auto runner = rig.open(executor);
+        Asked asked = Asked::of(rig);
+        CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+        CHECK(runner->description() == std::string("TensorRT 10.3.0.26 on Fake GPU, SM 8.9, executor ") + executor);
+        asked.seed = 1ull << 63;
+        asked.images = {4294967295u};
+        asked.y.resize(asked.y.empty() ? 0 : 1);
+        CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+      }
+      CHECK(clean());
+    }
+  }
+}
+
+void previews() {
+  for (const std::string &json : {kSmall, kTold, kLearned}) {
+    for (const char *executor : {"graph", "plain"}) {
+      Rig rig(json);
+      {
+        const auto runner = rig.open(executor);
+        const Asked asked = Asked::of(rig);
+        const Images made = drawn(*runner, rig, asked, true), wanted = expected(rig, asked);
+        CHECK(same(made, wanted));
+        CHECK(made.t == wanted.t);
+        for (size_t step = 0; step < wanted.x.size(); ++step) {
+          CHECK(same(made.x.at(step), wanted.x[step]));
+          CHECK(same(made.x0.at(step), wanted.x0[step]));
+        }
+      }
+      CHECK(clean());
+    }
+  }
+}
+
+// The next chain like the last one costs no memory, no engine's context and no measuring.
+void memory_is_kept() {
+  Rig rig;
+  {
+    const auto runner = rig.open();
+    Asked asked;
+    drawn(*runner, rig, asked);
+    const int allocated = cuda().count("cuMemAlloc_v2"), contexts = static_cast<int>(trt().batches.size());
+    asked.images = {1, 2};
+    asked.seed = 6;
+    Images made = drawn(*runner, rig, asked);
+    CHECK(same(made, expected(rig, asked)));
+    asked.images = {3, 4, 5};  // another size, which is what was prepared
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    // without x0 the chain that keeps it will do
+    ddpmx::Job job = asked.job(rig.table);
+    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
+    job.levels = levels.data();
+    runner->run(job);
+    CHECK(same(levels, expected(rig, asked).levels));
+    std::fprintf(stderr, "%d allocations, %zu contexts\n", cuda().count("cuMemAlloc_v2") - allocated,
+                 trt().batches.size() - static_cast<size_t>(contexts));
+    CHECK(trt().batches.back() == 3);
+    // the largest batch serves all that follow
+    asked.images = {3, 4, 5, 6};
+    drawn(*runner, rig, asked);
+    const int before = cuda().count("cuMemAlloc_v2");
+    asked.images = {9};
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    CHECK(cuda().count("cuMemAlloc_v2") == before);
+    // another table is another chain
+    rig.table = ddpmx::make_table(rig.spec.schedule, rig.spec.prediction, rig.spec.variance, Rig::sampling(5));
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    CHECK(cuda().count("cuMemAlloc_v2") > before);
+  }
+  CHECK(clean());
+}
+
+// Samples alone, levels alone, and a state of the caller's own.
+void what_is_wanted() {
+  Rig rig;
+  {
+    const auto runner = rig.open();
+    Asked asked;
+    for (size_t k = 0; k < asked.images.size() * static_cast<size_t>(rig.N()); ++k) {
+      asked.x.push_back(static_cast<float>(k % 17) / 8 - 1);
+    }
+    const Images wanted = expected(rig, asked);
+    CHECK(same(drawn(*runner, rig, asked), wanted));
+    std::vector<float> samples(wanted.samples.size());
+    ddpmx::Job job = asked.job(rig.table);
+    job.samples = samples.data();
+    runner->run(job);
+    CHECK(same(samples, wanted.samples));
+  }
+  {
+    const auto runner = rig.open();
+    const Asked asked;
+    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
+    ddpmx::Job job = asked.job(rig.table);
+    job.levels = levels.data();
+    runner->run(job);
+    CHECK(same(levels, expected(rig, asked).levels));
+  }
+  CHECK(clean());
+}
+
+// Arrays on the device, the first of which is still being written in a stream of the caller's.
+void on_the_device() {
+  for (const bool watched : {false, true}) {
+    Rig rig(kTold);
+    {
+      const auto runner = rig.open();
+      ddpmx::cuda::Driver mine(0);
+      mine.start();
+      const ddpmx::cuda::Current current(mine);
+      Asked asked = Asked::of(rig);
+      for (size_t k = 0; k < asked.images.size() * static_cast<size_t>(rig.N()); ++k) {
+        asked.x.push_back(static_cast<float>(k % 23) / 16);
+      }
+      const Images wanted = expected(rig, asked);
+      const auto bytes = [](const auto &array) { return array.size() * sizeof array[0]; };
+      const ddpmx::cuda::Handle x = mine.allocate(bytes(asked.x), "x"), cond = mine.allocate(bytes(asked.cond), "cond"),
+                                levels = mine.allocate(bytes(wanted.levels), "levels"),
+                                samples = mine.allocate(bytes(wanted.samples), "samples"), stream = mine.stream();
+      mine.copy_in(cond.value(), asked.cond.data(), bytes(asked.cond), stream.pointer());
+      mine.wait_for_stream(stream.pointer(), "");
+      mine.copy_in(x.value(), asked.x.data(), bytes(asked.x), stream.pointer());  // and nobody waits
+      ddpmx::Job job = asked.job(rig.table);
+      job.x = reinterpret_cast<const float *>(x.value()), job.cond = reinterpret_cast<const float *>(cond.value());
+      job.levels = reinterpret_cast<uint8_t *>(levels.value()), job.samples = reinterpret_cast<float *>(samples.value());
+      job.on_device = true, job.after = stream.pointer(), job.previews = watched;
+      runner->run(job);
+      Images made;
+      made.levels.resize(wanted.levels.size()), made.samples.resize(wanted.samples.size());
+      std::memcpy(made.levels.data(), levels.pointer(), bytes(made.levels));  // the fake's memory is the host's
+      std::memcpy(made.samples.data(), samples.pointer(), bytes(made.samples));
+      CHECK(same(made, wanted));
+    }
+    CHECK(clean());
+  }
+}
+
+// Steps are told in their order, end with the last one, and are told in the caller's own context.
+void reports() {
+  for (const char *executor : {"graph", "plain"}) {
+    Rig rig;
+    {
+      const auto runner = rig.open(executor);
+      std::vector<uint64_t> seen;
+      bool outside = true, right_t = true;
+      std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+      const Asked asked;
+      ddpmx::Job job = asked.job(rig.table);
+      job.levels = levels.data();
+      job.report = [&](int32_t t, uint64_t done, const float *x, const float *x0) {
+        outside &= cuda().depth() == 0 && !x && !x0;
+        right_t &= t == rig.table.timesteps.at(done - 1);
+        seen.push_back(done);
+        return true;
+      };
+      runner->run(job);
+      CHECK(outside && right_t);
+      CHECK(!seen.empty() && seen.back() == rig.table.rows.size());
+      CHECK(std::is_sorted(seen.begin(), seen.end()) && std::adjacent_find(seen.begin(), seen.end()) == seen.end());
+      CHECK(cuda().depth() == 0);
+    }
+    CHECK(clean());
+  }
+}
+
+// How images are grouped changes no bit of them, whatever the network does.
+void neighbours() {
+  Rig rig;
+  const auto told_images = [&](ddpmx::Runner &runner, const std::vector<uint32_t> &images) {
+    Asked asked;
+    asked.images = images;
+    return drawn(runner, rig, asked);
+  };
+  const auto part = [&](const Images &whole, size_t first, size_t n) {
+    const auto N = static_cast<size_t>(rig.N());
+    Images some;
+    some.levels.assign(whole.levels.begin() + static_cast<long>(first * N), whole.levels.begin() + static_cast<long>((first + n) * N));
+    some.samples.assign(whole.samples.begin() + static_cast<long>(first * N), whole.samples.begin() + static_cast<long>((first + n) * N));
+    return some;
+  };
+  {  // by nothing: as few as there are
+    const auto runner = rig.open();
+    told_images(*runner, {1, 2});
+    CHECK(trt().batches.back() == 2);
+  }
+  {  // by the size of the batch: it is filled up
+    trt().network.by_size = true;
+    const auto runner = rig.open();
+    const Images whole = told_images(*runner, {0, 1, 2, 3});
+    CHECK(trt().batches.back() == 4);
+    CHECK(same(told_images(*runner, {1, 2}), part(whole, 1, 2)));
+    const auto other = rig.open();
+    CHECK(same(told_images(*other, {1, 2}), part(whole, 1, 2)));
+    CHECK(trt().batches.back() == 4);
+    trt().network.by_size = false;
+  }
+  {  // by the place: each runs alone, and is told of as one chain
+    trt().network.by_place = true;
+    const auto runner = rig.open();
+    const Images whole = told_images(*runner, {0, 1, 2, 3});
+    CHECK(trt().batches.back() == 1);
+    CHECK(same(told_images(*runner, {2, 3}), part(whole, 2, 2)));
+    Asked asked;
+    std::vector<uint64_t> seen;
+    std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+    ddpmx::Job job = asked.job(rig.table);
+    job.levels = levels.data();
+    job.report = [&](int32_t, uint64_t done, const float *, const float *) { return seen.push_back(done), true; };
+    runner->run(job);
+    CHECK(seen.back() == rig.table.rows.size());
+    CHECK(std::is_sorted(seen.begin(), seen.end()) && std::adjacent_find(seen.begin(), seen.end()) == seen.end());
+    CHECK(fails(DDPMX_INPUT, "only one can be watched", [&] { drawn(*runner, rig, asked, true); }));
+    asked.images = {2};
+    CHECK(same(drawn(*runner, rig, asked, true), part(whole, 2, 1)));
+    trt().network.by_place = false;
+  }
+  {  // by chance: nothing helps, and nothing breaks
+    trt().network.by_run = true;
+    const auto runner = rig.open();
+    told_images(*runner, {0, 1});
+    CHECK(trt().batches.back() == 4);
+    trt().network.by_run = false;
+  }
+  {  // a plan of several profiles, none of which takes one image
+    trt().profiles = {{4, 8}, {2, 3}};
+    const auto runner = rig.open();
+    CHECK((runner->batches() == std::vector<std::pair<uint64_t, uint64_t>>{{4, 8}, {2, 3}}));
+    Asked asked;
+    asked.images = {5};
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    CHECK(trt().batches.back() == 4);  // one is no batch of its, so the largest is measured
+    trt().network.by_place = true;
+    const auto other = rig.open();
+    drawn(*other, rig, asked);
+    CHECK(trt().batches.back() == 2);  // as alone as it gets
+  }
+  CHECK(clean());
+}
+
+// The host says what is next before it is, and no further than that.
+void ahead() {
+  Rig rig;
+  rig.table = ddpmx::make_table(rig.spec.schedule, rig.spec.prediction, rig.spec.variance);  // 20 steps
+  {
+    const auto runner = rig.open("graph");
+    Asked asked;
+    drawn(*runner, rig, asked);
+    const size_t begun = cuda().calls.size();
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    const std::vector<std::string> calls(cuda().calls.begin() + static_cast<long>(begun), cuda().calls.end());
+    const auto first_wait = std::find(calls.begin(), calls.end(), "cuEventSynchronize");
+    CHECK(std::count(calls.begin(), first_wait, "cuEventRecord") == ddpmx::cuda::kLookAhead);
+    CHECK(std::count(calls.begin(), calls.end(), "cuGraphLaunch") == 20);
+    CHECK(std::count(calls.begin(), calls.end(), "cuStreamSynchronize") == 2);  // at the end, and for the images
+  }
+  CHECK(clean());
+}
+
+// Chains of several threads wait for each other; one within another is refused.
+void threads() {
+  Rig rig;
+  {
+    const auto runner = rig.open();
+    std::atomic<int> wrong{0};
+    Asked first, second;
+    second.seed = 9, second.images = {1, 2};
+    const Images wanted[] = {expected(rig, first), expected(rig, second)};
+    const auto work = [&](const Asked &asked, const Images &want) {
+      for (int i = 0; i < 8; ++i) wrong += !same(drawn(*runner, rig, asked), want);
+    };
+    std::thread other([&] { work(second, wanted[1]); });
+    work(first, wanted[0]);
+    other.join();
+    CHECK(wrong == 0);
+    ddpmx::Job job = first.job(rig.table);
+    std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+    job.levels = levels.data();
+    job.report = [&](int32_t, uint64_t, const float *, const float *) {
+      CHECK(fails(DDPMX_INPUT, "at work already", [&] { runner->run(first.job(rig.table)); }));
+      return true;
+    };
+    runner->run(job);
+  }
+  CHECK(clean());
+}
+
+}  // namespace
+
+int main() {
+  whole_chains();
+  previews();
+  memory_is_kept();
+  what_is_wanted();
+  on_the_device();
+  reports();
+  neighbours();
+  ahead();
+  threads();
+  return finish();
+}

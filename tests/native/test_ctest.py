@@ -1,0 +1,70 @@
+"""The tests of libddpmx's own project: plain, under the address and undefined-behaviour sanitizers, and, of what threads
+share, under the thread sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from native.conftest import ROOT, build_native, tool
+
+SOURCES = ROOT / "runtime" / "native" / "tests"
+TESTS = sorted(path.stem for path in SOURCES.iterdir() if path.name.startswith("test_"))
+
+
+def run(program: Path, **environment: str) -> None:
+    done = subprocess.run([program], capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    assert done.returncode == 0, f"{program.name}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+
+def sanitized(kinds: str) -> Path:
+    """A build with sanitizers, if this compiler's are here."""
+    probe = subprocess.run(
+        [shutil.which("c++") or "c++", f"-fsanitize={kinds}", "-x", "c++", "-", "-o", os.devnull],
+        input="int main() {}",
+        capture_output=True,
+        text=True,
+    )
+    if probe.returncode:
+        pytest.skip(f"not verified here: libddpmx under -fsanitize={kinds} ({probe.stderr.strip()[-200:]})")
+    name = kinds.replace(",", "-")
+    return build_native(ROOT / "build" / f"native-{name}", f"-DDDPMX_SANITIZE={kinds}", "-DCMAKE_BUILD_TYPE=Debug")
+
+
+@pytest.fixture(scope="module")
+def with_addresses() -> Path:
+    return sanitized("address,undefined")
+
+
+@pytest.fixture(scope="module")
+def with_threads() -> Path:
+    return sanitized("thread")
+
+
+def test_ctest_finds_the_tests(native_build):
+    """What a C++ programmer runs; each of them runs on its own below."""
+    ctest = tool("ctest")
+    assert ctest is not None
+    listed = subprocess.run([ctest, "--test-dir", native_build, "--show-only"], capture_output=True, text=True)
+    assert all(f": {name}\n" in listed.stdout for name in TESTS)
+    assert "test_c_api" in TESTS
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_plain(name, native_build):
+    run(native_build / "tests" / name)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_addresses_and_undefined_behaviour(name, with_addresses):
+    options = "detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1"
+    run(with_addresses / "tests" / name, ASAN_OPTIONS=options, UBSAN_OPTIONS="print_stacktrace=1")
+
+
+@pytest.mark.parametrize("name", [name for name in TESTS if "c_api" in name or "device" in name])
+def test_threads(name, with_threads):
+    run(with_threads / "tests" / name, TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1")

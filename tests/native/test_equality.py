@@ -1,0 +1,214 @@
+"""libddpmx against Python's runtime: the same file, seed and request, and every byte of the images is the same."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ddpmx
+from ddpmx import images, onnxfile
+from native import binding
+from native.binding import Native, NativeError
+from oracles import told
+from oracles.told import KINDS, asked, given, spec_of
+
+pytest.importorskip("onnxruntime", reason="not verified here: that libddpmx gives Python's images (no ONNX Runtime)")
+
+
+@pytest.fixture(scope="module")
+def native(native_build) -> Native:
+    return Native(native_build / "libddpmx.so")
+
+
+@pytest.fixture
+def both(native, ort_library):
+    """``both(path)``: Python's pipeline and ours."""
+    opened = []
+
+    def open_both(path: Path):
+        pair = (
+            ddpmx.load(path, threads=1),
+            native.open(path, threads=1, ort_library=ort_library),
+        )
+        opened.extend(pair)
+        return pair
+
+    yield open_both
+    for pipeline in opened:
+        pipeline.close()
+
+
+REQUESTS = {
+    "usual": {},
+    "seed": {"seed": 2**64 - 1},
+    "part": {"first": 2**32 - 5},
+    "one at a time": {"batch": 1},
+    "in twos": {"batch": 2},
+    "ddim": {"sampler": "ddim"},
+    "ddim with noise": {"sampler": "ddim", "eta": 0.7},
+    "leading": {"spacing": "leading"},
+    "trailing": {"spacing": "trailing", "sampler": "ddim"},
+    "quad": {"spacing": "quad"},
+    "fixed small": {"variance": "fixed_small"},
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_images_are_pythons(both, gaussian_onnx, name):
+    python, native = both(gaussian_onnx)
+    request = {"seed": 5, "steps": 25, **REQUESTS[name]}
+    wanted = python.generate(5, **request)
+    got, samples = native.generate(5, **request, samples=True)
+    assert got.tobytes() == wanted.tobytes()
+    assert images.to_nhwc(samples).tobytes() == wanted.tobytes()
+    assert len(np.unique(wanted)) > 20
+
+
+def test_a_whole_chain_is_pythons(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    assert native.generate(2, seed=3).tobytes() == python.generate(2, seed=3).tobytes()
+
+
+def test_every_split_gives_the_same_images(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    wanted = python.generate(7, seed=1, steps=9)
+    for batch in (1, 2, 3, 7, 16):
+        assert native.generate(7, seed=1, steps=9, batch=batch).tobytes() == wanted.tobytes()
+    parts = [native.generate(n, seed=1, steps=9, first=first) for first, n in ((0, 2), (2, 4), (6, 1))]
+    assert np.concatenate(parts).tobytes() == wanted.tobytes()
+
+
+def test_previews_are_pythons(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    wanted = list(python.stream(3, seed=2, steps=8))
+    seen = []
+    native.generate(3, seed=2, steps=8, previews=True, callback=lambda p, x, x0: seen.append((p.t, x, x0)) or 0)
+    assert [t for t, _, _ in seen] == [step.t for step in wanted]
+    for (_, x, x0), step in zip(seen, wanted, strict=True):
+        assert (x.tobytes(), x0.tobytes()) == (step.x.tobytes(), step.x0.tobytes())
+
+
+def test_a_state_in_the_middle_leads_to_the_same_images(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    steps = list(python.stream(3, seed=2, steps=20))
+    t, x = steps[7].t, steps[7].x
+    wanted = python.generate(3, seed=2, steps=20)
+    assert native.generate(3, seed=2, steps=20, x=x, start=t).tobytes() == wanted.tobytes()
+    assert python.generate(3, seed=2, steps=20, x=x, start=t).tobytes() == wanted.tobytes()
+    with pytest.raises(NativeError, match=f"(?s)INPUT: .*{t}"):
+        native.generate(3, seed=2, steps=20, x=x, start=t + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_network_is_told(kind, both, tmp_path):
+    spec = spec_of(kind)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    python, native = both(path)
+    arrays = asked(given(spec, 4))
+    assert (
+        native.generate(4, seed=9, batch=3, **arrays).tobytes()
+        == python.generate(4, seed=9, batch=3, **arrays).tobytes()
+    )
+    assert (native.model.classes, native.model.condition) == (spec.classes or 0, spec.condition or 0)
+    if "labels" in arrays:
+        one = {**arrays, "labels": [3]}
+        same = python.generate(4, seed=9, **{**arrays, "labels": 3})
+        assert native.generate(4, seed=9, **one).tobytes() == same.tobytes()
+        with pytest.raises(NativeError, match=f"INPUT: there is no class {spec.classes}"):
+            native.generate(4, **{**arrays, "labels": [0, 1, 2, spec.classes]})
+    for name in arrays:
+        with pytest.raises(NativeError, match="INPUT: the model draws images"):
+            native.generate(4, **{other: array for other, array in arrays.items() if other != name})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "clip"),
+    [("x0", "cosine", 1.0), ("v", "cosine", None), ("v", "sigmoid_alpha_bar", 0.5), ("eps", "quad", 2.5)],
+)
+def test_predictions_schedules_and_clips(prediction, schedule, clip, both, tmp_path):
+    spec = spec_of("condition", prediction=prediction, schedule=schedule, clip=clip)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    python, native = both(path)
+    cond = given(spec, 3)["cond"]
+    assert native.generate(3, seed=1, cond=cond).tobytes() == python.generate(3, seed=1, cond=cond).tobytes()
+
+
+def test_a_learned_variance(both, tmp_path):
+    spec = spec_of("classes", variance="learned_range", classes=None)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    python, native = both(path)
+    for request in ({}, {"variance": "fixed_small"}, {"sampler": "ddim", "eta": 1.0, "steps": 7}):
+        wanted = python.generate(5, seed=4, batch=2, **request)
+        assert native.generate(5, seed=4, batch=2, **request).tobytes() == wanted.tobytes()
+
+
+def test_free_betas(both, tmp_path):
+    betas = np.linspace(1e-3, 0.3, 20) ** 1.5
+    spec = spec_of("classes", schedule="betas", betas=betas, classes=None)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata=onnxfile.metadata(spec)))
+    python, native = both(path)
+    assert native.generate(3, seed=1).tobytes() == python.generate(3, seed=1).tobytes()
+
+
+def test_a_spec_beside_the_file(native, ort_library, tmp_path):
+    spec = spec_of("classes", classes=None)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={}))
+    with pytest.raises(NativeError, match=r"SPEC: .*does not say which diffusion model it is"):
+        native.open(path, ort_library=ort_library)
+    text = json.dumps(spec.to_json())
+    with (
+        native.open(path, ort_library=ort_library, spec=text, threads=1) as ours,
+        ddpmx.load(path, spec=spec, threads=1) as python,
+    ):
+        assert ours.generate(2, seed=1).tobytes() == python.generate(2, seed=1).tobytes()
+
+
+def test_threads_of_a_real_onnxruntime(native, ort_library, gaussian_onnx):
+    with native.open(gaussian_onnx, ort_library=ort_library, threads=1) as pipeline:
+        wanted = [pipeline.generate(3, seed=seed, steps=20).tobytes() for seed in range(4)]
+        got: dict[int, bytes] = {}
+
+        def draw(seed: int) -> None:
+            got[seed] = pipeline.generate(3, seed=seed, steps=20).tobytes()
+
+        threads = [threading.Thread(target=draw, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [got[seed] for seed in range(4)] == wanted
+
+
+@pytest.mark.torch
+def test_a_trained_network_is_pythons(both, trained):
+    """Convolutions, norms and attention, in fp32 and fp16, with ONNX Runtime's own choice of threads."""
+    for path in (trained.fp32, trained.fp16):
+        python, native = both(path)
+        request = {"seed": 6, "steps": 12, "batch": 3}
+        assert native.generate(4, **request).tobytes() == python.generate(4, **request).tobytes()
+
+
+def test_the_binding_is_the_header(native_build):
+    """What ctypes believes, against what the C compiler says in test_c_header.c."""
+    header = (Path(__file__).parents[2] / "runtime" / "native" / "tests" / "test_c_header.c").read_text()
+    for name, structure in (
+        ("ddpmx_open_options", binding.OpenOptions),
+        ("ddpmx_model", binding.Model),
+        ("ddpmx_progress", binding.Progress),
+        ("ddpmx_request", binding.Request),
+    ):
+        pinned = {field: int(at) for field, at in re.findall(rf"AT\({name}, (\w+), (\d+)\)", header)}
+        pinned["sizeof"] = int(re.findall(rf"sizeof\({name}\) == (\d+)", header)[0])
+        mine = binding.fields(structure)
+        assert pinned == {field: mine[field] for field in pinned}
+        assert len(pinned) >= len(mine) - 3
