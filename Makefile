@@ -1,5 +1,7 @@
 # make demo    train on real images, export, generate, judge (about eleven minutes on two cores)
 # make test    everything that is checked without a GPU
+# make native  libddpmx, the runtime for C and C++, with its own tests (runtime/native/README.md)
+# make fuzz    its file readers under libFuzzer for ten minutes; FUZZ=30 seconds in make test
 # make bench   ratios measured side by side
 # make gpu-check   everything that needs an NVIDIA GPU, in one report to paste (tests/gpu/README.md); CHECK='--quick'
 # make mutations   100,000 damaged files for the readers, about half an hour (make test: 2,000)
@@ -13,12 +15,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 
-.PHONY: demo test lint pytest others bench gpu-check mutations clean
+.PHONY: demo test lint pytest others native fuzz bench gpu-check mutations clean
 
 demo: $(DEMO)
 	$(BIN)/python examples/fashion_mnist/demo.py
 
 test: lint pytest others
+	@PYTHON=$(BIN)/python .ci/fuzz 30
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -32,11 +35,21 @@ pytest: $(VENV)/.dev
 others:
 	@for version in $(OTHER_PYTHONS); do PYTHON="$(PYTHON)" sh .ci/other-python "$$version" || exit 1; done
 
+native: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S runtime/native -B build/native
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native --parallel 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/native --output-on-failure
+
+FUZZ ?= 600
+fuzz: $(VENV)/.dev
+	@PYTHON=$(BIN)/python .ci/fuzz $(FUZZ)
+
 bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/startup.py
 	$(BIN)/python tests/benchmarks/chain_overhead.py
 	$(BIN)/python tests/benchmarks/time_table.py
 	$(BIN)/python tests/benchmarks/engine_build.py
+	$(BIN)/python tests/benchmarks/native.py
 	$(BIN)/python tests/benchmarks/peers.py --small --only diffusers ort
 
 gpu-check: $(VENV)/.dev

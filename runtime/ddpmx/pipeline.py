@@ -131,6 +131,7 @@ class Pipeline:
         steps: int | None = None,
         spacing: Spacing = "linspace",
         eta: float = 0.0,
+        start: int | None = None,
         variance: Variance | None = None,
     ) -> Table:
         """The sampler as a table, see :func:`ddpmx.samplers.make_table`. ``variance`` overrides the file's.
@@ -148,6 +149,7 @@ class Pipeline:
             steps=steps,
             spacing=spacing,
             eta=eta,
+            start=start,
         )
 
     def check_request(
@@ -224,7 +226,9 @@ class Pipeline:
                 ``first`` or its neighbours.
             labels: the class of each image, whole numbers [n], or one for all; on the host. For models that have classes.
             cond: float32 [n, K, H, W], the condition of each image. For models that have one.
-            x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I).
+            x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I). With
+                ``start`` x_t at that t: the rest of the chain is then a denoiser. A network that conditions on itself is
+                told no x̂_0 at its first step, wherever that is.
             out: uint8 [n, H, W, C], C-contiguous, where the images go.
             on_device: leave them on the GPU.
             stream: the CUDA stream in which ``x`` and ``cond`` were, or are being, written and ``out`` last used: a number,
@@ -248,6 +252,12 @@ class Pipeline:
         channels, height, width = shape = self.spec.shape
         table = self.table(**sampling)
         n, seed, first, batch = self._checked(n, seed, first, batch)
+        if x is None and sampling.get("start") is not None:
+            raise InputError(
+                f"a chain that starts at t = {sampling['start']} needs the states that it starts from",
+                note="x_T alone can be drawn without a network",
+                hint=f"x: float32 [{n}, {channels}, {height}, {width}], x_t at that t",
+            )
         if on_device and out is not None:
             raise InputError("on_device makes the array for the images, and out gives one")
         total, size = -(-n // batch) * len(table), channels * height * width
@@ -305,9 +315,14 @@ class Pipeline:
         or, if that is less than ``n``, with ``n``.
 
         Raises:
-            As :meth:`generate`.
+            As :meth:`generate`, and InputError for a ``start``: what is watched here begins with noise.
         """
         table = self.table(**sampling)
+        if sampling.get("start") is not None:
+            raise InputError(
+                f"stream begins with x_T, and not at t = {sampling['start']}",
+                hint="generate(…, x=…, start=…, preview=…) shows a chain from states of your own",
+            )
         n, seed, first, batch = self._checked(n, seed, first, batch)
         batch = max(n, batch)
         if batch > (largest := self.check_request(n, batch=batch)):

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx import elementary
 from ddpmx.errors import InputError, SpecError
 from ddpmx.schedule import Float64, Schedule, respace
 
@@ -125,7 +126,7 @@ def ancestral(schedule: Schedule, prediction: Prediction, variance: Variance) ->
         sigma, learned = np.ones(len(schedule)), learned_range(schedule)
     else:
         log_variance = schedule.log_variance_large if variance == "fixed_large" else schedule.log_variance_small
-        sigma = np.exp(0.5 * log_variance)
+        sigma = elementary.exp(0.5 * log_variance)
     sigma[0] = 0.0
     a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
     return _table(schedule, prediction, a, b, sigma, learned)
@@ -137,7 +138,7 @@ def learned_range(schedule: Schedule) -> Float64:
     Nichol & Dhariwal 2021, equation 15: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2, so that v runs from −1 (β̃)
     to 1 (β); nothing holds it there. β̃_0 = 0 has no logarithm and is β̃_1. β_0 stays itself, unlike ``fixed_large``'s.
     """
-    small, large = schedule.log_variance_small, np.log(schedule.betas)
+    small, large = schedule.log_variance_small, elementary.log(schedule.betas)
     return np.stack([(large + small) / 4, (large - small) / 4], axis=1)
 
 
@@ -157,7 +158,7 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
     sigma = eta * np.sqrt(noise_previous / noise) * np.sqrt(schedule.betas)  # β = 1 − ᾱ/ᾱ_prev
     # 1−ᾱ_prev−σ² written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β: as it stands it may round below 0
     direction = np.sqrt(
-        noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta**2) * schedule.betas) / noise
+        noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta * eta) * schedule.betas) / noise
     )
     b = direction / np.sqrt(noise)
     return _table(schedule, prediction, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
@@ -172,14 +173,19 @@ def make_table(
     steps: int | None = None,
     spacing: Spacing = "linspace",
     eta: float = 0.0,
+    start: int | None = None,
 ) -> Table:
     """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
 
     ``learned_range`` is for networks that answer a variance; whether this one does the caller has to see to. The ddim
     sampler has a σ of its own and looks at no ``variance``.
 
+    With ``start`` the chain begins at this timestep, one of those that it visits, and not at the last of them: x is
+    then x_t at that t, and the rows before it are left out.
+
     Raises:
-        InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler.
+        InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler, or
+            a ``start`` that is not visited.
         SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is no finite float32.
     """
     if sampler not in SAMPLERS:
@@ -197,7 +203,22 @@ def make_table(
                 note="the chain would compute with NaN or infinities",
                 hint="other β, or fewer timesteps",
             )
-    return table
+    return table if start is None else _begun_at(table, start)
+
+
+def _begun_at(table: Table, start: int) -> Table:
+    """The end of a table, from the timestep ``start`` on."""
+    if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+        raise InputError(f"start must be a timestep that the chain visits, not {start!r}")
+    visited = table.timesteps
+    at = int(np.sum(visited > start))  # how many come before it
+    if at == len(visited) or visited[at] != start:
+        nearest = " and ".join(str(t) for t in visited[at - 1 if at else 0 : at + 1][::-1])
+        raise InputError(
+            f"start is {start}, and the chain does not visit that timestep",
+            hint=f"the nearest that it visits: {nearest}",
+        )
+    return Table(visited[at:], table.rows[at:], None if table.learned is None else table.learned[at:])
 
 
 def _table(

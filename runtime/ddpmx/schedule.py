@@ -1,6 +1,7 @@
 """β_t, and every coefficient that follows from it. The only place in ddpmx with schedule mathematics.
 
-Everything is float64. The paper (Ho, Jain, Abbeel 2020) counts t = 1…T; code here and everywhere else in ddpmx counts
+Everything is float64, by IEEE operations alone (:mod:`ddpmx.elementary` makes the others of them), so that it has the
+same bits everywhere. The paper (Ho, Jain, Abbeel 2020) counts t = 1…T; code here and everywhere else in ddpmx counts
 t = 0…T−1, so t = 0 is an image with one step of noise, and ᾱ_{−1} = 1 is the clean image.
 """
 
@@ -15,6 +16,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx import elementary
 from ddpmx.errors import InputError
 
 Float64 = NDArray[np.float64]
@@ -117,12 +119,12 @@ class Schedule:
     @cached_property
     def log_variance_small(self) -> Float64:
         """Log of the "fixed small" variance σ²_t = β̃_t. β̃_0 = 0 has no logarithm: t = 0 takes the value of t = 1."""
-        return np.log(self._first_replaced(self.posterior_variance))
+        return elementary.log(self._first_replaced(self.posterior_variance))
 
     @cached_property
     def log_variance_large(self) -> Float64:
         """Log of the "fixed large" variance σ²_t = β_t; t = 0 takes β̃_1, which gives the better likelihood."""
-        return np.log(self._first_replaced(self.betas))
+        return elementary.log(self._first_replaced(self.betas))
 
     def _first_replaced(self, variance: Float64) -> Float64:
         first = self.posterior_variance[1] if len(self) > 1 else self.betas[0]
@@ -187,7 +189,7 @@ def jsd(T: int) -> Float64:
 def cosine(T: int, *, s: float = 0.008, beta_max: float = 0.999) -> Float64:
     """Nichol & Dhariwal 2021, equation 17: ᾱ(u) ∝ cos²((u + s)/(1 + s)·π/2), β capped at ``beta_max``."""
     u = np.arange(T + 1, dtype=np.float64) / T
-    return _betas_of(np.cos((u + s) / (1 + s) * np.pi / 2) ** 2, beta_max)
+    return _betas_of(elementary.cos((u + s) / (1 + s) * np.pi / 2) ** 2, beta_max)
 
 
 def sigmoid_alpha_bar(
@@ -272,4 +274,4 @@ def _betas_of(alpha_bar: Float64, beta_max: float) -> Float64:
 
 
 def _sigmoid(x: Float64 | float) -> Float64:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.asarray(x, np.float64))))
+    return np.asarray(1.0 / (1.0 + elementary.exp(-np.asarray(x, np.float64))))

@@ -224,6 +224,47 @@ def test_a_stream_starts_anywhere(toy, eight):
     np.testing.assert_array_equal(images.to_nhwc(last.x0), eight[5:7])
 
 
+@pytest.mark.parametrize("sampling", [{"steps": 20}, {"sampler": "ddim", "eta": 1.0, "steps": 20}, {"steps": 7}])
+def test_a_chain_goes_on_from_any_of_its_states(toy, sampling):
+    """The noise depends on t, not on how many steps came before, so that the images are the same to the last bit."""
+    whole = toy.generate(5, seed=42, first=2, batch=5, **sampling)
+    states = list(toy.stream(5, seed=42, first=2, batch=5, **sampling))
+    for k in (0, 1, len(states) // 2, len(states) - 2, len(states) - 1):
+        seen = []
+        t, x = states[k].t, states[k].x
+        rest = toy.generate(
+            5, seed=42, first=2, batch=5, x=x, start=t, preview=lambda _, p, seen=seen: seen.append(p), **sampling
+        )
+        np.testing.assert_array_equal(rest, whole)
+        assert [p.t for p in seen] == [state.t for state in states[k:]]
+        for mine, theirs in zip(seen, states[k:], strict=True):
+            np.testing.assert_array_equal(mine.x, theirs.x)
+            np.testing.assert_array_equal(mine.x0, theirs.x0)
+
+
+def test_another_start_leads_to_another_image(toy):
+    """The control of the one above: what a state is taken for makes a difference."""
+    states = list(toy.stream(1, seed=42, steps=20))
+    right, wrong = (toy.generate(1, seed=42, x=states[10].x, start=states[k].t, steps=20) for k in (10, 8))
+    assert not np.array_equal(right, wrong)
+
+
+def test_a_chain_with_a_start_needs_its_states():
+    backend = ToyBackend()
+    pipeline = Pipeline(gaussian.SPEC, backend)
+    with pytest.raises(InputError, match=r"t = 500 needs the states(.|\n)*\[2, 3, 8, 8\]"):
+        pipeline.generate(2, steps=3, start=500)
+    with pytest.raises(InputError, match=r"not at t = 500(.|\n)*preview"):
+        next(pipeline.stream(2, steps=3, start=500))
+    with pytest.raises(InputError, match=r"501(.|\n)*500 and 999"):
+        pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=501)
+    assert backend.asked == []
+    pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=500)  # which also learns how it sways
+    backend.asked.clear()
+    pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=500)
+    assert backend.asked == [(500, 2), (0, 2)]
+
+
 def test_progress_counts_all_steps_of_all_batches(toy):
     seen = []
     toy.generate(5, batch=2, steps=4, progress=lambda done, total: seen.append((done, total)))
@@ -304,6 +345,8 @@ def test_the_chain_obeys_the_spec_s_clip():
         {"n": 1, "sampler": "ddim", "eta": 2},
         {"n": 1, "eta": 0.5},
         {"n": 1, "steps": 3, "spacing": "random"},
+        {"n": 1, "start": True},
+        {"n": 1, "start": 1000},
     ],
 )
 def test_numbers_out_of_range_are_refused_before_any_work(call):

@@ -289,6 +289,35 @@ def test_a_table_has_numbers_or_is_refused(name, T, params, sampling, share):
             assert np.all(np.isfinite(table.coefficients.astype(np.float32)))
 
 
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"steps": 10}, {"steps": 7, "spacing": "trailing"}, {"sampler": "ddim", "eta": 0.5, "steps": 25}]
+)
+def test_a_table_with_a_start_is_the_end_of_the_whole_one(variance, sampling):
+    whole = make_table(LINEAR, "eps", variance, **sampling)
+    for at in {0, 1, len(whole) // 2, len(whole) - 1}:
+        table = make_table(LINEAR, "eps", variance, start=int(whole.timesteps[at]), **sampling)
+        np.testing.assert_array_equal(table.timesteps, whole.timesteps[at:])
+        np.testing.assert_array_equal(table.coefficients, whole.coefficients[at:])
+        assert (table.learned is None) == (whole.learned is None)
+    np.testing.assert_array_equal(make_table(LINEAR, "eps", variance, start=np.int32(0)).timesteps, [0])
+
+
+@pytest.mark.parametrize(
+    ("start", "nearest"),
+    [(500, "444 and 555"), (1000, "999$"), (998, "888 and 999"), (1, "0 and 111"), (-1, ": 0$"), (2**70, "999$")],
+)
+def test_a_start_that_is_not_visited_is_refused_with_its_neighbours(start, nearest):
+    with pytest.raises(InputError, match=rf"start is {start}(.|\n)*{nearest}"):
+        make_table(LINEAR, "eps", "fixed_large", steps=10, start=start)
+
+
+@pytest.mark.parametrize("start", [True, 444.0, "444", np.float64(444)])
+def test_a_start_that_is_no_whole_number_is_refused(start):
+    with pytest.raises(InputError, match="start must be"):
+        make_table(LINEAR, "eps", "fixed_large", steps=10, start=start)
+
+
 @pytest.mark.parametrize(
     "sampling",
     [

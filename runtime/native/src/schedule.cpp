@@ -137,6 +137,7 @@ const Named &named(const std::string &name) {
 }  // namespace
 
 std::string shown(double value) {
+  if (std::isnan(value)) return "nan";  // whatever its sign
   char text[32];
   const auto end = std::to_chars(text, text + sizeof text, value, std::chars_format::general, 6);
   return std::string(text, end.ptr);

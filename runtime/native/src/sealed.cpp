@@ -80,9 +80,8 @@ SealedTexts::SealedTexts(std::string_view prefix, std::string_view data, size_t 
 
 std::optional<std::string_view> SealedTexts::next() {
   while (budget_ > 0 && at_ < data_.size()) {
-    const void *found = memmem(data_.data() + at_, data_.size() - at_, start_.data(), start_.size());
-    if (found == nullptr) break;
-    const size_t begin = static_cast<size_t>(static_cast<const char *>(found) - data_.data());
+    const size_t begin = find(data_, start_, at_);
+    if (begin == data_.npos) break;
     at_ = begin + start_.size();
     const std::optional<Header> header = header_of(data_.substr(at_));
     if (!header) continue;
@@ -94,6 +93,18 @@ std::optional<std::string_view> SealedTexts::next() {
   }
   at_ = data_.size();
   return std::nullopt;
+}
+
+size_t find(std::string_view bytes, std::string_view what, size_t from) {
+  while (what.size() <= bytes.size() && from <= bytes.size() - what.size()) {
+    const size_t starts = bytes.size() - what.size() - from + 1;
+    const void *first = std::memchr(bytes.data() + from, what[0], starts);
+    if (first == nullptr) break;
+    from = static_cast<size_t>(static_cast<const char *>(first) - bytes.data());
+    if (std::memcmp(first, what.data(), what.size()) == 0) return from;
+    ++from;
+  }
+  return bytes.npos;
 }
 
 std::string base64_decode(std::string_view text) {

@@ -159,7 +159,7 @@ void set_schedule(Spec &spec, const std::vector<double> *betas, const Json &time
     }
   } else {
     spec.schedule_params = params_of(spec.schedule_name, params);
-    if (!T) refuse("T must be a whole number, not " + shown(timesteps));
+    if (!T) refuse("T must be a whole number from 1 to 1000000, not " + shown(timesteps));
     spec.schedule = make_schedule(spec.schedule_name, *T, spec.schedule_params);
   }
   spec.timesteps = *T;
@@ -301,6 +301,16 @@ Spec spec_from_json(const Json &values, const std::vector<double> *betas, const 
 
 Spec spec_from_text(std::string_view text, const std::vector<double> *betas, const std::string &where) {
   return spec_from_json(unseal(kPrefix, text), betas, where);
+}
+
+std::vector<double> betas_from_json(const Json &value) {
+  std::vector<double> betas = as_betas(value);
+  try {
+    schedule_from_betas(betas);
+  } catch (const Failure &failure) {
+    refuse(failure.fact, failure.note, failure.hint);
+  }
+  return betas;
 }
 
 std::vector<double> betas_from_text(std::string_view text) {

@@ -58,6 +58,9 @@ Spec spec_from_json(const Json &values, const std::vector<double> *betas, const 
 // The spec in a sealed line of text, "ddpmx1 LENGTH CRC32 {…}".
 Spec spec_from_text(std::string_view text, const std::vector<double> *betas, const std::string &where);
 
+// The array of β in a JSON array.
+std::vector<double> betas_from_json(const Json &value);
+
 // The array of β in "betas1 LENGTH CRC32 BASE64".
 std::vector<double> betas_from_text(std::string_view text);
 

@@ -89,7 +89,7 @@ void grids() {
   CHECK(timestep_grid(1000, 4, "linspace") == (Grid{0, 333, 666, 999}));
   CHECK(timestep_grid(1000, 1, "linspace") == Grid{999});
   CHECK(timestep_grid(10, 3, "leading") == (Grid{0, 3, 6}));
-  CHECK(timestep_grid(10, 4, "trailing") == (Grid{1, 4, 7, 9}));  // 1.5, 4, 6.5 and 9: a half goes to the even count
+  CHECK(timestep_grid(10, 4, "trailing") == (Grid{1, 4, 7, 9}));  // 2.5, 5, 7.5 and 10, halves to even, less 1
   CHECK(timestep_grid(1000, 3, "quad") == (Grid{0, 200, 800}));
   for (const char *spacing : {"linspace", "leading", "trailing", "quad"}) {
     CHECK(timestep_grid(5, 5, spacing) == (Grid{0, 1, 2, 3, 4}));
