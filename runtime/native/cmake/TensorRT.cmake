@@ -1,8 +1,8 @@
 # libddpmx_trt, the module that runs plans: the only part that is compiled against TensorRT, and even that is not linked to it.
 #
 # Its headers are looked for in TENSORRT_ROOT (a variable of CMake or of the environment), then in the system; CUDA's
-# cuda_runtime_api.h, which they include, in CUDAToolkit_ROOT, beside them, and where CUDA is installed. TensorRT 10.3 and later,
-# or TensorRT-RTX: a module for each is needed, and libddpmx takes the one that it is told.
+# cuda_runtime_api.h, which they include, in CUDAToolkit_ROOT, beside them, and where CUDA is installed. They may be of TensorRT
+# 10.3 and later, or of TensorRT-RTX: each wants a module of its own, and libddpmx takes the one that it is told.
 if(NOT DDPMX_TENSORRT MATCHES "^(ON|OFF|AUTO)$")
   message(FATAL_ERROR "DDPMX_TENSORRT is ${DDPMX_TENSORRT}: ON, OFF or AUTO is needed")
 endif()
@@ -12,51 +12,64 @@ endif()
 
 set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "An unpacked TensorRT or TensorRT-RTX, for its headers")
 set(CUDAToolkit_ROOT "$ENV{CUDAToolkit_ROOT}" CACHE PATH "An installed CUDA toolkit, for its headers")
-string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}-linux" cuda_target)
+set(roots "${TENSORRT_ROOT}:${CUDAToolkit_ROOT}")
+if(NOT roots STREQUAL DDPMX_TENSORRT_ROOTS) # what was found in others is not wanted any more
+  unset(TENSORRT_INCLUDE CACHE)
+  unset(CUDA_INCLUDE CACHE)
+endif()
+set(DDPMX_TENSORRT_ROOTS "${roots}" CACHE INTERNAL "")
 
+# What is missing, and what to do about it.
+set(trouble "")
 if(TENSORRT_ROOT)
   find_path(TENSORRT_INCLUDE NvInferRuntime.h HINTS "${TENSORRT_ROOT}"
             PATH_SUFFIXES include "include/${CMAKE_LIBRARY_ARCHITECTURE}" NO_DEFAULT_PATH)
-  set(trouble "no NvInferRuntime.h in TENSORRT_ROOT, which is ${TENSORRT_ROOT}")
 else()
   find_path(TENSORRT_INCLUDE NvInferRuntime.h)
-  set(trouble "no NvInferRuntime.h in the system, and TENSORRT_ROOT is not set")
 endif()
-if(TENSORRT_INCLUDE)
+if(NOT TENSORRT_INCLUDE)
+  set(trouble "there is no NvInferRuntime.h in the system, and TENSORRT_ROOT is not set")
+  if(TENSORRT_ROOT)
+    set(trouble "there is no NvInferRuntime.h in TENSORRT_ROOT, which is ${TENSORRT_ROOT}")
+  endif()
+  string(APPEND trouble ". Unpack TensorRT, or its headers alone (include/ of github.com/NVIDIA/TensorRT at the tag of the "
+                        "TensorRT that is to run), and set TENSORRT_ROOT to it")
+else()
+  # "#define NV_TENSORRT_MAJOR 10", or later TRT_MAJOR_ENTERPRISE, or TRT_MAJOR_RTX
+  file(STRINGS "${TENSORRT_INCLUDE}/NvInferVersion.h" lines REGEX "^#define +[A-Z_]*(MAJOR|MINOR)[A-Z_]* +[0-9]+")
+  list(FILTER lines EXCLUDE REGEX "_LWS_|_SONAME_")
+  set(flavour TensorRT)
+  if(lines MATCHES "_RTX ")
+    set(flavour TensorRT-RTX)
+  endif()
+  string(REGEX REPLACE ".*MAJOR[A-Z_]* +([0-9]+).*" "\\1" major "${lines}")
+  string(REGEX REPLACE ".*MINOR[A-Z_]* +([0-9]+).*" "\\1" minor "${lines}")
+  if(flavour STREQUAL "TensorRT" AND "${major}.${minor}" VERSION_LESS 10.3)
+    set(trouble "${TENSORRT_INCLUDE} is of TensorRT ${major}.${minor}, and 10.3 or later is needed. Set TENSORRT_ROOT to one")
+  endif()
+
   set(places "${TENSORRT_ROOT}" "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}" /usr/local/cuda)
   list(REMOVE_ITEM places "")
   if(CUDAToolkit_ROOT)
     set(places "${CUDAToolkit_ROOT}")
   endif()
+  string(TOLOWER "${CMAKE_SYSTEM_PROCESSOR}-linux" target)
   find_path(CUDA_INCLUDE cuda_runtime_api.h HINTS ${places} "${TENSORRT_INCLUDE}"
-            PATH_SUFFIXES include "targets/${cuda_target}/include")
-  list(JOIN places ", " places)
-  set(trouble "no cuda_runtime_api.h, which ${TENSORRT_INCLUDE}/NvInferRuntime.h includes, in ${places} or the system: "
-              "set CUDAToolkit_ROOT")
-  string(CONCAT trouble ${trouble})
-endif()
-
-if(NOT TENSORRT_INCLUDE OR NOT CUDA_INCLUDE)
-  set(advice "Unpack TensorRT, or its headers (include/ of github.com/NVIDIA/TensorRT at the tag of your TensorRT), and set TENSORRT_ROOT to it")
-  if(DDPMX_TENSORRT STREQUAL "ON")
-    message(FATAL_ERROR "DDPMX_TENSORRT is ON, and there is ${trouble}. ${advice}")
+            PATH_SUFFIXES include "targets/${target}/include")
+  if(NOT CUDA_INCLUDE)
+    list(JOIN places ", " places)
+    set(trouble "there is no cuda_runtime_api.h, which TensorRT's headers in ${TENSORRT_INCLUDE} include, in ${places} or "
+                "the system. Install CUDA's headers, and set CUDAToolkit_ROOT to the toolkit")
+    string(CONCAT trouble ${trouble})
   endif()
-  message(STATUS "libddpmx_trt is not built, so this libddpmx runs ONNX files and no plans: ${trouble}. ${advice}")
-  return()
 endif()
 
-file(STRINGS "${TENSORRT_INCLUDE}/NvInferVersion.h" lines
-     REGEX "^#define +(NV_TENSORRT|TRT)_(MAJOR|MINOR)(_RTX|_ENTERPRISE)? +[0-9]+")
-string(REGEX MATCH "_MAJOR[A-Z_]* +([0-9]+)" ignored "${lines}")
-set(major "${CMAKE_MATCH_1}")
-string(REGEX MATCH "_MINOR[A-Z_]* +([0-9]+)" ignored "${lines}")
-set(minor "${CMAKE_MATCH_1}")
-set(flavour TensorRT)
-if(lines MATCHES "_RTX")
-  set(flavour TensorRT-RTX)
-elseif(NOT major OR "${major}.${minor}" VERSION_LESS 10.3)
-  message(FATAL_ERROR "${TENSORRT_INCLUDE} is of TensorRT ${major}.${minor}, and 10.3 or later is needed. "
-                      "Set TENSORRT_ROOT to another one, or build with -DDDPMX_TENSORRT=OFF")
+if(trouble)
+  if(DDPMX_TENSORRT STREQUAL "ON")
+    message(FATAL_ERROR "DDPMX_TENSORRT is ON, and ${trouble}")
+  endif()
+  message(STATUS "libddpmx_trt is not built, so ONNX files run here and plans do not: ${trouble}")
+  return()
 endif()
 message(STATUS "libddpmx_trt is built for ${flavour} ${major}.${minor}: ${TENSORRT_INCLUDE}, ${CUDA_INCLUDE}")
 

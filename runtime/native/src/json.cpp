@@ -147,6 +147,16 @@ class Parser {
     return at_ - start;
   }
 
+  // Takes ".5" or "e-5". Where no digits follow, nothing: the number ends before it, and what comes then is refused.
+  bool take_with_digits(std::string_view start) {
+    const size_t before = at_;
+    if (!take(start)) return false;
+    if (start != "." && !take("-")) take("+");
+    if (digits() > 0) return true;
+    at_ = before;
+    return false;
+  }
+
   Json number() {
     const size_t start = at_;
     take("-");
@@ -157,21 +167,10 @@ class Parser {
       at_ = start;
       refuse("no value");
     }
-    bool whole = true;
-    size_t before = at_;
-    if (take(".")) {
-      if (digits() > 0) whole = false;
-      else at_ = before;  // the value ends before the point, and what comes then is refused
-    }
-    before = at_;
-    if (take("e") || take("E")) {
-      if (!take("-")) take("+");
-      if (digits() > 0) whole = false;
-      else at_ = before;
-    }
+    const bool has_point = take_with_digits("."), has_exponent = take_with_digits("e") || take_with_digits("E");
     const std::string_view text = text_.substr(start, at_ - start);
     Json json;
-    if (whole) {
+    if (!has_point && !has_exponent) {
       if (whole_digits > kMaxDigits) refuse("a whole number of more than " + std::to_string(kMaxDigits) + " digits");
       int64_t value = 0;
       if (std::from_chars(text.data(), text.data() + text.size(), value).ec == std::errc()) {
@@ -239,7 +238,8 @@ void show_text(std::string_view text, size_t most, std::string &out) {
 
 void show_real(double value, std::string &out) {
   char buffer[40];
-  const std::string_view digits(buffer, static_cast<size_t>(std::to_chars(buffer, buffer + sizeof buffer, value).ptr - buffer));
+  const char *end = std::to_chars(buffer, buffer + sizeof buffer, value).ptr;
+  const std::string_view digits(buffer, static_cast<size_t>(end - buffer));
   out += digits;
   if (digits.find_first_of(".e") == digits.npos) out += ".0";
 }

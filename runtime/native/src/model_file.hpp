@@ -1,4 +1,5 @@
-// A model file: what it is, read from its bytes before any library sees it. See runtime/ddpmx/{modelfile,onnxfile,planfile}.py.
+// A model file: what it is, read from its bytes before any library sees it. See modelfile.py, onnxfile.py and planfile.py in
+// runtime/ddpmx.
 #pragma once
 
 #include <cstdint>

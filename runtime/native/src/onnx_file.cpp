@@ -1,5 +1,5 @@
-// What an ONNX file says about itself. An ONNX file is a protobuf message: only the few fields that matter here are read,
-// names and numbers as in onnx.proto. See runtime/ddpmx/onnxfile.py.
+// What an ONNX file says about itself. An ONNX file is a protobuf message: only the few fields that matter here are
+// read, names and numbers as in onnx.proto. See runtime/ddpmx/onnxfile.py.
 #include <algorithm>
 #include <cerrno>
 #include <set>
@@ -31,7 +31,7 @@ std::pair<Field, Field> entry(std::string_view message) {
   return found;
 }
 
-// --- the walk through all graphs, for places where the file points to another one -------------------------------------
+// --- the walk through all graphs, for places where the file points to another one ------------------------------------
 
 class Walk {
  public:
@@ -92,7 +92,7 @@ class Walk {
       if (key.as_message() != "location") continue;
       const std::string_view location = value.as_message();
       if (!seen_.insert(location).second) continue;
-      if (seen_.size() > kMaxNames) throw Malformed{"its weights are in more than " + std::to_string(kMaxNames) + " files"};
+      if (seen_.size() > kMaxNames) throw Malformed{"weights in more than " + std::to_string(kMaxNames) + " files"};
       external_.push_back(location);
     }
   }
@@ -101,7 +101,7 @@ class Walk {
   std::vector<std::string_view> external_;
 };
 
-// --- inputs and outputs -----------------------------------------------------------------------------------------------
+// --- inputs and outputs ----------------------------------------------------------------------------------------------
 
 Dim dim_of(std::string_view message) {
   Dim dim;
@@ -164,7 +164,7 @@ std::string_view tensor_name(std::string_view message) {
   return "";
 }
 
-// --- the whole --------------------------------------------------------------------------------------------------------
+// --- the whole -------------------------------------------------------------------------------------------------------
 
 void read_graph(std::string_view message, GraphInfo &info) {
   Fields fields(message);
@@ -217,7 +217,7 @@ GraphInfo read_model(std::string_view message) {
   return info;
 }
 
-// --- the contract -----------------------------------------------------------------------------------------------------
+// --- the contract ----------------------------------------------------------------------------------------------------
 
 std::string shape_of(const std::vector<Dim> &dims) {
   std::string out = "[";
@@ -311,27 +311,6 @@ void check_contract(const std::string &path, const GraphInfo &info, const Spec &
                 "the graph needs " + listed(inputs) + ", and gives " + gives);
 }
 
-// --- the spec ---------------------------------------------------------------------------------------------------------
-
-std::vector<double> betas_of(const Json &values) {
-  std::vector<double> betas;
-  const Json::Array *items = values.as<Json::Array>();
-  bool good = items != nullptr;
-  for (size_t i = 0; good && i < items->size(); ++i) {
-    const Json &item = (*items)[i];
-    if (const double *real = item.as<double>()) {
-      betas.push_back(*real);
-    } else if (const int64_t *whole = item.as<int64_t>()) {
-      betas.push_back(static_cast<double>(*whole));
-    } else {
-      good = false;
-    }
-  }
-  if (!good) throw Failure(DDPMX_SPEC, "betas must be an array of numbers", "these are " + shown(values, 100));
-  schedule_from_betas(betas);
-  return betas;
-}
-
 // Whether `path` is `folder` or lies within it; neither ends with a slash.
 bool within(const std::string &path, const std::string &folder) {
   return path == folder || folder == "/" ||
@@ -377,6 +356,8 @@ void check_external(const std::string &path, const GraphInfo &info) {
   }
 }
 
+// --- the spec --------------------------------------------------------------------------------------------------------
+
 // The numbers of a schedule "betas" may stand in the spec itself, or as "betas" beside it.
 Spec given_spec(const std::string &text) {
   try {
@@ -390,7 +371,7 @@ Spec given_spec(const std::string &text) {
     const Json *model = values.get("model");
     const Json *beside = model != nullptr ? values.get("betas") : nullptr;
     std::vector<double> betas;
-    if (beside != nullptr && beside->as<std::nullptr_t>() == nullptr) betas = betas_of(*beside);
+    if (beside != nullptr && beside->as<std::nullptr_t>() == nullptr) betas = betas_from_json(*beside);
     return spec_from_json(model != nullptr ? *model : values, betas.empty() ? nullptr : &betas,
                           "\"betas\": [β, …] of the given spec");
   } catch (const Failure &failure) {

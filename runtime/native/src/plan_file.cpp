@@ -1,10 +1,9 @@
-// What a TensorRT plan says about itself, read from its bytes: no TensorRT, no GPU, nothing deserialised. The format is not
-// public. What is known of it: bytes 0–3 tell the flavour, bytes 16–23 the length of the whole, bytes 24–27 the version, and
-// the network's name stands in it as it was given. See runtime/ddpmx/planfile.py.
+// What a TensorRT plan says about itself, read from its bytes: no TensorRT, no GPU, nothing deserialised. The format is
+// not public. What is known of it: bytes 0–3 tell the flavour, bytes 16–23 the length of the whole, bytes 24–27 the
+// version, and the network's name stands in it as it was given. See runtime/ddpmx/planfile.py.
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <sys/stat.h>
@@ -23,6 +22,7 @@ constexpr size_t kSizeAt = 16, kVersionAt = 24, kHeader = 28;
 constexpr size_t kMaxSidecar = 1 << 20;
 constexpr size_t kRecordWithin = 4096;      // bytes behind the spec
 constexpr size_t kMaxCandidates = 1 << 14;  // places that look like a sealed text; a plan has two
+
 constexpr size_t kElfMachineAt = 18, kCudaMachine = 190;  // e_machine, and what it is of a GPU's own code
 
 uint64_t little_endian(std::string_view bytes) {
@@ -47,7 +47,8 @@ Flavour plan_flavour(const std::string &path, std::string_view bytes) {
   // Seen in TensorRT-RTX. TensorRT's field at this place is not documented: it is believed where it can be a length
   if ((told > size && told < uint64_t{1} << 40) || (rtx && told != size)) {
     throw Failure(DDPMX_FILE_FORMAT, path + ": not a whole TensorRT plan",
-                  std::to_string(size) + " bytes, and its header says " + std::to_string(told), "build or copy it again");
+                  std::to_string(size) + " bytes, and its header says " + std::to_string(told),
+                  "build or copy it again");
   }
   std::string version;
   for (const char byte : bytes.substr(kVersionAt, 4)) {
@@ -79,7 +80,7 @@ Texts texts_of(const std::string &path, std::string_view bytes, const Flavour &f
                   "more than " + std::to_string(kMaxCandidates) + " places in it look like its description");
   }
   if (found) return *found;
-  if (memmem(bytes.data(), bytes.size(), "ddpmx1 ", 7) != nullptr) {
+  if (find(bytes, "ddpmx1 ", 0) != bytes.npos) {
     throw Failure(DDPMX_SPEC, path + ": what the plan of " + flavour.both() + " says about itself is damaged", "",
                   "build or copy it again");
   }
@@ -90,7 +91,7 @@ Texts texts_of(const std::string &path, std::string_view bytes, const Flavour &f
                 "ddpmx build model.onnx -o model.plan");
 }
 
-// --- host code --------------------------------------------------------------------------------------------------------
+// --- host code -------------------------------------------------------------------------------------------------------
 
 std::string machine_name(uint64_t machine) {
   constexpr std::pair<uint64_t, const char *> names[] = {
@@ -101,18 +102,11 @@ std::string machine_name(uint64_t machine) {
   return "machine " + std::to_string(machine);
 }
 
-// Where `what` stands in `bytes`, from `from` on, or npos. std::string_view::find takes many times as long.
-size_t find(std::string_view bytes, std::string_view what, size_t from) {
-  if (from >= bytes.size()) return bytes.npos;
-  const void *found = memmem(bytes.data() + from, bytes.size() - from, what.data(), what.size());
-  return found == nullptr ? bytes.npos : static_cast<size_t>(static_cast<const char *>(found) - bytes.data());
-}
-
 // The processor of the first library in `bytes` that is for a CPU, or nothing; GPU code comes in the same containers.
 std::string host_code(std::string_view bytes) {
   size_t elf = 0, pe = 0;
   std::string machine;
-  for (; (elf = find(bytes, "\x7f" "ELF", elf)) != bytes.npos; ++elf) {
+  for (; (elf = find(bytes, "\177ELF", elf)) != bytes.npos; ++elf) {
     const std::string_view ident = bytes.substr(elf + 4, 3);
     if (ident.size() < 3 || (ident[0] != 1 && ident[0] != 2) || ident[1] != 1 || ident[2] != 1) continue;
     const size_t at = std::min(elf + kElfMachineAt, bytes.size());
@@ -128,14 +122,15 @@ std::string host_code(std::string_view bytes) {
   return pe < elf ? "Windows" : machine;
 }
 
-// --- the sidecar ------------------------------------------------------------------------------------------------------
+// --- the sidecar -----------------------------------------------------------------------------------------------------
 
 std::string file_name(const std::string &path) { return path.substr(path.rfind('/') + 1); }
 
 // The text of a plan's sidecar, if there is one.
 std::optional<std::string> read_sidecar(const std::string &file, const std::string &again) {
   const auto refuse = [&](const std::string &note) -> Failure {
-    return Failure(DDPMX_SPEC, file + ": the plan's sidecar cannot be read", note, "remove it, or build again: " + again);
+    return Failure(DDPMX_SPEC, file + ": the plan's sidecar cannot be read", note,
+                   "remove it, or build again: " + again);
   };
   struct stat told;
   if (lstat(file.c_str(), &told) != 0) return std::nullopt;
@@ -208,7 +203,7 @@ std::string difference(const std::string &name, const Json *theirs, const Json *
     for (const Json *side : {mine, theirs}) {
       for (const auto &[key, value] : *side->as<Json::Object>()) {
         if (same(theirs->get(key), mine->get(key))) continue;
-        const std::string member = printable(key) ? key.substr(0, 120) : quoted(key, 120);
+        const std::string member = key.size() <= 120 && printable(key) ? key : quoted(key, 120);
         return difference(name + ": " + member, theirs->get(key), mine->get(key), plan);
       }
     }
@@ -217,7 +212,7 @@ std::string difference(const std::string &name, const Json *theirs, const Json *
   return name + ": " + text(theirs) + " there, " + text(mine) + " in " + plan;
 }
 
-// --- the whole --------------------------------------------------------------------------------------------------------
+// --- the whole -------------------------------------------------------------------------------------------------------
 
 // A plan whose sidecar has not been read yet.
 struct Parts {
@@ -288,7 +283,8 @@ PlanInfo finish(const std::string &path, size_t size, const Parts &parts, const 
       const Json *theirs = told->get(name);
       if (same(theirs, mine)) continue;
       // a plan whose β lie in its sidecar is nothing without
-      throw Failure(DDPMX_SPEC, file + ": the sidecar contradicts its plan", difference(name, theirs, mine, file_name(path)),
+      throw Failure(DDPMX_SPEC, file + ": the sidecar contradicts its plan",
+                    difference(name, theirs, mine, file_name(path)),
                     (info.spec.betas.empty() ? "remove it, or build again: " : "") + again);
     }
   }

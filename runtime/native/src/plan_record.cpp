@@ -61,7 +61,7 @@ bool is_plain_name(std::string_view name) {
   return !name.empty() && printable(name) && name[0] != '-' && name.find_first_of("/\\") == name.npos;
 }
 
-// --- the fields -------------------------------------------------------------------------------------------------------
+// --- the fields ------------------------------------------------------------------------------------------------------
 
 // A text that `fits`, or nullptr.
 template <class Fits>
@@ -97,8 +97,7 @@ bool are_options(const Json &values) {
   if (options == nullptr) return false;
   return std::all_of(options->begin(), options->end(), [](const auto &option) {
     const Json &value = option.second;
-    return is_identifier(option.first) &&
-           (value.as<std::nullptr_t>() || value.as<bool>() || value.as<int64_t>());
+    return is_identifier(option.first) && (value.as<std::nullptr_t>() || value.as<bool>() || value.as<int64_t>());
   });
 }
 
@@ -149,8 +148,8 @@ bool covers(const std::string &target, const std::string &sm) {
 
 std::string install_hint(const std::string &flavour) {
   if (flavour == "TensorRT-RTX") return "pip install tensorrt-rtx-cu13, or name its library with $DDPMX_TRT_LIBRARY";
-  return "install the TensorRT of your CUDA, or name its library with $DDPMX_TRT_LIBRARY; on a Jetson it is part of the "
-         "system";
+  return "install the TensorRT of your CUDA, or name its library with $DDPMX_TRT_LIBRARY; on a Jetson it is part of "
+         "the system";
 }
 
 }  // namespace
@@ -164,9 +163,11 @@ EngineRecord engine_record(const std::string &path, const Json &values) {
     throw Failure(DDPMX_SPEC, "the engine's record has not the fields that this ddpmx knows", shown(values));
   }
   const auto is_flavour = [](const std::string &text) { return text == "TensorRT" || text == "TensorRT-RTX"; };
-  const std::string *flavour = text_of(values, "flavour", is_flavour), *version = text_of(values, "version", is_version),
-                    *platform = text_of(values, "platform", printable), *source = text_of(values, "source", is_plain_name),
-                    *onnx = text_of(values, "onnx", is_sha256), *key = text_of(values, "key", is_sha256);
+  const std::string *flavour = text_of(values, "flavour", is_flavour);
+  const std::string *version = text_of(values, "version", is_version);
+  const std::string *platform = text_of(values, "platform", printable);
+  const std::string *source = text_of(values, "source", is_plain_name);
+  const std::string *onnx = text_of(values, "onnx", is_sha256), *key = text_of(values, "key", is_sha256);
   EngineRecord engine;
   if (!flavour || !version || !platform || !source || !onnx || !key || !read_batch(values, engine.batch) ||
       !read_targets(values, engine.targets) || !are_options(values)) {

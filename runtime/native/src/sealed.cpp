@@ -67,10 +67,10 @@ Json unseal(std::string_view prefix, std::string_view text) {
   if (!header) throw Failure(DDPMX_SPEC, "the text is not a ddpmx spec", "it begins with " + quoted(text, 24));
   const std::string_view body = text.substr(start.size() + header->size);
   if (body.size() != header->length || crc32(body.data(), body.size()) != header->crc || !is_text(body)) {
-    throw Failure(DDPMX_SPEC, "the ddpmx spec in the file is damaged",
-                  std::to_string(body.size()) + " bytes where it says " + std::to_string(header->length) +
-                      ", or another CRC",
-                  "export the model again");
+    throw Failure(
+        DDPMX_SPEC, "the ddpmx spec in the file is damaged",
+        std::to_string(body.size()) + " bytes where it says " + std::to_string(header->length) + ", or another CRC",
+        "export the model again");
   }
   return parse_json(body);
 }

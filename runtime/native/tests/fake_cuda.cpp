@@ -92,7 +92,7 @@ EXPORT int cuMemAlloc_v2(uint64_t *address, size_t size) {
     undisturbed();
     if (size == 0) throw Refused{1};
     void *base = std::aligned_alloc(256, (size + 255) / 256 * 256);
-    std::memset(base, 0xA5, size);
+    std::memset(base, 0xFF, size);
     *address = reinterpret_cast<uint64_t>(base);
     world->memory[*address] = {base, size};
     ++world->told.alive["memory"];

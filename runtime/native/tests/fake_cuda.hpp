@@ -1,6 +1,7 @@
 // What a test may order of the CUDA driver of fake_cuda.cpp, and see of it.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <map>
 #include <string>
@@ -24,6 +25,9 @@ struct FakeCuda {
 
   // What a library such as TensorRT does: put a kernel of its own into a stream.
   void (*enqueue)(void *stream, const std::string &name, std::function<void()> work) = nullptr;
+  // Whether what is put into a stream is recorded instead of run, and whether an address is of the device's memory.
+  bool (*capturing)(void *stream) = nullptr;
+  bool (*allocated)(uint64_t address) = nullptr;
   // How many contexts are on this thread's stack.
   int (*depth)() = nullptr;
   // Everything as it was at first. Leaks what was alive.

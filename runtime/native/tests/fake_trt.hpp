@@ -22,6 +22,8 @@ struct FakeTrt {
   int refuse_at = 0;             // which enqueue, from 1, does
   bool on_the_host = false;      // the network is computed while it is enqueued, and not in the stream
 
+  bool skips_captures = false;   // nothing is put into a stream that captures
+
   // seen
   int engines = 0, contexts = 0, enqueued = 0, runs = 0;
   std::string library;             // what was to be opened

@@ -14,9 +14,12 @@
 #include "fake_trt.hpp"
 
 struct ddpmx_trt_library {};
-struct ddpmx_trt_engine {};
+struct ddpmx_trt_engine {
+  int contexts = 0;
+};
 
 struct ddpmx_trt_context {
+  ddpmx_trt_engine *engine = nullptr;
   std::map<std::string, uint64_t> addresses;
   std::map<std::string, std::vector<int64_t>> shapes;
   int32_t profile = 0;
@@ -27,6 +30,8 @@ namespace {
 
 FakeTrt *told = new FakeTrt;  // for good: the library stays in the process
 ddpmx_trt_library the_library;
+// where leak checkers find what is left on purpose
+std::set<void *> &alive = *new std::set<void *>;
 
 FakeCuda &cuda() {
   void *const library = dlopen(std::getenv("DDPMX_CUDA_LIBRARY"), RTLD_NOW | RTLD_LOCAL);
@@ -56,14 +61,16 @@ int32_t open_engine(ddpmx_trt_library *, const void *plan, size_t plan_size, int
   if (answer("open_engine", error, size)) return 1;
   ++told->engines;
   *engine = new ddpmx_trt_engine;
+  alive.insert(*engine);
   return 0;
 }
 
 void close_engine(ddpmx_trt_engine *engine) {
   if (!engine) return;
   if (cuda().depth() == 0) cuda().faults.push_back("close_engine without a context");
-  if (told->contexts) cuda().faults.push_back("an engine is closed before its contexts");
+  if (engine->contexts) cuda().faults.push_back("an engine is closed before its contexts");
   --told->engines;
+  alive.erase(engine);
   delete engine;
 }
 
@@ -87,16 +94,17 @@ void save_cache(const ddpmx_trt_engine *, void (*take)(const void *, size_t, voi
   if (!told->saved.empty()) take(told->saved.data(), told->saved.size(), user);
 }
 
-int32_t open_context(ddpmx_trt_engine *, int32_t profile, void *stream, ddpmx_trt_context **context, char *error,
+int32_t open_context(ddpmx_trt_engine *engine, int32_t profile, void *stream, ddpmx_trt_context **context, char *error,
                      size_t size) {
   if (answer("open_context", error, size)) return 1;
   auto *made = new ddpmx_trt_context;
-  made->profile = profile;
+  made->engine = engine, made->profile = profile;
   const std::shared_ptr<int> pending = made->pending;
   ++*pending;
   cuda().enqueue(stream, "profile", [pending] { --*pending; });
-  ++told->contexts;
+  ++told->contexts, ++engine->contexts;
   *context = made;
+  alive.insert(made);
   return 0;
 }
 
@@ -104,13 +112,18 @@ void close_context(ddpmx_trt_context *context) {
   if (!context) return;
   if (cuda().depth() == 0) cuda().faults.push_back("close_context without a context");
   if (*context->pending && !cuda().broken) cuda().faults.push_back("a context is closed while it is at work");
+  for (const auto &[tensor, address] : context->addresses) {
+    if (!cuda().allocated(address)) cuda().faults.push_back("memory is freed before the context that uses it");
+  }
   *context->pending = -1000;
-  --told->contexts;
+  --told->contexts, --context->engine->contexts;
+  alive.erase(context);
   delete context;
 }
 
 int32_t bind(ddpmx_trt_context *context, const char *tensor, const int64_t *dims, int32_t rank, uint64_t address,
              char *error, size_t size) {
+  if (*context->pending) cuda().faults.push_back("a context is bound before its profile is there");
   context->addresses[tensor] = address;
   if (rank) context->shapes[tensor] = std::vector<int64_t>(dims, dims + rank);
   if (!address) cuda().faults.push_back(std::string("no address for ") + tensor);
@@ -150,6 +163,7 @@ int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t si
     const bool is_var = std::string(tensor.name) == "var";
     if (!tensor.is_input) (is_var ? arrays.var : arrays.out) = static_cast<float *>(at(tensor.name));
   }
+  if (told->skips_captures && cuda().capturing(stream)) return 0;
   if (told->on_the_host) {  // what was in the stream before has not been done: its answer is of the arrays as they are now
     const int64_t count = arrays.batch * told->network.channels * told->network.pixels;
     const auto out = std::make_shared<std::vector<float>>(static_cast<size_t>(count));

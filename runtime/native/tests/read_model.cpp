@@ -1,9 +1,10 @@
-// What the readers make of files, one line of JSON for each, so that a test can hold it against what Python makes of them:
+// What the readers make of files, one line of JSON for each, so that a test can hold it against what Python makes of
+// them:
 //
 //     read_model PATH…
 //
-// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds a sealed text, spec.json what a caller can give as a
-// spec; all others are model files.
+// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds a sealed text, spec.json what a caller can give
+// as a spec; all others are model files.
 #include <cstdio>
 #include <string>
 
@@ -20,7 +21,7 @@ Json facts_of(const Spec &spec) {
   Json::Object params;
   for (const auto &[name, value] : spec.schedule_params) params[name] = Json{value};
   Json::Array betas;
-  for (const double beta : spec.betas) betas.push_back(Json{beta});
+  for (const double beta : spec.betas) betas.emplace_back().value = beta;
   return Json{Json::Object{
       {"shape", Json{Json::Array{Json{spec.channels}, Json{spec.height}, Json{spec.width}}}},
       {"timesteps", Json{spec.timesteps}},

@@ -34,10 +34,12 @@ inline std::string value_info(const std::string &name, uint64_t type, const std:
 
 // TensorProto: one float32 whose bytes lie in the file `location`.
 inline std::string external_tensor(const std::string &location) {
-  return field(1, 1) + field(2, 1) + field(8, "w") + field(13, field(1, "location") + field(2, location)) + field(14, 1);
+  return field(1, 1) + field(2, 1) + field(8, "w") + field(13, field(1, "location") + field(2, location)) +
+         field(14, 1);
 }
 
-// NodeProto with one attribute: `part` is 5 for a tensor, 6 for a graph, 10 and 11 for several, 22 and 23 for sparse ones.
+// NodeProto with one attribute: `part` is 5 for a tensor, 6 for a graph, 10 and 11 for several, 22 and 23 for sparse
+// ones.
 inline std::string node(uint64_t part, const std::string &value) {
   return field(4, "Constant") + field(5, field(1, "value") + field(part, value));
 }
@@ -96,7 +98,7 @@ inline std::string plan(const std::string &name = plan_name(), const std::string
 
 // The head of a shared library for `machine` (e_machine).
 inline std::string elf(uint64_t machine) {
-  return std::string("\x7f" "ELF\2\1\1", 7) + std::string(9, '\0') + bytes_of(3, 2) + bytes_of(machine, 2) +
+  return std::string("\177ELF\2\1\1", 7) + std::string(9, '\0') + bytes_of(3, 2) + bytes_of(machine, 2) +
          std::string(44, '\0');
 }
 

@@ -57,12 +57,11 @@ void memory_is_kept() {
     const auto runner = rig.open();
     Asked asked;
     drawn(*runner, rig, asked);
-    const int allocated = cuda().count("cuMemAlloc_v2"), contexts = static_cast<int>(trt().batches.size());
-    asked.images = {1, 2};
+    CHECK((trt().batches == std::vector<int64_t>{4, 4, 3, 3}));  // whether alone, whether as few, and the chain's
+    const int allocated = cuda().count("cuMemAlloc_v2");
+    const size_t contexts = trt().batches.size();
+    asked.images = {3, 4, 5};
     asked.seed = 6;
-    Images made = drawn(*runner, rig, asked);
-    CHECK(same(made, expected(rig, asked)));
-    asked.images = {3, 4, 5};  // another size, which is what was prepared
     CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
     // without x0 the chain that keeps it will do
     ddpmx::Job job = asked.job(rig.table);
@@ -70,9 +69,7 @@ void memory_is_kept() {
     job.levels = levels.data();
     runner->run(job);
     CHECK(same(levels, expected(rig, asked).levels));
-    std::fprintf(stderr, "%d allocations, %zu contexts\n", cuda().count("cuMemAlloc_v2") - allocated,
-                 trt().batches.size() - static_cast<size_t>(contexts));
-    CHECK(trt().batches.back() == 3);
+    CHECK(cuda().count("cuMemAlloc_v2") == allocated && trt().batches.size() == contexts);
     // the largest batch serves all that follow
     asked.images = {3, 4, 5, 6};
     drawn(*runner, rig, asked);
@@ -84,6 +81,33 @@ void memory_is_kept() {
     rig.table = ddpmx::make_table(rig.spec.schedule, rig.spec.prediction, rig.spec.variance, Rig::sampling(5));
     CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
     CHECK(cuda().count("cuMemAlloc_v2") > before);
+    // and so is one that is told other timesteps, or has other coefficients
+    for (int32_t &t : rig.table.timesteps) t = std::max(0, t - 1);
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    rig.table.rows[1].sigma = 0.25f;
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+  }
+  {  // a chain that keeps no x0 serves nobody who wants it
+    const auto runner = rig.open();
+    const Asked asked;
+    ddpmx::Job job = asked.job(rig.table);
+    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
+    job.levels = levels.data();
+    runner->run(job);
+    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    CHECK(same(levels, expected(rig, asked).levels));
+  }
+  CHECK(clean());
+  {  // a network that answers a variance which the table does not want
+    Rig learned(kLearned);
+    {
+      const auto runner = learned.open();
+      CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
+      learned.table.learned[1].c += 0.5f;
+      CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
+      learned.table = ddpmx::make_table(learned.spec.schedule, learned.spec.prediction, ddpmx::Variance::fixed_small, Rig::sampling(7));
+      CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
+    }
   }
   CHECK(clean());
 }
@@ -131,6 +155,7 @@ void on_the_device() {
         asked.x.push_back(static_cast<float>(k % 23) / 16);
       }
       const Images wanted = expected(rig, asked);
+      CHECK(same(drawn(*runner, rig, asked), wanted));  // now nothing is freed while the stream below is at work
       const auto bytes = [](const auto &array) { return array.size() * sizeof array[0]; };
       const ddpmx::cuda::Handle x = mine.allocate(bytes(asked.x), "x"), cond = mine.allocate(bytes(asked.cond), "cond"),
                                 levels = mine.allocate(bytes(wanted.levels), "levels"),
@@ -151,6 +176,37 @@ void on_the_device() {
     }
     CHECK(clean());
   }
+}
+
+// What a batch has left is filled up, wherever the arrays are.
+void filled_up() {
+  Rig rig(kTold);
+  trt().network.by_size = true;
+  Asked asked = Asked::of(rig);
+  Images made[2];
+  {
+    const auto runner = rig.open();
+    made[0] = drawn(*runner, rig, asked);
+    CHECK(trt().batches.back() == 4);
+  }
+  {
+    const auto runner = rig.open();
+    ddpmx::cuda::Driver mine(0);
+    mine.start();
+    const ddpmx::cuda::Current current(mine);
+    const size_t size = asked.cond.size() * sizeof(float);
+    const ddpmx::cuda::Handle cond = mine.allocate(size, "cond"), levels = mine.allocate(made[0].levels.size(), "levels");
+    std::memcpy(cond.pointer(), asked.cond.data(), size);  // the fake's memory is the host's
+    ddpmx::Job job = asked.job(rig.table);
+    job.cond = reinterpret_cast<const float *>(cond.value()), job.levels = reinterpret_cast<uint8_t *>(levels.value());
+    job.on_device = true;
+    runner->run(job);
+    made[1].levels.assign(reinterpret_cast<uint8_t *>(levels.pointer()),
+                          reinterpret_cast<uint8_t *>(levels.pointer()) + made[0].levels.size());
+    CHECK(trt().batches.back() == 4);
+  }
+  CHECK(same(made[0].levels, made[1].levels));
+  CHECK(clean());
 }
 
 // Steps are told in their order, end with the last one, and are told in the caller's own context.
@@ -237,6 +293,7 @@ void neighbours() {
     const auto runner = rig.open();
     told_images(*runner, {0, 1});
     CHECK(trt().batches.back() == 4);
+    CHECK(runner->description().find("executor graph") != std::string::npos);  // nor is the capture to blame
     trt().network.by_run = false;
   }
   {  // a plan of several profiles, none of which takes one image
@@ -302,14 +359,51 @@ void threads() {
   CHECK(clean());
 }
 
+// The same through the C functions, in two batches.
+void through_the_border() {
+  Rig rig(kTold);
+  ddpmx_open_options options;
+  CHECK(ddpmx_open_options_init(&options, sizeof options) == DDPMX_OK);
+  options.trt_module = FAKE_TRT, options.executor = "graph";
+  ddpmx_pipeline *pipeline = nullptr;
+  CHECK(ddpmx_open(rig.path.c_str(), &options, &pipeline) == DDPMX_OK);
+  CHECK(std::string(ddpmx_backend(pipeline)) == "TensorRT 10.3.0.26 on Fake GPU, SM 8.9");
+  Asked asked;
+  asked.images = {3, 4, 5, 6, 7, 8};
+  for (size_t i = 0; i < 6; ++i) asked.y.push_back(static_cast<int32_t>(i));
+  for (int64_t k = 0; k < 6 * rig.K(); ++k) asked.cond.push_back(static_cast<float>(k % 31) / 32);
+  ddpmx_request request;
+  CHECK(ddpmx_request_init(&request, sizeof request) == DDPMX_OK);
+  request.n = 6, request.batch = 4, request.first = 3, request.seed = asked.seed, request.steps = 7;
+  request.labels = asked.y.data(), request.labels_count = 6, request.cond = asked.cond.data();
+  std::vector<ddpmx_progress> seen;
+  request.callback = [](const ddpmx_progress *progress, void *user) {
+    static_cast<std::vector<ddpmx_progress> *>(user)->push_back(*progress);
+    return 0;
+  };
+  request.user = &seen;
+  Images made;
+  made.levels.resize(6 * static_cast<size_t>(rig.N())), made.samples.resize(made.levels.size());
+  const ddpmx_status status = ddpmx_generate(pipeline, &request, made.levels.data(), made.levels.size(), made.samples.data(),
+                                             made.samples.size() * sizeof(float));
+  CHECK(status == DDPMX_OK);
+  if (status) std::fprintf(stderr, "%s\n", ddpmx_last_error());
+  CHECK(same(made, expected(rig, asked)));
+  CHECK(!seen.empty() && seen.back().done == 14 && seen.back().total == 14 && seen.back().first == 4 && seen.back().n == 2);
+  CHECK(ddpmx_close(pipeline) == DDPMX_OK);
+  CHECK(clean());
+}
+
 }  // namespace
 
 int main() {
+  through_the_border();
   whole_chains();
   previews();
   memory_is_kept();
   what_is_wanted();
   on_the_device();
+  filled_up();
   reports();
   neighbours();
   ahead();

@@ -1,4 +1,5 @@
-// What is read from ONNX files: good, damaged and hostile ones. The bytes are made here, as tests/oracles/wire.py makes them.
+// What is read from ONNX files: good, damaged and hostile ones. The bytes are made here, as tests/oracles/wire.py makes
+// them.
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -80,7 +81,8 @@ void numbers() {
 }
 
 void check_damaged(const std::string &bytes, const std::string &why) {
-  CHECK(fails(DDPMX_FILE_FORMAT, "m.onnx: not a whole ONNX file\nNote: " + std::to_string(bytes.size()) + " bytes; " + why,
+  CHECK(fails(DDPMX_FILE_FORMAT,
+              "m.onnx: not a whole ONNX file\nNote: " + std::to_string(bytes.size()) + " bytes; " + why,
               [&] { read(bytes); }));
 }
 
@@ -90,7 +92,8 @@ void damage() {
   check_damaged("\x08\x08", "no graph in it");
   check_damaged(model("") + field(7, ""), "more than one graph in it");
   check_damaged(field(1, 8) + field(7, 5), "a number where a message belongs");
-  check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(uint64_t{1} << 60), "it ends 1152921504606846976 bytes too early");
+  check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(uint64_t{1} << 60),
+                "it ends 1152921504606846976 bytes too early");
   check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(UINT64_MAX), "it ends 18446744073709551615 bytes too early");
   check_damaged(model("") + varint(3 << 3 | 2) + varint(2) + "a", "it ends 1 bytes too early");
   check_damaged(model("") + varint(3 << 3 | 1) + "1234567", "it ends 1 bytes too early");
@@ -104,17 +107,19 @@ void damage() {
   check_damaged(model(field(5, field(1, "\x02\x83"))), "it ends inside a number");
   check_damaged(model("", field(8, field(2, "text"))), "a message where a number belongs");
   check_damaged(model("", field(14, field(1, 3))), "a number where a message belongs");
-  check_damaged(model(field(11, value_info("x", 1, std::vector<std::string>(65, "1")))), "a tensor of more than 64 dimensions");
+  check_damaged(model(field(11, value_info("x", 1, std::vector<std::string>(65, "1")))),
+                "a tensor of more than 64 dimensions");
   std::string many;
   for (int i = 0; i < (1 << 16) + 1; ++i) many += field(12, value_info(std::to_string(i), 1, {}));
   check_damaged(model(many), "more than 65536 names of one kind");
   many.clear();
   for (int i = 0; i < (1 << 16) + 1; ++i) many += field(5, external_tensor(std::to_string(i)));
-  check_damaged(model(many), "its weights are in more than 65536 files");
+  check_damaged(model(many), "weights in more than 65536 files");
 }
 
 void reading() {
-  const GraphInfo info = read(model(kGraph + field(11, value_info("y", 7, {"", "5"})), metadata("a", "b") + metadata("a", "c")));
+  const GraphInfo info =
+      read(model(kGraph + field(11, value_info("y", 7, {"", "5"})), metadata("a", "b") + metadata("a", "c")));
   CHECK(info.inputs.size() == 3 && info.outputs.size() == 1 && info.external.empty());
   const ddpmx::TensorInfo &x = info.inputs.at("x"), &y = info.inputs.at("y");
   CHECK(x.element_type == 1 && x.dims->size() == 4 && (*x.dims)[0].size == -1 && (*x.dims)[0].name == "batch");
@@ -188,7 +193,8 @@ void places() {
   for (const std::string &bytes : models) {
     const GraphInfo info = read(bytes);
     CHECK(info.external == std::vector<std::string>{"/etc/passwd"});
-    CHECK(fails(DDPMX_FILE_FORMAT, "its weights point outside its own folder\nNote: external data at '/etc/passwd'\nHint: do not run",
+    CHECK(fails(DDPMX_FILE_FORMAT,
+                "its weights point outside its own folder\nNote: external data at '/etc/passwd'\nHint: do not run",
                 [&] { ddpmx::check_external("m.onnx", info); }));
   }
 }
@@ -217,18 +223,20 @@ void external_files() {
     check(path, good);
     check(folder / "link/m.onnx", good);
   }
-  for (const char *outside : {"/etc/passwd", "../secret", "sub/../../secret", "..\\secret", "C:\\secret", "", "out", "up/secret",
-                              "./../model/../secret", "../model-not/w", "away"}) {
+  for (const char *outside : {"/etc/passwd", "../secret", "sub/../../secret", "..\\secret", "C:\\secret", "", "out",
+                              "up/secret", "./../model/../secret", "../model-not/w", "away"}) {
     CHECK(fails(DDPMX_FILE_FORMAT, path + ": its weights point outside its own folder", [&] { check(path, outside); }));
   }
-  for (const char *missing : {"missing.bin", ".", "sub", "dangling", "a\xFF" "b"}) {
+  for (const char *missing : {"missing.bin", ".", "sub", "dangling", "a\377b"}) {
     CHECK(fails(DDPMX_FILE_FORMAT, "its weights are in another file, which is missing", [&] { check(path, missing); }));
   }
-  CHECK(fails(DDPMX_FILE_FORMAT, "Note: 'a\\xffb' should lie beside it", [&] { check(path, "a\xFF" "b"); }));
+  CHECK(fails(DDPMX_FILE_FORMAT, "Note: 'a\\xffb' should lie beside it", [&] { check(path, "a\377b"); }));
   std::string zigzag;
   for (int i = 0; i < 1'000'000; ++i) zigzag += "a/../";
-  for (const std::string &impossible : {std::string("nul\0byte", 8), std::string("loop"), std::string(300, 'a'), zigzag + "w"}) {
-    CHECK(fails(DDPMX_FILE_FORMAT, path + ": its weights are in a file that cannot be", [&] { check(path, impossible); }));
+  for (const std::string &impossible :
+       {std::string("nul\0byte", 8), std::string("loop"), std::string(300, 'a'), zigzag + "w"}) {
+    CHECK(fails(DDPMX_FILE_FORMAT, path + ": its weights are in a file that cannot be",
+                [&] { check(path, impossible); }));
   }
 }
 
@@ -242,24 +250,23 @@ void specs() {
   CHECK(fails(DDPMX_SPEC, "m.onnx: the file does not say which diffusion model it is", [&] { spec_of(bare); }));
   CHECK(fails(DDPMX_SPEC, "Hint: if you know its schedule and prediction, say so with ddpmx_open_options.spec",
               [&] { spec_of(bare); }));
-  CHECK(fails(DDPMX_SPEC, "m.onnx: the given spec contradicts the one in the file", [&] {
-    spec_of(told, R"({"shape":[3,8,8],"timesteps":20,"variance":"fixed_small"})");
-  }));
+  CHECK(fails(DDPMX_SPEC, "m.onnx: the given spec contradicts the one in the file",
+              [&] { spec_of(told, R"({"shape":[3,8,8],"timesteps":20,"variance":"fixed_small"})"); }));
   for (const std::string &bad : {std::string(), std::string("ddpmx1"), kText.substr(0, kText.size() - 2)}) {
     CHECK(fails(DDPMX_SPEC, "m.onnx: the ", [&] { spec_of(model(kGraph, metadata("ddpmx", bad)), given); }));
   }
   for (const char *bad : {"{", "3", "[]", "{}", R"({"model":3})", R"({"shape":[NaN]})"}) {
     CHECK(fails(DDPMX_SPEC, "ddpmx_open_options.spec: ", [&] { spec_of(bare, bad); }));
   }
-  CHECK(fails(DDPMX_SPEC, "too large for a spec\nNote: more than 1048576 bytes", [&] {
-    spec_of(bare, std::string(1 << 21, ' '));
-  }));
+  CHECK(fails(DDPMX_SPEC, "too large for a spec\nNote: more than 1048576 bytes",
+              [&] { spec_of(bare, std::string(1 << 21, ' ')); }));
 }
 
 void arrays_of_betas() {
   const std::string two = std::string("\0\0\0\0\0\0\xE0?\0\0\0\0\0\0\xE0?", 16);  // 0.5, 0.5
   const std::string text = "AAAAAAAA4D8AAAAAAADgPw==", crc = sealed("", two).substr(4, 8);
-  const std::string spec = R"({"shape":[3,8,8],"timesteps":2,"schedule":"betas"})", sealed_spec = sealed("ddpmx1", spec);
+  const std::string spec = R"({"shape":[3,8,8],"timesteps":2,"schedule":"betas"})",
+                    sealed_spec = sealed("ddpmx1", spec);
   const std::string betas = "betas1 2 " + crc + " " + text;
   const auto file = [&](const std::string &beside) {
     return model(kGraph, metadata("ddpmx", sealed_spec) + metadata("ddpmx.betas", beside));
@@ -267,22 +274,26 @@ void arrays_of_betas() {
   CHECK((spec_of(file(betas)).betas == std::vector{0.5, 0.5}));
   CHECK(fails(DDPMX_SPEC, "Hint: it should lie in the file's metadata 'ddpmx.betas'",
               [&] { spec_of(model(kGraph, metadata("ddpmx", sealed_spec))); }));
-  for (const std::string &bad : {std::string(), betas.substr(1), betas.substr(0, betas.size() - 1), "betas1 3" + betas.substr(8)}) {
+  for (const std::string &bad :
+       {std::string(), betas.substr(1), betas.substr(0, betas.size() - 1), "betas1 3" + betas.substr(8)}) {
     CHECK(fails(DDPMX_SPEC, "m.onnx: the array of β", [&] { spec_of(file(bad)); }));
   }
   const std::string bare = model(kGraph);
-  CHECK((spec_of(bare, "{\"model\":" + spec + ",\"betas\":[0.5,1]}").betas == std::vector{0.5, 1.0}));
+  CHECK((spec_of(bare, "{\"model\":" + spec + ",\"betas\":[0.5,0.25]}").betas == std::vector{0.5, 0.25}));
   CHECK(spec_of(bare, "{\"model\":" + spec + ",\"betas\":[0.5,0.5]}").timesteps == 2);
   CHECK(spec_of(file(betas), "{\"model\":" + spec + ",\"betas\":[0.5,0.5]}").timesteps == 2);
-  CHECK(fails(DDPMX_SPEC, "contradicts", [&] { spec_of(file(betas), "{\"model\":" + spec + ",\"betas\":[0.5,0.25]}"); }));
+  CHECK(
+      fails(DDPMX_SPEC, "contradicts", [&] { spec_of(file(betas), "{\"model\":" + spec + ",\"betas\":[0.5,0.25]}"); }));
   for (const char *bad : {"null", "[]", "[0.5]", "[0.5,2]", "[0.5,true]", "\"0.5\"", "[[0.5,0.5]]"}) {
-    CHECK(fails(DDPMX_SPEC, "ddpmx_open_options.spec: ", [&] { spec_of(bare, "{\"model\":" + spec + ",\"betas\":" + bad + "}"); }));
+    CHECK(fails(DDPMX_SPEC,
+                "ddpmx_open_options.spec: ", [&] { spec_of(bare, "{\"model\":" + spec + ",\"betas\":" + bad + "}"); }));
   }
 }
 
 void contract() {
   const std::string wrong = "m.onnx: the graph is not what the spec describes\nNote: ";
-  const auto refused = [&](const std::string &graph, const std::string &note, const std::string &spec = ddpmx_test::kSpec) {
+  const auto refused = [&](const std::string &graph, const std::string &note,
+                           const std::string &spec = ddpmx_test::kSpec) {
     CHECK(fails(DDPMX_SPEC, wrong + note, [&] { spec_of(model(graph), spec); }));
   };
   const auto input = [](const char *name, uint64_t type, const std::vector<std::string> &dims) {
@@ -300,12 +311,15 @@ void contract() {
   refused(kGraph + input("labels\n", 6, {"batch"}), "an input 'labels\\x0a' too many");
   refused(kGraph + field(12, value_info("x0", 1, {"b", "3", "8", "8"})), "an output 'x0' too many");
   CHECK(spec_of(model(kEps + input("x", 1, {"N", "", "h", "8"}) + input("t", 6, {""})), ddpmx_test::kSpec).height == 8);
-  CHECK(spec_of(model(kEps + field(11, field(1, "x") + field(2, field(1, field(1, 1)))) + kT), ddpmx_test::kSpec).width == 8);
+  CHECK(
+      spec_of(model(kEps + field(11, field(1, "x") + field(2, field(1, field(1, 1)))) + kT), ddpmx_test::kSpec).width ==
+      8);
   std::string many = kGraph;
   for (int i = 0; i < 1000; ++i) many += input(("more" + std::to_string(i)).c_str(), 1, {});
   refused(many, "an input 'more0' too many; ");
 
-  const std::string extras = R"({"shape":[3,8,8],"classes":5,"self_condition":true,"condition":2,"variance":"learned_range"})";
+  const std::string extras =
+      R"({"shape":[3,8,8],"classes":5,"self_condition":true,"condition":2,"variance":"learned_range"})";
   const std::string var = field(12, value_info("var", 1, {"b", "3", "8", "8"}));
   const std::string y = input("y", 6, {"b"}), before = input("x0_prev", 1, {"b", "3", "8", "8"}),
                     cond = input("cond", 1, {"b", "2", "8", "8"});
@@ -330,10 +344,12 @@ void kinds() {
   CHECK(kind("\x08") == ddpmx::Kind::onnx);
   for (const char *foreign : {"<html>", "PK\x03\x04", "\x89PNG", "{", "ftr"}) {
     const std::string note = "it begins with " + ddpmx::quoted(std::string(foreign).substr(0, 4)) + "\nHint: ";
-    CHECK(fails(DDPMX_FILE_FORMAT, ": neither an ONNX file nor a TensorRT plan\nNote: " + note, [&] { kind(foreign); }));
+    CHECK(
+        fails(DDPMX_FILE_FORMAT, ": neither an ONNX file nor a TensorRT plan\nNote: " + note, [&] { kind(foreign); }));
   }
   CHECK(fails(DDPMX_FILE_FORMAT, ": the file is empty", [&] { kind(""); }));
-  CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx parity model.onnx --against ", [&] { kind("PK\x03\x04", "m.parity.npz"); }));
+  CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx parity model.onnx --against ",
+              [&] { kind("PK\x03\x04", "m.parity.npz"); }));
   const auto unreadable = [&](const std::string &path, const std::string &note) {
     CHECK(fails(DDPMX_FILE_FORMAT, path + ": cannot be read\nNote: " + note, [&] { ddpmx::identify(path); }));
     CHECK(fails(DDPMX_FILE_FORMAT, path + ": cannot be read\nNote: " + note, [&] { ddpmx::MappedFile file(path); }));
@@ -350,9 +366,8 @@ void kinds() {
   CHECK(fails(DDPMX_FILE_FORMAT, ": a folder, but no ddpmx checkpoint\nNote: ", [&] { ddpmx::identify(folder / ""); }));
   CHECK(fails(DDPMX_FILE_FORMAT, "Note: Is a directory", [&] { ddpmx::MappedFile file(folder / ""); }));
   write(folder / "spec.json", "{}");
-  CHECK(fails(DDPMX_FILE_FORMAT, ": a ddpmx checkpoint, and no model file\nHint: `ddpmx export ", [&] {
-    ddpmx::identify(folder / "");
-  }));
+  CHECK(fails(DDPMX_FILE_FORMAT, ": a ddpmx checkpoint, and no model file\nHint: `ddpmx export ",
+              [&] { ddpmx::identify(folder / ""); }));
   write(folder / "empty", "");
   CHECK(ddpmx::MappedFile(folder / "empty").bytes().empty());
   write(folder / "some", std::string(10'000, 'x'));

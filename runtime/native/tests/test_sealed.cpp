@@ -47,7 +47,7 @@ void searching() {
   const std::string a = sealed("p1", "{}"), b = sealed("p1", R"({"a":"p1 "})");
   CHECK(all("").empty() && all("p1").empty() && all("p1 ").empty() && all("p1 2 00000000 {}").empty());
   CHECK((all(a) == std::vector{a}) && (all("xx" + a + "yy" + b + "p1 ") == std::vector{a, b}));
-  CHECK((all("p1 9999 00000000 " + a) == std::vector{a}));              // what looks like one does not hide one
+  CHECK((all("p1 9999 00000000 " + a) == std::vector{a}));  // what looks like one does not hide one
   CHECK((all("p1 p1 2 p1 2 00000000" + a) == std::vector{a}));
   CHECK(all(a.substr(0, a.size() - 1)).empty());
   const std::string inner = sealed("p1", "[]"), outer = sealed("p1", "\"" + inner + "\"");

@@ -20,7 +20,9 @@
  * - Memory for results is the caller's. What the library allocates goes with ddpmx_close.
  * - A struct begins with its size, so that later versions can append fields. Its _init function fills it in: everything
  *   that is not set afterwards has its usual value.
- * - Text is UTF-8 and ends with a zero byte; paths are in the encoding of the file system.
+ * - Text is UTF-8 and ends with a zero byte; paths are in the encoding of the file system. What is given is copied before
+ *   a call returns.
+ * - Any thread may call any function. A pipeline may be opened, used and closed in different threads.
  */
 #ifndef DDPMX_DDPMX_H
 #define DDPMX_DDPMX_H
@@ -166,7 +168,8 @@ typedef struct ddpmx_request {
   const char *variance; /* "fixed_small", "fixed_large", "learned_range"; NULL: the file's */
   double eta;          /* of ddim: 0 (no noise on the way) … 1; 0 */
   int32_t steps;       /* how many of the T timesteps are visited; 0: all */
-  int32_t start;       /* begin at this t, which has to be one that is visited: x is x_t there; -1: at the first one */
+  int32_t start;       /* begin at this t, which has to be one that is visited: x is x_t there, and the rest of the chain
+                          a denoiser; -1: at the first one. A network with self_condition is told no x0 at its first step */
   const float *x;      /* float [n, C, H, W], C-contiguous: the states to begin with; NULL: noise */
   const int32_t *labels; /* int32 [labels_count], on the host: the class of each image, for models that have classes */
   uint64_t labels_count; /* n, or 1: one for all */

@@ -121,14 +121,15 @@ void DeviceChain::close() noexcept {
 
 // Wait until the device has done with the chain, before which its network's memory must not go.
 bool DeviceChain::settle() noexcept {
-  if (lost_) return false;
-  try {
-    const Current current(driver_);
-    driver_.wait_for_stream(stream(), "waiting for the GPU");
-    return true;
-  } catch (const Failure &) {
-    return false;
+  for (int tries = lost_ ? 0 : 2; tries > 0; --tries) {  // the first may give the error of what was launched before
+    try {
+      const Current current(driver_);
+      driver_.wait_for_stream(stream(), "waiting for the GPU");
+      return true;
+    } catch (const Failure &) {
+    }
   }
+  return false;
 }
 
 bool DeviceChain::unprepare() noexcept {

@@ -166,7 +166,6 @@ void DeviceChain::run(const Run &run) {
     };
     run_steps(look, [&] { return !cancelled && control().done == DDPMX_RUNNING; });
     driver_.wait_for_stream(stream(), "running the chain");
-    look();
     judge(cancelled, run.x != nullptr);
     fetch(run);
   });

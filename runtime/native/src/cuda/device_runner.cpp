@@ -76,9 +76,8 @@ DeviceRunner::DeviceRunner(std::unique_ptr<Driver> driver, std::unique_ptr<TrtEn
 DeviceRunner::~DeviceRunner() {
   release();
   if (!lost_) return;
-  // what was given up uses them all, and freeing any of them may wait for it
+  // what was given up uses them, and freeing them may wait for it
   if (kernels_) kernels_->module.abandon();
-  engine_->abandon();
   driver_->abandon();
 }
 
@@ -199,10 +198,7 @@ DeviceChain &DeviceRunner::prepared(const Table &table, int64_t batch, bool with
 
 // Free the last chain, whose network comes first.
 void DeviceRunner::release() noexcept {
-  if (context_ && chain_ && !chain_->unprepare()) {
-    context_->abandon();
-    engine_->abandon();
-  }
+  if (context_ && chain_ && !chain_->unprepare()) context_->abandon();
   context_.reset();
   chain_.reset();
   batch_ = 0;

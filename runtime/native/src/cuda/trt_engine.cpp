@@ -227,7 +227,7 @@ void TrtEngine::save_cache() const noexcept {
 
 // --- a context ---
 
-TrtContext::TrtContext(const TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream) : engine_(engine) {
+TrtContext::TrtContext(TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream) : engine_(engine) {
   const Current current(engine_.driver_);
   try {
     prepare(batch, at, stream);
@@ -275,12 +275,14 @@ TrtContext::~TrtContext() {
     const Current current(engine_.driver_);
     engine_.module_.functions().close_context(context_);
   } catch (const Failure &) {
+    abandon();
   }
 }
 
 void TrtContext::abandon() noexcept {
   context_ = nullptr;
   room_.abandon();
+  engine_.abandon();
 }
 
 void TrtContext::enqueue(Stream stream) {

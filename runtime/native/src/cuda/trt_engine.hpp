@@ -79,19 +79,19 @@ class TrtEngine {
 // The network bound to a batch and to device memory. Wait for what it has enqueued before it goes.
 class TrtContext {
  public:
-  TrtContext(const TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream);
+  TrtContext(TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream);
   ~TrtContext();
   TrtContext(const TrtContext &) = delete;
   TrtContext &operator=(const TrtContext &) = delete;
 
   void enqueue(Stream stream);
-  // Leave it to the end of the process.
+  // Leave it to the end of the process, and its engine too, which must not go before it.
   void abandon() noexcept;
 
  private:
   void prepare(int64_t batch, Addresses at, Stream stream);
 
-  const TrtEngine &engine_;
+  TrtEngine &engine_;
   ddpmx_trt_context *context_ = nullptr;
   Handle room_;  // for a variance that nobody wants
 };

@@ -15,13 +15,11 @@
 #include <string>
 #include <utility>
 
-// TensorRT-RTX's headers define versions of their own
+// TensorRT-RTX's headers define this, and count its versions from 1
 #ifdef TRT_MAJOR_RTX
-#define DDPMX_TRT_MAJOR TRT_MAJOR_RTX
 #define DDPMX_TRT_FLAVOUR "TensorRT-RTX"
 #define DDPMX_TRT_LIBRARY "libtensorrt_rtx.so."
 #else
-#define DDPMX_TRT_MAJOR NV_TENSORRT_MAJOR
 #define DDPMX_TRT_FLAVOUR "TensorRT"
 #define DDPMX_TRT_LIBRARY "libnvinfer.so."
 #endif
@@ -101,13 +99,10 @@ int32_t granted(char *error, size_t size, Work work) noexcept {
   return 1;
 }
 
+constexpr const char *kCreate = "createInferRuntime_INTERNAL";
 using CreateRuntime = void *(*)(void *logger, int32_t version) noexcept;
 
 }  // namespace
-
-struct ddpmx_trt_library {
-  CreateRuntime create;
-};
 
 struct ddpmx_trt_engine {
   // TensorRT wants them to go from the last to the first
@@ -125,9 +120,10 @@ struct ddpmx_trt_context {
 
 namespace {
 
-int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) noexcept {
+// A ddpmx_trt_library is what dlopen gave for it.
+int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) noexcept try {
   *library = nullptr;
-  const char *const name = path ? path : DDPMX_TRT_LIBRARY DDPMX_TEXT(DDPMX_TRT_MAJOR);
+  const char *const name = path ? path : DDPMX_TRT_LIBRARY DDPMX_TEXT(NV_TENSORRT_MAJOR);
   // For good: TensorRT keeps threads, and the logger
   void *const handle = dlopen(name, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (!handle) {
@@ -135,7 +131,7 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
     say(error, size, why ? why : name);
     return 1;
   }
-  const auto create = reinterpret_cast<CreateRuntime>(dlsym(handle, "createInferRuntime_INTERNAL"));
+  const void *const create = dlsym(handle, kCreate);
   int32_t numbers[4] = {};
   const char *const parts[] = {"getInferLibMajorVersion", "getInferLibMinorVersion", "getInferLibPatchVersion",
                                "getInferLibBuildVersion"};
@@ -143,18 +139,22 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
     const auto part = reinterpret_cast<int32_t (*)()>(dlsym(handle, parts[i]));
     if (!part || !create) {
       say(error, size, std::string(name) + " is no " DDPMX_TRT_FLAVOUR ": it has no " +
-                           (create ? parts[i] : "createInferRuntime_INTERNAL"));
+                           (create ? parts[i] : kCreate));
       return 1;
     }
     numbers[i] = part();
   }
   std::snprintf(version, 32, "%d.%d.%d.%d", numbers[0], numbers[1], numbers[2], numbers[3]);
-  if (numbers[0] != DDPMX_TRT_MAJOR) {  // its classes have another layout
+  if (numbers[0] != NV_TENSORRT_MAJOR) {  // its classes have another layout
     say(error, size, std::string(name) + " is " DDPMX_TRT_FLAVOUR " " + version +
-                         ", and this module was compiled for " DDPMX_TEXT(DDPMX_TRT_MAJOR) ".x");
+                         ", and this module was compiled for " DDPMX_TEXT(NV_TENSORRT_MAJOR) ".x");
     return 1;
   }
-  return granted(error, size, [&] { return (*library = new ddpmx_trt_library{create}) != nullptr; });
+  *library = static_cast<ddpmx_trt_library *>(handle);
+  return 0;
+} catch (const std::exception &failure) {
+  say(error, size, failure.what());
+  return 1;
 }
 
 #ifdef TRT_MAJOR_RTX
@@ -163,7 +163,8 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
 bool configure(ddpmx_trt_engine &made, const void *cache, size_t cache_size, bool keep_cache) {
   made.config.reset(made.engine->createRuntimeConfig());
   if (!made.config || !made.config->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kDISABLED)) return false;
-  made.config->setDynamicShapesKernelSpecializationStrategy(nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
+  made.config->setDynamicShapesKernelSpecializationStrategy(
+      nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
   if (!keep_cache) return true;
   made.cache.reset(made.config->createRuntimeCache());
   if (!made.cache) return false;
@@ -181,7 +182,8 @@ int32_t open_engine(ddpmx_trt_library *library, const void *plan, size_t plan_si
   *engine = nullptr;
   return granted(error, size, [&] {
     auto made = std::make_unique<ddpmx_trt_engine>();
-    void *const runtime = library->create(&logger(), NV_TENSORRT_VERSION);
+    const auto create = reinterpret_cast<CreateRuntime>(dlsym(library, kCreate));
+    void *const runtime = create(&logger(), NV_TENSORRT_VERSION);
     // the lean runtime's library has been seen to give an address close to 0 where it refuses
     if (reinterpret_cast<uintptr_t>(runtime) < 65536) return false;
     made->runtime.reset(static_cast<nvinfer1::IRuntime *>(runtime));
@@ -296,21 +298,13 @@ int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t si
   return granted(error, size, [&] { return context->context->enqueueV3(static_cast<cudaStream_t>(stream)); });
 }
 
-#ifdef TRT_MAJOR_RTX
-#define DDPMX_TRT_COMPILED \
-  DDPMX_TEXT(TRT_MAJOR_RTX) "." DDPMX_TEXT(TRT_MINOR_RTX) "." DDPMX_TEXT(TRT_PATCH_RTX) "." DDPMX_TEXT(TRT_BUILD_RTX)
-#else
-#define DDPMX_TRT_COMPILED                                                                                   \
-  DDPMX_TEXT(NV_TENSORRT_MAJOR)                                                                              \
-  "." DDPMX_TEXT(NV_TENSORRT_MINOR) "." DDPMX_TEXT(NV_TENSORRT_PATCH) "." DDPMX_TEXT(NV_TENSORRT_BUILD)
-#endif
-
 const ddpmx_trt_module functions = {
     DDPMX_TRT_ABI,
     sizeof(ddpmx_trt_module),
     DDPMX_TRT_FLAVOUR,
-    DDPMX_TRT_COMPILED,
-    DDPMX_TRT_LIBRARY DDPMX_TEXT(DDPMX_TRT_MAJOR),
+    DDPMX_TEXT(NV_TENSORRT_MAJOR)
+    "." DDPMX_TEXT(NV_TENSORRT_MINOR) "." DDPMX_TEXT(NV_TENSORRT_PATCH) "." DDPMX_TEXT(NV_TENSORRT_BUILD),
+    DDPMX_TRT_LIBRARY DDPMX_TEXT(NV_TENSORRT_MAJOR),
     open_library,
     open_engine,
     close_engine,

@@ -7,6 +7,8 @@
 #include <thread>
 #include <type_traits>
 
+#include "border.hpp"
+
 int channels_of(const ddpmx::Pipeline &pipeline);
 
 namespace {
@@ -97,7 +99,8 @@ void errors(const ddpmx::Pipeline &pipeline) {
   CHECK(thrown<ddpmx::Error>([&] { pipeline.generate(request); }));
   request = two();
   request.on_device = true;
-  CHECK(thrown<ddpmx::Error>([&] { pipeline.generate(request); }));
+  const auto elsewhere = thrown<ddpmx::Error>([&] { pipeline.generate(request); });
+  CHECK(elsewhere && std::string(elsewhere->what()).find("on_device has results on the GPU") == 0);
   std::vector<std::uint8_t> small(1);
   const auto short_of = thrown<ddpmx::Error>([&] { pipeline.generate(two(), small); });
   CHECK(short_of && short_of->status() == DDPMX_INPUT);
@@ -142,7 +145,9 @@ void lifetimes(const char *path, const std::vector<std::uint8_t> &images) {
   CHECK(second.generate(two()) == images);
   CHECK(thrown<ddpmx::Error>([&] { first.generate(two()); })); // NOLINT: it was moved from
   first = std::move(second);
-  CHECK(first.generate(two()) == images);
+  CHECK(first.generate(two()) == images && border.closed == 0);
+  first = ddpmx::Pipeline(path);
+  CHECK(first.generate(two()) == images && border.closed == 1);
 
   auto own = std::make_unique<ddpmx::Pipeline>(path); // which its own callback destroys, in the first step
   ddpmx::Request request = two();
@@ -152,7 +157,73 @@ void lifetimes(const char *path, const std::vector<std::uint8_t> &images) {
   };
   std::vector<std::uint8_t> levels(images.size());
   own->generate(request, levels);
-  CHECK(!own && levels == images);
+  CHECK(!own && levels == images && border.closed == 2);
+}
+
+// Nothing that a Request says is lost on the way. Most of it makes no sense, and the library says so.
+void every_field(const char *path, const ddpmx::Pipeline &pipeline) {
+  int place = 0;
+  const std::size_t size = 3 * pipeline.model().elements();
+  std::vector<std::uint8_t> images(size);
+  const std::vector<float> x(size), cond(2);
+  ddpmx::Request request;
+  request.n = 3;
+  request.seed = 1ull << 40;
+  request.first = 5;
+  request.batch = 6;
+  request.sampler = "a";
+  request.spacing = "b";
+  request.variance = "c";
+  request.eta = 0.5;
+  request.steps = 9;
+  request.start = 11;
+  request.x = x;
+  request.labels = {1, 2};
+  request.cond = cond;
+  request.on_device = true;
+  request.stream = &place;
+  request.previews = true;
+  CHECK(thrown<ddpmx::Error>([&] { pipeline.generate(request, images); }));
+  const ddpmx_request &seen = border.request;
+  CHECK(seen.struct_size == sizeof seen && seen.flags == (DDPMX_PREVIEWS | DDPMX_ON_DEVICE));
+  CHECK(seen.n == 3 && seen.seed == 1ull << 40 && seen.first == 5 && seen.batch == 6);
+  CHECK(seen.sampler == request.sampler && seen.spacing == request.spacing && seen.variance == request.variance);
+  CHECK(seen.eta == 0.5 && seen.steps == 9 && seen.start == 11);
+  CHECK(seen.x == x.data() && seen.labels == request.labels.data() && seen.labels_count == 2 && seen.cond == cond.data());
+  CHECK(seen.stream == &place && seen.callback == nullptr);
+
+  CHECK(thrown<ddpmx::Error>([&] { pipeline.generate({}, images, {}), pipeline.generate({}, {}); }));
+  CHECK(seen.flags == 0 && seen.n == 1 && seen.sampler == nullptr && seen.start == -1 && seen.labels == nullptr);
+
+  ddpmx::OpenOptions options;
+  options.trust_host_code = true;
+  options.threads = 3;
+  options.device = 4;
+  options.spec = "a";
+  options.ort_library = "b";
+  options.trt_module = "c";
+  options.trt_library = "d";
+  options.executor = "e";
+  options.cache = "f";
+  CHECK(thrown<ddpmx::Error>([&] { ddpmx::Pipeline("missing.onnx", options); }));
+  const ddpmx_open_options &given = border.options;
+  CHECK(given.struct_size == sizeof given && given.flags == DDPMX_TRUST_HOST_CODE);
+  CHECK(given.threads == 3 && given.device == 4 && given.spec == options.spec);
+  CHECK(given.ort_library == options.ort_library && given.trt_module == options.trt_module);
+  CHECK(given.trt_library == options.trt_library && given.executor == options.executor && given.cache == options.cache);
+
+  border.condition = 2;
+  const ddpmx::Pipeline conditioned(path);
+  border.condition = 0;
+  ddpmx::Request told = two();
+  told.cond = x; // 2 channels for 3 images, and these are two
+  const auto wrong = thrown<ddpmx::Error>([&] { conditioned.generate(told); });
+  CHECK(wrong && std::string(wrong->what()).find("cond has 576 elements, and 2 images need 128 each") == 0);
+
+  border.abi = 2;
+  const auto other = thrown<ddpmx::Error>([&] { ddpmx::Pipeline again(path); });
+  border.abi = 0;
+  CHECK(other && std::string(other->what()) == "libddpmx has ABI 2, and this program was compiled for 1");
 }
 
 void threads(const ddpmx::Pipeline &pipeline, const std::vector<std::uint8_t> &images) {
@@ -176,11 +247,13 @@ int main(int argc, char **argv) {
     callbacks(pipeline, images);
     lifetimes(argv[1], images);
     threads(pipeline, images);
+    every_field(argv[1], pipeline);
     std::FILE *file = std::fopen(argv[2], "wb");
     CHECK(file && std::fwrite(images.data(), 1, images.size(), file) == images.size() && std::fclose(file) == 0);
   } catch (const std::exception &error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;
   }
+  CHECK(border.closed == 5 && border.not_closed == 0);
   return failures == 0 ? 0 : 1;
 }

@@ -1,0 +1,49 @@
+/* draw MODEL FILE [N [SEED [STEPS]]]: N images, one below the other, as a PPM (RGB) or PGM (grey) file. */
+#include <ddpmx/ddpmx.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static int32_t show(const ddpmx_progress *now, void *user) {
+  (void)user;
+  fprintf(stderr, "\r%llu of %llu steps", (unsigned long long)now->done, (unsigned long long)now->total);
+  return 0; /* anything else cancels */
+}
+
+static int fail(const char *what) {
+  fprintf(stderr, "\n%s\n", what);
+  return 2;
+}
+
+int main(int argc, char **argv) {
+  ddpmx_pipeline *pipeline = NULL;
+  ddpmx_request request;
+  ddpmx_model model;
+  uint64_t size = 0;
+  if (argc < 3 || argc > 6) return fail("usage: draw MODEL FILE [N [SEED [STEPS]]]");
+  if (ddpmx_abi_version() != DDPMX_ABI_VERSION) return fail("this is another libddpmx than that of the header");
+  model.struct_size = sizeof model;
+  if (ddpmx_request_init(&request, sizeof request) || ddpmx_open(argv[1], NULL, &pipeline) ||
+      ddpmx_describe(pipeline, &model))
+    return fail(ddpmx_last_error());
+  request.callback = show;
+  if (argc > 3) request.n = strtoull(argv[3], NULL, 10);
+  if (argc > 4) request.seed = strtoull(argv[4], NULL, 10);
+  if (argc > 5) request.steps = (int32_t)strtol(argv[5], NULL, 10);
+
+  if (model.channels != 1 && model.channels != 3) return fail("PPM is for one channel or three");
+  if (ddpmx_output_size(pipeline, &request, &size)) return fail(ddpmx_last_error());
+  uint8_t *images = malloc((size_t)size);
+  if (!images) return fail("the memory does not suffice");
+  if (ddpmx_generate(pipeline, &request, images, size, NULL, 0)) return fail(ddpmx_last_error());
+  fprintf(stderr, "\n");
+
+  FILE *file = fopen(argv[2], "wb");
+  if (!file) return fail("the file cannot be written");
+  fprintf(file, "P%d %d %llu 255\n", model.channels == 3 ? 6 : 5, model.width,
+          (unsigned long long)request.n * (unsigned)model.height);
+  int written = fwrite(images, 1, (size_t)size, file) == size;
+  if (fclose(file) || !written) return fail("the file cannot be written");
+  free(images);
+  ddpmx_close(pipeline);
+  return 0;
+}

@@ -1,0 +1,102 @@
+"""Images from a chain on a thread of its own, while this one stays free: here it only writes down what comes.
+
+    python app.py model.onnx frames                       # or model.plan, on a GPU
+    python app.py model.onnx frames --every 10            # and where every tenth step leads
+    python app.py model.onnx frames --patience 0.5        # no image takes longer; another seed then
+
+Exit codes: 130 after Ctrl-C, 2 if the model cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from worker import Ended, Frame, HostMemory, Memory, Preview, TorchMemory, Worker
+
+from ddpmx import images
+from ddpmx.errors import Cancelled, DdpmxError
+
+CPU = 1  # in DLPack
+TICK = 0.02  # seconds; how often a program looks whether there is something to show
+
+
+def memory_for(path: Path) -> Memory:
+    """The GPU's for a plan, if there is a PyTorch that can use it; else the host's, to which ddpmx copies."""
+    if path.suffix == ".plan":
+        try:
+            return TorchMemory()
+        except (ImportError, AssertionError, RuntimeError) as error:
+            print(f"images on the host, since PyTorch has no GPU here: {error}", file=sys.stderr)
+    return HostMemory()
+
+
+def pixels(frame: Frame, memory: Memory) -> NDArray[np.uint8]:
+    """The first image of a frame, on the host."""
+    if frame.array.__dlpack_device__()[0] == CPU:
+        return np.from_dlpack(frame.array)[0].copy()
+    import torch
+
+    with torch.cuda.stream(memory.stream):  # the same memory, until here without a copy
+        return torch.from_dlpack(frame.array)[0].cpu().numpy()
+
+
+def run(worker: Worker, wanted: argparse.Namespace) -> None:
+    jobs = deque(
+        worker.submit(seed, every=wanted.every, steps=wanted.steps)
+        for seed in range(wanted.seed, wanted.seed + wanted.count)
+    )
+    since = time.monotonic()
+    while jobs:
+        if wanted.patience is not None and time.monotonic() - since > wanted.patience:
+            jobs[0].cancel()
+        try:
+            item = worker.outbox.get(TICK)
+        except TimeoutError:
+            continue  # a program would draw its window here
+        if isinstance(item, Preview):
+            x0 = images.to_nhwc(np.from_dlpack(item.x0))
+            images.save_png(wanted.folder / f"{item.job.seed:05d}-t{item.t:04d}.png", x0[0], zoom=wanted.zoom)
+            continue
+        job, seconds, since = jobs.popleft(), time.monotonic() - since, time.monotonic()
+        if isinstance(item, Frame):
+            with item:
+                images.save_png(wanted.folder / f"{job.seed:05d}.png", pixels(item, worker.memory), zoom=wanted.zoom)
+            print(f"seed {job.seed}: {seconds:.2f} s")
+        elif isinstance(item, Ended) and isinstance(item.error, Cancelled):
+            print(f"seed {job.seed}: given up after {seconds:.2f} s")
+        elif isinstance(item, Ended):
+            raise item.error
+    print(f"{worker.outbox.dropped} previews came too late to be shown")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folder", type=Path, help="where the PNG files go")
+    parser.add_argument("--count", type=int, default=4, help="how many seeds; 4")
+    parser.add_argument("--seed", type=int, default=0, help="the first one; 0")
+    parser.add_argument("--steps", type=int, help="of the chain; all by default")
+    parser.add_argument("--every", type=int, default=0, help="a preview after every so many steps; none by default")
+    parser.add_argument("--patience", type=float, help="seconds for an image; without end by default")
+    parser.add_argument("--zoom", type=int, default=1, help="pixels of a PNG for each of the image; 1")
+    wanted = parser.parse_args()
+    wanted.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Worker(wanted.model, memory=memory_for(wanted.model)) as worker:
+            run(worker, wanted)
+    except DdpmxError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
