@@ -23,7 +23,7 @@ from ddpmx.schedule import Schedule
 MAX_BETAS = 1 << 14
 """More steps than any published chain by a factor of 4, and as many as fit into the JSON files where they may lie."""
 
-_TEXT = re.compile(r"betas1 (\d{1,5}) ([0-9a-f]{8}) ([A-Za-z0-9+/]*={0,2})")
+_TEXT = re.compile(r"betas1 (\d{1,5}) ([0-9a-f]{8}) ([A-Za-z0-9+/]*={0,2})", re.ASCII)
 
 
 def as_betas(values: Any) -> NDArray[np.float64]:

@@ -34,8 +34,8 @@ MAX_BATCH = 1 << 16
 
 _SIZE_AT, _VERSION_AT, _HEADER = 16, 24, 28
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){1,3}")
-_TARGET = re.compile(r"\d{1,2}\.\d\+?")
+_VERSION = re.compile(r"\d{1,4}(\.\d{1,6}){1,3}", re.ASCII)
+_TARGET = re.compile(r"\d{1,2}\.\d\+?", re.ASCII)
 _CUDA_MACHINE = 190  # e_machine of a GPU's own code
 _MACHINES = {3: "x86", 40: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
 _ELF_MACHINE_AT = 18

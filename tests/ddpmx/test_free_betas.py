@@ -256,6 +256,7 @@ def test_a_plan_that_has_lost_its_sidecar_is_refused_with_the_place(plan):
     [
         (None, "the array is missing"),
         ("betas1 20 00000000 AAAA", "is damaged"),
+        (free_betas.to_text(free_betas.as_betas(BETAS)).replace(f" {T} ", " ٢٠ "), "is damaged"),
         ([0.1], "is damaged"),
         (free_betas.to_text(free_betas.as_betas(BETAS / 2)), "another than the spec's"),
     ],

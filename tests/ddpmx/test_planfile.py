@@ -449,3 +449,9 @@ def test_a_plan_with_code_for_the_cpu_is_not_loaded(plan, monkeypatch):
     monkeypatch.setattr(trt, "gpus", lambda: ADA)
     with pytest.raises(FileFormatError, match="code for the CPU"):
         pipeline.load(plan(make_plan(tail=elf(62))))
+
+
+@pytest.mark.parametrize("change", [{"targets": ("٨.٦",)}, {"version": "١.٧.١.116"}])
+def test_digits_of_other_scripts_are_no_numbers(plan, change):
+    with pytest.raises(SpecError, match="the engine's record is damaged"):
+        planfile.read_plan(plan(make_plan(tail=b"", record=dataclasses.replace(RECORD, **change))))
