@@ -30,7 +30,8 @@ import sys, time, ddpmx
 with ddpmx.load({!r}, threads=1) as p:
     for line in sys.stdin:
         begun = time.perf_counter()
-        p.generate(1, steps=int(line))
+        n, steps = map(int, line.split())
+        p.generate(n, steps=steps, batch=1)
         print(time.perf_counter() - begun, flush=True)
 """
 NAMES = {
@@ -68,10 +69,10 @@ def main() -> None:
             if weights is not None:
                 ways["torch"] = ([sys.executable, TORCH, "run", weights], "")
             python = [sys.executable, "-c", CHAINS.format(str(model))]
-            steps = 1000 if weights is None else 50
+            images, steps = (20, 1000) if weights is None else (1, 50)
             found["models"][name] = {
                 **start(ways, arguments.rounds),
-                **per_step(native, python, steps, arguments.rounds),
+                **per_step(native, python, images, steps, arguments.rounds),
             }
     report(found)
     if arguments.json:
@@ -120,20 +121,20 @@ def start(ways: dict[str, tuple[list[object], str]], rounds: int) -> dict[str, o
     }
 
 
-def per_step(native: list[object], python: list[object], steps: int, rounds: int) -> dict[str, object]:
+def per_step(native: list[object], python: list[object], images: int, steps: int, rounds: int) -> dict[str, object]:
     """Milliseconds per step of a chain, each in one process that has warmed up."""
     found: dict[str, list[float]] = {"native": [], "python": []}
     running = {
         way: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for way, command in (("native", native), ("python", python))
     }
-    request = {"native": f"n=1 steps={steps}\n", "python": f"{steps}\n"}
+    request = {"native": f"n={images} batch=1 steps={steps}\n", "python": f"{images} {steps}\n"}
     running["native"].stdout.readline()  # what it opened
     for number in range(rounds + 1):
         for way, process in running.items():
             process.stdin.write(request[way])
             process.stdin.flush()
-            milliseconds = 1e3 * float(process.stdout.readline()) / steps
+            milliseconds = 1e3 * float(process.stdout.readline()) / (images * steps)
             if number:
                 found[way].append(milliseconds)
     for process in running.values():

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,8 @@ def tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def build_native(folder: Path, *options: str, **environment: str) -> Path:
-    """Build the CMake project into ``folder``, or bring it up to date; one process at a time."""
+def build_native(folder: Path, *options: str, targets: Sequence[str] = (), **environment: str) -> Path:
+    """Build the CMake project, or these ``targets``, into ``folder``, or bring it up to date; one process at a time."""
     cmake, compiler = tool("cmake"), shutil.which("c++") or shutil.which("g++")
     if cmake is None or compiler is None:
         pytest.skip(NOT_VERIFIED.format("no CMake" if cmake is None else "no C++ compiler"))
@@ -32,7 +33,7 @@ def build_native(folder: Path, *options: str, **environment: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
             [cmake, "-S", str(SOURCE), "-B", str(folder), "-DDDPMX_TESTS=ON", *options],
-            [cmake, "--build", str(folder), "--parallel", "2"],
+            [cmake, "--build", str(folder), "--parallel", "2", *(["--target", *targets] if targets else [])],
         ):
             done = subprocess.run(command, capture_output=True, text=True, env=environ)
             assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"

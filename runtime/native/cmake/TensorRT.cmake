@@ -1,8 +1,8 @@
-# libddpmx_trt, the module that runs plans: the only part that is compiled against TensorRT, and even that is not linked to it.
+# libddpmx_trt, the module that runs plans: the only part that is compiled against TensorRT, and it is not linked to it.
 #
 # Its headers are looked for in TENSORRT_ROOT (a variable of CMake or of the environment), then in the system; CUDA's
-# cuda_runtime_api.h, which they include, in CUDAToolkit_ROOT, beside them, and where CUDA is installed. They may be of TensorRT
-# 10.3 and later, or of TensorRT-RTX: each wants a module of its own, and libddpmx takes the one that it is told.
+# cuda_runtime_api.h, which they include, in CUDAToolkit_ROOT, beside them, and where CUDA is installed. They may be of
+# TensorRT 10.3 and later, or of TensorRT-RTX: each wants a module of its own, and libddpmx takes the one that it is told.
 if(NOT DDPMX_TENSORRT MATCHES "^(ON|OFF|AUTO)$")
   message(FATAL_ERROR "DDPMX_TENSORRT is ${DDPMX_TENSORRT}: ON, OFF or AUTO is needed")
 endif()
@@ -32,8 +32,8 @@ if(NOT TENSORRT_INCLUDE)
   if(TENSORRT_ROOT)
     set(trouble "there is no NvInferRuntime.h in TENSORRT_ROOT, which is ${TENSORRT_ROOT}")
   endif()
-  string(APPEND trouble ". Unpack TensorRT, or its headers alone (include/ of github.com/NVIDIA/TensorRT at the tag of the "
-                        "TensorRT that is to run), and set TENSORRT_ROOT to it")
+  string(APPEND trouble ". Unpack TensorRT, or its headers alone (include/ of github.com/NVIDIA/TensorRT at the tag of "
+                        "the TensorRT that is to run), and set TENSORRT_ROOT to it")
 else()
   # "#define NV_TENSORRT_MAJOR 10", or later TRT_MAJOR_ENTERPRISE, or TRT_MAJOR_RTX
   file(STRINGS "${TENSORRT_INCLUDE}/NvInferVersion.h" lines REGEX "^#define +[A-Z_]*(MAJOR|MINOR)[A-Z_]* +[0-9]+")
@@ -45,7 +45,9 @@ else()
   string(REGEX REPLACE ".*MAJOR[A-Z_]* +([0-9]+).*" "\\1" major "${lines}")
   string(REGEX REPLACE ".*MINOR[A-Z_]* +([0-9]+).*" "\\1" minor "${lines}")
   if(flavour STREQUAL "TensorRT" AND "${major}.${minor}" VERSION_LESS 10.3)
-    set(trouble "${TENSORRT_INCLUDE} is of TensorRT ${major}.${minor}, and 10.3 or later is needed. Set TENSORRT_ROOT to one")
+    set(trouble "${TENSORRT_INCLUDE} is of TensorRT ${major}.${minor}, and 10.3 or later is needed. "
+                "Set TENSORRT_ROOT to one")
+    string(CONCAT trouble ${trouble})
   endif()
 
   set(places "${TENSORRT_ROOT}" "$ENV{CUDA_HOME}" "$ENV{CUDA_PATH}" /usr/local/cuda)
@@ -58,8 +60,8 @@ else()
             PATH_SUFFIXES include "targets/${target}/include")
   if(NOT CUDA_INCLUDE)
     list(JOIN places ", " places)
-    set(trouble "there is no cuda_runtime_api.h, which TensorRT's headers in ${TENSORRT_INCLUDE} include, in ${places} or "
-                "the system. Install CUDA's headers, and set CUDAToolkit_ROOT to the toolkit")
+    set(trouble "there is no cuda_runtime_api.h, which TensorRT's headers in ${TENSORRT_INCLUDE} include, in ${places} "
+                "or the system. Install CUDA's headers, and set CUDAToolkit_ROOT to the toolkit")
     string(CONCAT trouble ${trouble})
   endif()
 endif()

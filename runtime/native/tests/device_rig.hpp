@@ -28,8 +28,8 @@ using ddpmx::Failure;
 
 inline const std::string kSmall = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0"})";
 inline const std::string kOdd = R"({"shape":[1,3,3],"timesteps":20,"ddpmx":"0.1.0","clip":null})";
-inline const std::string kTold =
-    R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","classes":10,"condition":2,"self_condition":true,"prediction":"v"})";
+inline const std::string kTold = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","prediction":"v",)"
+                                 R"("classes":10,"condition":2,"self_condition":true})";
 inline const std::string kLearned = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","variance":"learned_range"})";
 
 template <class Function>
@@ -115,9 +115,10 @@ class Rig {
     const ddpmx::PlanInfo info = ddpmx::read_plan(path, file.bytes(), false);
     auto driver = std::make_unique<ddpmx::cuda::Driver>(0);
     driver->start();
-    auto engine = std::make_unique<ddpmx::cuda::TrtEngine>(*driver, ddpmx::cuda::TrtModule(info, nullptr, nullptr), path,
-                                                           file.bytes(), info, false, nullptr);
-    return std::make_unique<ddpmx::cuda::DeviceRunner>(std::move(driver), std::move(engine), info.spec, executor, patience);
+    auto engine = std::make_unique<ddpmx::cuda::TrtEngine>(*driver, ddpmx::cuda::TrtModule(info, nullptr, nullptr),
+                                                           path, file.bytes(), info, false, nullptr);
+    return std::make_unique<ddpmx::cuda::DeviceRunner>(std::move(driver), std::move(engine), info.spec, executor,
+                                                       patience);
   }
 
   int64_t N() const { return spec.elements(); }
@@ -131,7 +132,8 @@ class Rig {
  private:
   static ddpmx_trt_tensor tensor(const char *name, bool is_input, bool is_int, const std::vector<int64_t> &dims) {
     ddpmx_trt_tensor made = {};
-    made.name = name, made.is_input = is_input, made.type = is_int ? DDPMX_TRT_INT32 : DDPMX_TRT_FLOAT, made.on_device = 1;
+    made.name = name, made.is_input = is_input, made.type = is_int ? DDPMX_TRT_INT32 : DDPMX_TRT_FLOAT,
+    made.on_device = 1;
     made.rank = static_cast<int32_t>(dims.size()) + 1, made.dims[0] = -1;
     for (size_t i = 0; i < dims.size(); ++i) made.dims[i + 1] = dims[i];
     return made;
@@ -247,7 +249,8 @@ inline Images drawn(ddpmx::Runner &runner, const Rig &rig, const Asked &asked, b
   return made;
 }
 
-// Whether nothing is left of what was made, and nothing was done that a real driver would not forgive. Says what, if not.
+// Whether nothing is left of what was made, and nothing was done that a real driver would not forgive. Says what, if
+// not.
 inline bool clean() {
   bool good = cuda().faults.empty() && cuda().retained == 0 && cuda().depth() == 0;
   for (const std::string &fault : cuda().faults) std::fprintf(stderr, "fault: %s\n", fault.c_str());

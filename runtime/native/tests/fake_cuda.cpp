@@ -1,10 +1,11 @@
 // A CUDA driver without a GPU: a library with the functions of libcuda.so.1 that src/cuda/driver.hpp names.
 //
-// "Device memory" is the host's, and the kernels are step.cu, compiled for the host: each block has one thread here, one runs
-// after the other, and the kernels take any grid. (How they behave in other orders is tested in tests/ddpmx/test_cuda.py.) What is
-// put into a stream runs when it is waited for and not before, one kernel for each glance at an event, so that a missing wait shows.
-// It is strict where CUDA is: a context has to be current, a capture is not to be disturbed, nothing is freed twice or while it may
-// be used. It knows nothing of time, weak memory or what a real driver compiles, and stands for control flow only.
+// "Device memory" is the host's, and the kernels are step.cu, compiled for the host: each block has one thread here,
+// one runs after the other, and the kernels take any grid. (How they behave in other orders is tested in
+// tests/ddpmx/test_cuda.py.) What is put into a stream runs when it is waited for and not before, one kernel for each
+// glance at an event, so that a missing wait shows. It is strict where CUDA is: a context has to be current, a capture
+// is not to be disturbed, nothing is freed twice or while it may be used. It knows nothing of time, weak memory or what
+// a real driver compiles, and stands for control flow only.
 #include "fake_cuda_world.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -200,8 +201,8 @@ EXPORT int cuStreamWaitEvent(void *stream, void *handle, unsigned) {
   return called("cuStreamWaitEvent", [&] {
     const Event event = *known(world->events, static_cast<Event *>(handle), "event");
     put(stream, {[event] {
-      if (event.came) advance(event.stream, [&] { return *event.came; }, kAll);
-    }});
+          if (event.came) advance(event.stream, [&] { return *event.came; }, kAll);
+        }});
   });
 }
 
@@ -286,7 +287,8 @@ EXPORT int cuEventSynchronize(void *handle) {
 
 EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned count, int *options, void **values) {
   return called("cuModuleLoadDataEx", [&] {
-    if (count != 2 || options[0] != 5 || options[1] != 6 || reinterpret_cast<uintptr_t>(values[1]) < 64) throw Refused{1};
+    if (count != 2 || options[0] != 5 || options[1] != 6 || reinterpret_cast<uintptr_t>(values[1]) < 64)
+      throw Refused{1};
     if (!std::strstr(static_cast<const char *>(image), ".entry ddpmx_step(")) {
       std::strcpy(static_cast<char *>(values[0]), "ptxas fatal");
       throw Refused{222};

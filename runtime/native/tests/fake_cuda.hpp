@@ -11,11 +11,11 @@
 struct FakeCuda {
   // orders
   int devices = 1, major = 8, minor = 9;
-  int fail_at = 0;                 // the number, from 1, of the call that gives CUDA_ERROR_ILLEGAL_ADDRESS
-  bool count_frees = false;        // whether calls that free, push and pop are numbered as well
+  int fail_at = 0;           // the number, from 1, of the call that gives CUDA_ERROR_ILLEGAL_ADDRESS
+  bool count_frees = false;  // whether calls that free, push and pop are numbered as well
   std::map<std::string, std::pair<int, int>> fail;  // name: which call of it, from 1, 0 for all; which error
-  int broken = 0;                  // the error that everything gives from now on that runs kernels
-  bool graphs_hang = false;        // what a graph launches never ends
+  int broken = 0;                                   // the error that everything gives from now on that runs kernels
+  bool graphs_hang = false;                         // what a graph launches never ends
   std::function<void(const std::string &kernel)> on_kernel = [](const std::string &) {};
 
   // seen

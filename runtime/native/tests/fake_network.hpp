@@ -1,5 +1,5 @@
-// The network of fake_trt_module.cpp, and of the chains that the tests hold against it: no diffusion model, but every input
-// makes a difference.
+// The network of fake_trt_module.cpp, and of the chains that the tests hold against it: no diffusion model, but every
+// input makes a difference.
 #pragma once
 
 #include <cstdint>

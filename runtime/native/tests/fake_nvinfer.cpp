@@ -6,7 +6,7 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT int fake_answer, fake_major;
-int fake_answer = 0;                   // what createInferRuntime gives
+int fake_answer = 0;  // what createInferRuntime gives
 int fake_major = NV_TENSORRT_MAJOR;
 
 EXPORT void *createInferRuntime_INTERNAL(void *logger, int32_t) noexcept {

@@ -14,22 +14,23 @@ struct FakeTrt {
   // orders
   std::string flavour = "TensorRT", version = "10.3.0.26";
   uint32_t abi = DDPMX_TRT_ABI;
-  std::string name;                                          // of the engine
-  std::vector<ddpmx_trt_tensor> tensors;                     // its inputs and outputs
+  std::string name;                       // of the engine
+  std::vector<ddpmx_trt_tensor> tensors;  // its inputs and outputs
   std::vector<std::pair<int64_t, int64_t>> profiles{{1, 8}};
   FakeNetwork network;
   std::set<std::string> refuse;  // names of functions that say no
   int refuse_at = 0;             // which enqueue, from 1, does
   bool on_the_host = false;      // the network is computed while it is enqueued, and not in the stream
 
-  bool skips_captures = false;   // nothing is put into a stream that captures
+  bool skips_captures = false;  // nothing is put into a stream that captures
 
   // seen
   int engines = 0, contexts = 0, enqueued = 0, runs = 0;
   std::string library;             // what was to be opened
   std::string plan, cache, saved;  // the plan's bytes; what was given of the cache, and what it is to be
   bool trusted = false;
-  std::vector<int64_t> batches;    // of the contexts that were bound
+  std::vector<int64_t> batches;  // of the contexts that were bound
+  std::vector<int32_t> chosen;   // and their profiles
 
   void (*reset)() = nullptr;
 };

@@ -1,5 +1,5 @@
-// A libddpmx_trt.so without TensorRT: its network is that of fake_network.hpp, put into the streams of fake_cuda.cpp, which
-// DDPMX_CUDA_LIBRARY names. For control flow.
+// A libddpmx_trt.so without TensorRT: its network is that of fake_network.hpp, put into the streams of fake_cuda.cpp,
+// which DDPMX_CUDA_LIBRARY names. For control flow.
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -56,7 +56,9 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
 int32_t open_engine(ddpmx_trt_library *, const void *plan, size_t plan_size, int32_t trust, const void *cache,
                     size_t cache_size, int32_t keep_cache, ddpmx_trt_engine **engine, char *error, size_t size) {
   told->plan.assign(static_cast<const char *>(plan), plan_size);
-  told->cache = cache_size ? std::string(static_cast<const char *>(cache), cache_size) : keep_cache ? "none yet" : "none wanted";
+  told->cache = cache_size   ? std::string(static_cast<const char *>(cache), cache_size)
+                : keep_cache ? "none yet"
+                             : "none wanted";
   told->trusted = trust != 0;
   if (answer("open_engine", error, size)) return 1;
   ++told->engines;
@@ -133,6 +135,7 @@ int32_t bind(ddpmx_trt_context *context, const char *tensor, const int64_t *dims
 int32_t check(ddpmx_trt_context *context, char *error, size_t size) {
   const int64_t batch = context->shapes["x"][0];
   told->batches.push_back(batch);
+  told->chosen.push_back(context->profile);
   const auto [low, high] = told->profiles.at(static_cast<size_t>(context->profile));
   if (batch < low || batch > high) cuda().faults.push_back("a batch beyond the profile");
   for (const ddpmx_trt_tensor &tensor : told->tensors) {
@@ -157,14 +160,16 @@ int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t si
   };
   FakeArrays arrays;
   arrays.batch = context->shapes["x"][0];
-  arrays.x = static_cast<float *>(at("x")), arrays.t = static_cast<int32_t *>(at("t")), arrays.y = static_cast<int32_t *>(at("y"));
+  arrays.x = static_cast<float *>(at("x")), arrays.t = static_cast<int32_t *>(at("t")),
+  arrays.y = static_cast<int32_t *>(at("y"));
   arrays.x0_prev = static_cast<float *>(at("x0_prev")), arrays.cond = static_cast<float *>(at("cond"));
   for (const ddpmx_trt_tensor &tensor : told->tensors) {
     const bool is_var = std::string(tensor.name) == "var";
     if (!tensor.is_input) (is_var ? arrays.var : arrays.out) = static_cast<float *>(at(tensor.name));
   }
   if (told->skips_captures && cuda().capturing(stream)) return 0;
-  if (told->on_the_host) {  // what was in the stream before has not been done: its answer is of the arrays as they are now
+  if (told->on_the_host) {  // what was in the stream before has not been done: its answer is of the arrays as they are
+                            // now
     const int64_t count = arrays.batch * told->network.channels * told->network.pixels;
     const auto out = std::make_shared<std::vector<float>>(static_cast<size_t>(count));
     FakeArrays now = arrays;
@@ -196,8 +201,24 @@ EXPORT FakeTrt *fake_trt() {
 }
 
 EXPORT const ddpmx_trt_module *ddpmx_trt_get(uint32_t) {
-  functions = {told->abi, sizeof functions, told->flavour.c_str(), told->version.c_str(), "libfake.so.1", open_library,
-               open_engine, close_engine, name, tensors, tensor, profiles, batches, save_cache, open_context, close_context,
-               bind, check, enqueue};
+  functions = {told->abi,
+               sizeof functions,
+               told->flavour.c_str(),
+               told->version.c_str(),
+               "libfake.so.1",
+               open_library,
+               open_engine,
+               close_engine,
+               name,
+               tensors,
+               tensor,
+               profiles,
+               batches,
+               save_cache,
+               open_context,
+               close_context,
+               bind,
+               check,
+               enqueue};
   return &functions;
 }

@@ -1,5 +1,5 @@
-// Chains of a plan that do not come to a good end, without a GPU: each says what happened, nothing leaks, and where the device
-// lives the next chain is right.
+// Chains of a plan that do not come to a good end, without a GPU: each says what happened, nothing leaks, and where the
+// device lives the next chain is right.
 #include <cmath>
 #include <stdexcept>
 
@@ -24,7 +24,9 @@ void not_finite() {
           const int32_t t = trt().network.nan_at = rig.table.timesteps[step];
           const std::string where = "the network's answer at t = " + std::to_string(t) + " is not finite";
           CHECK(fails(DDPMX_NUMERIC, where, [&] { drawn(*runner, rig, asked, watched); }));
-          CHECK(fails(DDPMX_NUMERIC, "step " + std::to_string(step + 1) + " of 7; TensorRT 10.3.0.26 on Fake GPU, SM 8.9; executor " + executor,
+          CHECK(fails(DDPMX_NUMERIC,
+                      "step " + std::to_string(step + 1) + " of 7; TensorRT 10.3.0.26 on Fake GPU, SM 8.9; executor " +
+                          executor,
                       [&] { drawn(*runner, rig, asked, watched); }));
           asked.x.assign(3 * static_cast<size_t>(rig.N()), 0.5f);
           CHECK(fails(DDPMX_NUMERIC, step ? "if the file is fp16" : "look at the x that was given",
@@ -111,11 +113,11 @@ void refusals() {
       CHECK(clean());
     }
   }
-  for (const auto &[function, text] : std::map<std::string, std::string>{
-           {"open_context", "does not take an execution context for profile 0"},
-           {"bind", "does not take 4 images as x"},
-           {"check", "does not take a batch of 4"},
-           {"enqueue", "refuses to run the network"}}) {
+  for (const auto &[function, text] :
+       std::map<std::string, std::string>{{"open_context", "does not take an execution context for profile 0"},
+                                          {"bind", "does not take 4 images as x"},
+                                          {"check", "does not take a batch of 4"},
+                                          {"enqueue", "refuses to run the network"}}) {
     Rig rig;
     {
       const auto runner = rig.open();
@@ -129,15 +131,16 @@ void refusals() {
   }
 }
 
-// A network that does its work on the host while it is enqueued, or nothing where it is captured: its capture repeats an old
-// answer, and is not used.
+// A network that does its work on the host while it is enqueued, or nothing where it is captured: its capture repeats
+// an old answer, and is not used.
 void stale_captures() {
   for (const bool on_the_host : {true, false}) {
     Rig rig;
     trt().on_the_host = on_the_host, trt().skips_captures = !on_the_host;
     const auto runner = rig.open("auto");
     drawn(*runner, rig, Asked());
-    CHECK(runner->description().find("executor plain; not graph: the captured step gives another answer") != std::string::npos);
+    CHECK(runner->description().find("executor plain; not graph: the captured step gives another answer") !=
+          std::string::npos);
     const auto insisting = rig.open("graph");
     CHECK(fails(DDPMX_BACKEND, "the captured step gives another answer", [&] { drawn(*insisting, rig, Asked()); }));
   }
@@ -146,13 +149,15 @@ void stale_captures() {
 
 // "auto" goes on without graphs where they do not work, and says why.
 void without_graphs() {
-  for (const char *function : {"cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch"}) {
+  for (const char *function :
+       {"cuStreamBeginCapture_v2", "cuStreamEndCapture", "cuGraphInstantiateWithFlags", "cuGraphLaunch"}) {
     Rig rig;
     cuda().fail[function] = {0, 900};
     {
       const auto runner = rig.open("auto");
       CHECK(same(drawn(*runner, rig, Asked()), expected(rig, Asked())));
-      CHECK(runner->description().find("executor plain; not graph: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED while ") != std::string::npos);
+      CHECK(runner->description().find("executor plain; not graph: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED while ") !=
+            std::string::npos);
       const auto insisting = rig.open("graph");
       CHECK(fails(DDPMX_BACKEND, function, [&] { drawn(*insisting, rig, Asked()); }));
     }
@@ -188,7 +193,8 @@ void lost_device() {
       cuda().on_kernel = [steps = 0](const std::string &name) mutable {
         if (name == "ddpmx_step" && ++steps == 4) cuda().broken = 700;
       };
-      CHECK(fails(DDPMX_BACKEND, "CUDA_ERROR_ILLEGAL_ADDRESS while running the chain", [&] { drawn(*runner, rig, Asked()); }));
+      CHECK(fails(DDPMX_BACKEND, "CUDA_ERROR_ILLEGAL_ADDRESS while running the chain",
+                  [&] { drawn(*runner, rig, Asked()); }));
       CHECK(fails(DDPMX_BACKEND, "end it and start again", [&] { drawn(*runner, rig, Asked()); }));
     }
     CHECK(cuda().retained == 0 && cuda().depth() == 0 && cuda().alive["memory"] == 0);
@@ -242,7 +248,8 @@ void every_call() {
       CHECK(wrong == 0);
       // a capture that fails is no error where plain will do
       CHECK(errors > calls * (executor == std::string("auto") ? 8 : 9) / 10);
-      std::printf("%s %s: each of %d calls failed once, %d errors\n", json.substr(0, 20).c_str(), executor, calls, errors);
+      std::printf("%s by %s: each of %d calls failed once, %d errors\n",
+                  json == kTold ? "told much" : "learned variance", executor, calls, errors);
     }
   }
 }

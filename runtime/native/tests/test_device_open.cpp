@@ -1,4 +1,5 @@
-// Opening a plan, without a GPU: what is asked of driver, module and TensorRT, and what is said where one of them does not fit.
+// Opening a plan, without a GPU: what is asked of driver, module and TensorRT, and what is said where one of them does
+// not fit.
 #include <fstream>
 #include <iterator>
 
@@ -18,7 +19,8 @@ void drivers() {
   Rig rig;
   setenv("DDPMX_CUDA_LIBRARY", "/nowhere/libcuda.so.1", 1);
   CHECK(refused(rig, DDPMX_BACKEND, "a plan runs on an NVIDIA GPU, and there is none here"));
-  CHECK(refused(rig, DDPMX_BACKEND, "tried '/nowhere/libcuda.so.1' ($DDPMX_CUDA_LIBRARY): /nowhere/libcuda.so.1: cannot open"));
+  CHECK(refused(rig, DDPMX_BACKEND,
+                "tried '/nowhere/libcuda.so.1' ($DDPMX_CUDA_LIBRARY): /nowhere/libcuda.so.1: cannot open"));
   CHECK(refused(rig, DDPMX_BACKEND, "the ONNX file runs on the CPU"));
   setenv("DDPMX_CUDA_LIBRARY", FAKE_TRT, 1);  // a library, but no driver
   CHECK(refused(rig, DDPMX_BACKEND, "it has no cuInit"));
@@ -146,7 +148,8 @@ void contracts() {
 
 // What TensorRT-RTX compiles is kept in a folder, and given to it the next time.
 void caches() {
-  const std::filesystem::path folder = std::filesystem::temp_directory_path() / ("ddpmx-cache-" + std::to_string(getpid()));
+  const std::filesystem::path folder =
+      std::filesystem::temp_directory_path() / ("ddpmx-cache-" + std::to_string(getpid()));
   {
     Rig rig(kSmall, record_here("flavour", R"("TensorRT-RTX","version":"1.7.1.116")"));
     std::ofstream(rig.path, std::ios::binary) << plan(trt().name);  // whose header is one of TensorRT-RTX

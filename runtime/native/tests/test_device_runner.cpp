@@ -105,7 +105,8 @@ void memory_is_kept() {
       CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
       learned.table.learned[1].c += 0.5f;
       CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
-      learned.table = ddpmx::make_table(learned.spec.schedule, learned.spec.prediction, ddpmx::Variance::fixed_small, Rig::sampling(7));
+      learned.table = ddpmx::make_table(learned.spec.schedule, learned.spec.prediction, ddpmx::Variance::fixed_small,
+                                        Rig::sampling(7));
       CHECK(same(drawn(*runner, learned, Asked()), expected(learned, Asked())));
     }
   }
@@ -165,7 +166,8 @@ void on_the_device() {
       mine.copy_in(x.value(), asked.x.data(), bytes(asked.x), stream.pointer());  // and nobody waits
       ddpmx::Job job = asked.job(rig.table);
       job.x = reinterpret_cast<const float *>(x.value()), job.cond = reinterpret_cast<const float *>(cond.value());
-      job.levels = reinterpret_cast<uint8_t *>(levels.value()), job.samples = reinterpret_cast<float *>(samples.value());
+      job.levels = reinterpret_cast<uint8_t *>(levels.value()),
+      job.samples = reinterpret_cast<float *>(samples.value());
       job.on_device = true, job.after = stream.pointer(), job.previews = watched;
       runner->run(job);
       Images made;
@@ -195,7 +197,8 @@ void filled_up() {
     mine.start();
     const ddpmx::cuda::Current current(mine);
     const size_t size = asked.cond.size() * sizeof(float);
-    const ddpmx::cuda::Handle cond = mine.allocate(size, "cond"), levels = mine.allocate(made[0].levels.size(), "levels");
+    const ddpmx::cuda::Handle cond = mine.allocate(size, "cond"),
+                              levels = mine.allocate(made[0].levels.size(), "levels");
     std::memcpy(cond.pointer(), asked.cond.data(), size);  // the fake's memory is the host's
     ddpmx::Job job = asked.job(rig.table);
     job.cond = reinterpret_cast<const float *>(cond.value()), job.levels = reinterpret_cast<uint8_t *>(levels.value());
@@ -248,8 +251,10 @@ void neighbours() {
   const auto part = [&](const Images &whole, size_t first, size_t n) {
     const auto N = static_cast<size_t>(rig.N());
     Images some;
-    some.levels.assign(whole.levels.begin() + static_cast<long>(first * N), whole.levels.begin() + static_cast<long>((first + n) * N));
-    some.samples.assign(whole.samples.begin() + static_cast<long>(first * N), whole.samples.begin() + static_cast<long>((first + n) * N));
+    some.levels.assign(whole.levels.begin() + static_cast<long>(first * N),
+                       whole.levels.begin() + static_cast<long>((first + n) * N));
+    some.samples.assign(whole.samples.begin() + static_cast<long>(first * N),
+                        whole.samples.begin() + static_cast<long>((first + n) * N));
     return some;
   };
   {  // by nothing: as few as there are
@@ -308,6 +313,10 @@ void neighbours() {
     const auto other = rig.open();
     drawn(*other, rig, asked);
     CHECK(trt().batches.back() == 2);  // as alone as it gets
+    trt().network.by_place = false;
+    trt().profiles = {{1, 8}, {2, 4}, {1, 4}};
+    drawn(*rig.open(), rig, Asked());
+    CHECK(trt().chosen.back() == 1);  // which was tuned for the fewest others
   }
   CHECK(clean());
 }
@@ -384,12 +393,13 @@ void through_the_border() {
   request.user = &seen;
   Images made;
   made.levels.resize(6 * static_cast<size_t>(rig.N())), made.samples.resize(made.levels.size());
-  const ddpmx_status status = ddpmx_generate(pipeline, &request, made.levels.data(), made.levels.size(), made.samples.data(),
-                                             made.samples.size() * sizeof(float));
+  const ddpmx_status status = ddpmx_generate(pipeline, &request, made.levels.data(), made.levels.size(),
+                                             made.samples.data(), made.samples.size() * sizeof(float));
   CHECK(status == DDPMX_OK);
   if (status) std::fprintf(stderr, "%s\n", ddpmx_last_error());
   CHECK(same(made, expected(rig, asked)));
-  CHECK(!seen.empty() && seen.back().done == 14 && seen.back().total == 14 && seen.back().first == 4 && seen.back().n == 2);
+  CHECK(!seen.empty() && seen.back().done == 14 && seen.back().total == 14 && seen.back().first == 4 &&
+        seen.back().n == 2);
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
   CHECK(clean());
 }

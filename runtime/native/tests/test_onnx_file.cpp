@@ -1,8 +1,8 @@
 // What is read from ONNX files: good, damaged and hostile ones. The bytes are made here, as tests/oracles/wire.py makes
 // them.
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fcntl.h>
 #include <fstream>
 #include <sys/stat.h>
@@ -152,21 +152,21 @@ void nesting() {
 // Time that grows with the size of a file and not faster, whatever is in it.
 void time_to_read() {
   const auto seconds = [](const std::string &bytes) {
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();
     try {
       read(bytes);
     } catch (const ddpmx::Failure &) {
     }
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;  // of the CPU, which may be shared
   };
   std::string wide, deep = "\x0a";
   for (int i = 0; i < 200'000; ++i) wide += field(1, node(5, external_tensor("same")));
   CHECK(read(model(wide)).external.size() == 1);
-  CHECK(seconds(model(wide)) < 5);
-  CHECK(seconds(model(std::string(10'000'000, '\x0a'))) < 5);
+  CHECK(seconds(model(wide)) < 10);
+  CHECK(seconds(model(std::string(10'000'000, '\x0a'))) < 10);
   std::string chain;
   for (int i = 0; i < 3000; ++i) chain = field(1, node(6, chain));
-  CHECK(seconds(model(chain)) < 5);
+  CHECK(seconds(model(chain)) < 10);
 }
 
 // --- weights in other files ------------------------------------------------------------------------------------------

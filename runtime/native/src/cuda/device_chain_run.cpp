@@ -40,7 +40,8 @@ void DeviceChain::stopping(Work work) {
 // --- getting ready ---
 
 void DeviceChain::prepare(const Enqueue &enqueue, const std::string &executor, double seconds) {
-  if (lost_) throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
+  if (lost_)
+    throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
   executable_.reset();
   graph_.reset();
   enqueue_ = nullptr;
@@ -48,8 +49,8 @@ void DeviceChain::prepare(const Enqueue &enqueue, const std::string &executor, d
   Step steps[3];  // out here, since copies into them may be under way until the end is waited for
   try {
     stopping([&](Current &) {
-      // A chain that is stopped before it begins: x is noise and t a timestep, which is an index into the network's tables,
-      // and both kernels have run
+      // A chain that is stopped before it begins: x is noise and t a timestep, which is an index into the network's
+      // tables, and both kernels have run
       begin(0, 1, false);
       launch_step();
       enqueue(stream());
@@ -103,9 +104,10 @@ void DeviceChain::one_step(const std::function<void()> &launch, double seconds, 
   const auto until = Clock::now() + std::chrono::duration<double>(seconds);
   while (!driver_.has_come(events_[0], "running a step")) {
     if (Clock::now() > until) {
-      throw Timeout(DDPMX_BACKEND, "the network does not come to its end",
-                    joined(description_, "; ", "it was waited for " + std::to_string(static_cast<int64_t>(seconds)) + " s"),
-                    "end the process and start again");
+      throw Timeout(
+          DDPMX_BACKEND, "the network does not come to its end",
+          joined(description_, "; ", "it was waited for " + std::to_string(static_cast<int64_t>(seconds)) + " s"),
+          "end the process and start again");
     }
     std::this_thread::sleep_for(kLookEvery);
   }
@@ -140,7 +142,8 @@ std::string choose_executor(DeviceChain &chain, const Enqueue &enqueue, const st
 // --- running ---
 
 void DeviceChain::ready(const Run &run) {
-  if (lost_) throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
+  if (lost_)
+    throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
   if (executor_.empty()) throw Failure(DDPMX_INTERNAL, "the chain has no network");
   if (run.n < 1 || run.n > batch_) {
     throw Failure(DDPMX_INTERNAL, std::to_string(run.n) + " images in a chain of " + std::to_string(batch_));
@@ -233,20 +236,21 @@ void DeviceChain::judge(bool cancelled, bool given) const {
   const ddpmx_i32 done = control().done, step = control().step, bad = control().bad_step;
   const std::string where = joined(description_, "; ", "executor " + executor_), of = " of " + std::to_string(total);
   if (done == DDPMX_NOT_FINITE && bad >= 0 && bad < total) {
-    throw Failure(DDPMX_NUMERIC,
-                  "the network's answer at t = " + std::to_string(table_.timesteps[static_cast<size_t>(bad)]) +
-                      " is not finite",
-                  "step " + std::to_string(bad + 1) + of + "; " + where,
-                  given && bad == 0 ? "look at the x that was given: it may hold NaN or infinities"
-                                    : "if the file is fp16, try fp32: an activation may exceed 65504");
+    throw Failure(
+        DDPMX_NUMERIC,
+        "the network's answer at t = " + std::to_string(table_.timesteps[static_cast<size_t>(bad)]) + " is not finite",
+        "step " + std::to_string(bad + 1) + of + "; " + where,
+        given && bad == 0 ? "look at the x that was given: it may hold NaN or infinities"
+                          : "if the file is fp16, try fp32: an activation may exceed 65504");
   }
   if (cancelled || done == DDPMX_STOPPED) {
-    throw Failure(DDPMX_CANCELLED, "stopped before the chain was through", "after " + std::to_string(step) + of + " steps");
+    throw Failure(DDPMX_CANCELLED, "stopped before the chain was through",
+                  "after " + std::to_string(step) + of + " steps");
   }
   if (done == DDPMX_REFUSED) throw Failure(DDPMX_BACKEND, "the kernels refuse this chain", where);
   if (done != DDPMX_FINISHED || step != total) {
-    throw Failure(DDPMX_BACKEND, "the chain ended after " + std::to_string(step) + of + " steps, and does not say why", where,
-                  "executor \"plain\"; and report this");
+    throw Failure(DDPMX_BACKEND, "the chain ended after " + std::to_string(step) + of + " steps, and does not say why",
+                  where, "executor \"plain\"; and report this");
   }
 }
 

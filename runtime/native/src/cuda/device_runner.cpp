@@ -89,8 +89,8 @@ std::string DeviceRunner::description() const {
 void DeviceRunner::run(const Job &job) {
   // Only this thread can have written its own number there
   if (at_work_.load() == std::this_thread::get_id()) {
-    throw Failure(DDPMX_INPUT, "the pipeline is at work already", "a callback asks for a chain of the pipeline that calls it",
-                  "another pipeline of the same file");
+    throw Failure(DDPMX_INPUT, "the pipeline is at work already",
+                  "a callback asks for a chain of the pipeline that calls it", "another pipeline of the same file");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   struct AtWork {
@@ -107,13 +107,16 @@ void DeviceRunner::run(const Job &job) {
 }
 
 void DeviceRunner::run_alone_or_together(const Job &job) {
-  if (lost_) throw Failure(DDPMX_BACKEND, "a chain was given up, and may still run", "", "end the process and start again");
+  if (lost_)
+    throw Failure(DDPMX_BACKEND, "a chain was given up, and may still run", "", "end the process and start again");
   const auto n = static_cast<int64_t>(job.images.size()), total = static_cast<int64_t>(job.table.rows.size());
-  if (n < 1 || static_cast<uint64_t>(n) > job.batch) throw Failure(DDPMX_INTERNAL, "a chain of no images, or of too many");
+  if (n < 1 || static_cast<uint64_t>(n) > job.batch)
+    throw Failure(DDPMX_INTERNAL, "a chain of no images, or of too many");
   const bool alone = is_alone(job), with_x0 = job.previews || job.samples || spec_.self_condition;
   if (alone && job.previews && n > 1) {
-    throw Failure(DDPMX_INPUT, description() + " gives an image other bits beside others, so only one can be watched at a time",
-                  "", "batch = 1");
+    throw Failure(DDPMX_INPUT,
+                  description() + " gives an image other bits beside others, so only one can be watched at a time", "",
+                  "batch = 1");
   }
   DeviceChain &chain = prepared(job.table, batch_of(job, with_x0), with_x0);
   const auto part_of = [](auto *array, int64_t numbers) { return array ? array + numbers : nullptr; };
@@ -158,7 +161,8 @@ uint64_t DeviceRunner::measured(uint64_t n, uint64_t batch) {
   const auto key = std::make_pair(n, batch);
   if (const auto found = executed_.find(key); found != executed_.end()) return found->second;
   const auto ranges = batches();
-  const bool taken = std::any_of(ranges.begin(), ranges.end(), [n](auto range) { return range.first <= n && n <= range.second; });
+  const bool taken =
+      std::any_of(ranges.begin(), ranges.end(), [n](auto range) { return range.first <= n && n <= range.second; });
   release();  // on a small device there is no room for both
   Trial trial(*driver_, *engine_, spec_);
   const auto answer = [&trial](Example &example) { trial.answer(example); };

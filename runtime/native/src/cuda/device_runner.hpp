@@ -19,8 +19,8 @@
 namespace ddpmx {
 
 // A plan, ready to run. options: checked and complete; a null text means its usual value.
-// Failure: (DDPMX_BACKEND) no GPU, no module, no TensorRT, or it refuses; (DDPMX_PLAN_MISMATCH) built for something else;
-// (DDPMX_FILE_FORMAT) it does not keep the contract; (DDPMX_INPUT) no such device.
+// Failure: (DDPMX_BACKEND) no GPU, no module, no TensorRT, or it refuses; (DDPMX_PLAN_MISMATCH) built for something
+// else; (DDPMX_FILE_FORMAT) it does not keep the contract; (DDPMX_INPUT) no such device.
 std::unique_ptr<Runner> open_plan(const std::string &path, const MappedFile &file, const PlanInfo &info,
                                   const ddpmx_open_options &options);
 

@@ -37,9 +37,7 @@ std::string hint_for(const std::string &error) {
   return "";
 }
 
-std::vector<Library::Place> driver_places() {
-  return places(nullptr, "", "DDPMX_CUDA_LIBRARY", {"libcuda.so.1"});
-}
+std::vector<Library::Place> driver_places() { return places(nullptr, "", "DDPMX_CUDA_LIBRARY", {"libcuda.so.1"}); }
 
 }  // namespace
 
@@ -66,10 +64,10 @@ Driver::~Driver() {
 }
 
 void Driver::load() {
-#define DDPMX_CUDA_LOAD(function, parameters)                                                                    \
-  if (!(cuda_.function = reinterpret_cast<decltype(cuda_.function)>(library_.find(#function)))) {               \
+#define DDPMX_CUDA_LOAD(function, parameters)                                                                         \
+  if (!(cuda_.function = reinterpret_cast<decltype(cuda_.function)>(library_.find(#function)))) {                     \
     throw Failure(DDPMX_BACKEND, "what is called " + quoted(library_.name()) + " is no NVIDIA driver, or an old one", \
-                  std::string("it has no ") + #function, "update the driver");                                  \
+                  std::string("it has no ") + #function, "update the driver");                                        \
   }
   DDPMX_CUDA_FUNCTIONS(DDPMX_CUDA_LOAD)
 #undef DDPMX_CUDA_LOAD
@@ -193,7 +191,8 @@ void Driver::follow(Stream stream, Stream other) const {
 
 Handle Driver::event() const {
   void *made = nullptr;
-  check(cuda_.cuEventCreate(&made, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING), "cuEventCreate", "making an event");
+  check(cuda_.cuEventCreate(&made, CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING), "cuEventCreate",
+        "making an event");
   return Handle(*this, Kind::event, reinterpret_cast<uint64_t>(made));
 }
 
@@ -232,7 +231,8 @@ void *Driver::function(const Handle &module, const char *name) const {
   check(cuda_.cuModuleGetFunction(&function, module.pointer(), name), "cuModuleGetFunction", doing.c_str());
   // What is loaded lazily may be loaded at its first launch, and that may be in a capture, which takes no loading
   int registers = 0;
-  check(cuda_.cuFuncGetAttribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function), "cuFuncGetAttribute", doing.c_str());
+  check(cuda_.cuFuncGetAttribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function), "cuFuncGetAttribute",
+        doing.c_str());
   return function;
 }
 

@@ -1,7 +1,8 @@
-// The CUDA driver API, opened by dlopen: as much of it as a chain needs, with no toolkit. See runtime/ddpmx/cuda/driver.py.
+// The CUDA driver API, opened by dlopen: as much of it as a chain needs, with no toolkit. See
+// runtime/ddpmx/cuda/driver.py.
 //
-// Everything that allocates, launches or waits wants the context to be current in the thread that calls it: work while a
-// Current lives. Callbacks run Current::aside, where the context is whatever the caller had.
+// Everything that allocates, launches or waits wants the context to be current in the thread that calls it: work while
+// a Current lives. Callbacks run Current::aside, where the context is whatever the caller had.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +22,8 @@ class Driver;
 
 enum class Kind { memory, pinned, stream, event, module, graph, executable };
 
-// Something of the driver's, freed with its owner. Freeing reports no errors: those that it could are of work that was waited
-// for, and reported, before.
+// Something of the driver's, freed with its owner. Freeing reports no errors: those that it could are of work that was
+// waited for, and reported, before.
 class Handle {
  public:
   Handle() = default;
@@ -45,54 +46,55 @@ class Handle {
 };
 
 // Every function that is used, by the name that the driver exports, whose meaning never changes, and what it takes.
-#define DDPMX_CUDA_FUNCTIONS(X)                                                                                      \
-  X(cuInit, (unsigned))                                                                                              \
-  X(cuDriverGetVersion, (int *))                                                                                     \
-  X(cuGetErrorName, (int, const char **))                                                                            \
-  X(cuGetErrorString, (int, const char **))                                                                          \
-  X(cuDeviceGetCount, (int *))                                                                                       \
-  X(cuDeviceGet, (int *, int))                                                                                       \
-  X(cuDeviceGetName, (char *, int, int))                                                                             \
-  X(cuDeviceGetAttribute, (int *, int, int))                                                                         \
-  X(cuDevicePrimaryCtxRetain, (void **, int))                                                                        \
-  X(cuDevicePrimaryCtxRelease_v2, (int))                                                                             \
-  X(cuCtxPushCurrent_v2, (void *))                                                                                   \
-  X(cuCtxPopCurrent_v2, (void **))                                                                                   \
-  X(cuMemAlloc_v2, (uint64_t *, size_t))                                                                             \
-  X(cuMemFree_v2, (uint64_t))                                                                                        \
-  X(cuMemHostAlloc, (void **, size_t, unsigned))                                                                     \
-  X(cuMemFreeHost, (void *))                                                                                         \
-  X(cuMemHostGetDevicePointer_v2, (uint64_t *, void *, unsigned))                                                    \
-  X(cuMemcpyHtoDAsync_v2, (uint64_t, const void *, size_t, void *))                                                  \
-  X(cuMemcpyDtoHAsync_v2, (void *, uint64_t, size_t, void *))                                                        \
-  X(cuMemcpyDtoDAsync_v2, (uint64_t, uint64_t, size_t, void *))                                                      \
-  X(cuMemsetD32Async, (uint64_t, unsigned, size_t, void *))                                                          \
-  X(cuStreamCreate, (void **, unsigned))                                                                             \
-  X(cuStreamDestroy_v2, (void *))                                                                                    \
-  X(cuStreamSynchronize, (void *))                                                                                   \
-  X(cuStreamWaitEvent, (void *, void *, unsigned))                                                                   \
-  X(cuStreamBeginCapture_v2, (void *, int))                                                                          \
-  X(cuStreamEndCapture, (void *, void **))                                                                           \
-  X(cuEventCreate, (void **, unsigned))                                                                              \
-  X(cuEventDestroy_v2, (void *))                                                                                     \
-  X(cuEventRecord, (void *, void *))                                                                                 \
-  X(cuEventQuery, (void *))                                                                                          \
-  X(cuEventSynchronize, (void *))                                                                                    \
-  X(cuModuleLoadDataEx, (void **, const void *, unsigned, int *, void **))                                           \
-  X(cuModuleUnload, (void *))                                                                                        \
-  X(cuModuleGetFunction, (void **, void *, const char *))                                                            \
-  X(cuFuncGetAttribute, (int *, int, void *))                                                                        \
-  X(cuLaunchKernel, (void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **)) \
-  X(cuGraphDestroy, (void *))                                                                                        \
-  X(cuGraphInstantiateWithFlags, (void **, void *, unsigned long long))                                              \
-  X(cuGraphExecDestroy, (void *))                                                                                    \
+#define DDPMX_CUDA_FUNCTIONS(X)                                                                               \
+  X(cuInit, (unsigned))                                                                                       \
+  X(cuDriverGetVersion, (int *))                                                                              \
+  X(cuGetErrorName, (int, const char **))                                                                     \
+  X(cuGetErrorString, (int, const char **))                                                                   \
+  X(cuDeviceGetCount, (int *))                                                                                \
+  X(cuDeviceGet, (int *, int))                                                                                \
+  X(cuDeviceGetName, (char *, int, int))                                                                      \
+  X(cuDeviceGetAttribute, (int *, int, int))                                                                  \
+  X(cuDevicePrimaryCtxRetain, (void **, int))                                                                 \
+  X(cuDevicePrimaryCtxRelease_v2, (int))                                                                      \
+  X(cuCtxPushCurrent_v2, (void *))                                                                            \
+  X(cuCtxPopCurrent_v2, (void **))                                                                            \
+  X(cuMemAlloc_v2, (uint64_t *, size_t))                                                                      \
+  X(cuMemFree_v2, (uint64_t))                                                                                 \
+  X(cuMemHostAlloc, (void **, size_t, unsigned))                                                              \
+  X(cuMemFreeHost, (void *))                                                                                  \
+  X(cuMemHostGetDevicePointer_v2, (uint64_t *, void *, unsigned))                                             \
+  X(cuMemcpyHtoDAsync_v2, (uint64_t, const void *, size_t, void *))                                           \
+  X(cuMemcpyDtoHAsync_v2, (void *, uint64_t, size_t, void *))                                                 \
+  X(cuMemcpyDtoDAsync_v2, (uint64_t, uint64_t, size_t, void *))                                               \
+  X(cuMemsetD32Async, (uint64_t, unsigned, size_t, void *))                                                   \
+  X(cuStreamCreate, (void **, unsigned))                                                                      \
+  X(cuStreamDestroy_v2, (void *))                                                                             \
+  X(cuStreamSynchronize, (void *))                                                                            \
+  X(cuStreamWaitEvent, (void *, void *, unsigned))                                                            \
+  X(cuStreamBeginCapture_v2, (void *, int))                                                                   \
+  X(cuStreamEndCapture, (void *, void **))                                                                    \
+  X(cuEventCreate, (void **, unsigned))                                                                       \
+  X(cuEventDestroy_v2, (void *))                                                                              \
+  X(cuEventRecord, (void *, void *))                                                                          \
+  X(cuEventQuery, (void *))                                                                                   \
+  X(cuEventSynchronize, (void *))                                                                             \
+  X(cuModuleLoadDataEx, (void **, const void *, unsigned, int *, void **))                                    \
+  X(cuModuleUnload, (void *))                                                                                 \
+  X(cuModuleGetFunction, (void **, void *, const char *))                                                     \
+  X(cuFuncGetAttribute, (int *, int, void *))                                                                 \
+  X(cuLaunchKernel,                                                                                           \
+    (void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **, void **)) \
+  X(cuGraphDestroy, (void *))                                                                                 \
+  X(cuGraphInstantiateWithFlags, (void **, void *, unsigned long long))                                       \
+  X(cuGraphExecDestroy, (void *))                                                                             \
   X(cuGraphLaunch, (void *, void *))
 
 // One GPU. Any number of threads may use it, each inside a Current of its own; handles are for one thread at a time.
 class Driver {
  public:
-  // Find the driver and the GPU. Failure(DDPMX_BACKEND): there is none, or it does not start; its fact, note and so on say why.
-  // Failure(DDPMX_INPUT): not this one.
+  // Find the driver and the GPU. Failure(DDPMX_BACKEND): there is none, or it does not start; its fact, note and so on
+  // say why. Failure(DDPMX_INPUT): not this one.
   explicit Driver(int ordinal);
   ~Driver();
   Driver(const Driver &) = delete;
@@ -153,7 +155,7 @@ class Driver {
  private:
   friend class Current;
   friend class Handle;
-#define DDPMX_CUDA_FIELD(name, parameters) int (*name) parameters = nullptr;
+#define DDPMX_CUDA_FIELD(name, parameters) int(*name) parameters = nullptr;
   struct Functions {
     DDPMX_CUDA_FUNCTIONS(DDPMX_CUDA_FIELD)
   };

@@ -2,7 +2,8 @@
 
 namespace ddpmx::cuda {
 
-Trial::Trial(const Driver &driver, TrtEngine &engine, const Spec &spec) : driver_(driver), engine_(engine), spec_(spec) {
+Trial::Trial(const Driver &driver, TrtEngine &engine, const Spec &spec)
+    : driver_(driver), engine_(engine), spec_(spec) {
   const Current current(driver_);
   stream_ = driver_.stream();
 }

@@ -1,14 +1,13 @@
 #include "trt_cache.hpp"
 
-#include <sys/stat.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
+#include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <fstream>
-#include <iterator>
+#include <string_view>
 #include <system_error>
 
 namespace ddpmx::cuda {
@@ -48,8 +47,14 @@ std::string cache_file(const std::string &folder, const std::string &flavour, co
 
 std::string file_content(const std::string &path) noexcept {
   try {
-    std::ifstream file(path, std::ios::binary);
-    return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+    std::string content;
+    FILE *const file = std::fopen(path.c_str(), "rb");
+    if (!file) return content;
+    char part[1 << 14];
+    while (const size_t count = std::fread(part, 1, sizeof part, file)) content.append(part, count);
+    if (std::ferror(file)) content.clear();
+    std::fclose(file);
+    return content;
   } catch (const std::exception &) {
     return "";
   }
@@ -57,9 +62,10 @@ std::string file_content(const std::string &path) noexcept {
 
 void replace_content(const std::string &path, const void *data, size_t size) noexcept {
   try {
-    if (file_content(path) == std::string(static_cast<const char *>(data), size)) return;
-    std::string part = path + ".XXXXXX";
-    const int file = mkstemp(part.data());
+    if (file_content(path) == std::string_view(static_cast<const char *>(data), size)) return;
+    // mkstemp would make a file that nobody else may read
+    const std::string part = path + "." + std::to_string(getpid()) + ".part";
+    const int file = open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (file < 0) return;
     const bool written = write_all(file, static_cast<const char *>(data), size);
     if (close(file) != 0 || !written || rename(part.c_str(), path.c_str()) != 0) unlink(part.c_str());

@@ -43,13 +43,16 @@ class Words {
 };
 
 std::string install_hint(const std::string &flavour) {
-  if (flavour == "TensorRT-RTX") return "pip install tensorrt-rtx-cu13, and name its libtensorrt_rtx.so.1 by trt_library";
+  if (flavour == "TensorRT-RTX")
+    return "pip install tensorrt-rtx-cu13, and name its libtensorrt_rtx.so.1 by trt_library";
   return "install TensorRT's runtime library, or name it by trt_library; on a Jetson it is part of JetPack";
 }
 
 std::string shown(const ddpmx_trt_tensor &tensor) {
   std::string text = quoted(tensor.name ? tensor.name : "?", 80) + ": " + (tensor.is_input ? "input" : "output");
-  text += tensor.type == DDPMX_TRT_FLOAT ? " float32 [" : tensor.type == DDPMX_TRT_INT32 ? " int32 [" : " of another type [";
+  text += tensor.type == DDPMX_TRT_FLOAT   ? " float32 ["
+          : tensor.type == DDPMX_TRT_INT32 ? " int32 ["
+                                           : " of another type [";
   for (int32_t i = 0; i < tensor.rank && i < DDPMX_TRT_MAX_RANK; ++i) {
     text += (i ? ", " : "") + std::to_string(tensor.dims[i]);
   }
@@ -64,7 +67,8 @@ struct Wanted {
 std::map<std::string, Wanted> wanted_of(const Spec &spec) {
   std::map<std::string, Wanted> wanted;
   for (const Input &input : spec.inputs()) wanted[input.name] = {true, input.is_int, input.dims};
-  for (const std::string &name : spec.outputs()) wanted[name] = {false, false, {spec.channels, spec.height, spec.width}};
+  for (const std::string &name : spec.outputs())
+    wanted[name] = {false, false, {spec.channels, spec.height, spec.width}};
   return wanted;
 }
 
@@ -90,10 +94,11 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
                   "build both from the same sources");
   }
   if (functions_->flavour != info.flavour) {
-    throw Failure(DDPMX_BACKEND, "the plan needs " + info.flavour + ", and " + quoted(module_.name()) + " is for " +
-                                     functions_->flavour,
-                  std::string("it was compiled with the headers of ") + functions_->flavour + " " + functions_->compiled,
-                  "name a module for " + info.flavour + " by trt_module, or, for what is here: " + info.engine.rebuild);
+    throw Failure(
+        DDPMX_BACKEND,
+        "the plan needs " + info.flavour + ", and " + quoted(module_.name()) + " is for " + functions_->flavour,
+        std::string("it was compiled with the headers of ") + functions_->flavour + " " + functions_->compiled,
+        "name a module for " + info.flavour + " by trt_module, or, for what is here: " + info.engine.rebuild);
   }
   std::string from = "option trt_library";
   if (!library || !*library) {
@@ -105,8 +110,8 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
   Words words;
   if (functions_->open_library(library, &opened_, version, words.at(), words.size())) {
     throw Failure(DDPMX_BACKEND, "the plan needs " + info.flavour + ", which does not load here",
-                  "tried " + quoted(library ? library : functions_->library) + (from.empty() ? "" : " (" + from + ")") + ": " +
-                      words.note(),
+                  "tried " + quoted(library ? library : functions_->library) + (from.empty() ? "" : " (" + from + ")") +
+                      ": " + words.note(),
                   install_hint(info.flavour));
   }
   version_ = version;
@@ -130,8 +135,8 @@ TrtEngine::TrtEngine(const Driver &driver, TrtModule module, const std::string &
   }
   Words words;
   if (module_.functions().open_engine(module_.library(), plan.data(), plan.size(), trust_host_code,
-                                      compiled.empty() ? nullptr : compiled.data(), compiled.size(), !cache_file_.empty(),
-                                      &engine_, words.at(), words.size())) {
+                                      compiled.empty() ? nullptr : compiled.data(), compiled.size(),
+                                      !cache_file_.empty(), &engine_, words.at(), words.size())) {
     throw Failure(DDPMX_BACKEND, module_.description() + " cannot make the engine of " + path_, words.note(),
                   "`ddpmx doctor` shows the driver and the libraries that are here");
   }
@@ -158,7 +163,8 @@ void TrtEngine::check_name(const std::string &plan_name) const {
   const char *const said = module_.functions().name(engine_);
   const std::string name = said ? said : "";
   if (name == plan_name) return;
-  throw Failure(DDPMX_FILE_FORMAT, path_ + ": " + module_.description() + " reads another name from this plan than stands in it",
+  throw Failure(DDPMX_FILE_FORMAT,
+                path_ + ": " + module_.description() + " reads another name from this plan than stands in it",
                 quoted(name), record_.rebuild);
 }
 
@@ -180,7 +186,8 @@ void TrtEngine::check_io() {
     int64_t low = 1, high = INT64_MAX;
     for (const Input &input : spec_.inputs()) {
       int64_t least = 0, most = 0;
-      if (trt.batches(engine_, profile, input.name.c_str(), &least, &most)) fault("no range of batches for " + input.name);
+      if (trt.batches(engine_, profile, input.name.c_str(), &least, &most))
+        fault("no range of batches for " + input.name);
       low = std::max(low, least), high = std::min(high, most);
     }
     if (faults.empty() && high < low) fault("no batch that all inputs take");
@@ -188,8 +195,8 @@ void TrtEngine::check_io() {
   }
   if (faults.empty() && batches_.empty()) fault("no profile of batches");
   if (!faults.empty()) {
-    throw Failure(DDPMX_FILE_FORMAT, path_ + ": the plan has other inputs and outputs than the contract asks for", faults,
-                  "build it from what `ddpmx export` writes");
+    throw Failure(DDPMX_FILE_FORMAT, path_ + ": the plan has other inputs and outputs than the contract asks for",
+                  faults, "build it from what `ddpmx export` writes");
   }
 }
 
@@ -264,7 +271,8 @@ void TrtContext::prepare(int64_t batch, Addresses at, Stream stream) {
            std::to_string(batch) + " images as " + input.name);
   }
   for (const std::string &name : spec.outputs()) {
-    demand(trt.bind(context_, name.c_str(), nullptr, 0, at.of(name), words.at(), words.size()), "the address for " + name);
+    demand(trt.bind(context_, name.c_str(), nullptr, 0, at.of(name), words.at(), words.size()),
+           "the address for " + name);
   }
   demand(trt.check(context_, words.at(), words.size()), "a batch of " + std::to_string(batch));
 }

@@ -19,8 +19,8 @@ namespace ddpmx::cuda {
 // libddpmx_trt.so, and the TensorRT that it found.
 class TrtModule {
  public:
-  // module, library: paths from the options, or nullptr. Failure(DDPMX_BACKEND): one of them is missing or does not fit; the
-  // note lists what was tried, and why it failed.
+  // module, library: paths from the options, or nullptr. Failure(DDPMX_BACKEND): one of them is missing or does not
+  // fit; the note lists what was tried, and why it failed.
   TrtModule(const PlanInfo &info, const char *module, const char *library);
 
   const ddpmx_trt_module &functions() const { return *functions_; }
@@ -42,8 +42,8 @@ class TrtEngine {
  public:
   // cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, or nullptr.
   // Failure: (DDPMX_FILE_FORMAT) the plan does not keep the contract; (DDPMX_BACKEND) TensorRT refuses it.
-  TrtEngine(const Driver &driver, TrtModule module, const std::string &path, std::string_view plan, const PlanInfo &info,
-            bool trust_host_code, const char *cache);
+  TrtEngine(const Driver &driver, TrtModule module, const std::string &path, std::string_view plan,
+            const PlanInfo &info, bool trust_host_code, const char *cache);
   ~TrtEngine();  // keeps what was compiled
   TrtEngine(const TrtEngine &) = delete;
   TrtEngine &operator=(const TrtEngine &) = delete;

@@ -1,5 +1,5 @@
-// TensorRT or TensorRT-RTX behind the C functions of module.h: the only file that includes TensorRT's headers, and one source
-// for TensorRT 10.3 and later. See runtime/ddpmx/backends/trt.py and tensorrt_library.py.
+// TensorRT or TensorRT-RTX behind the C functions of module.h: the only file that includes TensorRT's headers, and one
+// source for TensorRT 10.3 and later. See runtime/ddpmx/backends/trt.py and tensorrt_library.py.
 #include "trt/module.h"
 
 #include <NvInferRuntime.h>
@@ -51,7 +51,8 @@ class Logger : public nvinfer1::ILogger {
   // What was said about what went wrong; it is forgotten then.
   std::string last_words() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool errors = std::any_of(lines_.begin(), lines_.end(), [](const auto &line) { return is_error(line.first); });
+    const bool errors =
+        std::any_of(lines_.begin(), lines_.end(), [](const auto &line) { return is_error(line.first); });
     const size_t first = errors || lines_.size() < 3 ? 0 : lines_.size() - 3;  // of warnings the last three
     std::string all;
     for (size_t i = first; i < lines_.size(); ++i) {
@@ -121,7 +122,8 @@ struct ddpmx_trt_context {
 namespace {
 
 // A ddpmx_trt_library is what dlopen gave for it.
-int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) noexcept try {
+int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) noexcept
+    try {
   *library = nullptr;
   const char *const name = path ? path : DDPMX_TRT_LIBRARY DDPMX_TEXT(NV_TENSORRT_MAJOR);
   // For good: TensorRT keeps threads, and the logger
@@ -138,16 +140,16 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
   for (int i = 0; i < 4; ++i) {
     const auto part = reinterpret_cast<int32_t (*)()>(dlsym(handle, parts[i]));
     if (!part || !create) {
-      say(error, size, std::string(name) + " is no " DDPMX_TRT_FLAVOUR ": it has no " +
-                           (create ? parts[i] : kCreate));
+      say(error, size, std::string(name) + " is no " DDPMX_TRT_FLAVOUR ": it has no " + (create ? parts[i] : kCreate));
       return 1;
     }
     numbers[i] = part();
   }
   std::snprintf(version, 32, "%d.%d.%d.%d", numbers[0], numbers[1], numbers[2], numbers[3]);
   if (numbers[0] != NV_TENSORRT_MAJOR) {  // its classes have another layout
-    say(error, size, std::string(name) + " is " DDPMX_TRT_FLAVOUR " " + version +
-                         ", and this module was compiled for " DDPMX_TEXT(NV_TENSORRT_MAJOR) ".x");
+    say(error, size,
+        std::string(name) + " is " DDPMX_TRT_FLAVOUR " " + version +
+            ", and this module was compiled for " DDPMX_TEXT(NV_TENSORRT_MAJOR) ".x");
     return 1;
   }
   *library = static_cast<ddpmx_trt_library *>(handle);
@@ -235,7 +237,8 @@ int32_t tensor(const ddpmx_trt_engine *engine, int32_t index, ddpmx_trt_tensor *
 
 int32_t profiles(const ddpmx_trt_engine *engine) noexcept { return engine->engine->getNbOptimizationProfiles(); }
 
-int32_t batches(const ddpmx_trt_engine *engine, int32_t profile, const char *input, int64_t *low, int64_t *high) noexcept {
+int32_t batches(const ddpmx_trt_engine *engine, int32_t profile, const char *input, int64_t *low,
+                int64_t *high) noexcept {
   const auto first = [&](nvinfer1::OptProfileSelector which) -> int64_t {
     const nvinfer1::Dims dims = engine->engine->getProfileShape(input, profile, which);
     return dims.nbDims < 1 ? -1 : dims.d[0];
@@ -302,8 +305,8 @@ const ddpmx_trt_module functions = {
     DDPMX_TRT_ABI,
     sizeof(ddpmx_trt_module),
     DDPMX_TRT_FLAVOUR,
-    DDPMX_TEXT(NV_TENSORRT_MAJOR)
-    "." DDPMX_TEXT(NV_TENSORRT_MINOR) "." DDPMX_TEXT(NV_TENSORRT_PATCH) "." DDPMX_TEXT(NV_TENSORRT_BUILD),
+    DDPMX_TEXT(NV_TENSORRT_MAJOR) "." DDPMX_TEXT(NV_TENSORRT_MINOR) "." DDPMX_TEXT(NV_TENSORRT_PATCH) "." DDPMX_TEXT(
+        NV_TENSORRT_BUILD),
     DDPMX_TRT_LIBRARY DDPMX_TEXT(NV_TENSORRT_MAJOR),
     open_library,
     open_engine,

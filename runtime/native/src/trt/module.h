@@ -1,11 +1,13 @@
-/* libddpmx_trt.so as libddpmx sees it: TensorRT behind C functions, since its own interface is C++ of one major version.
+/* libddpmx_trt.so as libddpmx sees it: TensorRT behind C functions, since its own interface is C++ of one major
+ * version.
  *
- * An inner border: both sides come from the same sources, and ddpmx_trt_get sees to it. The module opens TensorRT's library
- * itself and is linked against nothing of it. It never calls the CUDA driver or runtime: streams and addresses are passed
- * through, and whoever calls has started the driver (TensorRT crashes without one) and made the GPU's context current.
+ * An inner border: both sides come from the same sources, and ddpmx_trt_get sees to it. The module opens TensorRT's
+ * library itself and is linked against nothing of it. It never calls the CUDA driver or runtime: streams and addresses
+ * are passed through, and whoever calls has started the driver (TensorRT crashes without one) and made the GPU's
+ * context current.
  *
- * Nothing is thrown. Functions that can fail give 0 for success, or else leave in `error` what TensorRT itself said about
- * it: text that is cut off at error_size, perhaps empty.
+ * Nothing is thrown. Functions that can fail give 0 for success, or else leave in `error` what TensorRT itself said
+ * about it: text that is cut off at error_size, perhaps empty.
  */
 #ifndef DDPMX_TRT_MODULE_H
 #define DDPMX_TRT_MODULE_H
@@ -46,11 +48,11 @@ typedef struct ddpmx_trt_module {
   /* Open TensorRT's library: by path, or NULL. version: at least 32 bytes for "10.3.0.26". No GPU is needed. */
   int32_t (*open_library)(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t error_size);
 
-  /* A plan, deserialised; its bytes are not needed afterwards. cache: what save_cache gave for it, of cache_size bytes, or
-   * NULL; keep_cache: whether save_cache will be asked. Other flavours than TensorRT-RTX take no notice of these. */
+  /* A plan, deserialised; its bytes are not needed afterwards. cache: what save_cache gave for it, of cache_size bytes,
+   * or NULL; keep_cache: whether save_cache will be asked. Other flavours than TensorRT-RTX take no notice of these. */
   int32_t (*open_engine)(ddpmx_trt_library *library, const void *plan, size_t plan_size, int32_t trust_host_code,
-                         const void *cache, size_t cache_size, int32_t keep_cache, ddpmx_trt_engine **engine, char *error,
-                         size_t error_size);
+                         const void *cache, size_t cache_size, int32_t keep_cache, ddpmx_trt_engine **engine,
+                         char *error, size_t error_size);
   /* Its contexts first. NULL is harmless. */
   void (*close_engine)(ddpmx_trt_engine *engine);
 
@@ -61,11 +63,12 @@ typedef struct ddpmx_trt_module {
   /* The smallest and the largest first dimension of an input in a profile. */
   int32_t (*batches)(const ddpmx_trt_engine *engine, int32_t profile, const char *input, int64_t *low, int64_t *high);
   /* What was compiled for this GPU until now, given to take(data, size, user); it may be called not at all. */
-  void (*save_cache)(const ddpmx_trt_engine *engine, void (*take)(const void *data, size_t size, void *user), void *user);
+  void (*save_cache)(const ddpmx_trt_engine *engine, void (*take)(const void *data, size_t size, void *user),
+                     void *user);
 
   /* What a profile needs is put into the stream: wait for it before bind. */
-  int32_t (*open_context)(ddpmx_trt_engine *engine, int32_t profile, void *stream, ddpmx_trt_context **context, char *error,
-                          size_t error_size);
+  int32_t (*open_context)(ddpmx_trt_engine *engine, int32_t profile, void *stream, ddpmx_trt_context **context,
+                          char *error, size_t error_size);
   /* Wait for what it has enqueued before. NULL is harmless. */
   void (*close_context)(ddpmx_trt_context *context);
   /* An input of this shape, or with rank 0 an output, lies at a device address. */
