@@ -279,6 +279,24 @@ def test_a_capture_that_repeats_old_answers_is_found(fake, executor):
         assert s.chain.run(seed=5, images=IMAGES).tobytes() == images.to_nhwc(expected().x0).tobytes()
 
 
+@pytest.mark.parametrize("executor", ["graph", "while"])
+def test_an_answer_that_was_worked_out_on_the_host_is_found(fake, executor):
+    """The capture then repeats the right answer to the x that it saw, and to no other."""
+    with Setup(fake) as s:
+        toy = s.engine.toy
+
+        def enqueue(stream):
+            if fake.live["stream"][stream].capture is None:
+                s.engine(stream)
+                return
+            toy.enqueue()
+            answer = toy.buffers.out.copy()
+            fake.enqueue(stream, lambda: np.copyto(toy.buffers.out, answer))
+
+        with pytest.raises(BackendError, match="gives another answer than the plain one"):
+            s.chain.prepare(enqueue, executor)
+
+
 def test_a_network_that_differs_from_itself_is_not_held_against_itself(fake):
     with Setup(fake) as s:
         enqueue, noise = s.engine.toy.enqueue, iter(range(100))

@@ -338,7 +338,7 @@ class DeviceChain:
         """What the network answers to x_T, and where its first step leads."""
         driver = self.driver
         out, x = (np.full((self._batch, *self._shape), np.nan, np.float32) for _ in range(2))
-        self._begin(0, self._batch, None)
+        self._begin(1, self._batch, None)  # another noise than what it was captured with
         driver.copy_in(self.out, out, self.stream)  # an answer that is not given shows
         driver.wait_for_stream(self.stream, "beginning a step")
         self.control.stop = 1

@@ -32,7 +32,7 @@ Failure at(const std::string &where, const Failure &failure) {
   return Failure(failure.status, where + ": " + failure.fact, failure.note, failure.hint);
 }
 
-std::string quoted(std::string_view text, size_t most) {
+std::string in_quotes(std::string_view text, size_t most) {
   if (text.size() > most) {
     while (most > 0 && is_continuation(text[most])) --most;
     text = text.substr(0, most);

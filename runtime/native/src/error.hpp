@@ -10,7 +10,7 @@
 namespace ddpmx {
 
 // A failure that the caller can do something about: a fact, what was seen, and what to do. Texts may hold what a file
-// says; they are shortened here, and made printable ASCII or UTF-8 by whoever quotes foreign bytes (see quoted()).
+// says; they are shortened here, and made printable ASCII or UTF-8 by whoever quotes foreign bytes (see in_quotes()).
 class Failure : public std::exception {
  public:
   Failure(ddpmx_status status, std::string fact, std::string note = "", std::string hint = "");
@@ -29,7 +29,7 @@ class Failure : public std::exception {
 Failure at(const std::string &where, const Failure &failure);
 
 // Foreign text between quotes, with what cannot be printed as \xNN, and at most `most` bytes of it.
-std::string quoted(std::string_view text, size_t most = 200);
+std::string in_quotes(std::string_view text, size_t most = 200);
 
 // Whether text can be shown as it stands: UTF-8 without control and format characters, as str.isprintable() in Python.
 bool printable(std::string_view text);

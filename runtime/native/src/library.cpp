@@ -16,7 +16,7 @@ Library::Library(const std::string &what, const std::vector<Place> &places, cons
     }
     const char *why = dlerror();
     if (!tried.empty()) tried += "; ";
-    tried += quoted(place.name) + (place.from.empty() ? "" : " (" + place.from + ")") + ": " + (why ? why : "no reason given");
+    tried += in_quotes(place.name) + (place.from.empty() ? "" : " (" + place.from + ")") + ": " + (why ? why : "no reason given");
   }
   throw Failure(DDPMX_BACKEND, "there is no " + what + " here", "tried " + tried, hint);
 }

@@ -152,7 +152,7 @@ Kind identify(const std::string &path) {
                   "ddpmx parity model.onnx --against " + path);
   }
   throw Failure(DDPMX_FILE_FORMAT, path + ": neither an ONNX file nor a TensorRT plan",
-                "it begins with " + quoted(head), "`ddpmx export` writes model.onnx from a checkpoint");
+                "it begins with " + in_quotes(head), "`ddpmx export` writes model.onnx from a checkpoint");
 }
 
 }  // namespace ddpmx

@@ -13,7 +13,7 @@ namespace {
 
 constexpr char kMetadataKey[] = "ddpmx", kBetasKey[] = "ddpmx.betas";
 constexpr uint64_t kFloat = 1, kInt32 = 6;  // ONNX element types
-constexpr int kMaxDepth = 32;               // subgraphs within subgraphs; real models have a handful
+constexpr int kMaxGraphDepth = 32;               // subgraphs within subgraphs; real models have a handful
 constexpr size_t kMaxDims = 64;             // more than any library computes with
 constexpr size_t kMaxNames = 1 << 16;       // inputs, files and so on: each takes more memory than it has bytes
 constexpr size_t kMaxPath = 4096;           // bytes, as Linux has it
@@ -39,7 +39,7 @@ class Walk {
   std::vector<std::string> external() const { return {external_.begin(), external_.end()}; }
 
   void graph(std::string_view message, int depth) {
-    if (depth > kMaxDepth) throw Malformed{"graphs nested deeper than " + std::to_string(kMaxDepth)};
+    if (depth > kMaxGraphDepth) throw Malformed{"graphs nested deeper than " + std::to_string(kMaxGraphDepth)};
     Fields fields(message);
     for (Field field; fields.next(field);) {
       if (field.number == 1) node(field.as_message(), depth);
@@ -223,7 +223,7 @@ std::string shape_of(const std::vector<Dim> &dims) {
   std::string out = "[";
   for (const Dim &dim : dims) {
     if (out.size() > 1) out += ", ";
-    out += dim.size >= 0 ? std::to_string(dim.size) : dim.name.empty() ? "?" : quoted(dim.name);
+    out += dim.size >= 0 ? std::to_string(dim.size) : dim.name.empty() ? "?" : in_quotes(dim.name);
   }
   return out + "]";
 }
@@ -293,11 +293,11 @@ void check_contract(const std::string &path, const GraphInfo &info, const Spec &
   Faults faults;
   for (const auto &[name, tensor] : info.inputs) {
     const auto is_it = [&name = name](const Input &input) { return input.name == name; };
-    if (std::none_of(inputs.begin(), inputs.end(), is_it)) faults.add("an input " + quoted(name) + " too many");
+    if (std::none_of(inputs.begin(), inputs.end(), is_it)) faults.add("an input " + in_quotes(name) + " too many");
   }
   for (const auto &[name, tensor] : info.outputs) {
     if (std::find(outputs.begin(), outputs.end(), name) == outputs.end()) {
-      faults.add("an output " + quoted(name) + " too many");
+      faults.add("an output " + in_quotes(name) + " too many");
     }
   }
   for (const Input &input : inputs) faults.check(info.inputs, input.name, input.is_int, input.dims);
@@ -341,17 +341,17 @@ void check_external(const std::string &path, const GraphInfo &info) {
     if (error == 0) present = is_file(target, error);
     if (error != 0) {
       throw Failure(DDPMX_FILE_FORMAT, path + ": its weights are in a file that cannot be",
-                    quoted(location) + ": " + reason(error));
+                    in_quotes(location) + ": " + reason(error));
     }
     // A model that can name any file on the machine could read what its user did not mean to hand over.
     if (location.empty() || absolute || location.find('\\') != location.npos || !within(target, folder)) {
       throw Failure(DDPMX_FILE_FORMAT, path + ": its weights point outside its own folder",
-                    "external data at " + quoted(location),
+                    "external data at " + in_quotes(location),
                     "do not run this file unless you know who made it; re-export it otherwise");
     }
     if (!present) {
       throw Failure(DDPMX_FILE_FORMAT, path + ": its weights are in another file, which is missing",
-                    quoted(location) + " should lie beside it");
+                    in_quotes(location) + " should lie beside it");
     }
   }
 }

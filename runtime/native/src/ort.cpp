@@ -18,7 +18,7 @@ static_assert(ORT_API_VERSION >= kApi, "onnxruntime_c_api.h is older than ONNX R
 // The end of what it says tells most: the beginning names source files of its own.
 std::string last_words(const std::string &text) {
   const size_t most = 300;
-  return quoted(text.size() > most ? text.substr(text.size() - most) : text, most);
+  return in_quotes(text.size() > most ? text.substr(text.size() - most) : text, most);
 }
 
 struct Runtime {
@@ -69,9 +69,9 @@ Runtime open_runtime(const char *option) {
   const auto base = reinterpret_cast<GetBase>(runtime.library.find("OrtGetApiBase"));
   const OrtApiBase *found = base ? base() : nullptr;
   if (!found) {
-    throw Failure(DDPMX_BACKEND, quoted(runtime.library.name()) + " is no ONNX Runtime", "it has no OrtGetApiBase");
+    throw Failure(DDPMX_BACKEND, in_quotes(runtime.library.name()) + " is no ONNX Runtime", "it has no OrtGetApiBase");
   }
-  runtime.version = quoted(found->GetVersionString(), 40);
+  runtime.version = in_quotes(found->GetVersionString(), 40);
   runtime.version = runtime.version.substr(1, runtime.version.size() - 2);
   runtime.api = found->GetApi(kApi);
   if (!runtime.api) {

@@ -149,11 +149,11 @@ Table Pipeline::table(const ddpmx_request &request) const {
   if (request.variance) {
     const auto named = variance_named(request.variance);
     if (!named) {
-      throw Failure(DDPMX_INPUT, "there is no variance " + quoted(request.variance), "",
+      throw Failure(DDPMX_INPUT, "there is no variance " + in_quotes(request.variance), "",
                     "one of: fixed_small, fixed_large, learned_range");
     }
     if (*named == Variance::learned_range && spec_.variance != Variance::learned_range) {
-      throw Failure(DDPMX_INPUT, "the network gives no variance", "the file says " + quoted(name_of(spec_.variance)));
+      throw Failure(DDPMX_INPUT, "the network gives no variance", "the file says " + in_quotes(name_of(spec_.variance)));
     }
     variance = *named;
   }
@@ -229,7 +229,7 @@ std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_ope
   if (options.device < 0) throw Failure(DDPMX_INPUT, "there is no GPU " + std::to_string(options.device));
   const std::string executor = text_or(options.executor, "auto"), spec_json = text_or(options.spec, "");
   if (executor != "auto" && executor != "graph" && executor != "plain") {
-    throw Failure(DDPMX_INPUT, "there is no executor " + quoted(executor), "", "auto, graph, plain");
+    throw Failure(DDPMX_INPUT, "there is no executor " + in_quotes(executor), "", "auto, graph, plain");
   }
   if (identify(path) == Kind::plan) {
     if (!spec_json.empty()) {
@@ -252,7 +252,7 @@ std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_ope
   std::unique_ptr<Network> network = open_ort(real, spec, options.ort_library, options.threads);
   if (executor != "auto") {
     throw Failure(DDPMX_INPUT,
-                  "executor " + quoted(executor) + " runs a chain on a GPU, and " + network->description() + " does not");
+                  "executor " + in_quotes(executor) + " runs a chain on a GPU, and " + network->description() + " does not");
   }
   return std::make_unique<Pipeline>(spec, std::make_unique<HostRunner>(std::move(network), spec));
 }

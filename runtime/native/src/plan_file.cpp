@@ -203,7 +203,7 @@ std::string difference(const std::string &name, const Json *theirs, const Json *
     for (const Json *side : {mine, theirs}) {
       for (const auto &[key, value] : *side->as<Json::Object>()) {
         if (same(theirs->get(key), mine->get(key))) continue;
-        const std::string member = key.size() <= 120 && printable(key) ? key : quoted(key, 120);
+        const std::string member = key.size() <= 120 && printable(key) ? key : in_quotes(key, 120);
         return difference(name + ": " + member, theirs->get(key), mine->get(key), plan);
       }
     }

@@ -105,7 +105,7 @@ std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view sp
                   "the model has T = " + std::to_string(T));
   }
   if (spacing != "linspace" && spacing != "leading" && spacing != "trailing" && spacing != "quad") {
-    throw Failure(DDPMX_INPUT, "there is no spacing " + quoted(spacing), "", "one of: linspace, leading, trailing, quad");
+    throw Failure(DDPMX_INPUT, "there is no spacing " + in_quotes(spacing), "", "one of: linspace, leading, trailing, quad");
   }
   std::vector<int64_t> grid(static_cast<size_t>(steps));
   std::iota(grid.begin(), grid.end(), 0);
@@ -129,7 +129,7 @@ std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view sp
   for (size_t k = 1; k < grid.size(); ++k) {
     if (grid[k] <= grid[k - 1]) {
       throw Failure(DDPMX_INPUT,
-                    quoted(spacing) + " spacing cannot pick " + std::to_string(steps) + " different steps out of " +
+                    in_quotes(spacing) + " spacing cannot pick " + std::to_string(steps) + " different steps out of " +
                         std::to_string(T),
                     "", "fewer steps, or linspace");
     }
@@ -140,7 +140,7 @@ std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view sp
 Table make_table(const Schedule &schedule, Prediction prediction, Variance variance, const Sampling &sampling) {
   const bool ddim = sampling.sampler == "ddim";
   if (!ddim && sampling.sampler != "ancestral") {
-    throw Failure(DDPMX_INPUT, "there is no sampler " + quoted(sampling.sampler), "", "one of: ancestral, ddim");
+    throw Failure(DDPMX_INPUT, "there is no sampler " + in_quotes(sampling.sampler), "", "one of: ancestral, ddim");
   }
   if (!ddim && sampling.eta != 0) {
     throw Failure(DDPMX_INPUT, "η belongs to the ddim sampler", "", "sampler ddim, or leave η away");

@@ -131,7 +131,7 @@ const Named &named(const std::string &name) {
     if (schedule.name == name) return schedule;
     known.append(known.empty() ? "" : ", ").append(schedule.name);
   }
-  throw Failure(DDPMX_INPUT, "there is no schedule " + quoted(name), "", "one of: " + known);
+  throw Failure(DDPMX_INPUT, "there is no schedule " + in_quotes(name), "", "one of: " + known);
 }
 
 }  // namespace
@@ -218,12 +218,12 @@ Params schedule_params(const std::string &name, const Params &given) {
   for (const auto &[key, value] : given) {
     const auto found = filled.find(key);
     if (found == filled.end()) {
-      throw Failure(DDPMX_INPUT, "schedule " + quoted(name) + " has no parameter " + quoted(key), "",
+      throw Failure(DDPMX_INPUT, "schedule " + in_quotes(name) + " has no parameter " + in_quotes(key), "",
                     "it has: " + (known.empty() ? "-" : known));
     }
     if (!std::isfinite(value)) {
       throw Failure(DDPMX_INPUT,
-                    "schedule " + quoted(name) + ": " + key + " is " + shown(value) + ", which is not a number");
+                    "schedule " + in_quotes(name) + ": " + key + " is " + shown(value) + ", which is not a number");
     }
     found->second = value;
   }

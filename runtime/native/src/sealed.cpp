@@ -64,7 +64,7 @@ Json unseal(std::string_view prefix, std::string_view text) {
   const std::string start = std::string(prefix) + " ";
   const bool begins = text.substr(0, start.size()) == start;
   const std::optional<Header> header = begins ? header_of(text.substr(start.size())) : std::nullopt;
-  if (!header) throw Failure(DDPMX_SPEC, "the text is not a ddpmx spec", "it begins with " + quoted(text, 24));
+  if (!header) throw Failure(DDPMX_SPEC, "the text is not a ddpmx spec", "it begins with " + in_quotes(text, 24));
   const std::string_view body = text.substr(start.size() + header->size);
   if (body.size() != header->length || crc32(body.data(), body.size()) != header->crc || !is_text(body)) {
     throw Failure(
@@ -127,7 +127,7 @@ std::string base64_decode(std::string_view text) {
   }
   const size_t rest = digits % 4;
   if (!good || rest == 1 || (rest > 0 && pads < 4 - rest)) {
-    throw Failure(DDPMX_SPEC, "not base64", "it begins with " + quoted(text, 24));
+    throw Failure(DDPMX_SPEC, "not base64", "it begins with " + in_quotes(text, 24));
   }
   return bytes;
 }

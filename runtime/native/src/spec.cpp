@@ -137,7 +137,7 @@ std::map<std::string, double> params_of(const std::string &schedule, const Json:
     const std::optional<double> real = number(value);
     // a parameter of that name there may not be, which is the greater fault
     if (!real) schedule_params(schedule, {{key, 0.0}});
-    if (!real) refuse("schedule " + quoted(schedule) + ": " + quoted(key) + " is " + shown(value) + ", which is not a number");
+    if (!real) refuse("schedule " + in_quotes(schedule) + ": " + in_quotes(key) + " is " + shown(value) + ", which is not a number");
     params.emplace(key, *real);
   }
   return schedule_params(schedule, params);
@@ -148,7 +148,7 @@ void set_schedule(Spec &spec, const std::vector<double> *betas, const Json &time
   const int64_t *T = timesteps.as<int64_t>();
   if (spec.schedule_name == kBetas || betas) {
     if (spec.schedule_name != kBetas) {
-      refuse("betas belong to the schedule 'betas', and this is " + quoted(spec.schedule_name));
+      refuse("betas belong to the schedule 'betas', and this is " + in_quotes(spec.schedule_name));
     }
     if (!betas) refuse("the schedule 'betas' is an array of β, and there is none");
     if (!params.empty()) refuse("the schedule 'betas' has no parameters");
@@ -171,14 +171,14 @@ void refuse_unknown(const Json::Object &values) {
   std::string unknown;
   for (const auto &[name, value] : values) {
     if (std::find(std::begin(kFields), std::end(kFields), name) != std::end(kFields)) continue;
-    unknown += (unknown.empty() ? "" : ", ") + quoted(name, 60);
+    unknown += (unknown.empty() ? "" : ", ") + in_quotes(name, 60);
     if (unknown.size() > 200) break;
   }
   if (unknown.empty()) return;
   const auto version = values.find("ddpmx");
   const std::string *by = version == values.end() ? nullptr : version->second.as<std::string>();
   refuse("the spec has fields that this ddpmx does not know: " + unknown,
-         "it was written by ddpmx " + (by && !by->empty() ? quoted(*by, 60) : "of no stated version"),
+         "it was written by ddpmx " + (by && !by->empty() ? in_quotes(*by, 60) : "of no stated version"),
          "a newer ddpmx may read it");
 }
 
@@ -269,7 +269,7 @@ Spec spec_from_json(const Json &values, const std::vector<double> *betas, const 
   std::vector<double> own;
   if (!beside && said && !is_null(*said)) {
     if (spec.schedule_name != kBetas) {
-      refuse("betas belong to the schedule 'betas', and this is " + quoted(spec.schedule_name));
+      refuse("betas belong to the schedule 'betas', and this is " + in_quotes(spec.schedule_name));
     }
     own = as_betas(*said);
   }
@@ -285,14 +285,14 @@ Spec spec_from_json(const Json &values, const std::vector<double> *betas, const 
   }
   if (checksum_said && *checksum_said != checksum_of(spec.betas)) {
     refuse("the array of β in " + where + " is another than the spec's",
-           "checksum " + quoted(*checksum_said, 40) + " in the spec, '" + checksum_of(spec.betas) + "' there",
+           "checksum " + in_quotes(*checksum_said, 40) + " in the spec, '" + checksum_of(spec.betas) + "' there",
            "the file is damaged, or was put together from two");
   }
   // a schedule that means something else here than where the file was written would give wrong images without an error
   const std::string coefficients = checksum(make_table(spec.schedule, spec.prediction, spec.variance));
   const Json *written = values.get("coefficients");
   if (written && !is_null(*written) && (!written->as<std::string>() || *written->as<std::string>() != coefficients)) {
-    refuse("the schedule " + quoted(spec.schedule_name) + " gives other coefficients here than where the file was written",
+    refuse("the schedule " + in_quotes(spec.schedule_name) + " gives other coefficients here than where the file was written",
            "checksum " + shown(*written, 40) + " in the file, '" + coefficients + "' here",
            "the file is damaged, or was edited by hand: then leave \"coefficients\" out");
   }
@@ -320,7 +320,7 @@ std::vector<double> betas_from_text(std::string_view text) {
   // "betas1 LENGTH CRC32 BASE64"
   const std::string_view prefix = "betas1 ", digits = "0123456789", hexadecimal = "0123456789abcdef";
   const size_t after_length = text.find(' ', prefix.size());
-  const std::string begins = "it begins with " + quoted(text.substr(0, 24));
+  const std::string begins = "it begins with " + in_quotes(text.substr(0, 24));
   if (text.substr(0, prefix.size()) != prefix || after_length == std::string_view::npos) damaged(begins);
   const std::string_view length = text.substr(prefix.size(), after_length - prefix.size());
   const std::string_view rest = text.substr(after_length + 1);

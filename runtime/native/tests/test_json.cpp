@@ -135,12 +135,12 @@ void errors() {
     CHECK(fact.size() <= 602 && fact.size() >= 590);
     CHECK(parse_json('"' + fact + '"').as<std::string>());
   }
-  CHECK(ddpmx::quoted("plain é €") == "'plain é €'");
-  CHECK(ddpmx::quoted("it's") == "\"it's\"" && ddpmx::quoted("\"") == "'\"'" && ddpmx::quoted("'\"") == "'\\'\"'");
-  CHECK(ddpmx::quoted(std::string("\0\n\xFF\x7F\\", 5)) == R"('\x00\x0a\xff\x7f\\')");
-  CHECK(ddpmx::quoted("a\u202E\uFEFF") ==
+  CHECK(ddpmx::in_quotes("plain é €") == "'plain é €'");
+  CHECK(ddpmx::in_quotes("it's") == "\"it's\"" && ddpmx::in_quotes("\"") == "'\"'" && ddpmx::in_quotes("'\"") == "'\\'\"'");
+  CHECK(ddpmx::in_quotes(std::string("\0\n\xFF\x7F\\", 5)) == R"('\x00\x0a\xff\x7f\\')");
+  CHECK(ddpmx::in_quotes("a\u202E\uFEFF") ==
         R"('a\xe2\x80\xae\xef\xbb\xbf')");  // what turns the text around, and what hides
-  CHECK(ddpmx::quoted("€€", 4) == "'€'" && ddpmx::quoted("abc", 0) == "''");
+  CHECK(ddpmx::in_quotes("€€", 4) == "'€'" && ddpmx::in_quotes("abc", 0) == "''");
   CHECK(ddpmx::printable("") && ddpmx::printable("linux x86_64 é 模型 😀"));
   for (const char *text :
        {"a\n", "\t", "\x7F", "\xC2\xA0", "\u200B", "\u2028", "\xED\xA0\x80", "\xFF", "\uE000", "\xC3"}) {

@@ -343,7 +343,7 @@ void kinds() {
   CHECK(kind("ftrt" + std::string(100, '\0')) == ddpmx::Kind::plan && kind("vtrt") == ddpmx::Kind::plan);
   CHECK(kind("\x08") == ddpmx::Kind::onnx);
   for (const char *foreign : {"<html>", "PK\x03\x04", "\x89PNG", "{", "ftr"}) {
-    const std::string note = "it begins with " + ddpmx::quoted(std::string(foreign).substr(0, 4)) + "\nHint: ";
+    const std::string note = "it begins with " + ddpmx::in_quotes(std::string(foreign).substr(0, 4)) + "\nHint: ";
     CHECK(
         fails(DDPMX_FILE_FORMAT, ": neither an ONNX file nor a TensorRT plan\nNote: " + note, [&] { kind(foreign); }));
   }

@@ -66,7 +66,7 @@ Driver::~Driver() {
 void Driver::load() {
 #define DDPMX_CUDA_LOAD(function, parameters)                                                                         \
   if (!(cuda_.function = reinterpret_cast<decltype(cuda_.function)>(library_.find(#function)))) {                     \
-    throw Failure(DDPMX_BACKEND, "what is called " + quoted(library_.name()) + " is no NVIDIA driver, or an old one", \
+    throw Failure(DDPMX_BACKEND, "what is called " + in_quotes(library_.name()) + " is no NVIDIA driver, or an old one", \
                   std::string("it has no ") + #function, "update the driver");                                        \
   }
   DDPMX_CUDA_FUNCTIONS(DDPMX_CUDA_LOAD)

@@ -36,7 +36,7 @@ class Words {
  public:
   char *at() { return text_; }
   size_t size() const { return sizeof text_; }
-  std::string note() const { return text_[0] ? quoted(text_, 600) : ""; }
+  std::string note() const { return text_[0] ? in_quotes(text_, 600) : ""; }
 
  private:
   char text_[1024] = "";
@@ -49,7 +49,7 @@ std::string install_hint(const std::string &flavour) {
 }
 
 std::string shown(const ddpmx_trt_tensor &tensor) {
-  std::string text = quoted(tensor.name ? tensor.name : "?", 80) + ": " + (tensor.is_input ? "input" : "output");
+  std::string text = in_quotes(tensor.name ? tensor.name : "?", 80) + ": " + (tensor.is_input ? "input" : "output");
   text += tensor.type == DDPMX_TRT_FLOAT   ? " float32 ["
           : tensor.type == DDPMX_TRT_INT32 ? " int32 ["
                                            : " of another type [";
@@ -89,14 +89,14 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
   const auto get = reinterpret_cast<ddpmx_trt_get_function>(module_.find(DDPMX_TRT_GET));
   functions_ = get ? get(DDPMX_TRT_ABI) : nullptr;
   if (!functions_ || functions_->abi != DDPMX_TRT_ABI || functions_->size != sizeof(ddpmx_trt_module)) {
-    throw Failure(DDPMX_BACKEND, quoted(module_.name()) + " is no module for this version of libddpmx",
+    throw Failure(DDPMX_BACKEND, in_quotes(module_.name()) + " is no module for this version of libddpmx",
                   get ? "it has another interface" : std::string("it has no ") + DDPMX_TRT_GET,
                   "build both from the same sources");
   }
   if (functions_->flavour != info.flavour) {
     throw Failure(
         DDPMX_BACKEND,
-        "the plan needs " + info.flavour + ", and " + quoted(module_.name()) + " is for " + functions_->flavour,
+        "the plan needs " + info.flavour + ", and " + in_quotes(module_.name()) + " is for " + functions_->flavour,
         std::string("it was compiled with the headers of ") + functions_->flavour + " " + functions_->compiled,
         "name a module for " + info.flavour + " by trt_module, or, for what is here: " + info.engine.rebuild);
   }
@@ -110,7 +110,7 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
   Words words;
   if (functions_->open_library(library, &opened_, version, words.at(), words.size())) {
     throw Failure(DDPMX_BACKEND, "the plan needs " + info.flavour + ", which does not load here",
-                  "tried " + quoted(library ? library : functions_->library) + (from.empty() ? "" : " (" + from + ")") +
+                  "tried " + in_quotes(library ? library : functions_->library) + (from.empty() ? "" : " (" + from + ")") +
                       ": " + words.note(),
                   install_hint(info.flavour));
   }
@@ -165,7 +165,7 @@ void TrtEngine::check_name(const std::string &plan_name) const {
   if (name == plan_name) return;
   throw Failure(DDPMX_FILE_FORMAT,
                 path_ + ": " + module_.description() + " reads another name from this plan than stands in it",
-                quoted(name), record_.rebuild);
+                in_quotes(name), record_.rebuild);
 }
 
 // See that inputs and outputs are the contract's, and how many images each profile takes.
