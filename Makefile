@@ -35,10 +35,10 @@ pytest: $(VENV)/.dev
 others:
 	@for version in $(OTHER_PYTHONS); do PYTHON="$(PYTHON)" sh .ci/other-python "$$version" || exit 1; done
 
-native: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S runtime/native -B build/native
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/native --parallel 2
-	PATH="$(CURDIR)/$(BIN):$$PATH" ctest --test-dir build/native --output-on-failure
+native:
+	cmake -S runtime/native -B build/native
+	cmake --build build/native --parallel 2
+	ctest --test-dir build/native --output-on-failure
 
 FUZZ ?= 600
 fuzz: $(VENV)/.dev

@@ -21,9 +21,8 @@ int main(int argc, char **argv) {
   uint64_t size = 0;
   if (argc < 3 || argc > 6) return fail("usage: draw MODEL FILE [N [SEED [STEPS]]]");
   if (ddpmx_abi_version() != DDPMX_ABI_VERSION) return fail("this is another libddpmx than that of the header");
-  model.struct_size = sizeof model;
   if (ddpmx_request_init(&request, sizeof request) || ddpmx_open(argv[1], NULL, &pipeline) ||
-      ddpmx_describe(pipeline, &model))
+      ddpmx_describe(pipeline, &model, sizeof model))
     return fail(ddpmx_last_error());
   request.callback = show;
   if (argc > 3) request.n = strtoull(argv[3], NULL, 10);

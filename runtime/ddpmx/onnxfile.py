@@ -98,7 +98,8 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
             present = target.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links
             raise FileFormatError(f"{path}: its weights are in a file that cannot be", note=str(error)[:200]) from error
-        if not location or os.path.isabs(location) or "\\" in location or not target.is_relative_to(folder):
+        # to ONNX Runtime "*/_ORT_MEM_ADDR_/*" is a place in memory
+        if not location or os.path.isabs(location) or set(location) & {"\\", "*"} or not target.is_relative_to(folder):
             raise FileFormatError(
                 f"{path}: its weights point outside its own folder",
                 note=f"external data at {location!r}",

@@ -87,7 +87,7 @@ class Pipeline:
     @property
     def default_batch(self) -> int:
         """How many images run at once if nothing is said: 1…16, fewer the larger they are. The file alone decides."""
-        batch = int(np.clip(DEFAULT_BATCH_ELEMENTS // np.prod(self.spec.shape), 1, DEFAULT_BATCH))
+        batch = int(np.clip(DEFAULT_BATCH_ELEMENTS // _largest_image(self.spec), 1, DEFAULT_BATCH))
         return fitting_batch(self._runner.batches, batch)
 
     def __enter__(self) -> Pipeline:
@@ -188,7 +188,7 @@ class Pipeline:
         channels, height, width = self.spec.shape
         if n * channels * height * width > MAX_RESULT_BYTES:
             raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
-        if batch * channels * height * width > MAX_BATCH_ELEMENTS:
+        if batch * _largest_image(self.spec) > MAX_BATCH_ELEMENTS:
             raise InputError(
                 f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
             )
@@ -476,6 +476,12 @@ def load(
     except BaseException:
         backend.close()
         raise
+
+
+def _largest_image(spec: ModelSpec) -> int:
+    """Elements of an image, or of its condition if that is larger."""
+    channels, height, width = spec.shape
+    return max(channels, spec.condition or 0) * height * width
 
 
 def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:

@@ -241,7 +241,7 @@ class ModelSpec:
             raise SpecError(
                 f"the spec has fields that this ddpmx does not know: {', '.join(unknown)[:200]}",
                 note=f"it was written by ddpmx {values.get('ddpmx') or 'of no stated version'}"[:200],
-                hint="a newer ddpmx may read it",
+                hint="a newer ddpmx may read it" if values.get("ddpmx") else f"it knows: {', '.join(_field_names())}",
             )
         if "shape" not in values:
             raise SpecError("the spec does not say the shape of an image", hint='"shape": [C, H, W]')

@@ -21,6 +21,8 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         number, wire = key >> 3, key & 7
         if number == 0:
             raise MalformedError("a field numbered 0")
+        if number >= 1 << 29:  # others take a key modulo 2³², and would see another field than this one
+            raise MalformedError("a field numbered beyond 2^29 - 1")
         if wire == 0:
             value, position = varint(view, position)
             yield number, value

@@ -193,6 +193,13 @@ def test_the_default_batch_depends_on_the_shape_alone(shape, batch):
     assert Pipeline(ModelSpec(shape), ToyBackend()).default_batch == batch
 
 
+def test_a_condition_counts_where_it_is_larger_than_the_image():
+    pipeline = Pipeline(ModelSpec((1, 256, 256), condition=64), ToyBackend())
+    assert pipeline.default_batch == 1
+    with pytest.raises(InputError, match="9 images of 256×256 at once do not fit"):
+        pipeline.check_request(9, batch=9)
+
+
 # --- watching and stopping -------------------------------------------------------------------------------------------
 
 

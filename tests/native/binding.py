@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int32, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Native:
             getattr(self.lib, name).restype = c_char_p
         self.lib.ddpmx_backend.argtypes = [c_void_p]
         self.lib.ddpmx_close.argtypes = [c_void_p]
-        self.lib.ddpmx_describe.argtypes = [c_void_p, POINTER(Model)]
+        self.lib.ddpmx_describe.argtypes = [c_void_p, POINTER(Model), c_size_t]
         self.lib.ddpmx_generate.argtypes = [c_void_p, POINTER(Request), c_void_p, c_uint64, c_void_p, c_uint64]
 
     def check(self, status: int) -> None:
@@ -108,8 +108,8 @@ class NativePipeline:
 
     def __init__(self, native: Native, handle: c_void_p) -> None:
         self.native, self.handle = native, handle
-        self.model = Model(ctypes.sizeof(Model))
-        native.check(native.lib.ddpmx_describe(handle, byref(self.model)))
+        self.model = Model()
+        native.check(native.lib.ddpmx_describe(handle, byref(self.model), ctypes.sizeof(self.model)))
 
     def __enter__(self) -> NativePipeline:
         return self

@@ -32,7 +32,7 @@ def build_native(folder: Path, *options: str, targets: Sequence[str] = (), **env
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for command in (
-            [cmake, "-S", str(SOURCE), "-B", str(folder), "-DDDPMX_TESTS=ON", *options],
+            [cmake, "-S", str(SOURCE), "-B", str(folder), "-DDDPMX_TESTS=ON", "-DDDPMX_WERROR=ON", *options],
             [cmake, "--build", str(folder), "--parallel", "2", *(["--target", *targets] if targets else [])],
         ):
             done = subprocess.run(command, capture_output=True, text=True, env=environ)

@@ -12,6 +12,7 @@ import pytest
 
 import ddpmx
 from ddpmx import images, onnxfile
+from ddpmx.errors import InputError
 from native import binding
 from native.binding import Native, NativeError
 from oracles import told
@@ -171,6 +172,27 @@ def test_a_spec_beside_the_file(native, ort_library, tmp_path):
         ddpmx.load(path, spec=spec, threads=1) as python,
     ):
         assert ours.generate(2, seed=1).tobytes() == python.generate(2, seed=1).tobytes()
+
+
+def test_a_file_is_onnx_whatever_its_name(both, gaussian_onnx, tmp_path):
+    """By the name alone ONNX Runtime would take it for a format of its own, which nobody has checked."""
+    path = tmp_path / "model.ort"
+    path.write_bytes(gaussian_onnx.read_bytes())
+    python, native = both(path)
+    assert native.generate(2, steps=5).tobytes() == python.generate(2, steps=5).tobytes()
+
+
+def test_a_large_condition_counts(both, tmp_path):
+    """Where the condition is larger than the image, that is what has to fit into memory."""
+    spec = spec_of("classes", (1, 64, 64), classes=None, condition=4096)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    python, native = both(path)
+    assert native.model.default_batch == python.default_batch == 1
+    with pytest.raises(InputError, match="3 images of 64×64 at once do not fit"):
+        python.check_request(3, batch=3)
+    with pytest.raises(NativeError, match="INPUT: 3 images of 64×64 at once do not fit"):
+        native.generate(3, batch=3, cond=np.zeros((3, 4096, 64, 64), np.float32))
 
 
 def test_threads_of_a_real_onnxruntime(native, ort_library, gaussian_onnx):

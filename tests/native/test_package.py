@@ -141,33 +141,34 @@ def test_a_header_needs_no_other_before_it(prefix, tmp_path, name):
 
 
 def test_the_readme_s_program(prefix, ort_library, tmp_path):
-    """And its callback cancels, as it says."""
+    """With and without somebody who asks for an end."""
     (block,) = re.findall(r"^```cpp\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     include, _, body = block.partition("\n\n")
-    source = f"""{include}
-#include <cstdio>
-int main() {{
-  try {{
-    {body}
-    return images.size() == 4 * pipeline.model().elements() ? 1 : 2;
-  }} catch (const ddpmx::Cancelled &error) {{
-    std::puts(error.what());
-  }}
-}}"""
+    begin, end = "std::atomic<bool> stop{false};", "  std::vector<std::uint8_t> images = pipeline.generate(request);"
+    assert begin in body
+    assert end in body
+    body = body.replace(begin, "std::atomic<bool> stop{argc > 1};")
+    lines = [line + ('\nstd::printf("%zu\\n", images.size());' if end in line else "") for line in body.splitlines()]
+    source = (
+        f"{include}\n#include <atomic>\n#include <cstdio>\nint main(int argc, char **) {{\n"
+        + "\n".join(lines)
+        + "\n}\n"
+    )
     (tmp_path / "readme.cpp").write_text(source)
     folder = prefix / "lib"
     flags = [f"-I{prefix}/include", f"-L{folder}", "-lddpmx", f"-Wl,-rpath,{folder}"]
     run("c++", "-std=c++17", *WARNINGS, tmp_path / "readme.cpp", *flags, "-o", tmp_path / "readme")
     shutil.copy(GAUSSIAN_ONNX, tmp_path / "model.onnx")
-    said = run(tmp_path / "readme", cwd=tmp_path, env={"DDPMX_ORT_LIBRARY": str(ort_library)})
-    assert said.startswith("stopped before the chain was through")
+    there = {"cwd": tmp_path, "env": {"DDPMX_ORT_LIBRARY": str(ort_library)}}
+    assert run(tmp_path / "readme", **there) == f"{4 * 3 * 8 * 8}\n"
+    assert run(tmp_path / "readme", "stop", **there) == ""
 
 
 def test_the_readme_names_what_there_is():
     cmake = "".join(path.read_text() for path in [SOURCE / "CMakeLists.txt", *(SOURCE / "cmake").glob("*.cmake")])
     header = (SOURCE / "include" / "ddpmx" / "ddpmx.h").read_text()
     options = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert len(options) == 6
+    assert len(options) == 7
     assert [name for name in options if not re.search(rf"(option\(|set\(){name} ", cmake)] == []
     names = set(re.findall(r"DDPMX_[A-Z_]+|ddpmx_[a-z]\w+", README)) - set(options) - {"ddpmx_native", "ddpmx_trt"}
     assert len(names) >= 10

@@ -211,6 +211,8 @@ def session_options(ort: Any) -> Any:
     """Options for a session that reports errors and nothing less."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # or the file's name would decide, and a checked ONNX file might be something else as well
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     return options
 
 

@@ -3,6 +3,10 @@
 # Looked for in ORT_HOME (a variable of CMake or of the environment: an unpacked release), then in the system. Where there is
 # none it is taken out of Debian's package, whose SHA-256 stands here, unless DDPMX_FETCH_DEPS is OFF.
 set(ORT_HOME "$ENV{ORT_HOME}" CACHE PATH "An unpacked release of ONNX Runtime, for its headers")
+if(NOT ORT_HOME STREQUAL DDPMX_ORT_HOME_SEEN) # what was found for another one is not wanted any more
+  unset(ORT_INCLUDE CACHE)
+endif()
+set(DDPMX_ORT_HOME_SEEN "${ORT_HOME}" CACHE INTERNAL "")
 if(ORT_HOME)
   find_path(ORT_INCLUDE onnxruntime_c_api.h HINTS "${ORT_HOME}"
             PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session NO_DEFAULT_PATH)
@@ -12,17 +16,31 @@ if(ORT_HOME)
 endif()
 find_path(ORT_INCLUDE onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
 if(NOT ORT_INCLUDE AND DDPMX_FETCH_DEPS)
-  set(url "http://deb.debian.org/debian/pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb")
+  # Debian's mirrors keep a file as long as a release has it, its archive for ever. The hash holds for both.
+  set(file pool/main/o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb)
+  set(urls "http://deb.debian.org/debian/${file}"
+           "http://snapshot.debian.org/archive/debian/20250901T000000Z/${file}")
   set(sha256 14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08)
   set(folder "${PROJECT_BINARY_DIR}/onnxruntime")
   if(NOT EXISTS "${folder}/usr/include/onnxruntime/onnxruntime_c_api.h")
-    message(STATUS "Downloading ONNX Runtime's headers from ${url}")
-    file(DOWNLOAD "${url}" "${folder}/headers.deb" EXPECTED_HASH SHA256=${sha256} STATUS status TIMEOUT 120)
-    list(GET status 0 code)
+    foreach(url ${urls})
+      message(STATUS "Downloading ONNX Runtime's headers from ${url}")
+      file(DOWNLOAD "${url}" "${folder}/headers.deb" STATUS status TIMEOUT 120)
+      list(GET status 0 code)
+      if(code EQUAL 0)
+        file(SHA256 "${folder}/headers.deb" hash)
+        if(hash STREQUAL sha256)
+          break()
+        endif()
+        set(status "1;its SHA-256 is ${hash}")
+        set(code 1)
+      endif()
+    endforeach()
     if(NOT code EQUAL 0)
       list(GET status 1 why)
-      message(FATAL_ERROR "ONNX Runtime's headers cannot be downloaded (${why}). "
-                          "Unpack a release of ONNX Runtime and set ORT_HOME to it")
+      file(REMOVE "${folder}/headers.deb")
+      message(FATAL_ERROR "ONNX Runtime's headers cannot be downloaded (${why}). Install libonnxruntime-dev, or unpack a "
+                          "release of ONNX Runtime and set ORT_HOME to it")
     endif()
     find_program(ar NAMES "${CMAKE_AR}" ar REQUIRED)
     execute_process(COMMAND "${ar}" x headers.deb data.tar.xz WORKING_DIRECTORY "${folder}" RESULT_VARIABLE unpacked)

@@ -1,5 +1,7 @@
 // The border: no exception crosses it, and every pointer and size of the caller's is looked at here.
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -33,10 +35,12 @@ void remember(const char *text) {
 
 // The status of `action`; whatever it throws becomes text.
 template <class Action>
-ddpmx_status guarded(Action action) noexcept {
+ddpmx_status guarded(Action action) {
   try {
     action();
     return DDPMX_OK;
+  } catch (const abi::__forced_unwind &) {
+    throw;  // a thread that is cancelled, or ended by the callback: glibc allows nobody to stop that
   } catch (const Failure &failure) {
     remember(failure.what());
     return failure.status;
@@ -59,7 +63,7 @@ void check_pointer(const void *pointer, const char *name) {
 void check_size(size_t size, size_t own, const char *name) {
   if (size < own || size > kLargestStruct) {
     throw Failure(DDPMX_INPUT, "no version of " + std::string(name) + " has " + std::to_string(size) + " bytes",
-                  "here it has " + std::to_string(own), "set it by sizeof, where the program is compiled");
+                  "here it has " + std::to_string(own), "sizeof, where the program is compiled; an _init function sets struct_size");
   }
 }
 
@@ -144,6 +148,7 @@ ddpmx_status ddpmx_open(const char *path, const ddpmx_open_options *options, ddp
   if (pipeline) *pipeline = nullptr;
   return guarded([&] {
     check_pointer(path, "path");
+    if (!*path) throw Failure(DDPMX_INPUT, "path is empty");
     check_pointer(pipeline, "pipeline");
     const ddpmx_open_options asked = options ? whole(options, "ddpmx_open_options") : ddpmx_open_options{};
     auto opened = std::make_unique<ddpmx_pipeline>();
@@ -161,10 +166,9 @@ ddpmx_status ddpmx_close(ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
   });
 }
 
-ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model) DDPMX_NOEXCEPT {
+ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, size_t size) DDPMX_NOEXCEPT {
   return guarded([&] {
     check_pointer(pipeline, "pipeline");
-    check_pointer(model, "ddpmx_model");
     const ddpmx::Spec &spec = pipeline->inside->spec();
     ddpmx_model told{};
     told.channels = static_cast<int32_t>(spec.channels);
@@ -178,7 +182,7 @@ ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model) 
     copy_name(told.prediction, sizeof told.prediction, name_of(spec.prediction));
     copy_name(told.variance, sizeof told.variance, name_of(spec.variance));
     copy_name(told.precision, sizeof told.precision, spec.precision);
-    initialise(model, model->struct_size, told, "ddpmx_model");
+    initialise(model, size, told, "ddpmx_model");
   });
 }
 
@@ -196,7 +200,7 @@ ddpmx_status ddpmx_output_size(const ddpmx_pipeline *pipeline, const ddpmx_reque
 }
 
 ddpmx_status ddpmx_generate(ddpmx_pipeline *pipeline, const ddpmx_request *request, uint8_t *images, uint64_t images_size,
-                            float *samples, uint64_t samples_size) DDPMX_NOEXCEPT {
+                            float *samples, uint64_t samples_size) {
   return guarded([&] {
     check_pointer(pipeline, "pipeline");
     const ddpmx_request asked = whole(request, "ddpmx_request");

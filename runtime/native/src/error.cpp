@@ -11,8 +11,34 @@ namespace {
 // Bytes of a fact, a note or a hint: what a file says may be as long as its author likes.
 constexpr size_t kMaxPart = 600, kEnd = 150, kBeginning = kMaxPart - kEnd - 3;
 
+void append_hexadecimal(std::string &out, std::string_view bytes) {
+  for (const char byte : bytes) {
+    const char *digits = "0123456789abcdef";
+    out += "\\x";
+    out += digits[static_cast<uint8_t>(byte) >> 4];
+    out += digits[static_cast<uint8_t>(byte) & 15];
+  }
+}
+
+// What control characters and broken UTF-8 do in a text (a path may hold them): nothing, once they are spelt out.
+std::string spelt_out(std::string_view text) {
+  std::string out;
+  for (size_t at = 0; at < text.size();) {
+    const CodePoint point = code_point(text, at);
+    const std::string_view bytes = text.substr(at, point.size);
+    at += point.size;
+    if (point.value == kNoCodePoint || point.value < 0x20 || point.value == 0x7F) {
+      append_hexadecimal(out, bytes);
+    } else {
+      out += bytes;
+    }
+  }
+  return out;
+}
+
 // `text`, or its beginning and its end.
-std::string shortened(const std::string &text) {
+std::string shortened(const std::string &given) {
+  const std::string text = spelt_out(given);
   if (text.size() <= kMaxPart) return text;
   size_t beginning = kBeginning, end = text.size() - kEnd;
   while (beginning > 0 && is_continuation(text[beginning])) --beginning;
@@ -50,12 +76,7 @@ std::string in_quotes(std::string_view text, size_t most) {
     } else if (is_printable(point.value)) {
       out += bytes;
     } else {
-      for (const char byte : bytes) {
-        const char *digits = "0123456789abcdef";
-        out += "\\x";
-        out += digits[static_cast<uint8_t>(byte) >> 4];
-        out += digits[static_cast<uint8_t>(byte) & 15];
-      }
+      append_hexadecimal(out, bytes);
     }
   }
   return out += quote;

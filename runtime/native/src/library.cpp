@@ -26,7 +26,7 @@ void *Library::find(const char *symbol) const { return dlsym(handle_, symbol); }
 std::vector<Library::Place> places(const char *option, const char *option_name, const char *variable,
                                    const std::vector<std::string> &usual) {
   if (option && *option) return {{option, std::string("option ") + option_name}};
-  if (const char *said = std::getenv(variable); said && *said) return {{said, std::string("$") + variable}};
+  if (const char *said = secure_getenv(variable); said && *said) return {{said, std::string("$") + variable}};
   std::vector<Library::Place> found;
   for (const std::string &name : usual) found.push_back({name, ""});
   return found;

@@ -344,7 +344,8 @@ void check_external(const std::string &path, const GraphInfo &info) {
                     in_quotes(location) + ": " + reason(error));
     }
     // A model that can name any file on the machine could read what its user did not mean to hand over.
-    if (location.empty() || absolute || location.find('\\') != location.npos || !within(target, folder)) {
+    // To ONNX Runtime "*/_ORT_MEM_ADDR_/*" is a place in memory.
+    if (location.empty() || absolute || location.find_first_of("\\*") != location.npos || !within(target, folder)) {
       throw Failure(DDPMX_FILE_FORMAT, path + ": its weights point outside its own folder",
                     "external data at " + in_quotes(location),
                     "do not run this file unless you know who made it; re-export it otherwise");
@@ -375,7 +376,9 @@ Spec given_spec(const std::string &text) {
     return spec_from_json(model != nullptr ? *model : values, betas.empty() ? nullptr : &betas,
                           "\"betas\": [β, …] of the given spec");
   } catch (const Failure &failure) {
-    throw Failure(DDPMX_SPEC, "ddpmx_open_options.spec: " + failure.fact, failure.note, failure.hint);
+    const bool is_name = text.find('{') == std::string::npos;
+    throw Failure(DDPMX_SPEC, "ddpmx_open_options.spec: " + failure.fact, failure.note,
+                  is_name ? "the JSON itself is wanted, and not the name of a file" : failure.hint);
   }
 }
 

@@ -2,6 +2,7 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <cstdio>
 #include <vector>
 
 #include "error.hpp"
@@ -73,15 +74,15 @@ Runtime open_runtime(const char *option) {
   }
   runtime.version = in_quotes(found->GetVersionString(), 40);
   runtime.version = runtime.version.substr(1, runtime.version.size() - 2);
-  runtime.api = found->GetApi(kApi);
+  int major = 0, minor = 0;
+  std::sscanf(found->GetVersionString(), "%d.%d", &major, &minor);
+  // asked first, since GetApi prints something if it has no such version
+  if (major > 1 || (major == 1 && minor >= static_cast<int>(kApi))) runtime.api = found->GetApi(kApi);
   if (!runtime.api) {
     throw Failure(DDPMX_BACKEND, "ONNX Runtime " + runtime.version + " is too old", "1.16 is the oldest that serves");
   }
   return runtime;
 }
-
-// What it would print comes back as errors.
-void ORT_API_CALL say_nothing(void *, OrtLoggingLevel, const char *, const char *, const char *, const char *) {}
 
 class OrtNetwork : public Network {
  public:
@@ -95,12 +96,14 @@ class OrtNetwork : public Network {
         session_(runtime_.api->ReleaseSession) {
     const OrtApi &api = *runtime_.api;
     const std::string own = "ONNX Runtime " + runtime_.version + " does not start";
-    runtime_.check(api.CreateEnvWithCustomLogger(say_nothing, nullptr, ORT_LOGGING_LEVEL_FATAL, "ddpmx", env_.out()),
-                   DDPMX_BACKEND, own);
+    // No logger of ours: it would be the whole process's, and stay when this library has gone. Errors come back anyway.
+    runtime_.check(api.CreateEnv(ORT_LOGGING_LEVEL_FATAL, "ddpmx", env_.out()), DDPMX_BACKEND, own);
     runtime_.check(api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, memory_.out()), DDPMX_BACKEND, own);
     Owned<OrtSessionOptions> options(api.ReleaseSessionOptions);
     runtime_.check(api.CreateSessionOptions(options.out()), DDPMX_BACKEND, own);
     runtime_.check(api.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL), DDPMX_BACKEND, own);
+    // or the file's name would decide, and a checked ONNX file might be something else as well
+    runtime_.check(api.AddSessionConfigEntry(options.get(), "session.load_model_format", "ONNX"), DDPMX_BACKEND, own);
     if (threads) runtime_.check(api.SetIntraOpNumThreads(options.get(), threads), DDPMX_BACKEND, own);
     OrtStatus *said = api.CreateSession(env_.get(), path.c_str(), options.get(), session_.out());
     if (spec.precision == "bf16") {

@@ -6,6 +6,7 @@
 
 #include "cuda/device_runner.hpp"
 #include "error.hpp"
+#include "floats.hpp"
 #include "host_runner.hpp"
 #include "model_file.hpp"
 #include "ort.hpp"
@@ -23,6 +24,11 @@ constexpr uint64_t kDefaultBatch = 16, kDefaultBatchElements = uint64_t{1} << 22
 std::string text_or(const char *text, const char *usual) { return text ? text : usual; }
 
 std::string sides(const Spec &spec) { return std::to_string(spec.height) + "×" + std::to_string(spec.width); }
+
+// Elements of an image, or of its condition if that is larger.
+uint64_t largest_image(const Spec &spec) {
+  return static_cast<uint64_t>(std::max(spec.channels, spec.condition.value_or(0)) * spec.height * spec.width);
+}
 
 // The largest batch up to `wanted` that a network takes, or else its smallest.
 uint64_t fitting_batch(const std::vector<std::pair<uint64_t, uint64_t>> &ranges, uint64_t wanted) {
@@ -74,6 +80,9 @@ void check_room(const char *name, const void *buffer, uint64_t has, uint64_t nee
 
 // The class of each image.
 std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
+  if (!request.labels && request.labels_count) {
+    throw Failure(DDPMX_INPUT, "labels is NULL, and labels_count is " + std::to_string(request.labels_count));
+  }
   if (!spec.classes) {
     if (request.labels) throw Failure(DDPMX_INPUT, "the model has no classes, and labels name some");
     return {};
@@ -108,7 +117,7 @@ Pipeline::Pipeline(Spec spec, std::unique_ptr<Runner> runner)
     : spec_(std::move(spec)), runner_(std::move(runner)), description_(runner_->description()) {}
 
 uint64_t Pipeline::default_batch() const {
-  const auto elements = static_cast<uint64_t>(spec_.elements());
+  const auto elements = largest_image(spec_);
   return fitting_batch(runner_->batches(), std::clamp<uint64_t>(kDefaultBatchElements / elements, 1, kDefaultBatch));
 }
 
@@ -131,7 +140,7 @@ Pipeline::Numbers Pipeline::checked(const ddpmx_request &request) const {
     throw Failure(DDPMX_INPUT, "images are numbered 0…2**32 - 1, and " + std::to_string(request.first) + " + " +
                                    std::to_string(request.n) + " leads past that");
   }
-  if (batch > kImages || batch * static_cast<uint64_t>(spec_.elements()) > kBatchElements) {
+  if (batch > kImages || batch * largest_image(spec_) > kBatchElements) {
     throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + sides(spec_) + " at once do not fit into memory", "",
                   "a smaller batch");
   }
@@ -162,6 +171,7 @@ Table Pipeline::table(const ddpmx_request &request) const {
 
 void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t images_size, float *samples,
                         uint64_t samples_size) {
+  const UsualFloats floats;
   if (request.flags & ~(DDPMX_PREVIEWS | DDPMX_ON_DEVICE)) {
     throw Failure(DDPMX_INPUT, "flags " + std::to_string(request.flags) + " are none of this version's");
   }
@@ -212,7 +222,7 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
     if (request.callback) {
       job.report = [&](int32_t t, uint64_t done, const float *x, const float *x0) {
         const ddpmx_progress progress{sizeof(ddpmx_progress), t, before + done, total, at, n, x, x0};
-        return request.callback(&progress, request.user) == 0;
+        return floats.aside([&] { return request.callback(&progress, request.user) == 0; });
       };
     }
     runner_->run(job);
@@ -220,6 +230,7 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
 }
 
 std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_open_options &options) {
+  const UsualFloats floats;
   if (options.flags & ~DDPMX_TRUST_HOST_CODE) {
     throw Failure(DDPMX_INPUT, "flags " + std::to_string(options.flags) + " are none of this version's");
   }

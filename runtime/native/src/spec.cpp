@@ -177,9 +177,12 @@ void refuse_unknown(const Json::Object &values) {
   if (unknown.empty()) return;
   const auto version = values.find("ddpmx");
   const std::string *by = version == values.end() ? nullptr : version->second.as<std::string>();
+  const bool by_ddpmx = by && !by->empty();
+  std::string known;
+  for (const std::string_view field : kFields) known += (known.empty() ? "it knows: " : ", ") + std::string(field);
   refuse("the spec has fields that this ddpmx does not know: " + unknown,
-         "it was written by ddpmx " + (by && !by->empty() ? in_quotes(*by, 60) : "of no stated version"),
-         "a newer ddpmx may read it");
+         "it was written by ddpmx " + (by_ddpmx ? in_quotes(*by, 60) : "of no stated version"),
+         by_ddpmx ? "a newer ddpmx may read it" : known);
 }
 
 // Everything but the schedule.

@@ -72,6 +72,8 @@ class Fields {
     const Varint key = take_varint(rest_);
     field.number = key.over ? UINT64_MAX : key.low >> 3;
     if (field.number == 0) throw Malformed{"a field numbered 0"};
+    // others take a key modulo 2^32, and would see another field than this one
+    if (field.number >= uint64_t{1} << 29) throw Malformed{"a field numbered beyond 2^29 - 1"};
     const unsigned wire = key.low & 7;
     field.is_number_ = wire == 0;
     if (field.is_number_) {

@@ -26,6 +26,7 @@ struct OrtStatus : Malloced {
 struct OrtEnv : Malloced {};
 struct OrtSessionOptions : Malloced {
   int threads = 0;
+  bool is_onnx = false;
 };
 struct OrtMemoryInfo : Malloced {};
 struct OrtSession : Malloced {
@@ -64,8 +65,7 @@ OrtStatus *error(const char *text, int number = 0) {
 
 const char *ORT_API_CALL message(const OrtStatus *status) noexcept { return status->text; }
 
-OrtStatus *ORT_API_CALL create_env(OrtLoggingFunction log, void *, OrtLoggingLevel, const char *, OrtEnv **out) noexcept {
-  if (!log) return error("no logger");
+OrtStatus *ORT_API_CALL create_env(OrtLoggingLevel, const char *, OrtEnv **out) noexcept {
   *out = made(new OrtEnv);
   return nullptr;
 }
@@ -82,6 +82,11 @@ OrtStatus *ORT_API_CALL set_threads(OrtSessionOptions *options, int threads) noe
 
 OrtStatus *ORT_API_CALL set_severity(OrtSessionOptions *, int) noexcept { return nullptr; }
 
+OrtStatus *ORT_API_CALL configure(OrtSessionOptions *options, const char *key, const char *value) noexcept {
+  options->is_onnx = !std::strcmp(key, "session.load_model_format") && !std::strcmp(value, "ONNX");
+  return nullptr;
+}
+
 OrtStatus *ORT_API_CALL create_memory(OrtAllocatorType, OrtMemType, OrtMemoryInfo **out) noexcept {
   *out = made(new OrtMemoryInfo);
   return nullptr;
@@ -89,6 +94,7 @@ OrtStatus *ORT_API_CALL create_memory(OrtAllocatorType, OrtMemType, OrtMemoryInf
 
 OrtStatus *ORT_API_CALL create_session(const OrtEnv *, const ORTCHAR_T *path, const OrtSessionOptions *options,
                                        OrtSession **out) noexcept {
+  if (!options->is_onnx) return error("the file's name decides what it is");
   auto *session = new OrtSession;
   const char *slash = std::strrchr(path, '/');
   std::snprintf(session->name, sizeof session->name, "%s", slash ? slash + 1 : path);
@@ -154,9 +160,10 @@ OrtStatus *ORT_API_CALL run(OrtSession *session, const OrtRunOptions *, const ch
 
 void fill_in(OrtApi &api) {
   api.GetErrorMessage = message;
-  api.CreateEnvWithCustomLogger = create_env;
+  api.CreateEnv = create_env;
   api.CreateSession = create_session;
   api.Run = run;
+  api.AddSessionConfigEntry = configure;
   api.CreateSessionOptions = create_options;
   api.SetSessionLogSeverityLevel = set_severity;
   api.SetIntraOpNumThreads = set_threads;
@@ -180,7 +187,7 @@ const OrtApi *ORT_API_CALL get_api(uint32_t version) noexcept {
   return version <= NEWEST_API ? &api : nullptr;
 }
 
-const char *ORT_API_CALL get_version() noexcept { return "0.0.fake"; }
+const char *ORT_API_CALL get_version() noexcept { return FAKE_VERSION; }
 
 const OrtApiBase base{get_api, get_version};
 

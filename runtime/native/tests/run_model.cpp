@@ -181,8 +181,7 @@ int main(int count, char **arguments) {
   const double begun = now();
   check(ddpmx_open(arguments[1], &options, &pipeline));
   ddpmx_model model;
-  model.struct_size = sizeof model;
-  check(ddpmx_describe(pipeline, &model));
+  check(ddpmx_describe(pipeline, &model, sizeof model));
   std::printf("%.6f %s\n", now() - begun, ddpmx_backend(pipeline));
   std::fflush(stdout);
   for (std::string line; read_line(line);) {

@@ -1,6 +1,9 @@
 // The border as a program sees it, on an ONNX Runtime that is a formula: what it gives, and every way in which it refuses.
 #include <atomic>
 #include <dlfcn.h>
+#include <pthread.h>
+
+#include <cfenv>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -250,6 +253,7 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "", [](R r, S, S) { r.eta = 0.5; });
   refused(DDPMX_INPUT, "", [](R r, S, S) { r.sampler = "ddim", r.eta = NAN; });
   refused(DDPMX_INPUT, "no classes", [](R r, S, S) { r.labels = &label, r.labels_count = 1; });
+  refused(DDPMX_INPUT, "labels is NULL, and labels_count is 1", [](R r, S, S) { r.labels_count = 1; });
   refused(DDPMX_INPUT, "takes no condition", [&](R r, S, S) { r.cond = x.data(); });
   refused(DDPMX_INPUT, "no x to begin with", [](R r, S, S) { r.start = 0; });
   refused(DDPMX_INPUT, "", [&](R r, S, S) { r.start = 1, r.x = x.data(); });  // not one of the twelve
@@ -266,15 +270,62 @@ void what_is_refused() {
   CHECK(ddpmx_output_size(pipeline, &asked, &bytes) == DDPMX_OK && bytes == 2 * N);
   CHECK(said(ddpmx_output_size(pipeline, &asked, nullptr), DDPMX_INPUT, "bytes is NULL"));
   ddpmx_model small;
-  small.struct_size = 8;
-  CHECK(said(ddpmx_describe(pipeline, &small), DDPMX_INPUT, "no version of ddpmx_model has 8 bytes"));
+  CHECK(said(ddpmx_describe(pipeline, &small, 8), DDPMX_INPUT, "no version of ddpmx_model has 8 bytes"));
   ddpmx_model told;
-  told.struct_size = sizeof told;
-  CHECK(ddpmx_describe(pipeline, &told) == DDPMX_OK && told.channels == 3 && told.height == 8 && told.width == 8);
+  CHECK(ddpmx_describe(pipeline, &told, sizeof told) == DDPMX_OK && told.channels == 3 && told.height == 8 && told.width == 8);
   CHECK(told.timesteps == 1000 && told.classes == 0 && told.default_batch == 16 && told.struct_size == sizeof told);
   CHECK(!std::strcmp(told.prediction, "eps") && !std::strcmp(told.precision, "fp32"));
   CHECK(!std::strcmp(told.variance, "fixed_large"));
-  CHECK(std::strstr(ddpmx_backend(pipeline), "onnxruntime 0.0.fake"));
+  CHECK(std::strstr(ddpmx_backend(pipeline), "onnxruntime 1.99.fake"));
+  CHECK(ddpmx_close(pipeline) == DDPMX_OK);
+}
+
+int32_t looks(const ddpmx_progress *, void *user) {
+  *static_cast<int *>(user) = std::fegetround();
+  return 0;
+}
+
+// A program that rounds in its own way gets the images that everybody gets, and its own way back.
+void rounding_is_the_library_s_own() {
+  ddpmx_pipeline *pipeline = opened("model");
+  const std::vector<uint8_t> wanted = drawn(pipeline, request(3));
+  CHECK(ddpmx_close(pipeline) == DDPMX_OK);
+  for (const int mode : {FE_UPWARD, FE_TOWARDZERO}) {
+    std::fesetround(mode);
+    int seen = -1;
+    ddpmx_request asked = request(3);
+    asked.callback = looks, asked.user = &seen;
+    pipeline = opened("model");
+    CHECK(drawn(pipeline, asked) == wanted);
+    CHECK(seen == mode && std::fegetround() == mode);
+    CHECK(ddpmx_close(pipeline) == DDPMX_OK);
+  }
+  std::fesetround(FE_TONEAREST);
+}
+
+int32_t leaves(const ddpmx_progress *progress, void *) {
+  if (progress->done == 3) pthread_exit(nullptr);
+  return 0;
+}
+
+// A thread that is ended in the middle of a chain takes nothing with it.
+void a_thread_ends_in_its_callback() {
+  ddpmx_pipeline *pipeline = opened("model");
+  const std::vector<uint8_t> wanted = drawn(pipeline, request(2));
+  struct Given {
+    ddpmx_pipeline *pipeline;
+    ddpmx_request request;
+    std::vector<uint8_t> images;
+  } given{pipeline, request(2), std::vector<uint8_t>(2 * N)};
+  given.request.callback = leaves;
+  pthread_t thread;
+  const auto run = [](void *user) -> void * {
+    Given &given = *static_cast<Given *>(user);
+    ddpmx_generate(given.pipeline, &given.request, given.images.data(), given.images.size(), nullptr, 0);
+    std::abort();  // nobody comes back here
+  };
+  CHECK(pthread_create(&thread, nullptr, run, &given) == 0 && pthread_join(thread, nullptr) == 0);
+  CHECK(drawn(pipeline, request(2)) == wanted);
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
 
@@ -309,6 +360,7 @@ void models_that_do_not_open() {
   const std::string good = model("model");
   refused(folder / "none.onnx", DDPMX_FILE_FORMAT, "none.onnx: cannot be read", nothing);
   refused(folder, DDPMX_FILE_FORMAT, "a folder", nothing);
+  refused("", DDPMX_INPUT, "path is empty", nothing);
   std::ofstream(folder / "empty.onnx").close();
   refused(folder / "empty.onnx", DDPMX_FILE_FORMAT, "the file is empty", nothing);
   std::ofstream(folder / "text.onnx") << "<html>";
@@ -321,7 +373,7 @@ void models_that_do_not_open() {
   refused(good, DDPMX_BACKEND, "tried '/nowhere/libonnxruntime.so' (option ort_library): ",
           [](O o) { o.ort_library = "/nowhere/libonnxruntime.so"; });
   refused(good, DDPMX_BACKEND, "is no ONNX Runtime", [](O o) { o.ort_library = "libm.so.6"; });
-  refused(good, DDPMX_BACKEND, "0.0.fake is too old", [](O o) { o.ort_library = FAKE_ORT_OLD; });
+  refused(good, DDPMX_BACKEND, "ONNX Runtime 1.15.0 is too old", [](O o) { o.ort_library = FAKE_ORT_OLD; });
   refused(model("fail-open"), DDPMX_FILE_FORMAT, "told to fail, with 3 threads", [](O o) { o.threads = 3; });
   refused(good, DDPMX_INPUT, "threads must be", [](O o) { o.threads = 257; });
   refused(good, DDPMX_INPUT, "threads must be", [](O o) { o.threads = -1; });
@@ -332,6 +384,8 @@ void models_that_do_not_open() {
   refused(good, DDPMX_INPUT, "no version of ddpmx_open_options has 3 bytes", [](O o) { o.struct_size = 3; });
   refused(good, DDPMX_SPEC, "contradicts", [](O o) { o.spec = "{\"shape\": [1, 8, 8]}"; });
   refused(good, DDPMX_SPEC, "", [](O o) { o.spec = "{"; });
+  refused(good, DDPMX_SPEC, "and not the name of a file", [](O o) { o.spec = "spec.json"; });
+  refused(folder / "a\nNote: forged\xff.onnx", DDPMX_FILE_FORMAT, "a\\x0aNote: forged\\xff.onnx: cannot be read", nothing);
   setenv("DDPMX_ORT_LIBRARY", "/elsewhere.so", 1);
   refused(good, DDPMX_BACKEND, "'/elsewhere.so' ($DDPMX_ORT_LIBRARY)", [](O o) { o.ort_library = nullptr; });
   setenv("DDPMX_ORT_LIBRARY", FAKE_ORT, 1);
@@ -370,6 +424,8 @@ int main() {
   a_pipeline_at_work_is_not_closed_and_may_be_used_again();
   threads_share_a_pipeline();
   what_is_refused();
+  rounding_is_the_library_s_own();
+  a_thread_ends_in_its_callback();
   longer_structs();
   models_that_do_not_open();
   networks_that_fail();

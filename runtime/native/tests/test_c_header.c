@@ -86,8 +86,7 @@ static void nothing(void) {
   CHECK(ddpmx_open(NULL, NULL, &pipeline) == DDPMX_INPUT && pipeline == NULL);
   CHECK(ddpmx_open("model.onnx", NULL, NULL) == DDPMX_INPUT);
   CHECK(ddpmx_close(NULL) == DDPMX_OK);
-  model.struct_size = sizeof model;
-  CHECK(ddpmx_describe(NULL, &model) == DDPMX_INPUT);
+  CHECK(ddpmx_describe(NULL, &model, sizeof model) == DDPMX_INPUT);
   CHECK(ddpmx_output_size(NULL, &request, &bytes) == DDPMX_INPUT);
   CHECK(ddpmx_generate(NULL, &request, NULL, 0, NULL, 0) == DDPMX_INPUT);
   CHECK(ddpmx_backend(NULL)[0] == 0);

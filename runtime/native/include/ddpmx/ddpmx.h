@@ -18,8 +18,8 @@
  * - Every function that can fail returns a ddpmx_status; 0 is success. What went wrong is text in ddpmx_last_error().
  * - Nothing is thrown, printed or aborted across this border, and the library never ends the process.
  * - Memory for results is the caller's. What the library allocates goes with ddpmx_close.
- * - A struct begins with its size, so that later versions can append fields. Its _init function fills it in: everything
- *   that is not set afterwards has its usual value.
+ * - A struct begins with its size, so that later versions can append fields. What a program hands over is filled in by an
+ *   _init function first: everything that is not set afterwards has its usual value.
  * - Text is UTF-8 and ends with a zero byte; paths are in the encoding of the file system. What is given is copied before
  *   a call returns.
  * - Any thread may call any function. A pipeline may be opened, used and closed in different threads.
@@ -109,7 +109,8 @@ DDPMX_API ddpmx_status ddpmx_open(const char *path, const ddpmx_open_options *op
                                   ddpmx_pipeline **pipeline) DDPMX_NOEXCEPT;
 
 /* Free everything. NULL is harmless. DDPMX_BUSY, and nothing is freed: another thread, or the caller's own callback, is
- * in the middle of a chain. */
+ * in the middle of a chain. After DDPMX_OK the pipeline must not be used, nor may a call with it begin while this one is
+ * under way. */
 DDPMX_API ddpmx_status ddpmx_close(ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT;
 
 /* What the file says about itself. N = channels·height·width. */
@@ -126,8 +127,9 @@ typedef struct ddpmx_model {
   char precision[8];               /* "fp32", "fp16" or "bf16": inside the network; here everything is float */
 } ddpmx_model;
 
-/* model->struct_size has to be set: sizeof(ddpmx_model). DDPMX_INPUT: NULL, or another size. */
-DDPMX_API ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model) DDPMX_NOEXCEPT;
+/* Fill in *model. size: sizeof(ddpmx_model) where the caller was compiled.
+ * DDPMX_INPUT: NULL, or a size that no version of the struct has. */
+DDPMX_API ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, size_t size) DDPMX_NOEXCEPT;
 
 /* What really computes the network, for people: library, version and device. "" for NULL. It lives as long as the
  * pipeline. */
@@ -135,7 +137,8 @@ DDPMX_API const char *ddpmx_backend(const ddpmx_pipeline *pipeline) DDPMX_NOEXCE
 
 /* ---- drawing images ---------------------------------------------------------------------------------------------- */
 
-/* What a callback is told after every step. Later versions may append fields. */
+/* What a callback is told after every step. More images than one batch are drawn batch by batch. Later versions may append
+ * fields. */
 typedef struct ddpmx_progress {
   uint32_t struct_size;
   int32_t t;      /* the timestep that was done; it falls */
@@ -197,10 +200,12 @@ DDPMX_API ddpmx_status ddpmx_output_size(const ddpmx_pipeline *pipeline, const d
  *
  * From several threads: one pipeline of ONNX Runtime runs as many chains at once as there are callers; one of a plan runs
  * one, and the others wait.
+ * It is computed with the usual rounding and subnormal numbers, whatever the calling thread has set for itself. Where that
+ * thread is cancelled, or ended by the callback, the chain ends with it and nothing is leaked.
  * Errors: DDPMX_INPUT (nothing was written), DDPMX_CANCELLED, DDPMX_NUMERIC, DDPMX_BACKEND, DDPMX_MEMORY; what the buffers
  * hold is undefined after these. */
 DDPMX_API ddpmx_status ddpmx_generate(ddpmx_pipeline *pipeline, const ddpmx_request *request, uint8_t *images,
-                                      uint64_t images_size, float *samples, uint64_t samples_size) DDPMX_NOEXCEPT;
+                                      uint64_t images_size, float *samples, uint64_t samples_size);
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,10 @@
 #ifndef DDPMX_DDPMX_HPP
 #define DDPMX_DDPMX_HPP
 
+#if __cplusplus < 201703L
+#error "ddpmx.hpp needs C++17: -std=c++17, or set(CMAKE_CXX_STANDARD 17)"
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -26,6 +30,9 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#ifdef __GLIBCXX__
+#include <cxxabi.h>
+#endif
 
 #include "ddpmx.h"
 
@@ -58,6 +65,9 @@ class Span {
                                     std::is_convertible_v<decltype(std::declval<Container &>().data()), T *> &&
                                     !std::is_same_v<std::remove_const_t<Container>, Span>>>
   constexpr Span(Container &container) : data_(container.data()), size_(container.size()) {}
+
+  template <typename Container, typename = decltype(std::declval<const Container &>().data())>
+  Span(const Container &&) = delete;
 
   constexpr T *data() const noexcept { return data_; }
   constexpr std::size_t size() const noexcept { return size_; }
@@ -170,7 +180,7 @@ struct Watch {
   std::exception_ptr thrown;
 };
 
-inline std::int32_t watch(const ddpmx_progress *now, void *user) noexcept {
+inline std::int32_t watch(const ddpmx_progress *now, void *user) {
   Watch &watch = *static_cast<Watch *>(user);
   try {
     const std::size_t size = static_cast<std::size_t>(now->n) * watch.elements;
@@ -183,6 +193,10 @@ inline std::int32_t watch(const ddpmx_progress *now, void *user) noexcept {
     if (now->x) progress.x = {now->x, size};
     if (now->x0) progress.x0 = {now->x0, size};
     return (*watch.callback)(progress) ? 0 : 1;
+#ifdef __GLIBCXX__
+  } catch (const abi::__forced_unwind &) { // the thread is being ended, which glibc allows nobody to stop
+    throw;
+#endif
   } catch (...) {
     watch.thrown = std::current_exception();
     return 1;
@@ -218,8 +232,7 @@ class Pipeline {
     handle_.reset(opened, [](ddpmx_pipeline *last) { static_cast<void>(ddpmx_close(last)); });
 
     ddpmx_model told;
-    told.struct_size = sizeof told;
-    detail::check(ddpmx_describe(opened, &told));
+    detail::check(ddpmx_describe(opened, &told, sizeof told));
     model_ = {told.channels,
               told.height,
               told.width,

@@ -33,9 +33,9 @@ ddpmx_status __wrap_ddpmx_close(ddpmx_pipeline *pipeline) {
 uint32_t __real_ddpmx_abi_version();
 uint32_t __wrap_ddpmx_abi_version() { return border.abi ? border.abi : __real_ddpmx_abi_version(); }
 
-ddpmx_status __real_ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model);
-ddpmx_status __wrap_ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model) {
-  const ddpmx_status status = __real_ddpmx_describe(pipeline, model);
+ddpmx_status __real_ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, size_t size);
+ddpmx_status __wrap_ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, size_t size) {
+  const ddpmx_status status = __real_ddpmx_describe(pipeline, model, size);
   if (border.condition) model->condition = border.condition;
   return status;
 }
