@@ -65,6 +65,7 @@ def aarch64_build(emulator) -> Path:
     return build_native(
         ROOT / "build" / "native-aarch64",
         f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",
+        "-DCMAKE_UNITY_BUILD=ON",
         targets=("run_model", "fake_onnxruntime", *OWN_TESTS),
     )
 

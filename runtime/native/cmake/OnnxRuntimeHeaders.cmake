@@ -3,7 +3,7 @@
 # Looked for in ORT_HOME (a variable of CMake or of the environment: an unpacked release), then in the system. Where there is
 # none it is taken out of Debian's package, whose SHA-256 stands here, unless DDPMX_FETCH_DEPS is OFF.
 set(ORT_HOME "$ENV{ORT_HOME}" CACHE PATH "An unpacked release of ONNX Runtime, for its headers")
-if(NOT ORT_HOME STREQUAL DDPMX_ORT_HOME_SEEN) # what was found for another one is not wanted any more
+if(DEFINED DDPMX_ORT_HOME_SEEN AND NOT "${ORT_HOME}" STREQUAL "${DDPMX_ORT_HOME_SEEN}") # what was found for another one is not wanted any more
   unset(ORT_INCLUDE CACHE)
 endif()
 set(DDPMX_ORT_HOME_SEEN "${ORT_HOME}" CACHE INTERNAL "")

@@ -348,7 +348,11 @@ void time_to_read() {
     while (out.size() < size) out += what;
     return out;
   };
+#ifdef __SANITIZE_ADDRESS__
+  constexpr size_t kSize = 5'000'000;
+#else
   constexpr size_t kSize = 50'000'000;
+#endif
   for (const char *what : {"\177EL", "\177ELF", "PE", "ddpmx1", "ddpmx1 ", "ddpmx1 9999 ", "engine1 9999 00000000 "}) {
     CHECK(seconds(repeated(what, kSize)) < 10);
   }

@@ -180,7 +180,11 @@ struct Watch {
   std::exception_ptr thrown;
 };
 
-inline std::int32_t watch(const ddpmx_progress *now, void *user) {
+#ifdef __GLIBCXX__
+__attribute__((no_sanitize("null"))) // a forced unwind carries no object to refer to
+#endif
+inline std::int32_t
+watch(const ddpmx_progress *now, void *user) {
   Watch &watch = *static_cast<Watch *>(user);
   try {
     const std::size_t size = static_cast<std::size_t>(now->n) * watch.elements;
