@@ -20,8 +20,8 @@ DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 demo: $(DEMO)
 	$(BIN)/python examples/fashion_mnist/demo.py
 
-test: lint pytest others
-	@PYTHON=$(BIN)/python .ci/fuzz 30
+test: lint pytest
+	@$(MAKE) --no-print-directory --jobs=2 others fuzz FUZZ=30
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -68,15 +69,31 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Only a trained network can be judged by its chain: on random weights the chain saturates."""
+    """Only a trained network can be judged by its chain: on random weights the chain saturates.
+
+    Where several processes run the tests, the first that wants it trains for all.
+    """
     pytest.importorskip("torch", reason="not verified here: whatever needs a trained network (no torch)")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained"
+    made = Trained(folder / "run", folder / "fp32.onnx", folder / "fp16.onnx")
+    folder.mkdir(exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / ".done").exists():
+            return made
+        _train(folder)
+        (folder / ".done").touch()
+    return made
+
+
+def _train(folder: Path) -> None:
     from ddpm_export.data import load_dataset
     from ddpm_export.onnx_export import export
     from ddpm_export.train import Trainer, TrainSettings
     from ddpm_export.unet import UNetConfig
     from ddpmx.spec import ModelSpec
 
-    folder = tmp_path_factory.mktemp("trained")
     dataset = load_dataset(FASHION)
     network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
     settings = TrainSettings(batch=64, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
@@ -84,7 +101,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     trainer.train(400)
     for precision in ("fp32", "fp16"):
         export(folder / "run", folder / f"{precision}.onnx", precision=precision)
-    return Trained(folder / "run", folder / "fp32.onnx", folder / "fp16.onnx")
 
 
 # --- a chain on a fake driver ----------------------------------------------------------------------------------------

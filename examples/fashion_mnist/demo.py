@@ -42,8 +42,8 @@ def main() -> int:
     run, fp32, fp16 = out / "run", out / "model.onnx", out / "model-fp16.onnx"
     ddpmx(f"train --data {DATA} --out {run} --steps {steps} {NETWORK} {TRAINING} --sample-every {steps // 4}")
     whole = "" if arguments.smoke else " --full"
-    ddpmx(f"export {run} -o {fp32} --data {DATA}")
-    ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA}{whole}")
+    ddpmx(f"export {run} -o {fp32} --data {DATA} --no-plan")
+    ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA} --no-plan{whole}")
     ddpmx(f"parity {fp16} --report {out / 'parity'}")
     ddpmx(
         f"generate --engine {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate"

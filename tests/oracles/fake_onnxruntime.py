@@ -86,7 +86,9 @@ class FakeOrt:
         self.registered += 1
 
     def SessionOptions(self):
-        options = SimpleNamespace(log_severity_level=2, devices=[])
+        entries: dict[str, str] = {}
+        options = SimpleNamespace(log_severity_level=2, devices=[], add_session_config_entry=entries.__setitem__)
+        options.entries = entries
         options.add_provider_for_devices = lambda devices, given: options.devices.append((devices[0].ep_name, given))
         return options
 
@@ -97,6 +99,7 @@ class FakeOrt:
     def InferenceSession(self, path, options, providers=None, *, enable_fallback=1):
         assert isinstance(path, str)
         assert not enable_fallback, "it would print, and run on the CPU"
+        assert options.entries == {"session.load_model_format": "ONNX"}, "the file's name would decide what it is"
         self.asked = [*options.devices, *(providers or [])]
         for name, given in self.asked:
             assert set(given) == OPTIONS[name]

@@ -225,8 +225,13 @@ void attempt(Rig &rig, const char *executor, int *wrong) {
 
 // All calls of a life, one after the other: an error, no leak, no fault, and the next chain is right.
 void every_call() {
+#ifdef __SANITIZE_ADDRESS__
+  const std::vector<const char *> executors{"auto"};  // which captures as well, and may end as plain
+#else
+  const std::vector<const char *> executors{"graph", "plain", "auto"};
+#endif
   for (const std::string &json : {kTold, kLearned}) {
-    for (const char *executor : {"graph", "plain", "auto"}) {
+    for (const char *executor : executors) {
       int calls = 0, errors = 0, wrong = 0;
       {
         Rig rig(json);

@@ -102,7 +102,7 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
   }
   std::string from = "option trt_library";
   if (!library || !*library) {
-    library = std::getenv("DDPMX_TRT_LIBRARY");
+    library = secure_getenv("DDPMX_TRT_LIBRARY");
     from = "$DDPMX_TRT_LIBRARY";
   }
   if (!library || !*library) library = nullptr, from.clear();
