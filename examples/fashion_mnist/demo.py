@@ -40,7 +40,8 @@ def main() -> int:
         parser.error(f"{out} exists, and was not written by this demo")
     shutil.rmtree(out, ignore_errors=True)
     run, fp32, fp16 = out / "run", out / "model.onnx", out / "model-fp16.onnx"
-    ddpmx(f"train --data {DATA} --out {run} --steps {steps} {NETWORK} {TRAINING} --sample-every {steps // 4}")
+    every = steps if arguments.smoke else steps // 4
+    ddpmx(f"train --data {DATA} --out {run} --steps {steps} {NETWORK} {TRAINING} --sample-every {every}")
     whole = "" if arguments.smoke else " --full"
     ddpmx(f"export {run} -o {fp32} --data {DATA} --no-plan")
     ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA} --no-plan{whole}")

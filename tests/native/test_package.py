@@ -186,7 +186,13 @@ def test_as_a_folder_of_somebody_s_sources(native_build, wanted, ort_library, tm
     headers = re.search(r"^ORT_INCLUDE:PATH=(.+)$", cache, re.MULTILINE)
     assert headers
     build = ROOT / "build" / "native-within"  # which stays, so that only what has changed is compiled
-    configure(build, f"-DDDPMX_SOURCE={SOURCE}", f"-DORT_INCLUDE={headers[1]}", "-DCMAKE_UNITY_BUILD=ON")
+    configure(
+        build,
+        f"-DDDPMX_SOURCE={SOURCE}",
+        f"-DORT_INCLUDE={headers[1]}",
+        "-DCMAKE_UNITY_BUILD=ON",
+        "-DCMAKE_BUILD_TYPE=Debug",
+    )
     targets = run(tool("cmake"), "--build", build, "--target", "help")
     assert "from_cpp" in targets
     assert "test_" not in targets
