@@ -4,7 +4,7 @@
 # make fuzz    its file readers under libFuzzer for ten minutes; FUZZ=30 seconds in make test
 # make bench   ratios measured side by side
 # make gpu-check   everything that needs an NVIDIA GPU, in one report to paste (tests/gpu/README.md); CHECK='--quick'
-# make mutations   100,000 damaged files for the readers, about half an hour (make test: 1,000)
+# make mutations   100,000 damaged files for the readers, about half an hour (make test: 2,000)
 #
 # TORCH is the build that is installed; on a machine with an NVIDIA GPU, `make demo TORCH=torch` takes the newest.
 

@@ -28,7 +28,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_mutants_are_read_or_refused():
-    code, told = run("--count", "1000", "--seed", "0", *(["--without-torch"] if WITHOUT_TORCH else []))
+    code, told = run("--count", "2000", "--seed", "0", *(["--without-torch"] if WITHOUT_TORCH else []))
     assert code == 0, told
     table = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line.split()[:1] and line[0] != " "}
     for kind in KINDS:
