@@ -168,7 +168,7 @@ def test_the_readme_names_what_there_is():
     cmake = "".join(path.read_text() for path in [SOURCE / "CMakeLists.txt", *(SOURCE / "cmake").glob("*.cmake")])
     header = (SOURCE / "include" / "ddpmx" / "ddpmx.h").read_text()
     options = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
-    assert len(options) == 7
+    assert len(options) == 8
     assert [name for name in options if not re.search(rf"(option\(|set\(){name} ", cmake)] == []
     names = set(re.findall(r"DDPMX_[A-Z_]+|ddpmx_[a-z]\w+", README)) - set(options) - {"ddpmx_native", "ddpmx_trt"}
     assert len(names) >= 10
