@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import ddpmx
-from ddpmx import tensorrt_library
 from ddpmx.backends import trt
-from ddpmx.cuda.driver import Driver
+from ddpmx.device.driver import Driver
+from ddpmx.trt import library as trt_library
 from oracles import cuda_on_host
 from oracles.fake_cuda import FakeCuda
 from oracles.fake_tensorrt import ADA, FakeTrt
@@ -88,11 +88,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def _train(folder: Path) -> None:
-    from ddpm_export.data import load_dataset
-    from ddpm_export.onnx_export import export
-    from ddpm_export.train import Trainer, TrainSettings
-    from ddpm_export.unet import UNetConfig
-    from ddpmx.spec import ModelSpec
+    from ddpm_export.graph.onnx_export import export
+    from ddpm_export.networks.unet import UNetConfig
+    from ddpm_export.training.data import load_dataset
+    from ddpm_export.training.train import Trainer, TrainSettings
+    from ddpmx.formats.spec import ModelSpec
 
     dataset = load_dataset(FASHION)
     network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
@@ -128,7 +128,7 @@ def fake(kernels):
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: RECORD.platform)
+    monkeypatch.setattr(trt_library, "host_platform", lambda: RECORD.platform)
     path = tmp_path / "model.plan"
     path.write_bytes(make_plan())
     return path
@@ -145,6 +145,6 @@ def plan_driver(fake, monkeypatch):
 def fake_tensorrt(plan_driver, monkeypatch):
     """A TensorRT that runs ``plan`` as a toy network, wherever ddpmx loads one."""
     module = FakeTrt(plan_driver)
-    monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: module.library())
+    monkeypatch.setattr(trt_library, "load", lambda flavour=None: module.library())
     monkeypatch.setattr(trt, "gpus", lambda: ADA)
     return module

@@ -46,17 +46,17 @@ def bench(
     ] = False,
 ) -> None:
     """Measure a model file here: ms per step, images per second, and what the chain costs beside the network."""
-    from ddpmx import modelfile
-    from ddpmx.bench import bench as measure
+    from ddpmx.bench.measure import bench as measure
     from ddpmx.errors import OutputError
-    from ddpmx.files import atomic_write, check_replaceable
+    from ddpmx.formats import model_file
+    from ddpmx.formats.atomic import atomic_write, check_replaceable
 
     batches = None if batch is None else parse_numbers("--batch", batch)
     if out is not None:  # before minutes are spent
         if not out.parent.is_dir():
             raise OutputError(f"{out}: there is no folder {out.parent}", hint="make it, or another -o")
         check_replaceable(out, what="figures", suffixes=(".json",), begins=(b"{",))
-    description = modelfile.read_spec(spec) if spec is not None else None
+    description = model_file.read_spec(spec) if spec is not None else None
     with phases("measuring") as progress:
         report = measure(
             file,

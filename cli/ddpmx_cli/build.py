@@ -57,14 +57,15 @@ def build(
     Needs neither torch nor onnx, so it runs on the device itself. Precision is the ONNX file's. Engines do not travel: not
     between versions of TensorRT, nor between GPU architectures (TensorRT-RTX's do, between RTX cards).
     """
-    from ddpmx import engine, tensorrt_library
+    from ddpmx.trt import build as trt_build
+    from ddpmx.trt import library as trt_library
 
     if library is not None and library not in _LIBRARIES:
         raise InputError(f"--library {library!r}: there are {' and '.join(_LIBRARIES)}")
     numbers = None if batch is None else parse_numbers("--batch", batch)
     if numbers is not None and len(numbers) != 3:
         raise InputError(f"--batch {batch!r}: three numbers, smallest, best and largest", hint="--batch 1,16,64")
-    options = engine.BuildOptions(
+    options = trt_build.BuildOptions(
         batch=None if numbers is None else (numbers[0], numbers[1], numbers[2]),
         targets=tuple(part.strip() for part in target.split(",")) if target else (),
         workspace=None if workspace is None else workspace << 20,
@@ -75,11 +76,11 @@ def build(
         timing_cache=timing_cache or cache_folder(),
     )
     with phases(f"building {onnx.name}") as progress:
-        built = engine.build(
+        built = trt_build.build(
             onnx,
             output,
             options,
-            library=tensorrt_library.load(None if library is None else _LIBRARIES[library]),
+            library=trt_library.load(None if library is None else _LIBRARIES[library]),
             force=force,
             progress=progress,
         )
@@ -88,7 +89,7 @@ def build(
 
 def show(built: object, onnx: Path, output: Path) -> None:
     """Say what came of a build."""
-    from ddpmx.engine import Built
+    from ddpmx.trt.build import Built
 
     assert isinstance(built, Built)
     record = built.info.engine

@@ -11,7 +11,7 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx_cli.console import busy, say
 
 if TYPE_CHECKING:
-    from ddpm_export.checkpoint import Weights
+    from ddpm_export.training.checkpoint import Weights
 
 EXAMPLES = """
 Examples:\n
@@ -34,7 +34,8 @@ def convert(
         raise InputError(f"--weights {weights!r}: there are ema and raw")
     try:
         with busy("loading torch"):
-            from ddpm_export import checkpoint, importers
+            from ddpm_export.importers import registry as importers
+            from ddpm_export.training import checkpoint
     except (ImportError, OSError) as error:
         raise BackendError("convert needs torch", note=str(error), hint="pip install torch safetensors") from error
     if to not in importers.WRITERS:

@@ -18,7 +18,7 @@ Examples:\n
 
 def doctor(as_json: Annotated[bool, Option("--json", help="All that was found, as JSON.")] = False) -> None:
     """Say what is here, and what is missing for what: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
-    from ddpmx.doctor import examine
+    from ddpmx.system.doctor import examine
 
     with busy("looking around"):
         report = examine()

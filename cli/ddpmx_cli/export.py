@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ddpm_export.checkpoint import Weights
-    from ddpmx.spec import ModelSpec, Precision
+    from ddpm_export.training.checkpoint import Weights
+    from ddpmx.formats.spec import ModelSpec, Precision
 
 EXAMPLES = """
 Examples:\n
@@ -69,7 +69,8 @@ def export(
         raise InputError("--full and --data say how to judge, and --no-parity says not to")
     try:
         with busy("loading torch"):
-            from ddpm_export import checkpoint, onnx_export
+            from ddpm_export.graph import onnx_export
+            from ddpm_export.training import checkpoint
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
@@ -79,7 +80,7 @@ def export(
     precision: Precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
     images = None
     if data is not None:
-        from ddpm_export.proof import images_for
+        from ddpm_export.proof.proof import images_for
 
         images = images_for(data, source)
     record = output.with_suffix(".parity.npz")
@@ -117,7 +118,7 @@ def _prove(
     output: Path, spec: ModelSpec, source: Path, weights: Weights, images: NDArray[np.uint8] | None, full: bool
 ) -> None:
     """Record, and climb; exit code 1 if the file is not the model. It is kept, for whoever wants to see why."""
-    from ddpm_export import proof
+    from ddpm_export.proof import proof
 
     record = output.with_suffix(".parity.npz")
     try:
@@ -144,11 +145,12 @@ def _prove(
 
 def _build(output: Path, *, must: bool) -> bool:
     """A plan, where that can be; what stands in the way is an error only for somebody who asked for one."""
-    from ddpmx import engine, tensorrt_library
+    from ddpmx.trt import build as trt_build
+    from ddpmx.trt import library as trt_library
 
     plan = output.with_suffix(".plan")
     try:
-        library = tensorrt_library.load()
+        library = trt_library.load()
     except BackendError:
         if must:
             raise
@@ -156,10 +158,10 @@ def _build(output: Path, *, must: bool) -> bool:
         return False
     try:
         with phases(f"building {plan.name}") as progress:
-            built = engine.build(
+            built = trt_build.build(
                 output,
                 plan,
-                engine.BuildOptions(timing_cache=cache_folder()),
+                trt_build.BuildOptions(timing_cache=cache_folder()),
                 library=library,
                 progress=progress,
             )

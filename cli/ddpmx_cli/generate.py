@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES
 from ddpmx.errors import InputError
-from ddpmx.samplers import SAMPLERS, SPACINGS, VARIANCES
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 from ddpmx_cli.console import cache_folder, counting, say
 
 _WHERE = "Where it runs"
@@ -78,12 +78,12 @@ def generate(
     ] = False,
 ) -> None:
     """Run the full reverse chain and write PNGs."""
-    from ddpmx import modelfile
-    from ddpmx.files import make_folder
-    from ddpmx.gallery import Animation, check_drawable, save_gallery
+    from ddpmx.formats import model_file
+    from ddpmx.formats.atomic import make_folder
+    from ddpmx.images.gallery import Animation, check_drawable, save_gallery
     from ddpmx.pipeline import load
 
-    description = modelfile.read_spec(spec) if spec is not None else None
+    description = model_file.read_spec(spec) if spec is not None else None
     with load(
         engine,
         spec=description,

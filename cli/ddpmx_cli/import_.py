@@ -12,7 +12,7 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx_cli.console import busy, counting, parse_size, plain, say
 
 if TYPE_CHECKING:
-    from ddpm_export.importers import Found, Imported, Options, Question
+    from ddpm_export.importers.registry import Found, Imported, Options, Question
 
 EXAMPLES = """
 Examples:\n
@@ -79,7 +79,7 @@ def import_(
         raise InputError(f"--weights {weights!r}: there are ema and raw")
     try:
         with busy("loading torch"):
-            from ddpm_export import importers
+            from ddpm_export.importers import registry as importers
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("import needs torch", note=str(error), hint="pip install torch safetensors") from error
     given = {
@@ -163,9 +163,9 @@ def _probe(found: Found, options: Options, source: str, imported: Imported, data
     """Decide on real images what can be decided so."""
     import numpy as np
 
-    from ddpm_export import importers
-    from ddpm_export.data import load_dataset
     from ddpm_export.importers import probe
+    from ddpm_export.importers import registry as importers
+    from ddpm_export.training.data import load_dataset
 
     questions = [question for question in imported.questions if question.probed]
     if len(questions) < len(imported.questions):

@@ -22,7 +22,7 @@ def info(
     as_json: Annotated[bool, Option("--json", help="All of it, as JSON.")] = False,
 ) -> None:
     """Say what a file is: from its bytes alone, with no library and no GPU."""
-    from ddpmx.describe import describe
+    from ddpmx.formats.describe import describe
 
     told = describe(file)
     if as_json:

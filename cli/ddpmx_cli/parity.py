@@ -57,7 +57,7 @@ def parity(
 
     Exit code 0 if every bound of the file's precision holds, 1 if one does not, 2 if it could not be judged.
     """
-    from ddpmx.opening import open_model
+    from ddpmx.backends.open import open_model
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import climb, not_finite
 
@@ -105,12 +105,12 @@ def parity(
 
 def _engine(file: Path) -> dict[str, Any] | None:
     """What a plan is: two builds of one network differ, so a verdict is one on this file."""
-    from ddpmx import modelfile, planfile
+    from ddpmx.formats import model_file, plan_file
 
-    if modelfile.identify(file) != "plan":
+    if model_file.identify(file) != "plan":
         return None
-    engine = planfile.read_plan(file, trust_host_code=True).engine
-    return {"engine": {**engine.to_json(), "sha256": modelfile.sha256(file)}}
+    engine = plan_file.read_plan(file, trust_host_code=True).engine
+    return {"engine": {**engine.to_json(), "sha256": model_file.sha256(file)}}
 
 
 def told(reference: Reference) -> str:
@@ -150,7 +150,7 @@ def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Refer
         raise InputError(f"--weights {weights!r}: there are ema and raw")
     try:
         with busy("loading torch"):
-            from ddpm_export import proof
+            from ddpm_export.proof import proof
     except (ImportError, OSError) as error:
         raise BackendError(
             "--checkpoint needs torch", note=str(error), hint="pip install torch safetensors onnx onnxscript"
@@ -164,9 +164,9 @@ def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Refer
 
 def _polygraphy(file: Path, reference: Reference) -> tuple[dict[str, Any], bytes]:
     try:
-        from ddpm_export import polygraphy_rung
+        from ddpm_export.proof import polygraphy_check
     except ImportError as error:
         raise BackendError("--polygraphy needs Polygraphy", note=str(error), hint="pip install polygraphy") from error
     with busy("Polygraphy"), tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "polygraphy.json"
-        return polygraphy_rung.compare(file, reference, results=results), results.read_bytes()
+        return polygraphy_check.compare(file, reference, results=results), results.read_bytes()

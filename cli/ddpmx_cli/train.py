@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Option
 
+from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS
+from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.errors import BackendError, InputError
-from ddpmx.samplers import FIXED_VARIANCES, PREDICTIONS
-from ddpmx.schedule import SCHEDULES
 from ddpmx_cli.console import busy, counting, duration, parse_numbers, parse_size, progress_bar, say
 
 if TYPE_CHECKING:
-    from ddpm_export.data import Dataset
-    from ddpm_export.train import Trainer
+    from ddpm_export.training.data import Dataset
+    from ddpm_export.training.train import Trainer
 
 EXAMPLES = """
 Examples:\n
@@ -93,11 +93,11 @@ def train(
         with busy("loading torch"):
             import torch
 
-            from ddpm_export.train import Trainer, TrainSettings
-            from ddpm_export.unet import UNetConfig
+            from ddpm_export.networks.unet import UNetConfig
+            from ddpm_export.training.train import Trainer, TrainSettings
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("training needs torch", note=str(error), hint="pip install torch safetensors") from error
-    from ddpmx.spec import ModelSpec
+    from ddpmx.formats.spec import ModelSpec
 
     if out is None:
         if data is None:
@@ -168,7 +168,7 @@ def _memory() -> Iterator[None]:
 
 
 def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float) -> None:
-    from ddpm_export.train import Progress
+    from ddpm_export.training.train import Progress
 
     parameters = sum(p.numel() for p in trainer.network.parameters())
     c, height, width = trainer.spec.shape
@@ -215,23 +215,23 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
 
 
 def _load(data: Path, **how: Any) -> Dataset:
-    from ddpm_export.data import load_dataset
+    from ddpm_export.training.data import load_dataset
 
     with counting("reading images") as progress:
         return load_dataset(data, **how, progress=progress)
 
 
 def _check_new(out: Path) -> None:
-    from ddpmx import modelfile
+    from ddpmx.formats import model_file
 
     if os.path.lexists(out) and not out.is_dir():
         raise InputError(f"{out}: a file stands there, and a run is a folder", hint="another --out")
-    if modelfile.checkpoints(out):
+    if model_file.checkpoints(out):
         raise InputError(f"{out} already holds a run", hint="--resume goes on with it; another --out begins a new one")
 
 
 def _resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None) -> Trainer:
-    from ddpm_export.train import Trainer, recorded_source
+    from ddpm_export.training.train import Trainer, recorded_source
 
     given = [
         f"--{name.replace('_', '-')}"

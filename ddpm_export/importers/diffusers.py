@@ -9,10 +9,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ddpm_export.importers.diffusers_config import read_chain, read_network, scheduler_json, unet_json
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
 from ddpm_export.importers.keys import SQUEEZE, Row, Slot, layer, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.unet_config import UNetConfig
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import FileFormatError, InputError
 
 NAME = "diffusers"

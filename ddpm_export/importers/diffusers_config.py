@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Inquiry
-from ddpm_export.unet_config import UNetConfig
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Inquiry
+from ddpm_export.networks.unet_config import UNetConfig
+from ddpmx.diffusion.samplers import Prediction
+from ddpmx.diffusion.schedule import SCHEDULES, Float64, is_number, schedule_params
 from ddpmx.errors import FileFormatError, InputError
-from ddpmx.samplers import Prediction
-from ddpmx.schedule import SCHEDULES, Float64, is_number, schedule_params
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 UNET_DEFAULTS: Mapping[str, Any] = {
     "sample_size": None,

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
 from ddpm_export.importers.keys import HWIO, NIN, SAME, TRANSPOSE, Op, Row, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.unet_config import UNetConfig, cifar10, lsun256
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.networks.unet_config import UNetConfig, cifar10, lsun256
+from ddpmx.diffusion.samplers import Prediction, Variance
+from ddpmx.diffusion.schedule import SCHEDULES, schedule_params
 from ddpmx.errors import FileFormatError, InputError
-from ddpmx.samplers import Prediction, Variance
-from ddpmx.schedule import SCHEDULES, schedule_params
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 NAME = "ho-tf"
 

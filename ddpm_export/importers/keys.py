@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from ddpm_export.unet import UNet, UNetConfig
+from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpmx.errors import FileFormatError, InputError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

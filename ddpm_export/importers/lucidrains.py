@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
 from ddpm_export.importers.keys import to_ours
 from ddpm_export.importers.lucidrains_keys import network_shapes, rows
-from ddpm_export.lucidrains_config import LucidrainsConfig
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.networks.lucidrains_config import LucidrainsConfig
+from ddpmx.diffusion.samplers import Prediction
+from ddpmx.diffusion.schedule import Float64, Schedule, make_schedule
 from ddpmx.errors import FileFormatError, InputError
-from ddpmx.samplers import Prediction
-from ddpmx.schedule import Float64, Schedule, make_schedule
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 NAME = "lucidrains"
 PROJECT = "denoising-diffusion-pytorch"

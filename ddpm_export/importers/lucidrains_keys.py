@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.keys import OneToOne, Row, layer
-from ddpm_export.lucidrains_config import LucidrainsConfig
-from ddpm_export.lucidrains_unet import LucidrainsUNet
+from ddpm_export.networks.lucidrains_config import LucidrainsConfig
+from ddpm_export.networks.lucidrains_unet import LucidrainsUNet
 
 
 def _gain(theirs: Tensor) -> Tensor:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers import openai_flags
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options
 from ddpm_export.importers.keys import config_error, side, to_ours, to_theirs, unet_shapes
 from ddpm_export.importers.openai_flags import ALWAYS, PUBLISHED, SIZES, openai_unet
 from ddpm_export.importers.openai_keys import rows
-from ddpm_export.unet_config import UNetConfig, check_spec
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.networks.unet_config import UNetConfig, check_spec
+from ddpmx.diffusion.samplers import Prediction, Variance
 from ddpmx.errors import FileFormatError, InputError
-from ddpmx.samplers import Prediction, Variance
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 NAME = "openai"
 _T = TypeVar("_T")

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm_export.unet_config import UNetConfig
+from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import InputError
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 Flags = Mapping[str, str]
 

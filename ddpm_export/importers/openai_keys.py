@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ddpm_export.importers.keys import OneToOne, Row, Slot, SplitQkv, layer, walk
-from ddpm_export.unet_config import UNetConfig
+from ddpm_export.networks.unet_config import UNetConfig
 
 _OUTSIDE = {
     "time0": "time_embed.0",

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Inquiry, Options, size_and_dropout
 from ddpm_export.importers.keys import Row, Slot, config_error, layer, side, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.unet_config import UNetConfig
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Inquiry, Options, size_and_dropout
+from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import InputError
 
 NAME = "pesser"

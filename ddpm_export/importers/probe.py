@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ddpm_export.importers.inquiry import Imported, Options, Question
-from ddpm_export.networks import make_network
+from ddpm_export.importers.settings import Imported, Options, Question
+from ddpm_export.networks.registry import make_network
 from ddpmx.errors import DdpmxError, InputError
 
 MARGIN = 1.25

@@ -7,8 +7,8 @@ and the average in them is a list without names.
 
 from __future__ import annotations
 
-from ddpm_export.importers.found import Found
-from ddpm_export.importers.inquiry import Imported, Options
+from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.settings import Imported, Options
 from ddpmx.errors import FileFormatError
 
 NAME = "score-sde"

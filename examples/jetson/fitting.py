@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import ddpmx
-from ddpmx import engine, planfile
 from ddpmx.errors import PlanMismatchError
+from ddpmx.formats import plan_file
+from ddpmx.trt import build as trt_build
 
-SMALL = engine.BuildOptions(batch=(1, 1, 4), workspace=512 << 20)  # few images at a time, on a board of 4 or 8 GB
+SMALL = trt_build.BuildOptions(batch=(1, 1, 4), workspace=512 << 20)  # few images at a time, on a board of 4 or 8 GB
 
 
 def open_pipeline(path: Path, onnx: Path) -> ddpmx.Pipeline:
@@ -35,12 +36,12 @@ def open_pipeline(path: Path, onnx: Path) -> ddpmx.Pipeline:
         except PlanMismatchError as error:
             options, why = as_before(path), error.fact
     print(f"{why}: building it from {onnx}, which may take minutes", flush=True)
-    engine.build(onnx, path, options)  # it leaves a plan alone that would come out the same
+    trt_build.build(onnx, path, options)  # it leaves a plan alone that would come out the same
     return ddpmx.load(path)  # so what else is wrong is said here
 
 
-def as_before(path: Path) -> engine.BuildOptions:
+def as_before(path: Path) -> trt_build.BuildOptions:
     """The options that a plan was built with."""
-    record = planfile.read_plan(path).engine
+    record = plan_file.read_plan(path).engine
     told: dict[str, Any] = dict(record.options)
     return dataclasses.replace(SMALL, batch=record.batch, **told)

@@ -29,9 +29,9 @@ from fitting import open_pipeline
 from numpy.typing import NDArray
 
 import ddpmx
-from ddpmx import images
 from ddpmx.errors import BackendError, DdpmxError, InputError
-from ddpmx.gallery import check_drawable
+from ddpmx.images.gallery import check_drawable
+from ddpmx.sampling.pixels import to_nhwc
 
 WAITING = 16  # clients in the queue; the next one hears that it is too long
 BEHIND = 4  # frames that a slow client may be behind; more are left out
@@ -58,7 +58,7 @@ class Job:
         """Called after every step. The arrays are the chain's own, so what is kept is a copy."""
         self._seen += 1
         if self._seen % self.every == 0 and self._seen < self.steps and self.answers.qsize() < BEHIND:
-            self.answers.put((False, images.to_nhwc(step.x0)[0]))
+            self.answers.put((False, to_nhwc(step.x0)[0]))
 
 
 def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from worker import Ended, Frame, HostMemory, Memory, Preview, TorchMemory, Worker
 
-from ddpmx import images
 from ddpmx.errors import Cancelled, DdpmxError
+from ddpmx.images import writers
+from ddpmx.sampling.pixels import to_nhwc
 
 CPU = 1  # in DLPack
 TICK = 0.02  # seconds; how often a program looks whether there is something to show
@@ -60,13 +61,13 @@ def run(worker: Worker, wanted: argparse.Namespace) -> None:
         except TimeoutError:
             continue  # a program would draw its window here
         if isinstance(item, Preview):
-            x0 = images.to_nhwc(np.from_dlpack(item.x0))
-            images.save_png(wanted.folder / f"{item.job.seed:05d}-t{item.t:04d}.png", x0[0], zoom=wanted.zoom)
+            x0 = to_nhwc(np.from_dlpack(item.x0))
+            writers.save_png(wanted.folder / f"{item.job.seed:05d}-t{item.t:04d}.png", x0[0], zoom=wanted.zoom)
             continue
         job, seconds, since = jobs.popleft(), time.monotonic() - since, time.monotonic()
         if isinstance(item, Frame):
             with item:
-                images.save_png(wanted.folder / f"{job.seed:05d}.png", pixels(item, worker.memory), zoom=wanted.zoom)
+                writers.save_png(wanted.folder / f"{job.seed:05d}.png", pixels(item, worker.memory), zoom=wanted.zoom)
             print(f"seed {job.seed}: {seconds:.2f} s")
         elif isinstance(item, Ended) and isinstance(item.error, Cancelled):
             print(f"seed {job.seed}: given up after {seconds:.2f} s")

@@ -14,16 +14,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ddpmx.errors import DdpmxError
-    from ddpmx.pipeline import Pipeline, Preview, load
-    from ddpmx.spec import ModelSpec
+    from ddpmx.formats.spec import ModelSpec
+    from ddpmx.pipeline import Pipeline, load
+    from ddpmx.sampling.chain import Preview
 
 __all__ = ["DdpmxError", "ModelSpec", "Pipeline", "Preview", "__version__", "load"]
 
 _HOME = {
     "DdpmxError": "errors",
-    "ModelSpec": "spec",
+    "ModelSpec": "formats.spec",
     "Pipeline": "pipeline",
-    "Preview": "pipeline",
+    "Preview": "sampling.chain",
     "load": "pipeline",
 }
 

@@ -8,22 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import images
-from ddpmx.arrays import View, expect, meet, stream_handle, view
-from ddpmx.backends import Backend, CopyingBackend
-from ddpmx.cuda import EXECUTORS
+from ddpmx.arrays.views import View, expect, meet, stream_handle, view
+from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend
+from ddpmx.backends.open import open_model
+from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
+from ddpmx.diffusion.samplers import Sampler, Spacing, Table, Variance, make_table
 from ddpmx.errors import Cancelled, InputError
-from ddpmx.labels import class_labels
-from ddpmx.noise import MAX_IMAGE, check_seed
-from ddpmx.opening import open_model
-from ddpmx.runner import HostRunner, Job, Runner, fitting_batch, rows
-from ddpmx.samplers import Sampler, Spacing, Table, Variance, make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.chain import Preview
+from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.sampling.runner import HostRunner, Job, Runner, fitting_batch, rows
 
 DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
 """16 images at once, fewer of more than 500×500 pixels."""
@@ -33,20 +33,6 @@ MAX_RESULT_BYTES = 1 << 36
 
 MAX_BATCH_ELEMENTS = 1 << 25
 """n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
-
-
-class Preview(NamedTuple):
-    """The chain in motion, for one batch of images.
-
-    Attributes:
-        t: the timestep, falling to 0.
-        x: float32 [n, C, H, W], x_t.
-        x0: float32 [n, C, H, W], x̂_0: where the network thinks it leads. In the last one, the sample itself.
-    """
-
-    t: int
-    x: NDArray[np.float32]
-    x0: NDArray[np.float32]
 
 
 class Pipeline:
@@ -62,7 +48,7 @@ class Pipeline:
             raise InputError(f"there is no executor {executor!r}", hint=f"auto, {', '.join(EXECUTORS)}")
         self._runner: Runner
         if isinstance(backend, CopyingBackend):
-            from ddpmx.cuda.runner import DeviceRunner
+            from ddpmx.cuda.device_runner import DeviceRunner
 
             self._runner = DeviceRunner(backend, spec, executor)
         elif executor != "auto":
@@ -134,7 +120,7 @@ class Pipeline:
         start: int | None = None,
         variance: Variance | None = None,
     ) -> Table:
-        """The sampler as a table, see :func:`ddpmx.samplers.make_table`. ``variance`` overrides the file's.
+        """The sampler as a table, see :func:`ddpmx.diffusion.samplers.make_table`. ``variance`` overrides the file's.
 
         Raises:
             InputError: as there, and for a learned variance that the network does not give.
@@ -241,7 +227,7 @@ class Pipeline:
             **sampling: see :meth:`table`.
 
         Returns:
-            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.device_array.DeviceArray`, or else a NumPy array.
+            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.arrays.device_array.DeviceArray`, or else a NumPy array.
 
         Raises:
             InputError: a number out of its range, an array that does not fit, or the pipeline is at work already.
@@ -381,7 +367,7 @@ class Pipeline:
                     raise Cancelled("stopped before the chain was through")
                 step = next(steps)
                 if done + 1 == len(job.table):
-                    levels[...] = images.to_nhwc(step.x0)
+                    levels[...] = to_nhwc(step.x0)
                 preview(Preview(step.t, step.x.copy(), step.x0.copy()))
                 if job.progress is not None:
                     job.progress(done + 1, len(job.table))
@@ -452,7 +438,7 @@ def load(
         providers: ONNX Runtime's execution providers, for an ONNX file: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
         fallback: whether another provider than the first may do the work.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
-        executor: how a chain runs on a GPU, one of :data:`ddpmx.cuda.EXECUTORS`; ``auto`` for the fastest that works.
+        executor: how a chain runs on a GPU, one of :data:`ddpmx.backends.base.EXECUTORS`; ``auto``: the fastest that works.
         trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
         cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, so that the next start is faster.
 

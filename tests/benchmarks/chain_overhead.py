@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm_export.onnx_export import export_network
-from ddpm_export.unet import UNet, cifar10
+from ddpm_export.graph.onnx_export import export_network
+from ddpm_export.networks.unet import UNet, cifar10
 from ddpmx import load
-from ddpmx.backends import Buffers
+from ddpmx.backends.base import Buffers
 from ddpmx.backends.ort import OrtBackend
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 _EXPORT = """
 import sys
 sys.path.insert(0, sys.argv[4])
-from ddpm_export.onnx_export import export_network
-from ddpm_export.unet import UNet, cifar10, lsun256
-from ddpmx.spec import ModelSpec
+from ddpm_export.graph.onnx_export import export_network
+from ddpm_export.networks.unet import UNet, cifar10, lsun256
+from ddpmx.formats.spec import ModelSpec
 from oracles.random_weights import rerandomise
 config = {"cifar10": cifar10, "lsun256": lsun256}[sys.argv[1]]()
 network = UNet(config).eval()
@@ -34,7 +34,7 @@ _BUILD = """
 import json, resource, sys
 for name in ("torch", "onnx", "polygraphy"):
     sys.modules[name] = None
-from ddpmx import engine
+from ddpmx.trt import build as engine
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 built = engine.build(sys.argv[1], force=True)
 print(json.dumps({

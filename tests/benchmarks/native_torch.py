@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ddpm_export.unet import UNet, UNetConfig
+from ddpm_export.networks.unet import UNet, UNetConfig
 
 DEMO = UNetConfig(1, 1, (16, 16), 32, (1, 2, 2), 1, (8,), 0.0, 8)
 
 
 def make(folder: Path) -> None:
-    from ddpm_export.onnx_export import export_network
-    from ddpmx.spec import ModelSpec
+    from ddpm_export.graph.onnx_export import export_network
+    from ddpmx.formats.spec import ModelSpec
 
     torch.manual_seed(0)
     network = UNet(DEMO).eval()

@@ -47,11 +47,11 @@ from benchmarks.peers_measure import (
     table_of,
     warm,
 )
-from ddpmx import modelfile, onnxfile
-from ddpmx.device import gpus
+from ddpmx.device.discovery import gpus
+from ddpmx.diffusion.samplers import FIXED_VARIANCES
 from ddpmx.errors import DdpmxError
-from ddpmx.samplers import FIXED_VARIANCES
-from ddpmx.spec import ModelSpec
+from ddpmx.formats import model_file, onnx_file
+from ddpmx.formats.spec import ModelSpec
 
 PEERS = {"diffusers": "diffusers", "compile": "diffusers, compiled", "ort": "session.run in a loop"}
 
@@ -127,8 +127,8 @@ class Bench:
         gpu, here = self.options.device == "cuda", {worker.precision for worker in ours}
         onnx: dict[str, Path] = {}
         for file in files:
-            if modelfile.identify(file) == "onnx":
-                spec_of_file = onnxfile.onnx_spec(file, onnxfile.read_onnx(file), None)
+            if model_file.identify(file) == "onnx":
+                spec_of_file = onnx_file.onnx_spec(file, onnx_file.read_onnx(file), None)
                 onnx.setdefault(spec_of_file.precision, file)
         wanted = {
             "diffusers": ["fp32", "fp16"] if gpu else ["fp32"],

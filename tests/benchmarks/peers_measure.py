@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain
-from ddpmx.samplers import Table, make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.diffusion.samplers import Table, make_table
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
 
 RUNS = Path(__file__).with_name("peers_runs.py")
 

@@ -50,15 +50,15 @@ class Ddpmx:
 
     def _how(self) -> dict[str, Any]:
         """All that is said to ddpmx about how to run. A plan runs by TensorRT, and the executor is ddpmx's choice."""
-        from ddpmx.modelfile import identify
+        from ddpmx.formats.model_file import identify
 
         if identify(self.job["file"]) == "plan":
             return {}
         return {"providers": (self.job["device"],), "threads": self.job["threads"]}
 
     def eps(self, x: Float32, t: int) -> Float32:
-        from ddpmx.backends import Buffers
-        from ddpmx.opening import open_model
+        from ddpmx.backends.base import Buffers
+        from ddpmx.backends.open import open_model
 
         if self.asked is None:  # a pipeline gives images, not ε: the file is opened once more
             _, self.asked = open_model(self.job["file"], **self._how())
@@ -83,7 +83,7 @@ class OrtLoop:
     def __init__(self, job: dict[str, Any]) -> None:
         import onnxruntime
 
-        from ddpmx.spec import ModelSpec
+        from ddpmx.formats.spec import ModelSpec
 
         self.job, self.versions = job, {"onnxruntime": onnxruntime.__version__}
         spec = ModelSpec.from_json(job["spec"])
@@ -155,7 +155,7 @@ class Diffusers:
         from diffusers import DDPMPipeline
         from safetensors.torch import load_file
 
-        from ddpm_export.unet import UNetConfig
+        from ddpm_export.networks.unet import UNetConfig
 
         dtype = {"fp32": self.torch.float32, "fp16": self.torch.float16}[self.job["precision"]]
         unet = as_diffusers(UNetConfig.from_json(self.job["network"]), load_file(self.job["weights"]))
@@ -226,12 +226,12 @@ class Source:
     def load(self) -> str:
         from safetensors.torch import save_file
 
-        from ddpm_export.unet import UNet, cifar10
-        from ddpmx.spec import ModelSpec
+        from ddpm_export.networks.unet import UNet, cifar10
+        from ddpmx.formats.spec import ModelSpec
         from oracles.random_weights import rerandomise
 
         if self.job["checkpoint"]:
-            from ddpm_export.checkpoint import load_network
+            from ddpm_export.training.checkpoint import load_network
 
             network, spec = load_network(self.job["checkpoint"])
         else:
@@ -241,7 +241,7 @@ class Source:
         self.network = network.eval().requires_grad_(False)
         save_file(self.network.state_dict(), self.job["weights"])
         if self.job["onnx"]:
-            from ddpm_export.onnx_export import export_network
+            from ddpm_export.graph.onnx_export import export_network
         for precision, path in self.job["onnx"].items():
             export_network(self.network, spec, path, precision=precision)
         self.about = network.config.to_json()
@@ -261,8 +261,8 @@ class Plan:
         self.versions: dict[str, str] = {}
 
     def load(self) -> str:
-        from ddpmx.engine import BuildOptions, build, default_batch
-        from ddpmx.onnxfile import onnx_spec, read_onnx
+        from ddpmx.formats.onnx_file import onnx_spec, read_onnx
+        from ddpmx.trt.build import BuildOptions, build, default_batch
 
         spec = onnx_spec(Path(self.job["onnx"]), read_onnx(Path(self.job["onnx"])), None)
         low, best, high = default_batch(spec.shape)
@@ -273,7 +273,7 @@ class Plan:
 
 def small_network() -> Any:
     """What ``--small`` runs: 1.1 million parameters."""
-    from ddpm_export.unet import UNetConfig
+    from ddpm_export.networks.unet import UNetConfig
 
     return UNetConfig(3, 3, (16, 16), 32, (1, 2, 2), 1, (8,), 0.0, 8)
 
@@ -299,7 +299,7 @@ def ddpm_scheduler(values: dict[str, Any]) -> Any:
     """diffusers' scheduler for a ModelSpec as JSON."""
     from diffusers import DDPMScheduler
 
-    from ddpmx.spec import ModelSpec
+    from ddpmx.formats.spec import ModelSpec
 
     spec = ModelSpec.from_json(values)
     betas: dict[str, Any] = {"trained_betas": spec.make_schedule().betas}

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from ddpmx import backends
-from ddpmx.bench import Report
+from ddpmx.backends import base
 from ddpmx.bench.figures import Cell
+from ddpmx.bench.measure import Report
 from ddpmx.errors import InputError
 from ddpmx_cli import bench
 from oracles import gaussian
@@ -125,14 +125,14 @@ def test_a_plan_s_range_is_a_limit(refused, model, monkeypatch):
         def close(self):
             pass
 
-    class Copying(backends.CopyingBackend):
+    class Copying(base.CopyingBackend):
         def __init__(self, device):
             self.device = device
 
         def close(self):
             pass
 
-    monkeypatch.setattr("ddpmx.bench.open_model", lambda path, **opening: (gaussian.SPEC, Copying(Plan())))
+    monkeypatch.setattr("ddpmx.bench.measure.open_model", lambda path, **opening: (gaussian.SPEC, Copying(Plan())))
     said = refused("bench", model, "--batch", "1,5")
     assert "Hint: --batch 4" in said
 
@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_with_130_and_nothing_half_written(ddpmx, model, tmp_path,
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddpmx.bench.measure_host", interrupted)
+    monkeypatch.setattr("ddpmx.bench.measure.measure_host", interrupted)
     before = sorted(tmp_path.iterdir())
     done = ddpmx("bench", model, *QUICK, "-o", tmp_path / "bench.json", "--json")
     assert (done.code, done.out) == (130, "")

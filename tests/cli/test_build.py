@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from ddpmx import planfile
 from ddpmx.backends import trt
-from ddpmx.device import Gpus
+from ddpmx.device.discovery import Gpus
+from ddpmx.formats import plan_file
 from oracles.plans import make_plan
 
 
@@ -43,7 +43,7 @@ def test_build_builds_and_then_reuses(ddpmx, tmp_path, gaussian_onnx):
     assert done.code == 0, done.err
     for said in ("TensorRT-RTX", "SM 8.0+", "batch 1…4", "precision: "):
         assert said in done.out
-    assert planfile.read_plan(tmp_path / "model.plan").engine.batch == (1, 2, 4)
+    assert plan_file.read_plan(tmp_path / "model.plan").engine.batch == (1, 2, 4)
     assert "is there already" in ddpmx(*command).out
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ddpmx.device import Device, Gpus
+from ddpmx.device.discovery import Device, Gpus
 from gpu import check, report, steps
 from gpu.fakes.canned import DOCTOR, GPU
 from gpu.steps import Result, Step

@@ -18,10 +18,10 @@ pytest.importorskip("safetensors", reason="not verified here: the import and con
 import torch
 
 from conftest import FASHION
-from ddpm_export.checkpoint import load_network, load_training
-from ddpm_export.importers import Imported, convert
-from ddpm_export.unet import UNet, UNetConfig
-from ddpmx.spec import ModelSpec
+from ddpm_export.importers.registry import Imported, convert
+from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpm_export.training.checkpoint import load_network, load_training
+from ddpmx.formats.spec import ModelSpec
 from oracles.random_weights import rerandomise
 
 pytestmark = pytest.mark.torch
@@ -166,7 +166,7 @@ def test_a_run_is_not_overwritten(refused, ddpmx, folder, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(refused, folder, tmp_path, monkeypatch):
-    from ddpm_export import checkpoint
+    from ddpm_export.training import checkpoint
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpmx import chain, images
-from ddpmx.samplers import make_table
+from ddpmx.diffusion.samplers import make_table
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 from oracles.cuda_on_host import Toy
 from oracles.plans import SPEC
 
@@ -28,7 +29,7 @@ def expected(n, seed):
     *_, step = chain.run(
         Toy(SPEC.shape), table, chain.initial(seed, drawn, SPEC.shape), seed=seed, images=drawn, clip=SPEC.clip
     )
-    return images.to_nhwc(step.x0)
+    return to_nhwc(step.x0)
 
 
 @pytest.mark.parametrize("executor", ["auto", "while", "graph", "plain"])

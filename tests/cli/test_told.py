@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpmx import onnxfile, pipeline
+from ddpmx import pipeline
+from ddpmx.formats import onnx_file
 from oracles import told
 from oracles.told import CLASSES, KINDS, spec_of
 
@@ -18,7 +19,7 @@ def file(tmp_path):
     def make(kind, **changes):
         spec = spec_of(kind, **changes)
         path = tmp_path / f"{kind}.onnx"
-        path.write_bytes(told.onnx(spec, metadata=onnxfile.metadata(spec)))
+        path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
         return path
 
     return make

@@ -84,13 +84,13 @@ def test_export_takes_the_newest_run(ddpmx, run, tmp_path, monkeypatch):
 @pytest.fixture
 def no_tensorrt(monkeypatch):
     """A machine without TensorRT."""
-    from ddpmx import tensorrt_library
     from ddpmx.errors import BackendError
+    from ddpmx.trt import library as trt_library
 
     def load(flavour=None):
         raise BackendError("TensorRT is not installed here")
 
-    monkeypatch.setattr(tensorrt_library, "load", load)
+    monkeypatch.setattr(trt_library, "load", load)
 
 
 def test_export_records_judges_and_says_how_a_plan_is_made(ddpmx, run, tmp_path, no_tensorrt):
@@ -179,7 +179,7 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(refused, copy, tmp_path):
 
 
 def test_a_network_that_cannot_be_run_is_not_verified(ddpmx, run, tmp_path, monkeypatch):
-    from ddpm_export.torch_backend import TorchBackend
+    from ddpm_export.networks.torch_backend import TorchBackend
     from ddpmx.errors import BackendError
 
     def full(self):
@@ -221,7 +221,7 @@ def test_parity_asks_a_checkpoint(ddpmx, refused, run, tmp_path):
 
 
 def test_info_counts_a_checkpoint_s_parameters(ddpmx, run):
-    from ddpm_export.checkpoint import load_network
+    from ddpm_export.training.checkpoint import load_network
 
     network, _ = load_network(run)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
@@ -459,7 +459,7 @@ def test_an_output_that_nobody_can_read_does_not_stop_the_work(run, tmp_path):
 
 
 def test_too_little_memory_is_said_so(refused, tmp_path, monkeypatch):
-    from ddpm_export.train import Trainer
+    from ddpm_export.training.train import Trainer
 
     def full(self):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ddpmx import engine, tensorrt_library
-from ddpmx.engine import BuildOptions
-from ddpmx.tensorrt_library import Library
+from ddpmx.trt import build as trt_build
+from ddpmx.trt import library as trt_library
+from ddpmx.trt.build import BuildOptions
+from ddpmx.trt.library import Library
 from oracles.engines import NO_GPU
 
 # --- builds ----------------------------------------------------------------------------------------------------------
@@ -19,7 +20,7 @@ from oracles.engines import NO_GPU
 @pytest.fixture(scope="module")
 def library() -> Library:
     pytest.importorskip("tensorrt_rtx", reason="not verified here: what TensorRT-RTX builds (it is not installed)")
-    return tensorrt_library.load("TensorRT-RTX")
+    return trt_library.load("TensorRT-RTX")
 
 
 @pytest.fixture
@@ -41,6 +42,6 @@ def build(library):
 
     def call(path, output=None, **given):
         options = BuildOptions(**{name: given.pop(name) for name in names & set(given)})
-        return engine.build(path, output, options, **{"library": library, "devices": NO_GPU, **given})
+        return trt_build.build(path, output, options, **{"library": library, "devices": NO_GPU, **given})
 
     return call

@@ -90,5 +90,5 @@ def test_packages_depend_in_one_direction(package, forbidden):
 def test_the_direction_can_be_broken(tmp_path):
     """The control: an import inside a function is seen too."""
     source = tmp_path / "a.py"
-    source.write_text("def f():\n    from ddpm_export.unet import UNet\n    import torch.nn as nn\n")
+    source.write_text("def f():\n    from ddpm_export.networks.unet import UNet\n    import torch.nn as nn\n")
     assert imported(source) == {"ddpm_export", "torch"}

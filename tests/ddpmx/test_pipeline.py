@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import images
-from ddpmx.backends import Buffers
+from ddpmx.backends.base import Buffers
 from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError, NumericError, SpecError
+from ddpmx.formats.spec import ModelSpec
 from ddpmx.pipeline import Pipeline
-from ddpmx.spec import ModelSpec
+from ddpmx.sampling.pixels import to_nhwc
 from oracles import gaussian, wire
 from oracles.toy_backend import ToyBackend
 
@@ -206,7 +206,7 @@ def test_a_condition_counts_where_it_is_larger_than_the_image():
 def test_a_stream_shows_every_step_and_ends_with_the_image(toy, eight):
     previews = list(toy.stream(8, seed=42, steps=20))
     assert [preview.t for preview in previews] == toy.table(steps=20).timesteps.tolist()
-    np.testing.assert_array_equal(images.to_nhwc(previews[-1].x0), eight)
+    np.testing.assert_array_equal(to_nhwc(previews[-1].x0), eight)
     for preview in previews:
         assert preview.x.shape == preview.x0.shape == (8, 3, 8, 8)
         assert np.abs(preview.x0).max() <= 1
@@ -228,7 +228,7 @@ def test_a_stream_can_be_left_early():
 
 def test_a_stream_starts_anywhere(toy, eight):
     *_, last = toy.stream(2, seed=42, first=5, steps=20)
-    np.testing.assert_array_equal(images.to_nhwc(last.x0), eight[5:7])
+    np.testing.assert_array_equal(to_nhwc(last.x0), eight[5:7])
 
 
 @pytest.mark.parametrize("sampling", [{"steps": 20}, {"sampler": "ddim", "eta": 1.0, "steps": 20}, {"steps": 7}])
@@ -285,7 +285,7 @@ def test_previews_say_where_their_picturebelong(toy):
     for start, t, x0 in seen:
         assert len(x0) == min(2, 5 - start)
         if t == 0:
-            np.testing.assert_array_equal(images.to_nhwc(x0), drawn[start : start + len(x0)])
+            np.testing.assert_array_equal(to_nhwc(x0), drawn[start : start + len(x0)])
 
 
 def test_previews_of_a_padded_batch_have_no_padding():

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import chain, images
-from ddpmx.cuda import EXECUTORS, executors
+from ddpmx.backends.base import EXECUTORS
+from ddpmx.cuda import executors
 from ddpmx.cuda.device_chain import DeviceChain
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError, Cancelled, InputError, NumericError
-from ddpmx.samplers import make_table
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 from oracles import fake_cuda
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
@@ -34,7 +36,7 @@ def expected(indices, *, seed=5, x=None):
     drawn = np.array(indices)
     start = chain.initial(seed, drawn, SPEC.shape) if x is None else x
     *_, step = chain.run(Toy(SPEC.shape), table, start, seed=seed, images=drawn)
-    return images.to_nhwc(step.x0)
+    return to_nhwc(step.x0)
 
 
 @pytest.fixture

@@ -7,17 +7,20 @@ import ctypes
 import numpy as np
 import pytest
 
-from ddpmx import chain, images, pipeline, tensorrt_library
-from ddpmx.backends import Buffers, CopyingBackend, trt
+from ddpmx import pipeline
+from ddpmx.backends import trt
+from ddpmx.backends.base import EXECUTORS, Buffers, CopyingBackend
 from ddpmx.bench.figures import Settings
 from ddpmx.bench.host import measure_host
-from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.executors import choose_executor
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.parity import on_device
 from ddpmx.pipeline import Pipeline
-from ddpmx.samplers import make_table
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.trt import library as trt_library
 from oracles import gaussian, told
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, Setup, array_at, expected
@@ -54,7 +57,7 @@ def test_a_chain_is_algorithm_2_with_what_the_network_is_told(kind, clip, tmp_pa
         levels = p.generate(3, seed=11, **asked(given(spec)))
     worst = max(np.abs(step.x0 - x0).max() for step, x0 in zip(steps, wanted, strict=True))
     figure(f"x̂_0 of a network told {kind}, clip {clip}, against float64", worst, at_most=2e-5)
-    assert levels.tobytes() == images.to_nhwc(steps[-1].x0).tobytes()
+    assert levels.tobytes() == to_nhwc(steps[-1].x0).tobytes()
 
 
 def test_what_is_fed_back_is_what_the_chain_keeps():
@@ -204,7 +207,7 @@ def test_every_executor_gives_numpy_s_bits(fake, executor, kind, clip):
         for now in (mine, others, mine):  # nothing stays of the chain before
             step = expected(clip=clip, table=TABLE, extras=spec.extras, given=now)
             got = s.chain.run(seed=5, images=IMAGES, given=now)
-            assert got.tobytes() == images.to_nhwc(step.x0).tobytes()
+            assert got.tobytes() == to_nhwc(step.x0).tobytes()
             assert array_at(s.chain.x, step.x_next.shape, ctypes.c_float).tobytes() == step.x_next.tobytes()
         assert fake.alive() == alive
 
@@ -233,7 +236,7 @@ def test_what_a_batch_has_left_is_filled_up_and_may_come_from_the_device(fake):
             s.driver.copy_in(memory[name].value, array, s.chain.stream)
         for now in (mine, {name: at.value for name, at in memory.items()}):
             got = s.chain.run(seed=5, images=IMAGES[:2], given=now)
-            assert got.tobytes() == images.to_nhwc(step.x0).tobytes()
+            assert got.tobytes() == to_nhwc(step.x0).tobytes()
             assert list(array_at(s.chain.extras["y"], (3,), ctypes.c_int32)) == [*mine["y"], mine["y"][-1]]
         for at in memory.values():
             at.close()
@@ -296,7 +299,7 @@ def test_a_chain_is_told_what_it_asks_for(fake, told_now, message):
 @pytest.fixture
 def opened(tmp_path, monkeypatch, fake):
     """``opened(spec)``: a plan of this model on a TensorRT and a driver that are fakes."""
-    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: "linux x86_64")
+    monkeypatch.setattr(trt_library, "host_platform", lambda: "linux x86_64")
     monkeypatch.setattr(trt, "Driver", lambda: Driver(library=fake))
     monkeypatch.setattr(trt, "gpus", lambda: ADA)
 
@@ -305,7 +308,7 @@ def opened(tmp_path, monkeypatch, fake):
         path.write_bytes(make_plan(spec=spec))
         module = FakeTrt(fake, spec=spec, **options)
         module.make = lambda: Toy(spec.shape)
-        monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: module.library())
+        monkeypatch.setattr(trt_library, "load", lambda flavour=None: module.library())
         return path
 
     return make
@@ -322,7 +325,7 @@ def test_a_plan_gives_the_images_of_the_chain_in_numpy(opened, kind, executor):
         for batch in (5, 3):
             assert p.generate(5, seed=3, batch=batch, **asked(mine)).tobytes() == wanted.tobytes()
         *_, last = p.stream(5, seed=3, **asked(mine))
-        assert images.to_nhwc(last.x0).tobytes() == wanted.tobytes()
+        assert to_nhwc(last.x0).tobytes() == wanted.tobytes()
 
 
 def test_a_plan_where_each_image_runs_alone_tells_each_its_own(opened, monkeypatch):

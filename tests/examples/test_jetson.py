@@ -24,10 +24,13 @@ from typer.main import get_command
 
 import ddpmx
 from conftest import FASHION, GAUSSIAN_ONNX, TESTS
-from ddpmx import doctor, engine, images, tensorrt_library
 from ddpmx.backends import trt
-from ddpmx.device import Gpus
+from ddpmx.device.discovery import Gpus
 from ddpmx.errors import BackendError, Cancelled, NumericError
+from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.system import doctor
+from ddpmx.trt import build as trt_build
+from ddpmx.trt import library as trt_library
 from ddpmx_cli.main import app, run
 from oracles import gaussian
 from oracles.engines import NO_GPU, ORIN
@@ -113,7 +116,7 @@ class Jetson(FakeTrt):
     version = RECORD.version
 
     def library(self):
-        return tensorrt_library.Library(self, "TensorRT", self.version, self.logger)
+        return trt_library.Library(self, "TensorRT", self.version, self.logger)
 
     def engine(self):
         opened = super().engine()
@@ -126,8 +129,8 @@ class Jetson(FakeTrt):
 def jetson(plan_driver, monkeypatch, fitting, tmp_path):
     """An Orin with JetPack 6, as far as ddpmx asks; in ``tmp_path`` what was copied there, and no plan."""
     fake = Jetson(plan_driver, ((1, 1, 4),), name=name_of(gaussian.SPEC, RECORD).decode())
-    monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: fake.library())
-    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: RECORD.platform)
+    monkeypatch.setattr(trt_library, "load", lambda flavour=None: fake.library())
+    monkeypatch.setattr(trt_library, "host_platform", lambda: RECORD.platform)
     monkeypatch.setattr(trt, "gpus", lambda: ORIN)
     shutil.copy(GAUSSIAN_ONNX, tmp_path / "model.onnx")
     make_reference().save(tmp_path / "model.parity.npz")
@@ -338,7 +341,7 @@ def test_a_stream_shows_x0_in_the_making_and_ends_with_the_image(port):
     assert (status, kind) == (200, "multipart/x-mixed-replace; boundary=frame")
     *shown, last_but_one, last = parts(body)
     with ddpmx.load(GAUSSIAN_ONNX) as pipeline:
-        steps = [images.to_nhwc(step.x0)[0].tobytes() for step in pipeline.stream(1, seed=7, steps=50)]
+        steps = [to_nhwc(step.x0)[0].tobytes() for step in pipeline.stream(1, seed=7, steps=50)]
     fifths = iter(steps[4:-1:5])
     assert shown
     assert all(frame.tobytes() in fifths for frame in shown), "in their order; a slow client may miss some"
@@ -545,16 +548,16 @@ def test_a_queue_has_an_end(serve):
 
 @pytest.fixture
 def builder(monkeypatch):
-    """What engine.build was called with; it writes a plan for this machine, unless that is there."""
+    """What trt_build.build was called with; it writes a plan for this machine, unless that is there."""
     calls = []
 
     def build(onnx, output, options):
         calls.append((onnx.name, options))
         reused = output.exists() and output.read_bytes() == plan_of(RECORD)
         output.write_bytes(plan_of(RECORD))
-        return engine.Built(None, 1.0, reused, "")
+        return trt_build.Built(None, 1.0, reused, "")
 
-    monkeypatch.setattr(engine, "build", build)
+    monkeypatch.setattr(trt_build, "build", build)
     return calls
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import ddpmx
 from conftest import GAUSSIAN_ONNX
-from ddpmx import images
+from ddpmx.sampling.pixels import to_nhwc
 from native.conftest import ROOT, native_build, ort_library, tool  # noqa: F401
 
 BUILT_ALREADY = ["cmake -S ../../runtime/native -B ../../build/native", "cmake --build ../../build/native"]
@@ -143,7 +143,7 @@ def test_cpp_tiles_are_python_s_images(cpp):
 
 def test_cpp_previews_show_where_it_leads(cpp):
     with ddpmx.load(GAUSSIAN_ONNX) as pipeline:
-        seen = [images.to_nhwc(step.x0) for step in pipeline.stream(9, seed=7, steps=50)]
+        seen = [to_nhwc(step.x0) for step in pipeline.stream(9, seed=7, steps=50)]
     names = [f"preview-{done:05d}.png" for done in range(10, 51, 10)]
     assert {path.name for path in (cpp.at / "bricks").iterdir()} == {"texture.png", *names}
     for name, tiles in zip(names, seen[9::10], strict=True):
@@ -159,8 +159,8 @@ def test_cpp_tiles_in_several_batches(cpp):
     drawn = expected(25, steps=4)
     np.testing.assert_array_equal(np.asarray(Image.open(cpp.at / "large" / "texture.png")), sheet(drawn))
     with ddpmx.load(GAUSSIAN_ONNX) as pipeline:
-        first = [images.to_nhwc(step.x0) for step in pipeline.stream(16, steps=4)]
-        second = [images.to_nhwc(step.x0) for step in pipeline.stream(9, first=16, steps=4)]
+        first = [to_nhwc(step.x0) for step in pipeline.stream(16, steps=4)]
+        second = [to_nhwc(step.x0) for step in pipeline.stream(9, first=16, steps=4)]
     grey = np.full_like(drawn, 128)
     for name, tiles in (("00003", [first[2], grey[16:]]), ("00006", [first[3], second[1]])):
         seen = np.asarray(Image.open(cpp.at / "large" / f"preview-{name}.png"))

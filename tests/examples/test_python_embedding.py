@@ -22,10 +22,11 @@ from PIL import Image
 
 import ddpmx
 from conftest import GAUSSIAN_ONNX, TESTS
-from ddpmx import chain, images
-from ddpmx.cuda.driver import Driver
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import Cancelled, FileFormatError, InputError
-from ddpmx.samplers import make_table
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
 from oracles.plans import SPEC
@@ -265,7 +266,7 @@ def on_the_gpu(n, seed, steps):
     *_, step = chain.run(
         Toy(SPEC.shape), table, chain.initial(seed, drawn, SPEC.shape), seed=seed, images=np.array(drawn)
     )
-    return images.to_nhwc(step.x0)
+    return to_nhwc(step.x0)
 
 
 def test_a_plan_writes_into_the_program_s_memory_behind_the_program_s_stream(worker, plan, fake_tensorrt, fake):

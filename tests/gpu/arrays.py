@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.device.driver import Driver, Handle
 
 
 class Maker(Protocol):

@@ -28,8 +28,8 @@ TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS))  # for `gpu`, wherever this is started
 
-from ddpmx import machine  # noqa: E402
-from ddpmx.device import Gpus, gpus  # noqa: E402
+from ddpmx.device.discovery import Gpus, gpus  # noqa: E402
+from ddpmx.system import machine  # noqa: E402
 from gpu import found, report  # noqa: E402
 from gpu.steps import Must, Result, Step, run  # noqa: E402
 

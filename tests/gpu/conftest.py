@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpmx import engine, tensorrt_library
-from ddpmx.backends import CopyingBackend
-from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver
+from ddpmx.backends.base import EXECUTORS, CopyingBackend
+from ddpmx.backends.open import open_model
 from ddpmx.cuda.executors import why_no_while
 from ddpmx.cuda.kernels import Kernels
-from ddpmx.device import gpus
-from ddpmx.engine import BuildOptions
+from ddpmx.device.discovery import gpus
+from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError
-from ddpmx.opening import open_model
 from ddpmx.pipeline import Pipeline
+from ddpmx.trt import build as trt_build
+from ddpmx.trt import library as trt_library
+from ddpmx.trt.build import BuildOptions
 from gpu.arrays import Cupy, Maker, Ours, Torch
 from gpu.stand_in import SPEC, StandIn
 
@@ -176,7 +176,7 @@ class Engines:
         key = (onnx, tuple(sorted(options.items())))
         if key not in self.built:
             output = self.folder / f"{len(self.built)}.plan"
-            engine.build(onnx, output, BuildOptions(**{"batch": (1, 4, 8), **options}), library=self.library)
+            trt_build.build(onnx, output, BuildOptions(**{"batch": (1, 4, 8), **options}), library=self.library)
             self.built[key] = output
         return self.built[key]
 
@@ -194,7 +194,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory, gaussian_onnx: Path) -> En
     if found.trouble:
         pytest.skip(f"not verified here: engines ({found.trouble})")
     try:
-        library = tensorrt_library.load()
+        library = trt_library.load()
     except BackendError as error:
         pytest.skip(f"not verified here: engines ({error.fact}: {error.note})")
     made = Engines(library, tmp_path_factory.mktemp("plans"))
@@ -223,7 +223,7 @@ def references(request: pytest.FixtureRequest) -> list[tuple[str, Path, Any]]:
     importorskip("torch", "a trained network")
     importorskip("onnxscript", "a trained network")
     trained = request.getfixturevalue("trained")
-    from ddpm_export.proof import record_checkpoint
+    from ddpm_export.proof.proof import record_checkpoint
 
     reference = record_checkpoint(trained.run)
     return [("fp32", trained.fp32, reference), ("fp16", trained.fp16, reference)]

@@ -26,9 +26,9 @@ def images(output: Path) -> None:
 def random(run: Path) -> None:
     """Weights under which no mistake hides, see ``oracles/random_weights.py``."""
     sys.path.insert(0, str(TESTS))
-    from ddpm_export import checkpoint
-    from ddpm_export.unet import UNet, cifar10
-    from ddpmx.spec import ModelSpec
+    from ddpm_export.networks.unet import UNet, cifar10
+    from ddpm_export.training import checkpoint
+    from ddpmx.formats.spec import ModelSpec
     from oracles.random_weights import rerandomise
 
     config = cifar10()

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images
-from ddpmx.backends import Buffers
-from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver
+from ddpmx.backends.base import EXECUTORS, Buffers
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import Table, make_table
 from ddpmx.errors import InputError
-from ddpmx.samplers import Table, make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 
 SPEC = ModelSpec((3, 5, 7), timesteps=1000, ddpmx="0.1.0")
 """Odd sizes: 105 numbers, which are no multiple of four."""
@@ -90,7 +90,7 @@ def scaled(x: NDArray[np.float32], t: NDArray[np.int32], by: NDArray[np.float32]
 
 
 class Twin:
-    """The network in NumPy, a :class:`ddpmx.backends.Backend`."""
+    """The network in NumPy, a :class:`ddpmx.backends.base.Backend`."""
 
     description = "the stand-in, in NumPy"
 
@@ -110,7 +110,7 @@ class Twin:
 
 
 class StandIn:
-    """The network on the GPU, a :class:`ddpmx.backends.DeviceBackend`. The driver is the caller's.
+    """The network on the GPU, a :class:`ddpmx.backends.base.DeviceBackend`. The driver is the caller's.
 
     Args:
         driver: the GPU.
@@ -247,4 +247,4 @@ def walk(
 
 def drawn(indices: Sequence[int], **more: Any) -> NDArray[np.uint8]:
     """NumPy's images of the stand-in, uint8 [n, H, W, C]."""
-    return images.to_nhwc(walk(indices, **more)[-1].x0)
+    return to_nhwc(walk(indices, **more)[-1].x0)

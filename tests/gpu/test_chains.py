@@ -7,11 +7,12 @@ import contextlib
 import numpy as np
 import pytest
 
-from ddpmx import chain, images
-from ddpmx.cuda import EXECUTORS
+from ddpmx.backends.base import EXECUTORS
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.executors import why_no_while
 from ddpmx.errors import Cancelled, InputError, NumericError
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 from gpu.stand_in import SEED, SPEC, STEPS, Copying, CopyingTwin, StandIn, drawn, table_of
 
 IMAGES = [7, 0, 2]
@@ -65,7 +66,7 @@ def test_a_network_without_kernels_is_captured_as_well(driver, open_pipeline, ex
     indices = np.arange(3)
     start = chain.initial(SEED, indices, SPEC.shape)
     *_, last = chain.run(CopyingTwin(), table_of(), start, seed=SEED, images=indices, clip=SPEC.clip)
-    assert got.tobytes() == images.to_nhwc(last.x0).tobytes()
+    assert got.tobytes() == to_nhwc(last.x0).tobytes()
 
 
 def test_a_variance_that_the_network_learns(driver, open_pipeline, executor):
@@ -86,7 +87,7 @@ def test_watched_step_by_step(open_pipeline):
         seen = list(pipeline.stream(3, seed=SEED, steps=STEPS))
         shown = []
         got = pipeline.generate(3, seed=SEED, steps=STEPS, preview=lambda at, p: shown.append((at, p.t)))
-    assert images.to_nhwc(seen[-1].x0).tobytes() == got.tobytes() == drawn(range(3)).tobytes()
+    assert to_nhwc(seen[-1].x0).tobytes() == got.tobytes() == drawn(range(3)).tobytes()
     assert shown == [(0, t) for t in table_of().timesteps.tolist()]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 import ddpmx
-from ddpmx.backends import CopyingBackend
+from ddpmx.backends.base import EXECUTORS, CopyingBackend
 from ddpmx.backends.trt import TrtEngine
-from ddpmx.cuda import EXECUTORS
-from ddpmx.device import Device, Gpus
+from ddpmx.device.discovery import Device, Gpus
 from ddpmx.errors import BackendError, InputError
 from ddpmx.parity import on_device
 from ddpmx.parity.ladder import climb

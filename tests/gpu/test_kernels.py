@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddpmx import images
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.errors import BackendError
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.pixels import to_nhwc
 from gpu.stand_in import SEED, SPEC, StandIn, factors, scaled, table_of, walk
 
 FAR, LARGEST_SEED = 2**32 - 1, 2**64 - 1
@@ -129,7 +129,7 @@ def test_every_step_has_numpy_s_bits(driver, loaded, case):
                 differing = int(np.sum(mine.view(np.uint32) != wanted.view(np.uint32)))
                 assert differing == 0, f"step {number}: {differing} of {wanted.size} numbers of {name} differ"
         levels = chain.run(seed=seed, images=indices)
-    wanted = images.to_nhwc(theirs[-1].x0)
+    wanted = to_nhwc(theirs[-1].x0)
     assert int(np.sum(levels != wanted)) == 0, "the images differ"
     device.close()
 
@@ -141,7 +141,7 @@ def test_a_large_batch_has_numpy_s_bits(driver, loaded, many_images):
     with chain_of(device, loaded, many_images, table_of(spec)) as chain:
         chain.prepare(bound(chain, device, many_images), "plain")
         levels = chain.run(seed=SEED, images=indices)
-    assert int(np.sum(levels != images.to_nhwc(walk(indices, spec=spec)[-1].x0))) == 0
+    assert int(np.sum(levels != to_nhwc(walk(indices, spec=spec)[-1].x0))) == 0
     device.close()
 
 
@@ -150,7 +150,7 @@ def test_x_may_be_given(driver, loaded, noise):
     with chain_of(device, loaded, n, table_of()) as chain:
         chain.prepare(bound(chain, device, n), "plain")
         levels = chain.run(seed=SEED, images=range(n), x=noise)
-    wanted = images.to_nhwc(walk(range(n), x=noise)[-1].x0)
+    wanted = to_nhwc(walk(range(n), x=noise)[-1].x0)
     assert levels.tobytes() == wanted.tobytes()
     device.close()
 

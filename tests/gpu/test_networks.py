@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddpmx import chain, images
-from ddpmx.backends import CopyingBackend
+from ddpmx.backends.base import CopyingBackend
 from ddpmx.parity import on_device
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 
 STEPS, SEED = 12, 5
 
@@ -32,7 +33,7 @@ def test_onnx_runtime_s_images_are_numpy_s(ort_pipeline):
     backend = ort_pipeline._runner._backend
     start = chain.initial(SEED, indices, spec.shape)
     *_, last = chain.run(backend, ort_pipeline.table(steps=STEPS), start, seed=SEED, images=indices, clip=spec.clip)
-    assert got.tobytes() == images.to_nhwc(last.x0).tobytes()
+    assert got.tobytes() == to_nhwc(last.x0).tobytes()
 
 
 def test_onnx_runtime_draws_the_same_images_in_any_split(ort_pipeline):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver
-from ddpmx.spec import ModelSpec
+from ddpmx.backends.base import EXECUTORS
+from ddpmx.device.driver import Driver
+from ddpmx.formats.spec import ModelSpec
 
 
 class Seen:
@@ -24,7 +24,7 @@ class Seen:
 
 
 class TorchDevice:
-    """Two convolutions with random weights, a :class:`ddpmx.backends.DeviceBackend`. The driver is the caller's."""
+    """Two convolutions with random weights, a :class:`ddpmx.backends.base.DeviceBackend`. The driver is the caller's."""
 
     stream, executors, batches = 0, EXECUTORS, ((1, 8),)
     description = "torch"

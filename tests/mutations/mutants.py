@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.plan_file import RECORD_PREFIX
+from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reference import Reference
-from ddpmx.planfile import RECORD_PREFIX
-from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec
 from oracles import plans, wire
 
 Files = dict[str, bytes]
@@ -173,7 +173,7 @@ def _checkpoint(torch_too: bool) -> Files:
     if torch_too:
         import torch
 
-        from ddpm_export.unet import UNet, UNetConfig
+        from ddpm_export.networks.unet import UNet, UNetConfig
 
         with torch.device("meta"):
             shapes = {

@@ -52,13 +52,13 @@ PLANTED_AT = 3
 
 def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
     """What in ddpmx reads a file of this kind, by name."""
-    from ddpmx import modelfile, onnxfile, planfile
+    from ddpmx.formats import model_file, onnx_file, plan_file
+    from ddpmx.formats.spec import ModelSpec
     from ddpmx.parity.reference import Reference
-    from ddpmx.spec import ModelSpec
     from ddpmx_cli.info import info
 
     def told(as_json: bool) -> Callable[[Path], object]:
-        """All of :func:`ddpmx.describe.describe`, and that it can be printed."""
+        """All of :func:`ddpmx.formats.describe.describe`, and that it can be printed."""
 
         def read(path: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -67,20 +67,20 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
         return read
 
     def contract(path: Path) -> None:
-        graph = onnxfile.read_onnx(path)
-        onnxfile.onnx_spec(path, graph)
+        graph = onnx_file.read_onnx(path)
+        onnx_file.onnx_spec(path, graph)
 
     def external(path: Path) -> None:
-        onnxfile.check_external(path, onnxfile.read_onnx(path))
+        onnx_file.check_external(path, onnx_file.read_onnx(path))
 
     def spec(path: Path) -> None:
         if path.suffix == ".json":
-            modelfile.read_spec(path)
+            model_file.read_spec(path)
         else:
             ModelSpec.from_text(path.read_bytes().decode("utf-8", errors="surrogateescape")).to_text()
 
     def images(path: Path) -> None:
-        from ddpm_export.data import load_dataset
+        from ddpm_export.training.data import load_dataset
 
         load_dataset(path).fingerprint()
 
@@ -90,22 +90,22 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
         assert reference.scale >= 0
 
     def network(path: Path) -> None:
-        from ddpm_export.checkpoint import load_network
+        from ddpm_export.training.checkpoint import load_network
 
         load_network(path)
 
     def training(path: Path) -> None:
-        from ddpm_export.checkpoint import load_training
-        from ddpm_export.data import Source
+        from ddpm_export.training.checkpoint import load_training
+        from ddpm_export.training.data import Source
 
         Source.from_json(load_training(path).settings.get("data"), str(path))
 
-    describing = {"identify": modelfile.identify, "describe": told(True), "info": told(False)}
+    describing = {"identify": model_file.identify, "describe": told(True), "info": told(False)}
     checkpoint = describing | ({"load_network": network, "load_training": training} if torch_too else {})
     return {
         "onnx": {"read_onnx, onnx_spec": contract, "check_external": external, **describing},
-        "plan": {"plan_flavour": planfile.plan_flavour, "read_plan": planfile.read_plan, **describing},
-        "plan+sidecar": {"read_plan": planfile.read_plan, **describing},
+        "plan": {"plan_flavour": plan_file.plan_flavour, "read_plan": plan_file.read_plan, **describing},
+        "plan+sidecar": {"read_plan": plan_file.read_plan, **describing},
         "spec": {"spec": spec},
         "images": {"load_dataset": images},
         "parity": {"Reference.load": record},
@@ -189,8 +189,8 @@ def _work(args: argparse.Namespace) -> None:
     readers = {kind: _readers(kind, not args.without_torch) for kind in KINDS}
     planted = _plants()[args.plant] if args.plant else None
     if not args.without_torch:
-        import ddpm_export.checkpoint
-    import ddpm_export.data  # noqa: F401 - so that no import counts as a mutant's time or memory
+        import ddpm_export.training.checkpoint
+    import ddpm_export.training.data  # noqa: F401 - so that no import counts as a mutant's time or memory
 
     for number in _numbers(args):
         case = _case(number, args)

@@ -21,13 +21,13 @@ import pytest
 
 import ddpmx
 from conftest import FASHION
-from ddpmx import onnxfile, wire
-from ddpmx.backends import Buffers
+from ddpmx.backends.base import Buffers
+from ddpmx.diffusion.samplers import make_table
+from ddpmx.formats import onnx_file, protobuf
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity.check import BOUNDS
 from ddpmx.parity.ladder import climb
 from ddpmx.parity.reference import Reference
-from ddpmx.parity.rung import BOUNDS
-from ddpmx.samplers import make_table
-from ddpmx.spec import ModelSpec
 from native.conftest import ROOT, SOURCE, build_native
 from oracles import parity, told
 from oracles import wire as write_wire
@@ -192,7 +192,7 @@ def test_every_bit_is_the_same(name, emulator, aarch64_build, native_build, tmp_
     """Noise, tables, the update and the images, around a network that is a formula in C++."""
     spec, requests = MODELS[name]
     model = tmp_path / "model.onnx"
-    model.write_bytes(told.onnx(spec, metadata=onnxfile.metadata(spec)))
+    model.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
     found: dict[str, list[bytes]] = {}
     for where, prefix, build in (("x86_64", [], native_build), ("aarch64", emulator, aarch64_build)):
         fake = build / "tests" / "libfake_onnxruntime.so"
@@ -219,7 +219,7 @@ def test_every_bit_is_the_same(name, emulator, aarch64_build, native_build, tmp_
 def undescribed(path: Path, to: Path) -> Path:
     """The file without its metadata, so that it can be opened by another spec."""
     metadata_props = 14
-    parts = [part for part in wire.fields(memoryview(path.read_bytes())) if part[0] != metadata_props]
+    parts = [part for part in protobuf.fields(memoryview(path.read_bytes())) if part[0] != metadata_props]
     to.write_bytes(b"".join(write_wire.field(n, v if isinstance(v, int) else bytes(v)) for n, v in parts))
     return to
 
@@ -322,12 +322,12 @@ def tiny(tmp_path_factory) -> tuple[Path, Reference]:
     answers.
     """
     pytest.importorskip("torch", reason=NOT_VERIFIED.format("a trained network: no torch"))
-    from ddpm_export.checkpoint import load_network
-    from ddpm_export.data import load_dataset
-    from ddpm_export.onnx_export import export_network
-    from ddpm_export.record import record
-    from ddpm_export.train import Trainer, TrainSettings
-    from ddpm_export.unet import UNetConfig
+    from ddpm_export.graph.onnx_export import export_network
+    from ddpm_export.networks.unet import UNetConfig
+    from ddpm_export.proof.record import record
+    from ddpm_export.training.checkpoint import load_network
+    from ddpm_export.training.data import load_dataset
+    from ddpm_export.training.train import Trainer, TrainSettings
 
     folder = tmp_path_factory.mktemp("tiny")
     with np.load(FASHION) as archive:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import images, onnxfile
 from ddpmx.errors import InputError
+from ddpmx.formats import onnx_file
+from ddpmx.sampling.pixels import to_nhwc
 from native import binding
 from native.binding import Native, NativeError
 from oracles import told
@@ -66,7 +67,7 @@ def test_images_are_pythons(both, gaussian_onnx, name):
     wanted = python.generate(5, **request)
     got, samples = native.generate(5, **request, samples=True)
     assert got.tobytes() == wanted.tobytes()
-    assert images.to_nhwc(samples).tobytes() == wanted.tobytes()
+    assert to_nhwc(samples).tobytes() == wanted.tobytes()
     assert len(np.unique(wanted)) > 20
 
 
@@ -155,7 +156,7 @@ def test_free_betas(both, tmp_path):
     betas = np.linspace(1e-3, 0.3, 20) ** 1.5
     spec = spec_of("classes", schedule="betas", betas=betas, classes=None)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata=onnxfile.metadata(spec)))
+    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
     python, native = both(path)
     assert native.generate(3, seed=1).tobytes() == python.generate(3, seed=1).tobytes()
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpmx import modelfile, onnxfile, planfile
 from ddpmx.errors import DdpmxError, FileFormatError, InputError, SpecError
-from ddpmx.free_betas import to_text
-from ddpmx.planfile import RECORD_PREFIX, EngineRecord, rebuild_command
-from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec
+from ddpmx.formats import model_file, onnx_file, plan_file
+from ddpmx.formats.betas import to_text
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.plan_file import RECORD_PREFIX, EngineRecord, rebuild_command
+from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import KINDS, SPEC, Files, good, mutant
 from oracles import plans, wire
 
@@ -52,7 +52,7 @@ def engine_facts(path: Path, engine: EngineRecord) -> dict[str, Any]:
     return facts | {"rebuild": rebuild_command(path, engine)}
 
 
-def tensor_facts(tensors: Mapping[str, onnxfile.TensorInfo]) -> dict[str, Any]:
+def tensor_facts(tensors: Mapping[str, onnx_file.TensorInfo]) -> dict[str, Any]:
     def dim(value: int | str | None) -> int | str | None:
         return min(value, INT64 - 1) if isinstance(value, int) else value or None
 
@@ -66,17 +66,17 @@ def python_facts(path: Path) -> dict[str, Any]:
     if path.name == "spec.txt":
         return {"spec": spec_facts(ModelSpec.from_text(path.read_bytes().decode("utf-8", errors="surrogateescape")))}
     if path.name == "spec.json":
-        return {"spec": spec_facts(modelfile.read_spec(path))}
-    kind = modelfile.identify(path)
+        return {"spec": spec_facts(model_file.read_spec(path))}
+    kind = model_file.identify(path)
     if kind == "checkpoint":
         raise FileFormatError(f"{path}: a ddpmx checkpoint, and no model file")
     if kind == "plan":
-        plan = planfile.read_plan(path)
+        plan = plan_file.read_plan(path)
         facts = {"flavour": plan.flavour, "version": plan.version, "spec": spec_facts(plan.spec)}
         return facts | {"engine": engine_facts(path, plan.engine)}
-    info = onnxfile.read_onnx(path)
-    onnxfile.check_external(path, info)
-    facts = {"spec": spec_facts(onnxfile.onnx_spec(path, info)), "external": list(dict.fromkeys(info.external))}
+    info = onnx_file.read_onnx(path)
+    onnx_file.check_external(path, info)
+    facts = {"spec": spec_facts(onnx_file.onnx_spec(path, info)), "external": list(dict.fromkeys(info.external))}
     return facts | {"inputs": tensor_facts(info.inputs), "outputs": tensor_facts(info.outputs)}
 
 
@@ -176,13 +176,13 @@ def onnx_with(spec: str, extra: dict[str, str] | None = None, graph: bytes = b""
 
 def free_plan(**sidecar: Any) -> Files:
     data = plans.make_plan(spec=FREE)
-    told = planfile.sidecar_json(len(data), FREE, plans.RECORD, {}) | sidecar
+    told = plan_file.sidecar_json(len(data), FREE, plans.RECORD, {}) | sidecar
     return {"model.plan": data, "model.plan.json": json.dumps(told).encode()}
 
 
 def sidecar(**changes: Any) -> Files:
     data = plan_with()
-    told = planfile.sidecar_json(len(data), SPEC, plans.RECORD, {"seconds": 1.5}) | changes
+    told = plan_file.sidecar_json(len(data), SPEC, plans.RECORD, {"seconds": 1.5}) | changes
     return {"model.plan": data, "model.plan.json": json.dumps(told).encode()}
 
 
@@ -198,7 +198,7 @@ def test_good_files_are_read_alike(tmp_path, compare):
     for change in variants:
         spec = ModelSpec((1, 8, 8), **{"timesteps": 20, "ddpmx": "0.1.0 é", **change})
         data = plans.make_plan(spec=spec)
-        told = json.dumps(planfile.sidecar_json(len(data), spec, plans.RECORD, {})).encode()
+        told = json.dumps(plan_file.sidecar_json(len(data), spec, plans.RECORD, {})).encode()
         cases += [
             ("model.plan", {"model.plan": data, "model.plan.json": told}),
             ("spec.txt", {"spec.txt": spec.to_text().encode()}),

@@ -1,4 +1,4 @@
-"""libddpmx computes the schedules and tables of ddpmx.schedule and ddpmx.samplers, to the last bit of every float32."""
+"""libddpmx computes the schedules and tables of ddpmx.diffusion, to the last bit of every float32."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddpmx import elementary
+from ddpmx.diffusion import elementary
+from ddpmx.diffusion.samplers import PREDICTIONS, SPACINGS, VARIANCES, make_table
+from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.errors import DdpmxError, InputError, SpecError
-from ddpmx.free_betas import checksum
-from ddpmx.samplers import PREDICTIONS, SPACINGS, VARIANCES, make_table
-from ddpmx.schedule import SCHEDULES
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.betas import checksum
+from ddpmx.formats.spec import ModelSpec
 
 LENGTHS = (1, 2, 10, 50, 100, 250, 256, 500, 777, 1000, 2000, 4000)
 STATUS = {InputError: 1, SpecError: 3}

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ddpmx import chain, images
-from ddpmx.backends import Buffers
-from ddpmx.cuda import Chain, Control, Done
-from ddpmx.samplers import Table
+from ddpmx.backends.base import Buffers
+from ddpmx.cuda.layout import Chain, Control, Done
+from ddpmx.diffusion.samplers import Table
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
 from oracles import gaussian, told
 
 HERE = Path(__file__).parent
@@ -227,7 +228,7 @@ def first_difference(
             return f"in t after step {index}"
         if not last and not (device.levels == Device.GUARD).all():
             return f"in images after step {index} already"
-    if not same_bits(device.levels, images.to_nhwc(step.x0)):
+    if not same_bits(device.levels, to_nhwc(step.x0)):
         return "in the images"
     if next(said, None) is not None or not device.chain.halted:
         return "in that it does not end"

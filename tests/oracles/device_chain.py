@@ -7,14 +7,14 @@ import ctypes
 import numpy as np
 import pytest
 
-from ddpmx import chain
-from ddpmx.backends import NO_EXTRAS, Buffers
+from ddpmx.backends.base import NO_EXTRAS, Buffers
 from ddpmx.cuda.device_chain import DeviceChain
-from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.kernels import Kernels
-from ddpmx.device import DRIVER
+from ddpmx.device.discovery import DRIVER
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError
-from ddpmx.samplers import make_table
+from ddpmx.sampling import chain
 from oracles import gaussian
 from oracles.cuda_on_host import Toy
 

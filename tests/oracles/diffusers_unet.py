@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from ddpm_export.unet import UNetConfig
+from ddpm_export.networks.unet import UNetConfig
 from oracles.random_weights import rerandomise
 
 # ours → theirs

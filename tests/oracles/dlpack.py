@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from ddpmx.dlpack import DLManagedTensor, DLManagedTensorVersioned
+from ddpmx.arrays.dlpack import DLManagedTensor, DLManagedTensorVersioned
 
 FAR = 0x7F00_0000_0000  # reading there would end the process
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ddpmx.device import Device, Gpus
-from ddpmx.onnxfile import BFLOAT16
-from ddpmx.spec import ModelSpec
-from ddpmx.tensorrt_library import Library
+from ddpmx.device.discovery import Device, Gpus
+from ddpmx.formats.onnx_file import BFLOAT16
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.trt.library import Library
 from oracles import wire
 from oracles.wire import FLOAT, FLOAT16, INT32
 

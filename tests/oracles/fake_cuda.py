@@ -1,4 +1,4 @@
-"""A CUDA driver without a GPU: an object with the functions of libcuda that :class:`ddpmx.cuda.driver.Driver` calls.
+"""A CUDA driver without a GPU: an object with the functions of libcuda that :class:`ddpmx.device.driver.Driver` calls.
 
 "Device memory" is the host's, kernels are ``cuda_on_host``'s. What is put into a stream runs when it is waited for and not
 before, one kernel for each glance at an event, so that a missing wait shows. It is strict where CUDA is: arguments must be
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ddpmx.cuda.driver import FUNCTIONS
+from ddpmx.device.driver import FUNCTIONS
 
 ERRORS = {
     1: ("CUDA_ERROR_INVALID_VALUE", "invalid argument"),

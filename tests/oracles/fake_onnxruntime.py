@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ddpmx.backends import Buffers
+from ddpmx.backends.base import Buffers
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
 

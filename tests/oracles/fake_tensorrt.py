@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from ddpmx import tensorrt_library
-from ddpmx.device import Device, Gpus
+from ddpmx.device.discovery import Device, Gpus
+from ddpmx.trt import library as trt_library
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import buffers_at
 from oracles.plans import SPEC, name_of
@@ -48,7 +48,7 @@ class FakeTrt:
         self.logger = SimpleNamespace(lines=[])
 
     def library(self):
-        return tensorrt_library.Library(self, "TensorRT-RTX", "1.7.1.116", self.logger)
+        return trt_library.Library(self, "TensorRT-RTX", "1.7.1.116", self.logger)
 
     def says(self, name):
         if name in self.refuse:

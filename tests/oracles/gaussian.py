@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.schedule import Schedule
-from ddpmx.spec import ModelSpec
+from ddpmx.diffusion.schedule import Schedule
+from ddpmx.formats.spec import ModelSpec
 
 SHAPE = (3, 8, 8)
 S = 0.1
@@ -41,7 +41,7 @@ def onnx_bytes() -> bytes:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from ddpmx.onnxfile import METADATA_KEY
+    from ddpmx.formats.onnx_file import METADATA_KEY
 
     slope, offset = coefficients(SPEC.make_schedule())
     column = ["batch", 1, 1, 1]

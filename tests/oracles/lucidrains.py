@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx import noise
-from ddpmx.noise import Purpose
+from ddpmx.diffusion import noise
+from ddpmx.diffusion.noise import Purpose
 
 FILE = Path(__file__).parents[1] / "data" / "lucidrains" / "answers.npz"
 SEED = 1

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm_export.unet import UNet, UNetConfig
+from ddpm_export.networks.unet import UNet, UNetConfig
 
 FILE = Path(__file__).parent.parent / "data" / "openai_unet.npz"
 TIMESTEPS = 4000

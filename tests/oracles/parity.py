@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.noise import Purpose, normal
+from ddpmx.diffusion.noise import Purpose, normal
+from ddpmx.parity.check import Rung
 from ddpmx.parity.ladder import Climb
 from ddpmx.parity.reference import Reference
-from ddpmx.parity.rung import Rung
 from oracles import gaussian
 from oracles.toy_backend import ToyBackend
 

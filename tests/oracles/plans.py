@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import struct
 
-from ddpmx.planfile import RECORD_PREFIX, EngineRecord
-from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.plan_file import RECORD_PREFIX, EngineRecord
+from ddpmx.formats.spec import ModelSpec
 
 SPEC = ModelSpec((3, 8, 8), timesteps=20, ddpmx="0.1.0")
 RECORD = EngineRecord(

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.noise import Purpose, normal
-from ddpmx.spec import ModelSpec
+from ddpmx.diffusion.noise import Purpose, normal
+from ddpmx.formats.spec import ModelSpec
 from oracles import wire
 from oracles.wire import FLOAT, INT32, INT64
 

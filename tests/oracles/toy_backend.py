@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from ddpmx.backends import Buffers
+from ddpmx.backends.base import Buffers
 from oracles import gaussian, told
 
 

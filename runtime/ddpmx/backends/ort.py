@@ -8,28 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpmx.backends import Backend, Buffers, CopyingBackend
-from ddpmx.device import gpus
+from ddpmx.backends.base import Backend, Buffers, CopyingBackend
+from ddpmx.backends.ort_common import (
+    NAMES,
+    VARIANCE,
+    available_providers,
+    device_provider,
+    import_onnxruntime,
+    last_words,
+    no_provider,
+    session_options,
+)
 from ddpmx.errors import BackendError, FileFormatError, InputError
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
 
 MAX_THREADS = 256
-
-VARIANCE = "var"
-"""The graph's second output, where the network learns its variance."""
-
-NAMES = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "rtx": "NvTensorRTRTXExecutionProvider",
-}
-"""Short names of ONNX Runtime's execution providers."""
-
-GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
-"""What pip installs for "cuda": CUDA's libraries come with the extras, cuBLAS with the second."""
-
-_INSTALL = "pip install onnxruntime (or onnxruntime-gpu on a machine with an NVIDIA GPU, never both)"
 
 
 class OrtBackend:
@@ -136,7 +129,7 @@ class OrtBackend:
 def open_onnx(
     path: Path, spec: ModelSpec, *, providers: Sequence[str] = ("cpu",), fallback: bool = False, threads: int = 0
 ) -> Backend:
-    """What runs an ONNX file: on a GPU a :class:`ddpmx.backends.CopyingBackend`, else an :class:`OrtBackend`.
+    """What runs an ONNX file: on a GPU a :class:`ddpmx.backends.base.CopyingBackend`, else an :class:`OrtBackend`.
 
     Args:
         path: the file, checked.
@@ -148,7 +141,7 @@ def open_onnx(
     Raises:
         As :class:`OrtBackend` and :class:`ddpmx.backends.ort_device.OrtDevice`.
     """
-    from ddpmx.backends.ort_device import OrtDevice, device_provider
+    from ddpmx.backends.ort_device import OrtDevice
 
     left = [providers] if isinstance(providers, str) else list(providers)
     ort, instead = import_onnxruntime(), []
@@ -173,49 +166,3 @@ def open_onnx(
             device.close()
             raise
     return OrtBackend(path, spec.prediction, providers=left, fallback=fallback, threads=threads, instead=instead)
-
-
-def import_onnxruntime() -> Any:
-    """The library.
-
-    Raises:
-        BackendError: it is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise BackendError("ONNX Runtime is not installed", note=str(error), hint=_INSTALL) from error
-    return onnxruntime
-
-
-def available_providers(ort: Any) -> list[str]:
-    """The providers that this build lists. Whether one runs here, only a run shows."""
-    # Azure's provider stands in every build, and calls a service instead of computing
-    return [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
-
-
-def no_provider(ort: Any, name: str) -> BackendError:
-    """The error for a provider that this build does not even list."""
-    nvidia, here = name in (NAMES["cuda"], NAMES["tensorrt"]), bool(gpus().devices)
-    install = f"pip uninstall onnxruntime; pip install '{GPU_PACKAGE}'" if nvidia else _INSTALL
-    if nvidia and not here:
-        install += ", on a machine with an NVIDIA GPU: there is none here"
-    return BackendError(
-        f"ONNX Runtime has no {name} here",
-        note=f"version {ort.__version__} has {', '.join(available_providers(ort))}",
-        hint=f"--provider cpu, or {install}",
-    )
-
-
-def session_options(ort: Any) -> Any:
-    """Options for a session that reports errors and nothing less."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # or the file's name would decide, and a checked ONNX file might be something else as well
-    options.add_session_config_entry("session.load_model_format", "ONNX")
-    return options
-
-
-def last_words(error: Exception) -> str:
-    """What ONNX Runtime says of an error. The end tells most: it begins with source files of its own."""
-    return str(error).strip()[-300:] or type(error).__name__

@@ -21,23 +21,22 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.backends import NO_EXTRAS, Buffers, CopyingBackend
-from ddpmx.backends.ort import (
+from ddpmx.backends.base import NO_EXTRAS, Buffers, CopyingBackend
+from ddpmx.backends.ort_common import (
     GPU_PACKAGE,
     NAMES,
+    PROVIDERS,
     VARIANCE,
     available_providers,
+    device_provider,
     import_onnxruntime,
     last_words,
     no_provider,
     session_options,
 )
-from ddpmx.cuda.driver import Driver
+from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError, InputError
-from ddpmx.spec import Extras, extra_type
-
-PROVIDERS = ("cuda", "tensorrt", "rtx")
-"""The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
+from ddpmx.formats.spec import Extras, extra_type
 
 LARGEST_BATCH = 1 << 20
 """ONNX Runtime knows no largest batch; the GPU's memory ends long before."""
@@ -63,13 +62,8 @@ _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
 
 
-def device_provider(name: str) -> str | None:
-    """Which of :data:`PROVIDERS` a name means, ONNX Runtime's own ("CUDAExecutionProvider") or short; None for others."""
-    return next((short for short in PROVIDERS if name in (short, NAMES[short])), None)
-
-
 class OrtDevice:
-    """One ONNX file in one session on one GPU, as a :class:`ddpmx.backends.DeviceBackend`.
+    """One ONNX file in one session on one GPU, as a :class:`ddpmx.backends.base.DeviceBackend`.
 
     Its only executor is ``plain``: ONNX Runtime puts the freeing of its own host buffers into the stream, and a captured
     step would read them, and free them again, at every launch, so a capture is refused. Its own CUDA graphs stay off, since
@@ -86,7 +80,7 @@ class OrtDevice:
         provider: one of :data:`PROVIDERS`, or ONNX Runtime's name for it.
         driver: the GPU, and the caller's to close; by default the first one.
         variance: whether the graph has a second output ``var``.
-        extras: its inputs beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`.
+        extras: its inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
 
     Attributes:
         driver: the GPU.
@@ -163,7 +157,7 @@ class OrtDevice:
         extras: Mapping[str, int] = NO_EXTRAS,
         stream: int,
     ) -> OrtNetwork:
-        """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.DeviceBackend.network`.
+        """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
 
         Raises:
             BackendError: ONNX Runtime refuses, or it is another stream than :attr:`stream`.

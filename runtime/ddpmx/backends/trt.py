@@ -1,6 +1,7 @@
 """ε by TensorRT or TensorRT-RTX: one plan, on the device, from TensorRT 10.3 on.
 
-:class:`TrtEngine` is the plan, opened: a :class:`ddpmx.backends.DeviceBackend`, whose networks are its execution contexts.
+:class:`TrtEngine` is the plan, opened: a :class:`DeviceBackend <ddpmx.backends.base.DeviceBackend>`, whose networks
+are its execution contexts.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx import planfile, tensorrt_library
-from ddpmx.backends import NO_EXTRAS
-from ddpmx.cuda import EXECUTORS
-from ddpmx.cuda.driver import Driver, Handle
-from ddpmx.device import Device, Gpus, ask_for_lazy_loading, gpus
+from ddpmx.backends.base import EXECUTORS, NO_EXTRAS
+from ddpmx.device.discovery import Device, Gpus, ask_for_lazy_loading, gpus
+from ddpmx.device.driver import Driver, Handle
 from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
-from ddpmx.files import atomic_write, make_folder
-from ddpmx.planfile import PlanInfo
-from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec, extra_type
-from ddpmx.tensorrt_library import Library
+from ddpmx.formats import plan_file
+from ddpmx.formats.atomic import atomic_write, make_folder
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.plan_file import PlanInfo
+from ddpmx.formats.spec import ModelSpec, extra_type
+from ddpmx.trt import library as trt_library
+from ddpmx.trt.compat import check_fits
+from ddpmx.trt.library import Library
 
 USED = {
     "Runtime": ("engine_host_code_allowed", "deserialize_cuda_engine"),
@@ -106,20 +108,20 @@ class TrtEngine:
     ) -> None:
         ask_for_lazy_loading()
         self.path = Path(path)
-        self.info = info = planfile.read_plan(self.path, trust_host_code=trust_host_code)
+        self.info = info = plan_file.read_plan(self.path, trust_host_code=trust_host_code)
         found = devices or gpus()
         missing: BackendError | None = None
         if library is None and found.devices:
             try:
-                library = tensorrt_library.load(info.flavour)
+                library = trt_library.load(info.flavour)
             except BackendError as error:
                 missing = error
         try:
-            planfile.check_fits(
+            check_fits(
                 self.path,
                 info,
                 version=library.version if library else None,
-                platform=tensorrt_library.host_platform(),
+                platform=trt_library.host_platform(),
                 gpus=found,
             )
         except BackendError as error:
@@ -200,7 +202,7 @@ class TrtEngine:
         extras: Mapping[str, int] = NO_EXTRAS,
         stream: int,
     ) -> TrtContext:
-        """An execution context of its own, see :meth:`ddpmx.backends.DeviceBackend.network`.
+        """An execution context of its own, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
 
         Args:
             batch: images.
@@ -245,11 +247,11 @@ class TrtEngine:
             # mapped, since on a Jetson a copy would be taken from the GPU's memory
             self._engine = library.made(f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
         name = str(self._engine.name)
-        if name != f"{self.spec.to_text()} {seal(planfile.RECORD_PREFIX, self.info.engine.to_json())}":
+        if name != f"{self.spec.to_text()} {seal(plan_file.RECORD_PREFIX, self.info.engine.to_json())}":
             raise FileFormatError(
                 f"{path}: {library} reads another name from this plan than stands in it",
                 note=ascii(name)[:200],
-                hint=planfile.rebuild_command(path, self.info.engine),
+                hint=plan_file.rebuild_command(path, self.info.engine),
             )
 
     def _configure(self, folder: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.samplers import Table
+from ddpmx.diffusion.samplers import Table
 
 LEAST_STEPS = 3
 LEAST_ROUNDS = 3
@@ -65,7 +65,7 @@ class Cell:
         chain_s: the whole chain of T steps, from noise to uint8.
         extrapolated: whether ``chain_s`` comes from a part of the chain.
         images_per_s: batch ÷ chain_s.
-        memory: bytes; whose, :class:`ddpmx.bench.Report` says.
+        memory: bytes; whose, :class:`ddpmx.bench.measure.Report` says.
         notes: what else there is to say.
     """
 

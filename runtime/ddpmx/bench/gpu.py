@@ -9,16 +9,17 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ddpmx.backends import CopyingBackend, DeviceBackend, DeviceNetwork
+from ddpmx.backends.base import CopyingBackend, DeviceBackend, DeviceNetwork
 from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
-from ddpmx.chain import example, executed_batch
 from ddpmx.cuda.device_chain import DeviceChain
-from ddpmx.cuda.driver import Driver, Handle
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.device.driver import Driver, Handle
+from ddpmx.diffusion.samplers import Table, make_table
 from ddpmx.errors import BackendError
-from ddpmx.samplers import Table, make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.chain import executed_batch
+from ddpmx.sampling.conditioning import example
 
 Clock = Callable[[], float]
 
@@ -63,7 +64,7 @@ class DeviceBench:
 
         Args:
             batch: images at once.
-            executor: ``auto``, or one of :data:`ddpmx.cuda.EXECUTORS`.
+            executor: ``auto``, or one of :data:`ddpmx.backends.base.EXECUTORS`.
 
         Returns:
             The figures, or why this executor does not work with this batch.

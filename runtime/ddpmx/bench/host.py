@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images
-from ddpmx.backends import Backend, Buffers, RowByRow
+from ddpmx.backends.base import Backend, Buffers, RowByRow
 from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
-from ddpmx.samplers import Table, make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.diffusion.samplers import Table, make_table
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.pixels import to_nhwc
 
 Clock = Callable[[], float]
 
@@ -136,11 +138,11 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
         bare.append(begun - ended)
     assert last is not None, "a table has steps"
     ended = clock()
-    images.to_nhwc(last.x0)
+    to_nhwc(last.x0)
     around += clock() - ended
     return Durations(1, steps, bare, [sum(steps) / max(sum(bare), 1e-9)], host, around)
 
 
 def _walk(backend: Backend, spec: ModelSpec, table: Table, indices: NDArray[np.int64]) -> Iterator[chain.Step]:
-    start, given = chain.initial(0, indices, spec.shape), chain.example(spec, indices)
+    start, given = chain.initial(0, indices, spec.shape), example(spec, indices)
     return chain.run(backend, table, start, seed=0, images=indices, clip=spec.clip, extras=spec.extras, given=given)

@@ -3,7 +3,7 @@
 ``plain`` launches the engine and ``ddpmx_step`` S times from the host; ``graph`` captures the two once and launches that S
 times; ``while`` makes them the body of a CUDA graph's WHILE node, so that a chain is one launch. The kernels count the
 steps themselves, so what is launched is the same for every step, and the host has nothing to say while it runs. It looks
-on, and may ask for an end, through :class:`ddpmx.cuda.Control` in pinned memory.
+on, and may ask for an end, through :class:`ddpmx.cuda.layout.Control` in pinned memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddpmx import cuda
-from ddpmx.backends import NO_EXTRAS
-from ddpmx.chain import Step, check_given
-from ddpmx.cuda import EXECUTORS, Chain, Control, Done
-from ddpmx.cuda.driver import Driver, Handle
+from ddpmx.backends.base import EXECUTORS, NO_EXTRAS
+from ddpmx.cuda import layout
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.cuda.layout import Chain, Control, Done
 from ddpmx.cuda.watch import Timeout, Watch, judge
+from ddpmx.device.driver import Driver, Handle
+from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
+from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, InputError
-from ddpmx.noise import MAX_IMAGE, check_seed
-from ddpmx.samplers import Table
-from ddpmx.spec import Extras
+from ddpmx.formats.spec import Extras
+from ddpmx.sampling.chain import Step
+from ddpmx.sampling.conditioning import check_given
 
 Enqueue = Callable[[int], None]
 """Puts the network into a stream: reads its inputs, writes out. Raises BackendError; waits for nothing."""
@@ -50,7 +51,7 @@ class Choice:
     """Which executor it is, and why not another.
 
     Attributes:
-        executor: one of :data:`ddpmx.cuda.EXECUTORS`.
+        executor: one of :data:`ddpmx.backends.base.EXECUTORS`.
         rejected: (executor, reason) of those that were tried before it.
     """
 
@@ -76,7 +77,7 @@ class DeviceChain:
         batch: images at once. Fewer are filled up, so that the engine always sees this many.
         table: the sampler.
         clip: the largest |x̂_0|, or None.
-        extras: what the network is told beside x and t, see :attr:`ddpmx.spec.ModelSpec.extras`.
+        extras: what the network is told beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
         with_x0: keep x̂_0 of each step, for :meth:`steps`.
         description: of what computes the network, for messages.
         stream: the stream to run in, if the network insists on one; by default one of the chain's own.
@@ -121,7 +122,7 @@ class DeviceChain:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps make no chain on a GPU")
         self.driver, self.kernels, self._description = driver, kernels, description
         self._shape, self._batch, self._table, self._told = shape, batch, table, dict(extras)
-        self._grid = min(-(-fours // cuda.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
+        self._grid = min(-(-fours // layout.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
         self._enqueue: Enqueue | None = None
         self._executable: Handle | None = None
         self._graph: Handle | None = None
@@ -433,9 +434,10 @@ class DeviceChain:
         given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
         after: Sequence[int] = (),
     ) -> Generator[Step, None, None]:
-        """The chain step by step, as :func:`ddpmx.chain.run` gives it: by ``plain`` or ``graph``, and the device waits.
+        """The chain step by step, as :func:`ddpmx.sampling.chain.run` gives it.
 
-        The arrays are the chain's own: copy what must outlive the next step. To stop, stop asking.
+        By ``plain`` or ``graph``, and the device waits. The arrays are the chain's own: copy what must outlive the next
+        step. To stop, stop asking.
 
         Args:
             seed, images, x, given, after: as for :meth:`run`.
@@ -515,7 +517,7 @@ class DeviceChain:
 
     def _begin(self, seed: int, n: int, x: NDArray[np.float32] | int | None, *, stop: int = 0) -> None:
         driver, chain, control = self.driver, self._chain, self.control
-        chain.seed, chain.flags = seed, 0 if x is None else cuda.X_IS_GIVEN
+        chain.seed, chain.flags = seed, 0 if x is None else layout.X_IS_GIVEN
         if x is not None:
             self._fill(self.x, n, x, self._shape, "x")
         if "x0_prev" in self._told:
@@ -523,7 +525,7 @@ class DeviceChain:
         control.stop, control.step, control.bad_step, control.done = stop, 0, -1, Done.RUNNING
         driver.copy_in(chain.images, self._images, self.stream)
         driver.copy_in(self._at, chain, self.stream)
-        driver.launch(self.kernels.begin, self._grid, cuda.THREADS, self.stream, (self._at,), "ddpmx_begin")
+        driver.launch(self.kernels.begin, self._grid, layout.THREADS, self.stream, (self._at,), "ddpmx_begin")
 
     def _tell(self, n: int, given: Mapping[str, NDArray[Any] | int]) -> None:
         """What the network is told of the images, which stays where it is through the chain."""
@@ -547,7 +549,7 @@ class DeviceChain:
 
     def _launch_step(self) -> None:
         step = self.kernels.step
-        self.driver.launch(step, self._grid, cuda.THREADS, self.stream, (self._at,), "ddpmx_step")
+        self.driver.launch(step, self._grid, layout.THREADS, self.stream, (self._at,), "ddpmx_step")
 
     def _launch_one(self, name: str) -> None:
         """One step into the stream."""

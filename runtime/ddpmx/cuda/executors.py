@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ddpmx.cuda import EXECUTORS
+from ddpmx.backends.base import EXECUTORS
 from ddpmx.cuda.device_chain import Choice, DeviceChain, Enqueue
-from ddpmx.cuda.driver import Driver
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.cuda.watch import Timeout
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, InputError
-from ddpmx.samplers import Table
 
 _PROBE_STEPS, _PROBE_SECONDS = 3, 10.0
 

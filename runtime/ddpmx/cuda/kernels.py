@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from ddpmx import cuda
-from ddpmx.cuda.driver import Driver
+from ddpmx.cuda import layout
+from ddpmx.device.driver import Driver
 
 
 class Kernels:
@@ -23,7 +23,7 @@ class Kernels:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         with driver.current():
-            module = driver.module(cuda.ptx("step"), "step.ptx")
+            module = driver.module(layout.ptx("step"), "step.ptx")
             self.begin, self.step = (driver.function(module, name) for name in ("ddpmx_begin", "ddpmx_step"))
         self._condition: int | None = None
         self.why_no_while: str | None = None
@@ -46,6 +46,6 @@ class Kernels:
         """
         with self.lock:
             if self._condition is None:
-                module = self._driver.module(cuda.ptx("while"), "while.ptx")
+                module = self._driver.module(layout.ptx("while"), "while.ptx")
                 self._condition = self._driver.function(module, "ddpmx_condition")
             return self._condition

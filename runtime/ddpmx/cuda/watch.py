@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from ddpmx.cuda import Control, Done
+from ddpmx.cuda.layout import Control, Done
+from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, Cancelled, NumericError
-from ddpmx.samplers import Table
 
 
 class Timeout(BackendError):  # noqa: N818 - between these modules only

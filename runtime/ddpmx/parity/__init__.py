@@ -1,1 +1,1 @@
-"""Is this file still the PyTorch model? A record of what PyTorch answered, a ladder to climb, a report to read."""
+"""Is a file still the PyTorch model? A record of PyTorch's outputs, checks against it, and a report."""

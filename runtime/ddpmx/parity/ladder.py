@@ -21,18 +21,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images
-from ddpmx.backends import Backend, CopyingBackend
-from ddpmx.chain import Float32
+from ddpmx.backends.base import Backend, CopyingBackend
+from ddpmx.diffusion.samplers import Table, make_table
+from ddpmx.diffusion.schedule import Float64
 from ddpmx.errors import InputError, NumericError, SpecError
+from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity import on_device
-from ddpmx.parity.asker import Asker
+from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
+from ddpmx.parity.evaluator import Asker
 from ddpmx.parity.reference import Reference, elements
-from ddpmx.parity.rung import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
-from ddpmx.runner import fitting_batch
-from ddpmx.samplers import Table, make_table
-from ddpmx.schedule import Float64
-from ddpmx.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.chain import Float32
+from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.pixels import from_uint8, to_nhwc
+from ddpmx.sampling.runner import fitting_batch
 
 SILENT = 1e-3
 """RMS. A network below it answers nothing: its last layers are as they were initialised (Ho et al.: almost zero), so what
@@ -175,7 +177,7 @@ def _itself(ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | 
     n = ask.batch
     x = chain.initial(0, np.arange(n), spec.shape)
     t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32) if n > 1 else np.array([spec.timesteps // 2])
-    told = chain.example(spec, np.arange(n))
+    told = example(spec, np.arange(n))
     if spec.self_condition:
         told["x0_prev"] = np.clip(x[::-1], -1, 1)
     whole = ask(x, t, told)
@@ -230,7 +232,7 @@ def _teacher(
             )
         ]
     )
-    x0 = images.from_uint8(reference.x0).reshape(n, -1)[:, kept]
+    x0 = from_uint8(reference.x0).reshape(n, -1)[:, kept]
     bits = [_bits(spec, reference.t, x0, x, out, var) for out, var in ((answers, v), (reference.out, reference.var))]
     second = []
     if v is not None and reference.var is not None:
@@ -310,7 +312,7 @@ def _chains(
         sample = step.x0
         ask.tick()
     curves["free"] = np.array([_rms(a - b) for a, b in zip(states_free, reference.state, strict=True)])
-    finals = images.to_nhwc(sample)
+    finals = to_nhwc(sample)
     apart = np.abs(finals.astype(np.int16) - reference.final.transpose(0, 2, 3, 1))
     curves["levels_apart"] = np.bincount(apart.reshape(-1), minlength=3)
     mse = float(np.mean(np.square(apart, dtype=np.float64)))

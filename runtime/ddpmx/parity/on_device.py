@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from ddpmx import chain, images
-from ddpmx.backends import CopyingBackend
+from ddpmx.backends.base import CopyingBackend
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError
-from ddpmx.parity.rung import Rung
-from ddpmx.runner import fitting_batch
-from ddpmx.samplers import make_table
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity.check import Rung
+from ddpmx.sampling import chain
+from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.sampling.runner import fitting_batch
 
 IMAGES, STEPS, SEED = 3, 20, 0
 
@@ -35,11 +37,11 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
     filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
     start = chain.initial(SEED, filled, spec.shape)
-    given = chain.example(spec, filled)
+    given = example(spec, filled)
     *_, last = chain.run(
         backend, table, start, seed=SEED, images=filled, clip=spec.clip, extras=spec.extras, given=given
     )
-    wanted = images.to_nhwc(last.x0)[: len(indices)]
+    wanted = to_nhwc(last.x0)[: len(indices)]
     backend.release()
     device = backend.device
     found: list[Rung] = []
@@ -61,7 +63,7 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
             network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
             try:
                 choose_executor(made, network.enqueue, executor)
-                got = made.run(seed=SEED, images=indices, given=chain.example(spec, indices))
+                got = made.run(seed=SEED, images=indices, given=example(spec, indices))
             except BackendError as error:
                 if executor == "plain":
                     raise

@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ddpmx.parity.check import BOUNDS
 from ddpmx.parity.ladder import Climb
-from ddpmx.parity.rung import BOUNDS
 
 _FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 

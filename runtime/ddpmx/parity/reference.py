@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx import chain, images, noise
-from ddpmx.chain import Float32
+from ddpmx.diffusion import noise
+from ddpmx.diffusion.noise import Purpose
+from ddpmx.diffusion.samplers import Table, make_table
+from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.files import atomic_write
-from ddpmx.noise import Purpose
-from ddpmx.npz import read_npz
-from ddpmx.samplers import Table, make_table
-from ddpmx.schedule import Schedule
-from ddpmx.sealed import parse_json
-from ddpmx.spec import ModelSpec
+from ddpmx.formats.atomic import atomic_write
+from ddpmx.formats.envelope import parse_json
+from ddpmx.formats.npz import read_npz
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.chain import Float32
+from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.pixels import from_uint8
 
 ELEMENTS = 4096
 """Numbers of one answer that are kept: all of a 32×32 image in colour."""
@@ -65,7 +67,7 @@ class Reference:
         state_x0: uint8 [M, C, H, W], of a network that conditions itself: the x̂_0 that it was told with each of ``state``,
             rounded to 256 levels for that. With ``out`` it was told 0.
 
-    A condition is not stored: it is noise, see :func:`ddpmx.chain.example`.
+    A condition is not stored: it is noise, see :func:`ddpmx.sampling.conditioning.example`.
     """
 
     spec: ModelSpec
@@ -162,12 +164,12 @@ class Reference:
 
     def inputs(self, k: int) -> Float32:
         """x_t of each image at ``t[k]``, float32 [n, C, H, W]."""
-        return diffuse(self.spec.make_schedule(), images.from_uint8(self.x0), int(self.t[k]), self.seed)
+        return diffuse(self.spec.make_schedule(), from_uint8(self.x0), int(self.t[k]), self.seed)
 
     def told(self, k: int) -> dict[str, NDArray[Any]]:
         """What the network was told at ``t[k]`` beside x and t, by the names of its inputs, [n, …] each."""
         n = len(self.x0)
-        found = chain.example(self.spec, np.arange(n), seed=self.seed)
+        found = example(self.spec, np.arange(n), seed=self.seed)
         if self.y is not None:
             found["y"] = self.y[k]
         if self.spec.self_condition:
@@ -179,12 +181,12 @@ class Reference:
         m = len(self.at)
         found = {name: np.repeat(array[:1], m, axis=0) for name, array in self.given().items()}
         if self.state_x0 is not None:
-            found["x0_prev"] = images.from_uint8(self.state_x0)
+            found["x0_prev"] = from_uint8(self.state_x0)
         return found
 
     def given(self) -> dict[str, NDArray[Any]]:
         """What it was told of each image of the chain, all the way."""
-        found = chain.example(self.spec, np.arange(len(self.final)), seed=self.seed)
+        found = example(self.spec, np.arange(len(self.final)), seed=self.seed)
         if self.final_y is not None:
             found["y"] = self.final_y
         return found

@@ -14,10 +14,10 @@ import numpy as np
 
 import ddpmx
 from ddpmx.errors import OutputError, SpecError
-from ddpmx.files import make_folder, write_error
+from ddpmx.formats.atomic import make_folder, write_error
+from ddpmx.formats.envelope import parse_json
+from ddpmx.parity.check import Rung
 from ddpmx.parity.ladder import Climb
-from ddpmx.parity.rung import Rung
-from ddpmx.sealed import parse_json
 
 _FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
 
@@ -231,7 +231,7 @@ def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
         return {}
     made: dict[str, str] = {}
     if climb.finals is not None:
-        from ddpmx.images import grid, save_png, zoom_for
+        from ddpmx.images.writers import grid, save_png, zoom_for
 
         theirs = climb.reference.final.transpose(0, 2, 3, 1)
         apart = np.abs(climb.finals.astype(np.int16) - theirs)

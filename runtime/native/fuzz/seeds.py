@@ -16,9 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
 
-from ddpmx import free_betas, planfile
-from ddpmx.sealed import seal
-from ddpmx.spec import ModelSpec
+from ddpmx.formats import betas as free_betas
+from ddpmx.formats import plan_file
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import onnx_files
 from oracles import plans, wire
 
@@ -51,7 +52,7 @@ JSON_WORDS = [
 SPEC_WORDS = [f'"{field.name}":' for field in dataclasses.fields(ModelSpec)] + ['"coefficients":', '"model":']
 SPEC_WORDS += [f'"{word}"' for word in ("linear", "cosine", "quad", "jsd", "betas", "eps", "x0", "v", "learned_range")]
 SPEC_WORDS += ["beta_start", "beta_end", "betas1 20 "]
-RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(planfile.EngineRecord)] + [
+RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(plan_file.EngineRecord)] + [
     '"workspace":',
     '"strip":',
 ]
@@ -79,7 +80,7 @@ def plan_seeds() -> list[bytes]:
     for spec in SPECS:
         for record in (plans.RECORD, dataclasses.replace(plans.RECORD, options={"workspace": 1 << 30, "tf32": True})):
             plan = plans.make_plan(spec=spec, record=record)
-            beside = json.dumps(planfile.sidecar_json(len(plan), spec, record, {"seconds": 1.5})).encode()
+            beside = json.dumps(plan_file.sidecar_json(len(plan), spec, record, {"seconds": 1.5})).encode()
             texts = (json.dumps(part.to_json()).encode() for part in (spec, record))
             seeds += [b"\0" + plan, b"\4" + plan + b"\n" + beside, b"\2" + b"\0".join(texts), b"\x08" + plan]
             texts = (json.dumps(part.to_json()).encode() for part in (spec, record))

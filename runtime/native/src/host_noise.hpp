@@ -1,4 +1,4 @@
-// Noise on the host, by step.h: the numbers of runtime/ddpmx/noise.py.
+// Noise on the host, by step.h: the numbers of runtime/ddpmx/diffusion/noise.py.
 #pragma once
 
 #include <cstdint>

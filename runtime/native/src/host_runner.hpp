@@ -1,4 +1,4 @@
-// The chain on the host. See runtime/ddpmx/chain.py and HostRunner in runtime/ddpmx/runner.py.
+// The chain on the host. See runtime/ddpmx/sampling/chain.py and HostRunner in runtime/ddpmx/sampling/runner.py.
 #pragma once
 
 #include <functional>
@@ -21,7 +21,7 @@ struct Example {
 };
 
 // At which batch size to run n ≤ batch images, so that how images are grouped changes no bit of them: see
-// ddpmx.chain.executed_batch, which this is.
+// ddpmx.sampling.chain.executed_batch, which this is.
 //
 // answer: fills in `out`, and `var` if there is one, for as many images as there are in t.
 uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std::function<void(Example &)> &answer);

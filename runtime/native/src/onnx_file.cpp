@@ -1,5 +1,5 @@
 // What an ONNX file says about itself. An ONNX file is a protobuf message: only the few fields that matter here are
-// read, names and numbers as in onnx.proto. See runtime/ddpmx/onnxfile.py.
+// read, names and numbers as in onnx.proto. See runtime/ddpmx/formats/onnx_file.py.
 #include <algorithm>
 #include <cerrno>
 #include <set>

@@ -1,6 +1,6 @@
 // What a TensorRT plan says about itself, read from its bytes: no TensorRT, no GPU, nothing deserialised. The format is
 // not public. What is known of it: bytes 0–3 tell the flavour, bytes 16–23 the length of the whole, bytes 24–27 the
-// version, and the network's name stands in it as it was given. See runtime/ddpmx/planfile.py.
+// version, and the network's name stands in it as it was given. See runtime/ddpmx/formats/plan_file.py.
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>

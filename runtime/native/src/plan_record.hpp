@@ -1,4 +1,4 @@
-// How a plan was built, and whether it can run here. See EngineRecord and check_fits in runtime/ddpmx/planfile.py.
+// How a plan was built, and whether it can run here. See EngineRecord and check_fits in runtime/ddpmx/formats/plan_file.py.
 #pragma once
 
 #include <string>

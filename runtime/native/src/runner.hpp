@@ -1,4 +1,4 @@
-// Who runs the chain of one batch: the host (host_runner.cpp), or a GPU (cuda/device_runner.cpp). See runtime/ddpmx/runner.py.
+// Who runs the chain of one batch: the host (host_runner.cpp), or a GPU (cuda/device_runner.cpp). See runtime/ddpmx/sampling/runner.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A linear sampler is a table: for every step five numbers. See runtime/ddpmx/samplers.py.
+// A linear sampler is a table: for every step five numbers. See runtime/ddpmx/diffusion/samplers.py.
 #pragma once
 
 #include <optional>

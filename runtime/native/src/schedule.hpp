@@ -1,4 +1,4 @@
-// β_t and every coefficient that follows from it, in float64. See runtime/ddpmx/schedule.py, whose formulas these are, in
+// β_t and every coefficient that follows from it, in float64. See runtime/ddpmx/diffusion/schedule.py, whose formulas these are, in
 // the same order of operations, so that the float32 tables have the same bits.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Short JSON that travels inside files of other formats: "PREFIX LENGTH CRC32 {…}". See runtime/ddpmx/sealed.py.
+// Short JSON that travels inside files of other formats: "PREFIX LENGTH CRC32 {…}". See runtime/ddpmx/formats/envelope.py.
 #pragma once
 
 #include <cstdint>

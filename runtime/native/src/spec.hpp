@@ -1,4 +1,4 @@
-// ModelSpec: all that a model file says about itself. See runtime/ddpmx/spec.py, whose checks these are.
+// ModelSpec: all that a model file says about itself. See runtime/ddpmx/formats/spec.py, whose checks these are.
 #pragma once
 
 #include <cstdint>

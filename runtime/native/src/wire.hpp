@@ -1,5 +1,5 @@
 // Protobuf's wire format, read field by field: nothing is copied, and every length is checked before it is believed.
-// See runtime/ddpmx/wire.py.
+// See runtime/ddpmx/formats/protobuf.py.
 #pragma once
 
 #include <cstdint>

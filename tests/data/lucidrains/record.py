@@ -13,8 +13,8 @@ import torch
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2] / "runtime")]
 
-from ddpmx import noise  # noqa: E402
-from ddpmx.noise import Purpose  # noqa: E402
+from ddpmx.diffusion import noise  # noqa: E402
+from ddpmx.diffusion.noise import Purpose  # noqa: E402
 from oracles.lucidrains import FILE, SIZE, TIMESTEPS, numbers, weights  # noqa: E402
 
 BASE = {"dim": 8, "dim_mults": [1, 2, 4], "channels": 3}

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx import tensorrt_library
 from ddpmx.backends import ort_device, trt
+from ddpmx.backends.open import open_model
 from ddpmx.backends.ort import open_onnx
-from ddpmx.cuda.driver import Driver
-from ddpmx.opening import open_model
+from ddpmx.device.driver import Driver
 from ddpmx.pipeline import Pipeline
+from ddpmx.trt import library as trt_library
 from gpu.arrays import Cupy, Ours, Torch
 from gpu.stand_in import scaled
 from gpu.torch_network import TorchDevice
@@ -199,8 +199,8 @@ class FakeEngines:
 def engines(fake, monkeypatch, tmp_path_factory):
     module = FakeTrt(fake, name=name_of(gaussian.SPEC).decode())
     library = module.library()
-    monkeypatch.setattr(tensorrt_library, "load", lambda flavour=None: library)
-    monkeypatch.setattr(tensorrt_library, "host_platform", lambda: RECORD.platform)
+    monkeypatch.setattr(trt_library, "load", lambda flavour=None: library)
+    monkeypatch.setattr(trt_library, "host_platform", lambda: RECORD.platform)
     monkeypatch.setattr(trt, "gpus", lambda: ADA)
     monkeypatch.setattr(trt, "Driver", lambda: Driver(library=fake))
     return FakeEngines(module, library, tmp_path_factory.mktemp("plans"))

@@ -1,4 +1,4 @@
-// Chains of one plan on its GPU. See runtime/ddpmx/cuda/runner.py.
+// Chains of one plan on its GPU. See runtime/ddpmx/cuda/device_runner.py.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,5 @@
 // The CUDA driver API, opened by dlopen: as much of it as a chain needs, with no toolkit. See
-// runtime/ddpmx/cuda/driver.py.
+// runtime/ddpmx/device/driver.py.
 //
 // Everything that allocates, launches or waits wants the context to be current in the thread that calls it: work while
 // a Current lives. Callbacks run Current::aside, where the context is whatever the caller had.

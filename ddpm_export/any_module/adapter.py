@@ -1,0 +1,346 @@
+"""Somebody else's network, asked in its own way: what it calls time, its images' range, its inputs, its answer.
+
+The rest of ddpmx knows one contract: x float32 in units where images are −1…1, t int32 = 0…T−1, an answer in the same
+units. :class:`Adapter` says how a module differs from it, and :class:`Canonical` is the module with that difference
+taken away, exactly.
+
+Images in another range. Let x_0 be an image in [−1, 1] and y_0 = a·x_0 + b the same image in theirs. If noise was added
+in their range, y_t = √ᾱ'·y_0 + √(1−ᾱ')·ε, then with c² = a²·ᾱ' + 1 − ᾱ'
+
+    x_t := (y_t − b·√ᾱ') / c = √ᾱ·x_0 + √(1−ᾱ)·ε,    ᾱ = a²·ᾱ'/c²,    β_t = β'_t/c_t²
+
+is a diffusion too, Markov chain and all, of the same ε, with a signal a times as strong beside the noise. So such a
+network becomes one of [−1, 1] by another schedule, an array of β:
+
+    asked      y_t = c·x_t + b·√ᾱ'
+    ε̂          as it is
+    x̂_0        (ŷ_0 − b)/a
+    v          (c/a)·v' + √ᾱ'·√(1−ᾱ')·(a − 1/a)/c · y_t + √(1−ᾱ')·b/(a·c)
+
+σ² = β̃ (``fixed_small``) is the same chain as theirs; σ² = β_t (``fixed_large``) is β of the new schedule, which is theirs
+but for a factor (c_{t−1}/c_t)². A learned variance lies between these two, and is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ddpmx.diffusion.schedule import Schedule
+from ddpmx.errors import InputError
+from ddpmx.formats.spec import BETAS, ModelSpec
+
+TimeName = Literal["index", "float", "fraction"]
+TIMES = ("index", "float", "fraction")
+Time = TimeName | tuple[float, float] | Callable[[Tensor], Tensor] | Sequence[float] | NDArray[Any]
+IMAGES = ("x", "x0_prev", "cond")
+INPUTS = ("x", "t", "y", "x0_prev", "cond")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A module and its conventions. By default it is called as module(x, t), with t int64, images in [−1, 1].
+
+    Attributes:
+        module: forward gives ε, x_0 or v, whichever the spec says.
+        time: what the module is told as t, [B]. ``index``: t int64; ``float``: t float32; ``fraction``: t/T float32;
+            (scale, offset): scale·t + offset; a function of t float32 [T] that gives float32 [T]; or T numbers, one for
+            each t. The function is asked once, at export, for all t.
+        time_dims: how many dimensions t has: 1 for [B], 2 for [B, 1], and so on.
+        data_range: the least and the largest value of an image, as the module knows it.
+        diffused_in_range: whether noise was added to images of that range, so that the schedule is one of these.
+            False: noise was added in [−1, 1], and the module merely looks at a·x_t + b.
+        inputs: where x, t, y, x0_prev and cond go: a position (int) or a keyword (str). x and t are the first and the
+            second, the others keywords of these names, unless it is said here.
+        channels: what is concatenated along the channels and goes where x goes: ("x", "cond") or ("x0_prev", "x").
+        fixed: further keywords, told as they stand in every call.
+        fixed_per_image: further keywords, tensors of one image, repeated for each image of a batch.
+        output: what of the module's answer counts: a key or an attribute (str), a position (int), or a function. By
+            default a tensor is the answer, and so is ``sample`` of an object. With a learned variance it is a tensor of
+            2·C channels, or two tensors.
+
+    ``cond`` is told as it stands, in whatever range it has.
+
+    Raises:
+        InputError: one of these contradicts itself.
+    """
+
+    module: nn.Module
+    time: Time = "index"
+    time_dims: int = 1
+    data_range: tuple[float, float] = (-1.0, 1.0)
+    diffused_in_range: bool = True
+    inputs: Mapping[str, int | str] = field(default_factory=dict)
+    channels: tuple[str, ...] = ("x",)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    fixed_per_image: Mapping[str, Tensor] = field(default_factory=dict)
+    output: str | int | Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what needs no spec."""
+        if not isinstance(self.module, nn.Module):
+            raise InputError(f"the network must be a torch.nn.Module, not {type(self.module).__name__}")
+        if isinstance(self.time, str) and self.time not in TIMES:
+            raise InputError(
+                f"there is no time {self.time!r}", hint=f"{', '.join(TIMES)}, (scale, offset), or T numbers"
+            )
+        if not 1 <= self.time_dims <= 4:
+            raise InputError(f"time_dims is 1…4, not {self.time_dims!r}")
+        try:
+            low, high = (float(value) for value in self.data_range)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"data_range is two numbers, not {self.data_range!r}") from error
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise InputError(f"data_range must rise, and ({low:g}, {high:g}) does not")
+        if unknown := sorted(set(self.inputs) - set(INPUTS)):
+            raise InputError(f"inputs: there is no {', '.join(unknown)}", hint=f"there are {', '.join(INPUTS)}")
+        if (
+            "x" not in self.channels
+            or not set(self.channels) <= set(IMAGES)
+            or len(set(self.channels)) < len(self.channels)
+        ):
+            raise InputError(f"channels must hold x, and may hold x0_prev and cond, each once, not {self.channels!r}")
+        if twice := sorted(set(self.channels) - {"x"} & set(self.inputs)):
+            raise InputError(f"{', '.join(twice)} cannot be concatenated and be an input of its own")
+        places: list[int | str] = [*self._places(INPUTS).values(), *self.fixed, *self.fixed_per_image]
+        if twice_told := sorted({str(place) for place in places if places.count(place) > 1}):
+            raise InputError(f"two inputs go to the same place: {', '.join(twice_told)}")
+        positions = sorted(place for place in places if isinstance(place, int))
+        if positions != list(range(len(positions))):
+            raise InputError(
+                f"positions of inputs must be 0, 1, …, not {positions}", hint="x and t are 0 and 1 by default"
+            )
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(a, b) of y = a·x + b."""
+        low, high = self.data_range
+        return (float(high) - float(low)) / 2, (float(high) + float(low)) / 2
+
+    def spec_of(self, spec: ModelSpec) -> ModelSpec:
+        """The spec in units of [−1, 1] of a network whose spec, schedule above all, is ``spec`` in its own range.
+
+        Raises:
+            InputError: this combination has no exact counterpart in [−1, 1].
+        """
+        a, b = self.scale
+        if (a, b) == (1.0, 0.0):
+            return spec
+        said = f"data_range is ({self.data_range[0]:g}, {self.data_range[1]:g})"
+        if spec.self_condition and b != 0:
+            raise InputError(
+                f"{said}, and the network is told its own x̂_0",
+                note="at first that is 0, which in another range is another image than 0 in [−1, 1]",
+            )
+        if not self.diffused_in_range:
+            if spec.prediction == "v":
+                raise InputError(f"{said}, noise was added in [−1, 1], and v could be of either: this is not supported")
+            return spec
+        if spec.variance == "learned_range":
+            raise InputError(f"{said}, and its learned variance lies between two that depend on the range")
+        if a == 1.0:
+            return spec
+        theirs = spec.make_schedule()
+        betas = theirs.betas / _c(theirs, a) ** 2
+        return spec.replace(schedule=BETAS, schedule_params={}, betas=np.minimum(betas, 1.0))
+
+    def network(self, spec: ModelSpec) -> Canonical:
+        """The module by ddpmx's contract. It shares its weights with :attr:`module`.
+
+        Args:
+            spec: what the module is, its schedule in its own range. What the file will say is :meth:`spec_of`.
+
+        Raises:
+            InputError: the spec and the adapter do not fit together.
+        """
+        for name in self.channels:
+            if name != "x" and name not in spec.extras:
+                raise InputError(f"channels speak of {name}, and the spec does not", hint=_spec_hint(name))
+        for name in set(self.inputs) - {"x", "t"}:
+            if name not in spec.extras:
+                raise InputError(f"inputs speak of {name}, and the spec does not", hint=_spec_hint(name))
+        self.spec_of(spec)
+        return Canonical(self, spec)
+
+    def _places(self, names: Sequence[str]) -> dict[str, int | str]:
+        usual: dict[str, int | str] = {"x": 0, "t": 1}
+        return {
+            name: self.inputs.get(name, usual.get(name, name))
+            for name in names
+            if name == "x" or name not in self.channels
+        }
+
+
+class Canonical(nn.Module):
+    """forward(x, t, y, x0_prev, cond) by ddpmx's contract → the answer, or (answer, var). See :class:`Adapter`."""
+
+    def __init__(self, adapter: Adapter, spec: ModelSpec) -> None:
+        super().__init__()
+        self.module = adapter.module
+        self.train(adapter.module.training)
+        self._places, self._channels = adapter._places(list(spec.inputs)), adapter.channels
+        self._time, self._time_dims = adapter.time, adapter.time_dims
+        self._output, self._learned = adapter.output, spec.variance == "learned_range"
+        self._prediction, (self._a, self._b) = spec.prediction, adapter.scale
+        self._fixed = {name: value for name, value in adapter.fixed.items() if not isinstance(value, Tensor)}
+        self._whole, self._each = _Tensors(adapter.fixed), _Tensors(adapter.fixed_per_image)
+        self.times: Tensor | None
+        self.register_buffer(
+            "times", None if isinstance(self._time, str) and self._time != "fraction" else self._table(spec)
+        )
+        self._ranged = adapter.scale != (1.0, 0.0)
+        self._diffused = self._ranged and adapter.diffused_in_range
+        self.ranges: Tensor | None
+        self.register_buffer("ranges", self._range_table(spec.make_schedule()) if self._diffused else None)
+
+    def _table(self, spec: ModelSpec) -> Tensor:
+        """What the module is told for each t, float32 [T, 1]."""
+        t, time = torch.arange(spec.timesteps, dtype=torch.float32), self._time
+        try:
+            if isinstance(time, str):
+                values: Any = t / spec.timesteps
+            elif callable(time):
+                with torch.no_grad():
+                    values = time(t)
+            elif isinstance(time, tuple) and len(time) == 2 and spec.timesteps != 2:
+                values = time[0] * t + time[1]
+            else:
+                values = time
+            table = torch.as_tensor(values).detach().to("cpu", torch.float32).clone()
+        except Exception as error:  # a function of the user's may raise anything
+            raise InputError("time: no numbers", note=f"{type(error).__name__}: {str(error)[:200]}") from error
+        if table.shape != t.shape or not bool(table.isfinite().all()):
+            raise InputError(
+                f"time must give one finite number for each of {len(t)} t",
+                note=f"its shape is {list(table.shape)}, its least {float(table.min()) if table.numel() else math.nan:g}",
+            )
+        return table[:, None]
+
+    def _range_table(self, theirs: Schedule) -> Tensor:
+        """c, b·√ᾱ', and what v takes of v', y and 1; float32 [T, 5]."""
+        a, b, c = self._a, self._b, _c(theirs, self._a)
+        signal, noise = np.sqrt(theirs.alpha_bar), np.sqrt(theirs.one_minus_alpha_bar)
+        columns = [c, b * signal, c / a, signal * noise * (a - 1 / a) / c, noise * b / (a * c)]
+        return torch.from_numpy(np.stack(columns, axis=1).astype(np.float32))
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        x0_prev: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """For x float32 [B, C, H, W] and t int [B]."""
+        row = None
+        theirs = x
+        if self.ranges is not None:
+            row = F.embedding(t, self.ranges)[:, :, None, None, None].unbind(1)
+            theirs = row[0] * x + row[1]
+        elif self._ranged:
+            theirs = self._a * x + self._b
+        if x0_prev is not None and self._a != 1:
+            x0_prev = self._a * x0_prev
+        told = {"x": theirs, "t": self._told_time(t), "x0_prev": x0_prev, "cond": cond}
+        told["y"] = None if y is None else y.to(torch.int64)
+        if self._channels != ("x",):
+            told["x"] = torch.cat([part for name in self._channels if (part := told[name]) is not None], dim=1)
+        places = {place: told[name] for name, place in self._places.items()}
+        positions = [places[place] for place in sorted(place for place in places if isinstance(place, int))]
+        keywords = {place: value for place, value in places.items() if isinstance(place, str)}
+        each = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in self._each.items()}
+        out = self._picked(self.module(*positions, **keywords, **self._fixed, **self._whole.items_of(), **each))
+        if self._learned:
+            answer, var = out if isinstance(out, (tuple, list)) else out.chunk(2, dim=1)
+            return (self._in_our_units(answer, theirs, row), var)
+        answer = self._in_our_units(out, theirs, row)
+        return answer
+
+    def _told_time(self, t: Tensor) -> Tensor:
+        if self.times is not None:
+            told = F.embedding(t, self.times)[:, 0]
+        else:
+            told = t.to(torch.int64 if self._time == "index" else torch.float32)
+        return told.reshape(-1, *[1] * (self._time_dims - 1)) if self._time_dims > 1 else told
+
+    def _in_our_units(self, out: Tensor, theirs: Tensor, row: Sequence[Tensor] | None) -> Tensor:
+        if not self._ranged or self._prediction == "eps":
+            return out
+        if self._prediction == "x0":
+            return (out - self._b) / self._a
+        assert row is not None
+        return row[2] * out + row[3] * theirs + row[4]
+
+    def _picked(self, out: Any) -> Any:
+        """The tensor, or with a learned variance the two, that the module's answer holds."""
+        which = self._output
+        try:
+            if isinstance(which, str):
+                out = out[which] if isinstance(out, Mapping) else getattr(out, which)
+            elif isinstance(which, int):
+                out = out[which]
+            elif which is not None:
+                out = which(out)
+            elif isinstance(out, Mapping) and "sample" in out:
+                out = out["sample"]
+            elif isinstance(getattr(out, "sample", None), Tensor):
+                out = out.sample
+            elif isinstance(out, (tuple, list)) and len(out) == 1:
+                out = out[0]
+        except (LookupError, AttributeError, TypeError) as error:
+            raise InputError(f"the module's answer has no {which!r}", note=f"it is {_kind(out)}") from error
+        pair = self._learned and isinstance(out, (tuple, list)) and len(out) == 2
+        if not all(isinstance(part, Tensor) for part in (out if pair else [out])):
+            raise InputError(
+                f"the module answers {_kind(out)}, and not a tensor",
+                hint='Adapter(…, output=0), or "sample", or a function, says which part of it is the answer',
+            )
+        return out
+
+
+class _Tensors(nn.Module):
+    """Named tensors that move, and are hashed, with the module."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        for i, name in enumerate(self._names):
+            self.register_buffer(f"of{i}", values[name].detach())
+
+    def items_of(self) -> dict[str, Tensor]:
+        """All of them."""
+        return {name: self.get_buffer(f"of{i}") for i, name in enumerate(self._names)}
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        """Each with a dimension for the batch in front."""
+        return [(name, value[None]) for name, value in self.items_of().items()]
+
+
+def _c(theirs: Schedule, a: float) -> NDArray[np.float64]:
+    """√(a²·ᾱ' + 1 − ᾱ')."""
+    c: NDArray[np.float64] = np.sqrt(a**2 * theirs.alpha_bar + theirs.one_minus_alpha_bar)
+    return c
+
+
+def _kind(out: object) -> str:
+    if isinstance(out, Mapping):
+        return f"{type(out).__name__} with {', '.join(map(str, out))}"[:200]
+    if isinstance(out, (tuple, list)):
+        return f"{len(out)} things ({', '.join(type(part).__name__ for part in out)})"[:200]
+    return f"a {type(out).__name__}"
+
+
+def _spec_hint(name: str) -> str:
+    return {
+        "y": "ModelSpec(…, classes=K)",
+        "x0_prev": "ModelSpec(…, self_condition=True)",
+        "cond": "ModelSpec(…, condition=K), K being its channels",
+    }[name]

@@ -1,0 +1,269 @@
+"""Any torch module → model.onnx, proved like a checkpoint's.
+
+from ddpm_export import Adapter, export
+from ddpmx.formats.spec import ModelSpec
+
+exported = export(Adapter(net.eval(), time="fraction"), ModelSpec((3, 32, 32), schedule="cosine"), "model.onnx")
+print(exported.verdict)
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ddpm_export.any_module import half, probes, where
+from ddpm_export.any_module.adapter import Adapter, Canonical
+from ddpm_export.graph.onnx_export import check_output, export_network, to_precision
+from ddpm_export.proof.proof import ModuleInstead
+from ddpm_export.proof.record import record, short_chain
+from ddpm_export.training.checkpoint import weights_hash
+from ddpmx.backends.base import Backend
+from ddpmx.backends.open import open_model
+from ddpmx.diffusion.schedule import Schedule
+from ddpmx.errors import BackendError, InputError, NumericError, SpecError
+from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
+from ddpmx.parity.ladder import Climb, climb, not_finite
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """What :func:`export` made.
+
+    Attributes:
+        spec: what the file says about itself, in units of [−1, 1].
+        file: the ONNX file.
+        record: what the module answered, beside it, or None if nothing was recorded.
+        climb: the ladder, or None if it was not climbed.
+        halved: paths of the layers that compute in half precision; all others are float32.
+    """
+
+    spec: ModelSpec
+    file: Path
+    record: Path | None
+    climb: Climb | None = field(repr=False)
+    halved: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rung of the ladder holds. False if it was not climbed."""
+        return self.climb is not None and self.climb.passed
+
+    @property
+    def verdict(self) -> str:
+        """One line."""
+        return "NOT VERIFIED: nothing was recorded" if self.climb is None else self.climb.verdict
+
+
+def export(
+    module: nn.Module | Adapter,
+    spec: ModelSpec,
+    output: str | os.PathLike[str] = "model.onnx",
+    *,
+    precision: Precision = "fp32",
+    parity: bool = True,
+    data: NDArray[np.uint8] | None = None,
+    full: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Export a module, and hold the file against it.
+
+    Args:
+        module: called as module(x, t) with x float32 [B, C, H, W] in [−1, 1] and t int64 [B]; for any other convention
+            an :class:`~ddpm_export.any_module.adapter.Adapter`. In eval mode, float32. A copy on the CPU is used.
+        spec: what it is: shape, T, schedule (in the module's own range), what it predicts, its variance. Its precision
+            and weights are filled in. :func:`spec_from_arrays` makes one of an array of β or ᾱ.
+        output: the file to write. It appears only when it is whole. The record goes beside it, as model.parity.npz.
+        precision: ``fp32``; or ``fp16`` or ``bf16`` in the layers that :mod:`ddpm_export.any_module.half` chooses.
+        parity: record what the module answers and climb the ladder, in ONNX Runtime on the CPU.
+        data: uint8 [N, H, W, C], real images to judge on.
+        full: judge the chain of all T steps instead of a short one.
+        progress: called with (network calls done, network calls in all) of the recording, then of the ladder.
+
+    Returns:
+        The spec and the verdict. A file that failed is kept, for whoever wants to see why: look at ``passed``.
+
+    Raises:
+        InputError: the module cannot be what the spec says, see :func:`ddpm_export.any_module.probes.probe`; or it has no
+            layer that may compute in half.
+        BackendError: it fails, or torch cannot trace it: where, and what to do about it.
+        NumericError: weights or answers are not finite.
+        SpecError: the spec does not fit together.
+        OutputError: the file cannot be written.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
+    output = Path(output)
+    check_output(output)
+    adapter = module if isinstance(module, Adapter) else Adapter(module)
+    network, told = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
+    with _one_path():
+        probes.probe(network, told)
+        told = told.replace(weights=weights_hash(network.state_dict()), precision=precision)
+        ready, halved = (network, []) if precision == "fp32" else _halved(network, told, precision)
+        told = _write(ready, told, output, precision)
+        if not parity:
+            return Exported(told, output, None, None, tuple(halved))
+        steps = None if full else short_chain(told.shape)
+        reference = record(network, told, data=data, steps=steps, progress=progress)
+        beside = output.with_suffix(".parity.npz")
+        reference.save(beside)
+        backend: Backend
+        if precision == "bf16":  # ONNX Runtime has none on a CPU
+            backend = ModuleInstead(to_precision(ready, precision))
+        else:
+            _, backend = open_model(output)
+        try:
+            climbed = climb(backend, told, reference, progress=progress)
+        except NumericError as error:
+            climbed = not_finite(backend, told, reference, error)
+        finally:
+            backend.close()
+    return Exported(told, output, beside, climbed, tuple(halved))
+
+
+def spec_from_arrays(
+    shape: Sequence[int],
+    *,
+    betas: Sequence[float] | NDArray[Any] | torch.Tensor | None = None,
+    alpha_bar: Sequence[float] | NDArray[Any] | torch.Tensor | None = None,
+    **fields: Any,
+) -> ModelSpec:
+    """A spec whose schedule is an array of β_t, or of ᾱ_t = Π(1 − β), t = 0…T−1, and no formula.
+
+    Args:
+        shape: (C, H, W).
+        betas, alpha_bar: one of the two, T numbers, best in float64.
+        fields: any other field of :class:`~ddpmx.formats.spec.ModelSpec`.
+
+    Raises:
+        InputError: none or both, or no schedule.
+        SpecError: the fields do not fit together.
+    """
+    if (betas is None) == (alpha_bar is None):
+        raise InputError("a schedule is either betas or alpha_bar")
+    try:
+        array = np.asarray(betas if alpha_bar is None else alpha_bar, np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError("a schedule is an array of numbers", note=str(error)[:200]) from error
+    schedule = Schedule.from_betas(array) if alpha_bar is None else Schedule.from_alpha_bar(array)
+    if clash := sorted({"timesteps", "schedule", "schedule_params"} & fields.keys()):
+        raise SpecError(f"{', '.join(clash)}: the array says that")
+    c, height, width = shape
+    return ModelSpec((c, height, width), timesteps=len(schedule), schedule=BETAS, betas=schedule.betas, **fields)
+
+
+def _on_cpu(network: Canonical) -> Canonical:
+    """A copy that is the export's own."""
+    probes.check_mode(network)
+    try:
+        # eval: what einops calls a layer forgets its mode when it is copied
+        return copy.deepcopy(network).to("cpu").requires_grad_(False).eval()
+    except Exception as error:  # what a foreign module's copy may raise
+        raise InputError(
+            "the module cannot be copied",
+            note=where.last_words(error),
+            hint="torch.nn.utils.remove_weight_norm, or whatever else keeps computed tensors in it",
+        ) from error
+
+
+@contextmanager
+def _one_path() -> Iterator[None]:
+    """torch's attention has a second way through it, which depends on who looks on; and a trace takes the first."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _halved(network: Canonical, spec: ModelSpec, precision: Precision) -> tuple[Canonical, list[str]]:
+    """A copy whose layers are marked for half precision, and their paths; seen to live with it."""
+    ready, told = copy.deepcopy(network), probes.questions(spec)
+    halved = half.mark(ready, lambda: probes.ask(ready, told))
+    if not halved:
+        raise InputError(
+            f"no layer of this module may compute in {precision}",
+            note="only plain convolutions and linear layers with weights of their own, between the first and the "
+            "last, asked about more than one position of an image, within half's range",
+            hint="export it in fp32",
+        )
+    try:
+        answer = probes.ask(to_precision(ready, precision), told)
+    except BackendError as error:
+        raise InputError(
+            f"the module does not work with layers in {precision}: {error.fact}",
+            note=error.note,
+            hint="it uses a layer's weights outside that layer; export it in fp32",
+        ) from error
+    if not bool(answer.isfinite().all()):
+        raise NumericError(f"in {precision} the module's answer is not finite", hint="export it in fp32")
+    return ready, [name.removeprefix("module.") for name in halved]
+
+
+def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> ModelSpec:
+    """Write the file; it is at its place only if it takes batches of any size."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        file = Path(folder) / output.name
+        try:
+            spec = export_network(ready, spec, file, precision=precision)
+        except BackendError as error:
+            raise _explained(ready, spec, error) from error
+        graph = onnx.load(file, load_external_data=False).graph
+        if any(not value.type.tensor_type.shape.dim[0].dim_param for value in graph.input):
+            raise BackendError(
+                "torch traced this module for a batch of two images alone",
+                note="it goes through the images one by one, or uses the batch's size as a number",
+                hint="no `for` over x.shape[0], no int(x.shape[0]), no size of the batch written out",
+            )
+        os.replace(file, output)
+    return spec
+
+
+def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> BackendError:
+    """Say where the exporter stopped, by tracing once more without turning the trace into ONNX."""
+    told = probes.questions(spec, rows=2)
+    batch = torch.export.Dim("batch", min=1)
+    cause: BaseException = error.__cause__ or error
+    at = None
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                network.eval(),
+                (told.pop("x"), told.pop("t")),
+                kwargs=told,
+                dynamic_shapes={name: {0: batch} for name in spec.inputs},
+                strict=False,
+            ).run_decompositions()
+    except Exception as again:  # torch raises what it likes
+        cause, at = again, where.place(again, network)
+        stage = "torch cannot trace this module"
+    else:
+        names = where.operators(cause)
+        at = where.operator_place(names, program.graph)
+        line = probes.first_call(network, probes.questions(spec), names)
+        if at is not None and line is not None and line not in at:
+            at = f"{at}, and there at {line}"
+        stage = "this module has no form in ONNX"
+    at = at or where.told_place(cause)
+    return BackendError(
+        f"{stage}: it stops at {at}" if at else stage,
+        note=where.last_words(cause),
+        hint=where.hint(cause) or "try it once more, or write that line with plainer operators",
+    )

@@ -1,0 +1,233 @@
+"""checkpoint → model.onnx: one strongly typed, self-describing file.
+
+The graph's contract: x float32 [batch, C, H, W] and t int32 [batch] → a float32 output named by what it predicts; with
+classes, self-conditioning or a condition also y int32 [batch], x0_prev and cond float32 [batch, ·, H, W]; with a learned
+variance a second output var.
+Precision is baked into the graph, since TensorRT 11 knows no precision flags: fp16 means half-precision convolutions,
+attention products and activations, with float32 kept around every norm and softmax, in the time path and in the first
+and last convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+import warnings
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import onnx
+import onnxscript  # noqa: F401 - torch asks for it only in the middle of an export
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ddpmx
+from ddpm_export.networks.lucidrains_unet import LucidrainsUNet
+from ddpm_export.networks.registry import check_spec
+from ddpm_export.networks.unet import UNet
+from ddpm_export.training import checkpoint as checkpoints
+from ddpm_export.training.checkpoint import Weights
+from ddpmx.errors import BackendError, InputError, OutputError
+from ddpmx.formats.atomic import atomic_write, check_replaceable
+from ddpmx.formats.onnx_file import metadata
+from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, extra_type
+
+OPSET = 20
+"""The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
+some TensorRT versions refuse or compute wrongly."""
+
+BF16_OPSET = 22
+"""The first in which convolutions and norms take bfloat16. TensorRT 10.3 does not know it, and has no use for the file."""
+
+MAX_PROTOBUF_BYTES = 2**31 - 1
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class TimeTable(nn.Module):
+    """:class:`~ddpm_export.networks.unet.TimeShifts` evaluated once for every t: a table [T, Σ widths] that t indexes."""
+
+    def __init__(self, time: nn.Module, timesteps: int) -> None:
+        super().__init__()
+        with torch.no_grad():
+            shifts: tuple[Tensor, ...] = time(torch.arange(timesteps, dtype=torch.int32))
+        self.widths = [shift.shape[1] for shift in shifts]
+        self.register_buffer("table", torch.cat(shifts, dim=1))
+
+    def forward(self, t: Tensor) -> tuple[Tensor, ...]:
+        """For t int [B]."""
+        table: Tensor = self.get_buffer("table")
+        # embedding, since table[t] becomes a GatherND, which takes no int32
+        return torch.split(F.embedding(t, table), self.widths, dim=1)
+
+
+def to_precision(network: Network, precision: Precision) -> Network:
+    """A copy of the network that computes in ``precision`` inside; its inputs and outputs stay float32.
+
+    Halved are those parts of each module that its class names in ``HALVED``. All others stay as they are: norms,
+    softmax, the time path, the first and the last layer.
+
+    Raises:
+        InputError: an unknown precision, or one that this network has no parts for.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    if precision != "fp32":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        halved = [getattr(module, part) for module in network.modules() for part in getattr(module, "HALVED", ())]
+        if not halved:
+            raise InputError(f"this network does not say which of its parts may compute in {precision}")
+        for part in halved:
+            part.to(dtype)
+    return network
+
+
+def export(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] = "model.onnx",
+    *,
+    precision: Precision = "fp32",
+    weights: Weights = "ema",
+    time_table: bool = False,
+) -> ModelSpec:
+    """Export a checkpoint, or the newest one of a run.
+
+    Args:
+        path: the checkpoint's or the run's folder.
+        output: the file to write. It appears only when it is whole.
+        precision: ``fp32`` or ``fp16``.
+        weights: ``ema`` (averaged) or ``raw``.
+        time_table: store what depends on t alone as one table instead of computing it.
+
+    Returns:
+        What the file says about itself.
+
+    Raises:
+        DdpmxError: the checkpoint cannot be read, or the file not be written.
+    """
+    output = Path(output)
+    check_output(output)
+    network, spec = checkpoints.load_network(path, weights)
+    if weights == "raw":
+        spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
+    return export_network(network, spec, output, precision=precision, time_table=time_table)
+
+
+def check_output(output: Path) -> None:
+    """See that an ONNX file can be written there, before anything takes long.
+
+    Raises:
+        OutputError, InputError: it cannot, or something else stands there.
+    """
+    if output.is_dir():
+        raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.onnx'}")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}")
+    if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
+        raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
+    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
+
+
+def export_network(
+    network: nn.Module,
+    spec: ModelSpec,
+    output: str | os.PathLike[str],
+    *,
+    precision: Precision = "fp32",
+    time_table: bool = False,
+) -> ModelSpec:
+    """Export a network in memory; see :func:`export`.
+
+    Args:
+        network: called with x, t and, by name, with those of y, x0_prev and cond that the spec speaks of.
+        spec: what it is.
+        output, precision, time_table: as for :func:`export`.
+
+    Raises:
+        SpecError: the spec describes another network.
+        InputError: a precision or a table that this network cannot have.
+    """
+    spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
+    if isinstance(network, (UNet, LucidrainsUNet)):
+        check_spec(network.config, spec)
+    network = to_precision(network, precision)
+    if time_table:
+        if not isinstance(network, (UNet, LucidrainsUNet)):
+            raise InputError("only a U-Net that ddpmx knows can have a time table")
+        if getattr(network.config, "classes", None) is not None:
+            raise InputError(
+                "a network with classes cannot have a time table",
+                note="what its blocks use depends on the class as well as on t",
+                hint="export it without",
+            )
+        network.time = TimeTable(network.time, spec.timesteps)
+    model = _trace(network, spec)
+    if any(not value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
+        raise BackendError(
+            "torch traced this network for a batch of two images alone",
+            hint="somewhere in it the batch is a number of Python's: use x.shape[0] as it is, or -1",
+        )
+    _clean(model)
+    if precision == "bf16":
+        # Traced as opset 20, where norms and attention come apart into plain operators. From there to 22 these operators
+        # only learnt new types; the checker below says if that should cease to be so.
+        model.opset_import[0].version = BF16_OPSET
+    onnx.helper.set_model_props(model, metadata(spec))
+    if model.ByteSize() > MAX_PROTOBUF_BYTES:
+        raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
+    onnx.checker.check_model(model, full_check=True)
+    with atomic_write(output) as stream:
+        stream.write(model.SerializeToString(deterministic=True))
+    return spec
+
+
+def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    batch = torch.export.Dim("batch", min=1)
+    inputs = {  # two images, since torch.export takes a batch of one for a constant
+        name: torch.zeros(2, *dims, dtype=torch.int32 if extra_type(name) is np.int32 else torch.float32)
+        for name, dims in spec.inputs.items()
+    }
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                network,
+                (inputs["x"], inputs["t"]),
+                kwargs={name: inputs[name] for name in spec.extras},
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(inputs),
+                output_names=list(spec.outputs),
+                dynamic_shapes={name: {0: batch} for name in inputs},
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:  # torch raises what it likes, and trips over its own imports if one is interrupted
+        raise BackendError(
+            "torch could not export this network", note=str(error).strip()[:300], hint="try it once more"
+        ) from error
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    return program.model_proto
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Take out what torch writes about where it was run: stack traces with paths, class names, its own metadata."""
+    model.producer_name, model.producer_version, model.doc_string = "ddpmx", ddpmx.__version__, ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name, graph.doc_string = "ddpmx", ""
+    del graph.metadata_props[:]
+    for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""

@@ -1,0 +1,339 @@
+"""What lies at a path that somebody wants to import: opened once, safely, and laid out flat."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddpm_export.importers.reading import torch_file
+from ddpm_export.importers.reading.tensor_bundle import TensorBundle, is_bundle
+from ddpmx.errors import BackendError, FileFormatError, InputError, SpecError
+from ddpmx.formats.envelope import parse_json
+
+MAX_JSON = 1 << 24
+MAX_ITEMS = 1_000_000
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl")
+_STEM = "diffusion_pytorch_model"
+_DIFFUSERS = (f"{_STEM}.safetensors", f"{_STEM}.bin")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What lies at a path.
+
+    Attributes:
+        path: as it was given, or where it was downloaded to.
+        kind: ``folder`` is one of diffusers' layout.
+        tensors: by dotted names; a dict's keys and a list's indices are parts of them (``ema.shadow.conv_in.weight``).
+        objects: the plain values beside them, by dotted names.
+        config: config.json (diffusers), kwargs.json (TensorFlow), or what the safetensors' metadata holds as JSON.
+        configs: every JSON file that was read, by its name below ``path``.
+        file: where the tensors were.
+    """
+
+    path: Path
+    kind: Literal["folder", "torch", "safetensors", "tensor-bundle"]
+    tensors: Mapping[str, Tensor]
+    objects: Mapping[str, object] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    file: Path = Path()
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, without it."""
+        return {name[len(prefix) :]: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+    @cached_property
+    def md5(self) -> str:
+        """Of the file with the tensors: some projects publish it."""
+        digest = hashlib.md5(usedforsecurity=False)
+        with self.file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def open_found(path: str | os.PathLike[str]) -> Found:
+    """Open what lies at ``path``, or download it first: ``hf:ORGANISATION/NAME``.
+
+    Raises:
+        FileFormatError: nothing, nothing that is known, or something damaged or unsafe.
+        BackendError: it cannot be downloaded.
+    """
+    if str(path).startswith("hf:"):
+        path = _download(str(path)[3:])
+    path = Path(path)
+    if not path.exists():
+        if is_bundle(path):  # TensorFlow's name of a checkpoint is no file
+            return _tensor_bundle(path)
+        raise FileFormatError(f"{path}: nothing there", hint="a file, a folder, or hf:ORGANISATION/NAME")
+    try:
+        return _folder(path) if path.is_dir() else _file(path)
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
+
+
+def _file(path: Path) -> Found:
+    if not path.is_file():
+        raise FileFormatError(f"{path}: neither a file nor a folder")
+    if is_bundle(path):
+        return _tensor_bundle(path)
+    if path.name in ("config.json", "model_index.json"):
+        return _folder(path.parent)
+    if path.name.startswith(_STEM) and "-of-" in path.name:
+        raise _split(path.parent)
+    of_diffusers = path.name.startswith(f"{_STEM}.") and path.suffix in (".safetensors", ".bin")
+    if of_diffusers and (path.parent / "config.json").is_file():
+        return _diffusers(path.parent, path.parent, path)
+    if path.suffix == ".safetensors":
+        tensors, config = _read_safetensors(path)
+        return Found(path, "safetensors", tensors, config=config, configs={}, file=path)
+    if not torch_file.is_torch_file(path):
+        with path.open("rb") as stream:
+            head = stream.read(16)
+        raise FileFormatError(
+            f"{path}: neither a torch file, nor safetensors, nor a TensorFlow checkpoint",
+            note=f"it begins with {head!r}" if head else "it is empty",
+        )
+    tensors, objects = _read_torch(path)
+    return Found(path, "torch", tensors, objects, file=path)
+
+
+def _folder(path: Path) -> Found:
+    """A folder of diffusers, of TensorFlow, or with a single file of weights."""
+    for inside in (path, path / "unet_ema", path / "unet"):  # a checkpoint of diffusers' training has both
+        if (inside / "config.json").is_file() and (file := _diffusers_weights(inside)) is not None:
+            return _diffusers(path, inside, file)
+    if (path / "model_index.json").is_file() or (path / "config.json").is_file():
+        raise FileFormatError(
+            f"{path}: a folder of diffusers without its weights",
+            note=f"{' or '.join(_DIFFUSERS)} should lie beside config.json, there or in unet/",
+            hint="copy the whole folder",
+        )
+    if is_bundle(path):
+        return _tensor_bundle(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *_TORCH_SUFFIXES))
+    if len(files) == 1:
+        return _file(files[0])
+    if files:
+        raise _several(path, files)
+    raise FileFormatError(f"{path}: no checkpoint in this folder", note="no weights, and no config.json")
+
+
+def _several(path: Path, files: list[Path]) -> FileFormatError:
+    names = ", ".join(file.name for file in files[:6])
+    return FileFormatError(f"{path}: several checkpoints in this folder", note=names, hint="name one of them")
+
+
+def _diffusers_weights(folder: Path) -> Path | None:
+    """The plain file; without one, the only variant (diffusion_pytorch_model.fp16.safetensors); None if there is none.
+
+    Raises:
+        FileFormatError: which of several is meant, or whether weights that are not averaged are, is for the user to say;
+            or they are split over several files.
+    """
+    for name in _DIFFUSERS:
+        if (folder / name).is_file():
+            return folder / name
+    if any(folder.glob(f"{_STEM}*-of-*")):
+        raise _split(folder)
+    variants: dict[str, Path] = {}
+    for suffix in (".safetensors", ".bin"):
+        for file in sorted(folder.glob(f"{_STEM}.*{suffix}")):
+            if file.is_file():
+                variants.setdefault(file.stem.removeprefix(f"{_STEM}."), file)
+    if len(variants) > 1 or "non_ema" in variants:
+        raise FileFormatError(
+            f"{folder}: only variants of the weights in this folder",
+            note=", ".join(file.name for file in list(variants.values())[:6]),
+            hint="name one of them",
+        )
+    return next(iter(variants.values()), None)
+
+
+def _split(folder: Path) -> FileFormatError:
+    return FileFormatError(
+        f"{folder}: the weights are split over several files",
+        hint="diffusers writes them as one: model.save_pretrained(folder, max_shard_size='100GB')",
+    )
+
+
+def _diffusers(path: Path, inside: Path, file: Path) -> Found:
+    configs: dict[str, dict[str, Any]] = {"config.json": _read_json(inside / "config.json")}
+    for name, places in {
+        "model_index.json": (path, path.parent),
+        "scheduler_config.json": (path / "scheduler", inside, inside.parent / "scheduler", path.parent / "scheduler"),
+    }.items():
+        if place := next((place / name for place in places if (place / name).is_file()), None):
+            configs[name] = _read_json(place)
+    if file.suffix == ".safetensors":
+        return Found(path, "folder", _read_safetensors(file)[0], {}, configs["config.json"], configs, file)
+    tensors, objects = _read_torch(file)
+    return Found(path, "folder", tensors, objects, configs["config.json"], configs, file)
+
+
+class _BundleTensors(Mapping[str, Tensor]):
+    """The tensors of a TensorFlow checkpoint, each read when it is asked for: two thirds are Adam's."""
+
+    def __init__(self, bundle: TensorBundle) -> None:
+        self._bundle = bundle
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._bundle.entries:
+            raise KeyError(name)
+        return torch.from_numpy(np.array(self._bundle.read(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundle.entries)
+
+    def __len__(self) -> int:
+        return len(self._bundle.entries)
+
+
+def _tensor_bundle(path: Path) -> Found:
+    bundle = TensorBundle(path)
+    kwargs = bundle.prefix.parent / "kwargs.json"
+    configs = {"kwargs.json": _read_json(kwargs)} if kwargs.is_file() else {}
+    objects = {} if bundle.step is None else {"step": bundle.step}
+    config = configs.get("kwargs.json", {})
+    return Found(path, "tensor-bundle", _BundleTensors(bundle), objects, config, configs, bundle.prefix)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_JSON:
+            raise SpecError("not a JSON file of sensible size")
+        values = parse_json(file.read_bytes())
+    except (OSError, SpecError) as error:
+        raise FileFormatError(f"{file}: not a JSON file", note=str(error)[:200]) from error
+    if not isinstance(values, dict):
+        raise FileFormatError(f"{file}: a JSON object was expected", note=f"it is {type(values).__name__}")
+    return values
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what the metadata says as JSON under ``config``."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise FileFormatError(
+            f"{file}: cut off, damaged or no safetensors file", note=str(error)[:200], hint="copy it again"
+        ) from error
+    config: dict[str, Any] = {}
+    if "config" in metadata:
+        try:
+            values = parse_json(metadata["config"].encode())
+            config = values if isinstance(values, dict) else {}
+        except SpecError:
+            config = {}
+    return tensors, config
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+    content = torch_file.load(path)
+    try:
+        return _flatten(path, content)
+    except (TypeError, AttributeError, RuntimeError, ValueError) as error:  # RecursionError is a RuntimeError
+        # what torch's reader makes is plain, but a file may hang attributes on it that hide its methods
+        raise FileFormatError(
+            f"{path}: no plain weights",
+            note=f"{type(error).__name__}: {error}"[:200],
+            hint="save them again: torch.save(model.state_dict(), …)",
+        ) from error
+
+
+def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Tensors and plain values by dotted names.
+
+    Raises:
+        FileFormatError: tensors that claim to be larger than what they hold, two things of one name, or a key that is
+            no name.
+    """
+    tensors: dict[str, Tensor] = {}
+    objects: dict[str, object] = {}
+    waiting: list[tuple[str, object, int]] = [("", content, 0)]
+    items = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        items += 1
+        if items > MAX_ITEMS or depth > 32:  # a list of itself, or of lists of lists that are all the same
+            raise FileFormatError(f"{path}: nested too deep, or more than {MAX_ITEMS:,} things in it")
+        if isinstance(value, Tensor):
+            if name in tensors:
+                raise FileFormatError(f"{path}: two tensors are called {name!r}")
+            tensors[name] = _plain_tensor(path, name, value)
+        elif isinstance(value, Mapping):
+            if not isinstance(value, dict) or not all(isinstance(key, (str, int)) for key in dict.keys(value)):
+                raise FileFormatError(f"{path}: {name!r} is no dict of names", note=f"it is a {type(value).__name__}")
+            inner = [(str(key), item) for key, item in dict.items(value)]
+            waiting += [(f"{name}.{key}" if name else key, item, depth + 1) for key, item in reversed(inner)]
+        elif isinstance(value, (list, tuple)):
+            many = list(enumerate(value))
+            waiting += [(f"{name}.{i}" if name else str(i), item, depth + 1) for i, item in reversed(many)]
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            objects[name] = value
+    if sum(map(_bytes, tensors.values())) > 4 * path.stat().st_size + (1 << 26):
+        raise FileFormatError(f"{path}: its tensors are views that would take many times the file's size")
+    return tensors, objects
+
+
+def _plain_tensor(path: Path, name: str, value: Tensor) -> Tensor:
+    """``value`` without a gradient, and without what the file hung on it.
+
+    Raises:
+        FileFormatError: it is not dense, or claims to be larger than what it holds.
+    """
+    tensor = torch.Tensor.detach(value)  # the class's own method: the file may have given this one another
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise FileFormatError(f"{path}: {name!r} is a sparse, quantized or empty-handed tensor", hint="save it dense")
+    tensor = torch.Tensor.as_subclass(tensor, torch.Tensor)
+    if _bytes(tensor) > tensor.untyped_storage().nbytes():
+        raise FileFormatError(
+            f"{path}: {name!r} has the absurd shape {list(tensor.shape)}",
+            note=f"{tensor.untyped_storage().nbytes():,} bytes are stored for it",
+        )
+    return tensor
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _download(name: str) -> Path:
+    """A snapshot of a repository on the Hugging Face hub."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise BackendError(
+            f"hf:{name} is downloaded by huggingface_hub, which is not installed",
+            hint="pip install huggingface_hub, or download the folder by hand and name it",
+        ) from error
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        names = {file.name for file in folder.rglob("*.safetensors")}
+        variants = any(name.startswith(_STEM) for name in names)
+        if not names or (variants and _DIFFUSERS[0] not in names):  # the plain weights may be there as .bin
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+    except ValueError as error:  # HFValidationError
+        raise InputError(
+            f"hf:{name}: no name of a repository", note=str(error)[:200], hint="hf:ORGANISATION/NAME"
+        ) from error
+    except Exception as error:  # from the hub, the network or the disk: its tree of errors changes between versions
+        raise BackendError(
+            f"hf:{name} cannot be downloaded",
+            note=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300],
+            hint="without a network, name a folder that was downloaded before",
+        ) from error
+    return folder

@@ -1,0 +1,98 @@
+"""A file that was just written, held against the network that it was written from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpm_export.graph.onnx_export import to_precision
+from ddpm_export.networks.torch_backend import TorchBackend
+from ddpm_export.proof.record import check_images, record, short_chain
+from ddpm_export.training import checkpoint
+from ddpm_export.training.checkpoint import Weights
+from ddpm_export.training.data import load_dataset
+from ddpmx.backends.open import open_model
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity.ladder import Climb, climb
+from ddpmx.parity.reference import Reference
+
+
+def record_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    weights: Weights = "ema",
+    data: NDArray[np.uint8] | None = None,
+    full: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Reference:
+    """What a checkpoint's network answers; see :func:`ddpm_export.proof.record.record`.
+
+    Args:
+        source: a run or a checkpoint.
+        weights: ``ema`` or ``raw``.
+        data: uint8 [N, H, W, C], real images.
+        full: record the chain of all T steps instead of a short one.
+        progress: called with (network calls done, network calls in all).
+
+    Raises:
+        DdpmxError: the checkpoint cannot be read, the images do not fit, or the network answers nothing.
+    """
+    network, spec = checkpoint.load_network(source, weights)
+    if weights == "raw":
+        spec = spec.replace(weights=checkpoint.weights_hash(network.state_dict()))
+    return record(network, spec, data=data, steps=None if full else short_chain(spec.shape), progress=progress)
+
+
+def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Real images of a checkpoint's size, uint8 [N, H, W, C].
+
+    Raises:
+        DdpmxError: they cannot be read, or are an .npz of another size.
+    """
+    spec = checkpoint.load_network(source)[1]
+    channels, height, width = spec.shape
+    folder = os.path.isdir(data)
+    images = load_dataset(data, size=(height, width) if folder else None, channels=channels if folder else None).images
+    check_images(images, spec)
+    return images
+
+
+def climb_export(
+    file: str | os.PathLike[str],
+    spec: ModelSpec,
+    source: str | os.PathLike[str],
+    reference: Reference,
+    *,
+    weights: Weights = "ema",
+    progress: Callable[[int, int], None] | None = None,
+) -> Climb:
+    """Climb the ladder with an exported file, in ONNX Runtime on the CPU.
+
+    ONNX Runtime has no bfloat16 there. Of a bf16 file, the torch module that was exported is judged instead: the report
+    says that the file itself was not run.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, or refuses the file.
+        NumericError: the answers are not finite.
+    """
+    if spec.precision == "bf16":
+        network, _ = checkpoint.load_network(source, weights)
+        return climb(ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
+    _, backend = open_model(Path(file))
+    try:
+        return climb(backend, spec, reference, progress=progress)
+    finally:
+        backend.close()
+
+
+class ModuleInstead(TorchBackend):
+    """The module that a file was exported from."""
+
+    @property
+    def description(self) -> str:
+        """Says what was not done."""
+        return f"{super().description}: the module, NOT the file, which ONNX Runtime cannot run on a CPU"

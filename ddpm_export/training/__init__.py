@@ -1,0 +1,1 @@
+"""From images to a checkpoint: data, the loss, the loop, exact resume."""

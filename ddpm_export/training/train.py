@@ -1,0 +1,406 @@
+"""The training loop of Ho et al. (appendix B): Adam, linear warm-up, gradient clipping, an average of the weights.
+
+Everything random in step s is drawn from a generator seeded by (seed, s), and the order of the images by (seed, epoch).
+So nothing about a generator has to be saved, and a run that was interrupted continues exactly: on one CPU the weights
+after 20 + 20 steps equal those after 40 bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import ddpmx
+from ddpm_export.networks.torch_backend import TorchBackend
+from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpm_export.training import checkpoint as checkpoints
+from ddpm_export.training.checkpoint import TrainingState
+from ddpm_export.training.data import Dataset, Source
+from ddpm_export.training.diffusion import GaussianDiffusion
+from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
+from ddpmx.formats.atomic import make_folder
+from ddpmx.formats.model_file import SPEC_FILE
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.images import writers
+from ddpmx.pipeline import Pipeline
+from ddpmx.sampling.pixels import from_uint8
+
+SAMPLE_COUNT, SAMPLE_STEPS = 16, 50
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What makes a run what it is. A resumed run has those that it began with.
+
+    The defaults are the paper's for CIFAR-10.
+
+    Attributes:
+        batch: images per step.
+        lr: Adam's learning rate, after the warm-up.
+        warmup: steps over which it rises from 0.
+        grad_clip: the largest global norm of the gradient.
+        ema: decay of the averaged weights per step.
+        ema_ramp: begin with a short average, min(ema, (1 + s)/(10 + s)): for runs of a few thousand steps, in which
+            0.9999 would still remember the initial weights.
+        hflip: mirror half of the images.
+        seed: of everything random, 0…2⁶³−1.
+        bf16: compute the network in bfloat16 where torch's autocast allows it.
+    """
+
+    batch: int = 128
+    lr: float = 2e-4
+    warmup: int = 5000
+    grad_clip: float = 1.0
+    ema: float = 0.9999
+    ema_ramp: bool = False
+    hflip: bool = True
+    seed: int = 0
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            InputError: one is out of its range.
+        """
+        for name, least, most in (("batch", 1, 1 << 20), ("warmup", 0, 1 << 40), ("seed", 0, 2**63 - 1)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise InputError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+        for name, limit in (("lr", 1.0), ("grad_clip", math.inf), ("ema", 1.0)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= limit or (name != "ema" and value == 0):
+                lower = "at least 0" if name == "ema" else "above 0"
+                upper = f" and at most {limit:g}" if limit < math.inf else ""
+                raise InputError(f"{name} must be a number {lower}{upper}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: optimiser steps made, over all sessions.
+        steps: how many there are to be.
+        loss: a running mean of L_simple.
+        images_per_second: over the last steps.
+        seconds_left: at that speed.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    images_per_second: float
+    seconds_left: float
+
+
+class Trainer:
+    """A run in memory: new, or taken up from its newest checkpoint.
+
+    Args:
+        run: the run's folder.
+        dataset: the images.
+        spec: what is trained, apart from the network. Its shape must be the images'.
+        network: the network's numbers.
+        settings: the training's.
+        device: where to train; by default a GPU if there is one.
+
+    Raises:
+        SpecError: spec, network and images do not fit together.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        dataset: Dataset,
+        spec: ModelSpec,
+        network: UNetConfig,
+        settings: TrainSettings,
+        *,
+        device: str | None = None,
+    ) -> None:
+        if not (spec.shape == dataset.shape == (network.in_channels, *network.size)):
+            raise SpecError(
+                "model, network and images disagree about the shape of an image",
+                note=f"{spec.shape}, {(network.in_channels, *network.size)} and {dataset.shape}",
+            )
+        if spec.extras or network.learned_variance or network.classes is not None:
+            raise SpecError("ddpmx trains networks of x and t alone, whose variance is fixed")
+        self.run, self.dataset, self.settings = run, dataset, settings
+        self.spec = spec.replace(ddpmx=ddpmx.__version__)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.step = 0
+        self._saved_step = -1
+        self._fingerprint = dataset.fingerprint()
+        torch.manual_seed(_seed(settings.seed, 0, "initial weights"))
+        self.network = UNet(network).to(self.device)
+        self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self._diffusion = GaussianDiffusion(spec.make_schedule(), spec.prediction, spec.variance).to(self.device)
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    @classmethod
+    def resume(cls, run: Path, dataset: Dataset, *, device: str | None = None) -> Trainer:
+        """Take up a run where its newest checkpoint left it.
+
+        Raises:
+            FileFormatError: there is no checkpoint, or it is damaged, or ``dataset`` is not what it was trained on.
+        """
+        checkpoint = _newest(run)
+        state = checkpoints.load_training(checkpoint)
+        network, spec = checkpoints.load_network(checkpoint, "raw")
+        average, _ = checkpoints.load_network(checkpoint, "ema")
+        try:
+            settings, fingerprint = TrainSettings(**state.settings["train"]), state.settings["data"]["fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise FileFormatError(f"{checkpoint}: settings of another version of ddpmx", note=str(error)) from error
+        if fingerprint != dataset.fingerprint():
+            raise FileFormatError(
+                f"{run}: this run was trained on other images than {dataset.source.path} holds now",
+                hint="--data what it began with, or begin a new run",
+            )
+        if not isinstance(network.config, UNetConfig):
+            raise FileFormatError(f"{checkpoint}: a network of another kind than ddpmx trains")
+        trainer = cls(run, dataset, spec, network.config, settings, device=device)
+        trainer.step = trainer._saved_step = state.step
+        trainer.network.load_state_dict(network.state_dict())
+        trainer.average.load_state_dict(average.state_dict())
+        trainer._load_moments(state.moments, checkpoint)
+        return trainer
+
+    def train(
+        self,
+        steps: int,
+        *,
+        progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+        sample_every: int = 0,
+        save_seconds: float = 600.0,
+    ) -> Path:
+        """Go on until ``steps`` optimiser steps have been made in all, and save.
+
+        Args:
+            steps: in all, this session's and earlier ones'.
+            progress: called after each step.
+            stop: asked after each step; True saves and returns early.
+            sample_every: write a grid of images every so many steps; 0 for never.
+            save_seconds: time between checkpoints. There is always one at the end.
+
+        Returns:
+            The checkpoint.
+
+        Raises:
+            InputError: fewer steps than have been made, or less than one.
+            NumericError: the loss is not finite. The last checkpoint stays.
+            OutputError: a checkpoint could not be written.
+        """
+        if type(steps) is not int or not 1 <= steps < 1 << 40:
+            raise InputError(f"steps must be a whole number above 0, not {steps!r}")
+        if steps < self.step:
+            raise InputError(f"{self.run} has made {self.step} steps, more than {steps}")
+        make_folder(self.run)
+        with _alone(self.run):
+            return self._train(steps, progress, stop, sample_every, save_seconds)
+
+    def _train(
+        self,
+        steps: int,
+        progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+        sample_every: int,
+        save_seconds: float,
+    ) -> Path:
+        self.network.train()
+        mean_loss, saved_at = math.nan, time.monotonic()
+        rate = _Rate()
+        while self.step < steps:
+            loss = self._train_step()
+            if not math.isfinite(loss):
+                raise NumericError(
+                    f"the loss is {loss} at step {self.step}",
+                    note="training has diverged; the last checkpoint is untouched",
+                    hint="a smaller --lr, or a longer --warmup",
+                )
+            self.step += 1
+            mean_loss = loss if math.isnan(mean_loss) else 0.98 * mean_loss + 0.02 * loss
+            steps_per_second = rate.tick()
+            if progress is not None:
+                left = (steps - self.step) / steps_per_second
+                progress(Progress(self.step, steps, mean_loss, steps_per_second * self.settings.batch, left))
+            if sample_every and self.step % sample_every == 0:
+                self.sample_grid()
+            if stop is not None and stop():
+                break
+            if time.monotonic() - saved_at > save_seconds:
+                self.save()
+                saved_at = time.monotonic()
+        return checkpoints.resolve(self.run) if self._saved_step == self.step else self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present state."""
+        moments = {}
+        for name, parameter in self.network.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                # a run that was stopped before its first step has no moments yet: they begin at zero
+                moments[f"{moment}.{name}"] = self.optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+        settings: dict[str, Any] = {
+            "train": dataclasses.asdict(self.settings),
+            "data": {"fingerprint": self._fingerprint, **self.dataset.source.to_json()},
+        }
+        saved = checkpoints.save(
+            self.run,
+            self.spec,
+            self.network.config,
+            self.network.state_dict(),
+            self.average.state_dict(),
+            TrainingState(self.step, settings, moments),
+        )
+        self._saved_step = self.step
+        return saved
+
+    def sample_grid(self) -> Path:
+        """Write a grid of images drawn with the averaged weights: the same seed each time, so one sees them change."""
+        pipeline = Pipeline(self.spec, TorchBackend(self.average))
+        steps = min(SAMPLE_STEPS, self.spec.timesteps)
+        drawn = pipeline.generate(SAMPLE_COUNT, seed=self.settings.seed, sampler="ddim", steps=steps)
+        path = make_folder(self.run / "samples") / f"grid-{self.step:08d}.png"
+        sheet = writers.grid(drawn)
+        writers.save_png(path, sheet, zoom=writers.zoom_for(sheet.shape[1]))
+        return path
+
+    def _train_step(self) -> float:
+        """One optimiser step; its loss."""
+        settings = self.settings
+        torch.manual_seed(_seed(settings.seed, self.step, "step"))
+        x0 = self._batch()
+        t = self._diffusion.sample_t(len(x0)).to(self.device)
+        eps = torch.randn(x0.shape, device=self.device)
+        for group in self.optimizer.param_groups:
+            # as Ho et al.: the rate is 0 in the very first step
+            group["lr"] = settings.lr * min(self.step / settings.warmup, 1.0) if settings.warmup else settings.lr
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
+            loss = self._diffusion.loss(self.network, x0, t, eps)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        self._update_average()
+        return loss.item()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        settings = self.settings
+        decay = settings.ema
+        if settings.ema_ramp:
+            decay = min(decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
+
+    def _batch(self) -> Tensor:
+        """The images of this step, float32 [B, C, H, W] in [−1, 1]; half of them mirrored."""
+        batch, n = self.settings.batch, len(self.dataset)
+        where = np.arange(self.step * batch, (self.step + 1) * batch)
+        indices = np.array(
+            [
+                self._order(epoch)[position]
+                for epoch, position in zip((where // n).tolist(), (where % n).tolist(), strict=True)
+            ]
+        )
+        picked = torch.from_numpy(from_uint8(self.dataset.images[indices])).permute(0, 3, 1, 2)
+        if self.settings.hflip:
+            mirrored = torch.rand(batch) < 0.5
+            picked = torch.where(mirrored[:, None, None, None], picked.flip(3), picked)
+        return picked.contiguous().to(self.device)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the images in one epoch."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = np.random.default_rng([self.settings.seed, epoch])
+            self._epoch = epoch, generator.permutation(len(self.dataset))
+        return self._epoch[1]
+
+    def _load_moments(self, moments: dict[str, Tensor], checkpoint: Path) -> None:
+        for name, parameter in self.network.named_parameters():
+            pair = [moments.get(f"{moment}.{name}") for moment in ("exp_avg", "exp_avg_sq")]
+            if any(m is None or m.shape != parameter.shape for m in pair):
+                raise FileFormatError(f"{checkpoint}: the training state is not of this network", note=f"at {name!r}")
+            first, second = (m.to(self.device, torch.float32) for m in pair if m is not None)
+            if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+                raise FileFormatError(f"{checkpoint}: the training state holds NaN or infinities", note=f"at {name!r}")
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(self.step), device=self.device),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
+
+
+def recorded_source(run: Path) -> Source:
+    """Where the images of a run came from.
+
+    Raises:
+        FileFormatError: there is no such run, or its training state is damaged.
+    """
+    checkpoint = _newest(run)
+    return Source.from_json(checkpoints.load_training(checkpoint).settings.get("data"), str(checkpoint))
+
+
+def _newest(run: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        InputError: ``run`` is one of a run's checkpoints.
+        FileFormatError: it has none.
+    """
+    if (run / SPEC_FILE).is_file():
+        raise InputError(f"{run} is a checkpoint, and a run is resumed as a whole", hint=f"--out {run.parent.parent}")
+    return checkpoints.resolve(run)
+
+
+@contextlib.contextmanager
+def _alone(run: Path) -> Iterator[None]:
+    """Hold the run's lock: two trainings would forget each other's checkpoints.
+
+    Raises:
+        InputError: somebody else holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (run / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{run}: another training is writing to this run", hint="another --out") from error
+        yield
+
+
+class _Rate:
+    """Steps per second over the last half minute."""
+
+    def __init__(self) -> None:
+        self._times = [time.monotonic()]
+
+    def tick(self) -> float:
+        """Count a step."""
+        self._times.append(time.monotonic())
+        if len(self._times) > 2 and self._times[-1] - self._times[1] > 30:
+            del self._times[0]
+        return (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-9)
+
+
+def _seed(seed: int, step: int, purpose: str) -> int:
+    """A seed for torch, well mixed: its CPU generator uses 32 bits of what it is given."""
+    return int(np.random.SeedSequence([seed, step, *purpose.encode()]).generate_state(1)[0])

@@ -1,0 +1,342 @@
+"""How ε is computed. A backend is one file's network on one device; the chain around it is the same for all.
+
+Two faces: a :class:`Backend` reads and writes arrays on the host, and waits; a :class:`DeviceBackend` gives networks that
+read and write a GPU's memory, in a stream, and wait for nothing. :class:`CopyingBackend` makes the first of the second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.errors import BackendError
+from ddpmx.formats.spec import Extras, extra_type
+
+if TYPE_CHECKING:
+    from ddpmx.device.driver import Driver, Handle
+
+
+EXECUTORS: tuple[str, ...] = ("while", "graph", "plain")
+"""How a chain is run, see :mod:`ddpmx.cuda.device_chain`: in the order in which they are tried."""
+
+NO_EXTRAS: Mapping[str, Any] = MappingProxyType({})
+"""Of a network that is told x and t alone."""
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The arrays that a network reads and writes, on the host. They stay the same from one step to the next.
+
+    Attributes:
+        x: float32 [B, C, H, W], C-contiguous, x_t.
+        t: int32 [B].
+        out: float32 [B, C, H, W], C-contiguous, the network's answer.
+        var: float32 [B, C, H, W], C-contiguous, its second answer, or None if it learns no variance.
+        y: int32 [B], each image's class, or None if the network knows none. So are the following.
+        x0_prev: float32 [B, C, H, W], C-contiguous, x̂_0 of the step before.
+        cond: float32 [B, K, H, W], C-contiguous, its condition.
+    """
+
+    x: NDArray[np.float32]
+    t: NDArray[np.int32]
+    out: NDArray[np.float32]
+    var: NDArray[np.float32] | None = None
+    y: NDArray[np.int32] | None = None
+    x0_prev: NDArray[np.float32] | None = None
+    cond: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, batch: int, shape: tuple[int, int, int], *, var: bool = False, extras: Extras = NO_EXTRAS) -> Buffers:
+        """New ones for ``batch`` images of shape (C, H, W), all 0.
+
+        Args:
+            batch: images.
+            shape: of one.
+            var: whether there is a second answer.
+            extras: the network's inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+        """
+        x, out = (np.zeros((batch, *shape), np.float32) for _ in range(2))
+        told: dict[str, Any] = {name: np.zeros((batch, *dims), extra_type(name)) for name, dims in extras.items()}
+        return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None, **told)
+
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """What the network reads, by the names that its graph has for it."""
+        every = {name: getattr(self, name) for name in ("x", "t", "y", "x0_prev", "cond")}
+        return {name: array for name, array in every.items() if array is not None}
+
+    def answers(self) -> dict[str, NDArray[np.float32]]:
+        """What it writes: ``out``, and ``var`` if there is one."""
+        return {"out": self.out, **({} if self.var is None else {"var": self.var})}
+
+    def row(self, index: int) -> Buffers:
+        """The buffers of one image alone, as views."""
+        part = slice(index, index + 1)
+        arrays: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        parts: list[Any] = [None if array is None else array[part] for array in arrays]
+        return Buffers(*parts)
+
+
+class Backend(Protocol):
+    """ε(x, t) in place. Not thread-safe: one per thread."""
+
+    @property
+    def description(self) -> str:
+        """What really computes, for people: library, version and device."""
+
+    def bind(self, buffers: Buffers) -> None:
+        """Take these buffers for all following calls of :meth:`enqueue`."""
+
+    def enqueue(self) -> None:
+        """Compute ``out``, and ``var`` if there is one, from ``x``, ``t`` and whatever else there is to read.
+
+        Raises:
+            BackendError: the library refused.
+        """
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+
+
+@runtime_checkable
+class SharedBackend(Backend, Protocol):
+    """A backend that other threads may have as well."""
+
+    def share(self) -> Backend:
+        """Another backend of the same network, with buffers of its own, for another thread.
+
+        What they share is freed when the last of them is closed.
+        """
+
+
+class Users:
+    """How many share something, in whatever threads they are. It begins with one."""
+
+    def __init__(self) -> None:
+        self._count, self._lock = 1, threading.Lock()
+
+    def join(self) -> None:
+        """One more."""
+        with self._lock:
+            self._count += 1
+
+    def leave(self) -> bool:
+        """One less; whether it was the last."""
+        with self._lock:
+            self._count -= 1
+            return self._count == 0
+
+
+class RowByRow:
+    """A backend that gives every image of a batch to another backend alone."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._rows: list[Buffers] = []
+
+    @property
+    def description(self) -> str:
+        """The other backend's."""
+        return f"{self._backend.description}, one image at a time"
+
+    def bind(self, buffers: Buffers) -> None:
+        """Take these buffers."""
+        self._rows = [buffers.row(index) for index in range(len(buffers.x))]
+
+    def enqueue(self) -> None:
+        """Compute each row."""
+        for row in self._rows:
+            self._backend.bind(row)
+            self._backend.enqueue()
+
+    def close(self) -> None:
+        """Close the other backend."""
+        self._backend.close()
+
+
+class DeviceNetwork(Protocol):
+    """A network bound to device memory for one batch size. For one thread at a time, and for one captured graph."""
+
+    def enqueue(self, stream: int) -> None:
+        """Put one run into a stream, and wait for nothing.
+
+        Raises:
+            BackendError: the library refused.
+        """
+
+    def close(self) -> None:
+        """Free what it has on the device. Wait for the stream before. Again is harmless."""
+
+
+class DeviceBackend(Protocol):
+    """A file's network on one GPU. Several threads may use it, each with a network of its own.
+
+    Attributes:
+        driver: the GPU.
+        stream: the stream, in which alone its networks run, or 0 if any will do.
+        executors: by which of :data:`ddpmx.cuda.executors.EXECUTORS` ``auto`` may run its networks, best first.
+    """
+
+    driver: Driver
+    stream: int
+    executors: tuple[str, ...]
+
+    @property
+    def description(self) -> str:
+        """Library, version and device, for people."""
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """The smallest and the largest batch of each range that it takes."""
+
+    def check_batch(self, batch: int) -> int:
+        """Which of :attr:`batches` takes this one.
+
+        Raises:
+            InputError: none does.
+        """
+
+    def network(
+        self,
+        batch: int,
+        *,
+        x: int,
+        t: int,
+        out: int,
+        var: int = 0,
+        extras: Mapping[str, int] = NO_EXTRAS,
+        stream: int,
+    ) -> DeviceNetwork:
+        """The network for ``batch`` images in device memory.
+
+        Args:
+            batch: images.
+            x, t, out, var: device addresses of float32 [batch, C, H, W], int32 [batch], float32 [batch, C, H, W] and,
+                if the network learns its variance, float32 [batch, C, H, W].
+            extras: the device addresses of its other inputs, by name: those of :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+            stream: where it is prepared.
+
+        Raises:
+            BackendError: the library refuses, or its memory does not suffice.
+            InputError: it does not take this batch.
+        """
+
+    def close(self) -> None:
+        """Free everything. Close its networks first."""
+
+
+class CopyingBackend:
+    """A :class:`DeviceBackend` as a :class:`Backend`: inputs are copied to the device, and the answer back, every time.
+
+    What parity and everything else in NumPy wants; chains run on the device instead.
+
+    Args:
+        device: the network; closed with the last backend that shares it.
+        users: how many there are; for :meth:`share`.
+
+    Raises:
+        BackendError: the driver refuses.
+    """
+
+    def __init__(self, device: DeviceBackend, *, users: Users | None = None) -> None:
+        self.device = device
+        self._users = users or Users()
+        self._buffers: Buffers | None = None
+        self._batch = 0
+        self._memory: dict[str, Handle] = {}
+        self._network: DeviceNetwork | None = None
+        self._own: Handle | None = None
+        self._closed = False
+        if not device.stream:
+            with device.driver.current():
+                self._own = device.driver.stream()
+        self._stream = self._own.value if self._own is not None else device.stream
+
+    @property
+    def description(self) -> str:
+        """Library, version and device."""
+        return self.device.description
+
+    def bind(self, buffers: Buffers) -> None:
+        """Take these buffers. Memory on the device is taken anew only for another batch.
+
+        Raises:
+            BackendError: it does not suffice.
+            InputError: the network does not take this batch.
+        """
+        batch, arrays = len(buffers.x), buffers.inputs() | buffers.answers()
+        if batch != self._batch or self._network is None or arrays.keys() != self._memory.keys():
+            self.release()
+            driver = self.device.driver
+            try:
+                with driver.current():
+                    for name, array in arrays.items():
+                        self._memory[name] = driver.allocate(array.nbytes, _CALLED.get(name, name))
+                    at = {name: memory.value for name, memory in self._memory.items()}
+                    extras = {name: at.pop(name) for name in arrays if name not in ("x", "t", "out", "var")}
+                    self._network = self.device.network(batch, **at, extras=extras, stream=self._stream)
+            except BaseException:
+                self.release()
+                raise
+            self._batch = batch
+        self._buffers = buffers
+
+    def enqueue(self) -> None:
+        """Compute ``out``, and wait for it.
+
+        Raises:
+            BackendError: the library or the driver refuses.
+        """
+        if self._network is None or self._buffers is None:
+            raise BackendError("nothing is bound to the network")
+        driver, stream = self.device.driver, self._stream
+        with driver.current():
+            try:
+                for name, array in self._buffers.inputs().items():
+                    driver.copy_in(self._memory[name].value, array, stream)
+                self._network.enqueue(stream)
+                for name, array in self._buffers.answers().items():
+                    driver.copy_out(array, self._memory[name].value, stream)
+            finally:  # the buffers are the caller's again
+                driver.wait_for_stream(stream, "running the network")
+
+    def release(self) -> None:
+        """Free the memory of the batch that was bound. The next :meth:`bind` takes it again."""
+        if self._network is not None:
+            self._network.close()
+        self._network, self._buffers, self._batch = None, None, 0
+        while self._memory:
+            self._memory.popitem()[1].close()
+
+    def share(self) -> CopyingBackend:
+        """See :meth:`SharedBackend.share`. What runs on a stream of the library's own is for one thread.
+
+        Raises:
+            BackendError: it is such a library, or the driver refuses.
+        """
+        if self.device.stream:
+            raise BackendError(
+                f"{self.description} runs in one stream, and so in one thread", hint="load the file again for another"
+            )
+        other = CopyingBackend(self.device, users=self._users)
+        self._users.join()
+        return other
+
+    def close(self) -> None:
+        """Free what is this one's, and the network if nobody else shares it. Again is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self.release()
+        if self._own is not None:
+            self._own.close()
+        if self._users.leave():
+            self.device.close()
+
+
+_CALLED = {"out": "the network's answer", "var": "its variance"}

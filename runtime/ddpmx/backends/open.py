@@ -1,0 +1,68 @@
+"""What a model file is, and what runs it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddpmx.backends.base import Backend, CopyingBackend
+from ddpmx.errors import BackendError, FileFormatError, InputError
+from ddpmx.formats import model_file, onnx_file
+from ddpmx.formats.spec import ModelSpec
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    *,
+    spec: ModelSpec | None = None,
+    providers: Sequence[str] = ("cpu",),
+    fallback: bool = False,
+    threads: int = 0,
+    trust_host_code: bool = False,
+    cache: str | os.PathLike[str] | None = None,
+) -> tuple[ModelSpec, Backend]:
+    """What a file is, and what runs it: :func:`ddpmx.load` without the chain around it. Close the backend after use."""
+    path = Path(path)
+    kind = model_file.identify(path)
+    if kind == "checkpoint":
+        raise FileFormatError(
+            f"{path}: a checkpoint, which needs torch to run",
+            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that",
+        )
+    if kind == "plan":
+        return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
+    # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
+    path = path.resolve()
+    info = onnx_file.read_onnx(path)
+    onnx_file.check_external(path, info)
+    spec = onnx_file.onnx_spec(path, info, spec)
+    from ddpmx.backends import ort
+
+    try:
+        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads)
+    except FileFormatError as error:
+        if spec.precision != "bf16":
+            raise
+        raise BackendError(
+            f"{path}: ONNX Runtime cannot run this bfloat16 file here",
+            note=error.note,
+            hint=f"it is made for TensorRT 10.13 and later: ddpmx build {path.name}; fp16 and fp32 files run here",
+        ) from error
+
+
+def _open_plan(
+    path: Path, spec: ModelSpec | None, providers: Sequence[str], trust_host_code: bool, cache: Path | None
+) -> tuple[ModelSpec, Backend]:
+    if spec is not None:
+        raise InputError(f"{path}: a plan says itself what it is", hint="spec is for ONNX files that do not")
+    if tuple(providers) != ("cpu",):
+        raise InputError(f"{path}: a plan is run by TensorRT itself", hint="providers are for ONNX files")
+    from ddpmx.backends.trt import TrtEngine
+
+    engine = TrtEngine(path, trust_host_code=trust_host_code, cache=cache)
+    try:
+        return engine.spec, CopyingBackend(engine)
+    except BaseException:
+        engine.close()
+        raise

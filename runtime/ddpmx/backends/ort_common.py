@@ -1,0 +1,78 @@
+"""What ONNX Runtime's two backends share: names of providers, options of a session, and its errors in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddpmx.device.discovery import gpus
+from ddpmx.errors import BackendError
+
+VARIANCE = "var"
+"""The graph's second output, where the network learns its variance."""
+
+NAMES = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "rtx": "NvTensorRTRTXExecutionProvider",
+}
+"""Short names of ONNX Runtime's execution providers."""
+
+GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
+"""What pip installs for "cuda": CUDA's libraries come with the extras, cuBLAS with the second."""
+
+PROVIDERS = ("cuda", "tensorrt", "rtx")
+"""The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
+
+_INSTALL = "pip install onnxruntime (or onnxruntime-gpu on a machine with an NVIDIA GPU, never both)"
+
+
+def import_onnxruntime() -> Any:
+    """The library.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("ONNX Runtime is not installed", note=str(error), hint=_INSTALL) from error
+    return onnxruntime
+
+
+def available_providers(ort: Any) -> list[str]:
+    """The providers that this build lists. Whether one runs here, only a run shows."""
+    # Azure's provider stands in every build, and calls a service instead of computing
+    return [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
+
+
+def no_provider(ort: Any, name: str) -> BackendError:
+    """The error for a provider that this build does not even list."""
+    nvidia, here = name in (NAMES["cuda"], NAMES["tensorrt"]), bool(gpus().devices)
+    install = f"pip uninstall onnxruntime; pip install '{GPU_PACKAGE}'" if nvidia else _INSTALL
+    if nvidia and not here:
+        install += ", on a machine with an NVIDIA GPU: there is none here"
+    return BackendError(
+        f"ONNX Runtime has no {name} here",
+        note=f"version {ort.__version__} has {', '.join(available_providers(ort))}",
+        hint=f"--provider cpu, or {install}",
+    )
+
+
+def session_options(ort: Any) -> Any:
+    """Options for a session that reports errors and nothing less."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # or the file's name would decide, and a checked ONNX file might be something else as well
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
+
+
+def last_words(error: Exception) -> str:
+    """What ONNX Runtime says of an error. The end tells most: it begins with source files of its own."""
+    return str(error).strip()[-300:] or type(error).__name__
+
+
+def device_provider(name: str) -> str | None:
+    """Which of :data:`PROVIDERS` a name means, ONNX Runtime's own ("CUDAExecutionProvider") or short; None for others."""
+    return next((short for short in PROVIDERS if name in (short, NAMES[short])), None)

@@ -1,0 +1,206 @@
+"""Chains of one network on its GPU: what :class:`ddpmx.pipeline.Pipeline` runs where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.arrays.device_array import DeviceArray
+from ddpmx.backends.base import CopyingBackend, DeviceNetwork
+from ddpmx.cuda.device_chain import Choice, DeviceChain
+from ddpmx.cuda.executors import choose_executor
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.device.driver import Driver
+from ddpmx.diffusion.samplers import Table
+from ddpmx.errors import InputError
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.chain import Step
+from ddpmx.sampling.runner import Job, rows
+
+
+class DeviceRunner:
+    """Runs a :class:`ddpmx.sampling.runner.Job` on the device. The last chain's memory is kept for the next like it.
+
+    Args:
+        backend: the network; closed with the runner.
+        spec: the model.
+        executor: ``auto``, or one of :data:`ddpmx.backends.base.EXECUTORS`.
+
+    Raises:
+        InputError: the network does not run by that executor.
+    """
+
+    def __init__(self, backend: CopyingBackend, spec: ModelSpec, executor: str = "auto") -> None:
+        self._backend, self._device, self._spec, self._executor = backend, backend.device, spec, executor
+        if executor not in ("auto", *self._device.executors):
+            raise InputError(
+                f"{self._device.description} does not run by executor {executor!r}",
+                hint=f"auto, {', '.join(self._device.executors)}",
+            )
+        self._key: Any = None
+        self._chain: DeviceChain | None = None
+        self._network: DeviceNetwork | None = None
+        self._executed: dict[tuple[int, int], int] = {}
+        self._choice: Choice | None = None
+        self._alone = False
+
+    @property
+    def description(self) -> str:
+        """Library, device and, once a chain was prepared, its executor."""
+        told = [self._device.description, *(["one image at a time"] if self._alone else [])]
+        return ", ".join(told + ([f"executor {self._choice}"] if self._choice is not None else []))
+
+    @property
+    def driver(self) -> Driver:
+        """The network's."""
+        return self._device.driver
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Smallest and largest batch of each range that the network takes."""
+        return self._device.batches
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """Run a chain, see :meth:`ddpmx.sampling.runner.Runner.run`."""
+        n, alone = len(job.images), self._is_alone(job)
+        size, extras = math.prod(self._spec.shape), self._spec.extras
+        prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
+        told = [0]
+        for first in range(0, n, 1 if alone else n):
+            part = slice(first, first + 1 if alone else n)
+            prepared.run(
+                seed=job.seed,
+                images=job.images[part],
+                x=None if x is None else rows(x, part, self._spec.shape),
+                given={name: rows(array, part, extras[name]) for name, array in job.given.items()},
+                levels=levels + size * first if isinstance(levels, int) else levels[part],
+                after=job.after if first == 0 else (),
+                progress=_share(job.progress, first, n, told) if alone else job.progress,
+                cancel=job.cancel,
+            )
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
+        """Run a chain step by step, see :meth:`ddpmx.sampling.runner.Runner.steps`."""
+        if self._is_alone(job) and len(job.images) > 1:
+            raise InputError(
+                f"{self._device.description} gives an image other bits beside others, so only one can be watched at a time",
+                hint="batch = 1 (--batch 1)",
+            )
+        return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
+            seed=job.seed, images=job.images, x=x, given=job.given, after=job.after
+        )
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """See :meth:`ddpmx.sampling.runner.Runner.array`."""
+        return DeviceArray.allocate(self._device.driver, shape, np.uint8, "the images")
+
+    def share(self) -> DeviceRunner:
+        """See :meth:`ddpmx.sampling.runner.Runner.share`."""
+        return DeviceRunner(self._backend.share(), self._spec, self._executor)
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._backend.close)
+            self._release()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _is_alone(self, job: Job) -> bool:
+        """Whether neighbours would make a difference."""
+        self._alone = self._measured(job.batch, job.batch) == 1 < job.batch
+        return self._alone
+
+    def _batch_of(self, job: Job, *, with_x0: bool) -> int:
+        """At which batch size the network runs the job's images."""
+        if self._chain is not None and self._key == self._key_of(job.table, job.batch, with_x0):
+            return job.batch  # filling up costs less than another chain
+        measured = self._measured(len(job.images), job.batch)
+        return max(measured, min(low for low, _ in self.batches))
+
+    def _measured(self, n: int, batch: int) -> int:
+        """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
+        if (n, batch) not in self._executed:
+            fewer = n if any(low <= n <= high for low, high in self.batches) else batch
+            self._release()  # on a small device there is no room for both
+            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, fewer, batch)
+            self._backend.release()
+        return self._executed[n, batch]
+
+    def _prepared(self, table: Table, batch: int, *, with_x0: bool) -> DeviceChain:
+        """The chain, with its network and executor."""
+        key = self._key_of(table, batch, with_x0)
+        if self._chain is not None and key == self._key:
+            return self._chain
+        self._release()
+        device = self._device
+        try:
+            with device.driver.current():
+                self._chain = made = DeviceChain(
+                    device.driver,
+                    Kernels.of(device.driver),
+                    self._spec.shape,
+                    batch,
+                    table,
+                    clip=self._spec.clip,
+                    extras=self._spec.extras,
+                    with_x0=with_x0,
+                    description=device.description,
+                    stream=device.stream,
+                )
+                self._network = network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
+                choice = choose_executor(made, network.enqueue, self._wanted(with_x0), among=self._among(with_x0))
+        except BaseException:
+            self._release()
+            raise
+        self._key, self._choice = key, choice
+        return made
+
+    @staticmethod
+    def _key_of(table: Table, batch: int, with_x0: bool) -> tuple[Any, ...]:
+        """What two chains have to have in common to be the same one."""
+        learned = b"" if table.learned is None else table.learned.tobytes()
+        return batch, with_x0, table.timesteps.tobytes(), table.rows.tobytes(), learned
+
+    def _wanted(self, stepwise: bool) -> str:
+        """Step by step the host has its say after every step, which WHILE does not let it."""
+        return "auto" if stepwise and self._executor == "while" else self._executor
+
+    def _among(self, stepwise: bool) -> tuple[str, ...]:
+        return tuple(name for name in self._device.executors if not (stepwise and name == "while"))
+
+    def _release(self) -> None:
+        """Free the last chain, whose network comes first."""
+        chain, network = self._chain, self._network
+        self._network = self._chain = self._key = None
+        with contextlib.ExitStack() as stack:
+            if chain is not None:
+                stack.callback(chain.close)
+            if network is not None and (chain is None or chain.unprepare()):
+                stack.callback(network.close)
+
+
+def _share(
+    progress: Callable[[int, int], None] | None, done: int, n: int, told: list[int]
+) -> Callable[[int, int], None] | None:
+    """The progress of image ``done`` of ``n``, which run one after the other, as that of one chain.
+
+    ``told`` holds the last number that was told.
+    """
+    if progress is None:
+        return None
+    tell = progress  # for mypy: it is not None in there either
+
+    def share(step: int, total: int) -> None:
+        now = (done * total + step) // n
+        if now > told[0]:
+            told[0] = now
+            tell(now, total)
+
+    return share

@@ -1,0 +1,1 @@
+"""The NVIDIA driver by ctypes, and which GPUs it sees."""

@@ -1,0 +1,1 @@
+"""The paper's numbers: variance schedules, samplers as tables, noise as a function."""

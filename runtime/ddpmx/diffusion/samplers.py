@@ -1,0 +1,234 @@
+"""A linear sampler is a table: for every step five numbers, and one update serves them all.
+
+    x̂_0    = clip(p·x_t + q·out)
+    x_next = A·x̂_0 + B·x_t + σ·z,   z ~ N(0, I)
+
+``out`` is what the network gives (ε, x_0 or v), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are made
+in float64 and rounded to float32 once, by whoever runs them.
+
+A network that learns its variance has a second answer, v, and two more numbers give σ = exp(c + d·v) for every element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.diffusion import elementary
+from ddpmx.diffusion.schedule import Float64, Schedule, respace
+from ddpmx.errors import InputError, SpecError
+
+Prediction = Literal["eps", "x0", "v"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Sampler = Literal["ancestral", "ddim"]
+Spacing = Literal["linspace", "leading", "trailing", "quad"]
+
+PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
+VARIANCES: tuple[Variance, ...] = get_args(Variance)
+FIXED_VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
+"""Those that every network has: they need no second answer."""
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A chain to run, first step first.
+
+    Attributes:
+        timesteps: int64 [S], falling: what the network is told.
+        rows: float64 [S, 5], the columns p, q, A, B, σ. A step draws noise where σ is not 0.
+        learned: float64 [S, 2], the columns c and d of σ = exp(c + d·v), or None if σ is that of ``rows``. With them σ
+            stands in ``rows`` only to say where there is noise: 1, or 0 for none.
+    """
+
+    timesteps: NDArray[np.int64]
+    rows: Float64
+    learned: Float64 | None = None
+
+    def __len__(self) -> int:
+        """The number of steps, S."""
+        return len(self.timesteps)
+
+    @property
+    def coefficients(self) -> Float64:
+        """float64 [S, 5], or [S, 7] with ``learned`` behind: every number that the chain computes with."""
+        return self.rows if self.learned is None else np.concatenate([self.rows, self.learned], axis=1)
+
+
+def timestep_grid(T: int, steps: int, spacing: Spacing = "linspace") -> NDArray[np.int64]:
+    """``steps`` of the timesteps 0…T−1, rising.
+
+    - ``linspace``: both ends and even gaps, round(i·(T−1)/(S−1)) (guided-diffusion; one step is T−1 alone).
+    - ``leading``: 0, k, 2k, … with k = T // S (diffusers' and DDIM's default).
+    - ``trailing``: T−1, T−1−T/S, … (Lin et al. 2023).
+    - ``quad``: dense near t = 0, up to 0.8·T (DDIM's CIFAR-10 figures).
+
+    Raises:
+        InputError: ``steps`` outside 1…T, an unknown spacing, or a spacing that cannot make that many distinct steps.
+    """
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= T:
+        raise InputError(f"steps must be a whole number from 1 to {T}, not {steps!r}", note=f"the model has T = {T}")
+    if spacing not in SPACINGS:
+        raise InputError(f"there is no spacing {spacing!r}", hint=f"one of: {', '.join(SPACINGS)}")
+    if steps == T:
+        return np.arange(T)
+    i = np.arange(steps, dtype=np.float64)
+    if spacing == "linspace":
+        grid = np.round(i * (T - 1) / (steps - 1)) if steps > 1 else np.array([T - 1.0])
+    elif spacing == "leading":
+        grid = i * (T // steps)
+    elif spacing == "trailing":
+        grid = np.round(T - (steps - i - 1) * T / steps) - 1
+    else:
+        grid = np.floor(np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)
+    if np.any(np.diff(grid) <= 0):
+        raise InputError(
+            f"{spacing!r} spacing cannot pick {steps} different steps out of {T}", hint="fewer steps, or linspace"
+        )
+    return grid.astype(np.int64)
+
+
+def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64, Float64]:
+    """(p, q), each float64 [S], with x̂_0 = p·x_t + q·out.
+
+    - ``eps``: √(1/ᾱ)·x − √(1/ᾱ − 1)·ε (equation 15)
+    - ``x0``: out itself
+    - ``v``: √ᾱ·x − √(1−ᾱ)·v (Salimans & Ho 2022)
+
+    Raises:
+        SpecError: an unknown prediction, or ε where ᾱ reaches 0.
+    """
+    alpha_bar = schedule.alpha_bar
+    if prediction == "eps":
+        if alpha_bar[-1] <= 0:
+            raise SpecError(
+                "this schedule ends at ᾱ = 0, from where ε does not lead back to x_0",
+                hint="predict x0 or v, or choose a schedule that keeps some signal",
+            )
+        return np.sqrt(1 / alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar / alpha_bar)
+    if prediction == "x0":
+        return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
+    if prediction == "v":
+        return np.sqrt(alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar)
+    raise SpecError(f"there is no prediction {prediction!r}", hint=f"one of: {', '.join(PREDICTIONS)}")
+
+
+def ancestral(schedule: Schedule, prediction: Prediction, variance: Variance) -> Table:
+    """Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0."""
+    if variance not in VARIANCES:
+        raise SpecError(f"there is no variance {variance!r}", hint=f"one of: {', '.join(VARIANCES)}")
+    learned = None
+    if variance == "learned_range":
+        sigma, learned = np.ones(len(schedule)), learned_range(schedule)
+    else:
+        log_variance = schedule.log_variance_large if variance == "fixed_large" else schedule.log_variance_small
+        sigma = elementary.exp(0.5 * log_variance)
+    sigma[0] = 0.0
+    a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
+    return _table(schedule, prediction, a, b, sigma, learned)
+
+
+def learned_range(schedule: Schedule) -> Float64:
+    """The columns c and d of σ = exp(c + d·v), float64 [S, 2], by t.
+
+    Nichol & Dhariwal 2021, equation 15: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2, so that v runs from −1 (β̃)
+    to 1 (β); nothing holds it there. β̃_0 = 0 has no logarithm and is β̃_1. β_0 stays itself, unlike ``fixed_large``'s.
+    """
+    small, large = schedule.log_variance_small, elementary.log(schedule.betas)
+    return np.stack([(large + small) / 4, (large - small) / 4], axis=1)
+
+
+def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
+    """Song et al. 2020, equation 12, with ε̂ re-derived from the clipped x̂_0. η = 0 draws no noise after x_T.
+
+    x_next = √ᾱ_prev·x̂_0 + √(1−ᾱ_prev−σ²)·ε̂ + σ·z,  ε̂ = (x_t − √ᾱ·x̂_0)/√(1−ᾱ),
+    σ = η·√((1−ᾱ_prev)/(1−ᾱ))·√(1−ᾱ/ᾱ_prev)
+
+    Raises:
+        InputError: η outside 0…1.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise InputError(f"η must lie between 0 (no noise) and 1 (as much as the ancestral chain), not {eta!r}")
+    alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_prev
+    noise, noise_previous = schedule.one_minus_alpha_bar, schedule.one_minus_alpha_bar_prev
+    sigma = eta * np.sqrt(noise_previous / noise) * np.sqrt(schedule.betas)  # β = 1 − ᾱ/ᾱ_prev
+    # 1−ᾱ_prev−σ² written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β: as it stands it may round below 0
+    direction = np.sqrt(
+        noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta * eta) * schedule.betas) / noise
+    )
+    b = direction / np.sqrt(noise)
+    return _table(schedule, prediction, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
+
+
+def make_table(
+    schedule: Schedule,
+    prediction: Prediction,
+    variance: Variance,
+    *,
+    sampler: Sampler = "ancestral",
+    steps: int | None = None,
+    spacing: Spacing = "linspace",
+    eta: float = 0.0,
+    start: int | None = None,
+) -> Table:
+    """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
+
+    ``learned_range`` is for networks that answer a variance; whether this one does the caller has to see to. The ddim
+    sampler has a σ of its own and looks at no ``variance``.
+
+    With ``start`` the chain begins at this timestep, one of those that it visits, and not at the last of them: x is
+    then x_t at that t, and the rows before it are left out.
+
+    Raises:
+        InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler, or
+            a ``start`` that is not visited.
+        SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is no finite float32.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"there is no sampler {sampler!r}", hint=f"one of: {', '.join(SAMPLERS)}")
+    if sampler == "ancestral" and eta:
+        raise InputError("η belongs to the ddim sampler", hint="sampler ddim, or leave η away")
+    T = len(schedule)
+    timesteps = timestep_grid(T, T if steps is None else steps, spacing)
+    with np.errstate(all="ignore"):
+        part = respace(schedule, timesteps)
+        table = ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
+        if not np.isfinite(table.coefficients.astype(np.float32)).all():
+            raise SpecError(
+                "this schedule leaves no signal, or adds no noise, somewhere on its way",
+                note="the chain would compute with NaN or infinities",
+                hint="other β, or fewer timesteps",
+            )
+    return table if start is None else _begun_at(table, start)
+
+
+def _begun_at(table: Table, start: int) -> Table:
+    """The end of a table, from the timestep ``start`` on."""
+    if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
+        raise InputError(f"start must be a timestep that the chain visits, not {start!r}")
+    visited = table.timesteps
+    at = int(np.sum(visited > start))  # how many come before it
+    if at == len(visited) or visited[at] != start:
+        nearest = " and ".join(str(t) for t in visited[at - 1 if at else 0 : at + 1][::-1])
+        raise InputError(
+            f"start is {start}, and the chain does not visit that timestep",
+            hint=f"the nearest that it visits: {nearest}",
+        )
+    return Table(visited[at:], table.rows[at:], None if table.learned is None else table.learned[at:])
+
+
+def _table(
+    schedule: Schedule,
+    prediction: Prediction,
+    a: Float64,
+    b: Float64,
+    sigma: Float64,
+    learned: Float64 | None = None,
+) -> Table:
+    p, q = x0_coefficients(schedule, prediction)
+    rows = np.stack([p, q, a, b, sigma], axis=1)
+    return Table(schedule.timesteps[::-1].copy(), rows[::-1].copy(), None if learned is None else learned[::-1].copy())

@@ -1,0 +1,130 @@
+"""All that a checkpoint, an ONNX file or a plan says about itself, as plain JSON values. Nothing is loaded or run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ddpmx.errors import FileFormatError, SpecError
+from ddpmx.formats import model_file, onnx_file, plan_file
+
+_ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+_MAX_HEADER = 16 << 20
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is known about a file or a checkpoint's folder.
+
+    Returns:
+        ``path``, ``kind`` (checkpoint, onnx or plan), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it, or None
+        for a file of someone else's), ``note`` (what is missing, or None), and what only this kind has.
+
+    Raises:
+        FileFormatError, SpecError: it is none of these, cut off, damaged, or contradicts itself.
+    """
+    path = Path(path)
+    kind = model_file.identify(path)
+    told = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan}[kind](path)
+    return {"path": os.fspath(path), "kind": kind, **told}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    folder = path if (path / model_file.SPEC_FILE).is_file() else next(reversed(model_file.checkpoints(path)), None)
+    if folder is None:
+        raise FileFormatError(f"{path}: a run that has no checkpoint yet")
+    values = model_file.read_spec_json(folder / model_file.SPEC_FILE)
+    spec = model_file.model_spec(folder / model_file.SPEC_FILE, values)
+    files = sorted(folder.glob("*.safetensors"))
+    parameters = {file.name: safetensors_elements(file) for file in files}
+    return {
+        "bytes": sum(file.stat().st_size for file in files),
+        "spec": spec.to_json(),
+        "note": None,
+        "checkpoint": folder.name,
+        "network": values.get("network"),
+        "parameters": parameters,
+    }
+
+
+def _onnx(path: Path) -> dict[str, Any]:
+    real = path.resolve()
+    info = onnx_file.read_onnx(real)
+    beside = onnx_file.check_external(real, info)
+    spec, note = None, None
+    try:
+        spec = onnx_file.onnx_spec(path, info).to_json()
+    except SpecError as error:
+        if onnx_file.METADATA_KEY in info.metadata:
+            raise
+        note = error.fact.removeprefix(f"{path}: ")
+
+    def tensors(all_of_them: dict[str, onnx_file.TensorInfo]) -> dict[str, str]:
+        return {
+            name: f"{_ELEMENT_TYPES.get(tensor.element_type, f'type {tensor.element_type}')} {list(tensor.dims or ())}"
+            for name, tensor in all_of_them.items()
+        }
+
+    return {
+        "bytes": real.stat().st_size + sum(file.stat().st_size for file in beside),
+        "spec": spec,
+        "note": note,
+        "opset": info.opset,
+        "inputs": tensors(info.inputs),
+        "outputs": tensors(info.outputs),
+        "weights": {_ELEMENT_TYPES.get(key, f"type {key}"): size for key, size in sorted(info.weights.items())},
+        "external": [file.name for file in beside],
+    }
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    flavour, version = plan_file.plan_flavour(path)
+    told: dict[str, Any] = {"bytes": path.stat().st_size, "flavour": flavour, "version": version}
+    try:
+        info = plan_file.read_plan(path, trust_host_code=True)
+    except SpecError as error:
+        if "does not say" not in error.fact:
+            raise
+        return told | {"spec": None, "note": error.fact.removeprefix(f"{path}: ")}
+    sidecar = info.sidecar or {}
+    return told | {
+        "spec": info.spec.to_json(),
+        "note": None,
+        "engine": info.engine.to_json(),
+        "build": sidecar.get("build"),
+    }
+
+
+def safetensors_elements(path: Path) -> int:
+    """How many numbers a safetensors file says it holds.
+
+    Raises:
+        FileFormatError: it is cut off or no such file.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            head = stream.read(length) if 2 <= length <= min(_MAX_HEADER, size - 8) else b""
+        header = json.loads(head)
+        tensors = [value for name, value in header.items() if name != "__metadata__"]
+        if tensors and 8 + length + max(tensor["data_offsets"][1] for tensor in tensors) != size:
+            raise ValueError(f"{size} bytes, and its header asks for others")
+        total = 0
+        for tensor in tensors:
+            elements = 1
+            for dim in tensor["shape"]:
+                if type(dim) is not int or dim < 0:
+                    raise ValueError(f"a dimension of {str(dim)[:40]}")
+                elements = min(elements * dim, 1 << 62)
+            total += elements
+    except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path}: not a whole safetensors file",
+            note=str(error)[:200],
+            hint="use an earlier checkpoint of the run, or copy it again",
+        ) from error
+    return total

@@ -1,0 +1,336 @@
+"""What an ONNX file says about itself, read without the onnx package, and whether it is one that ddpmx can run.
+
+An ONNX file is a protobuf message. Only the few fields that matter here are read (names and numbers as in onnx.proto):
+metadata, inputs and outputs, how many bytes of weights of which type, and every place where it points to another file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ddpmx.errors import FileFormatError, SpecError
+from ddpmx.formats import betas as free_betas
+from ddpmx.formats.protobuf import MalformedError, as_message, as_number, as_text, fields, packed
+from ddpmx.formats.spec import ModelSpec, extra_type
+
+METADATA_KEY = "ddpmx"
+"""The key of ``metadata_props`` under which an ONNX file carries its spec."""
+
+BETAS_KEY = "ddpmx.betas"
+"""The key under which it carries the array of a schedule ``betas``, see :mod:`ddpmx.formats.betas`."""
+
+FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
+"""ONNX element types."""
+_WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+_MAX_DEPTH = 32  # subgraphs within subgraphs; real models have a handful
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What an ONNX file says about itself.
+
+    Attributes:
+        inputs: the name of each graph input that is no weight, with its ONNX element type and its dimensions
+            (a name where it is dynamic, None where nothing is said).
+        outputs: the same of the graph outputs.
+        metadata: ``metadata_props``.
+        opset: of the default operator domain, 0 if none is stated.
+        external: every other file that it wants to read, as written there.
+        weights: how many bytes its constants take, by ONNX element type.
+    """
+
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    opset: int
+    external: tuple[str, ...]
+    weights: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An ONNX element type (1 = float32, 6 = int32, 7 = int64, 10 = float16) and dimensions."""
+
+    element_type: int
+    dims: tuple[int | str | None, ...] | None
+
+
+def read_onnx(path: str | os.PathLike[str]) -> GraphInfo:
+    """Read :class:`GraphInfo` from an ONNX file. Tensors are skipped over, not loaded.
+
+    Raises:
+        FileFormatError: it cannot be read, is cut off or damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            # not closed by hand: while an exception passes, its traceback still holds views of the map
+            return _read_model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
+    except (MalformedError, ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path}: not a whole ONNX file",
+            note=f"{path.stat().st_size} bytes; {error}",
+            hint="export or download it again",
+        ) from error
+
+
+def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
+    """The files beside ``path`` that hold its weights.
+
+    Raises:
+        FileFormatError: one is missing, or lies outside the model's own folder. A model that can name any file on the
+            machine could read what its user did not mean to hand over.
+    """
+    folder = Path(path).resolve().parent
+    found = []
+    for location in dict.fromkeys(info.external):
+        try:
+            target = (folder / location).resolve()
+            present = target.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links
+            raise FileFormatError(f"{path}: its weights are in a file that cannot be", note=str(error)[:200]) from error
+        # to ONNX Runtime "*/_ORT_MEM_ADDR_/*" is a place in memory
+        if not location or os.path.isabs(location) or set(location) & {"\\", "*"} or not target.is_relative_to(folder):
+            raise FileFormatError(
+                f"{path}: its weights point outside its own folder",
+                note=f"external data at {location!r}",
+                hint="do not run this file unless you know who made it; re-export it otherwise",
+            )
+        if not present:
+            raise FileFormatError(
+                f"{path}: its weights are in another file, which is missing",
+                note=f"{location!r} should lie beside it",
+            )
+        found.append(target)
+    return found
+
+
+def metadata(spec: ModelSpec) -> dict[str, str]:
+    """What an ONNX file of this model has to carry as ``metadata_props``.
+
+    Raises:
+        SpecError: it would be too long.
+    """
+    beside = {} if spec.betas is None else {BETAS_KEY: free_betas.to_text(spec.betas)}
+    return {METADATA_KEY: spec.to_text(), **beside}
+
+
+def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec | None = None) -> ModelSpec:
+    """The spec of an ONNX file: its own, or ``override`` for a file that has none.
+
+    Raises:
+        SpecError: it has none and no override was given, it is damaged, the two contradict each other, or the graph's
+            inputs and outputs are not those of the contract.
+    """
+    text = info.metadata.get(METADATA_KEY)
+    if text is None and override is None:
+        raise SpecError(
+            f"{path}: the file does not say which diffusion model it is",
+            note=f"an ONNX file, but without the metadata {METADATA_KEY!r} that `ddpmx export` writes",
+            hint="if you know its schedule and prediction, say so with --spec spec.json",
+        )
+    try:
+        beside = info.metadata.get(BETAS_KEY) if text is not None else None
+        betas = None if beside is None else free_betas.from_text(beside)
+        where = f"the file's metadata {BETAS_KEY!r}"
+        spec = override if text is None else ModelSpec.from_text(text, betas=betas, where=where)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
+    assert spec is not None
+    told = {"ddpmx": "", "weights": None}  # where a file comes from, and not what it computes
+    if override is not None and override.replace(**told) != spec.replace(**told):
+        raise SpecError(
+            f"{path}: the given spec contradicts the one in the file",
+            note="a file that describes itself is believed",
+            hint="leave --spec away",
+        )
+    _check_contract(path, info, spec)
+    return spec
+
+
+def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSpec) -> None:
+    """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W].
+
+    With a learned variance there is one more of that shape, ``var``. What the spec says decides over further inputs:
+    y: int32 [batch], x0_prev: float32 [batch, C, H, W], cond: float32 [batch, K, H, W].
+    """
+    types = {name: INT32 if extra_type(name) is np.int32 else FLOAT for name in spec.inputs}
+    wanted = (
+        *((name, info.inputs, types[name], dims) for name, dims in spec.inputs.items()),
+        *((output, info.outputs, FLOAT, spec.shape) for output in spec.outputs),
+    )
+    faults = [f"an input {name!r} too many" for name in info.inputs if name not in spec.inputs]
+    faults += [f"an output {name!r} too many" for name in info.outputs if name not in spec.outputs]
+    for name, tensors, element_type, dims in wanted:
+        tensor = tensors.get(name)
+        if tensor is None:
+            faults.append(f"no {name!r}")
+            continue
+        if tensor.element_type != element_type:
+            faults.append(f"{name!r} has element type {tensor.element_type}, not {element_type}")
+        if tensor.dims is not None and (
+            (tensor.dims and isinstance(tensor.dims[0], int))
+            or len(tensor.dims) != 1 + len(dims)
+            or any(isinstance(has, int) and has != want for has, want in zip(tensor.dims[1:], dims, strict=True))
+        ):
+            faults.append(f"{name!r} has the shape {list(tensor.dims)}, not {['batch', *dims]}")
+    if faults:
+        raise SpecError(
+            f"{path}: the graph is not what the spec describes",
+            note="; ".join(faults)[:400],
+            hint=f"the graph needs {_listed(spec)}, and gives " + " and ".join(map(repr, spec.outputs)),
+        )
+
+
+def _listed(spec: ModelSpec) -> str:
+    """The inputs, for people."""
+    dims = {"t": "", "y": "", "cond": ", K, H, W"}
+    *most, last = [f"{name} {extra_type(name).__name__} [batch{dims.get(name, ', C, H, W')}]" for name in spec.inputs]
+    return f"{', '.join(most)} and {last}"
+
+
+# --- as much of onnx.proto as is needed -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Found:
+    external: list[str] = field(default_factory=list)
+    weights: Counter[int] = field(default_factory=Counter)
+
+
+def _read_model(view: memoryview) -> GraphInfo:
+    metadata: dict[str, str] = {}
+    inputs: dict[str, TensorInfo] = {}
+    outputs: dict[str, TensorInfo] = {}
+    initializers: set[str] = set()
+    opset, graphs, found = 0, 0, _Found()
+    for number, value in fields(view):
+        if number == 7:  # graph
+            graphs += 1
+            for part, item in fields(as_message(value)):
+                if part == 11:  # input
+                    inputs.update([_value_info(as_message(item))])
+                elif part == 12:  # output
+                    outputs.update([_value_info(as_message(item))])
+                elif part == 5:  # initializer
+                    initializers.add(_tensor_name(as_message(item)))
+            _walk_graph(as_message(value), found, 0)
+        elif number == 8:  # opset_import
+            entry = dict(fields(as_message(value)))
+            if as_text(entry.get(1, memoryview(b""))) in ("", "ai.onnx"):
+                opset = as_number(entry.get(2, 0))
+        elif number == 14:  # metadata_props
+            entry = dict(fields(as_message(value)))
+            metadata[as_text(entry.get(1, memoryview(b"")))] = as_text(entry.get(2, memoryview(b"")))
+        elif number == 20:  # training_info: two graphs
+            for part, graph in fields(as_message(value)):
+                if part in (1, 2):
+                    _walk_graph(as_message(graph), found, 1)
+        elif number == 25:  # functions
+            for part, node in fields(as_message(value)):
+                if part == 7:
+                    _walk_node(as_message(node), found, 1)
+                elif part == 11:  # an attribute's default
+                    _walk_attribute(as_message(node), found, 1)
+    if graphs != 1:
+        raise MalformedError(f"{graphs} graphs in it")
+    inputs = {name: tensor for name, tensor in inputs.items() if name not in initializers}
+    return GraphInfo(inputs, outputs, metadata, opset, tuple(found.external), dict(found.weights))
+
+
+def _walk_graph(view: memoryview, found: _Found, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise MalformedError(f"graphs nested deeper than {_MAX_DEPTH}")
+    for number, value in fields(view):
+        if number == 1:  # node
+            _walk_node(as_message(value), found, depth)
+        elif number == 5:  # initializer
+            _walk_tensor(as_message(value), found)
+            element_type, size = _tensor_bytes(as_message(value))
+            found.weights[element_type] += size
+        elif number == 15:  # sparse_initializer
+            _walk_sparse(as_message(value), found)
+
+
+def _walk_sparse(view: memoryview, found: _Found) -> None:
+    for number, value in fields(view):
+        if number in (1, 2):  # values, indices
+            _walk_tensor(as_message(value), found)
+
+
+def _walk_node(view: memoryview, found: _Found, depth: int) -> None:
+    for number, value in fields(view):
+        if number == 5:  # attribute
+            _walk_attribute(as_message(value), found, depth)
+
+
+def _walk_attribute(view: memoryview, found: _Found, depth: int) -> None:
+    for number, value in fields(view):
+        if number in (5, 10):  # t, tensors
+            _walk_tensor(as_message(value), found)
+            element_type, size = _tensor_bytes(as_message(value))
+            found.weights[element_type] += size
+        elif number in (6, 11):  # g, graphs
+            _walk_graph(as_message(value), found, depth + 1)
+        elif number in (22, 23):  # sparse_tensor, sparse_tensors
+            _walk_sparse(as_message(value), found)
+
+
+def _walk_tensor(view: memoryview, found: _Found) -> None:
+    for number, value in fields(view):
+        if number == 13:  # external_data: key, value
+            entry = dict(fields(as_message(value)))
+            if as_text(entry.get(1, memoryview(b""))) == "location":
+                found.external.append(as_text(entry.get(2, memoryview(b""))))
+
+
+def _tensor_bytes(view: memoryview) -> tuple[int, int]:
+    """(element type, bytes that its dimensions ask for); sub-byte types count as a byte each."""
+    element_type, elements = 0, 1
+    for number, value in fields(view):
+        if number == 1:  # dims, packed or one by one
+            for dim in [value] if isinstance(value, int) else packed(value):
+                elements = min(elements * dim, 1 << 62)
+        elif number == 2:
+            element_type = as_number(value)
+    return element_type, elements * _WIDTH.get(element_type, 1)
+
+
+def _tensor_name(view: memoryview) -> str:
+    return next((as_text(value) for number, value in fields(view) if number == 8), "")
+
+
+def _value_info(view: memoryview) -> tuple[str, TensorInfo]:
+    name, element_type = "", 0
+    dims: tuple[int | str | None, ...] | None = None
+    for number, value in fields(view):
+        if number == 1:
+            name = as_text(value)
+        elif number == 2:  # type
+            for kind, tensor in fields(as_message(value)):
+                if kind != 1:  # tensor_type
+                    continue
+                for part, item in fields(as_message(tensor)):
+                    if part == 1:
+                        element_type = as_number(item)
+                    elif part == 2:  # shape
+                        dims = tuple(_dim(as_message(dim)) for which, dim in fields(as_message(item)) if which == 1)
+    return name, TensorInfo(element_type, dims)
+
+
+def _dim(view: memoryview) -> int | str | None:
+    for number, value in fields(view):
+        if number == 1:
+            return as_number(value)
+        if number == 2:
+            return as_text(value)
+    return None

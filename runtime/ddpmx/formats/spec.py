@@ -1,0 +1,292 @@
+"""ModelSpec: all that a model file says about itself, as one short text that survives in every kind of file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.diffusion.samplers import PREDICTIONS, VARIANCES, Prediction, Variance, make_table
+from ddpmx.diffusion.schedule import Schedule, is_number, make_schedule, schedule_params
+from ddpmx.errors import InputError, SpecError
+from ddpmx.formats import betas as free_betas
+from ddpmx.formats.envelope import seal, unseal
+
+PREFIX = "ddpmx1"
+
+MAX_TEXT = 4095
+"""Bytes. A TensorRT plan carries its network's name, which holds this much and no more."""
+
+MAX_ELEMENTS = 2**28
+"""C·H·W: 1 GiB of float32 for one image. A larger shape is a damaged file."""
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+MAX_CLASSES = 1 << 20
+MAX_CONDITION = 1 << 12
+"""Channels. More of either than anybody has by a factor of 50; a larger number is a damaged file."""
+
+BETAS = "betas"
+"""The schedule that is an array of β, and no formula."""
+
+Extras = Mapping[str, tuple[int, ...]]
+"""The inputs that a network has beside x and t, each with its dimensions for one image: see :attr:`ModelSpec.extras`."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNLESS_SET: dict[str, object] = {"classes": None, "self_condition": False, "condition": None, "betas": None}
+"""What a file says nothing of where it is so: what was written before there were these fields stays as it is."""
+
+
+def extra_type(name: str) -> type[np.int32] | type[np.float32]:
+    """What an input holds: t and y whole numbers, all others float32."""
+    return np.int32 if name in ("t", "y") else np.float32
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network is, apart from its weights.
+
+    Attributes:
+        shape: (C, H, W) of one image.
+        timesteps: T. The network is asked at t = 0…T−1.
+        schedule: name of the variance schedule, see :data:`ddpmx.diffusion.schedule.SCHEDULES`, or ``betas``.
+        schedule_params: its parameters, defaults filled in.
+        prediction: what the network answers: ``eps``, ``x0`` or ``v``.
+        variance: σ² of the ancestral chain, ``fixed_small`` (β̃), ``fixed_large`` (β), or ``learned_range``: between the
+            two, as the network's second answer ``var`` says.
+        clip: the largest |x̂_0| that the chain keeps, or None for no clipping.
+        precision: of the numbers inside the graph; its inputs and outputs are float32 and int32 whatever this says.
+        weights: sha256 of the weights that it was exported from, or None.
+        ddpmx: the version that wrote this.
+        classes: of how many classes the network draws images; it is told one of 0…classes−1 as ``y``. None for no ``y``.
+        self_condition: whether it is told as ``x0_prev`` what x̂_0 was in the step before, or 0 in the first.
+        condition: how many channels ``cond`` has, an image of the same size that it is told. None for no ``cond``.
+        betas: with the schedule ``betas``, β_t, float64 [T], read-only. It is too long for the text, which holds its
+            checksum alone; where the array lies is the file's business.
+
+    Images are in [−1, 1], t is the whole number 0…T−1.
+    """
+
+    shape: tuple[int, int, int]
+    timesteps: int = 1000
+    schedule: str = "linear"
+    schedule_params: Mapping[str, float] = field(default_factory=dict)
+    prediction: Prediction = "eps"
+    variance: Variance = "fixed_large"
+    clip: float | None = 1.0
+    precision: Precision = "fp32"
+    weights: str | None = None
+    ddpmx: str = ""
+    classes: int | None = None
+    self_condition: bool = False
+    condition: int | None = None
+    betas: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    _betas: str = field(init=False, repr=False)  # the checksum of the array, which is compared in its place
+    _schedule: Schedule = field(init=False, repr=False, compare=False)
+    _coefficients: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check every field, and that they fit together.
+
+        Raises:
+            SpecError: they do not.
+        """
+        shape = self.shape
+        if not (isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+            raise SpecError(f"shape must be three whole numbers above 0, [C, H, W], not {shape!r}")
+        if int(shape[0]) * int(shape[1]) * int(shape[2]) > MAX_ELEMENTS:
+            raise SpecError(f"shape {list(shape)} is more than {MAX_ELEMENTS} numbers for one image")
+        for name, value, choices in (
+            ("prediction", self.prediction, PREDICTIONS),
+            ("variance", self.variance, VARIANCES),
+            ("precision", self.precision, PRECISIONS),
+        ):
+            if value not in choices:
+                raise SpecError(f"{name} is {value!r}", hint=f"one of: {', '.join(choices)}")
+        clip = self.clip
+        if clip is not None and not (is_number(clip) and clip > 0):
+            raise SpecError(f"clip must be a number above 0, or null for none, not {clip!r}")
+        if self.weights is not None and not (isinstance(self.weights, str) and _SHA256.fullmatch(self.weights)):
+            raise SpecError("weights must be a sha256 of 64 hexadecimal digits")
+        if not isinstance(self.ddpmx, str) or not isinstance(self.schedule, str):
+            raise SpecError("ddpmx and schedule must be text")
+        if not self.ddpmx.isprintable():
+            raise SpecError("ddpmx must be a version, and this cannot be printed")
+        if not isinstance(self.schedule_params, Mapping):
+            raise SpecError("schedule_params must be an object")
+        if type(self.self_condition) is not bool:
+            raise SpecError(f"self_condition must be true or false, not {self.self_condition!r}")
+        for name, count, most in (
+            ("classes", self.classes, MAX_CLASSES),
+            ("condition", self.condition, MAX_CONDITION),
+        ):
+            if count is not None and not (type(count) is int and 1 <= count <= most):
+                raise SpecError(f"{name} must be a whole number from 1 to {most}, or null for none, not {count!r}")
+        if (self.condition or 0) * int(shape[1]) * int(shape[2]) > MAX_ELEMENTS:
+            raise SpecError(f"condition {self.condition} is more than {MAX_ELEMENTS} numbers for one image")
+        betas = None
+        try:
+            if self.schedule == BETAS or self.betas is not None:
+                betas, params = self._free_betas(), {}
+                schedule = Schedule.from_betas(betas)
+            else:
+                params = schedule_params(self.schedule, self.schedule_params)
+                schedule = make_schedule(self.schedule, self.timesteps, params)
+        except InputError as error:
+            raise SpecError(error.fact, note=error.note, hint=error.hint) from error
+        coefficients = make_table(schedule, self.prediction, self.variance).coefficients.astype("<f4")
+        set_once = object.__setattr__
+        set_once(self, "shape", tuple(shape))
+        set_once(self, "schedule_params", params)
+        set_once(self, "clip", None if clip is None else float(clip))
+        set_once(self, "betas", betas)
+        set_once(self, "_betas", "" if betas is None else free_betas.checksum(betas))
+        set_once(self, "_schedule", schedule)
+        set_once(self, "_coefficients", f"{zlib.crc32(coefficients.tobytes()):08x}")
+
+    def _free_betas(self) -> NDArray[np.float64]:
+        """The array of the schedule ``betas``, seen to be one."""
+        if self.schedule != BETAS:
+            raise InputError(f"betas belong to the schedule {BETAS!r}, and this is {self.schedule!r}")
+        if self.betas is None:
+            raise InputError(f"the schedule {BETAS!r} is an array of β, and there is none")
+        if self.schedule_params:
+            raise InputError(f"the schedule {BETAS!r} has no parameters", note=str(dict(self.schedule_params))[:200])
+        betas = free_betas.as_betas(self.betas)
+        if type(self.timesteps) is not int or self.timesteps != len(betas):
+            raise InputError(f"there are {len(betas)} β, and timesteps is {self.timesteps!r}")
+        return betas
+
+    def make_schedule(self) -> Schedule:
+        """The variance schedule."""
+        return self._schedule
+
+    @property
+    def extras(self) -> dict[str, tuple[int, ...]]:
+        """The network's inputs beside x and t, each with its dimensions for one image: ``y``, ``x0_prev``, ``cond``."""
+        found: dict[str, tuple[int, ...]] = {}
+        if self.classes is not None:
+            found["y"] = ()
+        if self.self_condition:
+            found["x0_prev"] = self.shape
+        if self.condition is not None:
+            found["cond"] = (self.condition, *self.shape[1:])
+        return found
+
+    @property
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """All inputs, each with its dimensions for one image. See :func:`extra_type` for what they hold."""
+        return {"x": self.shape, "t": (), **self.extras}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The network's answers, each float32 [batch, C, H, W]: what it predicts, and ``var`` if it learns that."""
+        return (self.prediction, "var") if self.variance == "learned_range" else (self.prediction,)
+
+    def replace(self, **changes: Any) -> ModelSpec:
+        """A copy with some fields changed.
+
+        Raises:
+            SpecError: the result does not fit together.
+        """
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self, *, whole: bool = False) -> dict[str, Any]:
+        """Plain JSON values, with a checksum of the float32 coefficients of the whole chain.
+
+        Args:
+            whole: with the array of the schedule ``betas``, and not its checksum alone.
+        """
+        values: dict[str, Any] = {name: getattr(self, name) for name in _field_names()}
+        for name, usual in _UNLESS_SET.items():
+            if values[name] is usual:
+                del values[name]
+        if self.betas is not None:
+            values["betas"] = self.betas.tolist() if whole else self._betas
+        values["shape"] = list(self.shape)
+        values["schedule_params"] = dict(self.schedule_params)
+        values["coefficients"] = self._coefficients
+        return values
+
+    @classmethod
+    def from_json(
+        cls, values: object, *, betas: NDArray[np.float64] | None = None, where: str = '"betas"'
+    ) -> ModelSpec:
+        """The spec that :meth:`to_json` made.
+
+        ``coefficients``, where present, must be what this ddpmx computes: a schedule that means something else here
+        than where the file was written would give wrong images without an error.
+
+        Args:
+            values: the object.
+            betas: the array of the schedule ``betas``, where the object holds its checksum alone.
+            where: in what place that array should lie, for people.
+
+        Raises:
+            SpecError: not such an object, an unknown or a missing field, values out of range, or another checksum; or
+                it needs an array of β, and there is none, or it is another one.
+        """
+        if not isinstance(values, dict):
+            raise SpecError("a spec is a JSON object", note=f"this is {type(values).__name__}")
+        values = dict(values)
+        checksum = values.pop("coefficients", None)
+        if unknown := sorted(set(map(str, values)) - set(_field_names())):
+            raise SpecError(
+                f"the spec has fields that this ddpmx does not know: {', '.join(unknown)[:200]}",
+                note=f"it was written by ddpmx {values.get('ddpmx') or 'of no stated version'}"[:200],
+                hint="a newer ddpmx may read it" if values.get("ddpmx") else f"it knows: {', '.join(_field_names())}",
+            )
+        if "shape" not in values:
+            raise SpecError("the spec does not say the shape of an image", hint='"shape": [C, H, W]')
+        said = values.get("betas")
+        if values.get("schedule") == BETAS and (said is None or isinstance(said, str)):
+            if betas is None:
+                raise SpecError(
+                    "the schedule is an array of β, and the array is missing", hint=f"it should lie in {where}"
+                )
+            values["betas"] = betas
+        spec = cls(**values)
+        if isinstance(said, str) and said != spec._betas:
+            raise SpecError(
+                f"the array of β in {where} is another than the spec's",
+                note=f"checksum {ascii(said)[:40]} in the spec, {spec._betas!r} there",
+                hint="the file is damaged, or was put together from two",
+            )
+        if checksum is not None and checksum != spec.to_json()["coefficients"]:
+            raise SpecError(
+                f"the schedule {spec.schedule!r} gives other coefficients here than where the file was written",
+                note=f"checksum {checksum!r} in the file, {spec.to_json()['coefficients']!r} here",
+                hint='the file is damaged, or was edited by hand: then leave "coefficients" out',
+            )
+        return spec
+
+    def to_text(self) -> str:
+        """One line of text: a prefix, its length, its CRC and compact JSON.
+
+        Raises:
+            SpecError: it would be longer than :data:`MAX_TEXT` bytes.
+        """
+        text = seal(PREFIX, self.to_json())
+        if len(text) > MAX_TEXT:
+            raise SpecError(f"the spec takes {len(text)} bytes, and a model file holds {MAX_TEXT}")
+        return text
+
+    @classmethod
+    def from_text(cls, text: str, *, betas: NDArray[np.float64] | None = None, where: str = '"betas"') -> ModelSpec:
+        """The spec that :meth:`to_text` made.
+
+        Raises:
+            SpecError: a foreign, shortened or changed text, or what :meth:`from_json` refuses.
+        """
+        return cls.from_json(unseal(PREFIX, text), betas=betas, where=where)
+
+
+def _field_names() -> list[str]:
+    return [f.name for f in dataclasses.fields(ModelSpec) if f.init]

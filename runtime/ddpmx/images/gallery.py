@@ -1,0 +1,119 @@
+"""A folder of generated images: 00000.png, 00001.png, …, a grid, an animation. All of it appears, or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.diffusion.samplers import Table
+from ddpmx.errors import InputError, OutputError
+from ddpmx.formats.atomic import make_folder, write_error
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.images import writers
+from ddpmx.sampling.chain import Preview
+from ddpmx.sampling.pixels import to_nhwc
+
+FRAMES, SHOWN = 48, 64
+
+
+def check_drawable(spec: ModelSpec) -> None:
+    """See that the model's images can be PNGs, before an hour is spent on making them.
+
+    Raises:
+        InputError: they have neither 1, 3 nor 4 channels.
+    """
+    if spec.shape[0] not in (1, 3, 4):
+        raise InputError(
+            f"the model's images have {spec.shape[0]} channels, and a picture has 1, 3 or 4",
+            hint="ddpmx.load(path).generate(n) returns them as an array",
+        )
+
+
+class Animation:
+    """Collects x̂_0 of the first images at some of the chain's steps. Pass it to ``generate`` as ``preview``.
+
+    Args:
+        spec: the model.
+        table: the chain, as ``Pipeline.table`` gives it.
+        n: how many images are drawn; the first :data:`SHOWN` of them are shown.
+    """
+
+    def __init__(self, spec: ModelSpec, table: Table, n: int) -> None:
+        channels, height, width = spec.shape
+        picked = np.unique(np.linspace(0, len(table) - 1, min(FRAMES, len(table))).round().astype(int))
+        self._slots = {int(table.timesteps[index]): slot for slot, index in enumerate(picked)}
+        self._frames = np.zeros((len(picked), min(n, SHOWN), height, width, channels), np.uint8)
+
+    def __call__(self, start: int, step: Preview) -> None:
+        """Keep the step if it is one of those to show."""
+        slot, room = self._slots.get(step.t), self._frames.shape[1] - start
+        if slot is not None and room > 0:
+            shown = to_nhwc(step.x0[:room])
+            self._frames[slot, start : start + len(shown)] = shown
+
+    def sheets(self) -> list[NDArray[np.uint8]]:
+        """A grid for every frame."""
+        return [writers.grid(frame) for frame in self._frames]
+
+
+def save_gallery(
+    folder: str | os.PathLike[str],
+    drawn: NDArray[np.uint8],
+    *,
+    first: int = 0,
+    grid: bool = False,
+    animation: Animation | None = None,
+) -> list[Path]:
+    """Write images and what else is asked for. Files of the same names are replaced.
+
+    Args:
+        folder: made if it does not exist.
+        drawn: uint8 [n, H, W, C].
+        first: the index, and so the name, of the first image.
+        grid: also ``grid.png``, all images on one sheet.
+        animation: also ``x0.gif``.
+
+    Returns:
+        What was written: the images in order, then the rest.
+
+    Raises:
+        OutputError: something could not be written; then nothing was.
+        InputError: images that no picture can hold.
+    """
+    folder = make_folder(folder)
+    wanted = [writers.image_path(folder, index).name for index in range(first, first + len(drawn))]
+    wanted += ["grid.png"] * grid + ["x0.gif"] * (animation is not None)
+    for target in (folder / name for name in wanted):
+        if target.is_dir():
+            raise OutputError(f"{target}: a folder stands in the way", hint="choose another folder to write to")
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+    except OSError as error:
+        raise write_error(folder, error) from error
+    try:
+        names = []
+        for index, image in enumerate(drawn, first):
+            names.append(writers.image_path(staging, index))
+            writers.save_png(names[-1], image)
+        if grid:
+            names.append(staging / "grid.png")
+            sheet = writers.grid(drawn)
+            writers.save_png(names[-1], sheet, zoom=writers.zoom_for(sheet.shape[1]))
+        if animation is not None:
+            names.append(staging / "x0.gif")
+            sheets = animation.sheets()
+            writers.save_gif(names[-1], sheets, zoom=writers.zoom_for(sheets[0].shape[1], at_least=256))
+        for name in names:
+            os.replace(name, folder / name.name)
+        return [folder / name.name for name in names]
+    except OutputError as error:  # it names the place where the files were gathered
+        raise OutputError(f"{folder}: cannot be written", note=error.note, hint=error.hint) from error
+    except OSError as error:
+        raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Pixels as files that people look at: PNG, grids, animations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ddpmx.errors import InputError
+from ddpmx.formats.atomic import atomic_write
+from ddpmx.sampling.pixels import UInt8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def grid(images: UInt8, *, columns: int | None = None, gap: int = 1) -> UInt8:
+    """Lay images side by side, row after row, on a white ground.
+
+    Args:
+        images: uint8 [n, H, W, C], n ≥ 1.
+        columns: how many in a row; about √n by default.
+        gap: white pixels between and around them.
+
+    Returns:
+        uint8 [H', W', C].
+    """
+    n, height, width, channels = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
+    for index, image in enumerate(images):
+        top = gap + (index // columns) * (height + gap)
+        left = gap + (index % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def save_png(path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1) -> None:
+    """Write one uint8 [H, W, C] image, C = 1 (grey), 3 (RGB) or 4 (RGBA), each pixel ``zoom`` pixels wide.
+
+    Raises:
+        InputError: C is none of those.
+        OutputError: it could not be written.
+    """
+    picture = _pil(image, zoom)
+    with atomic_write(path) as stream:
+        picture.save(stream, format="PNG")
+
+
+def save_gif(path: str | os.PathLike[str], frames: Sequence[UInt8], *, zoom: int = 1, milliseconds: int = 60) -> None:
+    """Write uint8 [H, W, C] frames as an animation that repeats, resting for a second on the last one.
+
+    Raises:
+        InputError: there is no frame, or C is not 1, 3 or 4.
+        OutputError: it could not be written.
+    """
+    if not frames:
+        raise InputError("an animation needs at least one frame")
+    first, *rest = [_pil(frame, zoom) for frame in frames]
+    with atomic_write(path) as stream:
+        first.save(
+            stream,
+            format="GIF",
+            save_all=True,
+            append_images=rest,
+            duration=[milliseconds] * len(rest) + [1000],
+            loop=0,
+        )
+
+
+def zoom_for(side: int, *, at_least: int = 512) -> int:
+    """A whole factor that makes a picture of ``side`` pixels about ``at_least`` pixels wide on a screen."""
+    return max(1, round(at_least / side))
+
+
+def _pil(image: UInt8, zoom: int) -> Image:
+    from PIL import Image as PilImage
+
+    channels = image.shape[-1]
+    if channels not in (1, 3, 4):
+        raise InputError(
+            f"images of {channels} channels cannot be shown as a picture",
+            note="grey, RGB and RGBA can",
+            hint="Pipeline.generate returns the array",
+        )
+    if zoom > 1:
+        image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    return PilImage.fromarray(image[:, :, 0] if channels == 1 else image)
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """Where image ``index`` belongs: five digits, more when it needs them."""
+    return folder / f"{index:05d}.png"

@@ -1,0 +1,96 @@
+"""The network's answers for any number of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.backends.base import NO_EXTRAS, Backend, Buffers
+from ddpmx.errors import NumericError
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.chain import Float32
+
+
+class Answers(NamedTuple):
+    """What a network answered.
+
+    Attributes:
+        out: float32 [n, C, H, W].
+        var: float32 [n, C, H, W], its second answer, or None if it has none.
+    """
+
+    out: Float32
+    var: Float32 | None
+
+
+class Asker:
+    """Asks a network in batches of one size.
+
+    Args:
+        backend: the network.
+        spec: what it is.
+        batch: rows at once.
+        progress: called with (network calls done, network calls in all).
+        total: how many there will be.
+    """
+
+    def __init__(
+        self, backend: Backend, spec: ModelSpec, batch: int, progress: Callable[[int, int], None] | None, total: int
+    ) -> None:
+        self._backend, self._spec, self.batch = backend, spec, batch
+        self._progress, self._done, self._total = progress, 0, total
+
+    def __call__(
+        self,
+        x: Float32,
+        t: NDArray[np.integer],
+        told: Mapping[str, NDArray[Any]] = NO_EXTRAS,
+        *,
+        batch: int | None = None,
+    ) -> Answers:
+        """Answers for n rows.
+
+        Args:
+            x: float32 [n, C, H, W].
+            t: [n].
+            told: the network's other inputs, [n, …] each.
+            batch: rows at once, if not as many as usual.
+
+        Raises:
+            NumericError: an answer is not finite.
+            BackendError: the network could not be run.
+        """
+        size, learned = batch or self.batch, self._spec.variance == "learned_range"
+        buffers = Buffers.of(size, self._spec.shape, var=learned, extras=self._spec.extras)
+        self._backend.bind(buffers)
+        out, var = np.empty_like(x), np.empty_like(x) if learned else None
+        inputs = {"x": x, "t": t, **told}
+        for start in range(0, len(x), size):
+            rows = slice(start, min(start + size, len(x)))
+            n = rows.stop - rows.start
+            for name, array in buffers.inputs().items():
+                array[:n] = inputs[name][rows]
+                array[n:] = inputs[name][rows][-1:]
+            self._backend.enqueue()
+            out[rows] = buffers.out[:n]
+            if var is not None and buffers.var is not None:
+                var[rows] = buffers.var[:n]
+            self.tick()
+        for answer in (out, var):
+            if answer is not None and not np.isfinite(answer).all():
+                bad = int(t[int(np.argmin(np.isfinite(answer).reshape(len(answer), -1).all(axis=1)))])
+                raise NumericError(
+                    f"the network's answer at t = {bad} is not finite",
+                    note=self._backend.description,
+                    hint="if the file is fp16, try fp32: an activation may exceed 65504",
+                )
+        return Answers(out, var)
+
+    def tick(self) -> None:
+        """One more run of the network is done."""
+        self._done += 1
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)

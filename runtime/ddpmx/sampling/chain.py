@@ -1,0 +1,248 @@
+"""One update, one loop: runs a sampler's table over a batch.
+
+The update is float32 whatever the precision of the network: x̂_0 multiplies the network's error by up to 157 at t = 999,
+and x_{t−1} must feel no more than 0.02 of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.backends.base import NO_EXTRAS, Backend, Buffers
+from ddpmx.diffusion import noise
+from ddpmx.diffusion.noise import Purpose
+from ddpmx.diffusion.samplers import Table
+from ddpmx.errors import NumericError
+from ddpmx.formats.spec import Extras, ModelSpec
+from ddpmx.sampling.conditioning import check_given, example
+
+Float32 = NDArray[np.float32]
+
+NOISE_AT_ONCE = 1 << 13
+"""Numbers: with fewer, NumPy spends its time on being called."""
+
+
+class Step(NamedTuple):
+    """One reverse step. The arrays are the chain's own: copy what must outlive the next step.
+
+    Attributes:
+        t: what the network was told.
+        x: float32 [B, C, H, W], x_t, that the network saw.
+        x0: float32 [B, C, H, W], x̂_0.
+        x_next: float32 [B, C, H, W], the state that the step leads to; after the last one, the sample.
+    """
+
+    t: int
+    x: Float32
+    x0: Float32
+    x_next: Float32
+
+
+class Preview(NamedTuple):
+    """The chain in motion, for one batch of images.
+
+    Attributes:
+        t: the timestep, falling to 0.
+        x: float32 [n, C, H, W], x_t.
+        x0: float32 [n, C, H, W], x̂_0: where the network thinks it leads. In the last one, the sample itself.
+    """
+
+    t: int
+    x: NDArray[np.float32]
+    x0: NDArray[np.float32]
+
+
+_EXP_LEAST, _EXP_MOST = np.float32(-87), np.float32(88)
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # high has ten bits: k·high is exact
+_EXP_POLY = np.array(
+    [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1], np.float32
+)
+_ROUND = np.float32(1.5 * 2**23)  # a sum with it ends at the point, and its lowest bits are the whole number
+
+
+def exp(x: Float32) -> Float32:
+    """eˣ by IEEE + − × alone, so that NumPy here and C in ``cuda/step.h`` have the same bits. NaN gives no number at all.
+
+    Within 1 ulp. x is held in −87…88, where the result is a normal float32: beyond, it stays at 1.6e−38 and 1.7e38.
+
+    x = k·ln 2 + r with k = round(x·log₂e) (Cody & Waite 1980), and eˣ = 2ᵏ·(1 + r + r²·P(r)).
+    """
+    x = np.minimum(np.maximum(x, _EXP_LEAST), _EXP_MOST)
+    rounded = x * _LOG2_E + _ROUND
+    k = rounded - _ROUND
+    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
+    y = np.full_like(r, _EXP_POLY[0])
+    for coefficient in _EXP_POLY[1:]:
+        y = y * r + coefficient
+    y = (y * (r * r) + r) + np.float32(1)
+    power = ((rounded.view(np.uint32) + np.uint32(127)) << np.uint32(23)).view(np.float32)  # 2ᵏ
+    result: Float32 = y * power
+    return result
+
+
+def learned_sigma(learned: Float32, var: Float32) -> Float32:
+    """σ = exp(c + d·v), float32, of the network's second answer v.
+
+    Args:
+        learned: float32 [2], c and d, see :func:`ddpmx.diffusion.samplers.learned_range`.
+        var: v, finite float32 of any shape.
+    """
+    c, d = learned
+    return exp(c + d * var)
+
+
+def update(
+    row: Float32,
+    limit: float,
+    x: Float32,
+    out: Float32,
+    z: Float32 | None,
+    *,
+    x0: Float32,
+    x_next: Float32,
+    sigma: Float32 | None = None,
+) -> None:
+    """x̂_0 = clip(p·x + q·out), x_next = (A·x̂_0 + B·x) + σ·z, in float32 and in that order, without fused operations.
+
+    Args:
+        row: float32 [5], p, q, A, B, σ.
+        limit: the largest |x̂_0|; infinity for no clipping. NaN passes through.
+        x: x_t.
+        out: the network's answer.
+        z: N(0, I), or None where σ = 0.
+        x0: where x̂_0 goes. Any shape, the same for all arrays.
+        x_next: where the result goes.
+        sigma: a σ for every element, where it is learned; else None for the row's.
+    """
+    p, q, a, b, fixed = row
+    np.multiply(x, p, out=x0)
+    np.multiply(out, q, out=x_next)
+    np.add(x0, x_next, out=x0)
+    np.clip(x0, np.float32(-limit), np.float32(limit), out=x0)
+    np.multiply(x, b, out=x_next)
+    np.add(x0 * a, x_next, out=x_next)
+    if z is not None:
+        np.add(x_next, z * (fixed if sigma is None else sigma), out=x_next)
+
+
+def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -> Float32:
+    """x_T ~ N(0, I) for each image, float32 [n, C, H, W]."""
+    z = noise.normal(seed, images, 0, Purpose.INITIAL, int(np.prod(shape)))
+    return z.reshape(len(images), *shape)
+
+
+def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int:
+    """At which batch size to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
+
+    Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. What
+    they pick depends on the shape alone, so random images tell:
+
+    - 1, if an image's answer depends on its place among ``batch``: then each has to run alone;
+    - ``n``, if that gives the same bits as a batch of ``batch``;
+    - ``batch`` otherwise: the rest has to be filled up. So too if the same batch gives other bits every time, where nothing
+      helps.
+
+    It takes three runs of ``batch`` images, and one of ``n`` if that is less. Where the network has a second answer, that
+    has to be the same as well.
+    """
+    if batch == 1:
+        return 1
+    images, var = np.arange(batch), spec.variance == "learned_range"
+    told = {"x": initial(0, images, spec.shape), **example(spec, images)}
+    told["t"] = np.linspace(0, spec.timesteps - 1, batch).round().astype(np.int32)
+    if spec.self_condition:
+        told["x0_prev"] = np.clip(told["x"][::-1], -1, 1)
+
+    def answer(rows: NDArray[np.int64]) -> Float32:
+        buffers = Buffers.of(len(rows), spec.shape, var=var, extras=spec.extras)
+        for name, array in buffers.inputs().items():
+            array[...] = told[name][rows]
+        backend.bind(buffers)
+        backend.enqueue()
+        return buffers.out if buffers.var is None else np.stack([buffers.out, buffers.var], axis=1)
+
+    whole, moved = answer(images), np.roll(images, 1)
+    if not np.array_equal(answer(images), whole, equal_nan=True):
+        return batch
+    if not np.array_equal(answer(moved), whole[moved], equal_nan=True):
+        return 1
+    last = images[batch - n :]
+    return n if n == batch or np.array_equal(answer(last), whole[last], equal_nan=True) else batch
+
+
+def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) -> Iterator[Float32]:
+    """z of every step that has one. Of small images several steps' are drawn at once, which costs hardly more."""
+    timesteps = table.timesteps[table.rows[:, 4].astype(np.float32) != 0]
+    steps = max(1, NOISE_AT_ONCE // (len(images) * elements))
+    for start in range(0, len(timesteps), steps):
+        yield from noise.normal(seed, images, timesteps[start : start + steps], Purpose.STEP, elements)
+
+
+def run(
+    backend: Backend,
+    table: Table,
+    x_start: Float32,
+    *,
+    seed: int,
+    images: NDArray[np.int64],
+    clip: float | None = 1.0,
+    extras: Extras = NO_EXTRAS,
+    given: Mapping[str, NDArray[Any]] = NO_EXTRAS,
+) -> Iterator[Step]:
+    """Walk the table from ``x_start``, one :class:`Step` at a time. To stop, stop asking.
+
+    Args:
+        backend: computes the network's answer.
+        table: the sampler. One with a learned σ is for a network that answers ``var``.
+        x_start: float32 [B, C, H, W], the state at the table's first timestep.
+        seed: of the noise.
+        images: int64 [B], the index of each image: with the seed it fixes the image's noise.
+        clip: the largest |x̂_0|, or None.
+        extras: what the network is told beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`. ``x0_prev`` is x̂_0
+            of the step before, as the chain keeps it, and 0 in the first (Chen et al. 2022, "Analog bits").
+        given: the rest of it, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
+
+    Raises:
+        InputError: ``given`` is not what ``extras`` ask for.
+        NumericError: the network's answer was not finite, or its second one was not.
+        BackendError: the network could not be run.
+    """
+    batch, *chw = x_start.shape
+    learned = None if table.learned is None else table.learned.astype(np.float32)
+    check_given(extras, given, batch)
+    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]), var=learned is not None, extras=extras)
+    x, out, var = buffers.x, buffers.out, buffers.var
+    x[...] = x_start
+    for name, value in given.items():
+        getattr(buffers, name)[...] = value
+    x0, x_next = buffers.x0_prev, np.empty_like(x)
+    if x0 is None:
+        x0 = np.empty_like(x)
+    limit = np.inf if clip is None else clip
+    backend.bind(buffers)
+    rows = table.rows.astype(np.float32)
+    draws = _noise(seed, images, table, int(np.prod(chw)))
+    for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
+        buffers.t.fill(t)
+        backend.enqueue()
+        if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
+            raise NumericError(
+                f"the network's answer at t = {t} is not finite",
+                note=f"step {index + 1} of {len(table)}; {backend.description}",
+                hint="if the file is fp16, try fp32: an activation may exceed 65504",
+            )
+        z = sigma = None
+        if row[4] != 0:
+            z = next(draws).reshape(x.shape)
+        # the finite check says it better; not across the yield, where these settings would be the caller's
+        with np.errstate(over="ignore", invalid="ignore"):
+            if z is not None and learned is not None and var is not None:
+                sigma = learned_sigma(learned[index], var)
+            update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
+        yield Step(t, x, x0, x_next)
+        x[...] = x_next

@@ -1,0 +1,211 @@
+"""Who runs the chain of one batch: the host in NumPy, here, or a GPU, in :mod:`ddpmx.cuda.device_runner`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.arrays.device_array import DeviceArray
+from ddpmx.backends.base import Backend, RowByRow, SharedBackend
+from ddpmx.diffusion.samplers import Table
+from ddpmx.errors import BackendError, Cancelled, InputError
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.chain import Step
+from ddpmx.sampling.pixels import to_nhwc
+
+if TYPE_CHECKING:
+    from ddpmx.device.driver import Driver
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chain.
+
+    Attributes:
+        table: the sampler.
+        seed: of the noise.
+        images: int64 [n], the index of each image.
+        batch: at how many images at once the network is to run, if neighbours make a difference; n or more.
+        progress: called with (steps done, steps in all).
+        cancel: asked again and again; True stops the chain.
+        after: streams of the GPU whose work so far has to be done before what the user gave is touched.
+        given: what the network is told of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of
+            such an array where the chain runs.
+    """
+
+    table: Table
+    seed: int
+    images: NDArray[np.int64]
+    batch: int
+    progress: Callable[[int, int], None] | None = None
+    cancel: Callable[[], bool] | None = None
+    after: tuple[int, ...] = ()
+    given: Mapping[str, NDArray[Any] | int] = field(default_factory=dict)
+
+
+def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
+    """The largest batch up to ``wanted`` that a network takes, or else its smallest.
+
+    Args:
+        ranges: the smallest and the largest batch of each range that it takes.
+        wanted: images at once.
+    """
+    fewer = [min(high, wanted) for low, high in ranges if low <= wanted]
+    return max(fewer) if fewer else min(low for low, _ in ranges)
+
+
+def rows(array: NDArray[Any] | int, part: slice, dims: tuple[int, ...]) -> NDArray[Any] | int:
+    """Some images' rows of an array, or of one at an address, with ``dims`` numbers of four bytes for each image."""
+    return array + 4 * math.prod(dims) * int(part.start) if isinstance(array, int) else array[part]
+
+
+class Runner(Protocol):
+    """Runs chains. For one thread at a time."""
+
+    @property
+    def description(self) -> str:
+        """What really computes, for people."""
+
+    @property
+    def driver(self) -> Driver | None:
+        """The GPU it runs on, whose addresses may be given for arrays; None on the host."""
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Smallest and largest batch of each range that the network takes."""
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """Run a chain to its end. Images beside an image make no difference to it.
+
+        Args:
+            job: which.
+            x: float32 [n, C, H, W], the state to begin with; by default x_T ~ N(0, I).
+            levels: uint8 [n, H, W, C], where the images go.
+
+        Raises:
+            NumericError: the network's answer was not finite.
+            Cancelled: ``cancel`` said so.
+            BackendError: the network could not be run.
+        """
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
+        """The same chain step by step; ``progress`` and ``cancel`` are not asked. The arrays are the runner's own."""
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """A new uint8 array on the GPU.
+
+        Raises:
+            InputError: there is none.
+            BackendError: its memory does not suffice.
+        """
+
+    def share(self) -> Runner:
+        """Another runner of the same network, for another thread. The network is closed with the last of them."""
+
+    def close(self) -> None:
+        """Free everything. Again is harmless."""
+
+
+class HostRunner:
+    """The chain in NumPy.
+
+    Args:
+        backend: computes ε; closed with the runner.
+        spec: the model.
+    """
+
+    def __init__(self, backend: Backend, spec: ModelSpec) -> None:
+        self._backend, self._spec = backend, spec
+        self._executed: dict[tuple[int, int], int] = {}
+
+    @property
+    def description(self) -> str:
+        """The backend's."""
+        return self._backend.description
+
+    @property
+    def driver(self) -> Driver | None:
+        """None."""
+        return None
+
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """Any."""
+        return ((1, 1 << 32),)
+
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+        """See :meth:`Runner.run`."""
+        if isinstance(levels, int):
+            raise InputError("the chain runs on the CPU, and the images were to go to a GPU")
+        with contextlib.closing(self.steps(job, x=x)) as steps:
+            for done in range(len(job.table)):
+                if job.cancel is not None and job.cancel():
+                    raise Cancelled("stopped before the chain was through")
+                step = next(steps)
+                if job.progress is not None:
+                    job.progress(done + 1, len(job.table))
+        # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that stops
+        # short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
+        levels[...] = to_nhwc(step.x0)
+
+    def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
+        """See :meth:`Runner.steps`."""
+        if isinstance(x, int):
+            raise InputError("the chain runs on the CPU, and its first state lies on a GPU")
+        n, indices = len(job.images), job.images
+        executed = self._measured(n, job.batch)
+        backend = RowByRow(self._backend) if executed < n else self._backend
+        given: dict[str, NDArray[Any]] = {}
+        for name, array in job.given.items():
+            if isinstance(array, int):
+                raise InputError(f"the chain runs on the CPU, and its {name} lies on a GPU")
+            given[name] = _filled(array, executed)
+        indices = _filled(indices, executed)
+        x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _filled(x, executed)
+        yield from (
+            Step(step.t, step.x[:n], step.x0[:n], step.x_next[:n])
+            for step in chain.run(
+                backend,
+                job.table,
+                x,
+                seed=job.seed,
+                images=indices,
+                clip=self._spec.clip,
+                extras=self._spec.extras,
+                given=given,
+            )
+        )
+
+    def array(self, shape: tuple[int, ...]) -> DeviceArray:
+        """None: see :meth:`Runner.array`."""
+        raise InputError(
+            "the chain runs on the CPU, and its images are there", hint="on_device needs an engine on a GPU"
+        )
+
+    def share(self) -> HostRunner:
+        """See :meth:`Runner.share`."""
+        if not isinstance(self._backend, SharedBackend):
+            raise BackendError(f"{self.description} serves one thread", hint="load the file again for another")
+        return HostRunner(self._backend.share(), self._spec)
+
+    def close(self) -> None:
+        """Close the backend."""
+        self._backend.close()
+
+    def _measured(self, n: int, batch: int) -> int:
+        """At which batch size to run n images; measured once for every size."""
+        if (n, batch) not in self._executed:
+            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, n, batch)
+        return self._executed[n, batch]
+
+
+def _filled(array: NDArray[Any], executed: int) -> NDArray[Any]:
+    """As many rows as the network runs: the last one fills up."""
+    return np.concatenate([array, np.repeat(array[-1:], max(0, executed - len(array)), axis=0)])

@@ -1,0 +1,218 @@
+"""What is here, and what is missing for what. Every library is tried in a process of its own: a broken one may crash."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ddpmx
+from ddpmx.device.discovery import gpus
+from ddpmx.trt.compat import install_hint
+
+# With -c the current folder is searched first, and whatever lies there would be run.
+_ALONE = "import sys; sys.path[:] = [p for p in sys.path if p]; import json"
+_TIMEOUT = 120  # seconds; importing torch on a cold Jetson takes one
+
+_PROBES = {
+    "torch": """
+import torch
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}))
+""",
+    "onnxruntime": """
+import onnxruntime
+print(json.dumps({"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}))
+""",
+    "chains on the GPU": """
+from ddpmx import errors
+from ddpmx.device.driver import Driver
+from ddpmx.cuda.executors import why_no_while
+from ddpmx.cuda.kernels import Kernels
+try:
+    with Driver() as driver:
+        said = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels.of(driver))}
+except errors.BackendError as error:
+    said = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
+print(json.dumps(said))
+""",
+    **{
+        flavour: f"""
+from ddpmx import errors
+from ddpmx.trt import library as tensorrt_library
+try:
+    library = tensorrt_library.load({flavour!r})
+    said = {{"version": library.version, "libraries": tensorrt_library.loaded_from()}}
+except errors.BackendError as error:
+    said = {{"missing": error.note}}
+print(json.dumps(said))
+"""
+        for flavour in ("TensorRT", "TensorRT-RTX")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that somebody may want to do.
+
+    Attributes:
+        what: the commands.
+        works: whether all that they need is here.
+        why: what they would use, or what is missing.
+        fix: what to install.
+    """
+
+    what: str
+    works: bool
+    why: str
+    fix: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found.
+
+    Attributes:
+        machine: facts about Python, the system and the GPUs.
+        libraries: what each probe said; ``{"missing": why}`` where it failed.
+        findings: what works, and what does not.
+    """
+
+    machine: dict[str, Any]
+    libraries: dict[str, dict[str, Any]]
+    findings: list[Finding] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def examine() -> Report:
+    """Look around. Takes some seconds; never raises for what it finds."""
+    found = gpus()
+    machine = {
+        "ddpmx": ddpmx.__version__,
+        "python": f"{platform.python_version()} {sys.executable}",
+        "platform": platform.platform(),
+        "venv": sys.prefix != sys.base_prefix,
+        "jetson": _jetson(),
+        "gpus": [asdict(device) for device in found.devices],
+        "driver_cuda": found.cuda,
+        "gpu_trouble": found.trouble,
+    }
+    libraries = {name: _probe(code) for name, code in _PROBES.items()}
+    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib"):
+        libraries[package] = _package(package)
+    return Report(machine, libraries, _findings(machine, libraries))
+
+
+def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> list[Finding]:
+    def missing(*names: str) -> list[str]:
+        return [name for name in names if "missing" in libraries[name]]
+
+    gpu, no_gpu = bool(machine["gpus"]), machine["gpu_trouble"]
+    torch, ort = libraries["torch"], libraries["onnxruntime"]
+    findings = []
+    for what, needs, here in (
+        ("train", ("torch", "safetensors"), f"on the {'GPU' if torch.get('gpu') else 'CPU'}"),
+        ("export", ("torch", "safetensors", "onnx", "onnxscript"), ""),
+    ):
+        if lacks := missing(*needs):
+            findings.append(Finding(what, False, f"without {', '.join(lacks)}", f"pip install {' '.join(needs)}"))
+        else:
+            findings.append(Finding(what, True, f"torch {torch['version']} {here}".strip()))
+    findings.append(
+        Finding("generate, parity with an .onnx on the CPU", False, "without onnxruntime", "pip install onnxruntime")
+        if "missing" in ort
+        else Finding("generate, parity with an .onnx on the CPU", True, f"onnxruntime {ort['version']}")
+    )
+    cuda = "CUDAExecutionProvider" in ort.get("providers", ())
+    if cuda and gpu:
+        findings.append(
+            Finding("generate --provider cuda", True, "its provider is listed; only a run shows whether it works")
+        )
+    else:
+        findings.append(
+            Finding(
+                "generate --provider cuda",
+                False,
+                no_gpu or "this onnxruntime has no CUDA provider",
+                None if no_gpu else "pip uninstall onnxruntime; pip install 'onnxruntime-gpu[cuda,cudnn]'",
+            )
+        )
+    findings.append(_chains(libraries))
+    for flavour in ("TensorRT", "TensorRT-RTX"):
+        library = libraries[flavour]
+        if "missing" in library:
+            findings.append(Finding(f"build with {flavour}", False, library["missing"], install_hint(flavour)))
+            continue
+        here = f"{flavour} {library['version']} from {', '.join(library['libraries']) or 'a place that is not shown'}"
+        works = gpu or flavour == "TensorRT-RTX"
+        findings.append(Finding(f"build with {flavour}", works, here if works else f"{here}, but {no_gpu}"))
+        if len(library["libraries"]) > 1:
+            findings.append(
+                Finding(f"{flavour} alone", False, "two of its libraries are loaded at once", "remove one of them")
+            )
+    return findings
+
+
+def _chains(libraries: dict[str, dict[str, Any]]) -> Finding:
+    """Whether plans run here, and by which executor."""
+    what, chains = "generate, parity, bench with a .plan", libraries["chains on the GPU"]
+    if "missing" in chains:
+        return Finding(what, False, chains["missing"])
+    here = [flavour for flavour in ("TensorRT", "TensorRT-RTX") if "missing" not in libraries[flavour]]
+    if not here:
+        return Finding(what, False, "without TensorRT", install_hint(None))
+    why = chains["why_no_while"]
+    executor = "a whole chain in one launch (executor while)" if why is None else f"executor graph; not while: {why}"
+    return Finding(what, True, f"{' and '.join(here)}, {executor}")
+
+
+def _probe(code: str) -> dict[str, Any]:
+    """What ``code`` prints as JSON on its last line, run by a Python of its own."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _ALONE + code],
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIMEOUT,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {"missing": f"it does not come back: {error}"[:300]}
+    if done.returncode == 0:
+        try:
+            values = json.loads(done.stdout.strip().splitlines()[-1])
+            assert isinstance(values, dict)
+        except (ValueError, IndexError, AssertionError):
+            return {"missing": f"it says {done.stdout.strip()[-200:]!r}"}
+        return values
+    if done.returncode < 0:
+        return {"missing": f"importing it crashes Python (signal {-done.returncode})"}
+    return {"missing": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
+
+
+def _package(name: str) -> dict[str, Any]:
+    try:
+        return {"version": metadata.version(name)}
+    except metadata.PackageNotFoundError:
+        return {"missing": "not installed"}
+
+
+def _jetson() -> str | None:
+    """Which Jetson this is, and its L4T, if it is one."""
+    facts = []
+    for file in ("/proc/device-tree/model", "/etc/nv_tegra_release"):
+        try:
+            facts.append(Path(file).read_text(errors="replace").strip("\0\n ").splitlines()[0])
+        except (OSError, IndexError):
+            continue
+    return "; ".join(facts) if len(facts) == 2 or any("Jetson" in fact for fact in facts) else None

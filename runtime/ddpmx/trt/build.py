@@ -1,0 +1,535 @@
+"""model.onnx → model.plan: TensorRT's builder, of either flavour and of any version from 10.3 on, in one code path.
+
+It lives in the runtime because engines do not travel: a Jetson builds its own, and has neither torch nor onnx. Precision
+stands in the graph (the network is strongly typed), so the builder has no say in it, and is checked all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpmx.device.discovery import Gpus, gpus
+from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
+from ddpmx.formats import model_file, onnx_file, plan_file
+from ddpmx.formats.atomic import atomic_write, check_replaceable, make_folder
+from ddpmx.formats.envelope import seal
+from ddpmx.formats.plan_file import MAX_BATCH, RECORD_PREFIX, EngineRecord, PlanInfo, sidecar_path
+from ddpmx.formats.spec import MAX_TEXT, ModelSpec, extra_type
+from ddpmx.trt import library as trt_library
+from ddpmx.trt.library import Library, host_platform
+from ddpmx.trt.precision import assert_precision, check_weights
+
+USED = {
+    "Builder": (
+        "create_network",
+        "create_builder_config",
+        "create_optimization_profile",
+        "build_serialized_network",
+    ),
+    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
+    "BuilderFlag": ("TF32", "REFIT", "STRIP_PLAN", "REFIT_IDENTICAL"),
+    "MemoryPoolType": ("WORKSPACE",),
+    "DataType": ("FLOAT", "INT32"),
+    "INetworkDefinition": (
+        "name",
+        "num_layers",
+        "num_inputs",
+        "get_input",
+        "num_outputs",
+        "get_output",
+    ),
+    "ITensor": ("name", "dtype", "shape"),
+    "IBuilderConfig": (
+        "set_flag",
+        "clear_flag",
+        "set_memory_pool_limit",
+        "add_optimization_profile",
+        "create_timing_cache",
+        "set_timing_cache",
+        "get_timing_cache",
+        "builder_optimization_level",
+        "progress_monitor",
+    ),
+    "IOptimizationProfile": ("set_shape",),
+    "ITimingCache": ("serialize",),
+    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
+    "ParserError": ("desc", "node", "node_name", "node_operator"),
+    "IHostMemory": ("nbytes",),
+    "ILogger": ("log", "Severity"),
+    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
+}
+"""Every name of TensorRT that this module touches; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
+
+_TURING_HINT = "TensorRT-RTX multiplies no float32 matrices on 7.5: `ddpmx export --fp16 --time-table` leaves none"
+
+SMALLEST_BF16 = (10, 13)
+"""The first release that takes bfloat16 through InstanceNormalization. JetPack 6 has 10.3."""
+
+_LONGEST_NAME = 230  # bytes: what is added while it is written has to fit into 255
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build.
+
+    Attributes:
+        batch: smallest, best and largest batch; by default 1 and what :func:`default_batch` says.
+        targets: compute capabilities to build for, TensorRT-RTX only: ("8.6", "8.9"). By default one plan for 8.0 and
+            everything after it. TensorRT builds for the GPU that is here.
+        workspace: bytes of scratch memory that the builder may plan with; None leaves it to the library.
+        level: the builder's effort, 0…5; None leaves it to the library.
+        tf32: let float32 products be rounded to 10 bits of mantissa. Off, since it is on in TensorRT by default and
+            costs the precision that an fp32 file promises.
+        refit: weights can be exchanged later.
+        strip: a plan without weights, to be filled from the ONNX file when it is loaded.
+        timing_cache: a folder for what the builder measured, so that the next build is faster; None for none.
+    """
+
+    batch: tuple[int, int, int] | None = None
+    targets: tuple[str, ...] = ()
+    workspace: int | None = None
+    level: int | None = None
+    tf32: bool = False
+    refit: bool = False
+    strip: bool = False
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InputError: out of range.
+        """
+        batch = self.batch
+        if batch is not None and not (
+            len(batch) == 3
+            and all(type(n) is int for n in batch)
+            and 1 <= batch[0] <= batch[1] <= batch[2] <= MAX_BATCH
+        ):
+            raise InputError(
+                f"the batch must be three rising whole numbers from 1 to {MAX_BATCH}, not {batch!r}",
+                hint="smallest, best, largest: 1,16,64",
+            )
+        for target in self.targets:
+            if not re.fullmatch(r"\d{1,2}\.\d", target):
+                raise InputError(f"{target!r} is no compute capability", hint="one like 8.6")
+        if self.workspace is not None and not 1 << 20 <= self.workspace <= 1 << 40:
+            raise InputError(f"a workspace of {self.workspace} bytes cannot be", hint="1 MB … 1 TB")
+        if self.level is not None and not 0 <= self.level <= 5:
+            raise InputError(f"the builder's level is 0…5, not {self.level}")
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of it.
+
+    Attributes:
+        info: what the plan says about itself.
+        seconds: how long parsing and building took; 0 if the plan was already there.
+        reused: whether it was.
+        precision: how its precision was ascertained, for people.
+    """
+
+    info: PlanInfo
+    seconds: float
+    reused: bool
+    precision: str
+
+
+def default_batch(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """1, what a pipeline runs at once by default, and up to 64: fewer of large images, whose activations fill memory."""
+    largest = int(np.clip((1 << 22) // np.prod(shape), 1, 64))
+    return 1, min(16, largest), largest
+
+
+def build(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    options: BuildOptions | None = None,
+    *,
+    library: Library | None = None,
+    devices: Gpus | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Built:
+    """Build a plan from an ONNX file that describes itself.
+
+    Args:
+        path: the ONNX file.
+        output: the plan to write; by default beside the ONNX file. It appears only when it is whole.
+        options: how.
+        library: which TensorRT; by default the one that is here.
+        devices: the GPUs, for those who know better than the driver.
+        force: build even if the plan is there and would come out the same.
+        progress: called with (what is being done, steps done, steps in all).
+        cancel: asked at every step; True stops the build.
+
+    Raises:
+        FileFormatError, SpecError: the file is damaged, foreign, or TensorRT's parser refuses it.
+        BackendError: there is no TensorRT, or it cannot build this here, or did not keep the precision.
+        OutputError: the plan cannot be written.
+        Cancelled: ``cancel`` said so.
+    """
+    options = options or BuildOptions()
+    path = Path(path)
+    if model_file.identify(path) != "onnx":
+        raise FileFormatError(f"{path}: not an ONNX file", hint="engines are built from what `ddpmx export` writes")
+    real = path.resolve()  # weights lie beside the file itself, not beside a link to it
+    info = onnx_file.read_onnx(real)
+    weights = onnx_file.check_external(real, info)
+    # a link to a plan stays one; the sidecar lies beside what it leads to
+    output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
+    _check_output(output, [real, *weights])
+    spec = onnx_file.onnx_spec(path, info)
+    check_weights(path, spec, info)
+    library = library or trt_library.load()
+    devices = devices or gpus()
+    _check_possible(library, spec, options, devices)
+    record = _record(path, [real, *weights], spec, library, options, devices)
+    if not force and (there := _already(output, record)):
+        return Built(there, 0.0, True, "as when it was built")
+    begun = time.monotonic()
+    name = f"{spec.to_text()} {seal(RECORD_PREFIX, record.to_json())}"
+    if len(name) > MAX_TEXT:
+        raise SpecError(f"{path}: what its plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
+    plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
+    precision = assert_precision(plan, spec, info, library, stripped=options.strip)
+    seconds = time.monotonic() - begun
+    _write(output, plan, spec, record, {"seconds": round(seconds, 2), "layers": layers, "precision": precision})
+    return Built(plan_file.read_plan(output), seconds, False, precision)
+
+
+def _build(
+    path: Path,
+    name: str,
+    spec: ModelSpec,
+    record: EngineRecord,
+    library: Library,
+    options: BuildOptions,
+    devices: Gpus,
+    progress: Callable[[str, int, int], None] | None,
+    cancel: Callable[[], bool] | None,
+) -> tuple[Any, int]:
+    """Parse and build. (the plan's bytes, how many layers it had before fusion)"""
+    trt = library.trt
+    library.logger.lines.clear()
+    builder = library.made("builder", lambda: trt.Builder(library.logger))
+    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = library.made("network", lambda: builder.create_network(strongly_typed))
+    parser = library.made("parser", lambda: trt.OnnxParser(network, library.logger))
+    try:
+        with _signals_held():
+            parsed = parser.parse_from_file(os.fspath(path))
+    except (TypeError, UnicodeError) as error:
+        raise FileFormatError(f"{str(path)!a}: {library} takes file names in UTF-8 only", hint="rename it") from error
+    if not parsed:
+        raise FileFormatError(
+            f"{path}: {library}'s parser refuses this file",
+            note=_parser_errors(parser) or library.last_words(),
+            hint="export it again with this ddpmx, which keeps to operators that TensorRT 10.3 knows",
+        )
+    network.name = name
+    _check_network(path, network, spec, trt)
+    config = library.made("configuration", builder.create_builder_config)
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        image = tuple(tensor.shape)[1:]
+        profile.set_shape(tensor.name, *((n, *image) for n in record.batch))
+    config.add_optimization_profile(profile)
+    _set_flags(config, trt, options)
+    if library.is_rtx:
+        _set_targets(config, trt, options)
+    cache = _TimingCache(options.timing_cache, library, devices, config)
+    with _signals_held() as held:
+        monitor = _monitor(trt, progress, lambda: bool(held) or (cancel is not None and cancel()))
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+    if monitor.error is not None:
+        raise monitor.error
+    if monitor.stopped:
+        raise Cancelled("the build was stopped; nothing was written")
+    if plan is None:
+        raise BackendError(
+            f"{library} could not build an engine from {path}",
+            note=library.last_words(),
+            hint=_TURING_HINT
+            if "7.5" in record.targets
+            else "`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or another --workspace",
+        )
+    cache.save(config)
+    return plan, network.num_layers
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Keep SIGINT and SIGTERM until C++ has come back, and raise them then.
+
+    Python runs a signal's handler at the first instruction of whatever it does next, which may be a callback: TensorRT
+    would print the handler's exception and go on.
+    """
+    held: list[int] = []
+    before: dict[int, Any] = {}
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(name) in (signal.SIG_IGN, None):
+                continue
+            before[name] = signal.signal(name, lambda got, _: held.append(got))
+    except ValueError:  # not the main thread, where no handlers run
+        pass
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+def _check_output(output: Path, inputs: list[Path]) -> None:
+    if output.is_dir():
+        raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.plan'}")
+    if not output.parent.is_dir():
+        raise OutputError(f"{output}: there is no folder {output.parent}")
+    for written in (output, sidecar_path(output)):
+        if written.exists() and not written.is_file():
+            raise OutputError(f"{written}: stands in the way, and is no file", hint="another -o")
+        if len(os.fsencode(written.name)) > _LONGEST_NAME:
+            raise OutputError(f"{written.name[:40]}…: too long for a file's name", hint="another -o")
+        for path in inputs:
+            if written.exists() and written.samefile(path):
+                raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")
+    check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(plan_file.MAGIC))
+    check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(".json",), begins=(b"{",))
+
+
+def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, devices: Gpus) -> None:
+    """See what can be known before minutes are spent on it."""
+    if not library.is_rtx and not devices.devices:
+        raise BackendError(
+            f"{library} builds an engine on the GPU that is to run it, and there is none here",
+            note=devices.trouble,
+            hint="run `ddpmx build` on the device; TensorRT-RTX builds for RTX cards without one: "
+            "pip install tensorrt-rtx-cu13",
+        )
+    if not library.is_rtx and options.targets:
+        raise InputError(
+            f"{library} builds for the GPU that is here only", hint="leave --target away; TensorRT-RTX has it"
+        )
+    if spec.precision == "bf16" and not library.is_rtx and library.release < SMALLEST_BF16:
+        raise BackendError(
+            f"{library} builds no bfloat16 networks of this kind",
+            note="its InstanceNormalization takes float32 and float16; 10.13 is the first that takes bfloat16, "
+            "and JetPack 6 stays at 10.3",
+            hint="export with --fp16",
+        )
+    if (options.refit or options.strip) and not devices.devices:
+        raise BackendError(
+            f"{library} makes {'stripped' if options.strip else 'refittable'} plans only where there is a GPU",
+            note=f"it compiles the code that puts weights in place on the device itself; here {devices.trouble}",
+            hint="build a plan with its weights inside, or run this on the device",
+        )
+
+
+def _record(
+    path: Path, files: list[Path], spec: ModelSpec, library: Library, options: BuildOptions, devices: Gpus
+) -> EngineRecord:
+    """What the plan will say about how it was built; its key covers everything that the plan depends on."""
+    batch = options.batch or default_batch(spec.shape)
+    if library.is_rtx:
+        targets = tuple(sorted(set(options.targets), key=float)) or ("8.0+",)
+    else:
+        targets = (devices.devices[0].sm,)
+    # where the files are called what is part of the graph only for those beside it
+    digests = [model_file.sha256(files[0]), *(f"{f.name} {model_file.sha256(f)}" for f in sorted(files[1:]))]
+    settings = dataclasses.asdict(options)
+    record = EngineRecord(
+        flavour=library.flavour,
+        version=_full_version(library),
+        targets=tuple(targets),
+        platform=host_platform(),
+        batch=batch,
+        onnx=hashlib.sha256("\n".join(digests).encode()).hexdigest() if len(digests) > 1 else digests[0],
+        source=path.name if plan_file.is_plain_name(path.name) else "model.onnx",
+        options={name: settings[name] for name in ("workspace", "level", "tf32", "refit", "strip")},
+        key="",
+    )
+    told = {name: value for name, value in record.to_json().items() if name not in ("key", "source")}
+    # the device's name too: two GPUs of one SM may get other kernels
+    told["device"] = devices.devices[0].name if devices.devices and not library.is_rtx else None
+    told["spec"] = spec.to_json()
+    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return dataclasses.replace(record, key=key)
+
+
+def _full_version(library: Library) -> str:
+    version = re.match(r"\d+(\.\d+){1,3}", library.version)
+    if version is None:
+        raise BackendError(f"{library.flavour} says that its version is {library.version!r}")
+    return version[0]
+
+
+def _already(output: Path, record: EngineRecord) -> PlanInfo | None:
+    """The plan that is there, if it is what would be built."""
+    if not output.is_file():
+        return None
+    try:
+        info = plan_file.read_plan(output)
+    except DdpmxError:
+        return None
+    return info if info.engine.key == record.key else None
+
+
+def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
+    """What the parser understood: the contract's inputs of the right types, float32 out, and only the batch left open."""
+    faults = []
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        wanted = trt.DataType.INT32 if extra_type(tensor.name) is np.int32 else trt.DataType.FLOAT
+        dims, image = _dims(tensor), spec.inputs.get(tensor.name)
+        if image is None or tensor.dtype != wanted or dims != [-1, *image]:
+            faults.append(f"{tensor.name}: {tensor.dtype} {dims}")
+    for index in range(network.num_outputs):
+        tensor = network.get_output(index)
+        if tensor.dtype != trt.DataType.FLOAT:
+            faults.append(f"{tensor.name}: {tensor.dtype}")
+    if faults or network.num_inputs != len(spec.inputs) or network.num_outputs != len(spec.outputs):
+        raise FileFormatError(
+            f"{path}: TensorRT reads other inputs and outputs from this file than the contract asks for",
+            note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",
+        )
+
+
+def _dims(tensor: Any) -> list[int]:
+    try:
+        return [int(dim) for dim in tensor.shape]
+    except ValueError:  # of unknown rank: its length is negative
+        return []
+
+
+def _set_flags(config: Any, trt: Any, options: BuildOptions) -> None:
+    flags = trt.BuilderFlag
+    # TensorRT has it on by default; TensorRT-RTX has the flag too
+    (config.set_flag if options.tf32 else config.clear_flag)(flags.TF32)
+    if options.refit:
+        config.set_flag(flags.REFIT)
+    if options.strip:
+        config.set_flag(flags.STRIP_PLAN)
+        config.set_flag(flags.REFIT_IDENTICAL)  # with the same weights, no speed is lost
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+
+
+def _set_targets(config: Any, trt: Any, options: BuildOptions) -> None:
+    """TensorRT-RTX only: compute capabilities by name, SM86 for 8.6."""
+    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
+    names = ["SM" + target.replace(".", "") for target in options.targets]
+    if unknown := [target for target, name in zip(options.targets, names, strict=True) if name not in known]:
+        raise InputError(
+            f"TensorRT-RTX builds nothing for compute capability {unknown[0]}",
+            note=f"it knows {', '.join(f'{name[2:-1]}.{name[-1]}' for name in known)}",
+            hint="without --target the plan is for 8.0 and everything after it",
+        )
+    if names:
+        config.num_compute_capabilities = len(names)
+        for index, name in enumerate(names):
+            config.set_compute_capability(known[name], index)
+
+
+def timing_cache_name(library: Library, devices: Gpus) -> str:
+    """What was measured with one version on one architecture says nothing about others."""
+    return f"{library.flavour}-{library.version}-sm{devices.devices[0].sm}.timing".lower()
+
+
+class _TimingCache:
+    """What the builder measured earlier, in a file per library version and SM. TensorRT-RTX measures nothing."""
+
+    def __init__(self, folder: Path | None, library: Library, devices: Gpus, config: Any) -> None:
+        self._file = self._cache = None
+        if folder is None or library.is_rtx:
+            return
+        try:
+            self._file = make_folder(folder) / timing_cache_name(library, devices)
+        except OutputError:
+            return  # it only saves time
+        data = b""
+        with contextlib.suppress(OSError):
+            data = self._file.read_bytes()
+        for content in (data, b""):  # one that it refuses is as good as none
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                self._cache = cache  # the configuration knows it by address only
+                break
+
+    def save(self, config: Any) -> None:
+        """Keep what is known now."""
+        if self._file is not None and (cache := config.get_timing_cache()) is not None:
+            with contextlib.suppress(OutputError), atomic_write(self._file) as stream:
+                stream.write(memoryview(cache.serialize()))
+
+
+def _monitor(trt: Any, progress: Callable[[str, int, int], None] | None, cancel: Callable[[], bool] | None) -> Any:
+    """An IProgressMonitor. An exception must not leave a callback: C++ stands behind it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.stopped = False
+            self.error: BaseException | None = None
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                if cancel is not None and cancel():
+                    self.stopped = True
+                elif progress is not None:
+                    progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
+            except BaseException as error:
+                self.stopped, self.error = True, error
+            return not self.stopped
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def _parser_errors(parser: Any) -> str:
+    """Everything that the parser has to say, which is a list, and not its last line."""
+    said = []
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        where = f"node {error.node()} {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "model"
+        said.append(f"{where}: {error.desc()}")
+    return "; ".join(said)
+
+
+def _write(output: Path, plan: Any, spec: ModelSpec, record: EngineRecord, extra: dict[str, Any]) -> None:
+    """The plan and its sidecar, never one with another's: without a sidecar a plan is good, with a wrong one it is not."""
+    view = memoryview(plan)
+    values = plan_file.sidecar_json(view.nbytes, spec, record, extra)
+    with atomic_write(output) as stream:
+        stream.write(view)
+        stream.flush()
+        sidecar_path(output).unlink(missing_ok=True)
+    with atomic_write(sidecar_path(output)) as stream:
+        stream.write((json.dumps(values, indent=2) + "\n").encode())

@@ -1,0 +1,516 @@
+"""ONNX Runtime on a GPU, without one: whole chains through a fake ONNX Runtime on a fake driver, and its real names.
+
+Control flow is what is tested: what is asked of ONNX Runtime, when it is believed, what is refused, and that nothing leaks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpmx.backends import ort_device
+from ddpmx.backends.base import Buffers, CopyingBackend
+from ddpmx.backends.ort import OrtBackend, open_onnx
+from ddpmx.backends.ort_common import NAMES, PROVIDERS
+from ddpmx.backends.ort_device import OrtDevice
+from ddpmx.cuda.device_chain import DeviceChain
+from ddpmx.cuda.executors import choose_executor
+from ddpmx.cuda.kernels import Kernels
+from ddpmx.device.driver import Driver
+from ddpmx.errors import BackendError, Cancelled, InputError
+from ddpmx.sampling.pixels import to_nhwc
+from oracles import gaussian, told, wire
+from oracles.cuda_on_host import Toy
+from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
+from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
+
+
+@pytest.fixture
+def fake_ort(fake, monkeypatch):
+    """ONNX Runtime is the fake one, and so is the GPU of whoever brings none."""
+    ort = FakeOrt(fake)
+    monkeypatch.setitem(sys.modules, "onnxruntime", ort)
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", ort)
+    monkeypatch.setattr(ort_device, "Driver", lambda: Driver(library=fake))
+    return ort
+
+
+@pytest.fixture
+def opened(fake_ort):
+    """``opened(provider="cuda", …)``: devices that are closed at the end."""
+    devices = []
+
+    def make(**given):
+        devices.append(OrtDevice("model.onnx", "eps", shape=SHAPE, **given))
+        return devices[-1]
+
+    yield make
+    for device in devices:
+        device.close()
+
+
+class Chain:
+    """A chain on the device's GPU, in its stream, and its network."""
+
+    def __init__(self, device, *, batch=3):
+        self.device = device
+        self.chain = DeviceChain(
+            device.driver, Kernels(device.driver), SHAPE, batch, TABLE, extras=device.extras, stream=device.stream
+        )
+        with device.driver.current():
+            self.network = device.network(batch, **self.chain.at, extras=self.chain.extras, stream=device.stream)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.network.close()
+        self.chain.close()
+
+
+# --- whole chains ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", [*PROVIDERS, CUDA])
+def test_a_chain_gives_numpy_s_bits(opened, provider):
+    device = opened(provider=provider)
+    with Chain(device) as c:
+        assert choose_executor(c.chain, c.network.enqueue, among=device.executors).executor == "plain"
+        got = c.chain.run(seed=5, images=IMAGES)
+        assert got.tobytes() == to_nhwc(expected().x0).tobytes()
+    assert device.description == f"onnxruntime 1.31.1, {NAMES.get(provider, provider)}"
+
+
+@pytest.mark.parametrize("kind", told.KINDS)
+def test_a_chain_is_told_what_its_network_asks_for(opened, kind):
+    spec = gaussian.SPEC.replace(shape=SHAPE, **told.KINDS[kind])
+    given = told.given(spec)
+    wanted = expected(extras=spec.extras, given=given)
+    with Chain(opened(extras=spec.extras)) as c:
+        choose_executor(c.chain, c.network.enqueue, "plain")
+        for _ in range(2):
+            assert c.chain.run(seed=5, images=IMAGES, given=given).tobytes() == to_nhwc(wanted.x0).tobytes()
+
+
+@pytest.mark.parametrize("executor", ["graph", "while"])
+def test_a_capture_is_refused_and_plain_runs_after_it(opened, fake_ort, executor):
+    """Captured, ONNX Runtime's own work would be repeated: it frees host buffers in the stream."""
+    device = opened()
+    with Chain(device) as c:
+        runs = fake_ort.runs
+        with pytest.raises(BackendError, match="cannot be captured") as caught:
+            choose_executor(c.chain, c.network.enqueue, executor)
+        assert "--executor plain" in caught.value.hint
+        assert fake_ort.runs == runs + 1, "it ran while the stream was captured"
+        assert choose_executor(c.chain, c.network.enqueue, among=(executor, "plain")).executor == "plain"
+        assert c.chain.run(seed=5, images=IMAGES).tobytes() == to_nhwc(expected().x0).tobytes()
+
+
+def test_a_run_waits_for_nothing(opened, fake, fake_ort):
+    device = opened()
+    with Chain(device) as c, device.driver.current():
+        c.chain.prepare(c.network.enqueue, "plain")
+        waits = fake.count("cuStreamSynchronize", "cuEventSynchronize")
+        launched = fake.launches.count("engine")
+        for _ in range(3):
+            c.network.enqueue(device.stream)
+        assert fake.count("cuStreamSynchronize", "cuEventSynchronize") == waits
+        assert fake.launches.count("engine") == launched
+        device.driver.wait_for_stream(device.stream)
+        assert fake.launches.count("engine") == launched + 3
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_a_run_that_is_refused_ends_the_chain_and_leaves_the_device_usable(opened, fake_ort, at):
+    device = opened()
+    with Chain(device) as c:
+        c.chain.prepare(c.network.enqueue, "plain")
+        fake_ort.refuse_at = fake_ort.runs + at
+        with pytest.raises(BackendError, match="failed to run the network") as caught:
+            c.chain.run(seed=5, images=IMAGES)
+        assert "Failed to allocate memory" in caught.value.note
+        assert "smaller batch" in caught.value.hint
+        got = c.chain.run(seed=5, images=IMAGES)
+        assert got.tobytes() == to_nhwc(expected().x0).tobytes()
+
+
+def test_a_chain_can_be_cancelled(opened):
+    with Chain(opened()) as c:
+        c.chain.prepare(c.network.enqueue, "plain")
+        with pytest.raises(Cancelled):
+            c.chain.run(seed=5, images=IMAGES, cancel=lambda: True)
+
+
+def test_on_host_arrays_it_answers_as_the_network_does_at_every_batch(opened):
+    device = opened(variance=True)
+    backend, toy = CopyingBackend(device), Toy(SHAPE)
+    for batch in (1, 3, 2):
+        got, want = (Buffers.of(batch, SHAPE, var=True) for _ in range(2))
+        got.x[...] = want.x[...] = np.random.default_rng(batch).standard_normal(got.x.shape)
+        got.t[...] = want.t[...] = np.arange(batch) * 100
+        backend.bind(got)
+        backend.enqueue()
+        toy.bind(want)
+        toy.enqueue()
+        assert got.out.tobytes() == want.out.tobytes()
+        assert (got.var == 0.25).all()
+    backend.release()
+
+
+# --- what is asked of ONNX Runtime -----------------------------------------------------------------------------------
+
+
+def test_cuda_runs_in_our_stream_in_full_float32_and_the_same_way_tomorrow(opened, fake_ort, capsys):
+    device = opened(provider="cuda")
+    stream = {"device_id": "0", "user_compute_stream": str(device.stream)}
+    own = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    assert fake_ort.asked == [(CUDA, {**stream, **own})]
+    assert fake_ort.preloaded == 1
+    assert capsys.readouterr().out == "", "what preload_dlls prints is not for whoever pipes our output"
+
+
+def test_what_tensorrt_leaves_stays_on_the_gpu_in_the_same_stream(opened, fake_ort):
+    device = opened(provider="tensorrt")
+    assert [name for name, _ in fake_ort.asked] == [TENSORRT, CUDA]
+    assert {given["user_compute_stream"] for _, given in fake_ort.asked} == {str(device.stream)}
+
+
+def test_the_plugin_is_registered_once(opened, fake_ort):
+    for _ in range(2):
+        device = opened(provider="rtx")
+        given = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
+        assert fake_ort.asked == [(RTX, given)]
+    assert fake_ort.registered == 1
+
+
+def test_another_stream_is_refused(opened):
+    device = opened()
+    with Chain(device) as c, device.driver.current():
+        other = device.driver.stream()
+        for ask in (
+            lambda: c.network.enqueue(other.value),
+            lambda: device.network(3, x=1, t=1, out=1, stream=other.value),
+        ):
+            with pytest.raises(BackendError, match="its own stream"):
+                ask()
+        other.close()
+
+
+# --- believed after one run ------------------------------------------------------------------------------------------
+
+
+def test_it_has_run_once_and_waited_before_it_is_believed(opened, fake, fake_ort):
+    opened(variance=True)
+    assert (fake_ort.runs, fake.launches) == (1, ["engine"])
+    assert fake.count("cuStreamSynchronize") >= 1
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("what", ["session", "bind", "run"])
+def test_a_provider_that_is_listed_and_does_not_run_is_an_error(fake, fake_ort, provider, what):
+    fake_ort.refuse = {what}
+    with pytest.raises(BackendError, match="does not run this file by") as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider=provider)
+    told = str(caught.value)
+    assert f"model.onnx: ONNX Runtime 1.31.1 does not run this file by {NAMES[provider]} here" in told
+    assert caught.value.note.endswith(f"{what} refused")
+    assert len(caught.value.note) <= 300
+    assert caught.value.hint
+    assert fake_ort.events == ([] if what == "session" else ["session"]), "the error keeps the session"
+    assert (fake.alive(), fake.retained) == ({}, 0)
+
+
+@pytest.mark.parametrize(("provider", "instead"), [("cuda", []), ("tensorrt", [CUDA]), ("rtx", [])])
+def test_a_provider_that_is_silently_replaced_is_an_error(fake_ort, monkeypatch, provider, instead):
+    """A library that does not load is no error to ONNX Runtime: it gives a session on the CPU."""
+    fake_ort.instead = instead or [CPU]
+    with pytest.raises(BackendError, match=NAMES[provider]) as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider=provider)
+    assert re.search(f"it gave .*{CPU} instead", caught.value.note)
+    assert fake_ort.runs == 0
+
+
+def test_why_a_provider_s_library_does_not_load_is_told(fake_ort, tmp_path):
+    """ONNX Runtime writes it to stderr alone, so the loader is asked again."""
+    name = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
+    (tmp_path / "capi").mkdir()
+    (tmp_path / "capi" / name).write_bytes(b"no library")
+    (tmp_path / "__init__.py").touch()
+    fake_ort.__file__, fake_ort.instead = str(tmp_path / "__init__.py"), [CPU]
+    with pytest.raises(BackendError, match="does not run this file") as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider="cuda")
+    assert caught.value.note.startswith(name)
+    assert "instead" not in caught.value.note
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_hint_is_this_machine_s(fake_ort, monkeypatch, machine):
+    monkeypatch.setattr(ort_device.platform, "machine", lambda: machine)
+    fake_ort.refuse = {"run"}
+    with pytest.raises(BackendError) as caught:
+        OrtDevice("my model.onnx", "eps", shape=SHAPE)
+    jetson = "on a Jetson, TensorRT runs this file: ddpmx build 'my model.onnx'"
+    assert (caught.value.hint == jetson) == (machine == "aarch64")
+
+
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [
+        ("cuInit", 0),
+        ("cuStreamCreate", 0),
+        ("cuStreamIsCapturing", 0),
+        ("cuMemAlloc_v2", 1),
+        ("cuMemAlloc_v2", 3),
+        ("cuMemcpyHtoDAsync_v2", 1),
+        ("cuMemcpyHtoDAsync_v2", 2),
+        ("cuMemcpyDtoHAsync_v2", 1),
+        ("cuStreamSynchronize", 0),
+    ],
+)
+def test_a_driver_that_fails_leaves_nothing(fake, fake_ort, name, at):
+    fake.fail[name] = (at, 700)
+    with pytest.raises(BackendError) as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE)
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS" in f"{caught.value.fact} {caught.value.note}"
+    if name == "cuStreamSynchronize":
+        fake.faults.clear()  # nothing can be waited for before memory is freed
+    assert (fake.alive(), fake.retained) == ({}, 0)
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("provider", ["cuda", TENSORRT])
+def test_a_build_without_the_provider_is_told_before_the_missing_driver(fake, fake_ort, provider):
+    fake_ort.listed = ["AzureExecutionProvider", CPU]
+    fake.fail["cuInit"] = (0, 100)
+    with pytest.raises(BackendError, match="ONNX Runtime has no") as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider=provider)
+    assert caught.value.note == f"version 1.31.1 has {CPU}"
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in caught.value.hint
+    assert fake.calls == []
+
+
+def test_a_missing_plugin_is_told_with_what_to_install(fake_ort, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    with pytest.raises(BackendError, match="TensorRT-RTX is not installed") as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
+    assert "onnxruntime-ep-nv-tensorrt-rtx" in caught.value.hint
+
+
+def test_an_onnxruntime_that_takes_no_plugins_is_told(fake_ort, monkeypatch):
+    monkeypatch.delattr(FakeOrt, "register_execution_provider_library")
+    with pytest.raises(BackendError, match=r"takes no providers as plugins"):
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
+
+
+@pytest.mark.parametrize(("refuse", "devices", "told"), [({"register"}, 1, "register refused"), ((), 0, "no GPU")])
+def test_a_plugin_that_does_not_come_up_is_told(fake_ort, refuse, devices, told):
+    fake_ort.refuse, fake_ort.devices = set(refuse), devices
+    with pytest.raises(BackendError, match=RTX) as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
+    assert told in caught.value.note
+
+
+def test_without_a_driver_it_says_so(fake_ort, monkeypatch):
+    no_driver()
+    monkeypatch.setattr(ort_device, "Driver", Driver)
+    with pytest.raises(BackendError, match="there is no NVIDIA driver here"):
+        OrtDevice("model.onnx", "eps", shape=SHAPE)
+
+
+def test_an_error_without_words_is_told_by_its_kind(fake_ort, monkeypatch):
+    monkeypatch.setattr(fake_ort, "InferenceSession", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(BackendError, match="does not run this file") as caught:
+        OrtDevice("model.onnx", "eps", shape=SHAPE)
+    assert caught.value.note == "MemoryError"
+
+
+def test_other_providers_are_not_for_it(fake_ort):
+    with pytest.raises(InputError, match="no provider for NVIDIA GPUs"):
+        OrtDevice("model.onnx", "eps", shape=SHAPE, provider="cpu")
+
+
+def test_what_cannot_be_preloaded_is_left_to_the_session(opened, fake_ort):
+    fake_ort.refuse = {"preload"}
+    opened()
+    assert fake_ort.runs == 1
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_closing_takes_the_session_before_the_stream_and_twice_is_harmless(fake, fake_ort):
+    device = OrtDevice("model.onnx", "eps", shape=SHAPE)
+    with device.driver.current():
+        memory = [device.driver.allocate(4 * 3 * 5 * 7, "x") for _ in range(3)]
+        x, t, out = (m.value for m in memory)
+        network = device.network(1, x=x, t=t, out=out, stream=device.stream)
+        stream = device.stream
+    device.close()  # with a network that was forgotten
+    assert fake_ort.events == ["session"]
+    assert (fake.alive(), fake.retained) == ({}, 0)
+    device.close()
+    network.close()
+    network.close()
+    with pytest.raises(BackendError, match="is closed"):
+        network.enqueue(stream)
+    with pytest.raises(BackendError, match="is closed"):
+        device.network(1, x=x, t=t, out=out, stream=stream)
+
+
+def test_a_driver_that_was_given_stays_open(fake, fake_ort):
+    with Driver(library=fake) as driver:
+        OrtDevice("model.onnx", "eps", shape=SHAPE, driver=driver).close()
+        assert (fake.alive(), fake.retained) == ({}, 1)
+        with driver.current():
+            driver.stream().close()
+
+
+# --- which backend a file gets ---------------------------------------------------------------------------------------
+
+SPEC = gaussian.SPEC.replace(shape=SHAPE)
+
+
+@pytest.mark.parametrize("providers", ["cuda", ("cuda",), ("rtx", "cpu"), (TENSORRT,)])
+def test_a_file_gets_the_gpu_that_was_asked_for(fake_ort, providers):
+    backend = open_onnx(Path("model.onnx"), SPEC, providers=providers)
+    assert isinstance(backend, CopyingBackend)
+    backend.close()
+
+
+def test_without_leave_to_fall_back_a_provider_that_fails_is_the_end(fake_ort):
+    fake_ort.refuse = {"run"}
+    with pytest.raises(BackendError, match=CUDA):
+        open_onnx(Path("model.onnx"), SPEC, providers=("cuda", "cpu"))
+
+
+def test_the_next_provider_comes_where_that_is_allowed(fake_ort, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
+    backend = open_onnx(Path("model.onnx"), SPEC, providers=("rtx", "cuda"), fallback=True)
+    assert CUDA in backend.description
+    backend.close()
+
+
+def test_in_the_end_the_cpu_does_it(gaussian_onnx):
+    pytest.importorskip("onnxruntime", reason="not verified here: ONNX Runtime on the CPU (it is not installed)")
+    no_driver()
+    for providers in (("cuda",), ("rtx", "tensorrt", "cuda")):
+        backend = open_onnx(gaussian_onnx, gaussian.SPEC, providers=providers, fallback=True)
+        assert CPU in backend.description
+        backend.close()
+
+
+# --- the real one ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real():
+    return pytest.importorskip("onnxruntime", reason="not verified here: ONNX Runtime's names (it is not installed)")
+
+
+def test_every_name_of_onnxruntime_s_exists(real):
+    for kind, names in ort_device.USED.items():
+        owner = getattr(real, kind) if kind else real
+        assert [name for name in names if not hasattr(owner, name)] == [], kind
+    taken = inspect.signature(real.IOBinding.bind_input).parameters
+    assert [*taken][1:] == ["name", "device_type", "device_id", "element_type", "shape", "buffer_ptr"]
+    assert [*inspect.signature(real.IOBinding.bind_output).parameters] == [*taken]
+    assert [*inspect.signature(real.InferenceSession.run_with_iobinding).parameters] == [
+        "self",
+        "iobinding",
+        "run_options",
+    ]
+    assert {"sess_options", "providers", "kwargs"} <= set(inspect.signature(real.InferenceSession).parameters)
+    assert all(p.default is not p.empty for p in inspect.signature(real.preload_dlls).parameters.values())
+    # what pybind takes is written in its docstrings alone
+    assert "arg0: str, arg1: str" in real.register_execution_provider_library.__doc__
+    assert re.search(
+        r"arg0: \S*(Sequence|list)\[\S*OrtEpDevice\], arg1: \S*(Mapping|dict)\[str, str\]",
+        real.SessionOptions.add_provider_for_devices.__doc__,
+    )
+    assert all(isinstance(device.ep_name, str) for device in real.get_ep_devices())
+
+
+def test_the_list_of_names_is_what_the_source_touches():
+    code = Path(ort_device.__file__).read_text(encoding="utf-8")
+    code = code[code.index("class OrtDevice") :]
+    shared = inspect.getsource(ort_device.session_options) + inspect.getsource(ort_device.available_providers)
+    for names in ort_device.USED.values():
+        assert [name for name in names if f".{name}" not in code + shared] == []
+    assert set(re.findall(r"\bort\.([a-zA-Z]\w+)", code + shared)) <= set(ort_device.USED[""])
+
+
+def test_run_options_are_really_taken(real):
+    options = real.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+
+
+def test_without_fallback_a_session_raises_instead_of_printing(real, tmp_path, capsys):
+    with pytest.raises(ValueError, match="providers"):
+        real.InferenceSession(str(tmp_path / "none.onnx"), providers=[("nonsense", 1)], enable_fallback=0)
+    assert capsys.readouterr().out == ""
+
+
+def learned_variance(path):
+    """eps = 2·x and var = −x, of the contract's form."""
+    picture = (wire.FLOAT, ("batch", *SHAPE))
+    nodes = [wire.node("Add", ["x", "x"], ["eps"]), wire.node("Neg", ["x"], ["var"])]
+    graph = b"".join(wire.field(1, node) for node in nodes)
+    outputs = {"eps": picture, "var": picture}
+    path.write_bytes(wire.model({"x": picture, "t": (wire.INT32, ("batch",))}, outputs, graph=graph))
+    return path
+
+
+def test_the_host_s_backend_gives_both_answers(real, tmp_path):
+    backend = OrtBackend(learned_variance(tmp_path / "model.onnx"), "eps")
+    rng = np.random.default_rng(0)
+    for batch, var in ((1, True), (3, True), (2, False)):
+        buffers = Buffers.of(batch, SHAPE, var=var)
+        buffers.x[...] = rng.standard_normal(buffers.x.shape)
+        backend.bind(buffers)
+        backend.enqueue()
+        np.testing.assert_array_equal(buffers.out, 2 * buffers.x)
+        if buffers.var is not None:
+            np.testing.assert_array_equal(buffers.var, -buffers.x)
+    backend.close()
+    backend.close()
+    with pytest.raises(BackendError, match="is closed"):
+        backend.bind(buffers)
+
+
+def test_a_variance_that_the_graph_does_not_have_is_an_error(real, gaussian_onnx):
+    backend = OrtBackend(gaussian_onnx, "eps")
+    with pytest.raises(BackendError, match="NodeArg with name: var"):
+        backend.bind(Buffers.of(1, gaussian.SHAPE, var=True))
+    backend.close()
+
+
+def test_backends_that_share_a_session_keep_their_buffers_apart(real, tmp_path):
+    one = OrtBackend(learned_variance(tmp_path / "model.onnx"), "eps")
+    first, second = (Buffers.of(2, SHAPE) for _ in range(2))
+    first.x[...], second.x[...] = 1, 5
+    one.bind(first)
+    two = one.share()
+    two.bind(second)
+    one.enqueue()
+    assert (first.out == 2).all()
+    assert (second.out == 0).all()
+    one.close()
+    two.enqueue()
+    assert (second.out == 10).all()
+    two.close()
+
+
+def test_importing_it_loads_nothing_heavy():
+    heavy = ["onnxruntime", "onnx", "torch", "onnxruntime_ep_nv_tensorrt_rtx"]
+    code = f"import sys, ddpmx.backends.ort_device as _; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"

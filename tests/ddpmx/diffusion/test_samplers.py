@@ -1,0 +1,341 @@
+"""Grids of timesteps, and the tables of the two samplers."""
+
+from __future__ import annotations
+
+import contextlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddpmx.diffusion.samplers import (
+    FIXED_VARIANCES,
+    PREDICTIONS,
+    SPACINGS,
+    VARIANCES,
+    ancestral,
+    ddim,
+    make_table,
+    timestep_grid,
+    x0_coefficients,
+)
+from ddpmx.diffusion.schedule import SCHEDULES, make_schedule, respace
+from ddpmx.errors import InputError, SpecError
+
+LINEAR = make_schedule("linear", 1000)
+
+LENGTH_AND_STEPS = st.integers(1, 3000).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T)))
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(counts=LENGTH_AND_STEPS)
+def test_a_grid_rises_strictly_within_the_chain(spacing, counts):
+    T, steps = counts
+    try:
+        grid = timestep_grid(T, steps, spacing)
+    except InputError:
+        assert spacing == "quad"  # dense near 0: the only one that can want a timestep twice
+        return
+    assert len(grid) == steps
+    assert grid[0] >= 0
+    assert grid[-1] < T
+    assert np.all(np.diff(grid) > 0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(counts=LENGTH_AND_STEPS)
+def test_linspace_is_even_to_half_a_step_and_has_both_ends(counts):
+    T, steps = counts
+    grid = timestep_grid(T, steps, "linspace").tolist()
+    assert grid[-1] == T - 1
+    if steps > 1:
+        assert grid[0] == 0
+        assert all(abs(g - Fraction(i * (T - 1), steps - 1)) <= Fraction(1, 2) for i, g in enumerate(grid))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(counts=LENGTH_AND_STEPS)
+def test_trailing_counts_back_from_the_last_step(counts):
+    T, steps = counts
+    grid = timestep_grid(T, steps, "trailing").tolist()
+    assert grid[-1] == T - 1
+    for back, g in enumerate(reversed(grid)):
+        assert abs(g + 1 - (T - Fraction(back * T, steps))) <= Fraction(1, 2)
+
+
+def test_leading_is_a_whole_stride_from_zero():
+    assert timestep_grid(1000, 50, "leading").tolist() == list(range(0, 1000, 20))
+    assert timestep_grid(10, 3, "leading").tolist() == [0, 3, 6]
+
+
+def test_quad_is_squares_up_to_four_fifths():
+    grid = timestep_grid(1000, 20, "quad")
+    exact = 800 * (np.arange(20) / 19) ** 2
+    assert np.all(grid <= exact + 1e-9)
+    assert np.all(grid > exact - 1)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_as_many_steps_as_there_are_is_every_step(spacing):
+    assert timestep_grid(17, 17, spacing).tolist() == list(range(17))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "10", None])
+def test_impossible_step_counts_are_refused(steps):
+    with pytest.raises(InputError, match="steps"):
+        timestep_grid(1000, steps)
+
+
+def test_a_spacing_that_would_repeat_a_step_is_refused():
+    with pytest.raises(InputError, match="different steps"):
+        timestep_grid(1000, 900, "quad")
+    with pytest.raises(InputError, match="no spacing"):
+        timestep_grid(1000, 10, "log")
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_diffusers_walks_the_same_grid(spacing):
+    """Where a position lies exactly between two timesteps, either is right; elsewhere there is no choice."""
+    diffusers = pytest.importorskip("diffusers", reason="not verified here: that diffusers walks the same grids")
+    scheduler = diffusers.DDPMScheduler(1000, timestep_spacing=spacing)
+    for steps in (2, 4, 5, 7, 10, 16, 20, 25, 50, 64, 100, 200, 250, 333, 500, 1000):
+        scheduler.set_timesteps(steps)
+        theirs, ours = scheduler.timesteps.numpy()[::-1], timestep_grid(1000, steps, spacing)
+        i = np.arange(steps)
+        exact = {"leading": i, "trailing": (i + 1) * 1000 / steps, "linspace": i * 999 / (steps - 1)}[spacing]
+        between = np.abs(exact % 1 - 0.5) < 1e-6
+        assert np.all(ours[~between] == theirs[~between])
+        assert np.all(np.abs(ours - theirs) <= between)
+
+
+# --- x̂_0 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "jsd"])
+def test_all_predictions_lead_back_to_the_same_x0(name):
+    rng = np.random.default_rng(1)
+    schedule = make_schedule(name, 1000)
+    x0, eps = rng.uniform(-1, 1, 1000), rng.standard_normal(1000)
+    signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
+    x = signal * x0 + noise * eps
+    answers = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}
+    for prediction in PREDICTIONS:
+        p, q = x0_coefficients(schedule, prediction)
+        np.testing.assert_allclose(p * x + q * answers[prediction], x0, atol=1e-10)
+
+
+def test_epsilon_cannot_lead_back_from_pure_noise():
+    jsd = make_schedule("jsd", 1000)
+    with pytest.raises(SpecError, match="ᾱ = 0"):
+        x0_coefficients(jsd, "eps")
+    for prediction in ("x0", "v"):
+        assert np.all(np.isfinite(x0_coefficients(jsd, prediction)))
+
+
+def test_unknown_predictions_are_refused():
+    with pytest.raises(SpecError, match="prediction"):
+        x0_coefficients(LINEAR, "score")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_ancestral_is_algorithm_2():
+    """Without clipping the update is the paper's: x_{t−1} = (x_t − β/√(1−ᾱ)·ε)/√α + σ·z."""
+    beta = np.array([1e-4 + 0.0199 * t / 999 for t in range(1000)])
+    alpha_bar = np.cumprod(1 - beta)
+    for variance in ("fixed_small", "fixed_large"):
+        table = ancestral(LINEAR, "eps", variance)
+        assert table.timesteps.tolist() == list(range(999, -1, -1))
+        p, q, a, b, sigma = table.rows[::-1].T
+        np.testing.assert_allclose(a * p + b, 1 / np.sqrt(1 - beta), rtol=1e-10)
+        np.testing.assert_allclose(a * q, -beta / np.sqrt((1 - alpha_bar) * (1 - beta)), rtol=1e-10)
+        small = beta[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
+        expected = small if variance == "fixed_small" else beta[1:]
+        np.testing.assert_allclose(sigma[1:] ** 2, expected, rtol=1e-10)
+        assert sigma[0] == 0
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "jsd"])
+@pytest.mark.parametrize("eta", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [7, 1000])
+def test_a_perfect_answer_keeps_the_marginals(name, eta, steps):
+    """From x_t = √ᾱ·x_0 + √(1−ᾱ)·ε a step must lead to N(√ᾱ_prev·x_0, 1−ᾱ_prev). ``None`` is ancestral fixed_small."""
+    full = make_schedule(name, 1000)
+    schedule = respace(full, timestep_grid(1000, steps))
+    table = ddim(schedule, "v", eta) if eta is not None else ancestral(schedule, "v", "fixed_small")
+    _, _, a, b, sigma = table.rows[::-1].T
+    now = full.alpha_bar[table.timesteps[::-1]]
+    before = np.concatenate([[1.0], now[:-1]])
+    np.testing.assert_allclose(a + b * np.sqrt(now), np.sqrt(before), atol=1e-12)
+    np.testing.assert_allclose(b**2 * (1 - now) + sigma**2, 1 - before, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddim_with_all_the_noise_is_the_ancestral_chain(name):
+    schedule = make_schedule(name, 1000)
+    chain, song = ancestral(schedule, "v", "fixed_small"), ddim(schedule, "v", 1.0)
+    np.testing.assert_array_equal(chain.timesteps, song.timesteps)
+    np.testing.assert_allclose(song.rows, chain.rows, rtol=1e-8, atol=1e-11)
+
+
+def test_ddim_without_noise_draws_none():
+    assert np.all(ddim(LINEAR, "eps", 0.0).rows[:, 4] == 0)
+    half, full = ddim(LINEAR, "eps", 0.5).rows[:, 4], ddim(LINEAR, "eps", 1.0).rows[:, 4]
+    np.testing.assert_allclose(half, full / 2, rtol=1e-12)
+
+
+def _last_row(schedule, prediction, **sampling):
+    return make_table(schedule, prediction, "fixed_large", **sampling).rows[-1, 2:].astype(np.float32).tolist()
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 10, 100, 1000, 10_000])
+def test_the_last_step_gives_x0_itself(name, T):
+    """Whoever takes the sample from x̂_0 relies on A = 1, B = 0, σ = 0 to the last bit."""
+    schedule = make_schedule(name, T)
+    for spacing in SPACINGS if T >= 1000 else ("linspace", "leading", "trailing"):
+        for steps in {1, 2, 3, 10, T // 4, T - 1, T} & set(range(1, T + 1)):
+            if spacing == "quad" and 10 < steps < T:
+                continue  # more than it can pick
+            for sampling in ({}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "ddim", "eta": 1.0}):
+                row = _last_row(schedule, "v", steps=steps, spacing=spacing, **sampling)
+                assert row == [1, 0, 0], (spacing, steps, sampling)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_last_step_gives_x0_itself_whatever_is_predicted(prediction):
+    assert _last_row(LINEAR, prediction) == [1, 0, 0]
+
+
+@pytest.mark.parametrize("beta_start", [1e-8, 1e-9, 1e-10, 1e-12, 3e-15])
+def test_the_last_step_gives_x0_itself_where_the_first_beta_is_tiny(beta_start):
+    """1 − ᾱ_0 is then not β_0 any more, so that β_0/(1 − ᾱ_0) alone misses 1."""
+    assert _last_row(make_schedule("linear", 1000, {"beta_start": beta_start}), "eps") == [1, 0, 0]
+
+
+def test_a_respaced_table_tells_the_network_the_original_timesteps():
+    table = make_table(LINEAR, "eps", "fixed_large", steps=4)
+    assert table.timesteps.tolist() == [999, 666, 333, 0]
+    assert len(table) == 4
+
+
+@pytest.mark.parametrize("steps", [1000, 50, 7])
+def test_a_learned_variance_lies_between_the_two_fixed_ones(steps):
+    """Nichol & Dhariwal, equation 15, on the chain that is really walked: v = −1 is β̃, v = 1 is β, 0 their mean."""
+    small, large, learned = (make_table(LINEAR, "eps", variance, steps=steps) for variance in VARIANCES)
+    np.testing.assert_array_equal(learned.timesteps, small.timesteps)
+    np.testing.assert_array_equal(learned.rows[:, :4], small.rows[:, :4])
+    assert learned.rows[:, 4].tolist() == [1.0] * (steps - 1) + [0.0]
+    c, d = learned.learned[:-1].T
+    sigma_small, sigma_large = small.rows[:-1, 4], large.rows[:-1, 4]
+    np.testing.assert_allclose(np.exp(c - d), sigma_small, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c + d), sigma_large, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c), np.sqrt(sigma_small * sigma_large), rtol=1e-12)
+    np.testing.assert_allclose(np.exp(c + 3 * d), sigma_large**2 / sigma_small, rtol=1e-12)  # v is held nowhere
+
+
+def test_a_learned_variance_at_the_last_step_is_that_of_the_paper():
+    """Not drawn, but p(x_0 | x_1) is judged by it: β̃_0, which is 0, gives way to β̃_1, and β_0 stays."""
+    beta = np.array([1e-4 + 0.0199 * t / 999 for t in range(2)])
+    posterior = beta[1] * beta[0] / (1 - (1 - beta[0]) * (1 - beta[1]))
+    c, d = ancestral(LINEAR, "eps", "learned_range").learned[-1]
+    assert np.exp(2 * (c + d)) == pytest.approx(beta[0], rel=1e-10)
+    assert np.exp(2 * (c - d)) == pytest.approx(posterior, rel=1e-10)
+
+
+def test_only_the_ancestral_sampler_asks_for_a_learned_variance():
+    for eta in (0.0, 1.0):
+        fixed, learned = (make_table(LINEAR, "eps", v, sampler="ddim", eta=eta, steps=9) for v in VARIANCES[1:])
+        assert learned.learned is None
+        np.testing.assert_array_equal(learned.rows, fixed.rows)
+    for variance in FIXED_VARIANCES:
+        table = make_table(LINEAR, "eps", variance)
+        assert table.learned is None
+        np.testing.assert_array_equal(table.coefficients, table.rows)
+
+
+def test_one_step_of_a_learned_variance_draws_no_noise():
+    table = make_table(LINEAR, "eps", "learned_range", steps=1)
+    assert table.rows[0, 4] == 0
+    assert np.isfinite(table.coefficients).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "params"),
+    [
+        ("linear", 1000, {"beta_start": 1e-17}),  # ᾱ_0 = 1
+        ("linear", 1000, {"beta_start": 1e-300, "beta_end": 1e-300}),  # ᾱ = 1 throughout
+        ("const", 2000, {"beta_end": 0.5}),  # ᾱ underflows to 0
+        ("const", 10, {"beta_end": 1.0}),
+        ("jsd", 1000, {}),
+    ],
+)
+@pytest.mark.parametrize("sampling", [{}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize("share", [1, 5])
+def test_a_table_has_numbers_or_is_refused(name, T, params, sampling, share):
+    """A NaN here would come out as an image, or as a complaint about the network."""
+    schedule = make_schedule(name, T, params)
+    with np.errstate(all="ignore"), contextlib.suppress(InputError, SpecError):
+        for variance in VARIANCES:
+            table = make_table(schedule, "v", variance, steps=T // share, **sampling)
+            assert np.all(np.isfinite(table.coefficients.astype(np.float32)))
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"steps": 10}, {"steps": 7, "spacing": "trailing"}, {"sampler": "ddim", "eta": 0.5, "steps": 25}]
+)
+def test_a_table_with_a_start_is_the_end_of_the_whole_one(variance, sampling):
+    whole = make_table(LINEAR, "eps", variance, **sampling)
+    for at in {0, 1, len(whole) // 2, len(whole) - 1}:
+        table = make_table(LINEAR, "eps", variance, start=int(whole.timesteps[at]), **sampling)
+        np.testing.assert_array_equal(table.timesteps, whole.timesteps[at:])
+        np.testing.assert_array_equal(table.coefficients, whole.coefficients[at:])
+        assert (table.learned is None) == (whole.learned is None)
+    np.testing.assert_array_equal(make_table(LINEAR, "eps", variance, start=np.int32(0)).timesteps, [0])
+
+
+@pytest.mark.parametrize(
+    ("start", "nearest"),
+    [(500, "444 and 555"), (1000, "999$"), (998, "888 and 999"), (1, "0 and 111"), (-1, ": 0$"), (2**70, "999$")],
+)
+def test_a_start_that_is_not_visited_is_refused_with_its_neighbours(start, nearest):
+    with pytest.raises(InputError, match=rf"start is {start}(.|\n)*{nearest}"):
+        make_table(LINEAR, "eps", "fixed_large", steps=10, start=start)
+
+
+@pytest.mark.parametrize("start", [True, 444.0, "444", np.float64(444)])
+def test_a_start_that_is_no_whole_number_is_refused(start):
+    with pytest.raises(InputError, match="start must be"):
+        make_table(LINEAR, "eps", "fixed_large", steps=10, start=start)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"sampler": "euler"},
+        {"sampler": "ancestral", "eta": 0.5},
+        {"sampler": "ddim", "eta": -0.1},
+        {"sampler": "ddim", "eta": 1.1},
+        {"sampler": "ddim", "eta": float("nan")},
+        {"steps": 0},
+        {"steps": 1001},
+        {"spacing": "log", "steps": 5},
+    ],
+)
+def test_impossible_sampling_is_refused(sampling):
+    with pytest.raises(InputError):
+        make_table(LINEAR, "eps", "fixed_large", **sampling)
+
+
+def test_unknown_variances_are_refused():
+    with pytest.raises(SpecError, match="variance"):
+        make_table(LINEAR, "eps", "learned")

@@ -1,0 +1,154 @@
+"""What a file says of a network that is told more than x and t: the spec's fields and the graph's inputs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ddpmx.errors import SpecError
+from ddpmx.formats import onnx_file
+from ddpmx.formats.describe import describe
+from ddpmx.formats.spec import MAX_TEXT, ModelSpec, extra_type
+from oracles import told
+from oracles.told import CHANNELS, KINDS, spec_of
+from oracles.wire import FLOAT, FLOAT16, INT32, INT64
+
+FIELDS = {"classes", "self_condition", "condition", "betas"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_spec_survives_as_text(kind):
+    spec = spec_of(kind)
+    again = ModelSpec.from_text(spec.to_text())
+    assert again == spec
+    assert again.to_text() == spec.to_text()
+    assert len(spec.to_text()) < MAX_TEXT
+    assert spec != spec_of(kind, **dict.fromkeys(("classes", "condition")), self_condition=False)
+
+
+def test_a_text_from_before_there_were_these_fields_stays_as_it_is(gaussian_onnx):
+    """Plans are known by it letter by letter."""
+    old = onnx_file.read_onnx(gaussian_onnx).metadata["ddpmx"]
+    spec = ModelSpec.from_text(old)
+    assert spec.to_text() == old
+    assert not FIELDS & set(spec.to_json())
+    assert (spec.classes, spec.self_condition, spec.condition, spec.betas, spec.extras) == (None, False, None, None, {})
+
+
+def test_what_the_network_is_told_changes_no_coefficient():
+    plain = ModelSpec((3, 8, 8), timesteps=20)
+    assert {spec_of(kind).to_json()["coefficients"] for kind in KINDS} == {plain.to_json()["coefficients"]}
+
+
+def test_the_inputs_by_name():
+    spec = spec_of("all")
+    assert spec.inputs == {
+        "x": (3, 8, 8),
+        "t": (),
+        "y": (),
+        "x0_prev": (3, 8, 8),
+        "cond": (CHANNELS, 8, 8),
+    }
+    assert [extra_type(name) for name in spec.inputs] == [np.float32, np.int32, np.int32, np.float32, np.float32]
+    assert spec.outputs == ("eps",)
+    assert spec.replace(variance="learned_range", prediction="v").outputs == ("v", "var")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("classes", 0, "classes must be"),
+        ("classes", -3, "classes must be"),
+        ("classes", True, "classes must be"),
+        ("classes", 1.0, "classes must be"),
+        ("classes", "10", "classes must be"),
+        ("classes", 1 << 40, "classes must be"),
+        ("condition", 0, "condition must be"),
+        ("condition", False, "condition must be"),
+        ("condition", [3], "condition must be"),
+        ("condition", 1 << 13, "condition must be"),
+        ("self_condition", 1, "self_condition must be"),
+        ("self_condition", None, "self_condition must be"),
+        ("self_condition", "yes", "self_condition must be"),
+        ("classess", 3, "does not know: classess"),
+    ],
+)
+def test_fields_out_of_range_are_refused(field, value, message):
+    values = json.loads(json.dumps({"shape": [3, 8, 8], field: value}))
+    with pytest.raises(SpecError, match=message):
+        ModelSpec.from_json(values)
+
+
+def test_a_condition_that_fills_memory_is_refused():
+    with pytest.raises(SpecError, match="numbers for one image"):
+        ModelSpec((1, 1 << 10, 1 << 10), condition=1 << 12)
+
+
+# --- the graph -------------------------------------------------------------------------------------------------------
+
+
+def graph(folder, spec, inputs=None):
+    path = folder / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}, inputs=inputs))
+    return path
+
+
+def inputs_of(spec, **changes):
+    types = {name: INT32 if name in ("t", "y") else FLOAT for name in spec.inputs}
+    every = {name: (types[name], ("batch", *dims)) for name, dims in spec.inputs.items()} | changes
+    return {name: what for name, what in every.items() if what is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_that_keeps_the_contract_is_taken(tmp_path, kind):
+    spec = spec_of(kind)
+    path = graph(tmp_path, spec)
+    assert onnx_file.onnx_spec(path, onnx_file.read_onnx(path)) == spec
+    said = describe(path)
+    assert set(said["inputs"]) == set(spec.inputs)
+    assert FIELDS & set(said["spec"]) == set(KINDS[kind])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "fault"),
+    [
+        ("classes", {"y": None}, "no 'y'"),
+        ("classes", {"y": (INT64, ("batch",))}, "'y' has element type 7, not 6"),
+        ("classes", {"y": (INT32, ("batch", 1))}, "'y' has the shape"),
+        ("classes", {"y": (INT32, (1,))}, "'y' has the shape"),
+        ("itself", {"x0_prev": None}, "no 'x0_prev'"),
+        ("itself", {"x0_prev": (FLOAT, ("batch", 1, 8, 8))}, "'x0_prev' has the shape"),
+        ("condition", {"cond": None}, "no 'cond'"),
+        ("condition", {"cond": (FLOAT16, ("batch", CHANNELS, 8, 8))}, "'cond' has element type 10, not 1"),
+        ("condition", {"cond": (FLOAT, ("batch", 3, 8, 8))}, "'cond' has the shape"),
+        ("condition", {"y": (INT32, ("batch",))}, "an input 'y' too many"),
+        ("classes", {"x0_prev": (FLOAT, ("batch", 3, 8, 8))}, "an input 'x0_prev' too many"),
+    ],
+)
+def test_a_graph_that_does_not_is_refused(tmp_path, kind, changes, fault):
+    spec = spec_of(kind)
+    path = graph(tmp_path, spec, inputs_of(spec, **changes))
+    with pytest.raises(SpecError, match="not what the spec describes") as caught:
+        onnx_file.onnx_spec(path, onnx_file.read_onnx(path))
+    assert fault in str(caught.value)
+
+
+def test_the_hint_names_all_inputs(tmp_path):
+    path = graph(tmp_path, spec_of("all"), inputs_of(spec_of("all"), y=None))
+    with pytest.raises(SpecError) as caught:
+        onnx_file.onnx_spec(path, onnx_file.read_onnx(path))
+    assert (
+        "x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], x0_prev float32 [batch, C, H, W] and "
+        "cond float32 [batch, K, H, W], and gives 'eps'" in str(caught.value)
+    )
+
+
+def test_a_file_of_someone_else_s_is_described_by_the_given_spec(tmp_path):
+    spec = spec_of("classes")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata={}))
+    assert onnx_file.onnx_spec(path, onnx_file.read_onnx(path), spec) == spec
+    with pytest.raises(SpecError, match="input 'y' too many"):
+        onnx_file.onnx_spec(path, onnx_file.read_onnx(path), spec.replace(classes=None))

@@ -1,0 +1,120 @@
+"""Plans, built for real, of networks that are told more than x and t, learn their variance or have an array of β."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ddpmx.errors import FileFormatError
+from ddpmx.formats import onnx_file, plan_file
+from oracles import told, wire
+from oracles.told import KINDS, spec_of
+
+
+def file(folder, spec):
+    path = folder / "model.onnx"
+    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_is_built_and_says_what_its_network_is_told(folder, build, kind):
+    spec = spec_of(kind)
+    assert build(file(folder, spec)).info.spec == spec
+
+
+def test_the_profile_names_every_input(folder, build, library, monkeypatch):
+    seen = {}
+    real = library.trt.Builder
+
+    class Watched:
+        def __init__(self, logger):
+            self._inside = real(logger)
+
+        def __getattr__(self, name):
+            return getattr(self._inside, name)
+
+        def create_optimization_profile(self):
+            profile = self._inside.create_optimization_profile()
+
+            class Told:
+                def set_shape(self, name, *shapes):
+                    seen[name] = shapes
+                    return profile.set_shape(name, *shapes)
+
+            Told.inside = profile
+            return Told()
+
+        def build_serialized_network(self, network, config):
+            return self._inside.build_serialized_network(network, config)
+
+    monkeypatch.setattr(library.trt, "Builder", Watched)
+    config = library.trt.IBuilderConfig.add_optimization_profile
+    monkeypatch.setattr(
+        library.trt.IBuilderConfig, "add_optimization_profile", lambda self, told_: config(self, told_.inside)
+    )
+    spec = spec_of("all")
+    build(file(folder, spec), batch=(1, 2, 4))
+    assert seen == {name: tuple((n, *dims) for n in (1, 2, 4)) for name, dims in spec.inputs.items()}
+
+
+def test_a_network_that_learns_its_variance_has_two_outputs(folder, build):
+    spec = spec_of("classes", variance="learned_range")
+    path = folder / "model.onnx"
+    nodes = b"".join(
+        wire.field(1, node)
+        for node in (
+            wire.node("Gather", ["table", "y"], ["by_y"]),
+            wire.node("Gather", ["factors", "t"], ["factor"]),
+            wire.node("Mul", ["factor", "x"], ["scaled"]),
+            wire.node("Add", ["scaled", "by_y"], ["eps"]),
+            wire.node("Sub", ["scaled", "by_y"], ["var"]),
+        )
+    )
+    constants = b"".join(
+        wire.field(5, wire.tensor(name, wire.FLOAT, (n, 1, 1, 1), np.linspace(0, 1, n, dtype=np.float32).tobytes()))
+        for name, n in (("table", spec.classes), ("factors", spec.timesteps))
+    )
+    path.write_bytes(
+        wire.model(
+            {
+                "x": (wire.FLOAT, ("batch", *spec.shape)),
+                "t": (wire.INT32, ("batch",)),
+                "y": (wire.INT32, ("batch",)),
+            },
+            dict.fromkeys(spec.outputs, (wire.FLOAT, ("batch", *spec.shape))),
+            metadata=onnx_file.metadata(spec),
+            graph=nodes + constants,
+        )
+    )
+    assert build(path).info.spec == spec
+
+
+def test_a_plan_with_an_array_of_betas_writes_it_beside(folder, build):
+    betas = np.linspace(0.01, 0.3, 20)
+    spec = spec_of("itself", schedule="betas", betas=betas)
+    path = file(folder, spec)
+    np.testing.assert_array_equal(build(path).info.spec.betas, betas)
+    assert build(path).reused
+    sidecar = plan_file.sidecar_path(folder / "model.plan")
+    assert json.loads(sidecar.read_text())["betas"].startswith("betas1 20 ")
+    sidecar.unlink()
+    again = build(path)  # it is of no use without
+    assert not again.reused
+    np.testing.assert_array_equal(plan_file.read_plan(folder / "model.plan").spec.betas, betas)
+
+
+def test_an_int64_label_is_refused_before_it_is_built(folder, build):
+    spec = spec_of("classes")
+    path = folder / "model.onnx"
+    inputs = {
+        "x": (wire.FLOAT, ("batch", *spec.shape)),
+        "t": (wire.INT32, ("batch",)),
+        "y": (wire.INT64, ("batch",)),
+    }
+    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec), inputs=inputs))
+    with pytest.raises((FileFormatError, onnx_file.SpecError), match="not what the spec describes"):
+        build(path)
+    assert not (folder / "model.plan").exists()
