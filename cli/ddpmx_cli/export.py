@@ -126,7 +126,7 @@ def _prove(
             reference = proof.record_checkpoint(source, weights=weights, data=images, full=full, progress=progress)
         reference.save(record)
         with counting(f"judging {output.name}", unit="network calls") as progress:
-            climbed = proof.climb_export(output, spec, source, reference, weights=weights, progress=progress)
+            report = proof.check_export(output, spec, source, reference, weights=weights, progress=progress)
     except NumericError as error:
         parity.fail(output, f"FAILED: this is not the PyTorch model: {error.fact}; {error.hint}")
     except (InputError, BackendError) as error:  # a network that answers nothing; no ONNX Runtime
@@ -136,11 +136,11 @@ def _prove(
         return
     of = "" if images is None else f" (of {len(images):,})"
     say(f"{record}: {parity.told(reference)}{of}; {megabytes(record)}")
-    parity.show(climbed)
-    if "NOT the file" in climbed.ran_on:
-        say(f"Note: judged by {climbed.ran_on}")
-    if not climbed.passed:
-        parity.fail(output, climbed.verdict)
+    parity.show(report)
+    if "NOT the file" in report.ran_on:
+        say(f"Note: judged by {report.ran_on}")
+    if not report.passed:
+        parity.fail(output, report.verdict)
 
 
 def _build(output: Path, *, must: bool) -> bool:

@@ -13,7 +13,7 @@ from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError
 from ddpmx_cli.console import busy, cache_folder, counting, say
 
 if TYPE_CHECKING:
-    from ddpmx.parity.ladder import Climb
+    from ddpmx.parity.ladder import ParityReport
     from ddpmx.parity.reference import Reference
 
 EXAMPLES = """
@@ -59,7 +59,7 @@ def parity(
     """
     from ddpmx.backends.open import open_model
     from ddpmx.parity import report as reports
-    from ddpmx.parity.ladder import climb, not_finite
+    from ddpmx.parity.ladder import not_finite, run_ladder
 
     if sum((against is not None, checkpoint is not None, self_test)) > 1:
         raise InputError("--against, --checkpoint and --self-test exclude each other")
@@ -78,9 +78,9 @@ def parity(
         reports.check_folder(folder)
         with counting(f"judging {file.name}", unit="network calls") as progress:
             try:
-                climbed = climb(backend, spec, reference, progress=progress)
+                result = run_ladder(backend, spec, reference, progress=progress)
             except NumericError as error:
-                climbed = not_finite(backend, spec, reference, error)
+                result = not_finite(backend, spec, reference, error)
         extra: dict[str, Any] = _engine(file) or {}
         attachments = {}
         if polygraphy:
@@ -89,16 +89,16 @@ def parity(
             judged, runs = _polygraphy(file, reference)
             extra, attachments = extra | {"polygraphy": judged}, {"polygraphy.json": runs}
         with busy("writing the report"):
-            written = reports.write(climbed, file, folder, extra=extra, attachments=attachments)
+            written = reports.write(result, file, folder, extra=extra, attachments=attachments)
     finally:
         backend.close()
-    say(f"{file} on {climbed.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
-    show(climbed)
+    say(f"{file} on {result.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
+    show(result)
     if "polygraphy" in extra:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
     say(f"report: {written[0]}")
-    if not climbed.passed:
-        fail(file, climbed.verdict)
+    if not result.passed:
+        fail(file, result.verdict)
     if "polygraphy" in extra and not extra["polygraphy"]["passed"]:
         fail(file, f"FAILED: by Polygraphy, {extra['polygraphy']['verdict']}")
 
@@ -119,12 +119,12 @@ def told(reference: Reference) -> str:
     return f"{reference.made_with}, {len(reference.t)} timesteps of {len(reference.x0)} {images}"
 
 
-def show(climbed: Climb) -> None:
-    """Say how each rung went."""
-    for rung in climbed.rungs:
-        say(f"  {'—' if rung.skipped else '✓' if rung.passed else '✗'} {rung}")
-    if climbed.passed:
-        say(climbed.verdict)
+def show(report: ParityReport) -> None:
+    """Say how each check went."""
+    for check in report.checks:
+        say(f"  {'—' if check.skipped else '✓' if check.passed else '✗'} {check}")
+    if report.passed:
+        say(report.verdict)
 
 
 def fail(file: Path, verdict: str) -> NoReturn:

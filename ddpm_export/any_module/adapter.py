@@ -162,10 +162,10 @@ class Adapter:
             InputError: the spec and the adapter do not fit together.
         """
         for name in self.channels:
-            if name != "x" and name not in spec.extras:
+            if name != "x" and name not in spec.conditioning_shapes:
                 raise InputError(f"channels speak of {name}, and the spec does not", hint=_spec_hint(name))
         for name in set(self.inputs) - {"x", "t"}:
-            if name not in spec.extras:
+            if name not in spec.conditioning_shapes:
                 raise InputError(f"inputs speak of {name}, and the spec does not", hint=_spec_hint(name))
         self.spec_of(spec)
         return Canonical(self, spec)

@@ -37,7 +37,7 @@ from ddpmx.backends.open import open_model
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
-from ddpmx.parity.ladder import Climb, climb, not_finite
+from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +48,25 @@ class Exported:
         spec: what the file says about itself, in units of [−1, 1].
         file: the ONNX file.
         record: what the module answered, beside it, or None if nothing was recorded.
-        climb: the ladder, or None if it was not climbed.
+        report: the checks of the ladder, or None if no parity was asked for.
         halved: paths of the layers that compute in half precision; all others are float32.
     """
 
     spec: ModelSpec
     file: Path
     record: Path | None
-    climb: Climb | None = field(repr=False)
+    report: ParityReport | None = field(repr=False)
     halved: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every rung of the ladder holds. False if it was not climbed."""
-        return self.climb is not None and self.climb.passed
+        """Whether every check of the ladder holds. False if no parity was asked for."""
+        return self.report is not None and self.report.passed
 
     @property
     def verdict(self) -> str:
         """One line."""
-        return "NOT VERIFIED: nothing was recorded" if self.climb is None else self.climb.verdict
+        return "NOT VERIFIED: nothing was recorded" if self.report is None else self.report.verdict
 
 
 def export(
@@ -89,7 +89,7 @@ def export(
             and weights are filled in. :func:`spec_from_arrays` makes one of an array of β or ᾱ.
         output: the file to write. It appears only when it is whole. The record goes beside it, as model.parity.npz.
         precision: ``fp32``; or ``fp16`` or ``bf16`` in the layers that :mod:`ddpm_export.any_module.half` chooses.
-        parity: record what the module answers and climb the ladder, in ONNX Runtime on the CPU.
+        parity: record what the module answers and check the file against it, in ONNX Runtime on the CPU.
         data: uint8 [N, H, W, C], real images to judge on.
         full: judge the chain of all T steps instead of a short one.
         progress: called with (network calls done, network calls in all) of the recording, then of the ladder.
@@ -128,12 +128,12 @@ def export(
         else:
             _, backend = open_model(output)
         try:
-            climbed = climb(backend, told, reference, progress=progress)
+            report = run_ladder(backend, told, reference, progress=progress)
         except NumericError as error:
-            climbed = not_finite(backend, told, reference, error)
+            report = not_finite(backend, told, reference, error)
         finally:
             backend.close()
-    return Exported(told, output, beside, climbed, tuple(halved))
+    return Exported(told, output, beside, report, tuple(halved))
 
 
 def spec_from_arrays(

@@ -208,7 +208,7 @@ def _check_rows(network: Canonical, told: Told, answer: Tensor, unit: float) -> 
 
 def _check_looks(network: Canonical, spec: ModelSpec, told: Told, answer: Tensor) -> None:
     """Every input makes a difference."""
-    for name in [name for name in ("t", "x", *spec.extras) if name != "y" or spec.classes != 1]:
+    for name in [name for name in ("t", "x", *spec.conditioning_shapes) if name != "y" or spec.classes != 1]:
         changed = told[name].clone()
         if name == "t" and spec.timesteps == 1:
             continue

@@ -35,7 +35,7 @@ from ddpm_export.training.checkpoint import Weights
 from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.formats.atomic import atomic_write, check_replaceable
 from ddpmx.formats.onnx_file import metadata
-from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, extra_type
+from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, input_type
 
 OPSET = 20
 """The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
@@ -190,7 +190,7 @@ def export_network(
 def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
     inputs = {  # two images, since torch.export takes a batch of one for a constant
-        name: torch.zeros(2, *dims, dtype=torch.int32 if extra_type(name) is np.int32 else torch.float32)
+        name: torch.zeros(2, *dims, dtype=torch.int32 if input_type(name) is np.int32 else torch.float32)
         for name, dims in spec.inputs.items()
     }
     logger = logging.getLogger("torch.onnx")
@@ -202,7 +202,7 @@ def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
             program = torch.onnx.export(
                 network,
                 (inputs["x"], inputs["t"]),
-                kwargs={name: inputs[name] for name in spec.extras},
+                kwargs={name: inputs[name] for name in spec.conditioning_shapes},
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=list(inputs),

@@ -153,11 +153,11 @@ def epsilon_errors(imported: Imported, images: NDArray[np.uint8]) -> NDArray[np.
 
 def _ask(network: nn.Module, imported: Imported, x: Tensor, t: Tensor) -> Tensor:
     spec = imported.spec
-    extras: dict[str, Tensor] = {}
+    conditioning: dict[str, Tensor] = {}
     if spec.classes is not None:
-        extras["y"] = torch.arange(len(x)) % spec.classes
+        conditioning["y"] = torch.arange(len(x)) % spec.classes
     if spec.self_condition:
-        extras["x0_prev"] = torch.zeros_like(x)
-    answer = network(x, t, **extras)
+        conditioning["x0_prev"] = torch.zeros_like(x)
+    answer = network(x, t, **conditioning)
     out: Tensor = answer[0] if isinstance(answer, tuple) else answer
     return out

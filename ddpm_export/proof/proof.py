@@ -17,7 +17,7 @@ from ddpm_export.training.checkpoint import Weights
 from ddpm_export.training.data import load_dataset
 from ddpmx.backends.open import open_model
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.parity.ladder import Climb, climb
+from ddpmx.parity.ladder import ParityReport, run_ladder
 from ddpmx.parity.reference import Reference
 
 
@@ -61,7 +61,7 @@ def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> 
     return images
 
 
-def climb_export(
+def check_export(
     file: str | os.PathLike[str],
     spec: ModelSpec,
     source: str | os.PathLike[str],
@@ -69,8 +69,8 @@ def climb_export(
     *,
     weights: Weights = "ema",
     progress: Callable[[int, int], None] | None = None,
-) -> Climb:
-    """Climb the ladder with an exported file, in ONNX Runtime on the CPU.
+) -> ParityReport:
+    """ParityReport the ladder with an exported file, in ONNX Runtime on the CPU.
 
     ONNX Runtime has no bfloat16 there. Of a bf16 file, the torch module that was exported is judged instead: the report
     says that the file itself was not run.
@@ -81,10 +81,10 @@ def climb_export(
     """
     if spec.precision == "bf16":
         network, _ = checkpoint.load_network(source, weights)
-        return climb(ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
+        return run_ladder(ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
     _, backend = open_model(Path(file))
     try:
-        return climb(backend, spec, reference, progress=progress)
+        return run_ladder(backend, spec, reference, progress=progress)
     finally:
         backend.close()
 

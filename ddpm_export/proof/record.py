@@ -14,7 +14,7 @@ from ddpm_export.networks.torch_backend import TorchBackend
 from ddpmx.diffusion.samplers import timestep_grid
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.parity.evaluator import Asker
+from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import SILENT
 from ddpmx.parity.reference import Reference, chain_table, diffusion_noise, elements, recorded_steps
 from ddpmx.sampling import chain
@@ -69,7 +69,7 @@ def record(
 
     with _exact_float32():
         backend = TorchBackend(network)
-        ask = Asker(backend, spec, images_per_t, None, total)
+        ask = Evaluator(backend, spec, images_per_t, None, total)
         table = chain_table(spec, steps)
         at = recorded_steps(steps, spec.shape)
         state = np.empty((len(at), *spec.shape), np.float32)
@@ -81,7 +81,14 @@ def record(
         if spec.classes is not None:
             given["y"] = _spread(spec.classes, chains)[::-1].copy()  # the first, whose states are kept, is not class 0
         run = chain.run(
-            backend, table, x_start, seed=seed, images=indices, clip=spec.clip, extras=spec.extras, given=given
+            backend,
+            table,
+            x_start,
+            seed=seed,
+            images=indices,
+            clip=spec.clip,
+            conditioning_shapes=spec.conditioning_shapes,
+            conditioning=given,
         )
         for number, step in enumerate(run):
             if number in at:

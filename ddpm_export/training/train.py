@@ -136,7 +136,7 @@ class Trainer:
                 "model, network and images disagree about the shape of an image",
                 note=f"{spec.shape}, {(network.in_channels, *network.size)} and {dataset.shape}",
             )
-        if spec.extras or network.learned_variance or network.classes is not None:
+        if spec.conditioning_shapes or network.learned_variance or network.classes is not None:
             raise SpecError("ddpmx trains networks of x and t alone, whose variance is fixed")
         self.run, self.dataset, self.settings = run, dataset, settings
         self.spec = spec.replace(ddpmx=ddpmx.__version__)

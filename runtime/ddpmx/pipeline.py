@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.arrays.views import View, expect, meet, stream_handle, view
+from ddpmx.arrays.views import View, expect, overlap, stream_handle, view
 from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend
 from ddpmx.backends.open import open_model
 from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
@@ -247,20 +247,20 @@ class Pipeline:
         if on_device and out is not None:
             raise InputError("on_device makes the array for the images, and out gives one")
         total, size = -(-n // batch) * len(table), channels * height * width
-        with ExitStack() as given:
-            given.enter_context(self._work())
+        with ExitStack() as stack:
+            stack.enter_context(self._work())
             after = [] if stream is None else [stream_handle(stream)]
-            start = None if x is None else self._take(given, x, (n, *shape), np.float32, "x", after)
-            told, extras = self._told(given, n, labels, cond, after), self.spec.extras
+            start = None if x is None else self._take(stack, x, (n, *shape), np.float32, "x", after)
+            conditioning, shapes = self._conditioning(stack, n, labels, cond, after), self.spec.conditioning_shapes
             result: Any = out
             if out is not None:
-                target = self._take(given, out, (n, height, width, channels), np.uint8, "out", after, writable=True)
+                target = self._take(stack, out, (n, height, width, channels), np.uint8, "out", after, writable=True)
             elif on_device:
                 result = self._runner.array((n, height, width, channels))
                 target = result.address
             else:
                 target = result = np.empty((n, height, width, channels), np.uint8)
-            if start is not None and out is not None and meet(start, 4 * n * size, target, n * size):
+            if start is not None and out is not None and overlap(start, 4 * n * size, target, n * size):
                 raise InputError("x and out share memory", hint="an array of its own for out")
             if preview is not None and isinstance(target, int):
                 raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
@@ -274,14 +274,14 @@ class Pipeline:
                     progress=_after(progress, done, total),
                     cancel=cancel,
                     after=tuple(after) if number == 0 else (),
-                    given={name: rows(array, part, extras[name]) for name, array in told.items()},
+                    conditioning={name: rows(array, part, shapes[name]) for name, array in conditioning.items()},
                 )
                 begin = start + 4 * size * at if isinstance(start, int) else None if start is None else start[part]
-                levels = target + size * at if isinstance(target, int) else target[part]
-                if preview is None or isinstance(levels, int):
-                    self._runner.run(job, x=begin, levels=levels)
+                pixels = target + size * at if isinstance(target, int) else target[part]
+                if preview is None or isinstance(pixels, int):
+                    self._runner.run(job, x=begin, pixels=pixels)
                 else:
-                    self._run_watched(job, begin, levels, partial(preview, at))
+                    self._run_watched(job, begin, pixels, partial(preview, at))
         return result
 
     def stream(
@@ -314,13 +314,15 @@ class Pipeline:
         if batch > (largest := self.check_request(n, batch=batch)):
             raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
         ((_, indices),) = _batches(n, first, batch)
-        with ExitStack() as given:
+        with ExitStack() as stack:
             after: list[int] = []
-            told = self._told(given, n, labels, cond, after)
+            conditioning = self._conditioning(stack, n, labels, cond, after)
             with self._work():
                 turn = self._turn
-                steps = self._runner.steps(Job(table, seed, indices, batch, after=tuple(after), given=told), x=None)
-            given.enter_context(closing(steps))
+                steps = self._runner.steps(
+                    Job(table, seed, indices, batch, after=tuple(after), conditioning=conditioning), x=None
+                )
+            stack.enter_context(closing(steps))
             for _ in range(len(table)):
                 self._check_open()
                 if turn != self._turn:
@@ -357,7 +359,7 @@ class Pipeline:
         self,
         job: Job,
         x: NDArray[np.float32] | int | None,
-        levels: NDArray[np.uint8],
+        pixels: NDArray[np.uint8],
         preview: Callable[[Preview], None],
     ) -> None:
         """The chain with the host looking on after every step."""
@@ -367,19 +369,19 @@ class Pipeline:
                     raise Cancelled("stopped before the chain was through")
                 step = next(steps)
                 if done + 1 == len(job.table):
-                    levels[...] = to_nhwc(step.x0)
+                    pixels[...] = to_nhwc(step.x0)
                 preview(Preview(step.t, step.x.copy(), step.x0.copy()))
                 if job.progress is not None:
                     job.progress(done + 1, len(job.table))
 
-    def _told(
-        self, given: ExitStack, n: int, labels: Any, cond: Any, after: list[int]
+    def _conditioning(
+        self, stack: ExitStack, n: int, labels: Any, cond: Any, after: list[int]
     ) -> Mapping[str, NDArray[Any] | int]:
-        """What the network is told of ``n`` images beside x and t."""
+        """The network's inputs for ``n`` images beside x and t."""
         found: dict[str, NDArray[Any] | int] = {}
         if labels is not None or self.spec.classes is not None:
             found["y"] = class_labels(self.spec, n, labels)
-        dims = self.spec.extras.get("cond")
+        dims = self.spec.conditioning_shapes.get("cond")
         if dims is None and cond is not None:
             raise InputError("the model takes no condition, and cond gives one")
         if dims is not None:
@@ -388,12 +390,12 @@ class Pipeline:
                     "the model draws images by a condition, and there is none",
                     hint=f"cond: float32 [{n}, {', '.join(map(str, dims))}]",
                 )
-            found["cond"] = self._take(given, cond, (n, *dims), np.float32, "cond", after)
+            found["cond"] = self._take(stack, cond, (n, *dims), np.float32, "cond", after)
         return found
 
     def _take(
         self,
-        given: ExitStack,
+        stack: ExitStack,
         thing: Any,
         shape: tuple[int, ...],
         dtype: Any,
@@ -403,7 +405,7 @@ class Pipeline:
         writable: bool = False,
     ) -> Any:
         """Somebody's array: as NumPy's if it is on the host, as an address if it is where the chain runs."""
-        seen: View = given.enter_context(view(thing, writable=writable))
+        seen: View = stack.enter_context(view(thing, writable=writable))
         driver = self._runner.driver
         if seen.on_device and driver is None:
             raise InputError(f"{what} lies on a GPU, and the chain runs on the CPU", hint="copy it to the host first")

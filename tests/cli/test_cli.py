@@ -16,7 +16,7 @@ from PIL import Image
 from typer.main import get_command
 
 from ddpmx_cli.main import app
-from oracles import gaussian, wire
+from oracles import gaussian, protobuf
 
 PROGRAM = [sys.executable, "-c", "import sys; sys.argv[0] = 'ddpmx'; from ddpmx_cli.main import run; run()"]
 """`ddpmx` for a subprocess, wherever the script itself was installed."""
@@ -79,19 +79,19 @@ def test_no_images_make_no_animation(refused, model, here, n, flag):
 
 
 def hostile(kind: str) -> bytes:
-    inputs = {"x": (wire.FLOAT, ("batch", 3, 8, 8)), "t": (wire.INT32, ("batch",))}
-    outputs = {"eps": (wire.FLOAT, ("batch", 3, 8, 8))}
+    inputs = {"x": (protobuf.FLOAT, ("batch", 3, 8, 8)), "t": (protobuf.INT32, ("batch",))}
+    outputs = {"eps": (protobuf.FLOAT, ("batch", 3, 8, 8))}
     metadata = {"ddpmx": gaussian.SPEC.to_text()}
 
     def pointing_to(location: str) -> bytes:
-        weights = wire.field(5, wire.external_tensor(location))
-        return wire.model(inputs, outputs, metadata=metadata, graph=weights)
+        weights = protobuf.field(5, protobuf.external_tensor(location))
+        return protobuf.model(inputs, outputs, metadata=metadata, graph=weights)
 
     return {
         "weights above its folder": pointing_to("../secret"),
         "weights at an absolute path": pointing_to("/etc/passwd"),
         "weights that are missing": pointing_to("weights.bin"),
-        "no nodes": wire.model(inputs, outputs, metadata=metadata),
+        "no nodes": protobuf.model(inputs, outputs, metadata=metadata),
         "random bytes": random.Random(0).randbytes(5000),
         "the head of a plan": b"vtrt",
         "a header and nothing else": b"\x08\x08",

@@ -234,11 +234,11 @@ def test_where_there_is_no_home_there_is_no_cache(monkeypatch):
 
 
 def test_what_a_file_says_does_not_reach_the_terminal_as_commands(ddpmx, refused, tmp_path):
-    from oracles import wire
+    from oracles import protobuf
 
-    image = (wire.FLOAT, ("batch", 3, 8, 8))
+    image = (protobuf.FLOAT, ("batch", 3, 8, 8))
     name = "x\x1b[31m\n  PASSED"
-    model = wire.model({name: image, "t": (wire.INT32, ("batch",))}, {"eps": image})
+    model = protobuf.model({name: image, "t": (protobuf.INT32, ("batch",))}, {"eps": image})
     (tmp_path / "model.onnx").write_bytes(model)
     said = ddpmx("info", tmp_path / "model.onnx").out
     assert "\x1b" not in said

@@ -15,7 +15,7 @@ from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError, N
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.pixels import to_nhwc
-from oracles import gaussian, wire
+from oracles import gaussian, protobuf
 from oracles.toy_backend import ToyBackend
 
 ort = pytest.importorskip("onnxruntime", reason="not verified here: the pipeline (no onnxruntime)")
@@ -122,23 +122,23 @@ def test_an_attention_s_floats_do_not_depend_on_the_company(tmp_path, threads):
     summed, and with few images in a batch it is shared out otherwise than with many."""
     channels, pixels = 64, 256
     constants = {
-        "flat": (wire.INT64, [3], np.array([0, channels, pixels], "<i8")),
-        "image": (wire.INT64, [4], np.array([0, channels, 16, 16], "<i8")),
-        "small": (wire.FLOAT, [], np.array(1 / 150, "<f4")),
+        "flat": (protobuf.INT64, [3], np.array([0, channels, pixels], "<i8")),
+        "image": (protobuf.INT64, [4], np.array([0, channels, 16, 16], "<i8")),
+        "small": (protobuf.FLOAT, [], np.array(1 / 150, "<f4")),
     }
     nodes = [
-        wire.node("Reshape", ["x", "flat"], ["rows"]),
-        wire.node("Transpose", ["rows"], ["columns"], wire.ints("perm", [0, 2, 1])),
-        wire.node("MatMul", ["columns", "rows"], ["weights"]),
-        wire.node("MatMul", ["rows", "weights"], ["mixed"]),
-        wire.node("Reshape", ["mixed", "image"], ["large"]),
-        wire.node("Mul", ["large", "small"], ["eps"]),
+        protobuf.node("Reshape", ["x", "flat"], ["rows"]),
+        protobuf.node("Transpose", ["rows"], ["columns"], protobuf.ints("perm", [0, 2, 1])),
+        protobuf.node("MatMul", ["columns", "rows"], ["weights"]),
+        protobuf.node("MatMul", ["rows", "weights"], ["mixed"]),
+        protobuf.node("Reshape", ["mixed", "image"], ["large"]),
+        protobuf.node("Mul", ["large", "small"], ["eps"]),
     ]
-    graph = b"".join(wire.field(1, node) for node in nodes)
+    graph = b"".join(protobuf.field(1, node) for node in nodes)
     for name, (data_type, dims, value) in constants.items():
-        graph += wire.field(5, wire.tensor(name, data_type, dims, value.tobytes()))
-    picture = (wire.FLOAT, ("batch", channels, 16, 16))
-    model = wire.model({"x": picture, "t": (wire.INT32, ("batch",))}, {"eps": picture}, graph=graph)
+        graph += protobuf.field(5, protobuf.tensor(name, data_type, dims, value.tobytes()))
+    picture = (protobuf.FLOAT, ("batch", channels, 16, 16))
+    model = protobuf.model({"x": picture, "t": (protobuf.INT32, ("batch",))}, {"eps": picture}, graph=graph)
     (tmp_path / "model.onnx").write_bytes(model)
     spec = ModelSpec((channels, 16, 16), clip=None)
     assert_company_makes_no_difference(tmp_path / "model.onnx", threads, steps=1, spec=spec)
@@ -432,8 +432,8 @@ def test_a_plan_is_named_with_its_version(tmp_path):
 
 def test_a_graph_that_onnxruntime_refuses_is_a_format_error(tmp_path):
     """Good enough for the contract, but its output comes from nowhere."""
-    image = (wire.FLOAT, ("batch", 3, 8, 8))
-    model = wire.model({"x": image, "t": (wire.INT32, ("batch",))}, {"eps": image})
+    image = (protobuf.FLOAT, ("batch", 3, 8, 8))
+    model = protobuf.model({"x": image, "t": (protobuf.INT32, ("batch",))}, {"eps": image})
     (tmp_path / "model.onnx").write_bytes(model)
     with pytest.raises(FileFormatError, match="refuses this file"):
         ddpmx.load(tmp_path / "model.onnx", spec=gaussian.SPEC)
@@ -447,9 +447,11 @@ def test_a_file_that_describes_itself_needs_no_spec_and_takes_no_other(gaussian_
 
 def test_the_weights_that_are_read_are_the_weights_that_were_checked(tmp_path):
     """A model that is a symlink: what lies beside the link is not what lies beside the file."""
-    picture = (wire.FLOAT, ("batch", 3, 8, 8))
-    graph = wire.field(5, wire.external_tensor("w.bin")) + wire.field(1, wire.node("Mul", ["x", "w"], ["eps"]))
-    model = wire.model({"x": picture, "t": (wire.INT32, ("batch",))}, {"eps": picture}, graph=graph)
+    picture = (protobuf.FLOAT, ("batch", 3, 8, 8))
+    graph = protobuf.field(5, protobuf.external_tensor("w.bin")) + protobuf.field(
+        1, protobuf.node("Mul", ["x", "w"], ["eps"])
+    )
+    model = protobuf.model({"x": picture, "t": (protobuf.INT32, ("batch",))}, {"eps": picture}, graph=graph)
     (tmp_path / "a" / "real").mkdir(parents=True)
     (tmp_path / "a" / "real" / "model.onnx").write_bytes(model)
     (tmp_path / "a" / "real" / "w.bin").write_bytes(np.float32(2).tobytes())

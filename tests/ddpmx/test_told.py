@@ -71,7 +71,9 @@ def test_what_is_fed_back_is_what_the_chain_keeps():
 
     indices, spec = np.arange(3), TOY["itself"]
     start = chain.initial(0, indices, spec.shape)
-    steps = chain.run(Watched(), TABLE, start, seed=0, images=indices, clip=0.1, extras=spec.extras)
+    steps = chain.run(
+        Watched(), TABLE, start, seed=0, images=indices, clip=0.1, conditioning_shapes=spec.conditioning_shapes
+    )
     kept = [np.zeros_like(start), *(step.x0.copy() for step in steps)]
     assert len(seen) == len(TABLE)
     assert max(np.abs(x0).max() for x0 in kept) == np.float32(0.1)
@@ -201,12 +203,12 @@ def small(kind):
 def test_every_executor_gives_numpy_s_bits(fake, executor, kind, clip):
     spec = small(kind)
     others, mine = given(spec, seed=5), given(spec)
-    with Setup(fake, extras=spec.extras, clip=clip, table=TABLE) as s:
+    with Setup(fake, conditioning_shapes=spec.conditioning_shapes, clip=clip, table=TABLE) as s:
         assert choose_executor(s.chain, s.engine, executor).executor == executor
         alive = fake.alive()
         for now in (mine, others, mine):  # nothing stays of the chain before
-            step = expected(clip=clip, table=TABLE, extras=spec.extras, given=now)
-            got = s.chain.run(seed=5, images=IMAGES, given=now)
+            step = expected(clip=clip, table=TABLE, conditioning_shapes=spec.conditioning_shapes, conditioning=now)
+            got = s.chain.run(seed=5, images=IMAGES, conditioning=now)
             assert got.tobytes() == to_nhwc(step.x0).tobytes()
             assert array_at(s.chain.x, step.x_next.shape, ctypes.c_float).tobytes() == step.x_next.tobytes()
         assert fake.alive() == alive
@@ -217,27 +219,33 @@ def test_a_chain_on_the_device_can_be_watched(fake, kind):
     spec = small(kind)
     drawn, mine = np.array(IMAGES), given(spec)
     wanted = chain.run(
-        Toy(SHAPE), TABLE, chain.initial(5, drawn, SHAPE), seed=5, images=drawn, extras=spec.extras, given=mine
+        Toy(SHAPE),
+        TABLE,
+        chain.initial(5, drawn, SHAPE),
+        seed=5,
+        images=drawn,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=mine,
     )
-    with Setup(fake, extras=spec.extras, table=TABLE, with_x0=True) as s:
+    with Setup(fake, conditioning_shapes=spec.conditioning_shapes, table=TABLE, with_x0=True) as s:
         s.chain.prepare(s.engine, "graph")
-        for ours, theirs in zip(s.chain.steps(seed=5, images=IMAGES, given=mine), wanted, strict=True):
+        for ours, theirs in zip(s.chain.steps(seed=5, images=IMAGES, conditioning=mine), wanted, strict=True):
             assert ours.x0.tobytes() == theirs.x0.tobytes()
 
 
 def test_what_a_batch_has_left_is_filled_up_and_may_come_from_the_device(fake):
     spec = small("all")
     mine = given(spec, 2)
-    step = expected(IMAGES[:2], table=TABLE, extras=spec.extras, given=mine)
-    with Setup(fake, extras=spec.extras, table=TABLE) as s, s.driver.current():
+    step = expected(IMAGES[:2], table=TABLE, conditioning_shapes=spec.conditioning_shapes, conditioning=mine)
+    with Setup(fake, conditioning_shapes=spec.conditioning_shapes, table=TABLE) as s, s.driver.current():
         s.chain.prepare(s.engine, "plain")
         memory = {name: s.driver.allocate(array.nbytes, name) for name, array in mine.items()}
         for name, array in mine.items():
             s.driver.copy_in(memory[name].value, array, s.chain.stream)
         for now in (mine, {name: at.value for name, at in memory.items()}):
-            got = s.chain.run(seed=5, images=IMAGES[:2], given=now)
+            got = s.chain.run(seed=5, images=IMAGES[:2], conditioning=now)
             assert got.tobytes() == to_nhwc(step.x0).tobytes()
-            assert list(array_at(s.chain.extras["y"], (3,), ctypes.c_int32)) == [*mine["y"], mine["y"][-1]]
+            assert list(array_at(s.chain.conditioning["y"], (3,), ctypes.c_int32)) == [*mine["y"], mine["y"][-1]]
         for at in memory.values():
             at.close()
 
@@ -245,7 +253,7 @@ def test_what_a_batch_has_left_is_filled_up_and_may_come_from_the_device(fake):
 def test_what_the_device_is_told_before_anybody_says_is_0(fake):
     """The engine's first runs come before any chain, and a class is an index into its tables."""
     spec, seen = small("all"), []
-    with Setup(fake, extras=spec.extras, table=TABLE) as s:
+    with Setup(fake, conditioning_shapes=spec.conditioning_shapes, table=TABLE) as s:
         enqueue = s.engine.toy.enqueue
         s.engine.toy.enqueue = lambda: (
             seen.append({name: array.copy() for name, array in s.engine.toy.buffers.inputs().items()}),
@@ -274,10 +282,10 @@ def test_what_the_device_is_told_before_anybody_says_is_0(fake):
 def test_a_chain_is_told_what_it_asks_for(fake, told_now, message):
     spec = small("all")
     drawn = np.array(IMAGES)
-    with Setup(fake, extras=spec.extras, table=TABLE) as s:
+    with Setup(fake, conditioning_shapes=spec.conditioning_shapes, table=TABLE) as s:
         s.chain.prepare(s.engine, "plain")
         with pytest.raises(InputError, match=message):
-            s.chain.run(seed=5, images=IMAGES, given=told_now)
+            s.chain.run(seed=5, images=IMAGES, conditioning=told_now)
     if not any(isinstance(array, int) for array in told_now.values()):
         with pytest.raises(InputError, match=message):
             next(
@@ -287,8 +295,8 @@ def test_a_chain_is_told_what_it_asks_for(fake, told_now, message):
                     chain.initial(5, drawn, SHAPE),
                     seed=5,
                     images=drawn,
-                    extras=spec.extras,
-                    given=told_now,
+                    conditioning_shapes=spec.conditioning_shapes,
+                    conditioning=told_now,
                 )
             )
 
@@ -365,8 +373,8 @@ def test_a_condition_on_a_gpu_is_refused_where_the_chain_is_not():
 def test_the_chain_on_the_device_is_a_rung(opened, kind):
     spec = spec_of(kind)
     with pipeline.load(opened(spec)) as p:
-        rungs = on_device.rungs(p._runner._backend, spec)
-    assert [(rung.value, rung.skipped) for rung in rungs] == [(0.0, None)] * 3
+        checks = on_device.checks(p._runner._backend, spec)
+    assert [(check.value, check.skipped) for check in checks] == [(0.0, None)] * 3
 
 
 @pytest.mark.parametrize("missing", ["y", "x0_prev", "cond"])
@@ -382,7 +390,7 @@ def test_a_plan_without_what_its_spec_names_is_refused(opened, missing):
 
 def test_buffers_of_one_image_are_views_of_its_own_row():
     spec = TOY["all"]
-    buffers = Buffers.of(3, spec.shape, var=True, extras=spec.extras)
+    buffers = Buffers.of(3, spec.shape, var=True, conditioning_shapes=spec.conditioning_shapes)
     for number, array in enumerate({**buffers.inputs(), **buffers.answers()}.values()):
         array[...] = (number + 10 * np.arange(3)).reshape(3, *(1,) * (array.ndim - 1))
     row = {**buffers.row(2).inputs(), **buffers.row(2).answers()}
@@ -398,7 +406,7 @@ def test_a_copying_backend_takes_other_buffers_of_the_same_batch(opened):
     with pipeline.load(path) as p:
         backend = p._runner._backend
         assert isinstance(backend, CopyingBackend)
-        first, second = (Buffers.of(2, spec.shape, extras=spec.extras) for _ in range(2))
+        first, second = (Buffers.of(2, spec.shape, conditioning_shapes=spec.conditioning_shapes) for _ in range(2))
         second.y[...] = [1, 3]
         answers = []
         for buffers in (first, second):

@@ -93,8 +93,8 @@ def not_verified(results: Sequence[Result], suites: Mapping[str, Any], parity: M
     found = [f"{result.name}: {result.why}" for result in results if result.status == "not run"]
     found += [f"{reason} ({n})" for suite in suites.values() if suite for reason, n in suite["skipped"]]
     for precision, judged in parity.items():
-        rungs = judged["rungs"] if judged else []
-        found += [f"parity {precision}: {rung['name']}: {rung['skipped']}" for rung in rungs if rung["skipped"]]
+        checks = judged["rungs"] if judged else []
+        found += [f"parity {precision}: {check['name']}: {check['skipped']}" for check in checks if check["skipped"]]
     return list(dict.fromkeys(found))
 
 

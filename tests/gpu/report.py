@@ -202,11 +202,11 @@ def _parity(precision: str, judged: Mapping[str, Any] | None) -> str:
     if judged is None:
         return f"## Parity, {precision}\n\nNot judged."
     rows = []
-    for rung in judged["rungs"]:
-        state = "not judged" if rung["skipped"] else "holds" if rung["passed"] else "**FAILS**"
-        bound = f"{'≥' if rung['at_least'] else '≤'} {rung['bound']:g}"
+    for check in judged["rungs"]:
+        state = "not judged" if check["skipped"] else "holds" if check["passed"] else "**FAILS**"
+        bound = f"{'≥' if check['at_least'] else '≤'} {check['bound']:g}"
         rows.append(
-            [_cell(rung["name"]), _number(rung["value"]), bound, state, _cell(rung["skipped"] or rung["worst"])]
+            [_cell(check["name"]), _number(check["value"]), bound, state, _cell(check["skipped"] or check["worst"])]
         )
     made = (judged.get("reference") or {}).get("made_with", "nothing")
     head = f"{judged['verdict']}. On {judged['ran_on']}, against {made}."

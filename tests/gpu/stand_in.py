@@ -151,7 +151,7 @@ class StandIn:
         return 0
 
     def network(
-        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, conditioning: object = (), stream: int
     ) -> Network:
         self.check_batch(batch)
         return Network(self, batch, x, t, [address for address in (out, var) if address])
@@ -192,7 +192,7 @@ class Copying:
         return 0
 
     def network(
-        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, conditioning: object = (), stream: int
     ) -> CopyingNetwork:
         return CopyingNetwork(self.driver, x, out, 4 * batch * math.prod(self.spec.shape))
 

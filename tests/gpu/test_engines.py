@@ -10,7 +10,7 @@ from ddpmx.backends.trt import TrtEngine
 from ddpmx.device.discovery import Device, Gpus
 from ddpmx.errors import BackendError, InputError
 from ddpmx.parity import on_device
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from oracles.parity import make_reference
 
 STEPS, SEED = 12, 5
@@ -29,11 +29,11 @@ def test_a_plan_is_opened_as_what_it_says_it_is(plan, engines):
 def test_the_chain_is_numpy_s_chain_of_the_same_engine(plan, executor):
     with TrtEngine(plan) as opened:
         backend = CopyingBackend(opened)
-        (rung,) = (r for r in on_device.rungs(backend, opened.spec) if r.name.split()[1] == executor)
+        (check,) = (r for r in on_device.checks(backend, opened.spec) if r.name.split()[1] == executor)
         backend.close()
-    if rung.skipped:
-        pytest.skip(f"not verified here: a plan by {executor} ({rung.skipped})")
-    assert rung.passed, str(rung)
+    if check.skipped:
+        pytest.skip(f"not verified here: a plan by {executor} ({check.skipped})")
+    assert check.passed, str(check)
 
 
 def test_all_executors_give_the_same_images(plan):
@@ -110,15 +110,15 @@ def test_two_threads_have_contexts_of_their_own(plan, at_once):
 
 
 def judged(spec, backend, reference, name, figure):
-    """Climb, have each figure told, and see that all hold."""
+    """ParityReport, have each figure told, and see that all hold."""
     try:
-        climbed = climb(backend, spec, reference)
+        report = run_ladder(backend, spec, reference)
     finally:
         backend.close()
-    for rung in climbed.rungs:
-        if rung.skipped is None:
-            figure(f"{name}: {rung.name}", rung.value, **{"at_least" if rung.at_least else "at_most": rung.bound})
-    assert climbed.passed, climbed.verdict
+    for check in report.checks:
+        if check.skipped is None:
+            figure(f"{name}: {check.name}", check.value, **{"at_least" if check.at_least else "at_most": check.bound})
+    assert report.passed, report.verdict
 
 
 def test_the_ladder_holds_for_the_closed_form(engines, gaussian_onnx, figure):

@@ -17,12 +17,12 @@ def test_a_network_of_torch_s_runs_in_the_chain_s_stream(torch_network, executor
     """Held against the same network's chain in NumPy. A library that refuses to be captured is one to be run plainly."""
     device = torch_network()
     backend = CopyingBackend(device)
-    rungs = {rung.name.split()[1]: rung for rung in on_device.rungs(backend, device.spec)}
+    checks = {check.name.split()[1]: check for check in on_device.checks(backend, device.spec)}
     backend.close()
-    rung = rungs[executor]
-    if rung.skipped:
-        pytest.skip(f"not verified here: torch's network by {executor} ({rung.skipped})")
-    assert rung.passed, str(rung)
+    check = checks[executor]
+    if check.skipped:
+        pytest.skip(f"not verified here: torch's network by {executor} ({check.skipped})")
+    assert check.passed, str(check)
 
 
 def test_onnx_runtime_s_images_are_numpy_s(ort_pipeline):

@@ -40,7 +40,7 @@ class TorchDevice:
         return 0
 
     def network(
-        self, batch: int, *, x: int, t: int, out: int, var: int = 0, extras: object = (), stream: int
+        self, batch: int, *, x: int, t: int, out: int, var: int = 0, conditioning: object = (), stream: int
     ) -> TorchNetwork:
         return TorchNetwork(self, batch, x, t, out)
 

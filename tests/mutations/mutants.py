@@ -1,7 +1,7 @@
 """Damaged and hostile files, made from good ones: mutant N of a seed is the same file on every run.
 
 A mutant that is only noise dies at the first magic number. So half of them are taken apart as their format has it
-(protobuf fields, the JSON in a sealed text, npy headers, zip members, a safetensors header), changed at one place, and
+(protobuf fields, the JSON in an envelope, npy headers, zip members, a safetensors header), changed at one place, and
 put together again with every length and checksum made right: those reach the checks behind the first ones.
 """
 
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.formats.envelope import seal
+from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import RECORD_PREFIX
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reference import Reference
-from oracles import plans, wire
+from oracles import plans, protobuf
 
 Files = dict[str, bytes]
 """Name → content, of the files of one mutant; they lie together in a folder."""
@@ -58,17 +58,21 @@ class Mutant:
 
 def onnx_files() -> list[bytes]:
     """The toy model, and a written one that has every place where a file can be pointed to."""
-    tensor = wire.external_tensor("weights.bin")
-    inner = wire.field(1, wire.node("If", [], [], wire.attribute(6, wire.field(5, tensor))))
-    sparse = wire.field(1, tensor) + wire.field(2, tensor)
-    graph = wire.field(5, tensor) + inner + wire.field(15, sparse)
-    graph += wire.field(1, wire.node("Constant", [], ["c"], wire.attribute(23, sparse), wire.attribute(10, tensor)))
-    graph += wire.field(5, wire.tensor("v", wire.FLOAT, [2, 2], bytes(16)))
-    graph += wire.field(5, wire.field(1, b"\x02\x03") + wire.field(2, 1) + wire.field(8, "packed"))
-    rest = wire.field(20, wire.field(1, inner)) + wire.field(25, wire.field(7, wire.node("Relu", ["x"], ["y"])))
-    inputs = {"x": (wire.FLOAT, ("batch", 1, 8, 8)), "t": (wire.INT32, ("batch",))}
-    outputs = {"eps": (wire.FLOAT, ("batch", 1, 8, 8))}
-    written = wire.model(inputs, outputs, metadata={"ddpmx": SPEC.to_text()}, graph=graph, rest=rest)
+    tensor = protobuf.external_tensor("weights.bin")
+    inner = protobuf.field(1, protobuf.node("If", [], [], protobuf.attribute(6, protobuf.field(5, tensor))))
+    sparse = protobuf.field(1, tensor) + protobuf.field(2, tensor)
+    graph = protobuf.field(5, tensor) + inner + protobuf.field(15, sparse)
+    graph += protobuf.field(
+        1, protobuf.node("Constant", [], ["c"], protobuf.attribute(23, sparse), protobuf.attribute(10, tensor))
+    )
+    graph += protobuf.field(5, protobuf.tensor("v", protobuf.FLOAT, [2, 2], bytes(16)))
+    graph += protobuf.field(5, protobuf.field(1, b"\x02\x03") + protobuf.field(2, 1) + protobuf.field(8, "packed"))
+    rest = protobuf.field(20, protobuf.field(1, inner)) + protobuf.field(
+        25, protobuf.field(7, protobuf.node("Relu", ["x"], ["y"]))
+    )
+    inputs = {"x": (protobuf.FLOAT, ("batch", 1, 8, 8)), "t": (protobuf.INT32, ("batch",))}
+    outputs = {"eps": (protobuf.FLOAT, ("batch", 1, 8, 8))}
+    written = protobuf.model(inputs, outputs, metadata={"ddpmx": SPEC.to_text()}, graph=graph, rest=rest)
     return [GAUSSIAN.read_bytes(), written]
 
 
@@ -81,7 +85,7 @@ def plan_of(text: str) -> bytes:
 
 def plan_file() -> bytes:
     """A plan as ``ddpmx build`` makes it, as far as its format is known."""
-    return plan_of(f"{SPEC.to_text()} {seal(RECORD_PREFIX, plans.RECORD.to_json())}")
+    return plan_of(f"{SPEC.to_text()} {wrap(RECORD_PREFIX, plans.RECORD.to_json())}")
 
 
 def sidecar_of(plan: bytes) -> bytes:
@@ -252,7 +256,7 @@ INTEGERS = (0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 
 
 def _integer(rng: random.Random, out: bytearray) -> None:
     number = rng.choice(INTEGERS)
-    raw = wire.varint(number)
+    raw = protobuf.varint(number)
     if rng.random() < 0.6:
         width = rng.choice((1, 2, 4, 8))
         raw = (number % (1 << 8 * width)).to_bytes(width, "little")
@@ -352,7 +356,7 @@ def _places(values: Any) -> list[tuple[Any, Any]]:
 
 
 def sealed_change(rng: random.Random, text: bytes) -> bytes:
-    """Another object in a sealed text, its length and its CRC right."""
+    """Another object in an envelope, its length and its CRC right."""
     match = re.match(rb"(\w+) (\d{1,4}) ([0-9a-f]{8}) ", text)
     if match is None:
         return noise(rng, text)
@@ -363,7 +367,7 @@ def sealed_change(rng: random.Random, text: bytes) -> bytes:
 
 
 def spec_text_change(rng: random.Random, text: bytes) -> bytes:
-    """A sealed text with another object or another header."""
+    """A envelope with another object or another header."""
     if rng.random() < 0.75:
         return sealed_change(rng, text)
     return noise(rng, text)
@@ -415,12 +419,12 @@ def _change_field(rng: random.Random, holder: list[Field], index: int) -> None:
     elif action == 3:
         holder[index:index] = [field] * rng.choice((1, 2, 30))
     elif action == 4:  # a length that lies
-        field[2] = wire.varint(rng.choice(INTEGERS)) + _payload(field[2])
+        field[2] = protobuf.varint(rng.choice(INTEGERS)) + _payload(field[2])
         field.append("as it is")
     elif action == 5 and field[1] == 2:  # the message within itself
         inner = _payload(field[2])
         for _ in range(rng.choice((1, 10, 40, 500))):
-            inner = wire.field(field[0] % 30 or 1, inner)
+            inner = protobuf.field(field[0] % 30 or 1, inner)
         field[2] = inner
     elif field[1] == 2:
         texts = (b"", b"location", b"/etc/passwd", b"../x", b"x" * 5000, b"\xff\xfe", b"a\0b", b"weights.bin", b"ddpmx")
@@ -439,15 +443,15 @@ def _nodes(message: list[Field]) -> list[tuple[list[Field], int]]:
 
 
 def _payload(value: Any) -> bytes:
-    return _encode(value) if isinstance(value, list) else wire.varint(value) if isinstance(value, int) else value
+    return _encode(value) if isinstance(value, list) else protobuf.varint(value) if isinstance(value, int) else value
 
 
 def _encode(message: list[Field]) -> bytes:
     out = b""
     for number, kind, value, *as_it_is in message:
-        out += wire.varint(number << 3 | kind)
+        out += protobuf.varint(number << 3 | kind)
         raw = _payload(value)
-        out += wire.varint(len(raw)) + raw if kind == 2 and not as_it_is else raw
+        out += protobuf.varint(len(raw)) + raw if kind == 2 and not as_it_is else raw
     return out
 
 
@@ -492,9 +496,9 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def plan_change(rng: random.Random, data: bytes) -> bytes:
-    """Another object in one of a plan's sealed texts, or noise; its length is right half of the time."""
+    """Another object in one of a plan's envelopes, or noise; its length is right half of the time."""
     if rng.random() < 0.65:
-        spec, record = SPEC.to_text().encode(), seal(RECORD_PREFIX, plans.RECORD.to_json()).encode()
+        spec, record = SPEC.to_text().encode(), wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode()
         if rng.random() < 0.35:
             spec = spec_text_change(rng, spec)
         else:
@@ -504,7 +508,7 @@ def plan_change(rng: random.Random, data: bytes) -> bytes:
             name += bytes(20) + SPEC.replace(clip=rng.choice((1.0, 2.0))).to_text().encode() + b" " + record
         if rng.random() < 0.1:  # what looks like many descriptions, and is none
             name += b"ddpmx1 9999 00000000 " * rng.choice((10, 3000))
-        data = data.replace(SPEC.to_text().encode() + b" " + seal(RECORD_PREFIX, plans.RECORD.to_json()).encode(), name)
+        data = data.replace(SPEC.to_text().encode() + b" " + wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode(), name)
     else:
         data = noise(rng, data)
     if rng.random() < 0.15:

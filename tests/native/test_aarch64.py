@@ -26,11 +26,11 @@ from ddpmx.diffusion.samplers import make_table
 from ddpmx.formats import onnx_file, protobuf
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.check import BOUNDS
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from ddpmx.parity.reference import Reference
 from native.conftest import ROOT, SOURCE, build_native
 from oracles import parity, told
-from oracles import wire as write_wire
+from oracles import protobuf as write_wire
 from oracles.told import given, spec_of
 
 TOOLS = ROOT / ".cache" / "native-tools"
@@ -198,13 +198,13 @@ def test_every_bit_is_the_same(name, emulator, aarch64_build, native_build, tmp_
         fake = build / "tests" / "libfake_onnxruntime.so"
         with program([*prefix, build / "tests" / "run_model"], model, fake) as run:
             for number, request in enumerate(requests):
-                extras = given(spec, request["n"])
+                conditioning = given(spec, request["n"])
                 words: dict[str, Any] = {}
-                if "y" in extras:
-                    words["labels"] = ",".join(map(str, extras["y"]))
-                if "cond" in extras:
+                if "y" in conditioning:
+                    words["labels"] = ",".join(map(str, conditioning["y"]))
+                if "cond" in conditioning:
                     words["cond"] = tmp_path / "cond"
-                    extras["cond"].tofile(words["cond"])
+                    conditioning["cond"].tofile(words["cond"])
                 files = {kind: tmp_path / f"{where}-{number}-{kind}" for kind in ("images", "samples", "seen")}
                 run(**request, **words, **files)
                 found.setdefault(where, []).extend(path.read_bytes() for path in files.values())
@@ -260,13 +260,13 @@ def check_ladder(model: Path, reference: Reference, emulated: list[Any], ort: Pa
     unclipped = spec.replace(clip=None)
     with program(emulated, bare, ort, unclipped) as run:
         backend = Emulated(run, unclipped, folder)
-        result = climb(backend, spec, reference, batch=8)
+        result = run_ladder(backend, spec, reference, batch=8)
         assert re.search(r"onnxruntime \d", backend.description)
         assert backend.calls > 50
-    for rung in result.rungs:
-        assert rung.skipped is None, str(rung)
-        limit = {"at_least": rung.bound} if rung.at_least else {"at_most": rung.bound}
-        figure(f"aarch64, {model.name}: {rung.name}", rung.value, **limit)
+    for check in result.checks:
+        assert check.skipped is None, str(check)
+        limit = {"at_least": check.bound} if check.at_least else {"at_most": check.bound}
+        figure(f"aarch64, {model.name}: {check.name}", check.value, **limit)
 
 
 def check_chain(model: Path, emulated: list[Any], ort: Path, folder: Path, figure: Any, **request: Any) -> None:

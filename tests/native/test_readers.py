@@ -17,19 +17,19 @@ import pytest
 from ddpmx.errors import DdpmxError, FileFormatError, InputError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file
 from ddpmx.formats.betas import to_text
-from ddpmx.formats.envelope import seal
-from ddpmx.formats.plan_file import RECORD_PREFIX, EngineRecord, rebuild_command
+from ddpmx.formats.envelope import wrap
+from ddpmx.formats.plan_file import RECORD_PREFIX, PlanRecord, rebuild_command
 from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import KINDS, SPEC, Files, good, mutant
-from oracles import plans, wire
+from oracles import plans, protobuf
 
 STATUS = {InputError: 1, FileFormatError: 2, SpecError: 3}
 INT64 = 1 << 63
 SHARED = ("onnx", "plan", "plan+sidecar", "spec")
 """The kinds of mutants that libddpmx reads."""
 
-INPUTS = {"x": (wire.FLOAT, ("batch", 1, 8, 8)), "t": (wire.INT32, ("batch",))}
-OUTPUTS = {"eps": (wire.FLOAT, ("batch", 1, 8, 8))}
+INPUTS = {"x": (protobuf.FLOAT, ("batch", 1, 8, 8)), "t": (protobuf.INT32, ("batch",))}
+OUTPUTS = {"eps": (protobuf.FLOAT, ("batch", 1, 8, 8))}
 BETAS = np.linspace(1e-4, 0.02, 20)
 FREE = ModelSpec((1, 8, 8), timesteps=20, schedule="betas", betas=BETAS, ddpmx="0.1.0")
 
@@ -45,7 +45,7 @@ def spec_facts(spec: ModelSpec) -> dict[str, Any]:
     return facts | {"shape": list(spec.shape), "schedule_params": params, "betas": betas}
 
 
-def engine_facts(path: Path, engine: EngineRecord) -> dict[str, Any]:
+def engine_facts(path: Path, engine: PlanRecord) -> dict[str, Any]:
     facts = {name: getattr(engine, name) for name in ("flavour", "version", "platform", "source", "key")}
     stripped = engine.options.get("strip") is True
     facts |= {"targets": list(engine.targets), "batch": list(engine.batch), "stripped": stripped}
@@ -163,15 +163,15 @@ def put(folder: Path, number: int, entry: str, files: Files) -> Path:
 
 
 def plan_with(record: dict[str, Any] | None = None, spec: object = None, **changes: Any) -> bytes:
-    """A plan whose sealed texts hold these objects."""
+    """A plan whose envelopes hold these objects."""
     values = plans.RECORD.to_json() | changes if record is None else record
-    body = seal("ddpmx1", SPEC.to_json() if spec is None else spec)
-    return plans.make_plan(name=f"{body} {seal(RECORD_PREFIX, values)}".encode())
+    body = wrap("ddpmx1", SPEC.to_json() if spec is None else spec)
+    return plans.make_plan(name=f"{body} {wrap(RECORD_PREFIX, values)}".encode())
 
 
 def onnx_with(spec: str, extra: dict[str, str] | None = None, graph: bytes = b"", **inputs: Any) -> bytes:
     """An ONNX file with this metadata."""
-    return wire.model({**INPUTS, **inputs}, OUTPUTS, metadata={"ddpmx": spec, **(extra or {})}, graph=graph)
+    return protobuf.model({**INPUTS, **inputs}, OUTPUTS, metadata={"ddpmx": spec, **(extra or {})}, graph=graph)
 
 
 def free_plan(**sidecar: Any) -> Files:
@@ -290,9 +290,9 @@ def test_each_fault_of_a_spec_is_seen_by_both(tmp_path, compare):
             {k: v for k, v in SPEC.to_json().items() if k != "coefficients"} | change,
         ):
             cases.append(("spec.json", {"spec.json": json.dumps(values).encode()}))
-            cases.append(("spec.txt", {"spec.txt": seal("ddpmx1", values).encode()}))
+            cases.append(("spec.txt", {"spec.txt": wrap("ddpmx1", values).encode()}))
             cases.append(("model.plan", {"model.plan": plan_with(spec=values)}))
-            cases.append(("model.onnx", {"model.onnx": onnx_with(seal("ddpmx1", values))}))
+            cases.append(("model.onnx", {"model.onnx": onnx_with(wrap("ddpmx1", values))}))
     cases += [
         ("spec.json", {"spec.json": text}) for text in (b"", b"[]", b"3", b"{}", b'{"model": 3}', b" " * (1 << 21))
     ]
@@ -358,10 +358,10 @@ def test_each_fault_of_a_plan_is_seen_by_both(tmp_path, compare):
         plans.make_plan(tail=plans.name_of(record=plans.TENSORRT)),
         plans.make_plan(tail=SPEC.to_text().encode()),
         plans.make_plan(
-            name=SPEC.to_text().encode() + bytes(4000) + seal(RECORD_PREFIX, plans.RECORD.to_json()).encode()
+            name=SPEC.to_text().encode() + bytes(4000) + wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode()
         ),
         plans.make_plan(
-            name=SPEC.to_text().encode() + bytes(3000) + seal(RECORD_PREFIX, plans.RECORD.to_json()).encode()
+            name=SPEC.to_text().encode() + bytes(3000) + wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode()
         ),
         plans.make_plan(name=b"ddpmx1 9999 00000000 " * 3000 + name),
         *(plans.make_plan(tail=plans.elf(machine)) for machine in (0, 3, 40, 62, 183, 190, 243, 999)),
@@ -380,7 +380,7 @@ def test_each_fault_of_a_plan_is_seen_by_both(tmp_path, compare):
 
 
 def in_node(part: int, value: bytes) -> bytes:
-    return wire.field(1, wire.node("Constant", [], ["c"], wire.attribute(part, value)))
+    return protobuf.field(1, protobuf.node("Constant", [], ["c"], protobuf.attribute(part, value)))
 
 
 def nested(depth: int, inner: bytes) -> bytes:
@@ -395,7 +395,7 @@ def test_each_fault_of_an_onnx_file_is_seen_by_both(tmp_path, compare):
     places += ["missing/../weights.bin", "weights.bin/../weights.bin", "", ".", "..", "..\\x", "a" * 300, "a" * 5000]
     places += ["*/_ORT_MEM_ADDR_/*", "a*.bin"]
     places += ["nul\0byte", "loop", "out", "dangling", "inside", "a\udcffb", "pipe", "é.bin"]
-    tensor = wire.external_tensor("weights.bin")
+    tensor = protobuf.external_tensor("weights.bin")
     dims: list[tuple[Any, ...]] = [
         (),
         (4, 1, 8, 8),
@@ -406,40 +406,57 @@ def test_each_fault_of_an_onnx_file_is_seen_by_both(tmp_path, compare):
     ]
     dims += [("b", 2**63 - 1, 8, 8), ("b", 2**63, 8, 8), ("b", 2**64 - 1, 8, 8), ("b", 1, 8, 8, 1)]
     graphs = [
-        *(wire.field(5, wire.external_tensor(place)) for place in places),
+        *(protobuf.field(5, protobuf.external_tensor(place)) for place in places),
         *(in_node(part, tensor) for part in (5, 10)),
-        *(in_node(part, wire.field(5, tensor)) for part in (6, 11)),
-        *(in_node(part, wire.field(1, tensor)) for part in (22, 23)),
-        *(in_node(part, wire.field(1, wire.external_tensor("/x"))) for part in (5, 6, 22)),
-        *(nested(depth, wire.field(5, wire.external_tensor("/x"))) for depth in (30, 31, 32, 33, 100, 500)),
-        wire.field(5, wire.field(1, b"\x02\x83") + wire.field(2, 1)),
-        wire.field(5, wire.field(2, b"text")),
-        wire.field(5, wire.field(13, wire.field(1, 5))),
-        wire.field(5, wire.field(13, wire.field(1, "location") + wire.field(2, 5))),
-        wire.field(11, b""),
-        wire.field(12, wire.field(1, 3)),
-        wire.field(1, 3),
-        wire.varint(1 << 64 | 5 << 3 | 2) + wire.varint(len(tensor)) + tensor,
+        *(in_node(part, protobuf.field(5, tensor)) for part in (6, 11)),
+        *(in_node(part, protobuf.field(1, tensor)) for part in (22, 23)),
+        *(in_node(part, protobuf.field(1, protobuf.external_tensor("/x"))) for part in (5, 6, 22)),
+        *(nested(depth, protobuf.field(5, protobuf.external_tensor("/x"))) for depth in (30, 31, 32, 33, 100, 500)),
+        protobuf.field(5, protobuf.field(1, b"\x02\x83") + protobuf.field(2, 1)),
+        protobuf.field(5, protobuf.field(2, b"text")),
+        protobuf.field(5, protobuf.field(13, protobuf.field(1, 5))),
+        protobuf.field(5, protobuf.field(13, protobuf.field(1, "location") + protobuf.field(2, 5))),
+        protobuf.field(11, b""),
+        protobuf.field(12, protobuf.field(1, 3)),
+        protobuf.field(1, 3),
+        protobuf.varint(1 << 64 | 5 << 3 | 2) + protobuf.varint(len(tensor)) + tensor,
         # what is hidden from one who counts all bits of a key, and seen by one who takes 32 of them
-        wire.varint(1 << 32 | 5 << 3 | 2) + wire.varint(len(tensor)) + tensor,
-        wire.varint((1 << 29) - 1 << 3) + b"\x00",
-        wire.varint(40 << 3 | 2) + wire.varint(1 << 64),
-        wire.varint(40 << 3) + b"\xff" * 9 + b"\x7f",
-        wire.varint(40 << 3) + b"\xff" * 10 + b"\x01",
+        protobuf.varint(1 << 32 | 5 << 3 | 2) + protobuf.varint(len(tensor)) + tensor,
+        protobuf.varint((1 << 29) - 1 << 3) + b"\x00",
+        protobuf.varint(40 << 3 | 2) + protobuf.varint(1 << 64),
+        protobuf.varint(40 << 3) + b"\xff" * 9 + b"\x7f",
+        protobuf.varint(40 << 3) + b"\xff" * 10 + b"\x01",
     ]
     cases = [onnx_with(text, graph=graph) for graph in graphs]
-    cases += [onnx_with(text, x=(wire.FLOAT, dim)) for dim in dims]
-    cases += [onnx_with(text, t=(kind, ("b",))) for kind in (0, wire.INT32, wire.INT64, 2**64 - 1)]
-    cases += [onnx_with(text, y=(wire.INT32, ("b",))), onnx_with(text, **{"\udcff": (1, ())})]
-    cases += [onnx_with(text, w=(1, ()), graph=wire.field(5, wire.tensor("w", 1, [1], bytes(4))))]
+    cases += [onnx_with(text, x=(protobuf.FLOAT, dim)) for dim in dims]
+    cases += [onnx_with(text, t=(kind, ("b",))) for kind in (0, protobuf.INT32, protobuf.INT64, 2**64 - 1)]
+    cases += [onnx_with(text, y=(protobuf.INT32, ("b",))), onnx_with(text, **{"\udcff": (1, ())})]
+    cases += [onnx_with(text, w=(1, ()), graph=protobuf.field(5, protobuf.tensor("w", 1, [1], bytes(4))))]
     cases += [onnx_with(bad) for bad in ("", "ddpmx1", text[:-1], text.replace("eps", "epz"), "\udcff" + text)]
     cases += [onnx_with(text, {"ddpmx.betas": bad}) for bad in ("", "betas1 1 00000000 AAAA", to_text(BETAS))]
     cases += [onnx_with(FREE.to_text(), {"ddpmx.betas": bad}) for bad in (to_text(BETAS * 0.5), to_text(BETAS)[:-2])]
-    cases += [onnx_with(FREE.to_text()), wire.model(INPUTS, OUTPUTS), b"\x08", b"\x08\x08", b"\x08\x08" + b"\xff" * 20]
-    cases += [onnx_with(text) + rest for rest in (wire.field(7, b""), wire.field(0, 1), wire.field(14, 3), b"\x3b")]
-    cases += [onnx_with(text) + wire.field(8, wire.field(1, domain) + wire.field(2, b"x")) for domain in ("", "other")]
-    cases += [onnx_with(text) + wire.field(20, wire.field(2, wire.field(5, wire.external_tensor("../x"))))]
-    cases += [onnx_with(text) + wire.field(25, wire.field(11, wire.attribute(5, wire.external_tensor("../x"))))]
+    cases += [
+        onnx_with(FREE.to_text()),
+        protobuf.model(INPUTS, OUTPUTS),
+        b"\x08",
+        b"\x08\x08",
+        b"\x08\x08" + b"\xff" * 20,
+    ]
+    cases += [
+        onnx_with(text) + rest
+        for rest in (protobuf.field(7, b""), protobuf.field(0, 1), protobuf.field(14, 3), b"\x3b")
+    ]
+    cases += [
+        onnx_with(text) + protobuf.field(8, protobuf.field(1, domain) + protobuf.field(2, b"x"))
+        for domain in ("", "other")
+    ]
+    cases += [
+        onnx_with(text) + protobuf.field(20, protobuf.field(2, protobuf.field(5, protobuf.external_tensor("../x"))))
+    ]
+    cases += [
+        onnx_with(text)
+        + protobuf.field(25, protobuf.field(11, protobuf.attribute(5, protobuf.external_tensor("../x"))))
+    ]
     (tmp_path / "secret").write_bytes(bytes(4))
     paths = []
     for number, data in enumerate(cases):

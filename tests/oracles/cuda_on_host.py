@@ -124,8 +124,8 @@ class Device:
         floats = [self._floats(batch, shape, offset + more) for more in (0, 0, 0, var_offset)]
         self._memory = [memory for memory, _ in floats]
         self.x, self.out, self.x0, self.var = (array for _, array in floats)
-        self._levels = np.full(self.x.size + 8, self.GUARD, np.uint8)
-        self.levels = self._levels[: self.x.size].reshape(batch, H, W, C)
+        self._image_bytes = np.full(self.x.size + 8, self.GUARD, np.uint8)
+        self.pixels = self._image_bytes[: self.x.size].reshape(batch, H, W, C)
         self.t = np.full(batch, -1, np.int32)
         self.rows = np.ascontiguousarray(table.rows, np.float32)
         learns = table.learned is not None
@@ -138,7 +138,7 @@ class Device:
             out=self.out.ctypes.data,
             t=self.t.ctypes.data,
             x0=self.x0.ctypes.data if with_x0 else 0,
-            levels=self.levels.ctypes.data,
+            image_bytes=self.pixels.ctypes.data,
             rows=self.rows.ctypes.data,
             var=self.var.ctypes.data if learns else 0,
             learned=self.learned.ctypes.data if learns else 0,
@@ -192,7 +192,7 @@ class Device:
             np.isnan(memory).sum() == memory.size - array.size + np.isnan(array).sum()
             for memory, array in zip(self._memory, (self.x, self.out, self.x0, self.var), strict=True)
         )
-        return floats and bool((self._levels[self.levels.size :] == self.GUARD).all())
+        return floats and bool((self._image_bytes[self.pixels.size :] == self.GUARD).all())
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
@@ -226,9 +226,9 @@ def first_difference(
         last = index + 1 == len(table)
         if list(device.t) != [table.timesteps[index if last else index + 1]] * len(indices):
             return f"in t after step {index}"
-        if not last and not (device.levels == Device.GUARD).all():
+        if not last and not (device.pixels == Device.GUARD).all():
             return f"in images after step {index} already"
-    if not same_bits(device.levels, to_nhwc(step.x0)):
+    if not same_bits(device.pixels, to_nhwc(step.x0)):
         return "in the images"
     if next(said, None) is not None or not device.chain.halted:
         return "in that it does not end"

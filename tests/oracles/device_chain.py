@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from ddpmx.backends.base import NO_EXTRAS, Buffers
+from ddpmx.backends.base import NO_CONDITIONING, Buffers
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.discovery import DRIVER
@@ -34,7 +34,9 @@ class Engine:
     def __init__(self, cuda, device_chain, batch, shape=SHAPE, *, poison=None, refuse_at=0):
         self.cuda, self.refuse_at, self.enqueued = cuda, refuse_at, 0
         self.toy = Toy(shape, poison=poison)
-        self.toy.bind(buffers_at(batch, shape, device_chain.at, device_chain.extras, device_chain._told))
+        self.toy.bind(
+            buffers_at(batch, shape, device_chain.at, device_chain.conditioning, device_chain._conditioning_shapes)
+        )
 
     def __call__(self, stream):
         self.enqueued += 1
@@ -43,12 +45,12 @@ class Engine:
         self.cuda.enqueue(stream, self.toy.enqueue)
 
 
-def buffers_at(batch, shape, at, extras=None, dims=None):
-    """A network's arrays where these addresses are. ``dims``: those of the extras, of one image."""
+def buffers_at(batch, shape, at, conditioning=None, dims=None):
+    """A network's arrays where these addresses are. ``dims``: those of the conditioning, of one image."""
     x, out, var = (array_at(at[n], (batch, *shape), ctypes.c_float) if at.get(n) else None for n in ("x", "out", "var"))
     told = {
         name: array_at(address, (batch, *dims[name]), ctypes.c_int32 if name == "y" else ctypes.c_float)
-        for name, address in (extras or {}).items()
+        for name, address in (conditioning or {}).items()
     }
     return Buffers(x, array_at(at["t"], (batch,), ctypes.c_int32), out, var, **told)
 
@@ -60,7 +62,9 @@ def array_at(address, shape, kind):
 class Setup:
     """Driver, kernels, chain and engine; close them all with ``with``."""
 
-    def __init__(self, cuda, *, batch=3, table=TABLE, clip=1.0, with_x0=False, extras=NO_EXTRAS, **faults):
+    def __init__(
+        self, cuda, *, batch=3, table=TABLE, clip=1.0, with_x0=False, conditioning_shapes=NO_CONDITIONING, **faults
+    ):
         self.driver = Driver(library=cuda)
         try:
             self.chain = DeviceChain(
@@ -70,7 +74,7 @@ class Setup:
                 batch,
                 table,
                 clip=clip,
-                extras=extras,
+                conditioning_shapes=conditioning_shapes,
                 with_x0=with_x0,
                 description="toy",
             )
@@ -87,10 +91,28 @@ class Setup:
         self.driver.close()
 
 
-def expected(indices=IMAGES, *, seed=5, clip=1.0, table=TABLE, x=None, extras=NO_EXTRAS, given=NO_EXTRAS):
+def expected(
+    indices=IMAGES,
+    *,
+    seed=5,
+    clip=1.0,
+    table=TABLE,
+    x=None,
+    conditioning_shapes=NO_CONDITIONING,
+    conditioning=NO_CONDITIONING,
+):
     drawn = np.array(indices, np.int64)
     start = chain.initial(seed, drawn, SHAPE) if x is None else x
-    *_, step = chain.run(Toy(SHAPE), table, start, seed=seed, images=drawn, clip=clip, extras=extras, given=given)
+    *_, step = chain.run(
+        Toy(SHAPE),
+        table,
+        start,
+        seed=seed,
+        images=drawn,
+        clip=clip,
+        conditioning_shapes=conditioning_shapes,
+        conditioning=conditioning,
+    )
     return step
 
 

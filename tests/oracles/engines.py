@@ -12,8 +12,8 @@ from ddpmx.device.discovery import Device, Gpus
 from ddpmx.formats.onnx_file import BFLOAT16
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.trt.library import Library
-from oracles import wire
-from oracles.wire import FLOAT, FLOAT16, INT32
+from oracles import protobuf
+from oracles.protobuf import FLOAT, FLOAT16, INT32
 
 NO_GPU = Gpus(trouble="there is no NVIDIA driver")
 ORIN = Gpus((Device("Orin", "8.7", 8 << 30),), "12.6")
@@ -42,15 +42,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def cast(source: str, target: str, element_type: int) -> bytes:
-    to = wire.field(1, "to") + wire.field(3, element_type) + wire.field(20, 2)
-    return wire.node("Cast", [source], [target], to)
+    to = protobuf.field(1, "to") + protobuf.field(3, element_type) + protobuf.field(20, 2)
+    return protobuf.node("Cast", [source], [target], to)
 
 
 def external(name: str, dims: tuple[int, ...], location: str, length: int) -> bytes:
     entries = [("location", location), ("offset", "0"), ("length", str(length))]
-    data = b"".join(wire.field(13, wire.field(1, key) + wire.field(2, value)) for key, value in entries)
-    shape = b"".join(wire.field(1, dim) for dim in dims)
-    return shape + wire.field(2, FLOAT) + wire.field(8, name) + data + wire.field(14, 1)
+    data = b"".join(protobuf.field(13, protobuf.field(1, key) + protobuf.field(2, value)) for key, value in entries)
+    shape = b"".join(protobuf.field(1, dim) for dim in dims)
+    return shape + protobuf.field(2, FLOAT) + protobuf.field(8, name) + data + protobuf.field(14, 1)
 
 
 def onnx(
@@ -60,19 +60,19 @@ def onnx(
     if table is None:
         width = {FLOAT: 4, FLOAT16: 2, BFLOAT16: 2}[weights]
         raw = np.random.default_rng(0).integers(0, 60, spec.timesteps * 192 * width, np.uint8).tobytes()
-        table = wire.tensor("table", weights, (spec.timesteps, *spec.shape), raw)
+        table = protobuf.tensor("table", weights, (spec.timesteps, *spec.shape), raw)
     if nodes is None:
         nodes = [
-            wire.node("Gather", ["table", "t"], ["factor"]),
+            protobuf.node("Gather", ["table", "t"], ["factor"]),
             cast("x", "x16", weights),
-            wire.node("Mul", ["x16", "factor"], ["product"]),
+            protobuf.node("Mul", ["x16", "factor"], ["product"]),
             cast("product", "eps", FLOAT),
         ]
-    return wire.model(
+    return protobuf.model(
         {"x": (FLOAT, x), "t": (INT32, ("batch",))},
         {"eps": (FLOAT, ("batch", 3, 8, 8))},
         metadata={"ddpmx": spec.to_text()} if metadata is None else metadata,
-        graph=b"".join(wire.field(1, node) for node in nodes) + wire.field(5, table),
+        graph=b"".join(protobuf.field(1, node) for node in nodes) + protobuf.field(5, table),
     )
 
 

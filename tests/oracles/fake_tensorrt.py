@@ -115,7 +115,7 @@ class FakeContext:
         batch, *shape = self.shapes["x"]
         assert self.shapes == {name: (batch, *dims) for name, dims in self.fake.spec.inputs.items()}
         toy, at = self.fake.make(), {"out": self.addresses["eps"], **self.addresses}
-        extras = {name: self.addresses[name] for name in self.fake.spec.extras}
-        toy.bind(buffers_at(batch, shape, at, extras, self.fake.spec.extras))
+        conditioning = {name: self.addresses[name] for name in self.fake.spec.conditioning_shapes}
+        toy.bind(buffers_at(batch, shape, at, conditioning, self.fake.spec.conditioning_shapes))
         self.fake.cuda.enqueue(stream, toy.enqueue)
         return True

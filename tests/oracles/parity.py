@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ddpmx.diffusion.noise import Purpose, normal
-from ddpmx.parity.check import Rung
-from ddpmx.parity.ladder import Climb
+from ddpmx.parity.check import Check
+from ddpmx.parity.ladder import ParityReport
 from ddpmx.parity.reference import Reference
 from oracles import gaussian
 from oracles.toy_backend import ToyBackend
@@ -87,7 +87,7 @@ def make_reference(**changes: Any) -> Reference:
 
 
 T_CHECKED = int(np.round(np.linspace(0, T - 1, 32))[20])
-"""Among the t of the first rungs, and not on the chain."""
+"""Among the t of the first checks, and not on the chain."""
 T_CHAIN = int(np.round(np.linspace(0, T - 1, STEPS))[22])
 """The other way round."""
 PATTERN = np.random.default_rng(1).standard_normal((T, *SHAPE)).astype(np.float32)
@@ -114,12 +114,12 @@ class Faulty:
         pass
 
 
-def failed(result: Climb) -> list[str]:
-    return [rung.name for rung in result.rungs if not rung.passed]
+def failed(result: ParityReport) -> list[str]:
+    return [check.name for check in result.checks if not check.passed]
 
 
-def rung(result: Climb, name: str) -> Rung:
-    (found,) = (rung for rung in result.rungs if rung.name == name)
+def check(result: ParityReport, name: str) -> Check:
+    (found,) = (check for check in result.checks if check.name == name)
     return found
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import struct
 
-from ddpmx.formats.envelope import seal
-from ddpmx.formats.plan_file import RECORD_PREFIX, EngineRecord
+from ddpmx.formats.envelope import wrap
+from ddpmx.formats.plan_file import RECORD_PREFIX, PlanRecord
 from ddpmx.formats.spec import ModelSpec
 
 SPEC = ModelSpec((3, 8, 8), timesteps=20, ddpmx="0.1.0")
-RECORD = EngineRecord(
+RECORD = PlanRecord(
     flavour="TensorRT-RTX",
     version="1.7.1.116",
     targets=("8.0+",),
@@ -24,16 +24,16 @@ RECORD = EngineRecord(
 TENSORRT = dataclasses.replace(RECORD, flavour="TensorRT", version="10.3.0.26", targets=("8.7",))
 
 
-def name_of(spec: ModelSpec = SPEC, record: EngineRecord = RECORD) -> bytes:
+def name_of(spec: ModelSpec = SPEC, record: PlanRecord = RECORD) -> bytes:
     """What `ddpmx build` gives the network as its name."""
-    return f"{spec.to_text()} {seal(RECORD_PREFIX, record.to_json())}".encode()
+    return f"{spec.to_text()} {wrap(RECORD_PREFIX, record.to_json())}".encode()
 
 
 def make_plan(
     flavour: bytes = b"vtrt",
     version: tuple[int, ...] = (1, 7, 1, 116),
     spec: ModelSpec = SPEC,
-    record: EngineRecord = RECORD,
+    record: PlanRecord = RECORD,
     tail: bytes = b"",
     *,
     name: bytes | None = None,

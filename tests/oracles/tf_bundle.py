@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from oracles.wire import field, varint
+from oracles.protobuf import field, varint
 
 FIXTURES = Path(__file__).parents[1] / "data" / "tf_bundle"
 MAGIC = 0xDB4775248B80FB57

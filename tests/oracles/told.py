@@ -11,8 +11,8 @@ import numpy as np
 
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.formats.spec import ModelSpec
-from oracles import wire
-from oracles.wire import FLOAT, INT32, INT64
+from oracles import protobuf
+from oracles.protobuf import FLOAT, INT32, INT64
 
 CLASSES, CHANNELS = 5, 2
 ALL: dict[str, Any] = {"classes": CLASSES, "self_condition": True, "condition": CHANNELS}
@@ -36,7 +36,7 @@ def given(spec: ModelSpec, n: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
         found["y"] = np.array([(3 * i + 1) % spec.classes for i in range(n)], np.int32)
     if spec.condition:
         rng = np.random.default_rng(seed)
-        found["cond"] = rng.uniform(-1, 1, (n, *spec.extras["cond"])).astype(np.float32)
+        found["cond"] = rng.uniform(-1, 1, (n, *spec.conditioning_shapes["cond"])).astype(np.float32)
     return found
 
 
@@ -65,41 +65,41 @@ def factors(spec: ModelSpec) -> np.ndarray:
 
 def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> bytes:
     """out = factors[t]·x + effect, and var = x/2 if there is one. ``inputs`` replaces what the graph says of its inputs."""
-    axis = wire.field(1, "axis") + wire.field(3, 1) + wire.field(20, 2)
-    nodes = [wire.node("Gather", ["factors", "t"], ["factor"]), wire.node("Mul", ["factor", "x"], ["sum0"])]
-    constants = [wire.tensor("factors", FLOAT, (spec.timesteps, 1, 1, 1), factors(spec).tobytes())]
+    axis = protobuf.field(1, "axis") + protobuf.field(3, 1) + protobuf.field(20, 2)
+    nodes = [protobuf.node("Gather", ["factors", "t"], ["factor"]), protobuf.node("Mul", ["factor", "x"], ["sum0"])]
+    constants = [protobuf.tensor("factors", FLOAT, (spec.timesteps, 1, 1, 1), factors(spec).tobytes())]
     terms = {
-        "y": [wire.node("Gather", ["table", "y"], ["by_y"])],
-        "x0_prev": [wire.node("Mul", ["x0_prev", "by_itself"], ["by_x0_prev"])],
+        "y": [protobuf.node("Gather", ["table", "y"], ["by_y"])],
+        "x0_prev": [protobuf.node("Mul", ["x0_prev", "by_itself"], ["by_x0_prev"])],
         "cond": [
-            wire.node("Gather", ["cond", "last"], ["channel"], axis),
-            wire.node("Mul", ["channel", "by_condition"], ["by_cond"]),
+            protobuf.node("Gather", ["cond", "last"], ["channel"], axis),
+            protobuf.node("Mul", ["channel", "by_condition"], ["by_cond"]),
         ],
     }
     table = (np.float32(BY_CLASS) * (np.arange(spec.classes or 0) - 1)).astype(np.float32)
     parts = {
-        "y": [wire.tensor("table", FLOAT, (len(table), 1, 1, 1), table.tobytes())],
-        "x0_prev": [wire.tensor("by_itself", FLOAT, (), np.float32(BY_ITSELF).tobytes())],
+        "y": [protobuf.tensor("table", FLOAT, (len(table), 1, 1, 1), table.tobytes())],
+        "x0_prev": [protobuf.tensor("by_itself", FLOAT, (), np.float32(BY_ITSELF).tobytes())],
         "cond": [
-            wire.tensor("last", INT64, (1,), np.int64([CHANNELS - 1]).tobytes()),
-            wire.tensor("by_condition", FLOAT, (), np.float32(BY_CONDITION).tobytes()),
+            protobuf.tensor("last", INT64, (1,), np.int64([CHANNELS - 1]).tobytes()),
+            protobuf.tensor("by_condition", FLOAT, (), np.float32(BY_CONDITION).tobytes()),
         ],
     }
     result = "sum0"
-    for number, name in enumerate(spec.extras, 1):
-        nodes += [*terms[name], wire.node("Add", [result, f"by_{name}"], [f"sum{number}"])]
+    for number, name in enumerate(spec.conditioning_shapes, 1):
+        nodes += [*terms[name], protobuf.node("Add", [result, f"by_{name}"], [f"sum{number}"])]
         constants += parts[name]
         result = f"sum{number}"
-    nodes.append(wire.node("Identity", [result], [spec.prediction]))
+    nodes.append(protobuf.node("Identity", [result], [spec.prediction]))
     if "var" in spec.outputs:
-        nodes.append(wire.node("Mul", ["x", "half"], ["var"]))
-        constants.append(wire.tensor("half", FLOAT, (), np.float32(0.5).tobytes()))
+        nodes.append(protobuf.node("Mul", ["x", "half"], ["var"]))
+        constants.append(protobuf.tensor("half", FLOAT, (), np.float32(0.5).tobytes()))
     types = {name: INT32 if name in ("t", "y") else FLOAT for name in spec.inputs}
-    return wire.model(
+    return protobuf.model(
         {name: (types[name], ("batch", *dims)) for name, dims in spec.inputs.items()} if inputs is None else inputs,
         dict.fromkeys(spec.outputs, (FLOAT, ("batch", *spec.shape))),
         metadata=metadata,
-        graph=b"".join(wire.field(1, node) for node in nodes) + b"".join(wire.field(5, c) for c in constants),
+        graph=b"".join(protobuf.field(1, node) for node in nodes) + b"".join(protobuf.field(5, c) for c in constants),
     )
 
 

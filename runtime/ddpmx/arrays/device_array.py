@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ddpmx.arrays.dlpack import CPU, CUDA, At, Hold, opened
+from ddpmx.arrays.dlpack import CPU, CUDA, ArrayInterface, Owner, open_capsule
 from ddpmx.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype, self.driver = shape, np.dtype(dtype), driver
         self._memory = memory
-        self._hold: Hold | None = Hold(driver.close if owned else memory.close)
-        self._shown: Hold | None = None
+        self._hold: Owner | None = Owner(driver.close if owned else memory.close)
+        self._shown: Owner | None = None
 
     @classmethod
     def allocate(cls, driver: Driver, shape: tuple[int, ...], dtype: DTypeLike, what: str) -> DeviceArray:
@@ -76,7 +76,7 @@ class DeviceArray:
         """
         return self._held()[0]
 
-    def _held(self) -> tuple[int, Hold]:
+    def _held(self) -> tuple[int, Owner]:
         hold = self._hold
         if hold is None:
             raise InputError("the array was closed")
@@ -128,13 +128,15 @@ class DeviceArray:
         here = self.__dlpack_device__()
         wanted = here if dl_device is None else (int(dl_device[0]), int(dl_device[1]))
         if wanted == here and not copy:
-            return self._placed(_capsule(np.asarray(At(address, self.shape, self.dtype, hold, True)), options))
+            return self._placed(
+                _capsule(np.asarray(ArrayInterface(address, self.shape, self.dtype, hold, True)), options)
+            )
         if wanted == (CPU, 0) and copy is not False:
             return _capsule(self.numpy(), options)
         raise BufferError(f"an array on DLPack's device {here} is not given {'as a copy ' if copy else ''}on {wanted}")
 
     def _placed(self, capsule: object) -> object:
-        held = opened(capsule)
+        held = open_capsule(capsule)
         if held is None:
             raise BackendError("NumPy gives no capsule of DLPack's", note=f"NumPy {np.__version__}")
         device = held[0].dl_tensor.device

@@ -93,7 +93,7 @@ for _, _used, _ in _LAYOUTS:
     _keep_for_ever(_used)  # a capsule keeps the pointer to its name, and may outlive this module
 
 
-def opened(capsule: object) -> tuple[Any, bytes] | None:
+def open_capsule(capsule: object) -> tuple[Any, bytes] | None:
     """What a capsule holds, and its name once it is taken; None if it is none, or was taken before."""
     for name, used, layout in _LAYOUTS:
         if _is_capsule(capsule, name):
@@ -101,7 +101,7 @@ def opened(capsule: object) -> tuple[Any, bytes] | None:
     return None
 
 
-class Hold:
+class Owner:
     """Something that must not go before everybody who uses it has. What ends it runs once, and not at Python's exit.
 
     At exit others may still be using it, and the process takes it along anyway.
@@ -126,7 +126,7 @@ def delete(deleter: int, managed: int) -> None:
         _DELETER(deleter)(managed)
 
 
-class At:
+class ArrayInterface:
     """An address that NumPy takes for an array, and what has to live as long as that array."""
 
     def __init__(

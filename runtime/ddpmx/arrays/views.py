@@ -28,11 +28,11 @@ from ddpmx.arrays.dlpack import (
     KINDS,
     MAX_NDIM,
     READ_ONLY,
-    At,
+    ArrayInterface,
     DLDataType,
-    Hold,
+    Owner,
     delete,
-    opened,
+    open_capsule,
     rename,
 )
 from ddpmx.errors import BackendError, InputError
@@ -79,7 +79,7 @@ class View:
             raise InputError("the view of the array was closed")
         if self.on_device:
             raise InputError("the array is in a GPU's memory, where NumPy cannot read", hint="copy it to the host")
-        return np.asarray(At(self.address, self.shape, self.dtype, kept, self.writable))
+        return np.asarray(ArrayInterface(self.address, self.shape, self.dtype, kept, self.writable))
 
     def close(self) -> None:
         """Let go of the array. Again is harmless."""
@@ -202,14 +202,14 @@ def _by_dlpack(thing: Any, stream: int, writable: bool) -> View:
         capsule = thing.__dlpack__(max_version=(1, 0), **options)
     except TypeError:  # of before DLPack 1
         capsule = thing.__dlpack__(**options)
-    held = opened(capsule)
+    held = open_capsule(capsule)
     if held is None:
         raise _malformed(
             thing, f"__dlpack__ gives {_name(capsule)}: no capsule of DLPack's, or one that was used before"
         )
     managed, used = held
     rename(capsule, used)
-    hold = Hold(delete, managed.deleter or 0, ctypes.addressof(managed))
+    hold = Owner(delete, managed.deleter or 0, ctypes.addressof(managed))
     try:
         where = {"on_device": True, "wait_for": None if stream else 1} if on_device else {}
         return _by_managed(thing, kind, managed, hold, writable, where)
@@ -218,7 +218,7 @@ def _by_dlpack(thing: Any, stream: int, writable: bool) -> View:
         raise
 
 
-def _by_managed(thing: Any, kind: int, managed: Any, hold: Hold, writable: bool, where: dict[str, Any]) -> View:
+def _by_managed(thing: Any, kind: int, managed: Any, hold: Owner, writable: bool, where: dict[str, Any]) -> View:
     flags = getattr(managed, "flags", 0)
     if getattr(managed, "major", 1) != 1:
         raise InputError(f"the array comes by DLPack {managed.major}.{managed.minor}", hint="1.x is understood")
@@ -348,7 +348,7 @@ LEGACY_STREAM = 1
 """CU_STREAM_LEGACY: the default stream, which waits for others, and in which most people work."""
 
 
-def meet(x: NDArray[Any] | int, x_bytes: int, out: NDArray[Any] | int, out_bytes: int) -> bool:
+def overlap(x: NDArray[Any] | int, x_bytes: int, out: NDArray[Any] | int, out_bytes: int) -> bool:
     """Whether two arrays, or device addresses, have bytes in common."""
     a, b = (place if isinstance(place, int) else place.ctypes.data for place in (x, out))
     return isinstance(x, int) == isinstance(out, int) and a < b + out_bytes and b < a + x_bytes

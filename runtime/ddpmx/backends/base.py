@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.errors import BackendError
-from ddpmx.formats.spec import Extras, extra_type
+from ddpmx.formats.spec import ConditioningShapes, input_type
 
 if TYPE_CHECKING:
     from ddpmx.device.driver import Driver, Handle
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 EXECUTORS: tuple[str, ...] = ("while", "graph", "plain")
 """How a chain is run, see :mod:`ddpmx.cuda.device_chain`: in the order in which they are tried."""
 
-NO_EXTRAS: Mapping[str, Any] = MappingProxyType({})
-"""Of a network that is told x and t alone."""
+NO_CONDITIONING: Mapping[str, Any] = MappingProxyType({})
+"""Of a network that takes x and t alone."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,27 @@ class Buffers:
     cond: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, batch: int, shape: tuple[int, int, int], *, var: bool = False, extras: Extras = NO_EXTRAS) -> Buffers:
+    def of(
+        cls,
+        batch: int,
+        shape: tuple[int, int, int],
+        *,
+        var: bool = False,
+        conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
+    ) -> Buffers:
         """New ones for ``batch`` images of shape (C, H, W), all 0.
 
         Args:
             batch: images.
             shape: of one.
             var: whether there is a second answer.
-            extras: the network's inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+            conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`.
         """
         x, out = (np.zeros((batch, *shape), np.float32) for _ in range(2))
-        told: dict[str, Any] = {name: np.zeros((batch, *dims), extra_type(name)) for name, dims in extras.items()}
-        return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None, **told)
+        conditioning: dict[str, Any] = {
+            name: np.zeros((batch, *dims), input_type(name)) for name, dims in conditioning_shapes.items()
+        }
+        return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None, **conditioning)
 
     def inputs(self) -> dict[str, NDArray[Any]]:
         """What the network reads, by the names that its graph has for it."""
@@ -209,7 +218,7 @@ class DeviceBackend(Protocol):
         t: int,
         out: int,
         var: int = 0,
-        extras: Mapping[str, int] = NO_EXTRAS,
+        conditioning: Mapping[str, int] = NO_CONDITIONING,
         stream: int,
     ) -> DeviceNetwork:
         """The network for ``batch`` images in device memory.
@@ -218,7 +227,7 @@ class DeviceBackend(Protocol):
             batch: images.
             x, t, out, var: device addresses of float32 [batch, C, H, W], int32 [batch], float32 [batch, C, H, W] and,
                 if the network learns its variance, float32 [batch, C, H, W].
-            extras: the device addresses of its other inputs, by name: those of :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+            conditioning: the device addresses of its other inputs, by name.
             stream: where it is prepared.
 
         Raises:
@@ -278,8 +287,8 @@ class CopyingBackend:
                     for name, array in arrays.items():
                         self._memory[name] = driver.allocate(array.nbytes, _CALLED.get(name, name))
                     at = {name: memory.value for name, memory in self._memory.items()}
-                    extras = {name: at.pop(name) for name in arrays if name not in ("x", "t", "out", "var")}
-                    self._network = self.device.network(batch, **at, extras=extras, stream=self._stream)
+                    conditioning = {name: at.pop(name) for name in arrays if name not in ("x", "t", "out", "var")}
+                    self._network = self.device.network(batch, **at, conditioning=conditioning, stream=self._stream)
             except BaseException:
                 self.release()
                 raise

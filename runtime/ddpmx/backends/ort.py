@@ -152,7 +152,12 @@ def open_onnx(
         learned = spec.variance == "learned_range"
         try:
             device = OrtDevice(
-                path, spec.prediction, shape=spec.shape, provider=left[0], variance=learned, extras=spec.extras
+                path,
+                spec.prediction,
+                shape=spec.shape,
+                provider=left[0],
+                variance=learned,
+                conditioning_shapes=spec.conditioning_shapes,
             )
         except BackendError as error:
             if not fallback:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.backends.base import NO_EXTRAS, Buffers, CopyingBackend
+from ddpmx.backends.base import NO_CONDITIONING, Buffers, CopyingBackend
 from ddpmx.backends.ort_common import (
     GPU_PACKAGE,
     NAMES,
@@ -36,7 +36,7 @@ from ddpmx.backends.ort_common import (
 )
 from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError, InputError
-from ddpmx.formats.spec import Extras, extra_type
+from ddpmx.formats.spec import ConditioningShapes, input_type
 
 LARGEST_BATCH = 1 << 20
 """ONNX Runtime knows no largest batch; the GPU's memory ends long before."""
@@ -80,14 +80,14 @@ class OrtDevice:
         provider: one of :data:`PROVIDERS`, or ONNX Runtime's name for it.
         driver: the GPU, and the caller's to close; by default the first one.
         variance: whether the graph has a second output ``var``.
-        extras: its inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+        conditioning_shapes: its inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.conditioning_shapes`.
 
     Attributes:
         driver: the GPU.
         stream: the stream in which everything runs.
         executors: ("plain",).
         provider: ONNX Runtime's name for it.
-        path, shape, extras: as given.
+        path, shape, conditioning_shapes: as passed.
 
     Raises:
         BackendError: ONNX Runtime, the provider or the driver is missing, or the one real run failed. Nothing is left then.
@@ -105,14 +105,14 @@ class OrtDevice:
         provider: str = "cuda",
         driver: Driver | None = None,
         variance: bool = False,
-        extras: Extras = NO_EXTRAS,
+        conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
     ) -> None:
         short = device_provider(provider)
         if short is None:
             raise InputError(f"{provider} is no provider for NVIDIA GPUs", hint=f"one of {', '.join(PROVIDERS)}")
         self._ort = ort = import_onnxruntime()
         self.path, self.provider, self._short = Path(path), NAMES[short], short
-        self._output, self.shape, self.extras = output, shape, extras
+        self._output, self.shape, self.conditioning_shapes = output, shape, conditioning_shapes
         # what is not installed is said before what the machine lacks
         plugin = _import_plugin(ort) if short == "rtx" else None
         if plugin is None and self.provider not in available_providers(ort):
@@ -154,7 +154,7 @@ class OrtDevice:
         t: int,
         out: int,
         var: int = 0,
-        extras: Mapping[str, int] = NO_EXTRAS,
+        conditioning: Mapping[str, int] = NO_CONDITIONING,
         stream: int,
     ) -> OrtNetwork:
         """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
@@ -164,7 +164,7 @@ class OrtDevice:
         """
         self._check_stream(stream)
         answers = {self._output: out, **({VARIANCE: var} if var else {})}
-        return OrtNetwork(self, batch, {"x": x, "t": t, **extras}, answers)
+        return OrtNetwork(self, batch, {"x": x, "t": t, **conditioning}, answers)
 
     def close(self) -> None:
         """Free everything, its networks first. Again is harmless."""
@@ -206,7 +206,7 @@ class OrtDevice:
         copying = CopyingBackend(self)
         trouble = ""
         try:
-            copying.bind(Buffers.of(1, self.shape, var=variance, extras=self.extras))
+            copying.bind(Buffers.of(1, self.shape, var=variance, conditioning_shapes=self.conditioning_shapes))
             copying.enqueue()
         except BackendError as error:
             own = error.fact.startswith(self.description)
@@ -268,8 +268,8 @@ class OrtNetwork:
         trouble = ""
         try:
             for name, address in inputs.items():
-                dims = {"x": device.shape, "t": (), **device.extras}[name]
-                self._binding.bind_input(name, "cuda", ordinal, extra_type(name), (batch, *dims), address)
+                dims = {"x": device.shape, "t": (), **device.conditioning_shapes}[name]
+                self._binding.bind_input(name, "cuda", ordinal, input_type(name), (batch, *dims), address)
             for name, address in outputs.items():
                 self._binding.bind_output(name, "cuda", ordinal, np.float32, image, address)
         except Exception as error:

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.backends.base import EXECUTORS, NO_EXTRAS
+from ddpmx.backends.base import EXECUTORS, NO_CONDITIONING
 from ddpmx.device.discovery import Device, Gpus, ask_for_lazy_loading, gpus
 from ddpmx.device.driver import Driver, Handle
 from ddpmx.errors import BackendError, FileFormatError, InputError, OutputError
 from ddpmx.formats import plan_file
 from ddpmx.formats.atomic import atomic_write, make_folder
-from ddpmx.formats.envelope import seal
+from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import PlanInfo
-from ddpmx.formats.spec import ModelSpec, extra_type
+from ddpmx.formats.spec import ModelSpec, input_type
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.compat import check_fits
 from ddpmx.trt.library import Library
@@ -199,7 +199,7 @@ class TrtEngine:
         t: int,
         out: int,
         var: int = 0,
-        extras: Mapping[str, int] = NO_EXTRAS,
+        conditioning: Mapping[str, int] = NO_CONDITIONING,
         stream: int,
     ) -> TrtContext:
         """An execution context of its own, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
@@ -207,7 +207,7 @@ class TrtEngine:
         Args:
             batch: images.
             x, t, out, var: device addresses. Where the plan gives a variance and ``var`` is 0, it gets room of its own.
-            extras: those of its other inputs, by name.
+            conditioning: those of its other inputs, by name.
             stream: where a profile is chosen; it is not kept.
 
         Raises:
@@ -215,7 +215,7 @@ class TrtEngine:
             InputError: the plan does not take this batch.
         """
         with self._making:  # contexts may run in several threads, and the cache of what was compiled is one for all
-            return TrtContext(self, batch, {"x": x, "t": t, **extras, self.spec.prediction: out}, var, stream)
+            return TrtContext(self, batch, {"x": x, "t": t, **conditioning, self.spec.prediction: out}, var, stream)
 
     def save_cache(self) -> None:
         """Keep what TensorRT-RTX has compiled, so that the next start is faster. It is no loss if that fails."""
@@ -247,7 +247,7 @@ class TrtEngine:
             # mapped, since on a Jetson a copy would be taken from the GPU's memory
             self._engine = library.made(f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
         name = str(self._engine.name)
-        if name != f"{self.spec.to_text()} {seal(plan_file.RECORD_PREFIX, self.info.engine.to_json())}":
+        if name != f"{self.spec.to_text()} {wrap(plan_file.RECORD_PREFIX, self.info.engine.to_json())}":
             raise FileFormatError(
                 f"{path}: {library} reads another name from this plan than stands in it",
                 note=ascii(name)[:200],
@@ -371,7 +371,7 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tup
     """
     trt, image = library.trt, list(spec.shape)
     inside, outside = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
-    types = {name: trt.DataType.INT32 if extra_type(name) is np.int32 else trt.DataType.FLOAT for name in spec.inputs}
+    types = {name: trt.DataType.INT32 if input_type(name) is np.int32 else trt.DataType.FLOAT for name in spec.inputs}
     wanted = {name: (inside, types[name], list(dims)) for name, dims in spec.inputs.items()}
     wanted |= dict.fromkeys(spec.outputs, (outside, trt.DataType.FLOAT, image))
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

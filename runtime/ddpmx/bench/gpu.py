@@ -100,10 +100,10 @@ class DeviceBench:
         with self._chain(batch, "plain", table) as (chain, _), self._marks(2) as (begin, end):
             driver = self._device.driver
             images = np.arange(batch)
-            given = example(self._spec, images)
-            chain.run(seed=0, images=images, given=given)
+            conditioning = example(self._spec, images)
+            chain.run(seed=0, images=images, conditioning=conditioning)
             driver.record(begin, chain.stream)
-            chain.run(seed=0, images=images, given=given)
+            chain.run(seed=0, images=images, conditioning=conditioning)
             driver.record(end, chain.stream)
             driver.wait_for(end)
             return driver.milliseconds(begin, end) / 1e3 / len(table)
@@ -115,9 +115,9 @@ class DeviceBench:
             chain, notes = stack.enter_context(self._chain(batch, executor, beginning(self._table, steps)))
             marks = stack.enter_context(self._marks(steps + 1))
             images = np.arange(batch)
-            given = example(self._spec, images)
-            levels = np.empty((batch, *self._spec.shape[1:], self._spec.shape[0]), np.uint8)
-            chain.run(seed=0, images=images, levels=levels, given=given)
+            conditioning = example(self._spec, images)
+            pixels = np.empty((batch, *self._spec.shape[1:], self._spec.shape[0]), np.uint8)
+            chain.run(seed=0, images=images, pixels=pixels, conditioning=conditioning)
             memory = None if self._free_before is None else max(0, self._free_before - driver.free_memory()[0])
             bare, note = stack.enter_context(self._bare(batch, chain))
             bare(steps)
@@ -126,7 +126,7 @@ class DeviceBench:
             times, alone, ratios, host, around = [], [], [], 0.0, 0.0
             for _ in range(rounds):
                 begun, begun_thread = self._clock(), self._thread_clock()
-                chain.run(seed=0, images=images, levels=levels, given=given, marks=marks)
+                chain.run(seed=0, images=images, pixels=pixels, conditioning=conditioning, marks=marks)
                 host += self._thread_clock() - begun_thread
                 whole = driver.milliseconds(marks[0], marks[-1]) / 1e3
                 around += max(0.0, self._clock() - begun - whole)
@@ -159,7 +159,7 @@ class DeviceBench:
             batch,
             table,
             clip=self._spec.clip,
-            extras=self._spec.extras,
+            conditioning_shapes=self._spec.conditioning_shapes,
             description=device.description,
             stream=device.stream,
         ) as chain:
@@ -172,7 +172,7 @@ class DeviceBench:
                 network.close()
 
     def _network(self, batch: int, chain: DeviceChain) -> DeviceNetwork:
-        return self._device.network(batch, **chain.at, extras=chain.extras, stream=chain.stream)
+        return self._device.network(batch, **chain.at, conditioning=chain.conditioning, stream=chain.stream)
 
     @contextlib.contextmanager
     def _bare(self, batch: int, chain: DeviceChain) -> Iterator[tuple[Callable[[int], float], tuple[str, ...]]]:

@@ -144,5 +144,14 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
 
 
 def _walk(backend: Backend, spec: ModelSpec, table: Table, indices: NDArray[np.int64]) -> Iterator[chain.Step]:
-    start, given = chain.initial(0, indices, spec.shape), example(spec, indices)
-    return chain.run(backend, table, start, seed=0, images=indices, clip=spec.clip, extras=spec.extras, given=given)
+    start, conditioning = chain.initial(0, indices, spec.shape), example(spec, indices)
+    return chain.run(
+        backend,
+        table,
+        start,
+        seed=0,
+        images=indices,
+        clip=spec.clip,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=conditioning,
+    )

@@ -224,8 +224,17 @@ def _context() -> Iterator[int | None]:
 def _first_answer(backend: Backend, spec: ModelSpec, batch: int) -> None:
     table = beginning(make_table(spec.make_schedule(), spec.prediction, spec.variance), 1)
     images = np.arange(batch)
-    start, given = chain.initial(0, images, spec.shape), example(spec, images)
-    for _ in chain.run(backend, table, start, seed=0, images=images, clip=spec.clip, extras=spec.extras, given=given):
+    start, conditioning = chain.initial(0, images, spec.shape), example(spec, images)
+    for _ in chain.run(
+        backend,
+        table,
+        start,
+        seed=0,
+        images=images,
+        clip=spec.clip,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=conditioning,
+    ):
         pass
 
 

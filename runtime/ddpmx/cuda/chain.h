@@ -61,7 +61,7 @@ typedef struct {
   ddpmx_u64 var;       /* float32 [B, N]: its second answer, where sigma is learned, or 0 */
   ddpmx_u64 t;         /* int32 [B]: the engine's other input */
   ddpmx_u64 x0;        /* float32 [B, N], where each step leaves x0, or 0 */
-  ddpmx_u64 levels;    /* uint8 [B, H, W, C], where the last step leaves the images, or 0 */
+  ddpmx_u64 image_bytes;    /* uint8 [B, H, W, C], where the last step leaves the images, or 0 */
   ddpmx_u64 rows;      /* ddpmx_row [S] */
   ddpmx_u64 learned;   /* ddpmx_learned [S], or 0; either there is var and this, or neither */
   ddpmx_u64 timesteps; /* int32 [S], what the network is told at each step */
@@ -86,7 +86,7 @@ DDPMX_AT(ddpmx_chain, out, 8);
 DDPMX_AT(ddpmx_chain, var, 16);
 DDPMX_AT(ddpmx_chain, t, 24);
 DDPMX_AT(ddpmx_chain, x0, 32);
-DDPMX_AT(ddpmx_chain, levels, 40);
+DDPMX_AT(ddpmx_chain, image_bytes, 40);
 DDPMX_AT(ddpmx_chain, rows, 48);
 DDPMX_AT(ddpmx_chain, learned, 56);
 DDPMX_AT(ddpmx_chain, timesteps, 64);

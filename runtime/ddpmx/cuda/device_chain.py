@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ddpmx.backends.base import EXECUTORS, NO_EXTRAS
+from ddpmx.backends.base import EXECUTORS, NO_CONDITIONING
 from ddpmx.cuda import layout
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.cuda.layout import Chain, Control, Done
@@ -29,9 +29,9 @@ from ddpmx.device.driver import Driver, Handle
 from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, InputError
-from ddpmx.formats.spec import Extras
+from ddpmx.formats.spec import ConditioningShapes
 from ddpmx.sampling.chain import Step
-from ddpmx.sampling.conditioning import check_given
+from ddpmx.sampling.conditioning import check_conditioning
 
 Enqueue = Callable[[int], None]
 """Puts the network into a stream: reads its inputs, writes out. Raises BackendError; waits for nothing."""
@@ -67,8 +67,9 @@ class DeviceChain:
     """The memory of one chain on the device, for one batch size and one table, and what runs it again and again.
 
     Everything is allocated here and nothing later but the arrays that are returned. Bind the engine to what :attr:`at`
-    and :attr:`extras` name, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or :meth:`prepare`, then
-    :meth:`run`. A context manager. For one thread at a time; two chains of one driver may run in two threads.
+    and :attr:`conditioning` name, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or
+    :meth:`prepare`, then :meth:`run`. A context manager. For one thread at a time; two chains of one
+    driver may run in two threads.
 
     Args:
         driver: the GPU.
@@ -77,7 +78,7 @@ class DeviceChain:
         batch: images at once. Fewer are filled up, so that the engine always sees this many.
         table: the sampler.
         clip: the largest |x̂_0|, or None.
-        extras: what the network is told beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`.
+        conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`.
         with_x0: keep x̂_0 of each step, for :meth:`steps`.
         description: of what computes the network, for messages.
         stream: the stream to run in, if the network insists on one; by default one of the chain's own.
@@ -87,9 +88,9 @@ class DeviceChain:
         t: address of the timesteps, int32 [batch]: its other input.
         out: address of its answer, float32 [batch, C, H, W].
         var: address of its second answer, float32 [batch, C, H, W]; 0 unless the table learns its variance.
-        extras: the addresses of the engine's other inputs, by name. ``x0_prev`` is where the chain keeps x̂_0: 0 when it
-            begins, and then what each step leaves there for the next.
-        levels: address of the images, uint8 [batch, H, W, C].
+        conditioning: the addresses of the engine's other inputs, by name. ``x0_prev`` is where the chain keeps x̂_0: 0 when
+            it begins, and then what each step leaves there for the next.
+        pixels: address of the images, uint8 [batch, H, W, C].
         stream: the chain's stream.
         control: what the device says and may be asked; in pinned memory.
         choice: the executor, once there is one.
@@ -110,7 +111,7 @@ class DeviceChain:
         table: Table,
         *,
         clip: float | None = 1.0,
-        extras: Extras = NO_EXTRAS,
+        conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
         with_x0: bool = False,
         description: str = "",
         stream: int = 0,
@@ -121,7 +122,12 @@ class DeviceChain:
         if batch < 1 or len(table) < 1 or not 0 < fours < 1 << 31:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps make no chain on a GPU")
         self.driver, self.kernels, self._description = driver, kernels, description
-        self._shape, self._batch, self._table, self._told = shape, batch, table, dict(extras)
+        self._shape, self._batch, self._table, self._conditioning_shapes = (
+            shape,
+            batch,
+            table,
+            dict(conditioning_shapes),
+        )
         self._grid = min(-(-fours // layout.THREADS), BLOCKS_PER_MULTIPROCESSOR * max(1, driver.multiprocessors))
         self._enqueue: Enqueue | None = None
         self._executable: Handle | None = None
@@ -133,8 +139,12 @@ class DeviceChain:
         self.stream = stream
         try:
             with driver.current():
-                self._allocate(batch * elements, with_x0 or "x0_prev" in extras, learned=table.learned is not None)
-                self._chain = Chain(x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, levels=self.levels)
+                self._allocate(
+                    batch * elements, with_x0 or "x0_prev" in conditioning_shapes, learned=table.learned is not None
+                )
+                self._chain = Chain(
+                    x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, image_bytes=self.pixels
+                )
                 self._chain.control = self._pinned.device
                 self._chain.B, self._chain.channels, self._chain.pixels = batch, channels, height * width
                 self._chain.S, self._chain.limit = len(table), math.inf if clip is None else clip
@@ -167,12 +177,12 @@ class DeviceChain:
         self.var = self._memory(4 * elements, "its variance") if learned else 0
         self.t = self._memory(4 * self._batch, "t")
         self._x0 = self._memory(4 * elements, "x0") if with_x0 else 0
-        self.extras: dict[str, int] = {}
-        for name, dims in self._told.items():
+        self.conditioning: dict[str, int] = {}
+        for name, dims in self._conditioning_shapes.items():
             size = 4 * self._batch * math.prod(dims)
-            self.extras[name] = self._x0 if name == "x0_prev" else self._memory(size, name)
-            driver.zero(self.extras[name], size, self.stream)  # a class is an index into the engine's tables
-        self.levels = self._memory(elements, "the images")
+            self.conditioning[name] = self._x0 if name == "x0_prev" else self._memory(size, name)
+            driver.zero(self.conditioning[name], size, self.stream)  # a class is an index into the engine's tables
+        self.pixels = self._memory(elements, "the images")
 
     @property
     def at(self) -> dict[str, int]:
@@ -363,8 +373,8 @@ class DeviceChain:
         seed: int,
         images: ArrayLike,
         x: NDArray[np.float32] | int | None = None,
-        levels: NDArray[np.uint8] | int | None = None,
-        given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
+        pixels: NDArray[np.uint8] | int | None = None,
+        conditioning: Mapping[str, NDArray[Any] | int] = NO_CONDITIONING,
         after: Sequence[int] = (),
         progress: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
@@ -377,10 +387,10 @@ class DeviceChain:
             seed: of the noise, 0…2⁶⁴−1.
             images: the index of each image, 1…batch of them.
             x: float32 [n, C, H, W], the state to begin with instead of x_T ~ N(0, I), or its device address.
-            levels: where the images go: uint8 [n, H, W, C], or its device address. By default a new array.
-            given: what the network is told of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the device
+            pixels: where the images go: uint8 [n, H, W, C], or its device address. By default a new array.
+            conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the device
                 address of such an array.
-            after: streams whose work so far has to be done before what is given is read or ``levels`` written.
+            after: streams whose work so far has to be done before its arrays are read or ``pixels`` written.
             progress: called with (steps done, steps in all). The numbers rise and end with S; some may be left out.
             cancel: asked again and again until the chain is through; True ends it after the step that is under way.
             timeout: seconds after which the chain is given up.
@@ -388,7 +398,7 @@ class DeviceChain:
                 only the first and the last.
 
         Returns:
-            uint8 [n, H, W, C], or None if ``levels`` is an address.
+            uint8 [n, H, W, C], or None if ``pixels`` is an address.
 
         Raises:
             NumericError: the network's answer was not finite. It names step, t and executor.
@@ -397,10 +407,10 @@ class DeviceChain:
             InputError: no such seed, images or arrays.
         """
         name, n = self._ready(), self._set_images(seed, images)
-        check_given(self._told, given, n)
+        check_conditioning(self._conditioning_shapes, conditioning, n)
         driver, size = self.driver, n * math.prod(self._shape)
         channels, height, width = self._shape
-        result = levels if levels is not None else np.empty((n, height, width, channels), np.uint8)
+        result = pixels if pixels is not None else np.empty((n, height, width, channels), np.uint8)
         if isinstance(result, np.ndarray) and (
             result.shape != (n, height, width, channels) or result.dtype != np.uint8 or not result.flags.c_contiguous
         ):
@@ -409,7 +419,7 @@ class DeviceChain:
         with self._stopping():
             for other in after:
                 driver.follow(self.stream, other)
-            self._tell(n, given)
+            self._set_conditioning(n, conditioning)
             self._begin(seed, n, x)
             if name == "while":
                 self._run_whole(watch, marks)
@@ -419,9 +429,9 @@ class DeviceChain:
             watch.look()
             judge(self.control, self._table, self._where(name), cancelled=watch.cancelled, given=x is not None)
             if isinstance(result, np.ndarray):
-                driver.copy_out(result, self.levels, self.stream)
-            elif result != self.levels:
-                driver.copy(result, self.levels, size, self.stream)
+                driver.copy_out(result, self.pixels, self.stream)
+            elif result != self.pixels:
+                driver.copy(result, self.pixels, size, self.stream)
             driver.wait_for_stream(self.stream, "fetching the images")
         return result if isinstance(result, np.ndarray) else None
 
@@ -431,7 +441,7 @@ class DeviceChain:
         seed: int,
         images: ArrayLike,
         x: NDArray[np.float32] | int | None = None,
-        given: Mapping[str, NDArray[Any] | int] = NO_EXTRAS,
+        conditioning: Mapping[str, NDArray[Any] | int] = NO_CONDITIONING,
         after: Sequence[int] = (),
     ) -> Generator[Step, None, None]:
         """The chain step by step, as :func:`ddpmx.sampling.chain.run` gives it.
@@ -440,7 +450,7 @@ class DeviceChain:
         step. To stop, stop asking.
 
         Args:
-            seed, images, x, given, after: as for :meth:`run`.
+            seed, images, x, conditioning, after: as for :meth:`run`.
 
         Yields:
             Each step, with arrays [n, C, H, W] on the host.
@@ -451,13 +461,13 @@ class DeviceChain:
         name, n = self._ready(), self._set_images(seed, images)
         if name == "while" or not self._x0:
             raise InputError("only a chain that keeps x0, by plain or graph, can be watched step by step")
-        check_given(self._told, given, n)
+        check_conditioning(self._conditioning_shapes, conditioning, n)
         driver = self.driver
         now, x0, following = (np.empty((n, *self._shape), np.float32) for _ in range(3))
         with self._stopping():
             for other in after:
                 driver.follow(self.stream, other)
-            self._tell(n, given)
+            self._set_conditioning(n, conditioning)
             self._begin(seed, n, x)
             driver.copy_out(now, self.x, self.stream)
             driver.wait_for_stream(self.stream, "beginning the chain")
@@ -520,17 +530,17 @@ class DeviceChain:
         chain.seed, chain.flags = seed, 0 if x is None else layout.X_IS_GIVEN
         if x is not None:
             self._fill(self.x, n, x, self._shape, "x")
-        if "x0_prev" in self._told:
+        if "x0_prev" in self._conditioning_shapes:
             driver.zero(self._x0, 4 * self._batch * math.prod(self._shape), self.stream)
         control.stop, control.step, control.bad_step, control.done = stop, 0, -1, Done.RUNNING
         driver.copy_in(chain.images, self._images, self.stream)
         driver.copy_in(self._at, chain, self.stream)
         driver.launch(self.kernels.begin, self._grid, layout.THREADS, self.stream, (self._at,), "ddpmx_begin")
 
-    def _tell(self, n: int, given: Mapping[str, NDArray[Any] | int]) -> None:
-        """What the network is told of the images, which stays where it is through the chain."""
-        for name, array in given.items():
-            self._fill(self.extras[name], n, array, self._told[name], name)
+    def _set_conditioning(self, n: int, conditioning: Mapping[str, NDArray[Any] | int]) -> None:
+        """Copy the conditioning of the images, which stays where it is through the chain."""
+        for name, array in conditioning.items():
+            self._fill(self.conditioning[name], n, array, self._conditioning_shapes[name], name)
 
     def _fill(self, to: int, n: int, source: NDArray[Any] | int, dims: tuple[int, ...], what: str) -> None:
         """Copy ``n`` images' numbers, of four bytes each; the last image fills up what the batch has left."""

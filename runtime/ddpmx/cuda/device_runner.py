@@ -66,10 +66,10 @@ class DeviceRunner:
         """Smallest and largest batch of each range that the network takes."""
         return self._device.batches
 
-    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, pixels: NDArray[np.uint8] | int) -> None:
         """Run a chain, see :meth:`ddpmx.sampling.runner.Runner.run`."""
         n, alone = len(job.images), self._is_alone(job)
-        size, extras = math.prod(self._spec.shape), self._spec.extras
+        size, shapes = math.prod(self._spec.shape), self._spec.conditioning_shapes
         prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
         told = [0]
         for first in range(0, n, 1 if alone else n):
@@ -78,8 +78,8 @@ class DeviceRunner:
                 seed=job.seed,
                 images=job.images[part],
                 x=None if x is None else rows(x, part, self._spec.shape),
-                given={name: rows(array, part, extras[name]) for name, array in job.given.items()},
-                levels=levels + size * first if isinstance(levels, int) else levels[part],
+                conditioning={name: rows(array, part, shapes[name]) for name, array in job.conditioning.items()},
+                pixels=pixels + size * first if isinstance(pixels, int) else pixels[part],
                 after=job.after if first == 0 else (),
                 progress=_share(job.progress, first, n, told) if alone else job.progress,
                 cancel=job.cancel,
@@ -93,7 +93,7 @@ class DeviceRunner:
                 hint="batch = 1 (--batch 1)",
             )
         return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
-            seed=job.seed, images=job.images, x=x, given=job.given, after=job.after
+            seed=job.seed, images=job.images, x=x, conditioning=job.conditioning, after=job.after
         )
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
@@ -149,12 +149,14 @@ class DeviceRunner:
                     batch,
                     table,
                     clip=self._spec.clip,
-                    extras=self._spec.extras,
+                    conditioning_shapes=self._spec.conditioning_shapes,
                     with_x0=with_x0,
                     description=device.description,
                     stream=device.stream,
                 )
-                self._network = network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
+                self._network = network = device.network(
+                    batch, **made.at, conditioning=made.conditioning, stream=made.stream
+                )
                 choice = choose_executor(made, network.enqueue, self._wanted(with_x0), among=self._among(with_x0))
         except BaseException:
             self._release()

@@ -51,7 +51,7 @@ class Chain(ctypes.Structure):
     var: int
     t: int
     x0: int
-    levels: int
+    image_bytes: int
     rows: int
     learned: int
     timesteps: int
@@ -70,7 +70,7 @@ class Chain(ctypes.Structure):
     halted: int
 
     _fields_ = [
-        *((name, ctypes.c_uint64) for name in ("x", "out", "var", "t", "x0", "levels", "rows", "learned")),
+        *((name, ctypes.c_uint64) for name in ("x", "out", "var", "t", "x0", "image_bytes", "rows", "learned")),
         *((name, ctypes.c_uint64) for name in ("timesteps", "images", "control", "seed")),
         *((name, ctypes.c_int32) for name in ("B", "channels", "pixels", "S")),
         ("limit", ctypes.c_float),

@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
 /* x_t and the network's answer, or both of its answers, to x_{t-1}, in place, and t to the next timestep.
  *
  * Where the answer is not finite x keeps its value. No block can know what the others have met, so the rest of x goes on:
- * after a bad step x holds elements of two steps, and x0, levels and t are nothing to go on from either. After a
+ * after a bad step x holds elements of two steps, and x0, image_bytes and t are nothing to go on from either. After a
  * stop x and t are those of the step that would have been next.
  */
 extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_step(ddpmx_chain *chain) {
@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
   const float *out = (const float *)chain->out, *var = (const float *)chain->var;
   float *x = (float *)chain->x, *x0 = (float *)chain->x0;
-  unsigned char *levels = last ? (unsigned char *)chain->levels : (unsigned char *)0;
+  unsigned char *image_bytes = last ? (unsigned char *)chain->image_bytes : (unsigned char *)0;
   ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
   const int wide = ddpmx_is_wide(elements, chain->x | chain->out | chain->var | chain->x0);
   const ddpmx_u64 seed = chain->seed;
@@ -170,12 +170,12 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
     }
     ddpmx_store(here, four.count, wide, x + four.at);
     if (x0) ddpmx_store(lead, four.count, wide, x0 + four.at);
-    if (levels) {
+    if (image_bytes) {
       for (int k = 0; k < 4; ++k) {
         if (k >= four.count) continue;
         const ddpmx_u32 element = 4 * four.block + (ddpmx_u32)k, channel = element / pixels;
         const ddpmx_u64 pixel = element - channel * pixels;
-        levels[(ddpmx_u64)four.image * elements + pixel * channels + channel] = ddpmx_uint8(lead[k]);
+        image_bytes[(ddpmx_u64)four.image * elements + pixel * channels + channel] = ddpmx_uint8(lead[k]);
       }
     }
     if (four.block == 0) t[four.image] = next; /* the network has done with it */

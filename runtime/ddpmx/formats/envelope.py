@@ -21,7 +21,7 @@ MAX_BYTES = 9999
 MAX_DEPTH = 64
 
 
-def seal(prefix: str, values: Mapping[str, Any]) -> str:
+def wrap(prefix: str, values: Mapping[str, Any]) -> str:
     """One line of ASCII.
 
     Raises:
@@ -33,8 +33,8 @@ def seal(prefix: str, values: Mapping[str, Any]) -> str:
     return f"{prefix} {len(body)} {zlib.crc32(body):08x} {body.decode()}"
 
 
-def unseal(prefix: str, text: str) -> object:
-    """The object that :func:`seal` was given.
+def unwrap(prefix: str, text: str) -> object:
+    """The object that :func:`wrap` was given.
 
     Raises:
         SpecError: foreign, shortened or changed.
@@ -54,7 +54,7 @@ def unseal(prefix: str, text: str) -> object:
 
 
 def search(prefix: str, data: Any) -> Iterator[tuple[str, int]]:
-    """Every whole sealed text in ``data`` (bytes, or a map of a file) and where it ends. Damaged ones are passed over."""
+    """Every whole envelope in ``data`` (bytes, or a map of a file) and where it ends. Damaged ones are passed over."""
     for header in _header(prefix).finditer(data):
         end = header.end() + int(header[1])
         body = bytes(data[header.end() : end])

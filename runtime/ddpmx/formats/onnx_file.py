@@ -18,7 +18,7 @@ import numpy as np
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.formats import betas as free_betas
 from ddpmx.formats.protobuf import MalformedError, as_message, as_number, as_text, fields, packed
-from ddpmx.formats.spec import ModelSpec, extra_type
+from ddpmx.formats.spec import ModelSpec, input_type
 
 METADATA_KEY = "ddpmx"
 """The key of ``metadata_props`` under which an ONNX file carries its spec."""
@@ -163,7 +163,7 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
     With a learned variance there is one more of that shape, ``var``. What the spec says decides over further inputs:
     y: int32 [batch], x0_prev: float32 [batch, C, H, W], cond: float32 [batch, K, H, W].
     """
-    types = {name: INT32 if extra_type(name) is np.int32 else FLOAT for name in spec.inputs}
+    types = {name: INT32 if input_type(name) is np.int32 else FLOAT for name in spec.inputs}
     wanted = (
         *((name, info.inputs, types[name], dims) for name, dims in spec.inputs.items()),
         *((output, info.outputs, FLOAT, spec.shape) for output in spec.outputs),
@@ -194,7 +194,7 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
 def _listed(spec: ModelSpec) -> str:
     """The inputs, for people."""
     dims = {"t": "", "y": "", "cond": ", K, H, W"}
-    *most, last = [f"{name} {extra_type(name).__name__} [batch{dims.get(name, ', C, H, W')}]" for name in spec.inputs]
+    *most, last = [f"{name} {input_type(name).__name__} [batch{dims.get(name, ', C, H, W')}]" for name in spec.inputs]
     return f"{', '.join(most)} and {last}"
 
 

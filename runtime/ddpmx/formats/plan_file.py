@@ -2,7 +2,7 @@
 
 The format is not public. What is known of it: bytes 0–3 tell the flavour ("ftrt", "vtrt"), bytes 16–23 the length of the
 whole, bytes 24–27 the version, and the network's name stands in it as it was given. ``ddpmx build`` makes that name of
-two sealed texts, the ModelSpec and an :class:`EngineRecord`. A sidecar ``model.plan.json`` repeats both, with what only
+two envelopes, the ModelSpec and an :class:`PlanRecord`. A sidecar ``model.plan.json`` repeats both, with what only
 the builder knew; it may be missing, but it may not contradict. Only where the schedule is an array of β it may not be
 missing either, since that lies there.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.formats import betas as free_betas
-from ddpmx.formats.envelope import parse_json, search, unseal
+from ddpmx.formats.envelope import parse_json, search, unwrap
 from ddpmx.formats.spec import PREFIX, ModelSpec
 
 MAGIC = {b"ftrt": "TensorRT", b"vtrt": "TensorRT-RTX"}
@@ -41,7 +41,7 @@ _ELF_MACHINE_AT = 18
 
 
 @dataclass(frozen=True)
-class EngineRecord:
+class PlanRecord:
     """How a plan was built.
 
     Attributes:
@@ -71,7 +71,7 @@ class EngineRecord:
         return dataclasses.asdict(self) | {"targets": list(self.targets), "batch": list(self.batch)}
 
     @classmethod
-    def from_json(cls, values: object) -> EngineRecord:
+    def from_json(cls, values: object) -> PlanRecord:
         """The record that :meth:`to_json` made.
 
         Raises:
@@ -122,7 +122,7 @@ class PlanInfo:
     version: str
     size: int
     spec: ModelSpec
-    engine: EngineRecord
+    engine: PlanRecord
     sidecar: Mapping[str, Any] | None
 
 
@@ -181,8 +181,8 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
                 hint="build a plan of your own from the ONNX file, or trust its maker with --trust-host-code",
             )
     try:
-        engine = EngineRecord.from_json(unseal(RECORD_PREFIX, texts[1]))
-        values = unseal(PREFIX, texts[0])
+        engine = PlanRecord.from_json(unwrap(RECORD_PREFIX, texts[1]))
+        values = unwrap(PREFIX, texts[0])
     except SpecError as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
     if (engine.flavour, release(engine.version)) != (flavour, release(version)):
@@ -203,7 +203,7 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
     return PlanInfo(flavour, version, size, spec, engine, sidecar)
 
 
-def sidecar_json(size: int, spec: ModelSpec, engine: EngineRecord, build: Mapping[str, Any]) -> dict[str, Any]:
+def sidecar_json(size: int, spec: ModelSpec, engine: PlanRecord, build: Mapping[str, Any]) -> dict[str, Any]:
     """What a plan's sidecar says, as plain JSON values.
 
     Args:
@@ -216,7 +216,7 @@ def sidecar_json(size: int, spec: ModelSpec, engine: EngineRecord, build: Mappin
     return {"spec": spec.to_json(), "engine": engine.to_json(), "bytes": size, "build": build, **beside}
 
 
-def rebuild_command(path: str | os.PathLike[str], engine: EngineRecord) -> str:
+def rebuild_command(path: str | os.PathLike[str], engine: PlanRecord) -> str:
     """The command that builds this plan anew, here, and for what is here."""
     options = dict(engine.options)
     if options.get("workspace"):
@@ -236,7 +236,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
-    """The two sealed texts of a plan's name."""
+    """The two envelopes of a plan's name."""
     found: set[tuple[str, str]] = set()
     for text, end in search(PREFIX, data):
         for record, _ in search(RECORD_PREFIX, data[end : end + 4096]):
@@ -259,7 +259,7 @@ def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
     return found.pop()
 
 
-def _sidecar(path: Path, file: Path, engine: EngineRecord) -> Mapping[str, Any] | None:
+def _sidecar(path: Path, file: Path, engine: PlanRecord) -> Mapping[str, Any] | None:
     """What the sidecar says, if it is there."""
     if not os.path.lexists(file):
         return None
@@ -279,7 +279,7 @@ def _sidecar(path: Path, file: Path, engine: EngineRecord) -> Mapping[str, Any] 
 
 
 def _check_sidecar(
-    path: Path, file: Path, told: Mapping[str, Any] | None, size: int, spec: ModelSpec, engine: EngineRecord
+    path: Path, file: Path, told: Mapping[str, Any] | None, size: int, spec: ModelSpec, engine: PlanRecord
 ) -> None:
     """See that it does not contradict its plan."""
     for name, mine in (("spec", spec.to_json()), ("engine", engine.to_json()), ("bytes", size)):

@@ -16,7 +16,7 @@ from ddpmx.diffusion.samplers import PREDICTIONS, VARIANCES, Prediction, Varianc
 from ddpmx.diffusion.schedule import Schedule, is_number, make_schedule, schedule_params
 from ddpmx.errors import InputError, SpecError
 from ddpmx.formats import betas as free_betas
-from ddpmx.formats.envelope import seal, unseal
+from ddpmx.formats.envelope import unwrap, wrap
 
 PREFIX = "ddpmx1"
 
@@ -36,15 +36,15 @@ MAX_CONDITION = 1 << 12
 BETAS = "betas"
 """The schedule that is an array of β, and no formula."""
 
-Extras = Mapping[str, tuple[int, ...]]
-"""The inputs that a network has beside x and t, each with its dimensions for one image: see :attr:`ModelSpec.extras`."""
+ConditioningShapes = Mapping[str, tuple[int, ...]]
+"""The inputs that a network has beside x and t, each with its dimensions for one image."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNLESS_SET: dict[str, object] = {"classes": None, "self_condition": False, "condition": None, "betas": None}
 """What a file says nothing of where it is so: what was written before there were these fields stays as it is."""
 
 
-def extra_type(name: str) -> type[np.int32] | type[np.float32]:
+def input_type(name: str) -> type[np.int32] | type[np.float32]:
     """What an input holds: t and y whole numbers, all others float32."""
     return np.int32 if name in ("t", "y") else np.float32
 
@@ -169,7 +169,7 @@ class ModelSpec:
         return self._schedule
 
     @property
-    def extras(self) -> dict[str, tuple[int, ...]]:
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The network's inputs beside x and t, each with its dimensions for one image: ``y``, ``x0_prev``, ``cond``."""
         found: dict[str, tuple[int, ...]] = {}
         if self.classes is not None:
@@ -182,8 +182,8 @@ class ModelSpec:
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """All inputs, each with its dimensions for one image. See :func:`extra_type` for what they hold."""
-        return {"x": self.shape, "t": (), **self.extras}
+        """All inputs, each with its dimensions for one image. See :func:`input_type` for what they hold."""
+        return {"x": self.shape, "t": (), **self.conditioning_shapes}
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -273,7 +273,7 @@ class ModelSpec:
         Raises:
             SpecError: it would be longer than :data:`MAX_TEXT` bytes.
         """
-        text = seal(PREFIX, self.to_json())
+        text = wrap(PREFIX, self.to_json())
         if len(text) > MAX_TEXT:
             raise SpecError(f"the spec takes {len(text)} bytes, and a model file holds {MAX_TEXT}")
         return text
@@ -285,7 +285,7 @@ class ModelSpec:
         Raises:
             SpecError: a foreign, shortened or changed text, or what :meth:`from_json` refuses.
         """
-        return cls.from_json(unseal(PREFIX, text), betas=betas, where=where)
+        return cls.from_json(unwrap(PREFIX, text), betas=betas, where=where)
 
 
 def _field_names() -> list[str]:

@@ -39,7 +39,7 @@ BOUNDS_ON_GPU: dict[Precision, Bounds] = BOUNDS | {
 
 
 @dataclass(frozen=True)
-class Rung:
+class Check:
     """One figure.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import NO_EXTRAS, Backend, Buffers
+from ddpmx.backends.base import NO_CONDITIONING, Backend, Buffers
 from ddpmx.errors import NumericError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.chain import Float32
@@ -26,7 +26,7 @@ class Answers(NamedTuple):
     var: Float32 | None
 
 
-class Asker:
+class Evaluator:
     """Asks a network in batches of one size.
 
     Args:
@@ -47,7 +47,7 @@ class Asker:
         self,
         x: Float32,
         t: NDArray[np.integer],
-        told: Mapping[str, NDArray[Any]] = NO_EXTRAS,
+        told: Mapping[str, NDArray[Any]] = NO_CONDITIONING,
         *,
         batch: int | None = None,
     ) -> Answers:
@@ -64,7 +64,7 @@ class Asker:
             BackendError: the network could not be run.
         """
         size, learned = batch or self.batch, self._spec.variance == "learned_range"
-        buffers = Buffers.of(size, self._spec.shape, var=learned, extras=self._spec.extras)
+        buffers = Buffers.of(size, self._spec.shape, var=learned, conditioning_shapes=self._spec.conditioning_shapes)
         self._backend.bind(buffers)
         out, var = np.empty_like(x), np.empty_like(x) if learned else None
         inputs = {"x": x, "t": t, **told}

@@ -1,4 +1,4 @@
-"""The ladder: from one answer of the network to whole chains, each rung a figure with a bound.
+"""The ladder: from one answer of the network to whole chains, each check a figure with a bound.
 
 1. itself — identical rows give identical answers, and neighbours make no difference (needs no reference)
 2. ε — the answers over all of 0…T−1, at x_t = q(x_t | x_0)
@@ -27,8 +27,8 @@ from ddpmx.diffusion.schedule import Float64
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity import on_device
-from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Bounds, Rung
-from ddpmx.parity.evaluator import Asker
+from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Bounds, Check
+from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.reference import Reference, elements
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Float32
@@ -44,40 +44,40 @@ MOST = 16  # rows at once
 
 
 @dataclass(frozen=True, eq=False)
-class Climb:
+class ParityReport:
     """What came of it.
 
     Attributes:
         spec: the file's.
         ran_on: what computed it.
-        reference: what it was held against, or None for the first rung alone.
-        rungs: in the order in which they were climbed.
-        curves: figures over t and over the chain, for plots; see :func:`climb`.
+        reference: what it was held against, or None for the first check alone.
+        checks: in the order in which they were made.
+        curves: figures over t and over the chain, for plots; see :func:`run_ladder`.
         finals: uint8 [m, H, W, C], the free chain's images, or None.
     """
 
     spec: ModelSpec
     ran_on: str
     reference: Reference | None
-    rungs: tuple[Rung, ...]
+    checks: tuple[Check, ...]
     curves: dict[str, NDArray[Any]] = field(default_factory=dict)
     finals: NDArray[np.uint8] | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every rung holds."""
-        return all(rung.passed for rung in self.rungs)
+        """Whether every check holds."""
+        return all(check.passed for check in self.checks)
 
     @property
     def verdict(self) -> str:
         """One line."""
-        if failed := [rung for rung in self.rungs if not rung.passed]:
+        if failed := [check for check in self.checks if not check.passed]:
             what = "this is not the PyTorch model" if self.reference is not None else "it does not agree with itself"
             return f"FAILED: {what}: {failed[0]}" + (f"; and {len(failed) - 1} more" if len(failed) > 1 else "")
-        judged = [rung for rung in self.rungs if rung.skipped is None]
+        judged = [check for check in self.checks if check.skipped is None]
         if not judged:
             return "NOT VERIFIED: nothing could be judged"
-        skipped = len(self.rungs) - len(judged)
+        skipped = len(self.checks) - len(judged)
         what = "the PyTorch model" if self.reference is not None else "consistent with itself"
         return (
             f"PASSED: {what}, {len(judged)} of {len(judged)} bounds hold"
@@ -108,25 +108,25 @@ def check_same_model(spec: ModelSpec, reference: Reference) -> None:
         )
 
 
-def climb(
+def run_ladder(
     backend: Backend,
     spec: ModelSpec,
     reference: Reference | None,
     *,
     batch: int = MOST,
     progress: Callable[[int, int], None] | None = None,
-) -> Climb:
+) -> ParityReport:
     """Hold a backend against a record.
 
     Args:
         backend: computes the file's answers.
         spec: the file's.
-        reference: what PyTorch answered; without it only the first rung can be climbed.
+        reference: what PyTorch answered; without it only the first checks can be made.
         batch: how many rows at once, at most, where the network takes so few.
         progress: called with (network calls done, network calls in all).
 
     Returns:
-        The rungs; ``curves`` holds ``t``, ``eps`` (RMS error over t), ``eps_pixel``, ``step``, and over the recorded
+        The checks; ``curves`` holds ``t``, ``eps`` (RMS error over t), ``eps_pixel``, ``step``, and over the recorded
         states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t). With a
         learned variance ``var``, ``var_pixel`` and ``forced_var`` as well.
 
@@ -151,25 +151,27 @@ def climb(
         batch, least = (fitting_batch(backend.device.batches, wanted) for wanted in (batch, 1))
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
-    ask = Asker(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
+    ask = Evaluator(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
     bounds = (BOUNDS_ON_GPU if on_gpu else BOUNDS)[spec.precision]
-    rungs = _itself(ask, spec, bounds, reference, least)
+    checks = _itself(ask, spec, bounds, reference, least)
     if isinstance(backend, CopyingBackend):
-        rungs += on_device.rungs(backend, spec)
+        checks += on_device.checks(backend, spec)
     if reference is None:
-        return Climb(spec, backend.description, None, tuple(rungs))
+        return ParityReport(spec, backend.description, None, tuple(checks))
     curves: dict[str, NDArray[Any]] = {}
-    rungs += _teacher(ask, spec, bounds, reference, curves)
+    checks += _teacher(ask, spec, bounds, reference, curves)
     more, finals = _chains(ask, backend, bounds, reference, curves)
-    return Climb(spec, backend.description, reference, tuple(rungs + more), curves, finals)
+    return ParityReport(spec, backend.description, reference, tuple(checks + more), curves, finals)
 
 
-def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError) -> Climb:
-    """What comes of a climb that ended in NaN or infinities: one rung, and it does not hold."""
-    return Climb(spec, backend.description, reference, (Rung("answers that are not finite", 1, 0, worst=error.fact),))
+def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError) -> ParityReport:
+    """What comes of a climb that ended in NaN or infinities: one check, and it does not hold."""
+    return ParityReport(
+        spec, backend.description, reference, (Check("answers that are not finite", 1, 0, worst=error.fact),)
+    )
 
 
-def _itself(ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Rung]:
+def _itself(ask: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Check]:
     """What needs no reference: some TensorRT versions compute only the first row of a batch rightly.
 
     ``least`` is the smallest batch that the network takes.
@@ -194,8 +196,8 @@ def _itself(ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | 
     one = "a batch of one" if n == 1 else None
     few = one or (None if least < n else f"only batches of {n} and more are taken")
     return [
-        Rung("identical rows, largest difference", rows, bounds.eps_pixel, skipped=one, worst=_exact(rows)),
-        Rung(
+        Check("identical rows, largest difference", rows, bounds.eps_pixel, skipped=one, worst=_exact(rows)),
+        Check(
             "batch against one by one, largest difference",
             neighbours,
             bounds.eps_pixel,
@@ -206,8 +208,8 @@ def _itself(ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference | 
 
 
 def _teacher(
-    ask: Asker, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
-) -> list[Rung]:
+    ask: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+) -> list[Check]:
     """ε and one step over t, and what that does to the bound."""
     kept, unit = elements(spec.shape), reference.scale
     k, n = reference.out.shape[:2]
@@ -248,7 +250,7 @@ def _teacher(
         _worst("ε, largest error", curves["eps_pixel"], bounds.eps_pixel, reference.t),
         *second,
         _worst("one step, RMS of x_{t−1}", curves["step"], bounds.step, reference.t),
-        Rung(
+        Check(
             "variational bound, change in bits/dim",
             abs(bits[0] - bits[1]),
             bounds.bits,
@@ -258,8 +260,8 @@ def _teacher(
 
 
 def _chains(
-    ask: Asker, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
-) -> tuple[list[Rung], NDArray[np.uint8] | None]:
+    ask: Evaluator, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+) -> tuple[list[Check], NDArray[np.uint8] | None]:
     """The recorded chain, teacher-forced and free."""
     spec, kept, unit = reference.spec, elements(reference.spec.shape), reference.scale
     table = reference.table()
@@ -279,17 +281,17 @@ def _chains(
             )
         ]
     )
-    rungs = [
+    checks = [
         _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.eps, t),
         _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], bounds.step, t),
     ]
     if var is not None and reference.state_var is not None:
         curves["forced_var"] = np.array([_rms(a - b) for a, b in zip(var, reference.state_var, strict=True)])
-        rungs.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], bounds.eps, t))
+        checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], bounds.eps, t))
     name = f"free chain of {reference.steps} steps, pixels within one level"
     if not reference.trained:
         why = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
-        return [*rungs, Rung(name, float("nan"), bounds.pixels, at_least=True, skipped=why)], None
+        return [*checks, Check(name, float("nan"), bounds.pixels, at_least=True, skipped=why)], None
     m = len(reference.final)
     indices = np.arange(m)
     x_start = chain.initial(reference.seed, indices, spec.shape)
@@ -303,8 +305,8 @@ def _chains(
         seed=reference.seed,
         images=indices,
         clip=spec.clip,
-        extras=spec.extras,
-        given=reference.given(),
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=reference.conditioning(),
     )
     for number, step in enumerate(free):
         if number in at:
@@ -318,7 +320,7 @@ def _chains(
     mse = float(np.mean(np.square(apart, dtype=np.float64)))
     psnr = "" if mse == 0 else f"at most {apart.max()} apart, PSNR {10 * np.log10(255**2 / mse):.1f} dB, "
     worst = f"{float(np.mean(apart == 0)):.2%} equal, {psnr}{m} images"
-    return [*rungs, Rung(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
+    return [*checks, Check(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
 
 
 def _pairs(out: Float32, var: Float32 | None) -> list[tuple[Float32, Float32 | None]]:
@@ -365,9 +367,9 @@ def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: F
     return total / float(np.log(2))
 
 
-def _worst(name: str, values: NDArray[Any], bound: float, t: NDArray[np.int32]) -> Rung:
+def _worst(name: str, values: NDArray[Any], bound: float, t: NDArray[np.int32]) -> Check:
     i = int(np.argmax(values))
-    return Rung(name, float(values[i]), bound, worst=f"worst at t = {t[i]}")
+    return Check(name, float(values[i]), bound, worst=f"worst at t = {t[i]}")
 
 
 def _exact(difference: float) -> str:

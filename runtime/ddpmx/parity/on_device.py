@@ -11,7 +11,7 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.parity.check import Rung
+from ddpmx.parity.check import Check
 from ddpmx.sampling import chain
 from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import to_nhwc
@@ -20,7 +20,7 @@ from ddpmx.sampling.runner import fitting_batch
 IMAGES, STEPS, SEED = 3, 20, 0
 
 
-def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
+def checks(backend: CopyingBackend, spec: ModelSpec) -> list[Check]:
     """One for each executor: the uint8 values that differ from NumPy's, of which there must be none.
 
     The network need not be trained for that. An executor that does not work here is not judged, and says why.
@@ -37,14 +37,21 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
     filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
     start = chain.initial(SEED, filled, spec.shape)
-    given = example(spec, filled)
+    conditioning = example(spec, filled)
     *_, last = chain.run(
-        backend, table, start, seed=SEED, images=filled, clip=spec.clip, extras=spec.extras, given=given
+        backend,
+        table,
+        start,
+        seed=SEED,
+        images=filled,
+        clip=spec.clip,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=conditioning,
     )
     wanted = to_nhwc(last.x0)[: len(indices)]
     backend.release()
     device = backend.device
-    found: list[Rung] = []
+    found: list[Check] = []
     with device.driver.current():
         kernels = Kernels.of(device.driver)
     for executor in reversed(device.executors):
@@ -56,21 +63,21 @@ def rungs(backend: CopyingBackend, spec: ModelSpec) -> list[Rung]:
             batch,
             table,
             clip=spec.clip,
-            extras=spec.extras,
+            conditioning_shapes=spec.conditioning_shapes,
             description=device.description,
             stream=device.stream,
         ) as made:
-            network = device.network(batch, **made.at, extras=made.extras, stream=made.stream)
+            network = device.network(batch, **made.at, conditioning=made.conditioning, stream=made.stream)
             try:
                 choose_executor(made, network.enqueue, executor)
-                got = made.run(seed=SEED, images=indices, given=example(spec, indices))
+                got = made.run(seed=SEED, images=indices, conditioning=example(spec, indices))
             except BackendError as error:
                 if executor == "plain":
                     raise
-                found.append(Rung(name, float("nan"), 0.0, skipped=": ".join(filter(None, (error.fact, error.note)))))
+                found.append(Check(name, float("nan"), 0.0, skipped=": ".join(filter(None, (error.fact, error.note)))))
             else:
                 differing = float(np.mean(np.asarray(got) != wanted))
-                found.append(Rung(name, differing, 0.0, worst="" if differing else "equal bit for bit"))
+                found.append(Check(name, differing, 0.0, worst="" if differing else "equal bit for bit"))
             finally:
                 made.unprepare()
                 network.close()

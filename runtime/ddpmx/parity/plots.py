@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ddpmx.parity.check import BOUNDS
-from ddpmx.parity.ladder import Climb
+from ddpmx.parity.ladder import ParityReport
 
 _FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 
 
-def draw(climb: Climb, folder: Path) -> dict[str, str]:
+def draw(report: ParityReport, folder: Path) -> dict[str, str]:
     """error.png, chain.png and, where a free chain was run, levels.png. {file name: caption}"""
-    if "eps" not in climb.curves:
+    if "eps" not in report.curves:
         return {}
     made = {
         "error.png": "Error of the network's answer over the timesteps, in units of the RMS of PyTorch's answers. "
@@ -29,32 +29,32 @@ def draw(climb: Climb, folder: Path) -> dict[str, str]:
     }
     with rc_context():
         rcdefaults()  # a matplotlibrc in the current folder has no say in this
-        _save(_error(climb), folder / "error.png")
-        _save(_chain(climb), folder / "chain.png")
-        if "levels_apart" in climb.curves:
-            _save(_levels(climb), folder / "levels.png")
-    if "levels_apart" in climb.curves:
+        _save(_error(report), folder / "error.png")
+        _save(_chain(report), folder / "chain.png")
+        if "levels_apart" in report.curves:
+            _save(_levels(report), folder / "levels.png")
+    if "levels_apart" in report.curves:
         made["levels.png"] = "The free chain's pixels: how many uint8 values are how many of the 256 levels apart."
     return made
 
 
-def _error(climb: Climb) -> Figure:
+def _error(report: ParityReport) -> Figure:
     figure, axes = _new()
-    curves, bounds = climb.curves, BOUNDS[climb.spec.precision]
+    curves, bounds = report.curves, BOUNDS[report.spec.precision]
     axes.semilogy(curves["t"], _shown(curves["eps_pixel"]), color=_SOFT, marker=".", label="largest of all pixels")
     axes.semilogy(curves["t"], _shown(curves["eps"]), color=_FILE, marker=".", label="RMS over pixels")
     axes.axhline(bounds.eps_pixel, color=_BOUND, linewidth=1, linestyle=":", label=f"its bound, {bounds.eps_pixel:g}")
     axes.axhline(bounds.eps, color=_BOUND, linewidth=1, label=f"bound of the RMS, {bounds.eps:g}")
     axes.set_xlabel("timestep t   (0: almost an image; T−1: noise)")
     axes.set_ylabel("error of the answer")
-    axes.set_title(f"{climb.spec.precision} against PyTorch float32")
+    axes.set_title(f"{report.spec.precision} against PyTorch float32")
     _legend(figure, axes)
     return figure
 
 
-def _chain(climb: Climb) -> Figure:
+def _chain(report: ParityReport) -> Figure:
     figure, axes = _new()
-    curves = climb.curves
+    curves = report.curves
     axes.semilogy(
         curves["chain_t"], _shown(curves["forced_step"]), color=_SOFT, marker=".", label="one step from PyTorch's state"
     )
@@ -71,9 +71,9 @@ def _chain(climb: Climb) -> Figure:
     return figure
 
 
-def _levels(climb: Climb) -> Figure:
+def _levels(report: ParityReport) -> Figure:
     figure, axes = _new()
-    counts = climb.curves["levels_apart"].astype(np.float64)
+    counts = report.curves["levels_apart"].astype(np.float64)
     last = max(4, int(np.flatnonzero(counts).max(initial=0)) + 1)
     counts = np.pad(counts, (0, max(0, last + 1 - len(counts))))[: last + 1]
     share = counts / counts.sum()

@@ -52,7 +52,7 @@ class Reference:
         seed: of every noise in it.
         real: whether the images are the user's, and not the network's own.
         loss: L_simple of the network on these inputs, in units of the target's variance.
-        t: int32 [K], the timesteps of the first rung.
+        t: int32 [K], the timesteps of the first check.
         x0: uint8 [n, C, H, W], images.
         out: float32 [K, n, E], the answers at x_t = q(x_t | x_0).
         steps: of the recorded chain, S.
@@ -179,12 +179,12 @@ class Reference:
     def told_states(self) -> dict[str, NDArray[Any]]:
         """What it was told with each of ``state``, [M, …] each: of one image, the chain's first."""
         m = len(self.at)
-        found = {name: np.repeat(array[:1], m, axis=0) for name, array in self.given().items()}
+        found = {name: np.repeat(array[:1], m, axis=0) for name, array in self.conditioning().items()}
         if self.state_x0 is not None:
             found["x0_prev"] = from_uint8(self.state_x0)
         return found
 
-    def given(self) -> dict[str, NDArray[Any]]:
+    def conditioning(self) -> dict[str, NDArray[Any]]:
         """What it was told of each image of the chain, all the way."""
         found = example(self.spec, np.arange(len(self.final)), seed=self.seed)
         if self.final_y is not None:

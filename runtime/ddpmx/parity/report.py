@@ -16,8 +16,8 @@ import ddpmx
 from ddpmx.errors import OutputError, SpecError
 from ddpmx.formats.atomic import make_folder, write_error
 from ddpmx.formats.envelope import parse_json
-from ddpmx.parity.check import Rung
-from ddpmx.parity.ladder import Climb
+from ddpmx.parity.check import Check
+from ddpmx.parity.ladder import ParityReport
 
 _FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
 
@@ -38,17 +38,17 @@ _MEANING = {
 }
 
 
-def to_json(climb: Climb, file: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
+def to_json(report: ParityReport, file: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """Plain JSON values: everything but the images."""
-    reference = climb.reference
+    reference = report.reference
     return {
         "ddpmx": ddpmx.__version__,
         "file": Path(file).name,
-        "passed": climb.passed,
-        "verdict": climb.verdict,
-        "precision": climb.spec.precision,
-        "ran_on": climb.ran_on,
-        "spec": climb.spec.to_json(),
+        "passed": report.passed,
+        "verdict": report.verdict,
+        "precision": report.spec.precision,
+        "ran_on": report.ran_on,
+        "spec": report.spec.to_json(),
         "reference": None
         if reference is None
         else {
@@ -61,14 +61,14 @@ def to_json(climb: Climb, file: str | os.PathLike[str], extra: dict[str, Any] | 
             "chain_images": len(reference.final),
             "chain_states": len(reference.at),
         },
-        "rungs": [_rung(rung) for rung in climb.rungs],
-        "curves": {name: [_number(v) for v in values] for name, values in climb.curves.items()},
+        "rungs": [_rung(check) for check in report.checks],
+        "curves": {name: [_number(v) for v in values] for name, values in report.curves.items()},
         **(extra or {}),
     }
 
 
 def write(
-    climb: Climb,
+    report: ParityReport,
     file: str | os.PathLike[str],
     folder: str | os.PathLike[str],
     *,
@@ -87,9 +87,11 @@ def write(
     try:
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as name:
             part = Path(name)
-            pictures = _pictures(climb, part)
-            (part / "report.json").write_text(json.dumps(to_json(climb, file, extra), indent=2, allow_nan=False) + "\n")
-            (part / "report.md").write_text(to_markdown(climb, file, pictures, extra), encoding="utf-8")
+            pictures = _pictures(report, part)
+            (part / "report.json").write_text(
+                json.dumps(to_json(report, file, extra), indent=2, allow_nan=False) + "\n"
+            )
+            (part / "report.md").write_text(to_markdown(report, file, pictures, extra), encoding="utf-8")
             for name_, content in (attachments or {}).items():
                 (part / name_).write_bytes(content)
             names = ["report.md", "report.json", *pictures, *(attachments or {})]
@@ -115,19 +117,19 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def to_markdown(
-    climb: Climb, file: str | os.PathLike[str], pictures: dict[str, str], extra: dict[str, Any] | None = None
+    report: ParityReport, file: str | os.PathLike[str], pictures: dict[str, str], extra: dict[str, Any] | None = None
 ) -> str:
     """The report as text, with the pictures' names in it."""
-    reference, spec = climb.reference, climb.spec
+    reference, spec = report.reference, report.spec
     c, height, width = spec.shape
     lines = [
-        f"# {Path(file).name}: {_title(climb)}",
+        f"# {Path(file).name}: {_title(report)}",
         "",
-        climb.verdict + ".",
+        report.verdict + ".",
         "",
         f"- file: {spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, "
         f"predicts {spec.prediction}",
-        f"- ran on: {climb.ran_on}",
+        f"- ran on: {report.ran_on}",
     ]
     if engine := (extra or {}).get("engine"):
         lines.append(
@@ -144,18 +146,18 @@ def to_markdown(
             f"- unit of error: the RMS of PyTorch's answers, {reference.scale:.3f}",
         ]
     lines += ["", "| | measured | bound | |", "|---|---|---|---|"]
-    for rung in climb.rungs:
-        figure = "—" if rung.skipped else f"{rung.value:.3%}" if rung.at_least else f"{rung.value:.2e}"
-        bound = f"≥ {rung.bound:.1%}" if rung.at_least else f"≤ {rung.bound:.0e}"
-        mark = "not judged" if rung.skipped else "holds" if rung.passed else "**FAILS**"
-        lines.append(f"| {rung.name} | {figure} | {bound} | {mark} |")
+    for check in report.checks:
+        figure = "—" if check.skipped else f"{check.value:.3%}" if check.at_least else f"{check.value:.2e}"
+        bound = f"≥ {check.bound:.1%}" if check.at_least else f"≤ {check.bound:.0e}"
+        mark = "not judged" if check.skipped else "holds" if check.passed else "**FAILS**"
+        lines.append(f"| {check.name} | {figure} | {bound} | {mark} |")
     if extra is not None and "polygraphy" in extra:
         lines += ["", f"Polygraphy on ε: {extra['polygraphy']['verdict']}; its runs are in polygraphy.json."]
     lines += ["", "## What these mean", ""]
-    for rung in climb.rungs:
-        meaning = next((text for start, text in _MEANING.items() if rung.name.startswith(start)), "")
-        detail = rung.skipped or rung.worst
-        lines.append(f"- **{rung.name}.** {meaning}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else ""))
+    for check in report.checks:
+        meaning = next((text for start, text in _MEANING.items() if check.name.startswith(start)), "")
+        detail = check.skipped or check.worst
+        lines.append(f"- **{check.name}.** {meaning}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else ""))
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
     if reference is not None and "error.png" not in pictures:
@@ -202,21 +204,21 @@ def _is_report(path: Path) -> bool:
     return isinstance(values, dict) and {"ddpmx", "rungs"} <= values.keys()
 
 
-def _title(climb: Climb) -> str:
-    if not climb.passed:
+def _title(report: ParityReport) -> str:
+    if not report.passed:
         return "FAILED"
-    return "passed" if climb.reference is not None else "consistent with itself"
+    return "passed" if report.reference is not None else "consistent with itself"
 
 
-def _rung(rung: Rung) -> dict[str, Any]:
+def _rung(check: Check) -> dict[str, Any]:
     return {
-        "name": rung.name,
-        "value": _number(rung.value),
-        "bound": rung.bound,
-        "at_least": rung.at_least,
-        "passed": rung.passed,
-        "worst": rung.worst,
-        "skipped": rung.skipped,
+        "name": check.name,
+        "value": _number(check.value),
+        "bound": check.bound,
+        "at_least": check.at_least,
+        "passed": check.passed,
+        "worst": check.worst,
+        "skipped": check.skipped,
     }
 
 
@@ -225,21 +227,21 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
+def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
     """Draw what can be drawn. {file name: caption}"""
-    if climb.reference is None:
+    if report.reference is None:
         return {}
     made: dict[str, str] = {}
-    if climb.finals is not None:
+    if report.finals is not None:
         from ddpmx.images.writers import grid, save_png, zoom_for
 
-        theirs = climb.reference.final.transpose(0, 2, 3, 1)
-        apart = np.abs(climb.finals.astype(np.int16) - theirs)
+        theirs = report.reference.final.transpose(0, 2, 3, 1)
+        apart = np.abs(report.finals.astype(np.int16) - theirs)
         shown = np.clip(apart * 64, 0, 255).astype(np.uint8)
         if theirs.shape[-1] in (1, 3, 4):
             if theirs.shape[-1] == 4:
                 shown[..., 3] = 255  # differences of transparency cannot be seen this way
-            sheet = grid(np.concatenate([theirs, climb.finals, shown]), columns=len(theirs))
+            sheet = grid(np.concatenate([theirs, report.finals, shown]), columns=len(theirs))
             save_png(folder / "images.png", sheet, zoom=zoom_for(min(sheet.shape[:2]), at_least=256))
             made["images.png"] = (
                 "The free chain's images. Above PyTorch's, in the middle the file's, below how far they are apart, "
@@ -248,7 +250,7 @@ def _pictures(climb: Climb, folder: Path) -> dict[str, str]:
     try:
         from ddpmx.parity import plots
 
-        return {**plots.draw(climb, folder), **made}
+        return {**plots.draw(report, folder), **made}
     except OSError:
         raise
     except Exception:  # not there, or set up so that it cannot draw: the judgement stands all the same

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import NO_EXTRAS, Backend, Buffers
+from ddpmx.backends.base import NO_CONDITIONING, Backend, Buffers
 from ddpmx.diffusion import noise
 from ddpmx.diffusion.noise import Purpose
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import NumericError
-from ddpmx.formats.spec import Extras, ModelSpec
-from ddpmx.sampling.conditioning import check_given, example
+from ddpmx.formats.spec import ConditioningShapes, ModelSpec
+from ddpmx.sampling.conditioning import check_conditioning, example
 
 Float32 = NDArray[np.float32]
 
@@ -159,7 +159,7 @@ def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int
         told["x0_prev"] = np.clip(told["x"][::-1], -1, 1)
 
     def answer(rows: NDArray[np.int64]) -> Float32:
-        buffers = Buffers.of(len(rows), spec.shape, var=var, extras=spec.extras)
+        buffers = Buffers.of(len(rows), spec.shape, var=var, conditioning_shapes=spec.conditioning_shapes)
         for name, array in buffers.inputs().items():
             array[...] = told[name][rows]
         backend.bind(buffers)
@@ -191,8 +191,8 @@ def run(
     seed: int,
     images: NDArray[np.int64],
     clip: float | None = 1.0,
-    extras: Extras = NO_EXTRAS,
-    given: Mapping[str, NDArray[Any]] = NO_EXTRAS,
+    conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
+    conditioning: Mapping[str, NDArray[Any]] = NO_CONDITIONING,
 ) -> Iterator[Step]:
     """Walk the table from ``x_start``, one :class:`Step` at a time. To stop, stop asking.
 
@@ -203,22 +203,24 @@ def run(
         seed: of the noise.
         images: int64 [B], the index of each image: with the seed it fixes the image's noise.
         clip: the largest |x̂_0|, or None.
-        extras: what the network is told beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.extras`. ``x0_prev`` is x̂_0
-            of the step before, as the chain keeps it, and 0 in the first (Chen et al. 2022, "Analog bits").
-        given: the rest of it, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
+        conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`. ``x0_prev`` is x̂_0 of
+            the step before, as the chain keeps it, and 0 in the first (Chen et al. 2022, "Analog bits").
+        conditioning: the rest of them, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
 
     Raises:
-        InputError: ``given`` is not what ``extras`` ask for.
+        InputError: ``conditioning`` does not fit ``conditioning_shapes``.
         NumericError: the network's answer was not finite, or its second one was not.
         BackendError: the network could not be run.
     """
     batch, *chw = x_start.shape
     learned = None if table.learned is None else table.learned.astype(np.float32)
-    check_given(extras, given, batch)
-    buffers = Buffers.of(batch, (chw[0], chw[1], chw[2]), var=learned is not None, extras=extras)
+    check_conditioning(conditioning_shapes, conditioning, batch)
+    buffers = Buffers.of(
+        batch, (chw[0], chw[1], chw[2]), var=learned is not None, conditioning_shapes=conditioning_shapes
+    )
     x, out, var = buffers.x, buffers.out, buffers.var
     x[...] = x_start
-    for name, value in given.items():
+    for name, value in conditioning.items():
         getattr(buffers, name)[...] = value
     x0, x_next = buffers.x0_prev, np.empty_like(x)
     if x0 is None:

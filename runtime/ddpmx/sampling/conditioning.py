@@ -13,7 +13,7 @@ from ddpmx.arrays.views import view
 from ddpmx.diffusion import noise
 from ddpmx.diffusion.noise import Purpose
 from ddpmx.errors import InputError
-from ddpmx.formats.spec import Extras, ModelSpec, extra_type
+from ddpmx.formats.spec import ConditioningShapes, ModelSpec, input_type
 
 
 def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
@@ -64,22 +64,22 @@ def example(spec: ModelSpec, images: NDArray[np.int64], *, seed: int = 0) -> dic
     found: dict[str, NDArray[Any]] = {}
     if spec.classes is not None:
         found["y"] = (images % spec.classes).astype(np.int32)
-    if (dims := spec.extras.get("cond")) is not None:
+    if (dims := spec.conditioning_shapes.get("cond")) is not None:
         z = noise.normal(seed, images, 0, Purpose.CONDITION, int(np.prod(dims)))
         found["cond"] = np.clip(z, -1, 1).reshape(len(images), *dims)
     return found
 
 
-def check_given(extras: Extras, given: Mapping[str, NDArray[Any] | int], n: int) -> None:
+def check_conditioning(shapes: ConditioningShapes, conditioning: Mapping[str, NDArray[Any] | int], n: int) -> None:
     """See that ``n`` images are told what their network asks for, and nothing else. Addresses are believed.
 
     Raises:
         InputError: something is missing, too much, or of another type or shape.
     """
-    for name in extras.keys() - given.keys() - {"x0_prev"}:
+    for name in shapes.keys() - conditioning.keys() - {"x0_prev"}:
         raise InputError(f"the network is told {name} as well, and there is none")
-    for name, array in given.items():
-        dims, dtype = extras.get(name), np.dtype(extra_type(name))
+    for name, array in conditioning.items():
+        dims, dtype = shapes.get(name), np.dtype(input_type(name))
         if dims is None or name == "x0_prev":
             raise InputError(f"the network is told no {name}")
         if not isinstance(array, int) and (array.dtype != dtype or array.shape != (n, *dims)):

@@ -36,7 +36,7 @@ class Job:
         progress: called with (steps done, steps in all).
         cancel: asked again and again; True stops the chain.
         after: streams of the GPU whose work so far has to be done before what the user gave is touched.
-        given: what the network is told of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of
+        conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of
             such an array where the chain runs.
     """
 
@@ -47,7 +47,7 @@ class Job:
     progress: Callable[[int, int], None] | None = None
     cancel: Callable[[], bool] | None = None
     after: tuple[int, ...] = ()
-    given: Mapping[str, NDArray[Any] | int] = field(default_factory=dict)
+    conditioning: Mapping[str, NDArray[Any] | int] = field(default_factory=dict)
 
 
 def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
@@ -81,13 +81,13 @@ class Runner(Protocol):
     def batches(self) -> tuple[tuple[int, int], ...]:
         """Smallest and largest batch of each range that the network takes."""
 
-    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, pixels: NDArray[np.uint8] | int) -> None:
         """Run a chain to its end. Images beside an image make no difference to it.
 
         Args:
             job: which.
             x: float32 [n, C, H, W], the state to begin with; by default x_T ~ N(0, I).
-            levels: uint8 [n, H, W, C], where the images go.
+            pixels: uint8 [n, H, W, C], where the images go.
 
         Raises:
             NumericError: the network's answer was not finite.
@@ -140,9 +140,9 @@ class HostRunner:
         """Any."""
         return ((1, 1 << 32),)
 
-    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, levels: NDArray[np.uint8] | int) -> None:
+    def run(self, job: Job, *, x: NDArray[np.float32] | int | None, pixels: NDArray[np.uint8] | int) -> None:
         """See :meth:`Runner.run`."""
-        if isinstance(levels, int):
+        if isinstance(pixels, int):
             raise InputError("the chain runs on the CPU, and the images were to go to a GPU")
         with contextlib.closing(self.steps(job, x=x)) as steps:
             for done in range(len(job.table)):
@@ -153,7 +153,7 @@ class HostRunner:
                     job.progress(done + 1, len(job.table))
         # The chain ends at x_next. At t = 0 that is x̂_0 exactly, since there A = 1 and B = σ = 0; a table that stops
         # short of t = 0 ends with the same row, so x̂_0 is the sample there as well.
-        levels[...] = to_nhwc(step.x0)
+        pixels[...] = to_nhwc(step.x0)
 
     def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """See :meth:`Runner.steps`."""
@@ -162,11 +162,11 @@ class HostRunner:
         n, indices = len(job.images), job.images
         executed = self._measured(n, job.batch)
         backend = RowByRow(self._backend) if executed < n else self._backend
-        given: dict[str, NDArray[Any]] = {}
-        for name, array in job.given.items():
+        conditioning: dict[str, NDArray[Any]] = {}
+        for name, array in job.conditioning.items():
             if isinstance(array, int):
                 raise InputError(f"the chain runs on the CPU, and its {name} lies on a GPU")
-            given[name] = _filled(array, executed)
+            conditioning[name] = _filled(array, executed)
         indices = _filled(indices, executed)
         x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _filled(x, executed)
         yield from (
@@ -178,8 +178,8 @@ class HostRunner:
                 seed=job.seed,
                 images=indices,
                 clip=self._spec.clip,
-                extras=self._spec.extras,
-                given=given,
+                conditioning_shapes=self._spec.conditioning_shapes,
+                conditioning=conditioning,
             )
         )
 

@@ -25,9 +25,9 @@ from ddpmx.device.discovery import Gpus, gpus
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file
 from ddpmx.formats.atomic import atomic_write, check_replaceable, make_folder
-from ddpmx.formats.envelope import seal
-from ddpmx.formats.plan_file import MAX_BATCH, RECORD_PREFIX, EngineRecord, PlanInfo, sidecar_path
-from ddpmx.formats.spec import MAX_TEXT, ModelSpec, extra_type
+from ddpmx.formats.envelope import wrap
+from ddpmx.formats.plan_file import MAX_BATCH, RECORD_PREFIX, PlanInfo, PlanRecord, sidecar_path
+from ddpmx.formats.spec import MAX_TEXT, ModelSpec, input_type
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.library import Library, host_platform
 from ddpmx.trt.precision import assert_precision, check_weights
@@ -203,7 +203,7 @@ def build(
     if not force and (there := _already(output, record)):
         return Built(there, 0.0, True, "as when it was built")
     begun = time.monotonic()
-    name = f"{spec.to_text()} {seal(RECORD_PREFIX, record.to_json())}"
+    name = f"{spec.to_text()} {wrap(RECORD_PREFIX, record.to_json())}"
     if len(name) > MAX_TEXT:
         raise SpecError(f"{path}: what its plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
     plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
@@ -217,7 +217,7 @@ def _build(
     path: Path,
     name: str,
     spec: ModelSpec,
-    record: EngineRecord,
+    record: PlanRecord,
     library: Library,
     options: BuildOptions,
     devices: Gpus,
@@ -347,7 +347,7 @@ def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, de
 
 def _record(
     path: Path, files: list[Path], spec: ModelSpec, library: Library, options: BuildOptions, devices: Gpus
-) -> EngineRecord:
+) -> PlanRecord:
     """What the plan will say about how it was built; its key covers everything that the plan depends on."""
     batch = options.batch or default_batch(spec.shape)
     if library.is_rtx:
@@ -357,7 +357,7 @@ def _record(
     # where the files are called what is part of the graph only for those beside it
     digests = [model_file.sha256(files[0]), *(f"{f.name} {model_file.sha256(f)}" for f in sorted(files[1:]))]
     settings = dataclasses.asdict(options)
-    record = EngineRecord(
+    record = PlanRecord(
         flavour=library.flavour,
         version=_full_version(library),
         targets=tuple(targets),
@@ -383,7 +383,7 @@ def _full_version(library: Library) -> str:
     return version[0]
 
 
-def _already(output: Path, record: EngineRecord) -> PlanInfo | None:
+def _already(output: Path, record: PlanRecord) -> PlanInfo | None:
     """The plan that is there, if it is what would be built."""
     if not output.is_file():
         return None
@@ -399,7 +399,7 @@ def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
     faults = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        wanted = trt.DataType.INT32 if extra_type(tensor.name) is np.int32 else trt.DataType.FLOAT
+        wanted = trt.DataType.INT32 if input_type(tensor.name) is np.int32 else trt.DataType.FLOAT
         dims, image = _dims(tensor), spec.inputs.get(tensor.name)
         if image is None or tensor.dtype != wanted or dims != [-1, *image]:
             faults.append(f"{tensor.name}: {tensor.dtype} {dims}")
@@ -523,7 +523,7 @@ def _parser_errors(parser: Any) -> str:
     return "; ".join(said)
 
 
-def _write(output: Path, plan: Any, spec: ModelSpec, record: EngineRecord, extra: dict[str, Any]) -> None:
+def _write(output: Path, plan: Any, spec: ModelSpec, record: PlanRecord, extra: dict[str, Any]) -> None:
     """The plan and its sidecar, never one with another's: without a sidecar a plan is good, with a wrong one it is not."""
     view = memoryview(plan)
     values = plan_file.sidecar_json(view.nbytes, spec, record, extra)

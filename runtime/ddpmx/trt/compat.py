@@ -17,7 +17,7 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
         path: the plan, for the message.
         info: what it says.
         version: of the library of its flavour that is here, or None.
-        platform: operating system and machine, as in :attr:`EngineRecord.platform`.
+        platform: operating system and machine, as in :attr:`PlanRecord.platform`.
         gpus: the GPUs that are here. The first one counts.
 
     Raises:

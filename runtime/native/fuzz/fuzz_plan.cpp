@@ -1,7 +1,7 @@
 // All that is done with the bytes of a plan and its sidecar before TensorRT sees them.
 //
 // The first byte of an input says what the rest is. Bit 0: host code is trusted. Bit 1: it is no plan, but what a
-// plan's two sealed texts hold, and then the sidecar, with a zero byte after each of the first two; sealing them here
+// plan's two envelopes hold, and then the sidecar, with a zero byte after each of the first two; sealing them here
 // leads behind the checksums. Bit 2, of a plan: what follows its last line break is the sidecar. Bit 3: the length in
 // its header is put right.
 #include <cstdint>

@@ -1,4 +1,4 @@
-// JSON and everything that is made of it: what a caller gives as a spec, what a sealed text holds, arrays of β.
+// JSON and everything that is made of it: what a caller gives as a spec, what an envelope holds, arrays of β.
 #include <cstdint>
 
 #include "attempt.hpp"
@@ -13,7 +13,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   attempt([&] { ddpmx::betas_from_text(text); });
   attempt([&] { ddpmx::spec_from_text(text, nullptr, "the file"); });
   const std::vector<double> betas(20, 0.5);
-  attempt([&] { ddpmx::spec_from_text(ddpmx_test::sealed("ddpmx1", text), &betas, "the file"); });
+  attempt([&] { ddpmx::spec_from_text(ddpmx_test::envelope("ddpmx1", text), &betas, "the file"); });
   ddpmx::Json json;
   if (!attempt([&] { json = ddpmx::parse_json(text); })) return 0;
   // what is shown is what was read, but for half surrogate pairs and the order of members, and it stays as it is

@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "tests"))
 
 from ddpmx.formats import betas as free_betas
 from ddpmx.formats import plan_file
-from ddpmx.formats.envelope import seal
+from ddpmx.formats.envelope import wrap
 from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import onnx_files
-from oracles import plans, wire
+from oracles import plans, protobuf
 
 SHAPE = (1, 8, 8)
 BETAS = np.linspace(1e-4, 0.02, 20)
@@ -34,8 +34,8 @@ SPECS = [
     ModelSpec(SHAPE, timesteps=5, classes=5, condition=2, self_condition=True, variance="learned_range"),
     ModelSpec(SHAPE, timesteps=20, schedule="betas", betas=BETAS),
 ]
-INPUTS = {"x": (wire.FLOAT, ("batch", *SHAPE)), "t": (wire.INT32, ("batch",))}
-OUTPUTS = {"eps": (wire.FLOAT, ("batch", *SHAPE))}
+INPUTS = {"x": (protobuf.FLOAT, ("batch", *SHAPE)), "t": (protobuf.INT32, ("batch",))}
+OUTPUTS = {"eps": (protobuf.FLOAT, ("batch", *SHAPE))}
 JSON_WORDS = [
     "null",
     "true",
@@ -52,7 +52,7 @@ JSON_WORDS = [
 SPEC_WORDS = [f'"{field.name}":' for field in dataclasses.fields(ModelSpec)] + ['"coefficients":', '"model":']
 SPEC_WORDS += [f'"{word}"' for word in ("linear", "cosine", "quad", "jsd", "betas", "eps", "x0", "v", "learned_range")]
 SPEC_WORDS += ["beta_start", "beta_end", "betas1 20 "]
-RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(plan_file.EngineRecord)] + [
+RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(plan_file.PlanRecord)] + [
     '"workspace":',
     '"strip":',
 ]
@@ -62,20 +62,24 @@ def onnx_seeds() -> list[bytes]:
     """Files with every place that is read, and with every spec."""
     seeds = onnx_files()
     for spec in SPECS:
-        inputs = INPUTS | {name: (wire.FLOAT, ("batch", *dims)) for name, dims in spec.extras.items() if name != "y"}
+        inputs = INPUTS | {
+            name: (protobuf.FLOAT, ("batch", *dims)) for name, dims in spec.conditioning_shapes.items() if name != "y"
+        }
         if spec.classes is not None:
-            inputs["y"] = (wire.INT32, ("batch",))
+            inputs["y"] = (protobuf.INT32, ("batch",))
         metadata = {"ddpmx": spec.to_text()}
         if spec.betas is not None:
             metadata["ddpmx.betas"] = free_betas.to_text(spec.betas)
-        seeds.append(wire.model(inputs, dict.fromkeys(spec.outputs, OUTPUTS["eps"]), metadata=metadata))
+        seeds.append(protobuf.model(inputs, dict.fromkeys(spec.outputs, OUTPUTS["eps"]), metadata=metadata))
     places = ("../x", "/etc/passwd", "a/../b", "")
-    seeds += [wire.model(INPUTS, OUTPUTS, graph=wire.field(5, wire.external_tensor(place))) for place in places]
+    seeds += [
+        protobuf.model(INPUTS, OUTPUTS, graph=protobuf.field(5, protobuf.external_tensor(place))) for place in places
+    ]
     return seeds
 
 
 def plan_seeds() -> list[bytes]:
-    """Inputs of fuzz_plan.cpp: a byte that says what follows, and then a plan, or what its sealed texts hold."""
+    """Inputs of fuzz_plan.cpp: a byte that says what follows, and then a plan, or what its envelopes hold."""
     seeds = []
     for spec in SPECS:
         for record in (plans.RECORD, dataclasses.replace(plans.RECORD, options={"workspace": 1 << 30, "tf32": True})):
@@ -91,14 +95,14 @@ def plan_seeds() -> list[bytes]:
 
 
 def spec_seeds() -> list[bytes]:
-    """What a caller may give, sealed texts, and arrays of β."""
+    """What a caller may give, envelopes, and arrays of β."""
     seeds = []
     for spec in SPECS:
         seeds += [json.dumps(spec.to_json(whole=whole)).encode() for whole in (False, True)]
         seeds += [json.dumps({"model": spec.to_json()}).encode(), spec.to_text().encode()]
     seeds.append(json.dumps({"model": SPECS[-1].to_json(), "betas": BETAS.tolist()}).encode())
     seeds += [free_betas.to_text(betas).encode() for betas in (BETAS, BETAS[:1])]
-    seeds.append(seal("ddpmx1", SPECS[0].to_json() | {"timesteps": 0}).encode())
+    seeds.append(wrap("ddpmx1", SPECS[0].to_json() | {"timesteps": 0}).encode())
     return seeds
 
 
@@ -111,7 +115,7 @@ def dictionary(words: list[str | bytes]) -> str:
 def main(folder: Path) -> None:
     """Write it all."""
     onnx_words: list[str | bytes] = ["ddpmx", "ddpmx.betas", "location", "ai.onnx", "batch", "eps", "var", "x0_prev"]
-    onnx_words += [wire.varint(number << 3 | 2) for number in (1, 5, 6, 7, 11, 12, 13, 14, 15, 20, 22, 23, 25)]
+    onnx_words += [protobuf.varint(number << 3 | 2) for number in (1, 5, 6, 7, 11, 12, 13, 14, 15, 20, 22, 23, 25)]
     onnx_words += [b"\xff" * 9 + b"\x01", b"\xff" * 9 + b"\x7f"]
     plan_words: list[str | bytes] = ["ddpmx1 ", "engine1 ", "ftrt", "vtrt", "\x7fELF", b"PE\0\0\x64\x86", *RECORD_WORDS]
     kinds: dict[str, tuple[list[bytes], list[str | bytes]]] = {

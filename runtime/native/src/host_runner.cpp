@@ -52,12 +52,12 @@ void fill_up(T *to, const T *from, int64_t n, int64_t rows, int64_t elements) {
 }
 
 // Images beside each other as the network sees them: x in float [C, H, W] to uint8 [H, W, C].
-void to_levels(const float *x, int64_t n, const Spec &spec, uint8_t *levels) {
+void to_pixels(const float *x, int64_t n, const Spec &spec, uint8_t *to) {
   const int64_t channels = spec.channels, pixels = spec.height * spec.width;
   for (int64_t image = 0; image < n; ++image) {
     for (int64_t channel = 0; channel < channels; ++channel) {
       for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        levels[(image * pixels + pixel) * channels + channel] = ddpmx_uint8(x[(image * channels + channel) * pixels + pixel]);
+        to[(image * pixels + pixel) * channels + channel] = ddpmx_uint8(x[(image * channels + channel) * pixels + pixel]);
       }
     }
   }
@@ -118,7 +118,7 @@ class Chain {
     }
     // The chain ends at x. At t = 0 that is x0 exactly, since there A = 1 and B = σ = 0; a table that stops short of t = 0
     // ends with the same row, so x0 is the sample there as well.
-    if (job_.levels) to_levels(x0_.get(), n_, spec_, job_.levels);
+    if (job_.pixels) to_pixels(x0_.get(), n_, spec_, job_.pixels);
     if (job_.samples) std::copy(x0_.get(), x0_.get() + n_ * N_, job_.samples);
   }
 

@@ -77,7 +77,7 @@ Spec given_spec(const std::string &json);
 
 // --- plans (plan_file.cpp, plan_record.cpp) ---
 
-struct EngineRecord {
+struct PlanRecord {
   std::string flavour, version;       // "TensorRT" or "TensorRT-RTX"
   std::vector<std::string> targets;   // compute capabilities: "8.6", or "8.0+"
   std::string platform;               // "linux x86_64"
@@ -91,8 +91,8 @@ struct EngineRecord {
 struct PlanInfo {
   std::string flavour, version;  // of the header
   Spec spec;
-  EngineRecord engine;
-  std::string name;  // of the network, as it was given: the two sealed texts
+  PlanRecord engine;
+  std::string name;  // of the network, as it was given: the two envelopes
 };
 
 // All that a plan says about itself, its parts and its sidecar checked against each other, as read_plan in Python.

@@ -6,7 +6,7 @@
 
 #include "error.hpp"
 #include "model_file.hpp"
-#include "wire.hpp"
+#include "protobuf.hpp"
 
 namespace ddpmx {
 namespace {

@@ -216,7 +216,7 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
     job.x = request.x ? request.x + at * N : nullptr;
     job.y = labels.empty() ? nullptr : labels.data() + at;
     job.cond = request.cond ? request.cond + at * K : nullptr;
-    job.levels = images ? images + at * N : nullptr;
+    job.pixels = images ? images + at * N : nullptr;
     job.samples = samples ? samples + at * N : nullptr;
     job.on_device = on_device, job.previews = previews && request.callback, job.after = at ? nullptr : request.stream;
     if (request.callback) {

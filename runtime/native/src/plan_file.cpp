@@ -12,7 +12,7 @@
 #include "model_file.hpp"
 #include "plan_record.hpp"
 #include "samplers.hpp"
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 namespace ddpmx {
 namespace {
@@ -21,7 +21,7 @@ constexpr char kSpecPrefix[] = "ddpmx1", kRecordPrefix[] = "engine1";
 constexpr size_t kSizeAt = 16, kVersionAt = 24, kHeader = 28;
 constexpr size_t kMaxSidecar = 1 << 20;
 constexpr size_t kRecordWithin = 4096;      // bytes behind the spec
-constexpr size_t kMaxCandidates = 1 << 14;  // places that look like a sealed text; a plan has two
+constexpr size_t kMaxCandidates = 1 << 14;  // places that look like an envelope; a plan has two
 
 constexpr size_t kElfMachineAt = 18, kCudaMachine = 190;  // e_machine, and what it is of a GPU's own code
 
@@ -61,7 +61,7 @@ struct Texts {
   std::string_view spec, record;
 };
 
-// The two sealed texts of a plan's name.
+// The two envelopes of a plan's name.
 Texts texts_of(const std::string &path, std::string_view bytes, const Flavour &flavour) {
   std::optional<Texts> found;
   size_t budget = kMaxCandidates;
@@ -219,7 +219,7 @@ struct Parts {
   Flavour flavour;
   Texts texts;
   Json spec, record;
-  EngineRecord engine;
+  PlanRecord engine;
 };
 
 Parts parts_of(const std::string &path, std::string_view bytes, bool trust_host_code) {
@@ -235,13 +235,13 @@ Parts parts_of(const std::string &path, std::string_view bytes, bool trust_host_
     }
   }
   try {
-    parts.record = unseal(kRecordPrefix, parts.texts.record);
+    parts.record = unwrap(kRecordPrefix, parts.texts.record);
     parts.engine = engine_record(path, parts.record);
-    parts.spec = unseal(kSpecPrefix, parts.texts.spec);
+    parts.spec = unwrap(kSpecPrefix, parts.texts.spec);
   } catch (const Failure &failure) {
     throw at(path, failure);
   }
-  const EngineRecord &engine = parts.engine;
+  const PlanRecord &engine = parts.engine;
   const Flavour &flavour = parts.flavour;
   if (engine.flavour != flavour.name || release(engine.version) != release(flavour.version)) {
     throw Failure(DDPMX_FILE_FORMAT, path + ": the plan's header and its record contradict each other",

@@ -113,7 +113,7 @@ std::string shell_word(const std::string &word) {
 }
 
 // The command that builds this plan anew, here, and for what is here.
-std::string rebuild_command(const std::string &path, const EngineRecord &engine, const Json::Object &options) {
+std::string rebuild_command(const std::string &path, const PlanRecord &engine, const Json::Object &options) {
   std::string out = "ddpmx build " + shell_word(engine.source) + " -o " + shell_word(path) + " --batch ";
   for (size_t i = 0; i < 3; ++i) out += (i > 0 ? "," : "") + std::to_string(engine.batch[i]);
   for (const auto &[name, value] : options) {
@@ -154,7 +154,7 @@ std::string install_hint(const std::string &flavour) {
 
 }  // namespace
 
-EngineRecord engine_record(const std::string &path, const Json &values) {
+PlanRecord engine_record(const std::string &path, const Json &values) {
   const Json::Object *members = values.as<Json::Object>();
   constexpr const char *names[] = {"batch",    "flavour", "key",     "onnx",   "options",
                                    "platform", "source",  "targets", "version"};
@@ -168,7 +168,7 @@ EngineRecord engine_record(const std::string &path, const Json &values) {
   const std::string *platform = text_of(values, "platform", printable);
   const std::string *source = text_of(values, "source", is_plain_name);
   const std::string *onnx = text_of(values, "onnx", is_sha256), *key = text_of(values, "key", is_sha256);
-  EngineRecord engine;
+  PlanRecord engine;
   if (!flavour || !version || !platform || !source || !onnx || !key || !read_batch(values, engine.batch) ||
       !read_targets(values, engine.targets) || !are_options(values)) {
     throw Failure(DDPMX_SPEC, "the engine's record is damaged", shown(values));
@@ -193,7 +193,7 @@ std::string release(const std::string &version) {
 }
 
 void check_fits(const std::string &path, const PlanInfo &info, const Here &here) {
-  const EngineRecord &engine = info.engine;
+  const PlanRecord &engine = info.engine;
   std::string targets;
   for (const std::string &target : engine.targets) targets += (targets.empty() ? "" : ", ") + target;
   const std::string flavour = info.flavour, with = flavour + " " + info.version;

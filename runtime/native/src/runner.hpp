@@ -24,9 +24,9 @@ struct Job {
   const float *x = nullptr;      // [n, C, H, W], the state to begin with, or nullptr for noise
   const int32_t *y = nullptr;    // [n], on the host, for models with classes
   const float *cond = nullptr;   // [n, K, H, W], for models with a condition
-  uint8_t *levels = nullptr;     // [n, H, W, C], or nullptr
+  uint8_t *pixels = nullptr;     // [n, H, W, C], or nullptr
   float *samples = nullptr;      // [n, C, H, W], or nullptr
-  bool on_device = false;        // x, cond, levels and samples are addresses on the GPU
+  bool on_device = false;        // x, cond, pixels and samples are addresses on the GPU
   bool previews = false;         // report wants x and x0
   void *after = nullptr;         // a stream whose work has to be done before arrays of the caller's are touched
   Report report = {};            // or empty

@@ -8,7 +8,7 @@
 
 #include "elementary.hpp"
 #include "error.hpp"
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 namespace ddpmx {
 namespace {

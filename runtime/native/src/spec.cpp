@@ -7,7 +7,7 @@
 
 #include "error.hpp"
 #include "samplers.hpp"
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 namespace ddpmx {
 namespace {
@@ -303,7 +303,7 @@ Spec spec_from_json(const Json &values, const std::vector<double> *betas, const 
 }
 
 Spec spec_from_text(std::string_view text, const std::vector<double> *betas, const std::string &where) {
-  return spec_from_json(unseal(kPrefix, text), betas, where);
+  return spec_from_json(unwrap(kPrefix, text), betas, where);
 }
 
 std::vector<double> betas_from_json(const Json &value) {

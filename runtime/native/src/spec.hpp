@@ -55,7 +55,7 @@ std::optional<Variance> variance_named(std::string_view name);
 // nullptr; where: in what place that array should lie, for people. DDPMX_SPEC for whatever ModelSpec.from_json refuses.
 Spec spec_from_json(const Json &values, const std::vector<double> *betas, const std::string &where);
 
-// The spec in a sealed line of text, "ddpmx1 LENGTH CRC32 {…}".
+// The spec in a envelope line of text, "ddpmx1 LENGTH CRC32 {…}".
 Spec spec_from_text(std::string_view text, const std::vector<double> *betas, const std::string &where);
 
 // The array of β in a JSON array.

@@ -145,7 +145,7 @@ class Rig {
 
 // What a chain gives. x and x0: of each step.
 struct Images {
-  std::vector<uint8_t> levels;
+  std::vector<uint8_t> pixels;
   std::vector<float> samples;
   std::vector<std::vector<float>> x, x0;
   std::vector<int32_t> t;
@@ -156,7 +156,7 @@ bool same(const std::vector<T> &a, const std::vector<T> &b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-inline bool same(const Images &a, const Images &b) { return same(a.levels, b.levels) && same(a.samples, b.samples); }
+inline bool same(const Images &a, const Images &b) { return same(a.pixels, b.pixels) && same(a.samples, b.samples); }
 
 // What is asked of a chain, with arrays of its own.
 struct Asked {
@@ -193,7 +193,7 @@ inline Images expected(const Rig &rig, const Asked &asked) {
   network.by_place = network.by_size = network.by_run = false;
   const float limit = rig.spec.clip ? static_cast<float>(*rig.spec.clip) : std::numeric_limits<float>::infinity();
   Images made;
-  made.levels.resize(size), made.samples.resize(size);
+  made.pixels.resize(size), made.samples.resize(size);
   made.x.assign(table.rows.size(), std::vector<float>(size)), made.x0 = made.x;
   made.t = table.timesteps;
   for (size_t i = 0; i < asked.images.size(); ++i) {
@@ -222,7 +222,7 @@ inline Images expected(const Rig &rig, const Asked &asked) {
     std::memcpy(made.samples.data() + i * x0.size(), x0.data(), x0.size() * sizeof(float));
     for (int64_t c = 0; c < C; ++c) {
       for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        made.levels[i * x.size() + static_cast<size_t>(pixel * C + c)] =
+        made.pixels[i * x.size() + static_cast<size_t>(pixel * C + c)] =
             ddpmx_uint8(x0[static_cast<size_t>(c * pixels + pixel)]);
       }
     }
@@ -233,10 +233,10 @@ inline Images expected(const Rig &rig, const Asked &asked) {
 // Run a chain, with its arrays on the host.
 inline Images drawn(ddpmx::Runner &runner, const Rig &rig, const Asked &asked, bool previews = false) {
   Images made;
-  made.levels.assign(asked.images.size() * static_cast<size_t>(rig.N()), 0xEE);
-  made.samples.assign(made.levels.size(), -7.0f);
+  made.pixels.assign(asked.images.size() * static_cast<size_t>(rig.N()), 0xEE);
+  made.samples.assign(made.pixels.size(), -7.0f);
   ddpmx::Job job = asked.job(rig.table);
-  job.levels = made.levels.data(), job.samples = made.samples.data(), job.previews = previews;
+  job.pixels = made.pixels.data(), job.samples = made.samples.data(), job.previews = previews;
   if (previews) {
     job.report = [&](int32_t t, uint64_t, const float *x, const float *x0) {
       made.t.push_back(t);

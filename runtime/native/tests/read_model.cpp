@@ -3,7 +3,7 @@
 //
 //     read_model PATH…
 //
-// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds a sealed text, spec.json what a caller can give
+// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds an envelope, spec.json what a caller can give
 // as a spec; all others are model files.
 #include <cstdio>
 #include <string>
@@ -40,7 +40,7 @@ Json facts_of(const Spec &spec) {
   }};
 }
 
-Json facts_of(const EngineRecord &engine) {
+Json facts_of(const PlanRecord &engine) {
   Json::Array targets;
   for (const std::string &target : engine.targets) targets.push_back(text(target));
   const int64_t *batch = engine.batch;

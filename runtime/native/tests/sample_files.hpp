@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 namespace ddpmx_test {
 
@@ -53,7 +53,7 @@ inline std::string metadata(const std::string &key, const std::string &value) {
   return field(14, field(1, key) + field(2, value));
 }
 
-inline std::string sealed(const std::string &prefix, const std::string &body) {
+inline std::string envelope(const std::string &prefix, const std::string &body) {
   char header[32];
   std::snprintf(header, sizeof header, " %zu %08x ", body.size(), ddpmx::crc32(body.data(), body.size()));
   return prefix + header + body;
@@ -80,7 +80,7 @@ inline std::string record(const std::string &name = "", const std::string &value
 }
 
 inline std::string plan_name(const std::string &spec = kSpec, const std::string &engine = record()) {
-  return sealed("ddpmx1", spec) + " " + sealed("engine1", engine);
+  return envelope("ddpmx1", spec) + " " + envelope("engine1", engine);
 }
 
 inline std::string bytes_of(uint64_t number, size_t size) {

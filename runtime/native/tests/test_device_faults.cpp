@@ -51,9 +51,9 @@ void cancelled() {
           const Asked asked;
           drawn(*runner, rig, asked, watched);
           cuda().launches.clear();
-          std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+          std::vector<uint8_t> pixels(3 * static_cast<size_t>(rig.N()));
           ddpmx::Job job = asked.job(rig.table);
-          job.levels = levels.data(), job.previews = watched;
+          job.pixels = pixels.data(), job.previews = watched;
           uint64_t last = 0;
           job.report = [&](int32_t, uint64_t done, const float *, const float *) { return last = done, done < k; };
           // the step that is under way is still done

@@ -65,10 +65,10 @@ void memory_is_kept() {
     CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
     // without x0 the chain that keeps it will do
     ddpmx::Job job = asked.job(rig.table);
-    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
-    job.levels = levels.data();
+    std::vector<uint8_t> pixels(asked.images.size() * static_cast<size_t>(rig.N()));
+    job.pixels = pixels.data();
     runner->run(job);
-    CHECK(same(levels, expected(rig, asked).levels));
+    CHECK(same(pixels, expected(rig, asked).pixels));
     CHECK(cuda().count("cuMemAlloc_v2") == allocated && trt().batches.size() == contexts);
     // the largest batch serves all that follow
     asked.images = {3, 4, 5, 6};
@@ -91,11 +91,11 @@ void memory_is_kept() {
     const auto runner = rig.open();
     const Asked asked;
     ddpmx::Job job = asked.job(rig.table);
-    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
-    job.levels = levels.data();
+    std::vector<uint8_t> pixels(asked.images.size() * static_cast<size_t>(rig.N()));
+    job.pixels = pixels.data();
     runner->run(job);
     CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
-    CHECK(same(levels, expected(rig, asked).levels));
+    CHECK(same(pixels, expected(rig, asked).pixels));
   }
   CHECK(clean());
   {  // a network that answers a variance which the table does not want
@@ -113,7 +113,7 @@ void memory_is_kept() {
   CHECK(clean());
 }
 
-// Samples alone, levels alone, and a state of the caller's own.
+// Samples alone, pixels alone, and a state of the caller's own.
 void what_is_wanted() {
   Rig rig;
   {
@@ -133,11 +133,11 @@ void what_is_wanted() {
   {
     const auto runner = rig.open();
     const Asked asked;
-    std::vector<uint8_t> levels(asked.images.size() * static_cast<size_t>(rig.N()));
+    std::vector<uint8_t> pixels(asked.images.size() * static_cast<size_t>(rig.N()));
     ddpmx::Job job = asked.job(rig.table);
-    job.levels = levels.data();
+    job.pixels = pixels.data();
     runner->run(job);
-    CHECK(same(levels, expected(rig, asked).levels));
+    CHECK(same(pixels, expected(rig, asked).pixels));
   }
   CHECK(clean());
 }
@@ -159,20 +159,20 @@ void on_the_device() {
       CHECK(same(drawn(*runner, rig, asked), wanted));  // now nothing is freed while the stream below is at work
       const auto bytes = [](const auto &array) { return array.size() * sizeof array[0]; };
       const ddpmx::cuda::Handle x = mine.allocate(bytes(asked.x), "x"), cond = mine.allocate(bytes(asked.cond), "cond"),
-                                levels = mine.allocate(bytes(wanted.levels), "levels"),
+                                pixels = mine.allocate(bytes(wanted.pixels), "levels"),
                                 samples = mine.allocate(bytes(wanted.samples), "samples"), stream = mine.stream();
       mine.copy_in(cond.value(), asked.cond.data(), bytes(asked.cond), stream.pointer());
       mine.wait_for_stream(stream.pointer(), "");
       mine.copy_in(x.value(), asked.x.data(), bytes(asked.x), stream.pointer());  // and nobody waits
       ddpmx::Job job = asked.job(rig.table);
       job.x = reinterpret_cast<const float *>(x.value()), job.cond = reinterpret_cast<const float *>(cond.value());
-      job.levels = reinterpret_cast<uint8_t *>(levels.value()),
+      job.pixels = reinterpret_cast<uint8_t *>(pixels.value()),
       job.samples = reinterpret_cast<float *>(samples.value());
       job.on_device = true, job.after = stream.pointer(), job.previews = watched;
       runner->run(job);
       Images made;
-      made.levels.resize(wanted.levels.size()), made.samples.resize(wanted.samples.size());
-      std::memcpy(made.levels.data(), levels.pointer(), bytes(made.levels));  // the fake's memory is the host's
+      made.pixels.resize(wanted.pixels.size()), made.samples.resize(wanted.samples.size());
+      std::memcpy(made.pixels.data(), pixels.pointer(), bytes(made.pixels));  // the fake's memory is the host's
       std::memcpy(made.samples.data(), samples.pointer(), bytes(made.samples));
       CHECK(same(made, wanted));
     }
@@ -198,17 +198,17 @@ void filled_up() {
     const ddpmx::cuda::Current current(mine);
     const size_t size = asked.cond.size() * sizeof(float);
     const ddpmx::cuda::Handle cond = mine.allocate(size, "cond"),
-                              levels = mine.allocate(made[0].levels.size(), "levels");
+                              pixels = mine.allocate(made[0].pixels.size(), "levels");
     std::memcpy(cond.pointer(), asked.cond.data(), size);  // the fake's memory is the host's
     ddpmx::Job job = asked.job(rig.table);
-    job.cond = reinterpret_cast<const float *>(cond.value()), job.levels = reinterpret_cast<uint8_t *>(levels.value());
+    job.cond = reinterpret_cast<const float *>(cond.value()), job.pixels = reinterpret_cast<uint8_t *>(pixels.value());
     job.on_device = true;
     runner->run(job);
-    made[1].levels.assign(reinterpret_cast<uint8_t *>(levels.pointer()),
-                          reinterpret_cast<uint8_t *>(levels.pointer()) + made[0].levels.size());
+    made[1].pixels.assign(reinterpret_cast<uint8_t *>(pixels.pointer()),
+                          reinterpret_cast<uint8_t *>(pixels.pointer()) + made[0].pixels.size());
     CHECK(trt().batches.back() == 4);
   }
-  CHECK(same(made[0].levels, made[1].levels));
+  CHECK(same(made[0].pixels, made[1].pixels));
   CHECK(clean());
 }
 
@@ -220,10 +220,10 @@ void reports() {
       const auto runner = rig.open(executor);
       std::vector<uint64_t> seen;
       bool outside = true, right_t = true;
-      std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+      std::vector<uint8_t> pixels(3 * static_cast<size_t>(rig.N()));
       const Asked asked;
       ddpmx::Job job = asked.job(rig.table);
-      job.levels = levels.data();
+      job.pixels = pixels.data();
       job.report = [&](int32_t t, uint64_t done, const float *x, const float *x0) {
         outside &= cuda().depth() == 0 && !x && !x0;
         right_t &= t == rig.table.timesteps.at(done - 1);
@@ -251,8 +251,8 @@ void neighbours() {
   const auto part = [&](const Images &whole, size_t first, size_t n) {
     const auto N = static_cast<size_t>(rig.N());
     Images some;
-    some.levels.assign(whole.levels.begin() + static_cast<long>(first * N),
-                       whole.levels.begin() + static_cast<long>((first + n) * N));
+    some.pixels.assign(whole.pixels.begin() + static_cast<long>(first * N),
+                       whole.pixels.begin() + static_cast<long>((first + n) * N));
     some.samples.assign(whole.samples.begin() + static_cast<long>(first * N),
                         whole.samples.begin() + static_cast<long>((first + n) * N));
     return some;
@@ -281,9 +281,9 @@ void neighbours() {
     CHECK(same(told_images(*runner, {2, 3}), part(whole, 2, 2)));
     Asked asked;
     std::vector<uint64_t> seen;
-    std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
+    std::vector<uint8_t> pixels(3 * static_cast<size_t>(rig.N()));
     ddpmx::Job job = asked.job(rig.table);
-    job.levels = levels.data();
+    job.pixels = pixels.data();
     job.report = [&](int32_t, uint64_t done, const float *, const float *) { return seen.push_back(done), true; };
     runner->run(job);
     CHECK(seen.back() == rig.table.rows.size());
@@ -357,8 +357,8 @@ void threads() {
     other.join();
     CHECK(wrong == 0);
     ddpmx::Job job = first.job(rig.table);
-    std::vector<uint8_t> levels(3 * static_cast<size_t>(rig.N()));
-    job.levels = levels.data();
+    std::vector<uint8_t> pixels(3 * static_cast<size_t>(rig.N()));
+    job.pixels = pixels.data();
     job.report = [&](int32_t, uint64_t, const float *, const float *) {
       CHECK(fails(DDPMX_INPUT, "at work already", [&] { runner->run(first.job(rig.table)); }));
       return true;
@@ -392,8 +392,8 @@ void through_the_border() {
   };
   request.user = &seen;
   Images made;
-  made.levels.resize(6 * static_cast<size_t>(rig.N())), made.samples.resize(made.levels.size());
-  const ddpmx_status status = ddpmx_generate(pipeline, &request, made.levels.data(), made.levels.size(),
+  made.pixels.resize(6 * static_cast<size_t>(rig.N())), made.samples.resize(made.pixels.size());
+  const ddpmx_status status = ddpmx_generate(pipeline, &request, made.pixels.data(), made.pixels.size(),
                                              made.samples.data(), made.samples.size() * sizeof(float));
   CHECK(status == DDPMX_OK);
   if (status) std::fprintf(stderr, "%s\n", ddpmx_last_error());

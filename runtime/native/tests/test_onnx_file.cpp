@@ -11,7 +11,7 @@
 #include "check.hpp"
 #include "model_file.hpp"
 #include "sample_files.hpp"
-#include "wire.hpp"
+#include "protobuf.hpp"
 
 namespace {
 
@@ -22,7 +22,7 @@ using ddpmx_test::field;
 using ddpmx_test::metadata;
 using ddpmx_test::model;
 using ddpmx_test::node;
-using ddpmx_test::sealed;
+using ddpmx_test::envelope;
 using ddpmx_test::value_info;
 using ddpmx_test::varint;
 
@@ -30,7 +30,7 @@ const std::string kX = field(11, value_info("x", 1, {"batch", "3", "8", "8"}));
 const std::string kT = field(11, value_info("t", 6, {"batch"}));
 const std::string kEps = field(12, value_info("eps", 1, {"batch", "3", "8", "8"}));
 const std::string kGraph = kX + kT + kEps;
-const std::string kText = sealed("ddpmx1", ddpmx_test::kSpec);
+const std::string kText = envelope("ddpmx1", ddpmx_test::kSpec);
 
 GraphInfo read(const std::string &bytes) { return ddpmx::read_onnx("m.onnx", bytes); }
 
@@ -264,16 +264,16 @@ void specs() {
 
 void arrays_of_betas() {
   const std::string two = std::string("\0\0\0\0\0\0\xE0?\0\0\0\0\0\0\xE0?", 16);  // 0.5, 0.5
-  const std::string text = "AAAAAAAA4D8AAAAAAADgPw==", crc = sealed("", two).substr(4, 8);
+  const std::string text = "AAAAAAAA4D8AAAAAAADgPw==", crc = envelope("", two).substr(4, 8);
   const std::string spec = R"({"shape":[3,8,8],"timesteps":2,"schedule":"betas"})",
-                    sealed_spec = sealed("ddpmx1", spec);
+                    enveloped = envelope("ddpmx1", spec);
   const std::string betas = "betas1 2 " + crc + " " + text;
   const auto file = [&](const std::string &beside) {
-    return model(kGraph, metadata("ddpmx", sealed_spec) + metadata("ddpmx.betas", beside));
+    return model(kGraph, metadata("ddpmx", enveloped) + metadata("ddpmx.betas", beside));
   };
   CHECK((spec_of(file(betas)).betas == std::vector{0.5, 0.5}));
   CHECK(fails(DDPMX_SPEC, "Hint: it should lie in the file's metadata 'ddpmx.betas'",
-              [&] { spec_of(model(kGraph, metadata("ddpmx", sealed_spec))); }));
+              [&] { spec_of(model(kGraph, metadata("ddpmx", enveloped))); }));
   for (const std::string &bad :
        {std::string(), betas.substr(1), betas.substr(0, betas.size() - 1), "betas1 3" + betas.substr(8)}) {
     CHECK(fails(DDPMX_SPEC, "m.onnx: the array of β", [&] { spec_of(file(bad)); }));
@@ -362,7 +362,7 @@ void kinds() {
   CHECK(mkfifo((folder / "pipe").c_str(), 0600) == 0);
   unreadable(folder / "pipe", "not a file");  // and nobody waits for a writer
   CHECK(symlink("loop", (folder / "loop").c_str()) == 0);
-  unreadable(folder / "loop", "Too many levels of symbolic links");
+  unreadable(folder / "loop", "Too many pixels of symbolic links");
   CHECK(fails(DDPMX_FILE_FORMAT, ": a folder, but no ddpmx checkpoint\nNote: ", [&] { ddpmx::identify(folder / ""); }));
   CHECK(fails(DDPMX_FILE_FORMAT, "Note: Is a directory", [&] { ddpmx::MappedFile file(folder / ""); }));
   write(folder / "spec.json", "{}");

@@ -21,7 +21,7 @@ using ddpmx_test::kSpec;
 using ddpmx_test::plan;
 using ddpmx_test::plan_name;
 using ddpmx_test::record;
-using ddpmx_test::sealed;
+using ddpmx_test::envelope;
 
 const std::string kTensorRT =
     plan_name(kSpec, record("flavour", R"("TensorRT","version":"10.3.0.26","targets":["8.7"])"));
@@ -82,8 +82,8 @@ void names() {
     bytes[bytes.find(what) + 3] ^= 1;
     check_refused(DDPMX_SPEC, bytes, damaged);
   }
-  check_refused(DDPMX_SPEC, plan(sealed("ddpmx1", kSpec)), damaged);
-  check_refused(DDPMX_SPEC, plan(sealed("ddpmx1", kSpec) + std::string(4096, '\0') + sealed("engine1", record())),
+  check_refused(DDPMX_SPEC, plan(envelope("ddpmx1", kSpec)), damaged);
+  check_refused(DDPMX_SPEC, plan(envelope("ddpmx1", kSpec) + std::string(4096, '\0') + envelope("engine1", record())),
                 damaged);
   for (const std::string &other : {plan_name(R"({"shape":[3,8,9]})"), plan_name(kSpec, record("batch", "[1,1,1]"))}) {
     check_refused(DDPMX_FILE_FORMAT, plan(plan_name(), other), "two descriptions stand in the plan, and they differ");
@@ -356,7 +356,7 @@ void time_to_read() {
   for (const char *what : {"\177EL", "\177ELF", "PE", "ddpmx1", "ddpmx1 ", "ddpmx1 9999 ", "engine1 9999 00000000 "}) {
     CHECK(seconds(repeated(what, kSize)) < 10);
   }
-  CHECK(seconds(repeated(sealed("ddpmx1", "") + "engine1 4000 00000000 engine1 4000 00000000 ", kSize)) < 10);
+  CHECK(seconds(repeated(envelope("ddpmx1", "") + "engine1 4000 00000000 engine1 4000 00000000 ", kSize)) < 10);
   const std::string many = plan(plan_name(), repeated("ddpmx1 9999 00000000 ", kSize));
   check_refused(DDPMX_FILE_FORMAT, many,
                 "not a TensorRT plan that `ddpmx build` wrote\nNote: more than 16384 places in it look like");

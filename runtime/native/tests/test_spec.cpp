@@ -6,7 +6,7 @@
 
 #include "check.hpp"
 #include "sample_files.hpp"
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 using namespace ddpmx;
 using ddpmx_test::fails;
@@ -164,7 +164,7 @@ void the_same_model() {
 }
 
 void texts() {
-  const std::string text = ddpmx_test::sealed("ddpmx1", R"({"shape":[1,4,4],"timesteps":10})");
+  const std::string text = ddpmx_test::envelope("ddpmx1", R"({"shape":[1,4,4],"timesteps":10})");
   CHECK(spec_from_text(text, nullptr, "there").timesteps == 10);
   CHECK(fails(DDPMX_SPEC, "not a ddpmx spec", [] { spec_from_text("main_graph", nullptr, "there"); }));
   CHECK(fails(DDPMX_SPEC, "damaged", [&] { spec_from_text(text.substr(0, text.size() - 1), nullptr, "there"); }));

@@ -201,7 +201,7 @@ def test_bfloat16_is_judged_by_the_module_and_says_so(tmp_path):
     adapter, spec = case("fraction")
     exported = export(adapter, spec, tmp_path / "m.onnx", precision="bf16")
     assert exported.passed, exported.verdict
-    assert "NOT the file" in exported.climb.ran_on
+    assert "NOT the file" in exported.report.ran_on
 
 
 class _Outside(FractionNet):

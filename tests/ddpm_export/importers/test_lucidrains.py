@@ -181,7 +181,9 @@ def test_its_chain_is_theirs(read, name, figure):
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     x = chain.initial(0, images, spec.shape)
     backend = TorchBackend(network_of(imported))
-    steps = chain.run(backend, table, x, seed=0, images=images, clip=spec.clip, extras=spec.extras)
+    steps = chain.run(
+        backend, table, x, seed=0, images=images, clip=spec.clip, conditioning_shapes=spec.conditioning_shapes
+    )
     seen = [step.x_next.copy() for step in steps]
     states = len(seen) + 1  # with x_T
     error = max(

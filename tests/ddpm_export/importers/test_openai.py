@@ -476,7 +476,9 @@ def test_its_export_runs_the_chain_of_the_paper(run, precision, bound, figure):
     x = chain.initial(7, images, spec.shape)
     backend = open_onnx(file, spec)
     table = make_table(spec.make_schedule(), "eps", "learned_range")
-    steps = chain.run(backend, table, x, seed=7, images=images, extras=spec.extras, given={"y": y})
+    steps = chain.run(
+        backend, table, x, seed=7, images=images, conditioning_shapes=spec.conditioning_shapes, given={"y": y}
+    )
     worst, walked, visited = 0.0, x.astype(np.float64), []
     for step in steps:
         z = normal(7, images, step.t, Purpose.STEP, 192).reshape(x.shape).astype(np.float64) if step.t else 0 * x

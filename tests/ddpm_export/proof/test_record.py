@@ -32,7 +32,7 @@ from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError, Spe
 from ddpmx.formats import plan_file
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.check import BOUNDS
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from ddpmx.parity.reference import Reference
 from ddpmx.pipeline import Pipeline, load
 from oracles.random_weights import rerandomise
@@ -194,7 +194,7 @@ def test_real_images_are_taken_from_all_over_the_data(network, spec):
     assert made.real
     assert np.array_equal(made.x0.transpose(0, 2, 3, 1), data[[0, 499]])
     assert made.trained
-    assert climb(TorchBackend(network), spec, made).rungs[2].passed
+    assert run_ladder(TorchBackend(network), spec, made).checks[2].passed
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 8, 1), (4, 1, 16, 16), (4, 16, 16, 3), (4, 16, 16), (0, 16, 16, 1)])
@@ -219,11 +219,11 @@ def test_the_chain_of_random_weights_is_not_judged(spec):
     made = record(network, spec.replace(weights=None), steps=10)
     assert made.loss > 0.5
     assert not made.trained
-    result = climb(TorchBackend(network), made.spec, made)
+    result = run_ladder(TorchBackend(network), made.spec, made)
     assert result.passed
-    assert "not trained" in result.rungs[-1].skipped
-    assert [rung.skipped for rung in result.rungs[:-1]] == [None] * 8
-    other = climb(TorchBackend(small_network(1, (16, 16), seed=1)), made.spec, made)
+    assert "not trained" in result.checks[-1].skipped
+    assert [check.skipped for check in result.checks[:-1]] == [None] * 8
+    other = run_ladder(TorchBackend(small_network(1, (16, 16), seed=1)), made.spec, made)
     assert not other.passed, "its answers are judged"
 
 
@@ -274,7 +274,7 @@ def test_a_checkpoint_is_recorded_with_the_weights_that_were_asked_for(trained, 
     assert not np.allclose(ema.out, raw.out, atol=1e-3)
     for file, theirs in ((trained.fp32, raw), (trained.fp16, raw)):
         with pytest.raises(SpecError, match="another model") as caught:
-            proof.climb_export(file, open_spec(file), trained.run, theirs)
+            proof.check_export(file, open_spec(file), trained.run, theirs)
         assert "weights" in caught.value.note
 
 
@@ -307,25 +307,25 @@ def open_spec(file: Path) -> ModelSpec:
 
 
 def judged(figure, what: str, result) -> None:
-    for rung in result.rungs:
-        if rung.skipped is None:
-            bound = {"at_least" if rung.at_least else "at_most": rung.bound}
-            figure(f"{what} against the record: {rung.name}", rung.value, **bound)
+    for check in result.checks:
+        if check.skipped is None:
+            bound = {"at_least" if check.at_least else "at_most": check.bound}
+            figure(f"{what} against the record: {check.name}", check.value, **bound)
     assert result.passed
     assert result.verdict == "PASSED: the PyTorch model, 9 of 9 bounds hold"
 
 
 def test_the_module_itself_is_itself(network, spec, recorded):
-    result = climb(TorchBackend(network), spec, recorded)
+    result = run_ladder(TorchBackend(network), spec, recorded)
     assert result.passed
-    assert result.rungs[-1].value == 1
+    assert result.checks[-1].value == 1
     assert result.curves["eps"].max() < 2e-6
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_export_passes(trained, recorded, precision, figure):
     file = getattr(trained, precision)
-    result = proof.climb_export(file, open_spec(file), trained.run, recorded)
+    result = proof.check_export(file, open_spec(file), trained.run, recorded)
     judged(figure, precision, result)
     assert "onnxruntime" in result.ran_on
 
@@ -333,9 +333,9 @@ def test_an_export_passes(trained, recorded, precision, figure):
 def test_half_precision_would_not_pass_as_float32(trained, recorded):
     """So the bounds tell them apart."""
     _, backend = open_model(trained.fp16)
-    result = climb(backend, recorded.spec, recorded)
+    result = run_ladder(backend, recorded.spec, recorded)
     backend.close()
-    assert "ε, RMS" in [rung.name for rung in result.rungs if not rung.passed]
+    assert "ε, RMS" in [check.name for check in result.checks if not check.passed]
     assert result.curves["eps"].max() > 5 * BOUNDS["fp32"].eps
 
 
@@ -368,7 +368,7 @@ def transposed(values: np.ndarray) -> None:
 )
 def test_a_file_with_other_weights_than_it_says_fails(trained, recorded, tmp_path, precision, change):
     file = with_changed_weights(getattr(trained, precision), tmp_path / "model.onnx", change)
-    result = proof.climb_export(file, open_spec(file), trained.run, recorded)
+    result = proof.check_export(file, open_spec(file), trained.run, recorded)
     assert not result.passed
     assert result.verdict.startswith("FAILED: this is not the PyTorch model: ε, ")
     assert "worst at t = " in result.verdict
@@ -454,7 +454,7 @@ def test_a_bf16_file_does_not_run_here_and_what_it_is_for_is_said(bf16):
 
 
 def test_of_a_bf16_file_the_module_is_judged_and_that_is_said(bf16, trained, spec, recorded, figure):
-    result = proof.climb_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
+    result = proof.check_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
     assert "NOT the file" in result.ran_on
     judged(figure, "the bf16 module", result)
     figure("the bf16 module against the record: RMS error over 32 t", result.curves["eps"].max(), at_most=3e-2)
@@ -496,7 +496,7 @@ def open_spec_of_onnx(file: Path) -> ModelSpec:
 # --- Polygraphy ------------------------------------------------------------------------------------------------------
 
 needs_polygraphy = pytest.mark.skipif(
-    importlib.util.find_spec("polygraphy") is None, reason="not verified here: Polygraphy's rung (no polygraphy)"
+    importlib.util.find_spec("polygraphy") is None, reason="not verified here: Polygraphy's check (no polygraphy)"
 )
 
 

@@ -16,7 +16,7 @@ from ddpm_export.proof.record import record  # noqa: E402
 from ddpmx.backends.base import Buffers  # noqa: E402
 from ddpmx.errors import BackendError, FileFormatError, NumericError, SpecError  # noqa: E402
 from ddpmx.parity import ladder  # noqa: E402
-from ddpmx.parity.ladder import climb  # noqa: E402
+from ddpmx.parity.ladder import run_ladder  # noqa: E402
 from ddpmx.parity.reference import Reference  # noqa: E402
 from ddpmx.parity.report import to_json, to_markdown  # noqa: E402
 from ddpmx.sampling.conditioning import example  # noqa: E402
@@ -90,9 +90,9 @@ class Faulty(TorchBackend):
 
 def failed(spec, fault, **options):
     return {
-        rung.name
-        for rung in climb(Faulty(Closed(spec), fault), spec, recorded(spec, **options)).rungs
-        if not rung.passed
+        check.name
+        for check in run_ladder(Faulty(Closed(spec), fault), spec, recorded(spec, **options)).checks
+        if not check.passed
     }
 
 
@@ -103,11 +103,11 @@ def test_the_network_itself_passes(case, tmp_path):
     recorded(spec).save(tmp_path / "model.parity.npz")
     reference = Reference.load(tmp_path / "model.parity.npz")
     assert reference.trained
-    result = climb(TorchBackend(Closed(spec)), spec, reference)
+    result = run_ladder(TorchBackend(Closed(spec)), spec, reference)
     assert result.passed, result.verdict
-    names = [rung.name for rung in result.rungs]
+    names = [check.name for check in result.checks]
     assert ({V, FORCED_V} <= set(names)) == (spec.variance == "learned_range")
-    assert {rung.name: rung.value for rung in result.rungs}[FREE] == 1.0
+    assert {check.name: check.value for check in result.checks}[FREE] == 1.0
     said = to_json(result, "model.onnx")
     assert ("var" in said["curves"]) == (spec.variance == "learned_range")
     assert all(f"**{name}.** " in to_markdown(result, "model.onnx", {}) for name in names)
@@ -117,7 +117,7 @@ def test_the_network_itself_passes(case, tmp_path):
 def test_every_climb_asks_as_often_as_it_says(case):
     spec = spec_of(case)
     seen = []
-    climb(TorchBackend(Closed(spec)), spec, recorded(spec), progress=lambda *now: seen.append(now))
+    run_ladder(TorchBackend(Closed(spec)), spec, recorded(spec), progress=lambda *now: seen.append(now))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
 
 
@@ -149,7 +149,7 @@ def test_what_is_ignored_is_found(name):
 
 
 def test_an_x0_that_is_ignored_is_found_along_the_chain():
-    """For the first rungs it is 0, as in a chain's first step."""
+    """For the first checks it is 0, as in a chain's first step."""
 
     def fault(when, buffers):
         if when == "before":
@@ -207,7 +207,7 @@ def test_a_variance_that_is_no_number_is_named():
 
     spec = spec_of("variance")
     with pytest.raises(NumericError, match="at t = 0 is not finite"):
-        climb(Faulty(Closed(spec), fault), spec, recorded(spec))
+        run_ladder(Faulty(Closed(spec), fault), spec, recorded(spec))
 
 
 def test_a_network_without_the_variance_that_its_spec_names_is_said_so():
@@ -274,9 +274,9 @@ def test_a_record_knows_its_betas(tmp_path):
     recorded(spec).save(tmp_path / "record.npz")
     reference = Reference.load(tmp_path / "record.npz")
     np.testing.assert_array_equal(reference.spec.betas, betas)
-    assert climb(TorchBackend(Closed(spec)), spec, reference).passed
+    assert run_ladder(TorchBackend(Closed(spec)), spec, reference).passed
     with pytest.raises(SpecError, match="another model's"):
-        climb(TorchBackend(Closed(spec)), spec.replace(betas=betas / 2), reference)
+        run_ladder(TorchBackend(Closed(spec)), spec.replace(betas=betas / 2), reference)
 
 
 @pytest.mark.parametrize(("name", "case"), [("y", "classes"), ("final_y", "classes"), ("var", "variance"),
@@ -303,13 +303,13 @@ def test_a_class_that_there_is_not_is_refused():
 def test_a_record_of_a_model_without_classes_is_another_model_s():
     spec = spec_of("classes")
     with pytest.raises(SpecError, match="another model's") as caught:
-        climb(TorchBackend(Closed(spec)), spec, recorded(gaussian.SPEC))
+        run_ladder(TorchBackend(Closed(spec)), spec, recorded(gaussian.SPEC))
     assert "classes: nothing there, 5 here" in str(caught.value)
 
 
 def test_only_its_own_consistency_is_judged_without_a_record():
     spec = spec_of("everything")
-    result = climb(TorchBackend(Closed(spec)), spec, None)
+    result = run_ladder(TorchBackend(Closed(spec)), spec, None)
     assert result.passed
-    assert len(result.rungs) == 2
+    assert len(result.checks) == 2
     assert example(gaussian.SPEC, np.arange(3)) == {}

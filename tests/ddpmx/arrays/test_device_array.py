@@ -149,7 +149,7 @@ def test_a_capsule_says_where_the_array_is_and_frees_it_if_nobody_takes_it(gpu, 
     gpu.ordinal = 3
     array = filled(gpu, DeviceArray, VALUES)
     capsule = array.__dlpack__(**options)
-    managed, used = dlpack.opened(capsule)
+    managed, used = dlpack.open_capsule(capsule)
     tensor = managed.dl_tensor
     versioned = options.get("max_version", (0, 0)) >= (1, 0) and NUMPY >= (2, 1)
     assert used == (b"used_dltensor_versioned" if versioned else b"used_dltensor")
@@ -257,7 +257,7 @@ def test_our_arrays_are_seen_by_ourselves(gpu, only):
 def test_a_copy_on_the_host_is_made_when_asked_for_only(gpu):
     array = filled(gpu, DeviceArray, VALUES)
     assert np.array_equal(array.numpy(), VALUES)
-    managed, _ = dlpack.opened(array.__dlpack__(dl_device=(1, 0)))
+    managed, _ = dlpack.open_capsule(array.__dlpack__(dl_device=(1, 0)))
     assert managed.dl_tensor.device.type == 1
     assert managed.dl_tensor.data != array.address
     if NUMPY >= (2, 1):
@@ -370,7 +370,7 @@ from ddpmx.device.driver import Driver
 from oracles.fake_cuda import FakeCuda
 x = arrays.DeviceArray.allocate(Driver(library=FakeCuda(kernels=None)), (4, 4), "f4", "x")
 capsule = x.__dlpack__(max_version=eval(sys.argv[2]))
-managed, used = dlpack.opened(capsule)
+managed, used = dlpack.open_capsule(capsule)
 dlpack.rename(capsule, used)
 ctypes.CDLL(sys.argv[1]).take(ctypes.c_void_p(ctypes.addressof(managed)), ctypes.c_void_p(managed.deleter))
 """

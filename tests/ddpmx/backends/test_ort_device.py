@@ -25,7 +25,7 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.sampling.pixels import to_nhwc
-from oracles import gaussian, told, wire
+from oracles import gaussian, protobuf, told
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
 from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
@@ -61,10 +61,18 @@ class Chain:
     def __init__(self, device, *, batch=3):
         self.device = device
         self.chain = DeviceChain(
-            device.driver, Kernels(device.driver), SHAPE, batch, TABLE, extras=device.extras, stream=device.stream
+            device.driver,
+            Kernels(device.driver),
+            SHAPE,
+            batch,
+            TABLE,
+            conditioning_shapes=device.conditioning_shapes,
+            stream=device.stream,
         )
         with device.driver.current():
-            self.network = device.network(batch, **self.chain.at, extras=self.chain.extras, stream=device.stream)
+            self.network = device.network(
+                batch, **self.chain.at, conditioning=self.chain.conditioning, stream=device.stream
+            )
 
     def __enter__(self):
         return self
@@ -91,11 +99,11 @@ def test_a_chain_gives_numpy_s_bits(opened, provider):
 def test_a_chain_is_told_what_its_network_asks_for(opened, kind):
     spec = gaussian.SPEC.replace(shape=SHAPE, **told.KINDS[kind])
     given = told.given(spec)
-    wanted = expected(extras=spec.extras, given=given)
-    with Chain(opened(extras=spec.extras)) as c:
+    wanted = expected(conditioning_shapes=spec.conditioning_shapes, conditioning=given)
+    with Chain(opened(conditioning_shapes=spec.conditioning_shapes)) as c:
         choose_executor(c.chain, c.network.enqueue, "plain")
         for _ in range(2):
-            assert c.chain.run(seed=5, images=IMAGES, given=given).tobytes() == to_nhwc(wanted.x0).tobytes()
+            assert c.chain.run(seed=5, images=IMAGES, conditioning=given).tobytes() == to_nhwc(wanted.x0).tobytes()
 
 
 @pytest.mark.parametrize("executor", ["graph", "while"])
@@ -461,11 +469,11 @@ def test_without_fallback_a_session_raises_instead_of_printing(real, tmp_path, c
 
 def learned_variance(path):
     """eps = 2·x and var = −x, of the contract's form."""
-    picture = (wire.FLOAT, ("batch", *SHAPE))
-    nodes = [wire.node("Add", ["x", "x"], ["eps"]), wire.node("Neg", ["x"], ["var"])]
-    graph = b"".join(wire.field(1, node) for node in nodes)
+    picture = (protobuf.FLOAT, ("batch", *SHAPE))
+    nodes = [protobuf.node("Add", ["x", "x"], ["eps"]), protobuf.node("Neg", ["x"], ["var"])]
+    graph = b"".join(protobuf.field(1, node) for node in nodes)
     outputs = {"eps": picture, "var": picture}
-    path.write_bytes(wire.model({"x": picture, "t": (wire.INT32, ("batch",))}, outputs, graph=graph))
+    path.write_bytes(protobuf.model({"x": picture, "t": (protobuf.INT32, ("batch",))}, outputs, graph=graph))
     return path
 
 

@@ -260,7 +260,7 @@ class ToyDevice:
                 return index
         raise InputError(f"the toy takes no batch of {batch}", hint="--batch 4")
 
-    def network(self, batch, *, x, t, out, var=0, extras=(), stream):
+    def network(self, batch, *, x, t, out, var=0, conditioning=(), stream):
         self.check_batch(batch)
         return ToyNetwork(self, batch, x, t, out)
 

@@ -132,7 +132,7 @@ def test_images_may_stay_on_the_device(fake):
     with Setup(fake) as s, s.driver.current():
         s.chain.prepare(s.engine, "graph")
         with s.driver.allocate(3 * 105, "somebody's images") as memory:
-            assert s.chain.run(seed=5, images=IMAGES, levels=memory.value) is None
+            assert s.chain.run(seed=5, images=IMAGES, pixels=memory.value) is None
             there = array_at(memory.value, (3, 5, 7, 3), ctypes.c_uint8)
             assert there.tobytes() == to_nhwc(expected().x0).tobytes()
         assert s.chain.run(seed=5, images=IMAGES).tobytes() == to_nhwc(expected().x0).tobytes()

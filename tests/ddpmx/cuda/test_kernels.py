@@ -142,7 +142,7 @@ MISTAKES = {
     "all elements alike": ("step.cu", "answer[k], z[k]", "answer[k], z[0]"),
     "t stays": ("step.cu", "t[four.image] = next", "t[four.image] = now"),
     "NCHW": ("step.cu", "pixel * channels + channel", "channel * pixels + pixel"),
-    "images too early": ("step.cu", "levels = last ?", "levels = 1 ?"),
+    "images too early": ("step.cu", "image_bytes = last ?", "image_bytes = 1 ?"),
     "beyond the end": ("step.cu", "      if (k < count) to[k]", "      to[k]"),
     "a grid of the right size": ("step.cu", "index += ddpmx_threads()", "index = fours"),
     "counters left as they are": ("step.cu", "chain->arrived = 0;\n  chain->step", "chain->step"),
@@ -192,7 +192,7 @@ def everything(device):
     return [
         bytes(device.chain),
         bytes(device.control),
-        *(array.tobytes() for array in (device.x, device.x0, device.t, device.levels)),
+        *(array.tobytes() for array in (device.x, device.x0, device.t, device.pixels)),
     ]
 
 
@@ -292,7 +292,7 @@ def test_a_chain_can_begin_again(kernels):
     poisoned = Toy(ODD, poison=(int(device.timesteps[4]), [np.nan]))
     assert list(device.run(poisoned))[-1] == 4
     device.control.done = Done.RUNNING
-    device.levels[...] = Device.GUARD
+    device.pixels[...] = Device.GUARD
     assert first_difference(device, table_of(), ODD, seed=3, indices=[1]) is None
 
 

@@ -40,7 +40,7 @@ void learned(const ddpmx_row *row, const ddpmx_learned *range, float limit, size
 void exponential(const float *x, size_t n, float *y) {
   for (size_t i = 0; i < n; ++i) y[i] = ddpmx_exp(x[i]);
 }
-void levels(const float *x, size_t n, unsigned char *u) {
+void pixels(const float *x, size_t n, unsigned char *u) {
   for (size_t i = 0; i < n; ++i) u[i] = ddpmx_uint8(x[i]);
 }
 void purposes(int *p) {
@@ -271,7 +271,7 @@ def test_levels_have_the_same_numbers(compiled):
     dense = np.linspace(-1.3, 1.3, 2**20 + 1, dtype=np.float32)
     x = np.concatenate([near, dense, SPECIAL, np.float32([255, 256, 1e10, -1e10])])
     u = np.empty(x.shape, np.uint8)
-    compiled.levels(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(x.size), u.ctypes.data_as(ctypes.c_void_p))
+    compiled.pixels(x.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(x.size), u.ctypes.data_as(ctypes.c_void_p))
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(u, to_uint8(x))
 

@@ -18,7 +18,7 @@ from ddpmx.formats import betas as free_betas
 from ddpmx.formats import model_file, onnx_file, plan_file
 from ddpmx.formats.describe import describe
 from ddpmx.formats.spec import ModelSpec
-from oracles import told, wire
+from oracles import protobuf, told
 from oracles.plans import RECORD, make_plan
 
 T = 20
@@ -173,9 +173,9 @@ def test_a_whole_text_of_no_betas_is_refused():
 def make_onnx(folder, metadata):
     path = folder / "model.onnx"
     path.write_bytes(
-        wire.model(
-            {"x": (wire.FLOAT, ("batch", 3, 8, 8)), "t": (wire.INT32, ("batch",))},
-            {"eps": (wire.FLOAT, ("batch", 3, 8, 8))},
+        protobuf.model(
+            {"x": (protobuf.FLOAT, ("batch", 3, 8, 8)), "t": (protobuf.INT32, ("batch",))},
+            {"eps": (protobuf.FLOAT, ("batch", 3, 8, 8))},
             metadata=metadata,
         )
     )

@@ -16,7 +16,7 @@ from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.formats import envelope, npz
 from ddpmx.formats.describe import describe, safetensors_elements
 from ddpmx.formats.plan_file import sidecar_path
-from oracles import gaussian, wire
+from oracles import gaussian, protobuf
 from oracles.plans import RECORD, SPEC, elf, make_plan
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -145,9 +145,9 @@ def test_an_onnx_file_is_described(gaussian_onnx):
 
 
 def test_weights_beside_an_onnx_file_count(tmp_path):
-    graph = wire.field(5, wire.external_tensor("weights.bin"))
+    graph = protobuf.field(5, protobuf.external_tensor("weights.bin"))
     path = tmp_path / "model.onnx"
-    path.write_bytes(wire.model({"x": (99, ())}, {}, graph=graph))
+    path.write_bytes(protobuf.model({"x": (99, ())}, {}, graph=graph))
     (tmp_path / "weights.bin").write_bytes(bytes(4))
     told = describe(path)
     assert (told["external"], told["bytes"]) == (["weights.bin"], path.stat().st_size + 4)
@@ -156,7 +156,7 @@ def test_weights_beside_an_onnx_file_count(tmp_path):
 
 def test_a_foreign_onnx_file_is_described_with_what_is_missing(tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(wire.model({"x": (1, ("N", None, 3))}, {"y": (10, (1,))}))
+    path.write_bytes(protobuf.model({"x": (1, ("N", None, 3))}, {"y": (10, (1,))}))
     told = describe(path)
     assert told["spec"] is None
     assert told["note"].startswith("the file does not say which diffusion model it is")
@@ -166,7 +166,7 @@ def test_a_foreign_onnx_file_is_described_with_what_is_missing(tmp_path):
 
 def test_an_onnx_file_with_a_damaged_spec_is_refused(tmp_path):
     path = tmp_path / "model.onnx"
-    path.write_bytes(wire.model({}, {}, metadata={"ddpmx": SPEC.to_text()[:-1]}))
+    path.write_bytes(protobuf.model({}, {}, metadata={"ddpmx": SPEC.to_text()[:-1]}))
     with pytest.raises(SpecError, match="damaged"):
         describe(path)
 
@@ -210,12 +210,12 @@ def test_a_plan_with_a_damaged_name_or_a_foreign_sidecar_is_refused(tmp_path):
         describe(path)
 
 
-# --- sealed texts ----------------------------------------------------------------------------------------------------
+# --- envelopes ----------------------------------------------------------------------------------------------------
 
 
 def test_sealed_texts_are_found_among_anything():
-    first, second = envelope.seal("a1", {"n": 1}), envelope.seal("a1", {"n": 2})
-    data = b"\0\xffa1 " + first.encode() + b"\xff" + envelope.seal("b1", {"n": 3}).encode() + second.encode() + b"a1 9"
+    first, second = envelope.wrap("a1", {"n": 1}), envelope.wrap("a1", {"n": 2})
+    data = b"\0\xffa1 " + first.encode() + b"\xff" + envelope.wrap("b1", {"n": 3}).encode() + second.encode() + b"a1 9"
     found = list(envelope.search("a1", data))
     assert [text for text, _ in found] == [first, second]
     assert [data[end - len(text) : end].decode() for text, end in found] == [first, second]
@@ -234,20 +234,20 @@ def test_sealed_texts_are_found_among_anything():
     ],
 )
 def test_damaged_sealed_texts_are_passed_over(damage):
-    whole = envelope.seal("a1", {"n": 1})
+    whole = envelope.wrap("a1", {"n": 1})
     assert whole.startswith("a1 7 ")
     damaged = damage(whole)
     assert damaged != whole
     assert list(envelope.search("a1", damaged.encode())) == []
     assert [text for text, _ in envelope.search("a1", f"{damaged} {whole}".encode())] == [whole]
     with pytest.raises(SpecError):
-        envelope.unseal("a1", damaged)
+        envelope.unwrap("a1", damaged)
 
 
 def test_sealed_texts_have_a_longest_length():
-    assert envelope.unseal("a1", envelope.seal("a1", {"n": "x" * 9991})) == {"n": "x" * 9991}
+    assert envelope.unwrap("a1", envelope.wrap("a1", {"n": "x" * 9991})) == {"n": "x" * 9991}
     with pytest.raises(SpecError, match="9999 is the most"):
-        envelope.seal("a1", {"n": "x" * 9992})
+        envelope.wrap("a1", {"n": "x" * 9992})
 
 
 def test_numbers_beyond_all_measure_are_no_json():

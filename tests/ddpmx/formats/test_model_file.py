@@ -16,8 +16,8 @@ from ddpmx.errors import DdpmxError, FileFormatError, SpecError
 from ddpmx.formats import model_file, onnx_file
 from ddpmx.formats.onnx_file import TensorInfo
 from ddpmx.formats.spec import ModelSpec
-from oracles import gaussian, wire
-from oracles.wire import FLOAT, FLOAT16, INT32, INT64
+from oracles import gaussian, protobuf
+from oracles.protobuf import FLOAT, FLOAT16, INT32, INT64
 
 SPEC = ModelSpec((3, 8, 8), timesteps=20)
 INPUTS = {"x": (FLOAT, ("batch", 3, 8, 8)), "t": (INT32, ("batch",))}
@@ -127,9 +127,9 @@ def test_the_onnx_package_reads_the_same(gaussian_onnx):
 def test_the_onnx_package_reads_what_these_tests_write():
     """The control of this file: the hand-written bytes are what they are meant to be."""
     onnx = pytest.importorskip("onnx", reason="not verified here: that the hand-written ONNX files are ONNX files")
-    graph = wire.field(5, wire.external_tensor("weights.bin"))
-    graph += wire.field(1, wire.node("Identity", ["x"], ["eps"]))
-    model = onnx.load_from_string(wire.model(INPUTS, OUTPUTS, metadata={"a": "b"}, graph=graph))
+    graph = protobuf.field(5, protobuf.external_tensor("weights.bin"))
+    graph += protobuf.field(1, protobuf.node("Identity", ["x"], ["eps"]))
+    model = onnx.load_from_string(protobuf.model(INPUTS, OUTPUTS, metadata={"a": "b"}, graph=graph))
     assert [value.name for value in model.graph.input] == ["x", "t"]
     assert [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim] == [0, 3, 8, 8]
     assert model.graph.node[0].op_type == "Identity"
@@ -147,8 +147,8 @@ def test_the_committed_toy_model_is_the_one_that_its_source_writes(gaussian_onnx
 def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
     """IR versions before 4 demand every initializer among the inputs."""
     inputs = {**INPUTS, "w": (FLOAT, (1,))}
-    graph = wire.field(5, wire.tensor("w", FLOAT, [1], bytes(4)))
-    info = onnx_file.read_onnx(write(wire.model(inputs, OUTPUTS, graph=graph)))
+    graph = protobuf.field(5, protobuf.tensor("w", FLOAT, [1], bytes(4)))
+    info = onnx_file.read_onnx(write(protobuf.model(inputs, OUTPUTS, graph=graph)))
     assert list(info.inputs) == ["x", "t"]
 
 
@@ -158,12 +158,12 @@ def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
         b"",
         b"\x08",
         b"\x08\x08",  # no graph
-        wire.model(INPUTS, OUTPUTS, rest=wire.field(7, b"")),  # two: protobuf would merge them
-        wire.field(1, 8) + wire.field(7, 5),  # a number where a message belongs
-        wire.field(1, 8) + wire.varint(7 << 3 | 2) + wire.varint(2**60),
-        wire.field(1, 8) + wire.varint(7 << 3 | 3),  # a group
+        protobuf.model(INPUTS, OUTPUTS, rest=protobuf.field(7, b"")),  # two: protobuf would merge them
+        protobuf.field(1, 8) + protobuf.field(7, 5),  # a number where a message belongs
+        protobuf.field(1, 8) + protobuf.varint(7 << 3 | 2) + protobuf.varint(2**60),
+        protobuf.field(1, 8) + protobuf.varint(7 << 3 | 3),  # a group
         b"\x08\x08" + b"\xff" * 20,
-        wire.field(1, 8) + wire.field(0, 1),
+        protobuf.field(1, 8) + protobuf.field(0, 1),
     ],
 )
 def test_damaged_files_are_refused(write, data):
@@ -174,8 +174,8 @@ def test_damaged_files_are_refused(write, data):
 def nested(depth: int) -> bytes:
     graph = b""
     for _ in range(depth):
-        graph = wire.field(1, wire.node("If", [], [], wire.attribute(6, graph)))
-    return wire.model(INPUTS, OUTPUTS, graph=graph)
+        graph = protobuf.field(1, protobuf.node("If", [], [], protobuf.attribute(6, graph)))
+    return protobuf.model(INPUTS, OUTPUTS, graph=graph)
 
 
 def test_absurd_nesting_is_refused_and_real_nesting_is_not(write):
@@ -205,8 +205,10 @@ def test_truncation_never_escapes(write, gaussian_onnx):
 @pytest.mark.parametrize("which", ["toy", "bare"])
 def test_mutations_never_escape(write, gaussian_onnx, which):
     """The toy is mostly weights; the bare file is all structure."""
-    graph = wire.field(1, wire.node("If", [], [], wire.attribute(6, wire.field(5, wire.external_tensor("w.bin")))))
-    bare = wire.model(INPUTS, OUTPUTS, metadata={"ddpmx": SPEC.to_text()}, graph=graph)
+    graph = protobuf.field(
+        1, protobuf.node("If", [], [], protobuf.attribute(6, protobuf.field(5, protobuf.external_tensor("w.bin"))))
+    )
+    bare = protobuf.model(INPUTS, OUTPUTS, metadata={"ddpmx": SPEC.to_text()}, graph=graph)
     whole = gaussian_onnx.read_bytes() if which == "toy" else bare
     rng = random.Random(8)
     for _ in range(300):
@@ -219,33 +221,37 @@ def test_mutations_never_escape(write, gaussian_onnx, which):
 # --- weights in other files ------------------------------------------------------------------------------------------
 
 PLACES = {
-    "an initializer": lambda tensor: {"graph": wire.field(5, tensor)},
-    "a sparse initializer's values": lambda tensor: {"graph": wire.field(15, wire.field(1, tensor))},
-    "a sparse initializer's indices": lambda tensor: {"graph": wire.field(15, wire.field(2, tensor))},
-    "a constant": lambda tensor: {"graph": in_node(wire.attribute(5, tensor))},
-    "several constants": lambda tensor: {"graph": in_node(wire.attribute(10, tensor))},
-    "a sparse constant": lambda tensor: {"graph": in_node(wire.attribute(22, wire.field(1, tensor)))},
-    "several sparse constants": lambda tensor: {"graph": in_node(wire.attribute(23, wire.field(2, tensor)))},
-    "a subgraph": lambda tensor: {"graph": in_node(wire.attribute(6, wire.field(5, tensor)))},
-    "several subgraphs": lambda tensor: {"graph": in_node(wire.attribute(11, wire.field(5, tensor)))},
+    "an initializer": lambda tensor: {"graph": protobuf.field(5, tensor)},
+    "a sparse initializer's values": lambda tensor: {"graph": protobuf.field(15, protobuf.field(1, tensor))},
+    "a sparse initializer's indices": lambda tensor: {"graph": protobuf.field(15, protobuf.field(2, tensor))},
+    "a constant": lambda tensor: {"graph": in_node(protobuf.attribute(5, tensor))},
+    "several constants": lambda tensor: {"graph": in_node(protobuf.attribute(10, tensor))},
+    "a sparse constant": lambda tensor: {"graph": in_node(protobuf.attribute(22, protobuf.field(1, tensor)))},
+    "several sparse constants": lambda tensor: {"graph": in_node(protobuf.attribute(23, protobuf.field(2, tensor)))},
+    "a subgraph": lambda tensor: {"graph": in_node(protobuf.attribute(6, protobuf.field(5, tensor)))},
+    "several subgraphs": lambda tensor: {"graph": in_node(protobuf.attribute(11, protobuf.field(5, tensor)))},
     "a subgraph's subgraph": lambda tensor: {
-        "graph": in_node(wire.attribute(6, in_node(wire.attribute(6, in_node(wire.attribute(5, tensor))))))
+        "graph": in_node(protobuf.attribute(6, in_node(protobuf.attribute(6, in_node(protobuf.attribute(5, tensor))))))
     },
     "a function": lambda tensor: {
-        "rest": wire.field(25, wire.field(7, wire.node("C", [], [], wire.attribute(5, tensor))))
+        "rest": protobuf.field(25, protobuf.field(7, protobuf.node("C", [], [], protobuf.attribute(5, tensor))))
     },
-    "a function's default": lambda tensor: {"rest": wire.field(25, wire.field(11, wire.attribute(5, tensor)))},
-    "training's first graph": lambda tensor: {"rest": wire.field(20, wire.field(1, wire.field(5, tensor)))},
-    "training's second graph": lambda tensor: {"rest": wire.field(20, wire.field(2, wire.field(5, tensor)))},
+    "a function's default": lambda tensor: {
+        "rest": protobuf.field(25, protobuf.field(11, protobuf.attribute(5, tensor)))
+    },
+    "training's first graph": lambda tensor: {"rest": protobuf.field(20, protobuf.field(1, protobuf.field(5, tensor)))},
+    "training's second graph": lambda tensor: {
+        "rest": protobuf.field(20, protobuf.field(2, protobuf.field(5, tensor)))
+    },
 }
 
 
 def in_node(attribute: bytes) -> bytes:
-    return wire.field(1, wire.node("Constant", [], ["c"], attribute))
+    return protobuf.field(1, protobuf.node("Constant", [], ["c"], attribute))
 
 
 def external_model(location: str, place: str = "an initializer") -> bytes:
-    return wire.model(INPUTS, OUTPUTS, **PLACES[place](wire.external_tensor(location)))
+    return protobuf.model(INPUTS, OUTPUTS, **PLACES[place](protobuf.external_tensor(location)))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -279,10 +285,10 @@ def test_other_places_are_refused(write, tmp_path, location):
 
 def test_a_field_that_others_take_for_another_one_is_refused(write):
     """A key is a number of 32 bits: protobuf forgets what lies beyond, and would see the weights that nobody looked at."""
-    tensor = wire.external_tensor("/etc/passwd")
-    hidden = wire.varint((1 << 32) + (5 << 3 | 2)) + wire.varint(len(tensor)) + tensor
+    tensor = protobuf.external_tensor("/etc/passwd")
+    hidden = protobuf.varint((1 << 32) + (5 << 3 | 2)) + protobuf.varint(len(tensor)) + tensor
     with pytest.raises(FileFormatError, match="not a whole ONNX file"):
-        onnx_file.read_onnx(write(wire.model(INPUTS, OUTPUTS, graph=hidden)))
+        onnx_file.read_onnx(write(protobuf.model(INPUTS, OUTPUTS, graph=hidden)))
 
 
 def test_a_symlink_that_leaves_the_folder_is_refused(write, tmp_path):
@@ -311,7 +317,7 @@ def test_files_that_cannot_be_are_refused(write, location):
 
 
 def test_weights_beside_the_model_are_welcome(write):
-    path = write(external_model("weights.bin") + wire.field(25, wire.field(7, b"")))
+    path = write(external_model("weights.bin") + protobuf.field(25, protobuf.field(7, b"")))
     weights = path.parent / "weights.bin"
     weights.write_bytes(bytes(4))
     assert onnx_file.check_external(path, onnx_file.read_onnx(path)) == [weights.resolve()]
@@ -327,14 +333,14 @@ def test_load_checks_before_anything_is_read(write):
 
 
 def test_a_file_without_a_spec_asks_for_one(write):
-    path = write(wire.model(INPUTS, OUTPUTS))
+    path = write(protobuf.model(INPUTS, OUTPUTS))
     with pytest.raises(SpecError, match="--spec"):
         spec_of(path)
     assert spec_of(path, SPEC) == SPEC
 
 
 def test_a_file_with_a_spec_is_believed(write):
-    path = write(wire.model(INPUTS, OUTPUTS, metadata={"ddpmx": SPEC.to_text(), "other": "entry"}))
+    path = write(protobuf.model(INPUTS, OUTPUTS, metadata={"ddpmx": SPEC.to_text(), "other": "entry"}))
     assert spec_of(path) == SPEC
     assert spec_of(path, SPEC) == SPEC
     with pytest.raises(SpecError, match="contradicts"):
@@ -343,7 +349,7 @@ def test_a_file_with_a_spec_is_believed(write):
 
 @pytest.mark.parametrize("text", ["", "ddpmx1", SPEC.to_text()[:-2], SPEC.to_text().replace("eps", "epz")])
 def test_a_damaged_spec_names_the_file_and_is_not_replaced(write, text):
-    path = write(wire.model(INPUTS, OUTPUTS, metadata={"ddpmx": text}))
+    path = write(protobuf.model(INPUTS, OUTPUTS, metadata={"ddpmx": text}))
     for override in (None, SPEC):
         with pytest.raises(SpecError, match=r"model\.onnx"):
             spec_of(path, override)
@@ -370,7 +376,7 @@ def test_a_damaged_spec_names_the_file_and_is_not_replaced(write, text):
 def test_graphs_that_break_the_contract_are_refused(write, change, complaint):
     inputs = {**INPUTS, **{name: value for name, value in change.items() if name != "eps"}}
     outputs = {**OUTPUTS, **{name: value for name, value in change.items() if name == "eps"}}
-    path = write(wire.model({k: v for k, v in inputs.items() if v}, outputs))
+    path = write(protobuf.model({k: v for k, v in inputs.items() if v}, outputs))
     with pytest.raises(SpecError, match=r"not what the spec describes") as caught:
         spec_of(path, SPEC)
     assert complaint in str(caught.value)
@@ -378,7 +384,7 @@ def test_graphs_that_break_the_contract_are_refused(write, change, complaint):
 
 @pytest.mark.parametrize("outputs", [{}, {"out": OUTPUTS["eps"]}, {"v": OUTPUTS["eps"]}])
 def test_the_output_is_named_by_what_it_predicts(write, outputs):
-    path = write(wire.model(INPUTS, outputs))
+    path = write(protobuf.model(INPUTS, outputs))
     with pytest.raises(SpecError, match="no 'eps'"):
         spec_of(path, SPEC)
     if "v" in outputs:
@@ -390,9 +396,9 @@ VAR = {"var": OUTPUTS["eps"]}
 
 
 def test_a_model_that_learns_its_variance_has_two_outputs(write):
-    path = write(wire.model(INPUTS, {**OUTPUTS, **VAR}))
+    path = write(protobuf.model(INPUTS, {**OUTPUTS, **VAR}))
     assert spec_of(path, LEARNING) == LEARNING
-    path = write(wire.model(INPUTS, {**VAR, **OUTPUTS}, metadata={"ddpmx": LEARNING.to_text()}))  # in any order
+    path = write(protobuf.model(INPUTS, {**VAR, **OUTPUTS}, metadata={"ddpmx": LEARNING.to_text()}))  # in any order
     assert spec_of(path) == LEARNING
 
 
@@ -411,20 +417,20 @@ def test_a_model_that_learns_its_variance_has_two_outputs(write):
 )
 def test_outputs_are_those_that_the_spec_describes(write, spec, outputs, complaint):
     with pytest.raises(SpecError, match=r"not what the spec describes") as caught:
-        spec_of(write(wire.model(INPUTS, outputs)), spec)
+        spec_of(write(protobuf.model(INPUTS, outputs)), spec)
     assert complaint in str(caught.value)
     assert ("'eps' and 'var'" in caught.value.hint) is (spec is LEARNING)
 
 
 def test_an_output_does_not_stand_in_for_an_input(write):
-    path = write(wire.model({"t": INPUTS["t"]}, {**OUTPUTS, "x": INPUTS["x"]}))
+    path = write(protobuf.model({"t": INPUTS["t"]}, {**OUTPUTS, "x": INPUTS["x"]}))
     with pytest.raises(SpecError, match="no 'x'"):
         spec_of(path, SPEC)
 
 
 def test_dimensions_may_have_any_name_or_none(write):
     inputs = {"x": (FLOAT, ("N", None, "h", 8)), "t": (INT32, (None,))}
-    assert spec_of(write(wire.model(inputs, OUTPUTS)), SPEC) == SPEC
+    assert spec_of(write(protobuf.model(inputs, OUTPUTS)), SPEC) == SPEC
 
 
 # --- spec.json -------------------------------------------------------------------------------------------------------

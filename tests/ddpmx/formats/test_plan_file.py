@@ -15,8 +15,8 @@ from ddpmx.backends import trt
 from ddpmx.device.discovery import Device, Gpus
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError, PlanMismatchError, SpecError
 from ddpmx.formats import plan_file
-from ddpmx.formats.envelope import seal
-from ddpmx.formats.plan_file import RECORD_PREFIX, EngineRecord
+from ddpmx.formats.envelope import wrap
+from ddpmx.formats.plan_file import RECORD_PREFIX, PlanRecord
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.compat import check_fits
 from oracles.plans import RECORD, SPEC, TENSORRT, elf, make_plan, name_of
@@ -159,8 +159,8 @@ def test_a_build_number_does_not_fit_into_the_header_s_byte(plan):
 
 
 def test_a_spec_that_no_ddpmx_writes_is_an_error_that_names_the_file(plan):
-    spec = seal("ddpmx1", SPEC.to_json() | {"timesteps": -1})
-    name = f"{spec} {seal(RECORD_PREFIX, RECORD.to_json())}".encode()
+    spec = wrap("ddpmx1", SPEC.to_json() | {"timesteps": -1})
+    name = f"{spec} {wrap(RECORD_PREFIX, RECORD.to_json())}".encode()
     with pytest.raises(SpecError, match=r"model\.plan"):
         plan_file.read_plan(plan(make_plan(name=name)))
 
@@ -181,7 +181,7 @@ def test_mutations_never_escape(plan):
 
 @pytest.mark.parametrize("record", [RECORD, TENSORRT])
 def test_a_record_comes_back_from_json(record):
-    assert EngineRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+    assert PlanRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
 @pytest.mark.parametrize(
@@ -201,21 +201,21 @@ def test_a_record_comes_back_from_json(record):
 )
 def test_a_record_with_a_wrong_field_is_refused(field, value):
     with pytest.raises(SpecError, match="damaged"):
-        EngineRecord.from_json(RECORD.to_json() | {field: value})
+        PlanRecord.from_json(RECORD.to_json() | {field: value})
 
 
 @pytest.mark.parametrize("values", [None, 3, [], "x", {}, RECORD.to_json() | {"more": 1}])
 def test_a_record_with_other_fields_is_refused(values):
     with pytest.raises(SpecError, match="fields"):
-        EngineRecord.from_json(values)
+        PlanRecord.from_json(values)
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(EngineRecord)])
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(PlanRecord)])
 def test_a_record_without_a_field_is_refused(field):
     values = RECORD.to_json()
     del values[field]
     with pytest.raises(SpecError, match="fields"):
-        EngineRecord.from_json(values)
+        PlanRecord.from_json(values)
 
 
 # --- the sidecar -----------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import pytest
 from ddpmx.errors import SpecError
 from ddpmx.formats import onnx_file
 from ddpmx.formats.describe import describe
-from ddpmx.formats.spec import MAX_TEXT, ModelSpec, extra_type
+from ddpmx.formats.spec import MAX_TEXT, ModelSpec, input_type
 from oracles import told
+from oracles.protobuf import FLOAT, FLOAT16, INT32, INT64
 from oracles.told import CHANNELS, KINDS, spec_of
-from oracles.wire import FLOAT, FLOAT16, INT32, INT64
 
 FIELDS = {"classes", "self_condition", "condition", "betas"}
 
@@ -34,7 +34,13 @@ def test_a_text_from_before_there_were_these_fields_stays_as_it_is(gaussian_onnx
     spec = ModelSpec.from_text(old)
     assert spec.to_text() == old
     assert not FIELDS & set(spec.to_json())
-    assert (spec.classes, spec.self_condition, spec.condition, spec.betas, spec.extras) == (None, False, None, None, {})
+    assert (spec.classes, spec.self_condition, spec.condition, spec.betas, spec.conditioning_shapes) == (
+        None,
+        False,
+        None,
+        None,
+        {},
+    )
 
 
 def test_what_the_network_is_told_changes_no_coefficient():
@@ -51,7 +57,7 @@ def test_the_inputs_by_name():
         "x0_prev": (3, 8, 8),
         "cond": (CHANNELS, 8, 8),
     }
-    assert [extra_type(name) for name in spec.inputs] == [np.float32, np.int32, np.int32, np.float32, np.float32]
+    assert [input_type(name) for name in spec.inputs] == [np.float32, np.int32, np.int32, np.float32, np.float32]
     assert spec.outputs == ("eps",)
     assert spec.replace(variance="learned_range", prediction="v").outputs == ("v", "var")
 

@@ -1,4 +1,4 @@
-"""The ladder, against a model known in closed form: what is right passes, what is not fails, and at the right rung."""
+"""The ladder, against a model known in closed form: what is right passes, what is not fails, and at the right check."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import ddpmx
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.errors import InputError, NumericError, SpecError
-from ddpmx.parity.check import BOUNDS, Rung
-from ddpmx.parity.ladder import Climb, check_same_model, climb
+from ddpmx.parity.check import BOUNDS, Check
+from ddpmx.parity.ladder import ParityReport, check_same_model, run_ladder
 from ddpmx.parity.reference import Reference
 from oracles.parity import (
     ALL,
@@ -39,6 +39,7 @@ from oracles.parity import (
     a_bias,
     biased,
     channels_swapped,
+    check,
     eps_by_hand,
     failed,
     make_reference,
@@ -49,7 +50,6 @@ from oracles.parity import (
     nothing_at_all,
     row_0_alone_is_right,
     rows_swapped,
-    rung,
     t_is_one_late,
     upside_down,
 )
@@ -81,22 +81,22 @@ def test_the_two_grids_differ_where_the_faults_below_need_it(reference):
 def test_the_file_in_onnxruntime_passes(reference, gaussian_onnx, figure):
     pytest.importorskip("onnxruntime", reason="not verified here: the ladder with a file (no onnxruntime)")
     with ddpmx.load(gaussian_onnx, threads=1) as pipeline:
-        result = climb(pipeline._runner._backend, pipeline.spec, reference)
-    assert [rung.name for rung in result.rungs] == ALL
+        result = run_ladder(pipeline._runner._backend, pipeline.spec, reference)
+    assert [check.name for check in result.checks] == ALL
     assert failed(result) == []
     assert result.passed
     assert result.verdict == "PASSED: the PyTorch model, 9 of 9 bounds hold"
     assert "onnxruntime" in result.ran_on
     for name in (EPS, PIXEL, STEP, BITS, FORCED):
-        measured = rung(result, name)
+        measured = check(result, name)
         figure(f"closed form in onnxruntime against float64: {name}", measured.value, at_most=measured.bound)
-    figure("closed form in onnxruntime against float64: pixels", rung(result, FREE).value, at_least=0.999)
+    figure("closed form in onnxruntime against float64: pixels", check(result, FREE).value, at_least=0.999)
     assert result.finals.shape == (4, 8, 8, 3)
     assert result.finals.dtype == np.uint8
 
 
 def test_the_closed_form_in_numpy_passes_and_its_curves_fit_the_record(reference):
-    result = climb(ToyBackend(), SPEC, reference)
+    result = run_ladder(ToyBackend(), SPEC, reference)
     assert failed(result) == []
     curves = result.curves
     for name in ("t", "eps", "eps_pixel", "step"):
@@ -108,21 +108,21 @@ def test_the_closed_form_in_numpy_passes_and_its_curves_fit_the_record(reference
     assert np.all(np.diff(curves["chain_t"]) < 0)
     assert curves["free"][0] == 0, "both chains start at the same x_T"
     assert curves["levels_apart"].sum() == 4 * SIZE
-    assert rung(result, ROWS).worst == rung(result, BATCH).worst == "equal bit for bit"
+    assert check(result, ROWS).worst == check(result, BATCH).worst == "equal bit for bit"
 
 
 def test_errors_are_given_in_units_of_the_answers(reference):
     assert reference.scale == pytest.approx(np.sqrt(np.mean(reference.out.astype(np.float64) ** 2)))
-    result = climb(noisy(1e-3 * reference.scale), SPEC, reference)
+    result = run_ladder(noisy(1e-3 * reference.scale), SPEC, reference)
     assert result.curves["eps"] == pytest.approx(1e-3 * np.sqrt((PATTERN[reference.t] ** 2).mean((1, 2, 3))), rel=1e-2)
-    assert rung(result, EPS).value == result.curves["eps"].max()
-    assert rung(result, PIXEL).value == pytest.approx(1e-3 * np.abs(PATTERN[reference.t]).max(), rel=1e-2)
+    assert check(result, EPS).value == result.curves["eps"].max()
+    assert check(result, PIXEL).value == pytest.approx(1e-3 * np.abs(PATTERN[reference.t]).max(), rel=1e-2)
 
 
 def test_one_step_and_the_bound_are_what_the_formulas_say(reference):
     """Equation 7 for x_{t−1}, equation 10 for the bits, both by hand in float64."""
     size = 1e-3
-    result = climb(noisy(size), SPEC, reference)
+    result = run_ladder(noisy(size), SPEC, reference)
     before = np.append(1.0, ALPHA_BAR[:-1])
     beta = 1 - ALPHA_BAR / before
     steps, bits = [], np.zeros(2)
@@ -143,30 +143,30 @@ def test_one_step_and_the_bound_are_what_the_formulas_say(reference):
             bits += np.array(terms) * np.count_nonzero(owners == i) / np.log(2)
     # float32: an update of numbers near 1 is exact to about 1e-7
     assert result.curves["step"] == pytest.approx(steps, rel=1e-2, abs=2e-7)
-    assert rung(result, BITS).value == pytest.approx(abs(bits[0] - bits[1]), rel=2e-2, abs=1e-7)
-    assert f"{bits[1]:.4f} by PyTorch" in rung(result, BITS).worst
+    assert check(result, BITS).value == pytest.approx(abs(bits[0] - bits[1]), rel=2e-2, abs=1e-7)
+    assert f"{bits[1]:.4f} by PyTorch" in check(result, BITS).worst
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 100])
 def test_the_batch_changes_no_rung_of_an_exact_backend(reference, batch):
-    usual, other = climb(ToyBackend(), SPEC, reference), climb(ToyBackend(), SPEC, reference, batch=batch)
+    usual, other = run_ladder(ToyBackend(), SPEC, reference), run_ladder(ToyBackend(), SPEC, reference, batch=batch)
     assert other.passed
-    assert other.rungs[2:] == usual.rungs[2:]
+    assert other.checks[2:] == usual.checks[2:]
     assert np.array_equal(other.finals, usual.finals)
-    assert {r.skipped for r in other.rungs[:2]} == ({"a batch of one"} if batch == 1 else {None})
+    assert {r.skipped for r in other.checks[:2]} == ({"a batch of one"} if batch == 1 else {None})
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_no_run_of_the_ladder_is_larger_than_the_batch_but_the_free_chain(reference, batch):
     backend = ToyBackend()
-    climb(backend, SPEC, reference, batch=batch)
+    run_ladder(backend, SPEC, reference, batch=batch)
     assert {size for _, size in backend.asked} == {1, batch, len(reference.final)}
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1 << 17])
 def test_a_batch_out_of_range_is_refused(reference, batch):
     with pytest.raises(InputError, match="batch"):
-        climb(ToyBackend(), SPEC, reference, batch=batch)
+        run_ladder(ToyBackend(), SPEC, reference, batch=batch)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
@@ -174,13 +174,13 @@ def test_a_batch_out_of_range_is_refused(reference, batch):
 def test_progress_counts_to_its_total(request, what, batch):
     held = None if what == "nothing" else request.getfixturevalue(what)
     backend, told = ToyBackend(), []
-    climb(backend, SPEC, held, batch=batch, progress=lambda done, total: told.append((done, total)))
+    run_ladder(backend, SPEC, held, batch=batch, progress=lambda done, total: told.append((done, total)))
     total = told[0][1]
     assert told == [(i, total) for i in range(1, total + 1)]
     assert len(backend.asked) == total
 
 
-# --- each rung can fail ----------------------------------------------------------------------------------------------
+# --- each check can fail ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,20 +200,20 @@ def test_progress_counts_to_its_total(request, what, batch):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_a_fault_is_found_by_the_rung_that_it_concerns(reference, fault, first, others, worst):
-    result = climb(Faulty(fault), SPEC, reference)
+    result = run_ladder(Faulty(fault), SPEC, reference)
     assert not result.passed
     assert failed(result)[0] == first
     assert others <= set(failed(result))
     assert result.verdict.startswith(f"FAILED: this is not the PyTorch model: {first}: ")
     if worst is not None:
-        assert rung(result, first).worst == f"worst at t = {worst}"
+        assert check(result, first).worst == f"worst at t = {worst}"
         assert f"(worst at t = {worst})" in result.verdict
     more = len(failed(result)) - 1
     assert result.verdict.endswith(f"; and {more} more") == (more > 0)
 
 
 def test_noise_at_one_t_spoils_no_other_point_of_the_curves(reference):
-    curves = climb(Faulty(noise_at_one_t), SPEC, reference).curves
+    curves = run_ladder(Faulty(noise_at_one_t), SPEC, reference).curves
     bad = reference.t == T_CHECKED
     assert np.all(curves["eps"][bad] > 10 * BOUNDS["fp32"].eps)
     assert np.all(curves["eps"][~bad] < BOUNDS["fp32"].eps / 10)
@@ -228,11 +228,11 @@ def test_one_pixel_of_one_image_cannot_hide_in_the_average(reference):
     def fault(x, t, out):
         out[(x == image).all(axis=(1, 2, 3)), 2, 7, 3] += np.float32(3e-4 * reference.scale)
 
-    result = climb(Faulty(fault), SPEC, reference)
+    result = run_ladder(Faulty(fault), SPEC, reference)
     assert failed(result) == [PIXEL]
     assert f"(worst at t = {reference.t[k]})" in result.verdict
-    assert rung(result, PIXEL).value == pytest.approx(3e-4, rel=1e-2)
-    assert rung(result, EPS).value < BOUNDS["fp32"].eps
+    assert check(result, PIXEL).value == pytest.approx(3e-4, rel=1e-2)
+    assert check(result, EPS).value < BOUNDS["fp32"].eps
 
 
 @pytest.mark.parametrize("channel", range(3))
@@ -241,20 +241,20 @@ def test_no_corner_of_a_small_image_goes_unseen(reference, channel, corner):
     def fault(x, t, out):
         out[:, channel, corner[0], corner[1]] += np.float32(1e-3)
 
-    assert {PIXEL, FORCED} <= set(failed(climb(Faulty(fault), SPEC, reference)))
+    assert {PIXEL, FORCED} <= set(failed(run_ladder(Faulty(fault), SPEC, reference)))
 
 
 def test_a_bias_that_no_single_step_shows_is_seen_in_the_free_chain(reference):
     """Against noise of the same size, which averages out. The closed form forgets quickly, so all bounds hold."""
     spec, size = SPEC.replace(precision="bf16"), 0.025 * reference.scale
-    bias, noise = climb(biased(size), spec, reference), climb(noisy(size), spec, reference)
+    bias, noise = run_ladder(biased(size), spec, reference), run_ladder(noisy(size), spec, reference)
     for name in (EPS, STEP, FORCED, FORCED_STEP):
-        assert rung(bias, name).passed
-        assert rung(bias, name).value < 1.1 * rung(noise, name).value
+        assert check(bias, name).passed
+        assert check(bias, name).value < 1.1 * check(noise, name).value
     assert biggest_drift(bias) > 3 * biggest_drift(noise)
     equal = [result.curves["levels_apart"][0] / (4 * SIZE) for result in (bias, noise)]
     assert equal[0] < 0.2 < 0.5 < equal[1]
-    assert f"{equal[0]:.2%} equal" in rung(bias, FREE).worst
+    assert f"{equal[0]:.2%} equal" in check(bias, FREE).worst
 
 
 @pytest.mark.parametrize(("levels", "passes"), [(1, True), (2, False)])
@@ -262,10 +262,10 @@ def test_a_bias_that_no_single_step_shows_is_seen_in_the_free_chain(reference):
 def test_one_level_of_256_is_allowed_in_the_free_chain_and_two_are_not(reference, levels, passes, sign):
     final = reference.final.astype(int) + sign * levels
     assert 0 <= final.min() <= final.max() <= 255
-    result = climb(ToyBackend(), SPEC, dataclasses.replace(reference, final=final.astype(np.uint8)))
-    assert rung(result, FREE).value == passes
+    result = run_ladder(ToyBackend(), SPEC, dataclasses.replace(reference, final=final.astype(np.uint8)))
+    assert check(result, FREE).value == passes
     assert failed(result) == ([] if passes else [FREE])
-    assert f"at most {levels} apart, PSNR {20 * np.log10(255 / levels):.1f} dB" in rung(result, FREE).worst
+    assert f"at most {levels} apart, PSNR {20 * np.log10(255 / levels):.1f} dB" in check(result, FREE).worst
 
 
 def test_what_goes_wrong_between_the_recorded_states_is_seen_in_the_free_chain(reference):
@@ -277,39 +277,39 @@ def test_what_goes_wrong_between_the_recorded_states_is_seen_in_the_free_chain(r
     def fault(x, t, out):
         out[np.isin(t, unseen)] += np.float32(1)
 
-    result = climb(Faulty(fault), SPEC, reference)
+    result = run_ladder(Faulty(fault), SPEC, reference)
     assert failed(result) == [FREE]
     assert result.verdict.startswith(f"FAILED: this is not the PyTorch model: {FREE}: ")
-    assert "< 99.9%" in str(rung(result, FREE))
-    assert "PSNR" in rung(result, FREE).worst
+    assert "< 99.9%" in str(check(result, FREE))
+    assert "PSNR" in check(result, FREE).worst
     apart = np.abs(result.finals.astype(int) - reference.final.transpose(0, 2, 3, 1))
-    assert rung(result, FREE).value == np.mean(apart <= 1)
+    assert check(result, FREE).value == np.mean(apart <= 1)
     assert result.curves["levels_apart"].tolist() == np.bincount(apart.reshape(-1)).tolist()
 
 
-def biggest_drift(result: Climb) -> float:
+def biggest_drift(result: ParityReport) -> float:
     return float(result.curves["free"].max())
 
 
 def test_the_curve_of_the_free_chain_shows_what_adds_up(reference):
-    """All rungs hold, and still the drift is several times what a step does."""
-    result = climb(biased(1e-5), SPEC, reference)
+    """All checks hold, and still the drift is several times what a step does."""
+    result = run_ladder(biased(1e-5), SPEC, reference)
     assert result.passed
     curves = result.curves
     assert curves["free"].max() > 5 * curves["forced_step"].max()
-    assert curves["free"].max() > 10 * biggest_drift(climb(ToyBackend(), SPEC, reference))
+    assert curves["free"].max() > 10 * biggest_drift(run_ladder(ToyBackend(), SPEC, reference))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("step", [T_CHECKED, T_CHAIN, 0, T - 1])
 def test_answers_that_are_no_numbers_are_an_error_that_names_t(reference, value, step):
     with pytest.raises(NumericError, match=f"t = {step} is not finite"):
-        climb(ToyBackend(poison=(step, value)), SPEC, reference)
+        run_ladder(ToyBackend(poison=(step, value)), SPEC, reference)
 
 
 def test_answers_that_are_no_numbers_are_found_without_a_reference():
     with pytest.raises(NumericError, match="t = 999 is not finite"):
-        climb(ToyBackend(poison=(999, np.nan)), SPEC, None)
+        run_ladder(ToyBackend(poison=(999, np.nan)), SPEC, None)
 
 
 # --- bounds ----------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_answers_that_are_no_numbers_are_found_without_a_reference():
     [(1e-6, {"fp32", "fp16", "bf16"}), (1e-3, {"fp16", "bf16"}), (1e-2, {"bf16"}), (0.1, set())],
 )
 def test_what_passes_depends_on_the_precision(reference, size, passes):
-    found = {p for p in BOUNDS if climb(noisy(size), SPEC.replace(precision=p), reference).passed}
+    found = {p for p in BOUNDS if run_ladder(noisy(size), SPEC.replace(precision=p), reference).passed}
     assert found == passes
 
 
@@ -334,19 +334,19 @@ def test_bounds_widen_with_fewer_bits():
 @pytest.mark.parametrize(
     ("rung", "passed", "text"),
     [
-        (Rung("ε", 1e-6, 2e-5, worst="worst at t = 999"), True, "ε: 1e-06 ≤ 2e-05 (worst at t = 999)"),
-        (Rung("ε", 2e-5, 2e-5), True, "ε: 2e-05 ≤ 2e-05"),
-        (Rung("ε", 3e-5, 2e-5), False, "ε: 3e-05 > 2e-05"),
-        (Rung("pixels", 0.9995, 0.999, at_least=True), True, "pixels: 99.95% ≥ 99.9%"),
-        (Rung("pixels", 0.5, 0.999, at_least=True, worst="9 apart"), False, "pixels: 50.00% < 99.9% (9 apart)"),
-        (Rung("pixels", math.nan, 0.999, at_least=True, skipped="no chain"), True, "pixels: not judged, no chain"),
-        (Rung("ε", math.nan, 2e-5), False, "ε: nan > 2e-05"),
-        (Rung("pixels", math.nan, 0.9, at_least=True), False, "pixels: nan% < 90%"),
+        (Check("ε", 1e-6, 2e-5, worst="worst at t = 999"), True, "ε: 1e-06 ≤ 2e-05 (worst at t = 999)"),
+        (Check("ε", 2e-5, 2e-5), True, "ε: 2e-05 ≤ 2e-05"),
+        (Check("ε", 3e-5, 2e-5), False, "ε: 3e-05 > 2e-05"),
+        (Check("pixels", 0.9995, 0.999, at_least=True), True, "pixels: 99.95% ≥ 99.9%"),
+        (Check("pixels", 0.5, 0.999, at_least=True, worst="9 apart"), False, "pixels: 50.00% < 99.9% (9 apart)"),
+        (Check("pixels", math.nan, 0.999, at_least=True, skipped="no chain"), True, "pixels: not judged, no chain"),
+        (Check("ε", math.nan, 2e-5), False, "ε: nan > 2e-05"),
+        (Check("pixels", math.nan, 0.9, at_least=True), False, "pixels: nan% < 90%"),
     ],
 )
-def test_a_rung_in_words(rung, passed, text):
-    assert rung.passed is passed
-    assert str(rung) == text
+def test_a_rung_in_words(check, passed, text):
+    assert check.passed is passed
+    assert str(check) == text
 
 
 # --- what cannot be judged -------------------------------------------------------------------------------------------
@@ -354,8 +354,8 @@ def test_a_rung_in_words(rung, passed, text):
 
 @pytest.mark.parametrize("loss", [0.5, 1.0, 3.0])
 def test_the_free_chain_of_an_untrained_network_is_not_judged_and_that_is_said(loss):
-    result = climb(biased(1.0), SPEC, make_reference(loss=loss))
-    free = result.rungs[-1]
+    result = run_ladder(biased(1.0), SPEC, make_reference(loss=loss))
+    free = result.checks[-1]
     assert free.name == FREE
     assert free.passed
     assert "not trained" in free.skipped
@@ -366,7 +366,7 @@ def test_the_free_chain_of_an_untrained_network_is_not_judged_and_that_is_said(l
 
 
 def test_a_verdict_says_how_many_bounds_were_not_judged(untrained, reference):
-    assert climb(ToyBackend(), SPEC, untrained).verdict == (
+    assert run_ladder(ToyBackend(), SPEC, untrained).verdict == (
         "PASSED: the PyTorch model, 8 of 8 bounds hold; 1 not judged"
     )
     assert make_reference(loss=0.49).trained
@@ -377,12 +377,12 @@ def test_a_verdict_says_how_many_bounds_were_not_judged(untrained, reference):
 def test_a_network_that_answers_nothing_is_no_reference(reference, size):
     silent = dataclasses.replace(reference, out=np.full_like(reference.out, size))
     with pytest.raises(SpecError, match="answers nothing"):
-        climb(ToyBackend(), SPEC, silent)
+        run_ladder(ToyBackend(), SPEC, silent)
 
 
 def test_without_a_reference_a_file_is_held_against_itself():
-    result = climb(ToyBackend(), SPEC, None)
-    assert [rung.name for rung in result.rungs] == [ROWS, BATCH]
+    result = run_ladder(ToyBackend(), SPEC, None)
+    assert [check.name for check in result.checks] == [ROWS, BATCH]
     assert result.verdict.startswith("PASSED: consistent with itself, 2 of 2 bounds hold")
     assert "NOT VERIFIED" in result.verdict
     assert result.curves == {}
@@ -400,13 +400,13 @@ def test_without_a_reference_a_file_is_held_against_itself():
     ids=["place", "size", "row 0", "neighbours"],
 )
 def test_without_a_reference_a_batch_that_is_computed_wrongly_fails(backend, found):
-    result = climb(backend, SPEC, None)
+    result = run_ladder(backend, SPEC, None)
     assert failed(result)[0] == found
     assert result.verdict.startswith("FAILED")
 
 
 def test_where_nothing_was_judged_nothing_passed():
-    assert not climb(Faulty(neighbours_leak), SPEC, None, batch=1).verdict.startswith("PASSED")
+    assert not run_ladder(Faulty(neighbours_leak), SPEC, None, batch=1).verdict.startswith("PASSED")
 
 
 # --- the same model --------------------------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def test_the_record_of_another_model_is_refused(reference, mine, theirs, named):
         check_same_model(SPEC.replace(**mine), record)
     assert named in caught.value.note
     with pytest.raises(SpecError, match="another model"):
-        climb(ToyBackend(), SPEC.replace(**mine), record)
+        run_ladder(ToyBackend(), SPEC.replace(**mine), record)
 
 
 @pytest.mark.parametrize(

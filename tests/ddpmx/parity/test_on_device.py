@@ -9,7 +9,7 @@ from ddpmx.backends import trt
 from ddpmx.backends.base import CopyingBackend
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from ddpmx.sampling.runner import fitting_batch
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import SPEC
@@ -31,13 +31,13 @@ def backend(plan, plan_driver):
 @pytest.mark.parametrize("profiles", [((1, 4, 8),), ((1, 1, 1),), ((4, 4, 4),), ((32, 32, 64),)], ids=str)
 def test_every_executor_is_held_against_numpy(backend, profiles):
     opened = backend(*profiles)
-    result = climb(opened, SPEC, None)
+    result = run_ladder(opened, SPEC, None)
     opened.close()
-    executors = [rung for rung in result.rungs if rung.name.startswith("executor")]
-    assert [rung.name.split()[1] for rung in executors] == ["plain", "graph", "while"]
-    assert all(rung.passed and rung.skipped is None and rung.value == 0 for rung in executors)
+    executors = [check for check in result.checks if check.name.startswith("executor")]
+    assert [check.name.split()[1] for check in executors] == ["plain", "graph", "while"]
+    assert all(check.passed and check.skipped is None and check.value == 0 for check in executors)
     assert result.passed
-    rows = {rung.name: rung.skipped for rung in result.rungs if not rung.name.startswith("executor")}
+    rows = {check.name: check.skipped for check in result.checks if not check.name.startswith("executor")}
     single = profiles == ((1, 1, 1),)
     assert ("a batch of one" in rows.values()) == single
     assert any("and more are taken" in (why or "") for why in rows.values()) == (profiles[0][0] > 1)
@@ -54,18 +54,18 @@ def test_an_executor_with_other_bits_fails(backend, monkeypatch):
 
     monkeypatch.setattr(DeviceChain, "run", spoilt)
     opened = backend()
-    result = climb(opened, SPEC, None)
+    result = run_ladder(opened, SPEC, None)
     opened.close()
-    assert [rung.name.split()[1] for rung in result.rungs if not rung.passed] == ["graph"]
+    assert [check.name.split()[1] for check in result.checks if not check.passed] == ["graph"]
     assert not result.passed
 
 
 def test_an_executor_that_does_not_work_is_not_judged(backend):
     opened = backend()
     opened.module.cuda.fail["cuGraphConditionalHandleCreate"] = (0, 801)
-    result = climb(opened, SPEC, None)
+    result = run_ladder(opened, SPEC, None)
     opened.close()
-    (skipped,) = [rung for rung in result.rungs if rung.skipped]
+    (skipped,) = [check for check in result.checks if check.skipped]
     assert "while" in skipped.name
     assert "CUDA_ERROR_NOT_SUPPORTED" in skipped.skipped
     assert result.passed

@@ -20,7 +20,7 @@ import pytest
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.errors import DdpmxError, FileFormatError, OutputError, SpecError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from ddpmx.parity.reference import Reference, diffuse, diffusion_noise, elements, recorded_steps
 from oracles.parity import ALPHA_BAR, FORCED, PIXEL, SEED, SHAPE, SIZE, SPEC, STEPS, T, failed, make_reference
 from oracles.toy_backend import ToyBackend
@@ -59,7 +59,7 @@ def test_a_record_comes_back_as_it_was(reference, saved):
             assert before == after
             assert type(before) is type(after)
     assert again.scale == reference.scale
-    assert climb(ToyBackend(), SPEC, again).rungs == climb(ToyBackend(), SPEC, reference).rungs
+    assert run_ladder(ToyBackend(), SPEC, again).checks == run_ladder(ToyBackend(), SPEC, reference).checks
 
 
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
@@ -401,11 +401,11 @@ def test_of_a_large_image_the_kept_numbers_are_compared(reference):
         out=(inputs * Linear.weights).reshape(3, 2, -1)[:, :, kept], steps=5, at=np.array([0, 4]), state=states,
         state_out=(states * Linear.weights).reshape(2, -1)[:, kept], final=x0[:1],
     )  # fmt: skip
-    assert climb(Linear(), spec, record).passed
+    assert run_ladder(Linear(), spec, record).passed
     wrong = Linear()
     wrong.weights = Linear.weights.copy()
     wrong.weights.reshape(-1)[kept[2000]] += 0.5
-    assert {PIXEL, FORCED} <= set(failed(climb(wrong, spec, record)))
+    assert {PIXEL, FORCED} <= set(failed(run_ladder(wrong, spec, record)))
 
 
 @pytest.mark.parametrize(

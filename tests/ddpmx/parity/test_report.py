@@ -23,7 +23,7 @@ from ddpmx.errors import OutputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity import report
 from ddpmx.parity.check import BOUNDS
-from ddpmx.parity.ladder import Climb, climb
+from ddpmx.parity.ladder import ParityReport, run_ladder
 from ddpmx.parity.reference import Reference
 from oracles.parity import SPEC, STEPS, Faulty, biased, channels_swapped, make_reference, neighbours_leak
 from oracles.toy_backend import ToyBackend
@@ -54,14 +54,14 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def climbs(reference, untrained) -> dict[str, Climb]:
+def climbs(reference, untrained) -> dict[str, ParityReport]:
     return {
-        "passed": climb(ToyBackend(), SPEC, reference),
-        "failed": climb(Faulty(channels_swapped), SPEC.replace(precision="fp16"), reference),
-        "untrained": climb(ToyBackend(), SPEC, untrained),
-        "itself": climb(ToyBackend(), SPEC, None),
-        "itself, failed": climb(Faulty(neighbours_leak), SPEC, None),
-        "itself, one": climb(ToyBackend(), SPEC, None, batch=1),
+        "passed": run_ladder(ToyBackend(), SPEC, reference),
+        "failed": run_ladder(Faulty(channels_swapped), SPEC.replace(precision="fp16"), reference),
+        "untrained": run_ladder(ToyBackend(), SPEC, untrained),
+        "itself": run_ladder(ToyBackend(), SPEC, None),
+        "itself, failed": run_ladder(Faulty(neighbours_leak), SPEC, None),
+        "itself, one": run_ladder(ToyBackend(), SPEC, None, batch=1),
     }
 
 
@@ -85,8 +85,8 @@ def test_the_json_is_valid_and_holds_every_figure(climbs, name):
     assert values["passed"] is result.passed
     assert values["verdict"] == result.verdict
     assert ModelSpec.from_json(values["spec"]) == result.spec
-    assert [r["name"] for r in values["rungs"]] == [r.name for r in result.rungs]
-    for told, real in zip(values["rungs"], result.rungs, strict=True):
+    assert [r["name"] for r in values["rungs"]] == [r.name for r in result.checks]
+    for told, real in zip(values["rungs"], result.checks, strict=True):
         assert told["passed"] is real.passed
         assert told["bound"] == real.bound
         assert told["value"] == (None if math.isnan(real.value) else real.value)
@@ -102,7 +102,7 @@ def test_the_json_is_valid_and_holds_every_figure(climbs, name):
 def test_the_json_is_valid_for_answers_beyond_all_measure():
     spec = SPEC.replace(clip=None)
     record = make_reference(spec=spec, loss=1.0)
-    result = climb(biased(1e38), spec, record)
+    result = run_ladder(biased(1e38), spec, record)
     assert not result.passed
     json.dumps(report.to_json(result, "model.onnx"), allow_nan=False)
 
@@ -115,8 +115,8 @@ def test_the_text_names_every_rung_with_its_bound(climbs, name):
     assert text.startswith(f"# model.onnx: {title}\n")
     assert result.verdict in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "measured" not in line]
-    assert len(rows) == len(result.rungs)
-    for row, one in zip(rows, result.rungs, strict=True):
+    assert len(rows) == len(result.checks)
+    for row, one in zip(rows, result.checks, strict=True):
         title, figure, bound, mark = (cell.strip() for cell in row.strip("|").split("|"))
         assert title == one.name
         assert bound == (f"≥ {one.bound:.1%}" if one.at_least else f"≤ {one.bound:.0e}")
@@ -239,7 +239,7 @@ YESTERDAY = dict.fromkeys(["report.md", *PLOTS, "images.png"], b"of yesterday")
 YESTERDAY["report.json"] = b'{"ddpmx": "of yesterday", "rungs": []}'
 
 
-def draw_nothing(climb: Climb, folder: Path) -> dict[str, str]:
+def draw_nothing(report: ParityReport, folder: Path) -> dict[str, str]:
     """Drawing takes half a second."""
     for name in PLOTS:
         (folder / name).write_bytes(b"of today")

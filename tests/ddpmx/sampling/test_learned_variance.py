@@ -12,7 +12,7 @@ from ddpmx.backends.base import Buffers
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, Table, make_table
 from ddpmx.diffusion.schedule import make_schedule
 from ddpmx.errors import NumericError
-from ddpmx.parity.ladder import climb
+from ddpmx.parity.ladder import run_ladder
 from ddpmx.sampling import chain
 from oracles import gaussian
 from oracles.toy_backend import ToyBackend
@@ -226,8 +226,8 @@ def test_an_image_alone_has_the_variance_of_its_own_row():
 def test_parity_sees_the_second_answer():
     """Without a record, that neighbours make no difference to it; with one, see tests/ddpm_export/test_record_told.py."""
     learns = gaussian.SPEC.replace(variance="learned_range")
-    assert climb(ToyBackend(), learns, None, batch=2).passed
-    assert not climb(ToyBackend(sways="place", swaying="var"), learns, None, batch=2).passed
-    assert climb(ToyBackend(sways="place", swaying="var"), gaussian.SPEC, None, batch=2).passed
+    assert run_ladder(ToyBackend(), learns, None, batch=2).passed
+    assert not run_ladder(ToyBackend(sways="place", swaying="var"), learns, None, batch=2).passed
+    assert run_ladder(ToyBackend(sways="place", swaying="var"), gaussian.SPEC, None, batch=2).passed
     with pytest.raises(NumericError, match="not finite"):
-        climb(ToyBackend(poison=(0, np.nan), poisoned="var"), learns, None, batch=2)
+        run_ladder(ToyBackend(poison=(0, np.nan), poisoned="var"), learns, None, batch=2)

@@ -20,9 +20,9 @@ from ddpmx.formats.onnx_file import BFLOAT16
 from ddpmx.trt import build as trt_build
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.precision import assert_precision
-from oracles import gaussian, wire
+from oracles import gaussian, protobuf
 from oracles.engines import SPEC, content, fake, listed, onnx, with_external
-from oracles.wire import FLOAT, FLOAT16
+from oracles.protobuf import FLOAT, FLOAT16
 
 # --- what is built ---------------------------------------------------------------------------------------------------
 
@@ -106,15 +106,17 @@ def test_a_bfloat16_plan_is_built(build, folder):
 
 
 def test_weights_in_constant_nodes_count(build, folder):
-    table = wire.tensor("", FLOAT, (4096, 3, 8, 8), bytes(4096 * 192 * 4))
-    value = wire.field(1, "value") + wire.field(5, table) + wire.field(20, 4)
+    table = protobuf.tensor("", FLOAT, (4096, 3, 8, 8), bytes(4096 * 192 * 4))
+    value = protobuf.field(1, "value") + protobuf.field(5, table) + protobuf.field(20, 4)
     nodes = [
-        wire.node("Constant", [], ["table"], value),
-        wire.node("Gather", ["table", "t"], ["factor"]),
-        wire.node("Mul", ["x", "factor"], ["eps"]),
+        protobuf.node("Constant", [], ["table"], value),
+        protobuf.node("Gather", ["table", "t"], ["factor"]),
+        protobuf.node("Mul", ["x", "factor"], ["eps"]),
     ]
     path = folder / "model.onnx"
-    path.write_bytes(onnx(SPEC.replace(timesteps=4096), nodes=nodes, table=wire.tensor("one", FLOAT, (1,), bytes(4))))
+    path.write_bytes(
+        onnx(SPEC.replace(timesteps=4096), nodes=nodes, table=protobuf.tensor("one", FLOAT, (1,), bytes(4)))
+    )
     assert build(path)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ddpmx.errors import FileFormatError
 from ddpmx.formats import onnx_file, plan_file
-from oracles import told, wire
+from oracles import protobuf, told
 from oracles.told import KINDS, spec_of
 
 
@@ -64,27 +64,29 @@ def test_a_network_that_learns_its_variance_has_two_outputs(folder, build):
     spec = spec_of("classes", variance="learned_range")
     path = folder / "model.onnx"
     nodes = b"".join(
-        wire.field(1, node)
+        protobuf.field(1, node)
         for node in (
-            wire.node("Gather", ["table", "y"], ["by_y"]),
-            wire.node("Gather", ["factors", "t"], ["factor"]),
-            wire.node("Mul", ["factor", "x"], ["scaled"]),
-            wire.node("Add", ["scaled", "by_y"], ["eps"]),
-            wire.node("Sub", ["scaled", "by_y"], ["var"]),
+            protobuf.node("Gather", ["table", "y"], ["by_y"]),
+            protobuf.node("Gather", ["factors", "t"], ["factor"]),
+            protobuf.node("Mul", ["factor", "x"], ["scaled"]),
+            protobuf.node("Add", ["scaled", "by_y"], ["eps"]),
+            protobuf.node("Sub", ["scaled", "by_y"], ["var"]),
         )
     )
     constants = b"".join(
-        wire.field(5, wire.tensor(name, wire.FLOAT, (n, 1, 1, 1), np.linspace(0, 1, n, dtype=np.float32).tobytes()))
+        protobuf.field(
+            5, protobuf.tensor(name, protobuf.FLOAT, (n, 1, 1, 1), np.linspace(0, 1, n, dtype=np.float32).tobytes())
+        )
         for name, n in (("table", spec.classes), ("factors", spec.timesteps))
     )
     path.write_bytes(
-        wire.model(
+        protobuf.model(
             {
-                "x": (wire.FLOAT, ("batch", *spec.shape)),
-                "t": (wire.INT32, ("batch",)),
-                "y": (wire.INT32, ("batch",)),
+                "x": (protobuf.FLOAT, ("batch", *spec.shape)),
+                "t": (protobuf.INT32, ("batch",)),
+                "y": (protobuf.INT32, ("batch",)),
             },
-            dict.fromkeys(spec.outputs, (wire.FLOAT, ("batch", *spec.shape))),
+            dict.fromkeys(spec.outputs, (protobuf.FLOAT, ("batch", *spec.shape))),
             metadata=onnx_file.metadata(spec),
             graph=nodes + constants,
         )
@@ -110,9 +112,9 @@ def test_an_int64_label_is_refused_before_it_is_built(folder, build):
     spec = spec_of("classes")
     path = folder / "model.onnx"
     inputs = {
-        "x": (wire.FLOAT, ("batch", *spec.shape)),
-        "t": (wire.INT32, ("batch",)),
-        "y": (wire.INT64, ("batch",)),
+        "x": (protobuf.FLOAT, ("batch", *spec.shape)),
+        "t": (protobuf.INT32, ("batch",)),
+        "y": (protobuf.INT64, ("batch",)),
     }
     path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec), inputs=inputs))
     with pytest.raises((FileFormatError, onnx_file.SpecError), match="not what the spec describes"):

@@ -22,15 +22,15 @@ from ddpmx.trt import build as trt_build
 from ddpmx.trt.build import BuildOptions
 from ddpmx.trt.library import Library
 from ddpmx.trt.precision import assert_precision
-from oracles import wire
+from oracles import protobuf
 from oracles.engines import NO_GPU, ORIN, SPEC, cast, content, external, fake, listed, onnx, with_external
-from oracles.wire import FLOAT, FLOAT16
+from oracles.protobuf import FLOAT, FLOAT16
 
 # --- what TensorRT refuses -------------------------------------------------------------------------------------------
 
 
 def test_every_operator_that_the_parser_does_not_know_is_named(build, folder, library):
-    nodes = [wire.node("Frobnicate", ["x"], ["y"]), wire.node("Defenestrate", ["y"], ["eps"])]
+    nodes = [protobuf.node("Frobnicate", ["x"], ["y"]), protobuf.node("Defenestrate", ["y"], ["eps"])]
     path = folder / "model.onnx"
     path.write_bytes(onnx(nodes=nodes))
     with pytest.raises(FileFormatError, match="parser refuses this file") as caught:
@@ -41,7 +41,7 @@ def test_every_operator_that_the_parser_does_not_know_is_named(build, folder, li
 
 
 def test_mixed_types_are_refused_with_their_node(build, folder):
-    nodes = [cast("x", "half", FLOAT16), wire.node("Mul", ["x", "half"], ["eps"]) + wire.field(3, "mixed")]
+    nodes = [cast("x", "half", FLOAT16), protobuf.node("Mul", ["x", "half"], ["eps"]) + protobuf.field(3, "mixed")]
     path = folder / "model.onnx"
     path.write_bytes(onnx(nodes=nodes))
     with pytest.raises(FileFormatError, match="parser refuses") as caught:
@@ -62,10 +62,12 @@ def test_only_the_batch_may_be_open(build, folder, x):
 
 def test_an_input_without_a_shape_is_refused(build, folder):
     path, whole = folder / "model.onnx", onnx()
-    known = wire.field(11, wire.value_info("x", FLOAT, ("batch", 3, 8, 8)))
-    unknown = wire.field(11, wire.field(1, "x") + wire.field(2, wire.field(1, wire.field(1, FLOAT))))
+    known = protobuf.field(11, protobuf.value_info("x", FLOAT, ("batch", 3, 8, 8)))
+    unknown = protobuf.field(
+        11, protobuf.field(1, "x") + protobuf.field(2, protobuf.field(1, protobuf.field(1, FLOAT)))
+    )
     parts = [
-        wire.field(number, value if isinstance(value, int) else bytes(value).replace(known, unknown))
+        protobuf.field(number, value if isinstance(value, int) else bytes(value).replace(known, unknown))
         for number, value in fields(memoryview(whole))
     ]
     assert b"".join(parts) != whole

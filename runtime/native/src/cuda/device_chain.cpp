@@ -74,7 +74,7 @@ void DeviceChain::allocate(bool with_x0) {
     const uint64_t told = images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width) * 4;
     driver_.zero(at_.cond = keep(told, "cond"), told, stream());
   }
-  levels_ = keep(size / 4, "the images");
+  pixels_ = keep(size / 4, "the images");
 }
 
 Address DeviceChain::keep(uint64_t size, const char *what) {
@@ -91,7 +91,7 @@ void DeviceChain::upload(const Table &table) {
   };
   images_.assign(static_cast<size_t>(batch_), 0);
   chain_.x = at_.x, chain_.out = at_.out, chain_.var = at_.var, chain_.t = at_.t, chain_.x0 = x0_,
-  chain_.levels = levels_;
+  chain_.image_bytes = pixels_;
   chain_.B = static_cast<ddpmx_i32>(batch_), chain_.S = static_cast<ddpmx_i32>(table.rows.size());
   chain_.channels = static_cast<ddpmx_i32>(spec_.channels);
   chain_.pixels = static_cast<ddpmx_i32>(spec_.height * spec_.width);

@@ -53,8 +53,8 @@ struct Run {
   const float *x = nullptr;          // [n, C, H, W], the state to begin with, or nullptr for noise
   const int32_t *y = nullptr;        // [n], on the host
   const float *cond = nullptr;       // [n, K, H, W]
-  bool on_device = false;            // x, cond, levels and samples are device addresses
-  uint8_t *levels = nullptr;         // [n, H, W, C], or nullptr
+  bool on_device = false;            // x, cond, pixels and samples are device addresses
+  uint8_t *pixels = nullptr;         // [n, H, W, C], or nullptr
   float *samples = nullptr;          // [n, C, H, W], or nullptr
   Stream after = nullptr;            // whose work so far has to be done before what is given is touched, or nullptr
   // After a step, in the caller's context: steps done, which rises to S and may leave some out, and where the chain is
@@ -136,7 +136,7 @@ class DeviceChain {
   Handle stream_, pinned_;
   std::vector<Handle> events_, memory_;
   Addresses at_;
-  Address x0_ = 0, levels_ = 0, chain_at_ = 0;
+  Address x0_ = 0, pixels_ = 0, chain_at_ = 0;
   // of the host's memory nothing may go while a copy from it is under way
   ddpmx_chain chain_ = {};
   std::vector<uint32_t> images_;

@@ -225,7 +225,7 @@ void DeviceChain::fetch(const Run &run) {
     if (to && run.on_device) driver_.copy(reinterpret_cast<Address>(to), from, size, stream());
     if (to && !run.on_device) driver_.copy_out(to, from, size, stream());
   };
-  give(run.levels, levels_, count);
+  give(run.pixels, pixels_, count);
   give(run.samples, x0_, count * sizeof(float));
   driver_.wait_for_stream(stream(), "fetching the images");
 }

@@ -128,7 +128,7 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
     run.images = job.images.data() + first, run.n = alone ? 1 : n;
     run.x = part_of(job.x, first * N), run.y = part_of(job.y, first), run.cond = part_of(job.cond, first * K);
     run.on_device = job.on_device;
-    run.levels = part_of(job.levels, first * N), run.samples = part_of(job.samples, first * N);
+    run.pixels = part_of(job.pixels, first * N), run.samples = part_of(job.samples, first * N);
     run.after = first == 0 ? job.after : nullptr;
     if (job.report) {
       // the steps of images that run one after the other count as those of one chain

@@ -68,7 +68,7 @@ class TrtEngine {
   const TrtModule module_;
   const std::string path_;
   const Spec spec_;
-  const EngineRecord record_;
+  const PlanRecord record_;
   const std::string description_;
   std::string cache_file_;  // or empty
   ddpmx_trt_engine *engine_ = nullptr;

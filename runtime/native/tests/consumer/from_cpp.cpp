@@ -48,14 +48,14 @@ ddpmx::Request two() {
 
 std::vector<std::uint8_t> rounded(const std::vector<float> &samples, const ddpmx::Model &model) {
   const std::size_t channels = static_cast<std::size_t>(model.channels), area = model.elements() / channels;
-  std::vector<std::uint8_t> levels(samples.size());
+  std::vector<std::uint8_t> pixels(samples.size());
   for (std::size_t i = 0; i < samples.size(); ++i) {
     const std::size_t image = i / model.elements(), channel = i % model.elements() / area, pixel = i % area;
     const float scaled = samples[i] * 127.5f + 128.0f; // floor(127.5·x + 128), clipped
-    levels[image * model.elements() + pixel * channels + channel] =
+    pixels[image * model.elements() + pixel * channels + channel] =
         static_cast<std::uint8_t>(scaled < 0 ? 0.0f : scaled > 255 ? 255.0f : scaled);
   }
-  return levels;
+  return pixels;
 }
 
 void results(const ddpmx::Pipeline &pipeline, const std::vector<std::uint8_t> &images) {
@@ -63,10 +63,10 @@ void results(const ddpmx::Pipeline &pipeline, const std::vector<std::uint8_t> &i
   CHECK(images.size() == 2 * model.elements());
   CHECK(rounded(pipeline.samples(two()), model) == images);
 
-  std::vector<std::uint8_t> levels(images.size());
+  std::vector<std::uint8_t> pixels(images.size());
   std::vector<float> samples(images.size());
-  pipeline.generate(two(), levels, samples);
-  CHECK(levels == images && rounded(samples, model) == images);
+  pipeline.generate(two(), pixels, samples);
+  CHECK(pixels == images && rounded(samples, model) == images);
 
   ddpmx::Request later = two();
   later.n = 1;
@@ -155,9 +155,9 @@ void lifetimes(const char *path, const std::vector<std::uint8_t> &images) {
     own.reset();
     return true;
   };
-  std::vector<std::uint8_t> levels(images.size());
-  own->generate(request, levels);
-  CHECK(!own && levels == images && border.closed == 2);
+  std::vector<std::uint8_t> pixels(images.size());
+  own->generate(request, pixels);
+  CHECK(!own && pixels == images && border.closed == 2);
 }
 
 // Nothing that a Request says is lost on the way. Most of it makes no sense, and the library says so.

@@ -21,8 +21,8 @@ from ddpm_export.importers.reading.tensor_bundle import TensorBundle, find_bundl
 from ddpmx.errors import FileFormatError
 from mutations.mutants import INTEGERS, noise
 from oracles import tf_bundle
+from oracles.protobuf import field, varint
 from oracles.tf_bundle import FIXTURES, block, entry, header, table
-from oracles.wire import field, varint
 
 pytestmark = pytest.mark.torch
 

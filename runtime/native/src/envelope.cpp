@@ -1,4 +1,4 @@
-#include "sealed.hpp"
+#include "envelope.hpp"
 
 #include <array>
 #include <cstring>
@@ -60,7 +60,7 @@ uint32_t crc32(const void *data, size_t size) {
   return ~crc;
 }
 
-Json unseal(std::string_view prefix, std::string_view text) {
+Json unwrap(std::string_view prefix, std::string_view text) {
   const std::string start = std::string(prefix) + " ";
   const bool begins = text.substr(0, start.size()) == start;
   const std::optional<Header> header = begins ? header_of(text.substr(start.size())) : std::nullopt;

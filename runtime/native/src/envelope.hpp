@@ -13,10 +13,10 @@ namespace ddpmx {
 // Of zlib, PNG and zip.
 uint32_t crc32(const void *data, size_t size);
 
-// The value in a sealed text. Failure(DDPMX_SPEC): foreign, shortened or changed.
-Json unseal(std::string_view prefix, std::string_view text);
+// The value in an envelope. Failure(DDPMX_SPEC): foreign, shortened or changed.
+Json unwrap(std::string_view prefix, std::string_view text);
 
-// Finds whole sealed texts in any bytes, one after the other. Damaged ones are passed over.
+// Finds whole envelopes in any bytes, one after the other. Damaged ones are passed over.
 class SealedTexts {
  public:
   // budget: how many places that look like one are looked at; each costs a checksum of up to 9999 bytes.
