@@ -33,7 +33,18 @@ def test_import_brings_in_nothing_heavy():
 
 def test_the_runtime_s_modules_bring_in_nothing_heavy():
     """Pictures and onnxruntime are for those who ask for them."""
-    modules = ", ".join(f"ddpmx.{m}" for m in ("pipeline", "modelfile", "spec", "chain", "images", "gallery", "files"))
+    modules = ", ".join(
+        f"ddpmx.{m}"
+        for m in (
+            "pipeline",
+            "formats.model_file",
+            "formats.spec",
+            "formats.atomic",
+            "sampling.chain",
+            "images.writers",
+            "images.gallery",
+        )
+    )
     loaded = python(f"import {modules}, sys; print([name for name in {HEAVY} if name in sys.modules])")
     assert loaded == "[]"
 

@@ -332,7 +332,7 @@ def test_bounds_widen_with_fewer_bits():
 
 
 @pytest.mark.parametrize(
-    ("rung", "passed", "text"),
+    ("check", "passed", "text"),
     [
         (Check("ε", 1e-6, 2e-5, worst="worst at t = 999"), True, "ε: 1e-06 ≤ 2e-05 (worst at t = 999)"),
         (Check("ε", 2e-5, 2e-5), True, "ε: 2e-05 ≤ 2e-05"),
