@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, cast
 
 from typer import Option
 
-from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES
+from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES, Sampler, Spacing, Variance
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx_cli.console import cache_folder, counting, say
@@ -82,6 +82,7 @@ def generate(
     from ddpmx.formats.atomic import make_folder
     from ddpmx.images.gallery import Animation, check_drawable, save_gallery
     from ddpmx.pipeline import load
+    from ddpmx.sampling.request import Sampling
 
     description = model_file.read_spec(spec) if spec is not None else None
     with load(
@@ -95,22 +96,22 @@ def generate(
         cache=cache_folder(),
     ) as pipeline:
         check_drawable(pipeline.spec)
-        pipeline.check_request(n, seed=seed, first=first, batch=batch)
+        sampling = Sampling(  # the names are checked with everything else
+            sampler=cast(Sampler, sampler),
+            steps=steps,
+            spacing=cast(Spacing, spacing),
+            eta=eta,
+            variance=cast("Variance | None", variance),
+        )
+        pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = _classes(pipeline.spec, label, labels, n, first)
-        pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes)
+        pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes, sampling=sampling)
         if pipeline.spec.condition is not None:
             raise InputError(
                 "the model draws images by a condition, which this command cannot give",
                 hint="from Python: ddpmx.load(…).generate(n, cond=…)",
             )
-        sampling: dict[str, Any] = {  # the names are checked where they are used
-            "sampler": sampler,
-            "steps": steps,
-            "spacing": spacing,
-            "eta": eta,
-            "variance": variance,
-        }
-        table = pipeline.table(**sampling)
+        table = pipeline.table(sampling)
         animation = Animation(pipeline.spec, table, n) if animate else None
         make_folder(out)
         begun = time.monotonic()
@@ -123,7 +124,7 @@ def generate(
                 labels=classes,
                 progress=progress,
                 preview=animation,
-                **sampling,
+                sampling=sampling,
             )
         seconds = time.monotonic() - begun
         written = save_gallery(out, images, first=first, grid=grid, animation=animation)
@@ -148,7 +149,7 @@ def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, fir
             raise InputError(f"--labels {labels[:40]!r} are no whole numbers", hint="--labels 0,1,2") from error
     elif spec.classes is not None:
         raise InputError(
-            f"the model draws images of {spec.classes} classes, and none is named",
+            f"missing labels: the model has {spec.classes} classes",
             hint=f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",
         )
     else:

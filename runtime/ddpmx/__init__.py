@@ -17,14 +17,26 @@ if TYPE_CHECKING:
     from ddpmx.formats.spec import ModelSpec
     from ddpmx.pipeline import Pipeline, load
     from ddpmx.sampling.chain import Preview
+    from ddpmx.sampling.request import Conditioning, Sampling
 
-__all__ = ["DdpmxError", "ModelSpec", "Pipeline", "Preview", "__version__", "load"]
+__all__ = [
+    "Conditioning",
+    "DdpmxError",
+    "ModelSpec",
+    "Pipeline",
+    "Preview",
+    "Sampling",
+    "__version__",
+    "load",
+]
 
 _HOME = {
+    "Conditioning": "sampling.request",
     "DdpmxError": "errors",
     "ModelSpec": "formats.spec",
     "Pipeline": "pipeline",
     "Preview": "sampling.chain",
+    "Sampling": "sampling.request",
     "load": "pipeline",
 }
 

@@ -8,31 +8,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from ddpmx.arrays.protocols import AnyArray, CudaStream, Labels, Target
 from ddpmx.arrays.views import View, expect, overlap, stream_handle, view
 from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend
 from ddpmx.backends.open import open_model
-from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
-from ddpmx.diffusion.samplers import Sampler, Spacing, Table, Variance, make_table
+from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import Cancelled, InputError
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import request as requests
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.conditioning import class_labels
 from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.sampling.request import Conditioning, Request, Sampling, SamplingOptions
 from ddpmx.sampling.runner import HostRunner, Job, Runner, fitting_batch, rows
 
-DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
-"""16 images at once, fewer of more than 500×500 pixels."""
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-MAX_RESULT_BYTES = 1 << 36
-"""64 GiB of images in one call of generate is a mistake; draw them in parts with ``first``."""
-
-MAX_BATCH_ELEMENTS = 1 << 25
-"""n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
+    from ddpmx.arrays.device_array import DeviceArray
 
 
 class Pipeline:
@@ -73,8 +71,7 @@ class Pipeline:
     @property
     def default_batch(self) -> int:
         """How many images run at once if nothing is said: 1…16, fewer the larger they are. The file alone decides."""
-        batch = int(np.clip(DEFAULT_BATCH_ELEMENTS // _largest_image(self.spec), 1, DEFAULT_BATCH))
-        return fitting_batch(self._runner.batches, batch)
+        return fitting_batch(self._runner.batches, requests.default_batch(self.spec))
 
     def __enter__(self) -> Pipeline:
         """The pipeline itself."""
@@ -110,40 +107,32 @@ class Pipeline:
         other._begin()
         return other
 
-    def table(
-        self,
-        *,
-        sampler: Sampler = "ancestral",
-        steps: int | None = None,
-        spacing: Spacing = "linspace",
-        eta: float = 0.0,
-        start: int | None = None,
-        variance: Variance | None = None,
-    ) -> Table:
-        """The sampler as a table, see :func:`ddpmx.diffusion.samplers.make_table`. ``variance`` overrides the file's.
+    def table(self, sampling: Sampling | None = None, **options: Unpack[SamplingOptions]) -> Table:
+        """The sampler as a table of coefficients, see :func:`ddpmx.diffusion.samplers.make_table`.
+
+        Args:
+            sampling: how the chain is run; or its fields as keywords.
+            **options: the fields of :class:`Sampling`.
 
         Raises:
             InputError: as there, and for a learned variance that the network does not give.
         """
-        if variance == "learned_range" and self.spec.variance != "learned_range":
-            raise InputError("the network gives no variance", note=f"the file says {self.spec.variance!r}")
-        return make_table(
-            self._schedule,
-            self.spec.prediction,
-            variance or self.spec.variance,
-            sampler=sampler,
-            steps=steps,
-            spacing=spacing,
-            eta=eta,
-            start=start,
-        )
+        return requests.merge_sampling(sampling, options).table(self.spec, self._schedule)
 
     def check_request(
-        self, n: int, *, seed: int = 0, first: int = 0, batch: int | None = None, labels: Any = None
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        batch: int | None = None,
+        labels: Labels | None = None,
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> int:
         """See that :meth:`generate` would take these numbers, before anything is prepared for them.
 
-        ``labels`` are looked at where there are any; whether there have to be, :meth:`generate` sees.
+        ``labels`` are checked if there are any; whether there have to be, :meth:`generate` sees.
 
         Returns:
             ``batch``, or the default in its place; or less, or more, if a plan takes none but that.
@@ -151,34 +140,90 @@ class Pipeline:
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
         """
-        n, _, _, batch = self._checked(n, seed, first, batch)
-        if labels is not None:
-            class_labels(self.spec, n, labels)
-        return batch
+        sampling = requests.merge_sampling(sampling, options)
+        return self._request(n, seed, first, batch, sampling, labels).batch
 
-    def _checked(self, n: int, seed: int, first: int, batch: int | None) -> tuple[int, int, int, int]:
-        """n, seed, first and batch as Python's numbers, whose products do not wrap around."""
+    def _request(
+        self, n: int, seed: int, first: int, batch: int | None, sampling: Sampling, labels: Labels | None = None
+    ) -> Request:
         self._check_open()
-        seed = check_seed(seed)
-        batch = self.default_batch if batch is None else batch
-        for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, np.integer))
-                or not least <= value <= MAX_IMAGE + 1
-            ):
-                raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
-        n, first, batch = int(n), int(first), int(batch)
-        if first + n > MAX_IMAGE + 1:
-            raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
-        channels, height, width = self.spec.shape
-        if n * channels * height * width > MAX_RESULT_BYTES:
-            raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
-        if batch * _largest_image(self.spec) > MAX_BATCH_ELEMENTS:
-            raise InputError(
-                f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch"
-            )
-        return n, seed, first, fitting_batch(self._runner.batches, batch)
+        return requests.check_request(
+            self.spec,
+            n,
+            seed=seed,
+            first=first,
+            batch=batch,
+            sampling=sampling,
+            labels=labels,
+            ranges=self._runner.batches,
+            schedule=self._schedule,
+        )
+
+    @overload
+    def generate(
+        self,
+        n: int,
+        *,
+        seed: int = ...,
+        first: int = ...,
+        batch: int | None = ...,
+        labels: Labels | None = ...,
+        cond: AnyArray | None = ...,
+        x: AnyArray | None = ...,
+        out: None = ...,
+        on_device: Literal[False] = ...,
+        stream: CudaStream | None = ...,
+        progress: Callable[[int, int], None] | None = ...,
+        cancel: Callable[[], bool] | None = ...,
+        preview: Callable[[int, Preview], None] | None = ...,
+        sampling: Sampling | None = ...,
+        conditioning: Conditioning | None = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> NDArray[np.uint8]: ...
+
+    @overload
+    def generate(
+        self,
+        n: int,
+        *,
+        seed: int = ...,
+        first: int = ...,
+        batch: int | None = ...,
+        labels: Labels | None = ...,
+        cond: AnyArray | None = ...,
+        x: AnyArray | None = ...,
+        out: None = ...,
+        on_device: Literal[True],
+        stream: CudaStream | None = ...,
+        progress: Callable[[int, int], None] | None = ...,
+        cancel: Callable[[], bool] | None = ...,
+        preview: None = ...,
+        sampling: Sampling | None = ...,
+        conditioning: Conditioning | None = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> DeviceArray: ...
+
+    @overload
+    def generate(
+        self,
+        n: int,
+        *,
+        seed: int = ...,
+        first: int = ...,
+        batch: int | None = ...,
+        labels: Labels | None = ...,
+        cond: AnyArray | None = ...,
+        x: AnyArray | None = ...,
+        out: Target,
+        on_device: Literal[False] = ...,
+        stream: CudaStream | None = ...,
+        progress: Callable[[int, int], None] | None = ...,
+        cancel: Callable[[], bool] | None = ...,
+        preview: Callable[[int, Preview], None] | None = ...,
+        sampling: Sampling | None = ...,
+        conditioning: Conditioning | None = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> Target: ...
 
     def generate(
         self,
@@ -187,17 +232,19 @@ class Pipeline:
         seed: int = 0,
         first: int = 0,
         batch: int | None = None,
-        labels: Any = None,
-        cond: Any = None,
-        x: Any = None,
-        out: Any = None,
+        labels: Labels | None = None,
+        cond: AnyArray | None = None,
+        x: AnyArray | None = None,
+        out: AnyArray | None = None,
         on_device: bool = False,
-        stream: Any = None,
+        stream: CudaStream | None = None,
         progress: Callable[[int, int], None] | None = None,
         cancel: Callable[[], bool] | None = None,
         preview: Callable[[int, Preview], None] | None = None,
-        **sampling: Any,
-    ) -> Any:
+        sampling: Sampling | None = None,
+        conditioning: Conditioning | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AnyArray:
         """Draw images. Image i of a seed is the same whatever else is drawn with it.
 
         Arrays may be anyone's: what speaks DLPack or ``__cuda_array_interface__`` (torch, cupy, numba, …) is read and
@@ -213,34 +260,38 @@ class Pipeline:
             labels: the class of each image, whole numbers [n], or one for all; on the host. For models that have classes.
             cond: float32 [n, K, H, W], the condition of each image. For models that have one.
             x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I). With
-                ``start`` x_t at that t: the rest of the chain is then a denoiser. A network that conditions on itself is
-                told no x̂_0 at its first step, wherever that is.
+                ``start`` x_t at that t: the rest of the chain is then a denoiser. For a network that conditions on
+                itself, x̂_0 is 0 at its first step, wherever that is.
             out: uint8 [n, H, W, C], C-contiguous, where the images go.
             on_device: leave them on the GPU.
             stream: the CUDA stream in which ``x`` and ``cond`` were, or are being, written and ``out`` last used: a number,
                 or an object with ``__cuda_stream__`` or ``cuda_stream``. What is in it by now is waited for, on the
                 device. When :meth:`generate` returns, everything is done.
-            progress: called again and again with (steps done, steps in all) over all batches.
-            cancel: asked again and again; True stops the chain.
+            progress: called repeatedly with (steps done, steps in all) over all batches.
+            cancel: called repeatedly; True stops the chain.
             preview: called after each step with the position in the result of the batch's first image, and the state, in
                 arrays of its own. On a GPU the device then waits for the host in every step.
-            **sampling: see :meth:`table`.
+            sampling: how the chain is run; or its fields as keywords.
+            conditioning: labels and condition in one; or as keywords.
+            **options: the fields of :class:`Sampling`: ``steps=50, sampler="ddim"``.
 
         Returns:
-            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.arrays.device_array.DeviceArray`, or else a NumPy array.
+            uint8 [n, H, W, C]: ``out``, or a :class:`ddpmx.arrays.device_array.DeviceArray` with ``on_device``, or else a
+            NumPy array.
 
         Raises:
             InputError: a number out of its range, an array that does not fit, or the pipeline is at work already.
-            Cancelled: ``cancel`` said so. What ``out`` holds then is undefined, as after every error.
-            NumericError: the network's answer was not finite.
+            Cancelled: ``cancel`` returned True. What ``out`` holds then is undefined, as after every error.
+            NumericError: the network's output was not finite.
             BackendError: the network could not be run.
         """
         channels, height, width = shape = self.spec.shape
-        table = self.table(**sampling)
-        n, seed, first, batch = self._checked(n, seed, first, batch)
-        if x is None and sampling.get("start") is not None:
+        request = self._request(n, seed, first, batch, requests.merge_sampling(sampling, options))
+        conditioning = requests.merge_conditioning(conditioning, labels, cond)
+        n, batch, table = request.n, request.batch, request.table
+        if x is None and request.sampling.start is not None:
             raise InputError(
-                f"a chain that starts at t = {sampling['start']} needs the states that it starts from",
+                f"a chain that starts at t = {request.sampling.start} needs the states that it starts from",
                 note="x_T alone can be drawn without a network",
                 hint=f"x: float32 [{n}, {channels}, {height}, {width}], x_t at that t",
             )
@@ -251,30 +302,32 @@ class Pipeline:
             stack.enter_context(self._work())
             after = [] if stream is None else [stream_handle(stream)]
             start = None if x is None else self._take(stack, x, (n, *shape), np.float32, "x", after)
-            conditioning, shapes = self._conditioning(stack, n, labels, cond, after), self.spec.conditioning_shapes
-            result: Any = out
+            inputs, shapes = self._inputs(stack, n, conditioning, after), self.spec.conditioning_shapes
+            result: AnyArray
+            target: NDArray[Any] | int
             if out is not None:
+                result = out
                 target = self._take(stack, out, (n, height, width, channels), np.uint8, "out", after, writable=True)
             elif on_device:
-                result = self._runner.array((n, height, width, channels))
-                target = result.address
+                result = array = self._runner.array((n, height, width, channels))
+                target = array.address
             else:
-                target = result = np.empty((n, height, width, channels), np.uint8)
+                result = target = np.empty((n, height, width, channels), np.uint8)
             if start is not None and out is not None and overlap(start, 4 * n * size, target, n * size):
                 raise InputError("x and out share memory", hint="an array of its own for out")
             if preview is not None and isinstance(target, int):
                 raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
-            for number, (at, indices) in enumerate(_batches(n, first, batch)):
+            for number, (at, indices) in enumerate(request.batches()):
                 part, done = slice(at, at + len(indices)), number * len(table)
                 job = Job(
                     table,
-                    seed,
+                    request.seed,
                     indices,
                     batch,
                     progress=_after(progress, done, total),
                     cancel=cancel,
                     after=tuple(after) if number == 0 else (),
-                    conditioning={name: rows(array, part, shapes[name]) for name, array in conditioning.items()},
+                    conditioning={name: rows(array, part, shapes[name]) for name, array in inputs.items()},
                 )
                 begin = start + 4 * size * at if isinstance(start, int) else None if start is None else start[part]
                 pixels = target + size * at if isinstance(target, int) else target[part]
@@ -291,39 +344,41 @@ class Pipeline:
         seed: int = 0,
         first: int = 0,
         batch: int | None = None,
-        labels: Any = None,
-        cond: Any = None,
-        **sampling: Any,
+        labels: Labels | None = None,
+        cond: AnyArray | None = None,
+        sampling: Sampling | None = None,
+        conditioning: Conditioning | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Iterator[Preview]:
         """Watch ``n`` images come into being together: a :class:`Preview` for every step. Break off to cancel.
 
         The arrays are copies. The last preview's ``x0`` are the images that :meth:`generate` gives with this ``batch``,
-        or, if that is less than ``n``, with ``n``.
+        or, if that is less than ``n``, with ``n``. The arguments are those of :meth:`generate`.
 
         Raises:
             As :meth:`generate`, and InputError for a ``start``: what is watched here begins with noise.
         """
-        table = self.table(**sampling)
-        if sampling.get("start") is not None:
+        sampling = requests.merge_sampling(sampling, options)
+        conditioning = requests.merge_conditioning(conditioning, labels, cond)
+        if sampling.start is not None:
             raise InputError(
-                f"stream begins with x_T, and not at t = {sampling['start']}",
+                f"stream begins with x_T, and not at t = {sampling.start}",
                 hint="generate(…, x=…, start=…, preview=…) shows a chain from states of your own",
             )
-        n, seed, first, batch = self._checked(n, seed, first, batch)
-        batch = max(n, batch)
-        if batch > (largest := self.check_request(n, batch=batch)):
+        request = self._request(n, seed, first, batch, sampling)
+        batch = max(request.n, request.batch)
+        if batch > (largest := self._request(n, seed, first, batch, sampling).batch):
             raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
-        ((_, indices),) = _batches(n, first, batch)
+        ((_, indices),) = request.batches(batch)
         with ExitStack() as stack:
             after: list[int] = []
-            conditioning = self._conditioning(stack, n, labels, cond, after)
+            inputs = self._inputs(stack, request.n, conditioning, after)
+            job = Job(request.table, request.seed, indices, batch, after=tuple(after), conditioning=inputs)
             with self._work():
                 turn = self._turn
-                steps = self._runner.steps(
-                    Job(table, seed, indices, batch, after=tuple(after), conditioning=conditioning), x=None
-                )
+                steps = self._runner.steps(job, x=None)
             stack.enter_context(closing(steps))
-            for _ in range(len(table)):
+            for _ in range(len(request.table)):
                 self._check_open()
                 if turn != self._turn:
                     raise InputError(
@@ -366,7 +421,7 @@ class Pipeline:
         with closing(self._runner.steps(job, x=x)) as steps:
             for done in range(len(job.table)):
                 if job.cancel is not None and job.cancel():
-                    raise Cancelled("stopped before the chain was through")
+                    raise Cancelled("cancelled before the chain finished")
                 step = next(steps)
                 if done + 1 == len(job.table):
                     pixels[...] = to_nhwc(step.x0)
@@ -374,41 +429,41 @@ class Pipeline:
                 if job.progress is not None:
                     job.progress(done + 1, len(job.table))
 
-    def _conditioning(
-        self, stack: ExitStack, n: int, labels: Any, cond: Any, after: list[int]
+    def _inputs(
+        self, stack: ExitStack, n: int, conditioning: Conditioning, after: list[int]
     ) -> Mapping[str, NDArray[Any] | int]:
         """The network's inputs for ``n`` images beside x and t."""
         found: dict[str, NDArray[Any] | int] = {}
-        if labels is not None or self.spec.classes is not None:
-            found["y"] = class_labels(self.spec, n, labels)
+        if conditioning.labels is not None or self.spec.classes is not None:
+            found["y"] = class_labels(self.spec, n, conditioning.labels)
         dims = self.spec.conditioning_shapes.get("cond")
-        if dims is None and cond is not None:
+        if dims is None and conditioning.cond is not None:
             raise InputError("the model takes no condition, and cond gives one")
         if dims is not None:
-            if cond is None:
+            if conditioning.cond is None:
                 raise InputError(
                     "the model draws images by a condition, and there is none",
                     hint=f"cond: float32 [{n}, {', '.join(map(str, dims))}]",
                 )
-            found["cond"] = self._take(stack, cond, (n, *dims), np.float32, "cond", after)
+            found["cond"] = self._take(stack, conditioning.cond, (n, *dims), np.float32, "cond", after)
         return found
 
     def _take(
         self,
         stack: ExitStack,
-        thing: Any,
+        thing: AnyArray,
         shape: tuple[int, ...],
-        dtype: Any,
+        dtype: DTypeLike,
         what: str,
         after: list[int],
         *,
         writable: bool = False,
-    ) -> Any:
-        """Somebody's array: as NumPy's if it is on the host, as an address if it is where the chain runs."""
+    ) -> NDArray[Any] | int:
+        """The caller's array: as NumPy's if it is on the host, as an address if it is where the chain runs."""
         seen: View = stack.enter_context(view(thing, writable=writable))
         driver = self._runner.driver
         if seen.on_device and driver is None:
-            raise InputError(f"{what} lies on a GPU, and the chain runs on the CPU", hint="copy it to the host first")
+            raise InputError(f"{what} is in GPU memory, but the chain runs on the CPU", hint="copy it to the host first")
         expect(seen, shape, dtype, what, driver=driver)
         if not seen.on_device:
             array = seen.numpy()
@@ -466,21 +521,9 @@ def load(
         raise
 
 
-def _largest_image(spec: ModelSpec) -> int:
-    """Elements of an image, or of its condition if that is larger."""
-    channels, height, width = spec.shape
-    return max(channels, spec.condition or 0) * height * width
-
-
-def _batches(n: int, first: int, batch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """(position in the result, image indices) of each batch."""
-    for start in range(0, n, batch):
-        yield start, np.arange(first + start, first + min(start + batch, n))
-
-
 def _after(progress: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int, int], None] | None:
     """The progress of one batch as that of all."""
     if progress is None:
         return None
-    tell = progress
-    return lambda done, _: tell(before + done, total)
+    report = progress  # for mypy: it is not None in there either
+    return lambda done, _: report(before + done, total)

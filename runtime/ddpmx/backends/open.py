@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from ddpmx.backends.base import Backend, CopyingBackend
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats import model_file, onnx_file
 from ddpmx.formats.spec import ModelSpec
+
+
+class OpenOptions(TypedDict, total=False):
+    """The keywords of :func:`open_model`."""
+
+    spec: ModelSpec | None
+    providers: Sequence[str]
+    fallback: bool
+    threads: int
+    trust_host_code: bool
+    cache: str | os.PathLike[str] | None
 
 
 def open_model(
@@ -55,9 +67,9 @@ def _open_plan(
     path: Path, spec: ModelSpec | None, providers: Sequence[str], trust_host_code: bool, cache: Path | None
 ) -> tuple[ModelSpec, Backend]:
     if spec is not None:
-        raise InputError(f"{path}: a plan says itself what it is", hint="spec is for ONNX files that do not")
+        raise InputError(f"{path}: a plan carries its own spec", hint="spec is for ONNX files that carry none")
     if tuple(providers) != ("cpu",):
-        raise InputError(f"{path}: a plan is run by TensorRT itself", hint="providers are for ONNX files")
+        raise InputError(f"{path}: a plan runs on TensorRT alone", hint="providers are for ONNX files")
     from ddpmx.backends.trt import TrtEngine
 
     engine = TrtEngine(path, trust_host_code=trust_host_code, cache=cache)

@@ -1,0 +1,233 @@
+"""What is asked of a model: how many images, of which seed, sampled and conditioned how. Checked here and nowhere else.
+
+Whatever draws images (the pipeline, the command line, the benchmark) makes a :class:`Request` by :func:`check_request`, or
+calls :func:`check_batch`, and so all refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.arrays.protocols import AnyArray, Labels
+from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
+from ddpmx.diffusion.samplers import Sampler, Spacing, Table, Variance, make_table
+from ddpmx.diffusion.schedule import Schedule
+from ddpmx.errors import InputError
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.runner import fitting_batch
+
+DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
+"""16 images at once, fewer of more than 500×500 pixels."""
+
+MAX_RESULT_BYTES = 1 << 36
+"""64 GiB of images in one request is a mistake; draw them in parts with ``first``."""
+
+MAX_BATCH_ELEMENTS = 1 << 25
+"""n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a chain is run. The names are checked against a model where they are used, see :meth:`table`.
+
+    Attributes:
+        sampler: ``ancestral`` (Algorithm 2 of Ho et al. 2020) or ``ddim`` (Song et al. 2020).
+        steps: how many of the T timesteps are visited, 1…T; None for all.
+        spacing: which ones: ``linspace`` (evenly, first and last included) or ``leading``.
+        eta: η of the ddim sampler, 0 (no noise) … 1 (as much as the ancestral chain).
+        start: the timestep at which the chain begins, one of those that it visits; None for the last of them. The states at
+            that t have to be passed as ``x``.
+        variance: σ² of the ancestral chain, instead of the model's own.
+    """
+
+    sampler: Sampler = "ancestral"
+    steps: int | None = None
+    spacing: Spacing = "linspace"
+    eta: float = 0.0
+    start: int | None = None
+    variance: Variance | None = None
+
+    def table(self, spec: ModelSpec, schedule: Schedule | None = None) -> Table:
+        """The coefficients of this chain for one model, see :func:`ddpmx.diffusion.samplers.make_table`.
+
+        Args:
+            spec: the model.
+            schedule: its schedule, if it was made before.
+
+        Raises:
+            InputError: as there, and for a learned variance that the network does not give.
+            SpecError: as there.
+        """
+        if self.variance == "learned_range" and spec.variance != "learned_range":
+            raise InputError("the network gives no variance", note=f"the file says {spec.variance!r}")
+        return make_table(
+            spec.make_schedule() if schedule is None else schedule,
+            spec.prediction,
+            self.variance or spec.variance,
+            sampler=self.sampler,
+            steps=self.steps,
+            spacing=self.spacing,
+            eta=self.eta,
+            start=self.start,
+        )
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of :class:`Sampling` as keywords: ``generate(16, steps=50, sampler="ddim")``."""
+
+    sampler: Sampler
+    steps: int | None
+    spacing: Spacing
+    eta: float
+    start: int | None
+    variance: Variance | None
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What each image is to be of, for models that have classes or take a condition.
+
+    Attributes:
+        labels: the class of each image, whole numbers [n], or one for all; on the host.
+        cond: float32 [n, K, H, W], the condition of each image.
+    """
+
+    labels: Labels | None = None
+    cond: AnyArray | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that was checked against its model.
+
+    Attributes:
+        n: how many images, at least 1.
+        seed: of the noise, 0…2⁶⁴−1.
+        first: the index of the first image.
+        batch: how many run at once, at most.
+        sampling: how the chain is run.
+        table: its coefficients.
+        labels: int32 [n], the class of each image, or None for a model without classes.
+    """
+
+    n: int
+    seed: int
+    first: int
+    batch: int
+    sampling: Sampling
+    table: Table
+    labels: NDArray[np.int32] | None
+
+    def batches(self, batch: int | None = None) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(position in the result, image indices) of each batch, of ``batch`` images instead of the request's."""
+        size = self.batch if batch is None else batch
+        for at in range(0, self.n, size):
+            yield at, np.arange(self.first + at, self.first + min(at + size, self.n))
+
+
+def merge_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampling:
+    """One :class:`Sampling` of either spelling.
+
+    Raises:
+        InputError: both were used.
+        TypeError: an option that does not exist.
+    """
+    if sampling is None:
+        return Sampling(**options)
+    if options:
+        raise InputError(
+            f"sampling was passed, and {', '.join(options)} as well", hint="dataclasses.replace(sampling, …) changes it"
+        )
+    return sampling
+
+
+def merge_conditioning(conditioning: Conditioning | None, labels: Labels | None, cond: AnyArray | None) -> Conditioning:
+    """One :class:`Conditioning` of either spelling.
+
+    Raises:
+        InputError: both were used.
+    """
+    if conditioning is None:
+        return Conditioning(labels, cond)
+    twice = [name for name, value in (("labels", labels), ("cond", cond)) if value is not None]
+    if twice:
+        raise InputError(f"conditioning was passed, and {' and '.join(twice)} as well", hint="pass one of the two")
+    return conditioning
+
+
+def check_request(
+    spec: ModelSpec,
+    n: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    batch: int | None = None,
+    sampling: Sampling | None = None,
+    labels: Labels | None = None,
+    ranges: tuple[tuple[int, int], ...] = ((1, 1 << 32),),
+    schedule: Schedule | None = None,
+) -> Request:
+    """Check a request against a model, before anything is prepared for it.
+
+    Args:
+        spec: the model.
+        n, seed, first, batch, sampling, labels: see :class:`Request`; ``batch`` may be None for :func:`default_batch`.
+        ranges: smallest and largest batch of each range that the network takes.
+        schedule: the model's, if it was made before.
+
+    Returns:
+        The request in Python's own numbers, whose products do not wrap around. Its batch is one that the network takes.
+
+    Raises:
+        InputError: a number out of its range, labels that are none, or images that would not fit into memory.
+        SpecError: the schedule does not go with this sampler.
+    """
+    sampling = Sampling() if sampling is None else sampling
+    table = sampling.table(spec, schedule)
+    seed = check_seed(seed)
+    batch = fitting_batch(ranges, default_batch(spec)) if batch is None else batch
+    for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= MAX_IMAGE + 1:
+            raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
+    n, first, batch = int(n), int(first), int(batch)
+    if first + n > MAX_IMAGE + 1:
+        raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
+    channels, height, width = spec.shape
+    if n * channels * height * width > MAX_RESULT_BYTES:
+        raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
+    check_batch(spec, batch)
+    classes = None if labels is None else class_labels(spec, n, labels)
+    return Request(n, seed, first, fitting_batch(ranges, batch), sampling, table, classes)
+
+
+def check_batch(spec: ModelSpec, batch: int) -> None:
+    """See that a batch fits into memory.
+
+    Raises:
+        InputError: it does not.
+    """
+    if batch * _elements(spec) > MAX_BATCH_ELEMENTS:
+        _, height, width = spec.shape
+        raise InputError(f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch")
+
+
+def largest_batch(spec: ModelSpec) -> int:
+    """How many images may run at once."""
+    return max(1, MAX_BATCH_ELEMENTS // _elements(spec))
+
+
+def default_batch(spec: ModelSpec) -> int:
+    """How many images run at once if nothing is said: 1…16, fewer the larger they are."""
+    return int(np.clip(DEFAULT_BATCH_ELEMENTS // _elements(spec), 1, DEFAULT_BATCH))
+
+
+def _elements(spec: ModelSpec) -> int:
+    """Of an image, or of its condition if that is larger."""
+    channels, height, width = spec.shape
+    return max(channels, spec.condition or 0) * height * width
