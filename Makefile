@@ -1,10 +1,4 @@
-# make demo    train on real images, export, generate, judge (about eleven minutes on two cores)
-# make test    everything that is checked without a GPU
-# make native  libddpmx, the runtime for C and C++, with its own tests (runtime/native/README.md)
-# make fuzz    its file readers under libFuzzer for ten minutes; FUZZ=30 seconds in make test
-# make bench   ratios measured side by side
-# make gpu-check   everything that needs an NVIDIA GPU, in one report to paste (tests/gpu/README.md); CHECK='--quick'
-# make mutations   100,000 damaged files for the readers, about half an hour (make test: 2,000)
+# `make help` lists the targets; their lines come from the comments after ## below.
 #
 # TORCH is the build that is installed; on a machine with an NVIDIA GPU, `make demo TORCH=torch` takes the newest.
 
@@ -15,38 +9,45 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo-$(subst =,-,$(TORCH))
 
-.PHONY: demo test lint pytest others native fuzz bench gpu-check mutations clean
+.PHONY: help demo test lint pytest others docs native fuzz bench gpu-check mutations clean
 
-demo: $(DEMO)
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target what; do \
+	  printf '%-16s %s\n' "$$target" "$$what"; done
+
+demo: $(DEMO) ## train on real images, export, generate, judge: about eleven minutes on two cores
 	$(BIN)/python examples/fashion_mnist/demo.py
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev ## everything that is checked without a GPU
 	@$(MAKE) --no-print-directory --jobs=2 lint fuzz FUZZ=30
 	@$(MAKE) --no-print-directory pytest
 	@$(MAKE) --no-print-directory others
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: $(VENV)/.dev
+pytest: $(VENV)/.dev ## the tests, in two processes
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 # The runtime and the command line on the other Pythons, from a built wheel, without torch and onnx.
-others:
+others: ## what needs no torch on the other Pythons (OTHER_PYTHONS)
 	@for version in $(OTHER_PYTHONS); do PYTHON="$(PYTHON)" sh .ci/other-python "$$version" || exit 1; done
 
-native:
+docs: $(VENV)/.docs ## the documentation as a web site, in build/docs; a dead link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+native: ## libddpmx, the runtime for C and C++, with its own tests (runtime/native/README.md)
 	cmake -S runtime/native -B build/native
 	cmake --build build/native --parallel 2
 	ctest --test-dir build/native --output-on-failure
 
 FUZZ ?= 600
-fuzz: $(VENV)/.dev
+fuzz: $(VENV)/.dev ## libddpmx's file readers under libFuzzer for ten minutes (FUZZ=seconds)
 	@PYTHON=$(BIN)/python .ci/fuzz $(FUZZ)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev ## ratios of speed, measured side by side
 	$(BIN)/python tests/benchmarks/startup.py
 	$(BIN)/python tests/benchmarks/chain_overhead.py
 	$(BIN)/python tests/benchmarks/time_table.py
@@ -54,10 +55,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/benchmarks/native.py
 	$(BIN)/python tests/benchmarks/peers.py --small --only diffusers ort
 
-gpu-check: $(VENV)/.dev
+gpu-check: $(VENV)/.dev ## everything that needs an NVIDIA GPU, in one report to paste (CHECK='--quick')
 	$(BIN)/python tests/gpu/check.py $(CHECK)
 
-mutations: $(VENV)/.dev
+mutations: $(VENV)/.dev ## 100,000 damaged files for the readers, about half an hour
 	$(BIN)/python tests/mutations/run.py --count 100000
 
 $(VENV)/.venv:
@@ -75,5 +76,9 @@ $(VENV)/.dev: $(DEMO)
 	$(BIN)/pip install --quiet tensorrt-rtx-cu13 || echo "NOT VERIFIED: TensorRT-RTX cannot be installed here, so no engine is built"
 	touch $@
 
-clean:
+$(VENV)/.docs: $(VENV)/.venv pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+clean: ## remove what make has installed, built and written
 	rm -rf .venv .venv-* .cache build dist demo-output .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
-"""From images to a model file: the ε-network, its training, its export. Needs torch; what runs the file does not.
+"""From images to a model file: the ε-network, its training, its export. Needs torch; running the file does not.
 
-``export(module, spec, "model.onnx")`` exports any torch module; :class:`Adapter` says in what ways it
-differs from ddpmx's own. Both are imported when they are asked for.
+``export(module, spec, "model.onnx")`` exports any torch module; :class:`Adapter` describes in what ways it differs from
+ddpmx's own. Both are imported on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Adapter", "Exported", "export", "spec_from_arrays"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, on first use."""
+    """Import a public name on first use."""
     if name == "Adapter":
         from ddpm_export.any_module.adapter import Adapter
 

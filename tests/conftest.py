@@ -1,4 +1,4 @@
-"""What the tests share: measured figures with their bounds, a closed-form toy model, and one small trained network."""
+"""Fixtures of all tests: measured figures with their bounds, a closed-form toy model, and one small trained network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from oracles.fake_cuda import FakeCuda
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import RECORD, make_plan
 
-# The networks here are tiny. Threads that wait for each other by spinning take minutes for what one does in seconds, as
-# soon as anything else runs on the machine.
+# The networks here are tiny. Threads that spin while they wait for each other need minutes for what one thread does in
+# seconds, as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
@@ -30,12 +30,12 @@ GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``figure("what", value, at_most=bound)``: asserts the bound, and has the run print the figure at its end."""
+    """``figure("what", value, at_most=bound)`` asserts the bound; the run prints all figures at its end."""
 
     def check(what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         assert (at_most is None) != (at_least is None), "one bound"
         bound = f"≤ {at_most:g}" if at_most is not None else f"≥ {at_least:g}"
-        # with the test's report, since the test may run in another process than the one that prints
+        # in the test's report, since the test may run in another process than the one that prints
         request.node.user_properties.append(("measured", (what, float(value), bound)))
         holds = value <= at_most if at_most is not None else value >= at_least
         assert holds, f"{what}: {value:g}, and it should be {bound}"
@@ -60,7 +60,7 @@ def gaussian_onnx() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A small U-Net that has seen Fashion-MNIST at 16×16 for half a minute, and its exports."""
+    """A small U-Net trained on Fashion-MNIST at 16×16 for half a minute, and its exports."""
 
     run: Path
     fp32: Path
@@ -69,9 +69,9 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Only a trained network can be judged by its chain: on random weights the chain saturates.
+    """A trained network, since only that can be judged by its chain: with random weights the chain saturates.
 
-    Where several processes run the tests, the first that wants it trains for all.
+    Where several processes run the tests, the first that needs it trains for all.
     """
     pytest.importorskip("torch", reason="not verified here: whatever needs a trained network (no torch)")
     base = tmp_path_factory.getbasetemp()
@@ -116,14 +116,14 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture
 def fake(kernels):
-    """A driver that is asked afterwards whether anything leaked or was abused."""
+    """A fake driver. Afterwards nothing may have leaked or been misused."""
     cuda = FakeCuda(kernels)
     yield cuda
-    cuda.live.pop("function", None)  # a module's, and gone with it
+    cuda.live.pop("function", None)  # freed with its module
     assert (cuda.alive(), cuda.retained, cuda.faults) == ({}, 0, [])
 
 
-# --- plans on a fake TensorRT and a fake driver ---------------------------------------------------------------------
+# --- plans on a fake TensorRT and a fake driver ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -136,14 +136,14 @@ def plan(tmp_path, monkeypatch):
 
 @pytest.fixture
 def plan_driver(fake, monkeypatch):
-    """A driver that the engine makes and closes itself."""
+    """A fake driver that the engine makes and closes itself."""
     monkeypatch.setattr(trt, "Driver", lambda: Driver(library=fake))
     return fake
 
 
 @pytest.fixture
 def fake_tensorrt(plan_driver, monkeypatch):
-    """A TensorRT that runs ``plan`` as a toy network, wherever ddpmx loads one."""
+    """A fake TensorRT that runs ``plan`` as a toy network, wherever ddpmx loads TensorRT."""
     module = FakeTrt(plan_driver)
     monkeypatch.setattr(trt_library, "load", lambda flavour=None: module.library())
     monkeypatch.setattr(trt, "gpus", lambda: ADA)

@@ -26,36 +26,36 @@ def bench(
     file: Annotated[Path, Argument(help="A model.onnx or model.plan.")],
     batch: Annotated[
         str | None,
-        Option(help="Batch sizes.  \\[default: 1,4,16,64 as far as they fit; 1,4 on a CPU]", metavar="N,N,…"),
+        Option(help="Batch sizes.  \\[default: those of 1,4,16,64 that fit; 1,4 on a CPU]", metavar="N,N,…"),
     ] = None,
     executor: Annotated[
-        str, Option(help="Of a chain on a GPU: auto, all, plain, graph, while. On a CPU: host.", metavar="NAME")
+        str, Option(help="For a chain on a GPU: auto, all, plain, graph, while. On a CPU: host.", metavar="NAME")
     ] = "auto",
     steps: Annotated[
         int | None, Option(help="Steps of each measured chain.  \\[default: as many as fit into --seconds]")
     ] = None,
-    seconds: Annotated[float, Option(help="How long to measure each line of the table, about.")] = 5.0,
+    seconds: Annotated[float, Option(help="Approximate time to measure each line of the table.")] = 5.0,
     out: Annotated[Path | None, Option("-o", "--out", help="Also write all figures to this file, as JSON.")] = None,
-    as_json: Annotated[bool, Option("--json", help="All figures, as JSON, in place of the table.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print all figures as JSON instead of the table.")] = False,
     spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
     provider: Annotated[str, Option(help="cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
-    fallback: Annotated[bool, Option("--fallback", help="Accept the CPU if the provider does not come up.")] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+    fallback: Annotated[bool, Option("--fallback", help="Use the CPU if the provider does not start.")] = False,
+    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
     trust_host_code: Annotated[
-        bool, Option("--trust-host-code", help="Load a plan that holds code for the CPU: loading runs it.")
+        bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
     ] = False,
 ) -> None:
-    """Measure a model file here: ms per step, images per second, and what the chain costs beside the network."""
+    """Measure a model file on this machine: ms per step, images per second, and what the chain adds to the network."""
     from ddpmx.bench.measure import bench as measure
     from ddpmx.errors import OutputError
     from ddpmx.formats import model_file
     from ddpmx.formats.atomic import atomic_write, check_replaceable
 
     batches = None if batch is None else parse_numbers("--batch", batch)
-    if out is not None:  # before minutes are spent
+    if out is not None:  # checked before minutes are spent
         if not out.parent.is_dir():
-            raise OutputError(f"{out}: there is no folder {out.parent}", hint="make it, or another -o")
-        check_replaceable(out, what="figures", suffixes=(".json",), begins=(b"{",))
+            raise OutputError(f"{out}: there is no folder {out.parent}", hint="create it, or choose another -o")
+        check_replaceable(out, what="a JSON file", suffixes=(".json",), begins=(b"{",))
     description = model_file.read_spec(spec) if spec is not None else None
     with phases("measuring") as progress:
         report = measure(
@@ -86,7 +86,7 @@ def bench(
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    """The report for people, in 100 columns."""
+    """The report as text, in 100 columns."""
     file, spec = report["file"], report["file"]["spec"]
     c, height, width = spec["shape"]
     size = f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"
@@ -98,14 +98,14 @@ def lines(report: dict[str, Any]) -> list[str]:
         _bytes(file["bytes"]),
     ]
     facts = [("runs on", plain(file["runs_on"])), *_machine(report["machine"])]
-    loaded = f"{file['load_s']:.2f} s from opening the file to its first answer"
+    loaded = f"{file['load_s']:.2f} s from opening the file to its first output"
     facts.append(("loading", loaded))
     if file["build_s"] is not None:
         facts.append(("building", f"{file['build_s']:.1f} s, when the plan was built"))
-    told = [": ".join([heading[0], "; ".join(heading[1:])])]
+    text = [": ".join([heading[0], "; ".join(heading[1:])])]
     for label, value in facts:
-        told += wrap(f"{label + ':':<10}{value}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 12)
-    told += ["", *_table(report["cells"]), ""]
+        text += wrap(f"{label + ':':<10}{value}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 12)
+    text += ["", *_table(report["cells"]), ""]
     remarks = [
         *_busy(report["machine"]["cpu"]),
         *_remarks(report["cells"]),
@@ -113,8 +113,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         *report["method"],
     ]
     for remark in remarks:
-        told += wrap(plain(remark), _WIDTH, initial_indent="  ", subsequent_indent="    ")
-    return told
+        text += wrap(plain(remark), _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return text
 
 
 def _machine(machine: dict[str, Any]) -> list[tuple[str, str]]:
@@ -142,7 +142,7 @@ def _driver(gpu: dict[str, Any]) -> str:
 
 
 def _state(state: dict[str, Any] | None) -> str:
-    """Clocks, heat and power in a line."""
+    """Clocks, temperature and power in one line."""
     if state is None:
         return ""
     parts = []
@@ -168,10 +168,10 @@ def _table(cells: list[dict[str, Any]]) -> list[str]:
     ]
     widths = [max(len(row[i]) for row in rows[1:]) for i in range(len(rows[0]))]
     widths[7], widths[9] = max(widths[7], len(rows[0][7])), max(widths[9], len(rows[0][9]))
-    # "ms per step:" stands over three columns
+    # the heading "ms per step:" spans three columns
     gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= 100 else " "
     over = sum(widths[2:5]) + 2 * len(gap)
-    told = []
+    lines = []
     for number, row in enumerate(rows):
         parts = [row[0].rjust(widths[0]), row[1].ljust(widths[1])]
         if number == 0:
@@ -179,8 +179,8 @@ def _table(cells: list[dict[str, Any]]) -> list[str]:
         else:
             parts += [text.rjust(width) for text, width in zip(row[2:5], widths[2:5], strict=True)]
         parts += [text.rjust(width) for text, width in zip(row[5:], widths[5:], strict=True)]
-        told.append(gap.join(parts).rstrip())
-    return told
+        lines.append(gap.join(parts).rstrip())
+    return lines
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
@@ -199,30 +199,30 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 
 def _busy(cpu: dict[str, Any]) -> list[str]:
-    """What others do here shows in the figures."""
+    """A remark if other processes use the CPU, since that distorts the figures."""
     if cpu["load"] is None or cpu["load"] < cpu["threads"] + 1:
         return []
     return [
-        f"Other processes run here as well: {cpu['load']:.1f} want {cpu['threads']} threads, on average. What runs on the "
-        "CPU is slower for that, and P95 and host µs most of all."
+        f"Other processes run here as well: the load average is {cpu['load']:.1f} for {cpu['threads']} threads. This slows "
+        "down work on the CPU, above all P95 and host µs."
     ]
 
 
 def _remarks(cells: list[dict[str, Any]]) -> list[str]:
-    """What stands beside single lines, each once."""
-    said: dict[str, list[str]] = {}
+    """Remarks on lines of the table; the same remark on several lines is printed once."""
+    remarks: dict[str, list[str]] = {}
     for cell in cells:
         line = f"batch {cell['batch']}, {cell['executor']}"
         for remark in [f"does not work here: {cell['failed']}"] if cell["failed"] else cell["notes"]:
-            said.setdefault(remark, []).append(line)
+            remarks.setdefault(remark, []).append(line)
     warm_up = sorted({cell["warm_up"] for cell in cells if not cell["failed"]})
     counts = "…".join(map(str, dict.fromkeys((warm_up[0], warm_up[-1]))))
-    told = [f"{'; '.join(where)}: {what}" for what, where in said.items()]
-    return [*told, f"Warm-up before each line: {counts} steps."]
+    merged = [f"{'; '.join(where)}: {what}" for what, where in remarks.items()]
+    return [*merged, f"Warm-up before each line: {counts} steps."]
 
 
 def figure(value: float) -> str:
-    """Three digits that count, and no exponent."""
+    """Three significant digits, without an exponent."""
     if value >= 100:
         return f"{value:.0f}"
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0

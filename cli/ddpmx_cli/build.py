@@ -29,42 +29,47 @@ def build(
     batch: Annotated[
         str | None,
         Option(
-            help="Smallest, best and largest batch.  \\[default: 1,16,64; less for large images]", metavar="MIN,OPT,MAX"
+            help="Smallest, best and largest batch.  \\[default: 1,16,64; smaller for large images]",
+            metavar="MIN,OPT,MAX",
         ),
     ] = None,
-    workspace: Annotated[int | None, Option(help="Scratch memory for the builder, in MB.", metavar="MB")] = None,
+    workspace: Annotated[
+        int | None, Option(help="Limit of scratch memory, in MB.  \\[default: the library's]", metavar="MB")
+    ] = None,
     level: Annotated[int | None, Option(help="The builder's effort, 0 … 5.  \\[default: the library's, 3]")] = None,
-    tf32: Annotated[bool, Option("--tf32", help="Round float32 products to 10 bits: faster, no longer fp32.")] = False,
+    tf32: Annotated[
+        bool, Option("--tf32", help="Round float32 products to 10 bits: faster, but no longer fp32.")
+    ] = False,
     target: Annotated[
         str | None,
-        Option(
-            help="Compute capabilities, TensorRT-RTX only.  \\[default: 8.0 and everything after it]", metavar="8.6,8.9"
-        ),
+        Option(help="Compute capabilities, TensorRT-RTX only.  \\[default: 8.0 and later]", metavar="8.6,8.9"),
     ] = None,
-    refit: Annotated[bool, Option("--refit", help="Weights can be exchanged later. Needs a GPU.")] = False,
-    strip: Annotated[bool, Option("--strip", help="A plan without its weights. Needs a GPU.")] = False,
+    refit: Annotated[
+        bool, Option("--refit", help="Make a plan whose weights can be replaced later. Needs a GPU.")
+    ] = False,
+    strip: Annotated[bool, Option("--strip", help="Make a plan without weights. Needs a GPU.")] = False,
     library: Annotated[
         str | None,
         Option(help=f"{' or '.join(_LIBRARIES)}.  \\[default: the one that is installed]", metavar="NAME"),
     ] = None,
     timing_cache: Annotated[
-        Path | None, Option(help="Folder for what the builder measured.  \\[default: the user's cache]")
+        Path | None, Option(help="Folder for the builder's measurements.  \\[default: in the user's cache]")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Build even if the plan is there already.")] = False,
+    force: Annotated[bool, Option("--force", help="Build even if the plan is up to date.")] = False,
 ) -> None:
-    """Build a TensorRT engine from an ONNX file, for the GPU that is here; TensorRT-RTX builds for RTX cards anywhere.
+    """Build a TensorRT plan from an ONNX file for the GPU of this machine; TensorRT-RTX builds for RTX cards anywhere.
 
-    Needs neither torch nor onnx, so it runs on the device itself. Precision is the ONNX file's. Engines do not travel: not
-    between versions of TensorRT, nor between GPU architectures (TensorRT-RTX's do, between RTX cards).
+    It needs neither torch nor onnx, so it runs on the device itself. The precision is that of the ONNX file. A plan works
+    only with the version of TensorRT that built it and on one GPU architecture; a plan of TensorRT-RTX on all RTX cards.
     """
     from ddpmx.trt import build as trt_build
     from ddpmx.trt import library as trt_library
 
     if library is not None and library not in _LIBRARIES:
-        raise InputError(f"--library {library!r}: there are {' and '.join(_LIBRARIES)}")
+        raise InputError(f"--library {library!r}: not one of {' and '.join(_LIBRARIES)}")
     numbers = None if batch is None else parse_numbers("--batch", batch)
     if numbers is not None and len(numbers) != 3:
-        raise InputError(f"--batch {batch!r}: three numbers, smallest, best and largest", hint="--batch 1,16,64")
+        raise InputError(f"--batch {batch!r}: not three numbers (smallest, best, largest)", hint="--batch 1,16,64")
     options = trt_build.BuildOptions(
         batch=None if numbers is None else (numbers[0], numbers[1], numbers[2]),
         targets=tuple(part.strip() for part in target.split(",")) if target else (),
@@ -88,13 +93,13 @@ def build(
 
 
 def show(built: object, onnx: Path, output: Path) -> None:
-    """Say what came of a build."""
+    """Print the result of a build."""
     from ddpmx.trt.build import Built
 
     assert isinstance(built, Built)
     record = built.info.engine
     if built.reused:
-        say(f"{output} is there already, built from this {onnx.name} with these settings (--force builds it again)")
+        say(f"{output} is up to date, built from this {onnx.name} with these settings (--force builds it again)")
         return
     tf32 = "on" if record.options["tf32"] else "off"
     say(
@@ -106,5 +111,5 @@ def show(built: object, onnx: Path, output: Path) -> None:
 
 
 def note_missing(name: str | os.PathLike[str]) -> None:
-    """Say how a plan comes about where there is no TensorRT."""
-    say(f"no TensorRT here, so no plan: `ddpmx build {name}` makes one where it is to run")
+    """Print how to build a plan elsewhere, if there is no TensorRT."""
+    say(f"no plan, since TensorRT is not installed here: `ddpmx build {name}` builds one on the target machine")

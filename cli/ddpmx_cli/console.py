@@ -1,4 +1,4 @@
-"""What the commands share: how they speak, and how they show that something is going on."""
+"""Shared by the commands: output, errors, progress displays, and parsing of flags."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-unheard = False
-"""Whether standard output failed."""
+output_failed = False
+"""Whether writing to standard output failed."""
 
 
 def say(text: str) -> None:
-    """A line of result, on standard output. If nobody can hear it, the work goes on all the same."""
+    """Print a line of result on standard output. If that fails, the work continues nevertheless."""
     try:
         print(text, flush=True)
     except OSError as error:
-        global unheard
-        unheard = not isinstance(error, BrokenPipeError)  # `ddpmx … | head` is no fault
+        global output_failed
+        output_failed = not isinstance(error, BrokenPipeError)  # `ddpmx … | head` is not an error
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
-        if unheard:
+        if output_failed:
             complain(OutputError("standard output cannot be written", note=error.strerror))
 
 
 def complain(error: DdpmxError) -> None:
-    """An error, on standard error."""
-    with contextlib.suppress(OSError, ValueError):  # nobody listens: the exit code still tells
+    """Print an error on standard error."""
+    with contextlib.suppress(OSError, ValueError):  # without standard error the exit code has to do
         print("Error: " + "\n".join(map(plain, str(error).split("\n"))), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
-    """A progress display on standard error, if that is a terminal."""
+    """A progress display on standard error, if it is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -60,7 +60,7 @@ def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
-    """A progress display fed by calls (done, in all)."""
+    """A progress display; yields a function that takes (done, in all)."""
     with progress_bar(unit=unit) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -68,7 +68,7 @@ def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], 
 
 @contextlib.contextmanager
 def busy(description: str) -> Iterator[None]:
-    """A spinner, for work whose length is unknown."""
+    """A spinner, for work of unknown length."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -79,7 +79,7 @@ def busy(description: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress display fed by calls (what is being done, done, in all)."""
+    """A progress display; yields a function that takes (phase, done, in all)."""
     with progress_bar() as progress:
         task = progress.add_task(description, total=None)
         yield lambda phase, done, total: progress.update(
@@ -88,19 +88,19 @@ def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def cache_folder() -> Path | None:
-    """Where the user's programs keep what can be made again; None where there is no home."""
+    """ddpmx's folder in the user's cache; None if there is no home folder."""
     with contextlib.suppress(RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpmx"
     return None
 
 
 def plain(text: str) -> str:
-    """``text`` with everything that a terminal would obey, or that would begin a new line, written out."""
+    """``text`` with control characters and line breaks escaped, safe to print on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people."""
+    """A duration as text: "3 h"."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
@@ -108,7 +108,7 @@ def duration(seconds: float) -> str:
 
 
 def megabytes(path: str | os.PathLike[str]) -> str:
-    """A file's size for people."""
+    """The size of a file as text: "35.7 MB"."""
     return f"{os.path.getsize(path) / 1e6:.1f} MB"
 
 
@@ -116,7 +116,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """ "64" or "64x48" (height first) → (H, W).
 
     Raises:
-        InputError: neither.
+        InputError: it is neither.
     """
     if text is None:
         return None
@@ -125,17 +125,17 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         sides = [int(part) for part in parts]
         height, width = sides * 2 if len(sides) == 1 else sides
     except ValueError:
-        raise InputError(f"--size {text!r} is no size", hint="--size 64, or --size 64x48 (height first)") from None
+        raise InputError(f"--size {text!r} is not a size", hint="--size 64, or --size 64x48 (height first)") from None
     return height, width
 
 
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """ "1,2,2" → (1, 2, 2); an empty text gives none.
+    """ "1,2,2" → (1, 2, 2); an empty text gives ().
 
     Raises:
-        InputError: something else stands there.
+        InputError: it is not a list of whole numbers.
     """
     try:
         return tuple(int(part) for part in text.split(",")) if text.strip() else ()
     except ValueError:
-        raise InputError(f"{flag} {text!r} is no list of whole numbers", hint=f"{flag} 1,2,2") from None
+        raise InputError(f"{flag} {text!r} is not a list of whole numbers", hint=f"{flag} 1,2,2") from None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:\n
   ddpmx convert runs/photos --to diffusers -o photos-diffusers/   # DDPMPipeline.from_pretrained reads it\n
-  ddpmx convert runs/cifar --to openai -o cifar-openai/   # a run that was imported from there
+  ddpmx convert runs/cifar --to openai -o cifar-openai/   # a run that was imported from OpenAI's code
 """
 
 
@@ -28,10 +28,10 @@ def convert(
 ) -> None:
     """Write a checkpoint in another project's format, bit for bit, for its own code to read.
 
-    What that project's code cannot compute is refused.
+    A network or a chain that the project's code cannot compute is refused.
     """
     if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: there are ema and raw")
+        raise InputError(f"--weights {weights!r}: not one of ema and raw")
     try:
         with busy("loading torch"):
             from ddpm_export.importers import registry as importers
@@ -39,7 +39,7 @@ def convert(
     except (ImportError, OSError) as error:
         raise BackendError("convert needs torch", note=str(error), hint="pip install torch safetensors") from error
     if to not in importers.WRITERS:
-        raise InputError(f"--to {to!r}: there are {', '.join(importers.WRITERS)}")
+        raise InputError(f"--to {to!r}: not one of {', '.join(importers.WRITERS)}")
     source = checkpoint.resolve(run)
     which: Weights = "raw" if weights == "raw" else "ema"
     with busy(f"converting {source}"):

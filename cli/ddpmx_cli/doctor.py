@@ -16,11 +16,11 @@ Examples:\n
 """
 
 
-def doctor(as_json: Annotated[bool, Option("--json", help="All that was found, as JSON.")] = False) -> None:
-    """Say what is here, and what is missing for what: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
+def doctor(as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """Show what is installed, and what is missing for which command: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
     from ddpmx.system.doctor import examine
 
-    with busy("looking around"):
+    with busy("examining this machine"):
         report = examine()
     if as_json:
         say(json.dumps(report.to_json(), indent=2))
@@ -39,10 +39,10 @@ def doctor(as_json: Annotated[bool, Option("--json", help="All that was found, a
         if "missing" in found:
             say(f"  ✗ {name}: {found['missing']}")
             continue
-        extras = [f"CUDA {found['cuda'] or 'none'}"] if "cuda" in found else []
-        extras += [", ".join(found["providers"])] if "providers" in found else []
-        extras += found.get("libraries", [])
-        say(f"  ✓ {name} {found['version']}" + (f" ({'; '.join(extras)})" if extras else ""))
+        details = [f"CUDA {found['cuda'] or 'none'}"] if "cuda" in found else []
+        details += [", ".join(found["providers"])] if "providers" in found else []
+        details += found.get("libraries", [])
+        say(f"  ✓ {name} {found['version']}" + (f" ({'; '.join(details)})" if details else ""))
     say("")
     for finding in report.findings:
         say(f"  {'✓' if finding.works else '✗'} {finding.what}: {finding.why}")

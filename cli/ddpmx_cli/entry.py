@@ -1,4 +1,4 @@
-"""What the `ddpmx` script calls. It hears signals before anything of weight is imported."""
+"""The function behind the `ddpmx` script. It handles signals before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 def run() -> None:
     """Import the commands, and run one.
 
-    Whoever presses Ctrl-C meanwhile gets exit code 130, as later; nothing has been written yet.
+    Ctrl-C during the imports gives exit code 130, as it does later; nothing has been written yet.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os._exit(128 + number))

@@ -25,7 +25,7 @@ EXAMPLES = """
 Examples:\n
   ddpmx export                                   # the newest run → model.onnx, model.parity.npz, model.plan\n
   ddpmx export runs/photos --fp16 -o photos.onnx\n
-  ddpmx export runs/photos --data photos/ --full # judged on real images, and by the chain of all T steps
+  ddpmx export runs/photos --data photos/ --full # checked on real images and with the chain of all T steps
 """
 
 
@@ -38,35 +38,38 @@ def export(
         bool, Option("--fp16", help="Half precision inside; norms, softmax and the time path stay float32.")
     ] = False,
     bf16: Annotated[
-        bool, Option("--bf16", help="The same with bfloat16, for TensorRT 10.13 and later: not for JetPack 6.")
+        bool, Option("--bf16", help="The same with bfloat16, for TensorRT 10.13 and later (not JetPack 6).")
     ] = False,
     weights: Annotated[str, Option(help="ema (averaged) or raw.", metavar="NAME")] = "ema",
     time_table: Annotated[
-        bool, Option("--time-table", help="Store what depends on t alone as a table instead of computing it.")
+        bool, Option("--time-table", help="Store everything that depends only on t as a table instead of computing it.")
     ] = False,
     proof: Annotated[
-        bool, Option("--parity/--no-parity", help="Record what PyTorch answers, and hold the file against it.")
+        bool, Option("--parity/--no-parity", help="Record PyTorch's outputs, and compare the file with them.")
     ] = True,
-    full: Annotated[bool, Option("--full", help="Record and judge the chain of all T steps.")] = False,
+    full: Annotated[bool, Option("--full", help="Record and compare the chain of all T steps.")] = False,
     data: Annotated[
-        Path | None, Option(help="Real images to judge on.  \\[default: what the network draws]", metavar="FOLDER|NPZ")
+        Path | None,
+        Option(
+            help="Real images for the record.  \\[default: images that the network generates]", metavar="FOLDER|NPZ"
+        ),
     ] = None,
     plan: Annotated[
         bool | None,
-        Option("--plan/--no-plan", help="Build a TensorRT plan as well.  \\[default: where a TensorRT is that can]"),
+        Option("--plan/--no-plan", help="Build a TensorRT plan as well.  \\[default: if TensorRT can build one here]"),
     ] = None,
 ) -> None:
-    """Export a checkpoint to ONNX, prove that it still is the PyTorch model, and build a TensorRT plan.
+    """Export a checkpoint to ONNX, prove that the file is still the PyTorch model, and build a TensorRT plan.
 
-    The file says everything about itself. It runs in onnxruntime, and TensorRT builds an engine from it. Inputs and
-    outputs are float32 and int32 in every precision, so files of different precision are interchangeable.
+    The file contains its own description. It runs in ONNX Runtime, and TensorRT builds a plan from it. Inputs and outputs
+    are float32 and int32 in every precision, so files of different precision are interchangeable.
     """
     if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: there are ema and raw")
+        raise InputError(f"--weights {weights!r}: not one of ema and raw")
     if fp16 and bf16:
         raise InputError("--fp16 and --bf16 exclude each other")
     if not proof and (full or data is not None):
-        raise InputError("--full and --data say how to judge, and --no-parity says not to")
+        raise InputError("--no-parity excludes --full and --data")
     try:
         with busy("loading torch"):
             from ddpm_export.graph import onnx_export
@@ -86,9 +89,9 @@ def export(
     record = output.with_suffix(".parity.npz")
     for written in (output, record, output.with_suffix(".plan"), output.with_suffix(".plan.json")):
         if data is not None and written.exists() and data.exists() and written.samefile(data):
-            raise InputError(f"{written}: the export would replace the images", hint="another -o")
+            raise InputError(f"refusing to overwrite {written}: it holds the images of --data", hint="another -o")
     if proof and record.exists() and not record.is_file():
-        raise OutputError(f"{record}: stands in the way, and is no file", hint="another -o")
+        raise OutputError(f"{record}: exists and is not a regular file", hint="another -o")
     earlier = record.exists()
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
@@ -100,51 +103,51 @@ def export(
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
     if not proof and earlier:
-        say(f"Note: {record} is of an earlier export")
+        say(f"Note: {record} is from an earlier export")
     if proof:
         _prove(output, spec, source, which, images, full)
     built = plan is not False and _build(output, must=plan is True)
     if not built and output.with_suffix(".plan").exists():
-        say(f"Note: {output.with_suffix('.plan')} is of an earlier export")
+        say(f"Note: {output.with_suffix('.plan')} is from an earlier export")
     if (report := output.with_suffix(".report")).exists():
-        say(f"Note: {report} is of an earlier export")
+        say(f"Note: {report} is from an earlier export")
     if precision != "bf16":
         say(f"next: ddpmx generate --engine {shlex.quote(str(output))} -n 16 --out samples/ --grid")
     elif not built:
-        say(f"next: ddpmx build {shlex.quote(str(output))}, where the plan is to run")
+        say(f"next, on the target machine: ddpmx build {shlex.quote(str(output))}")
 
 
 def _prove(
     output: Path, spec: ModelSpec, source: Path, weights: Weights, images: NDArray[np.uint8] | None, full: bool
 ) -> None:
-    """Record, and climb; exit code 1 if the file is not the model. It is kept, for whoever wants to see why."""
+    """Record PyTorch's outputs and check the file; exit code 1 if it fails. The file is kept, to find out why."""
     from ddpm_export.proof import proof
 
     record = output.with_suffix(".parity.npz")
     try:
-        with counting("asking PyTorch", unit="network calls") as progress:
+        with counting("running PyTorch", unit="network calls") as progress:
             reference = proof.record_checkpoint(source, weights=weights, data=images, full=full, progress=progress)
         reference.save(record)
-        with counting(f"judging {output.name}", unit="network calls") as progress:
+        with counting(f"checking {output.name}", unit="network calls") as progress:
             report = proof.check_export(output, spec, source, reference, weights=weights, progress=progress)
     except NumericError as error:
         parity.fail(output, f"FAILED: this is not the PyTorch model: {error.fact}; {error.hint}")
-    except (InputError, BackendError) as error:  # a network that answers nothing; no ONNX Runtime
+    except (InputError, BackendError) as error:  # the network's outputs are zero; there is no ONNX Runtime
         say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
         if record.exists():
-            say(f"Note: {record} is of an earlier export")
+            say(f"Note: {record} is from an earlier export")
         return
     of = "" if images is None else f" (of {len(images):,})"
-    say(f"{record}: {parity.told(reference)}{of}; {megabytes(record)}")
+    say(f"{record}: {parity.summary(reference)}{of}; {megabytes(record)}")
     parity.show(report)
     if "NOT the file" in report.ran_on:
-        say(f"Note: judged by {report.ran_on}")
+        say(f"Note: checked with {report.ran_on}")
     if not report.passed:
         parity.fail(output, report.verdict)
 
 
 def _build(output: Path, *, must: bool) -> bool:
-    """A plan, where that can be; what stands in the way is an error only for somebody who asked for one."""
+    """Build a plan if possible. An obstacle is an error only if --plan was passed (``must``)."""
     from ddpmx.trt import build as trt_build
     from ddpmx.trt import library as trt_library
 

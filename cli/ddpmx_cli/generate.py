@@ -20,8 +20,8 @@ Examples:\n
   ddpmx generate --engine model.onnx -n 64 --seed 0 --out samples/ --grid\n
   ddpmx generate --engine model.onnx -n 16 --steps 50 --sampler ddim --grid --animate\n
   ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
-  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, by TensorRT\n
-  ddpmx generate --engine model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i is of class i mod 5
+  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, with TensorRT\n
+  ddpmx generate --engine model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5
 """
 
 
@@ -31,18 +31,22 @@ def generate(
     seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
     out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
     first: Annotated[int, Option(help="Index of the first image.")] = 0,
-    label: Annotated[int | None, Option(help="The class of all images, for a model that has classes.")] = None,
+    label: Annotated[int | None, Option(help="The class of all images, for a model with classes.")] = None,
     labels: Annotated[
-        str | None, Option(help="Their classes, in turns by their index: 0,1,2.", metavar="CLASS,…")
+        str | None,
+        Option(help="The classes of the images, repeated in order of their index: 0,1,2.", metavar="CLASS,…"),
     ] = None,
-    steps: Annotated[int | None, Option(help="Visit only so many of the T timesteps.  \\[default: all]")] = None,
+    steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
     sampler: Annotated[str, Option(help=f"{', '.join(SAMPLERS)}.", metavar="NAME")] = "ancestral",
-    eta: Annotated[float, Option(help="Noise of the ddim sampler, 0 … 1.")] = 0.0,
-    spacing: Annotated[str, Option(help=f"Which timesteps: {', '.join(SPACINGS)}.", metavar="NAME")] = "linspace",
+    eta: Annotated[float, Option(help="Noise η of the ddim sampler, 0 … 1.")] = 0.0,
+    spacing: Annotated[
+        str, Option(help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.", metavar="NAME")
+    ] = "linspace",
     variance: Annotated[
-        str | None, Option(help=f"{', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME")
+        str | None,
+        Option(help=f"Variance of the steps: {', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME"),
     ] = None,
-    batch: Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer of large ones]")] = None,
+    batch: Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer for large images]")] = None,
     grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,
     animate: Annotated[
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
@@ -57,9 +61,9 @@ def generate(
         ),
     ] = "cpu",
     fallback: Annotated[
-        bool, Option("--fallback", help="Accept the CPU if the provider does not come up.", rich_help_panel=_WHERE)
+        bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=_WHERE)
     ] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.", rich_help_panel=_WHERE)] = 0,
+    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", rich_help_panel=_WHERE)] = 0,
     executor: Annotated[
         str,
         Option(
@@ -72,7 +76,7 @@ def generate(
         bool,
         Option(
             "--trust-host-code",
-            help="Load a plan that holds code for the CPU, which that runs.",
+            help="Load a plan that contains code for the CPU, which loading runs.",
             rich_help_panel=_WHERE,
         ),
     ] = False,
@@ -108,7 +112,7 @@ def generate(
         pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes, sampling=sampling)
         if pipeline.spec.condition is not None:
             raise InputError(
-                "the model draws images by a condition, which this command cannot give",
+                "the model needs a condition image, which this command cannot pass",
                 hint="from Python: ddpmx.load(…).generate(n, cond=…)",
             )
         table = pipeline.table(sampling)
@@ -137,16 +141,18 @@ def generate(
 
 
 def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:
-    """The class of each image. Image i has the same one whatever else is drawn with it."""
+    """The class of each image. It depends only on the image's index, not on the other images of the call."""
     if label is not None and labels is not None:
-        raise InputError("--label is one class for all images, and --labels are several", hint="one of the two")
+        raise InputError(
+            "--label and --labels exclude each other", hint="--label is one class for all images, --labels are several"
+        )
     if label is not None:
         turns = [label]
     elif labels is not None:
         try:
             turns = [int(word) for word in labels.split(",")]
         except ValueError as error:
-            raise InputError(f"--labels {labels[:40]!r} are no whole numbers", hint="--labels 0,1,2") from error
+            raise InputError(f"--labels {labels[:40]!r} are not whole numbers", hint="--labels 0,1,2") from error
     elif spec.classes is not None:
         raise InputError(
             f"missing labels: the model has {spec.classes} classes",

@@ -12,19 +12,19 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx_cli.console import busy, counting, parse_size, plain, say
 
 if TYPE_CHECKING:
-    from ddpm_export.importers.registry import Found, Imported, Options, Question
+    from ddpm_export.importers.registry import CheckpointContents, Imported, Options, Question
 
 EXAMPLES = """
 Examples:\n
   ddpmx import hf:google/ddpm-cifar10-32 -o runs/cifar   # downloaded, if huggingface_hub is installed\n
-  ddpmx import model-100.pt -o runs/flowers --size 64    # whose it is, its tensors tell\n
+  ddpmx import model-100.pt -o runs/flowers --size 64    # the names of its tensors show the project\n
   ddpmx import ema_0.9999_500000.pt --model cifar10      # a published set of flags\n
-  ddpmx import ckpt.pt --probe photos/                   # what no file tells, real images decide
+  ddpmx import ckpt.pt --probe photos/                   # real images decide open settings
 """
 
-_SETTINGS = "What the file does not tell"
+_SETTINGS = "Settings that the file does not have"
 FLAGS = ("schedule", "timesteps", "prediction", "variance", "clip", "heads", "head_channels", "size", "model")
-"""Settings with a flag of their own; all others are given by --set."""
+"""Settings with a flag of their own; all others are set by --set."""
 
 
 def import_(
@@ -37,52 +37,56 @@ def import_(
         Option(
             "--from",
             metavar="NAME",
-            help="Whose it is: auto, diffusers, lucidrains, openai, ho-tf, pesser, ddim, pytorch-ddpm, ddpm-torch, "
-            "score-sde.",
+            help="The project it is from: auto, diffusers, lucidrains, openai, ho-tf, pesser, ddim, pytorch-ddpm, "
+            "ddpm-torch, score-sde.",
         ),
     ] = "auto",
     weights: Annotated[str, Option(help="ema (averaged) or raw, where the file has both.", metavar="NAME")] = "ema",
     probe: Annotated[
         Path | None,
-        Option(metavar="FOLDER|NPZ", help="Real images, to decide by the error of ε what nobody tells."),
+        Option(metavar="FOLDER|NPZ", help="Real images, to decide open settings by the error of ε."),
     ] = None,
     model: Annotated[
         str | None, Option(help="A published model, by name.", metavar="NAME", rich_help_panel=_SETTINGS)
     ] = None,
-    schedule: Annotated[str | None, Option(help="β_t.", metavar="NAME", rich_help_panel=_SETTINGS)] = None,
-    timesteps: Annotated[str | None, Option("--timesteps", "-T", help="T.", rich_help_panel=_SETTINGS)] = None,
+    schedule: Annotated[
+        str | None, Option(help="Noise schedule β_t.", metavar="NAME", rich_help_panel=_SETTINGS)
+    ] = None,
+    timesteps: Annotated[
+        str | None, Option("--timesteps", "-T", help="Number of timesteps, T.", rich_help_panel=_SETTINGS)
+    ] = None,
     prediction: Annotated[
-        str | None, Option(help="What the network answers: eps, x0, v.", metavar="NAME", rich_help_panel=_SETTINGS)
+        str | None, Option(help="What the network predicts: eps, x0, v.", metavar="NAME", rich_help_panel=_SETTINGS)
     ] = None,
     variance: Annotated[
-        str | None, Option(help="σ² of the reverse step.", metavar="NAME", rich_help_panel=_SETTINGS)
+        str | None, Option(help="Variance σ² of the reverse step.", metavar="NAME", rich_help_panel=_SETTINGS)
     ] = None,
     clip: Annotated[
         str | None, Option(help="Largest |x̂_0|, or none.", metavar="NUMBER|none", rich_help_panel=_SETTINGS)
     ] = None,
-    heads: Annotated[str | None, Option(help="Of each attention.", rich_help_panel=_SETTINGS)] = None,
+    heads: Annotated[str | None, Option(help="Heads of each attention.", rich_help_panel=_SETTINGS)] = None,
     head_channels: Annotated[str | None, Option(help="Width of one head.", rich_help_panel=_SETTINGS)] = None,
     size: Annotated[
-        str | None, Option(help="Of the images: 64, or 64x48 (height first).", rich_help_panel=_SETTINGS)
+        str | None, Option(help="Size of the images: 64, or 64x48 (height first).", rich_help_panel=_SETTINGS)
     ] = None,
     settings: Annotated[
         list[str] | None,
         Option("--set", help="Any other setting; may be repeated.", metavar="NAME=VALUE", rich_help_panel=_SETTINGS),
     ] = None,
 ) -> None:
-    """Import somebody else's checkpoint as a run, which all other commands take.
+    """Import another project's checkpoint as a run, which all other commands take.
 
-    What a setting is comes from the flags, from the file and what lies beside it, or from what that project's code
-    always does; it is told which. What none of them says is never guessed: it is asked for, or decided on real images.
+    Each setting comes from the flags, from the file and those beside it, or from what that project's code always does,
+    and the source is printed. A setting without a source is never guessed: it is asked for, or decided on real images.
     """
     if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: there are ema and raw")
+        raise InputError(f"--weights {weights!r}: not one of ema and raw")
     try:
         with busy("loading torch"):
             from ddpm_export.importers import registry as importers
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("import needs torch", note=str(error), hint="pip install torch safetensors") from error
-    given = {
+    flags = {
         "schedule": schedule,
         "timesteps": timesteps,
         "prediction": prediction,
@@ -93,26 +97,26 @@ def import_(
         "size": parse_size(size),
         "model": model,
     }
-    said: dict[str, object] = {name: value for name, value in given.items() if value is not None}
+    values: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     for setting in settings or []:
         name, equals, value = setting.partition("=")
         if not equals or not name:
-            raise InputError(f"--set {setting!r} is no setting", hint="--set NAME=VALUE")
-        if name in said:
-            raise InputError(f"{name} is said twice")
-        said[name] = value
+            raise InputError(f"--set {setting!r} is not a setting", hint="--set NAME=VALUE")
+        if name in values:
+            raise InputError(f"{name} is set twice")
+        values[name] = value
     if source != "auto" and source not in importers.MODULES:
-        raise InputError(f"--from {source!r}: there are auto, {', '.join(importers.MODULES)}")
-    options = importers.Options(said, "raw" if weights == "raw" else "ema")
+        raise InputError(f"--from {source!r}: not one of auto, {', '.join(importers.MODULES)}")
+    options = importers.Options(values, "raw" if weights == "raw" else "ema")
     run = output if output is not None else Path("runs") / _name(path)
     with busy(f"reading {path}"):
-        found = importers.open_found(path)
-        imported = importers.import_checkpoint(path, options, source=source, found=found)
+        contents = importers.open_checkpoint(path)
+        imported = importers.import_checkpoint(path, options, source=source, contents=contents)
     if probe is not None and imported.questions:
-        imported = _probe(found, options, source, imported, probe)
+        imported = _probe(contents, options, source, imported, probe)
     _show(imported)
     if imported.questions:
-        raise _open(imported.questions)
+        raise _unknown(imported.questions)
     with busy(f"writing {run}"):
         written = importers.save_run(imported, run)
     say(f"{plain(path)} → {written}")
@@ -120,36 +124,36 @@ def import_(
 
 
 def _name(path: str) -> str:
-    """runs/NAME for a path or an id."""
+    """The default name of the run for a path or an id."""
     last = path.rstrip("/\\").replace("\\", "/").split("/")[-1]
     return Path(last).stem or "imported"
 
 
 def _show(imported: Imported) -> None:
-    """What was taken from where."""
+    """Print every setting and where it came from."""
     width = max(len(fact.name) for fact in imported.facts)
     for fact in imported.facts:
         why = f"assumed: {fact.source}" if fact.assumed else fact.source
         say(f"  {fact.name:<{width}}  {plain(_text(fact.value))}  ({plain(why)})")
 
 
-def _open(questions: tuple[Question, ...]) -> InputError:
-    """What has to be said, and how."""
-    asked = "; ".join(
+def _unknown(questions: tuple[Question, ...]) -> InputError:
+    """The error for open settings: the flag of each, and its candidates."""
+    flags = "; ".join(
         f"{flag(question.name)} {'|'.join(_text(value) for value in question.candidates)}".replace("= ", "=", 1)
         + (f" ({question.why})" if question.why else "")
         for question in questions
     )
     probed = [question.name for question in questions if question.probed]
     return InputError(
-        f"the file does not tell {', '.join(question.name for question in questions)}",
-        note=asked,
-        hint="say it" + (f", or let real images decide {', '.join(probed)}: --probe IMAGES" if probed else ""),
+        f"the file does not have these settings: {', '.join(question.name for question in questions)}",
+        note=flags,
+        hint="set them" + (f", or let real images decide {', '.join(probed)}: --probe IMAGES" if probed else ""),
     )
 
 
 def flag(name: str) -> str:
-    """How a setting is said."""
+    """The flag of a setting."""
     return f"--{name.replace('_', '-')}" if name in FLAGS else f"--set {name}="
 
 
@@ -159,8 +163,12 @@ def _text(value: object) -> str:
     return "none" if value is None else str(value)
 
 
-def _probe(found: Found, options: Options, source: str, imported: Imported, data: Path) -> Imported:
-    """Decide on real images what can be decided so."""
+def _probe(contents: CheckpointContents, options: Options, source: str, imported: Imported, data: Path) -> Imported:
+    """Decide the open settings on real images.
+
+    Raises:
+        InputError: images cannot decide one of them, or do not fit the network.
+    """
     import numpy as np
 
     from ddpm_export.importers import probe
@@ -169,7 +177,7 @@ def _probe(found: Found, options: Options, source: str, imported: Imported, data
 
     questions = [question for question in imported.questions if question.probed]
     if len(questions) < len(imported.questions):
-        raise _open(tuple(question for question in imported.questions if not question.probed))
+        raise _unknown(tuple(question for question in imported.questions if not question.probed))
     channels, *size = imported.spec.shape
     folder = data.is_dir()
     images = load_dataset(
@@ -182,19 +190,19 @@ def _probe(found: Found, options: Options, source: str, imported: Imported, data
         )
 
     def read(tried: Options) -> Imported:
-        return importers.import_checkpoint(found.path, tried, source=source, found=found)
+        return importers.import_checkpoint(contents.path, tried, source=source, contents=contents)
 
-    with counting("trying what it may be", unit="candidates") as progress:
+    with counting("trying candidates", unit="candidates") as progress:
         judged = probe.probe(read, options, questions, lambda _: images, progress)
     say(f"mean square of ε − ε̂ on {min(len(images), 16)} images of {data}, mean and at t/T =")
     names = [question.name for question in questions]
     say("  " + "  ".join(["mean  ", *(f"{fraction:<6g}" for fraction in probe.FRACTIONS), *names]))
     for candidate in judged:
         numbers = [candidate.error, *np.asarray(candidate.errors)]
-        values = [f"{_text(candidate.said[name]):<{len(name)}}" for name in names]
+        values = [f"{_text(candidate.values[name]):<{len(name)}}" for name in names]
         say("  " + "  ".join([*(f"{number:<6.3g}" for number in numbers), *values]))
     winner = probe.decide(judged)
-    decided = read(options.also(winner.said))
+    decided = read(options.with_values(winner.values))
     facts = tuple(
         importers.Fact(fact.name, fact.value, f"the smallest error of ε on {data}") if fact.name in names else fact
         for fact in decided.facts

@@ -19,29 +19,29 @@ Examples:\n
 
 def info(
     file: Annotated[Path, Argument(help="A run or checkpoint, an ONNX file, or a plan.")],
-    as_json: Annotated[bool, Option("--json", help="All of it, as JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a file is: from its bytes alone, with no library and no GPU."""
+    """Show what a file is, from its bytes alone: no library or GPU is needed."""
     from ddpmx.formats.describe import describe
 
-    told = describe(file)
+    values = describe(file)
     if as_json:
-        say(json.dumps(told, indent=2))
+        say(json.dumps(values, indent=2))
         return
-    say(f"{file}: {_KINDS[told['kind']]}, {told['bytes'] / 1e6:.1f} MB")
-    if told["note"]:
-        say(f"  Note: {told['note']}")
-    for label, value in _lines(told):
+    say(f"{file}: {_KINDS[values['kind']]}, {values['bytes'] / 1e6:.1f} MB")
+    if values["note"]:
+        say(f"  Note: {values['note']}")
+    for label, value in _lines(values):
         say(f"  {label + ':':<12} {plain(value)}")
 
 
-def _told(spec: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the network is told beside x and t."""
+def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
+    """The network's conditioning inputs."""
     lines = []
     if (classes := spec.get("classes")) is not None:
         lines.append(("classes", f"{classes}, 0…{classes - 1}"))
     if spec.get("self_condition"):
-        lines.append(("conditions", "itself: it is told x̂_0 of the step before"))
+        lines.append(("takes", "x̂_0 of the step before (self-conditioning)"))
     if (channels := spec.get("condition")) is not None:
         lines.append(("condition", f"{channels} channel{'s' if channels > 1 else ''} of the image's size"))
     return lines
@@ -50,9 +50,9 @@ def _told(spec: dict[str, Any]) -> list[tuple[str, str]]:
 _KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan"}
 
 
-def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
+def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
-    if spec := told["spec"]:
+    if spec := values["spec"]:
         c, height, width = spec["shape"]
         clipped = "not clipped" if spec["clip"] is None else f"clipped to ±{spec['clip']:g}"
         schedule = f"an array of β (CRC {spec['betas']})" if "betas" in spec else spec["schedule"]
@@ -61,22 +61,24 @@ def _lines(told: dict[str, Any]) -> list[tuple[str, str]]:
             ("image", f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"),
             ("chain", f"T = {spec['timesteps']}, {schedule}{f' ({params})' if params else ''}"),
             ("predicts", f"{spec['prediction']}; variance {spec['variance']}; x̂_0 {clipped}"),
-            *_told(spec),
+            *_conditioning(spec),
             ("precision", spec["precision"]),
             ("weights", f"sha256 {spec['weights'] or 'not stated'}"),
         ]
-    if told["kind"] == "checkpoint":
-        lines.append(("checkpoint", told["checkpoint"]))
-        lines += [(name.split(".")[0], f"{count:,} numbers") for name, count in told["parameters"].items()]
-    elif told["kind"] == "onnx":
-        lines.append(("opset", str(told["opset"])))
-        lines += [("input", f"{name}: {tensor}") for name, tensor in told["inputs"].items()]
-        lines += [("output", f"{name}: {tensor}") for name, tensor in told["outputs"].items()]
-        lines += [("stored", f"{size / 1e6:.1f} MB of {kind}") for kind, size in told["weights"].items() if size > 1e4]
-        lines += [("beside it", name) for name in told["external"]]
+    if values["kind"] == "checkpoint":
+        lines.append(("checkpoint", values["checkpoint"]))
+        lines += [(name.split(".")[0], f"{count:,} parameters") for name, count in values["parameters"].items()]
+    elif values["kind"] == "onnx":
+        lines.append(("opset", str(values["opset"])))
+        lines += [("input", f"{name}: {tensor}") for name, tensor in values["inputs"].items()]
+        lines += [("output", f"{name}: {tensor}") for name, tensor in values["outputs"].items()]
+        lines += [
+            ("stored", f"{size / 1e6:.1f} MB of {kind}") for kind, size in values["weights"].items() if size > 1e4
+        ]
+        lines += [("data file", name) for name in values["external"]]
     else:
-        lines.append(("built with", f"{told['flavour']} {told['version']}"))
-        if engine := told.get("engine"):
+        lines.append(("built with", f"{values['flavour']} {values['version']}"))
+        if engine := values.get("engine"):
             smallest, best, largest = engine["batch"]
             options = ", ".join(f"{name} {value}" for name, value in engine["options"].items() if value)
             lines += [

@@ -1,4 +1,4 @@
-"""`ddpmx`: puts the commands together, and turns every DdpmxError into a message and exit code 2."""
+"""`ddpmx`: collects the commands, and turns every DdpmxError into a message and exit code 2."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """DDPMs that leave the notebook: train one, export it to ONNX, run the whole reverse chain without torch."""
@@ -52,12 +52,12 @@ def _main(
 def run() -> None:
     """The entry point.
 
-    Exit codes: 0 done, 1 parity does not hold, 2 a bad input or an output that failed, 130 and 143 stopped by a signal.
+    Exit codes: 0 done, 1 parity does not hold, 2 an error, 130 and 143 stopped by a signal.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # ᾱ on a terminal that cannot show it is no reason to fail
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that everything is tidied up
+            stream.reconfigure(errors="replace")  # do not fail on a terminal that cannot show ᾱ
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise an exception, so that cleanup runs
     try:
         app()
     except DdpmxError as error:
@@ -71,11 +71,11 @@ def run() -> None:
     except OSError as error:
         fail(DdpmxError(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except SystemExit as end:
-        sys.exit(2 if console.unheard and not end.code else end.code)
+        sys.exit(2 if console.output_failed and not end.code else end.code)
 
 
 def fail(error: DdpmxError) -> NoReturn:
-    """Say what is wrong, and leave."""
+    """Print an error, and exit with code 2."""
     complain(error)
     sys.exit(2)
 

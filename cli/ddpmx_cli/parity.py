@@ -25,15 +25,17 @@ Examples:\n
 
 
 def parity(
-    file: Annotated[Path, Argument(help="The model.onnx or model.plan to judge.")],
+    file: Annotated[Path, Argument(help="The model.onnx or model.plan to check.")],
     against: Annotated[
-        Path | None, Option(help="What PyTorch answered.  \\[default: the .parity.npz beside the file]")
+        Path | None, Option(help="The record of PyTorch's outputs.  \\[default: the .parity.npz beside the file]")
     ] = None,
-    checkpoint: Annotated[Path | None, Option(help="Ask this checkpoint instead. Needs torch.")] = None,
-    weights: Annotated[str, Option(help="ema (averaged) or raw, with --checkpoint.", metavar="NAME")] = "ema",
-    data: Annotated[Path | None, Option(help="Real images, with --checkpoint: a folder or an .npz.")] = None,
-    full: Annotated[bool, Option("--full", help="With --checkpoint: the chain of all T steps.")] = False,
-    self_test: Annotated[bool, Option("--self-test", help="Only what needs no reference.")] = False,
+    checkpoint: Annotated[Path | None, Option(help="Compare with this checkpoint instead. Needs torch.")] = None,
+    weights: Annotated[str, Option(help="With --checkpoint: ema (averaged) or raw.", metavar="NAME")] = "ema",
+    data: Annotated[
+        Path | None, Option(help="With --checkpoint: real images for the record, a folder or an .npz.")
+    ] = None,
+    full: Annotated[bool, Option("--full", help="With --checkpoint: compare the chain of all T steps.")] = False,
+    self_test: Annotated[bool, Option("--self-test", help="Make only the checks that need no record.")] = False,
     report: Annotated[
         Path | None,
         Option(
@@ -43,19 +45,19 @@ def parity(
         ),
     ] = None,
     polygraphy: Annotated[
-        bool, Option("--polygraphy", help="Have Polygraphy judge ε as well; its results are kept in the report.")
+        bool, Option("--polygraphy", help="Compare ε with Polygraphy as well; its results are kept in the report.")
     ] = False,
     provider: Annotated[
         str, Option(help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")
     ] = "cpu",
-    threads: Annotated[int, Option(help="CPU threads; 0 for as many as there are cores.")] = 0,
+    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
     trust_host_code: Annotated[
-        bool, Option("--trust-host-code", help="Load a plan that holds code for the CPU, which that runs.")
+        bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
     ] = False,
 ) -> None:
-    """Prove that a file still is the PyTorch model: ε over all t, one step, teacher-forced and free chains.
+    """Prove that a file is still the PyTorch model: ε over all t, one step, teacher-forced and free chains.
 
-    Exit code 0 if every bound of the file's precision holds, 1 if one does not, 2 if it could not be judged.
+    The exit code is 0 if every bound of the file's precision holds, 1 if one does not, 2 if the checks could not be made.
     """
     from ddpmx.backends.open import open_model
     from ddpmx.parity import report as reports
@@ -64,19 +66,19 @@ def parity(
     if sum((against is not None, checkpoint is not None, self_test)) > 1:
         raise InputError("--against, --checkpoint and --self-test exclude each other")
     if checkpoint is None and (data is not None or full):
-        raise InputError("--data and --full say how to record, and need --checkpoint")
+        raise InputError("--data and --full need --checkpoint")
     spec, backend = open_model(
         file, providers=[provider], threads=threads, trust_host_code=trust_host_code, cache=cache_folder()
     )
     try:
         reference = None
         if checkpoint is not None:
-            reference = _ask(checkpoint, weights, data, full)
+            reference = _record(checkpoint, weights, data, full)
         elif not self_test:
-            reference = _recorded(file, against)
+            reference = _load_record(file, against)
         folder = report if report is not None else file.with_suffix(".self-test" if self_test else ".report")
         reports.check_folder(folder)
-        with counting(f"judging {file.name}", unit="network calls") as progress:
+        with counting(f"checking {file.name}", unit="network calls") as progress:
             try:
                 result = run_ladder(backend, spec, reference, progress=progress)
             except NumericError as error:
@@ -85,14 +87,14 @@ def parity(
         attachments = {}
         if polygraphy:
             if reference is None:
-                raise InputError("--polygraphy compares with a reference, and --self-test has none")
-            judged, runs = _polygraphy(file, reference)
-            extra, attachments = extra | {"polygraphy": judged}, {"polygraphy.json": runs}
+                raise InputError("--polygraphy needs a reference, and --self-test has none")
+            comparison, runs = _polygraphy(file, reference)
+            extra, attachments = extra | {"polygraphy": comparison}, {"polygraphy.json": runs}
         with busy("writing the report"):
             written = reports.write(result, file, folder, extra=extra, attachments=attachments)
     finally:
         backend.close()
-    say(f"{file} on {result.ran_on}" + (f", against {told(reference)}" if reference is not None else ""))
+    say(f"{file} on {result.ran_on}" + (f", against {summary(reference)}" if reference is not None else ""))
     show(result)
     if "polygraphy" in extra:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
@@ -104,7 +106,7 @@ def parity(
 
 
 def _engine(file: Path) -> dict[str, Any] | None:
-    """What a plan is: two builds of one network differ, so a verdict is one on this file."""
+    """The record and hash of a plan, for the report: two builds of one network differ, so a verdict is about one file."""
     from ddpmx.formats import model_file, plan_file
 
     if model_file.identify(file) != "plan":
@@ -113,14 +115,14 @@ def _engine(file: Path) -> dict[str, Any] | None:
     return {"engine": {**engine.to_json(), "sha256": model_file.sha256(file)}}
 
 
-def told(reference: Reference) -> str:
-    """What a record holds."""
+def summary(reference: Reference) -> str:
+    """A record's content in a few words."""
     images = "real images" if reference.real else "images of its own"
     return f"{reference.made_with}, {len(reference.t)} timesteps of {len(reference.x0)} {images}"
 
 
 def show(report: ParityReport) -> None:
-    """Say how each check went."""
+    """Print the result of each check."""
     for check in report.checks:
         say(f"  {'—' if check.skipped else '✓' if check.passed else '✗'} {check}")
     if report.passed:
@@ -128,26 +130,26 @@ def show(report: ParityReport) -> None:
 
 
 def fail(file: Path, verdict: str) -> NoReturn:
-    """One line on standard error, and exit code 1."""
+    """Print one line on standard error, and exit with code 1."""
     typer.echo(f"{file}: {verdict}", err=True)
     raise typer.Exit(1)
 
 
-def _recorded(file: Path, against: Path | None) -> Reference:
+def _load_record(file: Path, against: Path | None) -> Reference:
     from ddpmx.parity.reference import Reference
 
     path = against if against is not None else file.with_suffix(".parity.npz")
     if not path.exists():
         raise FileFormatError(
-            f"{path}: there is no record of what PyTorch answered",
-            hint="--against FILE, or --checkpoint runs/x where torch is, or --self-test for what needs no reference",
+            f"{path}: there is no record of PyTorch's outputs",
+            hint="--against FILE, or --checkpoint runs/x with torch, or --self-test for the checks that need no record",
         )
     return Reference.load(path)
 
 
-def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Reference:
+def _record(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Reference:
     if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: there are ema and raw")
+        raise InputError(f"--weights {weights!r}: not one of ema and raw")
     try:
         with busy("loading torch"):
             from ddpm_export.proof import proof
@@ -156,7 +158,7 @@ def _ask(checkpoint: Path, weights: str, data: Path | None, full: bool) -> Refer
             "--checkpoint needs torch", note=str(error), hint="pip install torch safetensors onnx onnxscript"
         ) from error
     images = None if data is None else proof.images_for(data, checkpoint)
-    with counting("asking PyTorch", unit="network calls") as progress:
+    with counting("running PyTorch", unit="network calls") as progress:
         return proof.record_checkpoint(
             checkpoint, weights="raw" if weights == "raw" else "ema", data=images, full=full, progress=progress
         )

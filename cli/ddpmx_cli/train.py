@@ -31,10 +31,10 @@ Examples:\n
 """
 
 LOG_SECONDS = 30.0
-"""Between lines of progress, where standard error is no terminal."""
+"""Between lines of progress, if standard error is not a terminal."""
 
-_MODEL, _NETWORK, _TRAINING = "The diffusion", "The network", "The training"
-# What may be given again when a run is taken up; everything else was settled when it began.
+_MODEL, _NETWORK, _TRAINING = "Diffusion", "Network", "Training"
+# Flags that may be used with --resume; everything else is fixed when a run is started.
 _FREE = {"data", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes"}
 
 
@@ -43,42 +43,55 @@ def train(
     data: Annotated[Path | None, Option(help="Folder of images (with its subfolders), or an .npz.")] = None,
     out: Annotated[Path | None, Option(help="Folder of the run.  \\[default: runs/NAME-OF-DATA]")] = None,
     steps: Annotated[int, Option(help="Optimiser steps in all.")] = 800_000,
-    resume: Annotated[bool, Option("--resume", help="Go on where the run in --out stopped.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
     size: Annotated[
-        str | None, Option(help="Crop and resize every image to this: 64, or 64x48 (height first).")
+        str | None, Option(help="Crop and resize every image to this size: 64, or 64x48 (height first).")
     ] = None,
     channels: Annotated[int | None, Option(help="Convert every image: 1 grey, 3 RGB, 4 RGBA.")] = None,
-    timesteps: Annotated[int, Option("--timesteps", "-T", help="T.", rich_help_panel=_MODEL)] = 1000,
+    timesteps: Annotated[
+        int, Option("--timesteps", "-T", help="Number of timesteps, T.", rich_help_panel=_MODEL)
+    ] = 1000,
     schedule: Annotated[
-        str, Option(help=f"β_t: {', '.join(SCHEDULES)}.", rich_help_panel=_MODEL, metavar="NAME")
+        str, Option(help=f"Noise schedule β_t: {', '.join(SCHEDULES)}.", rich_help_panel=_MODEL, metavar="NAME")
     ] = "linear",
     prediction: Annotated[
-        str, Option(help=f"What the network answers: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME")
+        str,
+        Option(help=f"What the network predicts: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME"),
     ] = "eps",
     variance: Annotated[
         str,
-        Option(help=f"σ² of the reverse step: {', '.join(FIXED_VARIANCES)}.", rich_help_panel=_MODEL, metavar="NAME"),
+        Option(
+            help=f"Variance σ² of the reverse step: {', '.join(FIXED_VARIANCES)}.",
+            rich_help_panel=_MODEL,
+            metavar="NAME",
+        ),
     ] = "fixed_large",
     width: Annotated[int, Option(help="Channels of the first level.", rich_help_panel=_NETWORK)] = 128,
-    mult: Annotated[str, Option(help="Width of each level, in multiples.", rich_help_panel=_NETWORK)] = "1,2,2,2",
+    mult: Annotated[
+        str, Option(help="Channels of each level, as multiples of --width.", rich_help_panel=_NETWORK)
+    ] = "1,2,2,2",
     blocks: Annotated[int, Option(help="Residual blocks per level.", rich_help_panel=_NETWORK)] = 2,
-    attention: Annotated[str, Option(help="Heights in pixels that have attention.", rich_help_panel=_NETWORK)] = "16",
-    dropout: Annotated[float, Option(help="Dropout.", rich_help_panel=_NETWORK)] = 0.1,
+    attention: Annotated[
+        str, Option(help="Heights, in pixels, of the levels with attention.", rich_help_panel=_NETWORK)
+    ] = "16",
+    dropout: Annotated[float, Option(help="Dropout rate.", rich_help_panel=_NETWORK)] = 0.1,
     groups: Annotated[int, Option(help="Groups of each group norm.", rich_help_panel=_NETWORK)] = 32,
     batch: Annotated[int, Option(help="Images per step.", rich_help_panel=_TRAINING)] = 128,
     lr: Annotated[float, Option(help="Learning rate of Adam.", rich_help_panel=_TRAINING)] = 2e-4,
-    warmup: Annotated[int, Option(help="Steps until it is reached.", rich_help_panel=_TRAINING)] = 5000,
+    warmup: Annotated[int, Option(help="Steps until the learning rate is reached.", rich_help_panel=_TRAINING)] = 5000,
     grad_clip: Annotated[float, Option(help="Largest norm of the gradient.", rich_help_panel=_TRAINING)] = 1.0,
     ema: Annotated[float, Option(help="Decay of the averaged weights.", rich_help_panel=_TRAINING)] = 0.9999,
     ema_ramp: Annotated[
         bool,
         Option(
-            "--ema-ramp", help="Begin with a short average: for runs of some thousand steps.", rich_help_panel=_TRAINING
+            "--ema-ramp",
+            help="Start with a short average: for runs of a few thousand steps.",
+            rich_help_panel=_TRAINING,
         ),
     ] = False,
     flip: Annotated[bool, Option(help="Mirror half of the images.", rich_help_panel=_TRAINING)] = True,
-    seed: Annotated[int, Option(help="Of everything random.", rich_help_panel=_TRAINING)] = 0,
-    bf16: Annotated[bool, Option("--bf16", help="bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
+    seed: Annotated[int, Option(help="Seed of everything random.", rich_help_panel=_TRAINING)] = 0,
+    bf16: Annotated[bool, Option("--bf16", help="Use bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 …  \\[default: a GPU if there is one]")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of torch.")] = None,
     sample_every: Annotated[int, Option(help="Steps between grids of samples; 0 for none.")] = 1000,
@@ -86,7 +99,7 @@ def train(
 ) -> None:
     """Train a DDPM on a folder of images or an .npz.
 
-    The defaults are the paper's for CIFAR-10 (Ho, Jain, Abbeel 2020). Ctrl-C saves; --resume goes on exactly where the
+    The defaults are the paper's for CIFAR-10 (Ho, Jain, Abbeel 2020). Ctrl-C saves; --resume continues exactly where the
     run stopped.
     """  # fmt: skip
     try:
@@ -119,7 +132,7 @@ def train(
         dataset = _load(data, size=parse_size(size), channels=channels)
         c, height, width_ = dataset.shape
         with _as_flags():
-            named: dict[str, Any] = {"prediction": prediction, "variance": variance}  # checked where they are used
+            named: dict[str, Any] = {"prediction": prediction, "variance": variance}  # checked by ModelSpec
             model = ModelSpec(dataset.shape, timesteps, schedule, **named)
             network = UNetConfig(
                 in_channels=c,
@@ -141,7 +154,7 @@ def train(
 
 @contextlib.contextmanager
 def _as_flags() -> Iterator[None]:
-    """Call settings by the names of their flags."""
+    """Replace the names of settings by those of their flags in error messages."""
     names = {"channels": "--width", "multipliers": "--mult", "grad_clip": "--grad-clip"}
     try:
         yield
@@ -154,7 +167,7 @@ def _as_flags() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _memory() -> Iterator[None]:
-    """torch says by a RuntimeError that there is not enough memory."""
+    """Turn a lack of memory, which torch reports as a RuntimeError, into an InputError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -181,7 +194,7 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
     def stop(*_: object) -> None:
         nonlocal stopped
         stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
     last: Progress | None = None
     logged = time.monotonic()
@@ -209,7 +222,7 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
         say(f"step {last.step:,}: loss {last.loss:.4f}, {last.images_per_second:,.0f} images/s")
     say(f"saved {checkpoint}")
     if stopped and trainer.step < steps:
-        say(f"stopped; go on with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
+        say(f"stopped; continue with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
         raise typer.Exit(130)
     say(f"next: ddpmx export {shlex.quote(str(trainer.run))} -o model.onnx")
 
@@ -225,24 +238,24 @@ def _check_new(out: Path) -> None:
     from ddpmx.formats import model_file
 
     if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"{out}: a file stands there, and a run is a folder", hint="another --out")
+        raise InputError(f"{out}: is a file, and a run is a folder", hint="another --out")
     if model_file.checkpoints(out):
-        raise InputError(f"{out} already holds a run", hint="--resume goes on with it; another --out begins a new one")
+        raise InputError(f"{out} already holds a run", hint="--resume continues it; another --out starts a new one")
 
 
 def _resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None) -> Trainer:
     from ddpm_export.training.train import Trainer, recorded_source
 
-    given = [
+    flags = [
         f"--{name.replace('_', '-')}"
         for name in ctx.params
         if name not in _FREE and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
     ]
-    if given:
+    if flags:
         raise InputError(
-            f"{' and '.join(given)} cannot change while a run goes on",
-            note=f"{out} keeps the settings that it began with",
-            hint="leave it away, or begin a new run",
+            f"{' and '.join(flags)} cannot be changed when a run is resumed",
+            note=f"{out} keeps the settings that it was started with",
+            hint="omit it, or start a new run",
         )
     recorded = recorded_source(out)
     dataset = _load(data or recorded.path, size=recorded.size, channels=recorded.channels)

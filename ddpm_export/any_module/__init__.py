@@ -1,1 +1,1 @@
-"""Any torch module as a model file: an adapter that says how it differs, and questions put to it first."""
+"""Any torch module as a model file: an adapter for its conventions, and the checks it must pass before the export."""

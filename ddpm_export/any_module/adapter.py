@@ -1,8 +1,8 @@
-"""Somebody else's network, asked in its own way: what it calls time, its images' range, its inputs, its answer.
+"""Any network, called by its own conventions for time, range of images, inputs and output.
 
-The rest of ddpmx knows one contract: x float32 in units where images are −1…1, t int32 = 0…T−1, an answer in the same
-units. :class:`Adapter` says how a module differs from it, and :class:`Canonical` is the module with that difference
-taken away, exactly.
+The rest of ddpmx knows one contract: x float32 in units where images are −1…1, t int32 = 0…T−1, an output in the same
+units. :class:`Adapter` describes how a module differs from it, and :class:`Canonical` wraps the module so that it follows
+the contract, exactly.
 
 Images in another range. Let x_0 be an image in [−1, 1] and y_0 = a·x_0 + b the same image in theirs. If noise was added
 in their range, y_t = √ᾱ'·y_0 + √(1−ᾱ')·ε, then with c² = a²·ᾱ' + 1 − ᾱ'
@@ -12,13 +12,13 @@ in their range, y_t = √ᾱ'·y_0 + √(1−ᾱ')·ε, then with c² = a²·ᾱ
 is a diffusion too, Markov chain and all, of the same ε, with a signal a times as strong beside the noise. So such a
 network becomes one of [−1, 1] by another schedule, an array of β:
 
-    asked      y_t = c·x_t + b·√ᾱ'
+    input      y_t = c·x_t + b·√ᾱ'
     ε̂          as it is
     x̂_0        (ŷ_0 − b)/a
     v          (c/a)·v' + √ᾱ'·√(1−ᾱ')·(a − 1/a)/c · y_t + √(1−ᾱ')·b/(a·c)
 
 σ² = β̃ (``fixed_small``) is the same chain as theirs; σ² = β_t (``fixed_large``) is β of the new schedule, which is theirs
-but for a factor (c_{t−1}/c_t)². A learned variance lies between these two, and is refused.
+up to a factor (c_{t−1}/c_t)². A learned variance is between these two, and is refused.
 """
 
 from __future__ import annotations
@@ -51,26 +51,26 @@ class Adapter:
 
     Attributes:
         module: forward gives ε, x_0 or v, whichever the spec says.
-        time: what the module is told as t, [B]. ``index``: t int64; ``float``: t float32; ``fraction``: t/T float32;
+        time: what the module takes as t, [B]. ``index``: t int64; ``float``: t float32; ``fraction``: t/T float32;
             (scale, offset): scale·t + offset; a function of t float32 [T] that gives float32 [T]; or T numbers, one for
-            each t. The function is asked once, at export, for all t.
+            each t. The function is called once, at export, for all t.
         time_dims: how many dimensions t has: 1 for [B], 2 for [B, 1], and so on.
-        data_range: the least and the largest value of an image, as the module knows it.
-        diffused_in_range: whether noise was added to images of that range, so that the schedule is one of these.
-            False: noise was added in [−1, 1], and the module merely looks at a·x_t + b.
-        inputs: where x, t, y, x0_prev and cond go: a position (int) or a keyword (str). x and t are the first and the
-            second, the others keywords of these names, unless it is said here.
-        channels: what is concatenated along the channels and goes where x goes: ("x", "cond") or ("x0_prev", "x").
-        fixed: further keywords, told as they stand in every call.
+        data_range: the smallest and the largest value of an image in the module's range.
+        diffused_in_range: whether noise was added to images of that range, so that the schedule holds in that range.
+            False: noise was added in [−1, 1], and the module only takes a·x_t + b.
+        inputs: where x, t, y, x0_prev and cond go: a position (int) or a keyword (str). By default x and t are the first
+            and the second, the others keywords of these names.
+        channels: the inputs concatenated along the channels and passed as x: ("x", "cond") or ("x0_prev", "x").
+        fixed: further keywords, passed unchanged in every call.
         fixed_per_image: further keywords, tensors of one image, repeated for each image of a batch.
-        output: what of the module's answer counts: a key or an attribute (str), a position (int), or a function. By
-            default a tensor is the answer, and so is ``sample`` of an object. With a learned variance it is a tensor of
+        output: which part of the module's return value is the output: a key or an attribute (str), a position (int), or
+            a function. By default a tensor itself, or ``sample`` of an object. With a learned variance it is a tensor of
             2·C channels, or two tensors.
 
-    ``cond`` is told as it stands, in whatever range it has.
+    ``cond`` is passed unchanged, in any range.
 
     Raises:
-        InputError: one of these contradicts itself.
+        InputError: the attributes contradict each other, or one is out of its range.
     """
 
     module: nn.Module
@@ -85,7 +85,7 @@ class Adapter:
     output: str | int | Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        """Check what needs no spec."""
+        """Check all that does not depend on the spec."""
         if not isinstance(self.module, nn.Module):
             raise InputError(f"the network must be a torch.nn.Module, not {type(self.module).__name__}")
         if isinstance(self.time, str) and self.time not in TIMES:
@@ -109,10 +109,10 @@ class Adapter:
         ):
             raise InputError(f"channels must hold x, and may hold x0_prev and cond, each once, not {self.channels!r}")
         if twice := sorted(set(self.channels) - {"x"} & set(self.inputs)):
-            raise InputError(f"{', '.join(twice)} cannot be concatenated and be an input of its own")
+            raise InputError(f"{', '.join(twice)} cannot be both concatenated and a separate input")
         places: list[int | str] = [*self._places(INPUTS).values(), *self.fixed, *self.fixed_per_image]
-        if twice_told := sorted({str(place) for place in places if places.count(place) > 1}):
-            raise InputError(f"two inputs go to the same place: {', '.join(twice_told)}")
+        if shared := sorted({str(place) for place in places if places.count(place) > 1}):
+            raise InputError(f"two inputs go to the same place: {', '.join(shared)}")
         positions = sorted(place for place in places if isinstance(place, int))
         if positions != list(range(len(positions))):
             raise InputError(
@@ -134,18 +134,22 @@ class Adapter:
         a, b = self.scale
         if (a, b) == (1.0, 0.0):
             return spec
-        said = f"data_range is ({self.data_range[0]:g}, {self.data_range[1]:g})"
+        declared = f"data_range is ({self.data_range[0]:g}, {self.data_range[1]:g})"
         if spec.self_condition and b != 0:
             raise InputError(
-                f"{said}, and the network is told its own x̂_0",
-                note="at first that is 0, which in another range is another image than 0 in [−1, 1]",
+                f"{declared}, and the network takes its own x̂_0: this is not supported",
+                note="x0_prev is 0 at first, which is another image in that range than in [−1, 1]",
             )
         if not self.diffused_in_range:
             if spec.prediction == "v":
-                raise InputError(f"{said}, noise was added in [−1, 1], and v could be of either: this is not supported")
+                raise InputError(
+                    f"{declared}, noise was added in [−1, 1], and v could be in either range: this is not supported"
+                )
             return spec
         if spec.variance == "learned_range":
-            raise InputError(f"{said}, and its learned variance lies between two that depend on the range")
+            raise InputError(
+                f"{declared}, and the bounds of a learned variance depend on the range: this is not supported"
+            )
         if a == 1.0:
             return spec
         theirs = spec.make_schedule()
@@ -153,20 +157,20 @@ class Adapter:
         return spec.replace(schedule=BETAS, schedule_params={}, betas=np.minimum(betas, 1.0))
 
     def network(self, spec: ModelSpec) -> Canonical:
-        """The module by ddpmx's contract. It shares its weights with :attr:`module`.
+        """The module with ddpmx's contract. It shares its weights with :attr:`module`.
 
         Args:
-            spec: what the module is, its schedule in its own range. What the file will say is :meth:`spec_of`.
+            spec: of the module, its schedule in its own range. The spec of the file is :meth:`spec_of`.
 
         Raises:
             InputError: the spec and the adapter do not fit together.
         """
         for name in self.channels:
             if name != "x" and name not in spec.conditioning_shapes:
-                raise InputError(f"channels speak of {name}, and the spec does not", hint=_spec_hint(name))
+                raise InputError(f"channels name {name}, but the spec has no such input", hint=_spec_hint(name))
         for name in set(self.inputs) - {"x", "t"}:
             if name not in spec.conditioning_shapes:
-                raise InputError(f"inputs speak of {name}, and the spec does not", hint=_spec_hint(name))
+                raise InputError(f"inputs name {name}, but the spec has no such input", hint=_spec_hint(name))
         self.spec_of(spec)
         return Canonical(self, spec)
 
@@ -180,7 +184,7 @@ class Adapter:
 
 
 class Canonical(nn.Module):
-    """forward(x, t, y, x0_prev, cond) by ddpmx's contract → the answer, or (answer, var). See :class:`Adapter`."""
+    """forward(x, t, y, x0_prev, cond) by ddpmx's contract → the prediction, or (prediction, var). See :class:`Adapter`."""
 
     def __init__(self, adapter: Adapter, spec: ModelSpec) -> None:
         super().__init__()
@@ -202,7 +206,7 @@ class Canonical(nn.Module):
         self.register_buffer("ranges", self._range_table(spec.make_schedule()) if self._diffused else None)
 
     def _table(self, spec: ModelSpec) -> Tensor:
-        """What the module is told for each t, float32 [T, 1]."""
+        """The module's time for each t, float32 [T, 1]."""
         t, time = torch.arange(spec.timesteps, dtype=torch.float32), self._time
         try:
             if isinstance(time, str):
@@ -216,7 +220,7 @@ class Canonical(nn.Module):
                 values = time
             table = torch.as_tensor(values).detach().to("cpu", torch.float32).clone()
         except Exception as error:  # a function of the user's may raise anything
-            raise InputError("time: no numbers", note=f"{type(error).__name__}: {str(error)[:200]}") from error
+            raise InputError("time: not numbers", note=f"{type(error).__name__}: {str(error)[:200]}") from error
         if table.shape != t.shape or not bool(table.isfinite().all()):
             raise InputError(
                 f"time must give one finite number for each of {len(t)} t",
@@ -225,7 +229,7 @@ class Canonical(nn.Module):
         return table[:, None]
 
     def _range_table(self, theirs: Schedule) -> Tensor:
-        """c, b·√ᾱ', and what v takes of v', y and 1; float32 [T, 5]."""
+        """c, b·√ᾱ', and the factors of v', y and 1 in v; float32 [T, 5]."""
         a, b, c = self._a, self._b, _c(theirs, self._a)
         signal, noise = np.sqrt(theirs.alpha_bar), np.sqrt(theirs.one_minus_alpha_bar)
         columns = [c, b * signal, c / a, signal * noise * (a - 1 / a) / c, noise * b / (a * c)]
@@ -249,27 +253,27 @@ class Canonical(nn.Module):
             theirs = self._a * x + self._b
         if x0_prev is not None and self._a != 1:
             x0_prev = self._a * x0_prev
-        told = {"x": theirs, "t": self._told_time(t), "x0_prev": x0_prev, "cond": cond}
-        told["y"] = None if y is None else y.to(torch.int64)
+        inputs = {"x": theirs, "t": self._module_time(t), "x0_prev": x0_prev, "cond": cond}
+        inputs["y"] = None if y is None else y.to(torch.int64)
         if self._channels != ("x",):
-            told["x"] = torch.cat([part for name in self._channels if (part := told[name]) is not None], dim=1)
-        places = {place: told[name] for name, place in self._places.items()}
+            inputs["x"] = torch.cat([part for name in self._channels if (part := inputs[name]) is not None], dim=1)
+        places = {place: inputs[name] for name, place in self._places.items()}
         positions = [places[place] for place in sorted(place for place in places if isinstance(place, int))]
         keywords = {place: value for place, value in places.items() if isinstance(place, str)}
         each = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in self._each.items()}
         out = self._picked(self.module(*positions, **keywords, **self._fixed, **self._whole.items_of(), **each))
         if self._learned:
-            answer, var = out if isinstance(out, (tuple, list)) else out.chunk(2, dim=1)
-            return (self._in_our_units(answer, theirs, row), var)
-        answer = self._in_our_units(out, theirs, row)
-        return answer
+            prediction, var = out if isinstance(out, (tuple, list)) else out.chunk(2, dim=1)
+            return (self._in_our_units(prediction, theirs, row), var)
+        prediction = self._in_our_units(out, theirs, row)
+        return prediction
 
-    def _told_time(self, t: Tensor) -> Tensor:
+    def _module_time(self, t: Tensor) -> Tensor:
         if self.times is not None:
-            told = F.embedding(t, self.times)[:, 0]
+            time = F.embedding(t, self.times)[:, 0]
         else:
-            told = t.to(torch.int64 if self._time == "index" else torch.float32)
-        return told.reshape(-1, *[1] * (self._time_dims - 1)) if self._time_dims > 1 else told
+            time = t.to(torch.int64 if self._time == "index" else torch.float32)
+        return time.reshape(-1, *[1] * (self._time_dims - 1)) if self._time_dims > 1 else time
 
     def _in_our_units(self, out: Tensor, theirs: Tensor, row: Sequence[Tensor] | None) -> Tensor:
         if not self._ranged or self._prediction == "eps":
@@ -280,7 +284,7 @@ class Canonical(nn.Module):
         return row[2] * out + row[3] * theirs + row[4]
 
     def _picked(self, out: Any) -> Any:
-        """The tensor, or with a learned variance the two, that the module's answer holds."""
+        """The tensor, or with a learned variance the two, in the module's return value."""
         which = self._output
         try:
             if isinstance(which, str):
@@ -296,18 +300,18 @@ class Canonical(nn.Module):
             elif isinstance(out, (tuple, list)) and len(out) == 1:
                 out = out[0]
         except (LookupError, AttributeError, TypeError) as error:
-            raise InputError(f"the module's answer has no {which!r}", note=f"it is {_kind(out)}") from error
+            raise InputError(f"the module's output has no {which!r}", note=f"it is {_kind(out)}") from error
         pair = self._learned and isinstance(out, (tuple, list)) and len(out) == 2
         if not all(isinstance(part, Tensor) for part in (out if pair else [out])):
             raise InputError(
-                f"the module answers {_kind(out)}, and not a tensor",
-                hint='Adapter(…, output=0), or "sample", or a function, says which part of it is the answer',
+                f"the module returns {_kind(out)}, not a tensor",
+                hint='choose the part that is the output: Adapter(…, output=0), or "sample", or a function',
             )
         return out
 
 
 class _Tensors(nn.Module):
-    """Named tensors that move, and are hashed, with the module."""
+    """Named tensors as buffers, so that they move, and are hashed, with the module."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__()
@@ -316,11 +320,11 @@ class _Tensors(nn.Module):
             self.register_buffer(f"of{i}", values[name].detach())
 
     def items_of(self) -> dict[str, Tensor]:
-        """All of them."""
+        """The tensors by name."""
         return {name: self.get_buffer(f"of{i}") for i, name in enumerate(self._names)}
 
     def items(self) -> list[tuple[str, Tensor]]:
-        """Each with a dimension for the batch in front."""
+        """The tensors by name, each with a batch dimension in front."""
         return [(name, value[None]) for name, value in self.items_of().items()]
 
 
@@ -334,7 +338,7 @@ def _kind(out: object) -> str:
     if isinstance(out, Mapping):
         return f"{type(out).__name__} with {', '.join(map(str, out))}"[:200]
     if isinstance(out, (tuple, list)):
-        return f"{len(out)} things ({', '.join(type(part).__name__ for part in out)})"[:200]
+        return f"{len(out)} items ({', '.join(type(part).__name__ for part in out)})"[:200]
     return f"a {type(out).__name__}"
 
 

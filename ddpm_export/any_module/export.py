@@ -1,4 +1,4 @@
-"""Any torch module → model.onnx, proved like a checkpoint's.
+"""Any torch module → model.onnx, checked by the same ladder as a checkpoint's.
 
 from ddpm_export import Adapter, export
 from ddpmx.formats.spec import ModelSpec
@@ -42,13 +42,13 @@ from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """What :func:`export` made.
+    """The result of :func:`export`.
 
     Attributes:
-        spec: what the file says about itself, in units of [−1, 1].
+        spec: of the file, in units of [−1, 1].
         file: the ONNX file.
-        record: what the module answered, beside it, or None if nothing was recorded.
-        report: the checks of the ladder, or None if no parity was asked for.
+        record: the file with the module's outputs, beside it, or None if nothing was recorded.
+        report: the checks of the ladder, or None without parity.
         halved: paths of the layers that compute in half precision; all others are float32.
     """
 
@@ -60,12 +60,12 @@ class Exported:
 
     @property
     def passed(self) -> bool:
-        """Whether every check of the ladder holds. False if no parity was asked for."""
+        """Whether every check of the ladder passed. False without parity."""
         return self.report is not None and self.report.passed
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The verdict of the ladder, in one line."""
         return "NOT VERIFIED: nothing was recorded" if self.report is None else self.report.verdict
 
 
@@ -80,28 +80,28 @@ def export(
     full: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
-    """Export a module, and hold the file against it.
+    """Export a module, and check the file against it.
 
     Args:
         module: called as module(x, t) with x float32 [B, C, H, W] in [−1, 1] and t int64 [B]; for any other convention
             an :class:`~ddpm_export.any_module.adapter.Adapter`. In eval mode, float32. A copy on the CPU is used.
-        spec: what it is: shape, T, schedule (in the module's own range), what it predicts, its variance. Its precision
-            and weights are filled in. :func:`spec_from_arrays` makes one of an array of β or ᾱ.
+        spec: shape, T, schedule (in the module's own range), prediction, variance. Its precision and weights are filled
+            in. :func:`spec_from_arrays` makes one from an array of β or ᾱ.
         output: the file to write. It appears only when it is whole. The record goes beside it, as model.parity.npz.
         precision: ``fp32``; or ``fp16`` or ``bf16`` in the layers that :mod:`ddpm_export.any_module.half` chooses.
-        parity: record what the module answers and check the file against it, in ONNX Runtime on the CPU.
-        data: uint8 [N, H, W, C], real images to judge on.
-        full: judge the chain of all T steps instead of a short one.
+        parity: record the module's outputs and check the file against them, in ONNX Runtime on the CPU.
+        data: uint8 [N, H, W, C], real images for the checks.
+        full: check the chain of all T steps instead of a short one.
         progress: called with (network calls done, network calls in all) of the recording, then of the ladder.
 
     Returns:
-        The spec and the verdict. A file that failed is kept, for whoever wants to see why: look at ``passed``.
+        The spec and the verdict. A file that failed is kept, so that it can be examined: see ``passed``.
 
     Raises:
-        InputError: the module cannot be what the spec says, see :func:`ddpm_export.any_module.probes.probe`; or it has no
+        InputError: the module does not fit the spec, see :func:`ddpm_export.any_module.probes.probe`; or it has no
             layer that may compute in half.
-        BackendError: it fails, or torch cannot trace it: where, and what to do about it.
-        NumericError: weights or answers are not finite.
+        BackendError: it fails, or torch cannot trace it; the error says where, and what to do about it.
+        NumericError: weights or outputs are not finite.
         SpecError: the spec does not fit together.
         OutputError: the file cannot be written.
     """
@@ -110,30 +110,30 @@ def export(
     output = Path(output)
     check_output(output)
     adapter = module if isinstance(module, Adapter) else Adapter(module)
-    network, told = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
-    with _one_path():
-        probes.probe(network, told)
-        told = told.replace(weights=weights_hash(network.state_dict()), precision=precision)
-        ready, halved = (network, []) if precision == "fp32" else _halved(network, told, precision)
-        told = _write(ready, told, output, precision)
+    network, ours = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
+    with _without_fast_path():
+        probes.probe(network, ours)
+        ours = ours.replace(weights=weights_hash(network.state_dict()), precision=precision)
+        ready, halved = (network, []) if precision == "fp32" else _halved(network, ours, precision)
+        ours = _write(ready, ours, output, precision)
         if not parity:
-            return Exported(told, output, None, None, tuple(halved))
-        steps = None if full else short_chain(told.shape)
-        reference = record(network, told, data=data, steps=steps, progress=progress)
+            return Exported(ours, output, None, None, tuple(halved))
+        steps = None if full else short_chain(ours.shape)
+        reference = record(network, ours, data=data, steps=steps, progress=progress)
         beside = output.with_suffix(".parity.npz")
         reference.save(beside)
         backend: Backend
-        if precision == "bf16":  # ONNX Runtime has none on a CPU
+        if precision == "bf16":  # ONNX Runtime does not have it on a CPU
             backend = ModuleInstead(to_precision(ready, precision))
         else:
             _, backend = open_model(output)
         try:
-            report = run_ladder(backend, told, reference, progress=progress)
+            report = run_ladder(backend, ours, reference, progress=progress)
         except NumericError as error:
-            report = not_finite(backend, told, reference, error)
+            report = not_finite(backend, ours, reference, error)
         finally:
             backend.close()
-    return Exported(told, output, beside, report, tuple(halved))
+    return Exported(ours, output, beside, report, tuple(halved))
 
 
 def spec_from_arrays(
@@ -143,7 +143,7 @@ def spec_from_arrays(
     alpha_bar: Sequence[float] | NDArray[Any] | torch.Tensor | None = None,
     **fields: Any,
 ) -> ModelSpec:
-    """A spec whose schedule is an array of β_t, or of ᾱ_t = Π(1 − β), t = 0…T−1, and no formula.
+    """A spec whose schedule is an array of β_t, or of ᾱ_t = Π(1 − β), t = 0…T−1, instead of a formula.
 
     Args:
         shape: (C, H, W).
@@ -151,7 +151,7 @@ def spec_from_arrays(
         fields: any other field of :class:`~ddpmx.formats.spec.ModelSpec`.
 
     Raises:
-        InputError: none or both, or no schedule.
+        InputError: none or both are set, or the numbers are not a schedule.
         SpecError: the fields do not fit together.
     """
     if (betas is None) == (alpha_bar is None):
@@ -162,28 +162,28 @@ def spec_from_arrays(
         raise InputError("a schedule is an array of numbers", note=str(error)[:200]) from error
     schedule = Schedule.from_betas(array) if alpha_bar is None else Schedule.from_alpha_bar(array)
     if clash := sorted({"timesteps", "schedule", "schedule_params"} & fields.keys()):
-        raise SpecError(f"{', '.join(clash)}: the array says that")
+        raise SpecError(f"{', '.join(clash)}: already determined by the array")
     c, height, width = shape
     return ModelSpec((c, height, width), timesteps=len(schedule), schedule=BETAS, betas=schedule.betas, **fields)
 
 
 def _on_cpu(network: Canonical) -> Canonical:
-    """A copy that is the export's own."""
+    """A copy on the CPU for the export alone."""
     probes.check_mode(network)
     try:
-        # eval: what einops calls a layer forgets its mode when it is copied
+        # eval() again: einops' layers lose their mode when they are copied
         return copy.deepcopy(network).to("cpu").requires_grad_(False).eval()
-    except Exception as error:  # what a foreign module's copy may raise
+    except Exception as error:  # copying a foreign module may raise anything
         raise InputError(
             "the module cannot be copied",
             note=where.last_words(error),
-            hint="torch.nn.utils.remove_weight_norm, or whatever else keeps computed tensors in it",
+            hint="remove what keeps computed tensors in it, as with torch.nn.utils.remove_weight_norm",
         ) from error
 
 
 @contextmanager
-def _one_path() -> Iterator[None]:
-    """torch's attention has a second way through it, which depends on who looks on; and a trace takes the first."""
+def _without_fast_path() -> Iterator[None]:
+    """Turn off the fast path of torch's attention: it is taken depending on dispatch modes, and never in a trace."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -193,31 +193,31 @@ def _one_path() -> Iterator[None]:
 
 
 def _halved(network: Canonical, spec: ModelSpec, precision: Precision) -> tuple[Canonical, list[str]]:
-    """A copy whose layers are marked for half precision, and their paths; seen to live with it."""
-    ready, told = copy.deepcopy(network), probes.questions(spec)
-    halved = half.mark(ready, lambda: probes.ask(ready, told))
+    """A copy whose layers are marked for half precision, and their paths; checked to run in that precision."""
+    ready, inputs = copy.deepcopy(network), probes.example_inputs(spec)
+    halved = half.mark(ready, lambda: probes.run(ready, inputs))
     if not halved:
         raise InputError(
             f"no layer of this module may compute in {precision}",
             note="only plain convolutions and linear layers with weights of their own, between the first and the "
-            "last, asked about more than one position of an image, within half's range",
+            "last, applied to more than one position of an image, within half's range",
             hint="export it in fp32",
         )
     try:
-        answer = probes.ask(to_precision(ready, precision), told)
+        out = probes.run(to_precision(ready, precision), inputs)
     except BackendError as error:
         raise InputError(
             f"the module does not work with layers in {precision}: {error.fact}",
             note=error.note,
             hint="it uses a layer's weights outside that layer; export it in fp32",
         ) from error
-    if not bool(answer.isfinite().all()):
-        raise NumericError(f"in {precision} the module's answer is not finite", hint="export it in fp32")
+    if not bool(out.isfinite().all()):
+        raise NumericError(f"in {precision} the module's output is not finite", hint="export it in fp32")
     return ready, [name.removeprefix("module.") for name in halved]
 
 
 def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> ModelSpec:
-    """Write the file; it is at its place only if it takes batches of any size."""
+    """Write the file; it is moved to its place only if it takes batches of any size."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         file = Path(folder) / output.name
         try:
@@ -227,17 +227,17 @@ def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision
         graph = onnx.load(file, load_external_data=False).graph
         if any(not value.type.tensor_type.shape.dim[0].dim_param for value in graph.input):
             raise BackendError(
-                "torch traced this module for a batch of two images alone",
-                note="it goes through the images one by one, or uses the batch's size as a number",
-                hint="no `for` over x.shape[0], no int(x.shape[0]), no size of the batch written out",
+                "torch traced this module for a batch of exactly two images",
+                note="it loops over the images, or uses the batch size as a Python number",
+                hint="avoid `for` over x.shape[0], int(x.shape[0]), and a literal batch size",
             )
         os.replace(file, output)
     return spec
 
 
 def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> BackendError:
-    """Say where the exporter stopped, by tracing once more without turning the trace into ONNX."""
-    told = probes.questions(spec, rows=2)
+    """The error with the place where the exporter stopped, found by tracing once more without conversion to ONNX."""
+    inputs = probes.example_inputs(spec, rows=2)
     batch = torch.export.Dim("batch", min=1)
     cause: BaseException = error.__cause__ or error
     at = None
@@ -246,24 +246,24 @@ def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> Back
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 network.eval(),
-                (told.pop("x"), told.pop("t")),
-                kwargs=told,
+                (inputs.pop("x"), inputs.pop("t")),
+                kwargs=inputs,
                 dynamic_shapes={name: {0: batch} for name in spec.inputs},
                 strict=False,
             ).run_decompositions()
-    except Exception as again:  # torch raises what it likes
+    except Exception as again:  # torch can raise anything
         cause, at = again, where.place(again, network)
         stage = "torch cannot trace this module"
     else:
         names = where.operators(cause)
         at = where.operator_place(names, program.graph)
-        line = probes.first_call(network, probes.questions(spec), names)
+        line = probes.first_call(network, probes.example_inputs(spec), names)
         if at is not None and line is not None and line not in at:
             at = f"{at}, and there at {line}"
-        stage = "this module has no form in ONNX"
-    at = at or where.told_place(cause)
+        stage = "this module cannot be expressed in ONNX"
+    at = at or where.place_in_messages(cause)
     return BackendError(
         f"{stage}: it stops at {at}" if at else stage,
         note=where.last_words(cause),
-        hint=where.hint(cause) or "try it once more, or write that line with plainer operators",
+        hint=where.hint(cause) or "try again, or write that line with simpler operators",
     )

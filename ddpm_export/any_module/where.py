@@ -1,4 +1,4 @@
-"""Where in somebody else's module something happened: the module's path, the line of source, the last words."""
+"""Where in a foreign module something happened: the submodule's path, the line of source, the error's message."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ HINTS = (
      "the module fixes the size of the batch: use x.shape[0], never a number"),
     (r"size mismatch|must match|expected input.*channels|shapes cannot be multiplied|Sizes of tensors",
      "see the spec's shape, Adapter(channels=…, inputs=…) and time_dims"),
-    (r"unexpected keyword|positional argument|missing .* required", "Adapter(inputs={…}, fixed={…}) says how it is called"),
+    (r"unexpected keyword|positional argument|missing .* required", "Adapter(inputs={…}, fixed={…}) sets how it is called"),
     (r"No decompositions|No ONNX function|Unsupported|DispatchError|not.*implemented.*ONNX|ConversionError",
      "ONNX has no such operator: write it with others, for instance as a convolution or a matrix product"),
 )  # fmt: skip
-"""What is known to go wrong, by torch's words for it."""
+"""Hints for known failures, by a pattern of torch's message."""
 
 
 def is_theirs(filename: str) -> bool:
-    """Whether a file of source belongs neither to torch nor to the export."""
+    """Whether a source file is neither torch's nor the export's own."""
     return not filename.startswith(("<", *_NOT_THEIRS)) and os.path.abspath(filename) not in _OWN
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An exception and those that it came from, the first cause last."""
+    """An exception and its causes, the first cause last."""
     seen: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in seen:
@@ -62,14 +62,14 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def place(error: BaseException, root: nn.Module) -> str | None:
-    """ "down.0.attention, net.py:12 in forward: `h = …`", of the innermost line that is the module's own."""
+    """Path and line of the innermost call in the module's own code: "down.0.attention, net.py:12 in forward: `h = …`"."""
     paths = {id(module): name for name, module in root.named_modules()}
     for one in reversed(list(chain(error))):
         path, line = None, None
         for frame, number in traceback.walk_tb(one.__traceback__):
             if not is_theirs(frame.f_code.co_filename):
                 continue
-            first = next(iter(frame.f_code.co_varnames), "")  # "self", by whatever name
+            first = next(iter(frame.f_code.co_varnames), "")  # "self", under any name
             if (known := paths.get(id(frame.f_locals.get(first)))) is not None:
                 path, line = known, source(frame, number)
             elif path is not None:
@@ -80,7 +80,7 @@ def place(error: BaseException, root: nn.Module) -> str | None:
 
 
 def source(frame: FrameType, number: int) -> str:
-    """ "net.py:12 in forward: `h = …`"."""
+    """The line of a frame: "net.py:12 in forward: `h = …`"."""
     return _line(frame.f_code.co_filename, number, frame.f_code.co_name)
 
 
@@ -92,21 +92,21 @@ def here() -> str:
     return "an unknown place"
 
 
-def told_place(error: BaseException) -> str | None:
-    """The last place that the messages themselves name, where the converter carries torch's stack as text."""
+def place_in_messages(error: BaseException) -> str | None:
+    """The last place named in the error messages: the converter's hold torch's stack as text."""
     text = "\n".join(str(one) for one in chain(error))
-    found = [hit for hit in re.findall(r'File "([^"\n]+)", line (\d+), in (\w+)', text) if is_theirs(hit[0])]
-    return _line(found[-1][0], int(found[-1][1]), found[-1][2]) if found else None
+    hits = [hit for hit in re.findall(r'File "([^"\n]+)", line (\d+), in (\w+)', text) if is_theirs(hit[0])]
+    return _line(hits[-1][0], int(hits[-1][1]), hits[-1][2]) if hits else None
 
 
 def operators(error: BaseException) -> set[str]:
-    """The operators that the messages say have no form in ONNX: "aten.linalg_eig"."""
+    """The operators for which the messages say that ONNX has none: "aten.linalg_eig"."""
     text = "\n".join(str(one) for one in chain(error))
     return set(re.findall(r"found for <OpOverload\(op='([\w.]+)'", text))
 
 
 def operator_place(names: set[str], graph: torch.fx.Graph) -> str | None:
-    """The module that calls one of these operators, and the line of its ``forward``, by what the trace remembers."""
+    """The module that calls one of these operators, and the line of its ``forward``, from the trace's stack traces."""
     for node in graph.nodes:
         if node.op != "call_function" or operator(node.target) not in names:
             continue
@@ -120,7 +120,7 @@ def operator_place(names: set[str], graph: torch.fx.Graph) -> str | None:
 
 
 def operator(target: object) -> str:
-    """Its name without the overload: "aten.linalg_eig"."""
+    """The name of an operator without its overload: "aten.linalg_eig"."""
     return ".".join(str(target).split(".")[:2])
 
 
@@ -130,7 +130,7 @@ def _path(name: str) -> str:
 
 
 def last_words(error: BaseException) -> str:
-    """The first cause, by its type and the last line that says something."""
+    """Type and message of the first cause; of a long message, the line that names an error."""
     for one in reversed(list(chain(error))):
         lines = [line.strip() for line in str(one).splitlines() if line.strip()]
         if lines:
@@ -142,9 +142,9 @@ def last_words(error: BaseException) -> str:
 
 
 def hint(error: BaseException) -> str | None:
-    """What to do about it, if that is known."""
+    """What to do about the error, None if that is not known."""
     text = "\n".join(f"{type(one).__name__}: {one}" for one in chain(error))
-    return next((said for pattern, said in HINTS if re.search(pattern, text)), None)
+    return next((advice for pattern, advice in HINTS if re.search(pattern, text)), None)
 
 
 def _line(filename: str, number: int, function: str) -> str:

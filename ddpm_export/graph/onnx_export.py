@@ -1,9 +1,9 @@
-"""checkpoint → model.onnx: one strongly typed, self-describing file.
+"""Checkpoint → model.onnx: one strongly typed, self-describing file.
 
 The graph's contract: x float32 [batch, C, H, W] and t int32 [batch] → a float32 output named by what it predicts; with
 classes, self-conditioning or a condition also y int32 [batch], x0_prev and cond float32 [batch, ·, H, W]; with a learned
 variance a second output var.
-Precision is baked into the graph, since TensorRT 11 knows no precision flags: fp16 means half-precision convolutions,
+Precision is part of the graph, since TensorRT 11 has no precision flags: fp16 means half-precision convolutions,
 attention products and activations, with float32 kept around every norm and softmax, in the time path and in the first
 and last convolution.
 """
@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnx
-import onnxscript  # noqa: F401 - torch asks for it only in the middle of an export
+import onnxscript  # noqa: F401 - torch imports it only in the middle of an export
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,11 +38,11 @@ from ddpmx.formats.onnx_file import metadata
 from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, input_type
 
 OPSET = 20
-"""The newest that TensorRT 10.3 parses. Newer opsets also bring group norm and attention as single operators, which
+"""The newest opset that TensorRT 10.3 parses. Newer ones also have group norm and attention as single operators, which
 some TensorRT versions refuse or compute wrongly."""
 
 BF16_OPSET = 22
-"""The first in which convolutions and norms take bfloat16. TensorRT 10.3 does not know it, and has no use for the file."""
+"""The first opset in which convolutions and norms take bfloat16. TensorRT 10.3 does not have it, so cannot use the file."""
 
 MAX_PROTOBUF_BYTES = 2**31 - 1
 
@@ -69,11 +69,11 @@ class TimeTable(nn.Module):
 def to_precision(network: Network, precision: Precision) -> Network:
     """A copy of the network that computes in ``precision`` inside; its inputs and outputs stay float32.
 
-    Halved are those parts of each module that its class names in ``HALVED``. All others stay as they are: norms,
-    softmax, the time path, the first and the last layer.
+    The parts that a module's class names in ``HALVED`` are cast. All others stay as they are: norms, softmax, the time
+    path, the first and the last layer.
 
     Raises:
-        InputError: an unknown precision, or one that this network has no parts for.
+        InputError: an unknown precision, or no class of the network names parts.
     """
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
@@ -82,7 +82,7 @@ def to_precision(network: Network, precision: Precision) -> Network:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
         halved = [getattr(module, part) for module in network.modules() for part in getattr(module, "HALVED", ())]
         if not halved:
-            raise InputError(f"this network does not say which of its parts may compute in {precision}")
+            raise InputError(f"this network does not define which of its parts may compute in {precision}")
         for part in halved:
             part.to(dtype)
     return network
@@ -101,15 +101,15 @@ def export(
     Args:
         path: the checkpoint's or the run's folder.
         output: the file to write. It appears only when it is whole.
-        precision: ``fp32`` or ``fp16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``.
         weights: ``ema`` (averaged) or ``raw``.
         time_table: store what depends on t alone as one table instead of computing it.
 
     Returns:
-        What the file says about itself.
+        The spec in the file.
 
     Raises:
-        DdpmxError: the checkpoint cannot be read, or the file not be written.
+        DdpmxError: the checkpoint cannot be read, or the file cannot be written.
     """
     output = Path(output)
     check_output(output)
@@ -120,13 +120,13 @@ def export(
 
 
 def check_output(output: Path) -> None:
-    """See that an ONNX file can be written there, before anything takes long.
+    """Check that an ONNX file can be written there, before anything takes long.
 
     Raises:
-        OutputError, InputError: it cannot, or something else stands there.
+        OutputError, InputError: it cannot, or something else is there.
     """
     if output.is_dir():
-        raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.onnx'}")
+        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.onnx'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
     if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
@@ -145,13 +145,15 @@ def export_network(
     """Export a network in memory; see :func:`export`.
 
     Args:
-        network: called with x, t and, by name, with those of y, x0_prev and cond that the spec speaks of.
-        spec: what it is.
+        network: called with x, t and, by name, with the spec's conditioning inputs among y, x0_prev and cond.
+        spec: of the network.
         output, precision, time_table: as for :func:`export`.
 
     Raises:
         SpecError: the spec describes another network.
-        InputError: a precision or a table that this network cannot have.
+        InputError: a precision or a time table that this network cannot have.
+        BackendError: torch cannot export the network, or only for a fixed batch size.
+        OutputError: the file is too large, or cannot be written.
     """
     spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
     if isinstance(network, (UNet, LucidrainsUNet)):
@@ -159,24 +161,24 @@ def export_network(
     network = to_precision(network, precision)
     if time_table:
         if not isinstance(network, (UNet, LucidrainsUNet)):
-            raise InputError("only a U-Net that ddpmx knows can have a time table")
+            raise InputError("only ddpmx's own U-Nets can have a time table")
         if getattr(network.config, "classes", None) is not None:
             raise InputError(
                 "a network with classes cannot have a time table",
-                note="what its blocks use depends on the class as well as on t",
-                hint="export it without",
+                note="the vectors of its blocks depend on the class as well as on t",
+                hint="export it without a time table",
             )
         network.time = TimeTable(network.time, spec.timesteps)
     model = _trace(network, spec)
     if any(not value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
         raise BackendError(
-            "torch traced this network for a batch of two images alone",
-            hint="somewhere in it the batch is a number of Python's: use x.shape[0] as it is, or -1",
+            "torch traced this network for a batch of exactly two images",
+            hint="somewhere in it the batch size is a Python number: use x.shape[0] as it is, or -1",
         )
     _clean(model)
     if precision == "bf16":
-        # Traced as opset 20, where norms and attention come apart into plain operators. From there to 22 these operators
-        # only learnt new types; the checker below says if that should cease to be so.
+        # Traced as opset 20, where norms and attention are decomposed into plain operators. From there to 22 these
+        # operators only gained types; the checker below fails if that should change.
         model.opset_import[0].version = BF16_OPSET
     onnx.helper.set_model_props(model, metadata(spec))
     if model.ByteSize() > MAX_PROTOBUF_BYTES:
@@ -189,7 +191,7 @@ def export_network(
 
 def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     batch = torch.export.Dim("batch", min=1)
-    inputs = {  # two images, since torch.export takes a batch of one for a constant
+    inputs = {  # two images, since torch.export treats a batch of one as a constant
         name: torch.zeros(2, *dims, dtype=torch.int32 if input_type(name) is np.int32 else torch.float32)
         for name, dims in spec.inputs.items()
     }
@@ -211,9 +213,9 @@ def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
                 external_data=False,
                 verbose=False,
             )
-    except Exception as error:  # torch raises what it likes, and trips over its own imports if one is interrupted
+    except Exception as error:  # torch can raise anything, and its own imports fail after one was interrupted
         raise BackendError(
-            "torch could not export this network", note=str(error).strip()[:300], hint="try it once more"
+            "torch could not export this network", note=str(error).strip()[:300], hint="try again"
         ) from error
     finally:
         logger.setLevel(level)
@@ -222,7 +224,7 @@ def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 
 def _clean(model: onnx.ModelProto) -> None:
-    """Take out what torch writes about where it was run: stack traces with paths, class names, its own metadata."""
+    """Remove what torch writes about the machine it ran on: stack traces with paths, class names, its own metadata."""
     model.producer_name, model.producer_version, model.doc_string = "ddpmx", ddpmx.__version__, ""
     del model.metadata_props[:]
     graph = model.graph

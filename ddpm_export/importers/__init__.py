@@ -1,1 +1,1 @@
-"""Other people's checkpoints: recognised, understood, imported, and given back. One module per project."""
+"""Other projects' checkpoints: recognised, imported, and converted back. One module per project."""

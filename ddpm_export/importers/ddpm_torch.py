@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from ddpm_export.importers.keys import Row, Slot, SplitQkv, config_error, layer, side, to_ours, unet_shapes, walk
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options, size_and_dropout
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import FileFormatError
 
@@ -24,38 +24,38 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "celeba": {**_CHAIN, "size": (64, 64), "variance": "fixed_small", "dropout": 0.0},
     "celebahq": {**_CHAIN, "size": (256, 256), "variance": "fixed_small", "dropout": 0.0},
 }
-"""configs/*.json."""
+"""The project's configs/*.json, by the model's name."""
 
 _PREFIXES = ("ema.shadow.", "ema.shadow.module.", "model.", "model.module.", "", "module.")
 _MARK = "in_conv.weight"
 
 
-def recognise(found: Found) -> str | None:
-    """By the names, in the container or bare."""
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the names, in the container or bare."""
     for prefix in _PREFIXES:
-        if prefix + _MARK in found.tensors and any(
-            name.startswith(f"{prefix}downsamples.level_0.") for name in found.tensors
+        if prefix + _MARK in contents.tensors and any(
+            name.startswith(f"{prefix}downsamples.level_0.") for name in contents.tensors
         ):
             return f"the weights are called {prefix}downsamples.level_0.*, in_conv"
     return None
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network of a file.
 
     Raises:
-        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+        FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
-    ask = Inquiry(options)
-    averaged, raw, bare = (_below(found, prefix) for prefix in ("ema.shadow.", "model.", ""))
+    settings = SettingsResolver(options)
+    averaged, raw, bare = (_below(contents, prefix) for prefix in ("ema.shadow.", "model.", ""))
     both = [tensors for tensors in (averaged, raw) if tensors] or [bare]
     if averaged and raw:
-        ask.fact("weights", options.weights, "ema.shadow and model")
-    told = ask.published(MODELS)
-    config = _config(ask, both[0], told)
-    spec = ask.chain(
+        settings.add_fact("weights", options.weights, "ema.shadow and model")
+    published = settings.published(MODELS)
+    config = _config(settings, both[0], published)
+    spec = settings.chain_spec(
         config,
-        told,
+        published,
         "that model's config",
         schedules=("linear", "quad", "warmup10", "warmup50", "jsd"),
         predictions=("eps", "x0"),
@@ -65,19 +65,19 @@ def read(found: Found, options: Options) -> Imported:
     table, shapes = rows(config), unet_shapes(config)
     sets = [to_ours(table, tensors, shapes=shapes) for tensors in both]
     chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return ask.done(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
 
 
-def _below(found: Found, prefix: str) -> dict[str, Tensor]:
+def _below(contents: CheckpointContents, prefix: str) -> dict[str, Tensor]:
     """The network's tensors under ``prefix``, without DataParallel's ``module.``; none if it is not there."""
     for inside in (prefix, f"{prefix}module."):
-        if inside + _MARK in found.tensors:
-            return found.below(inside)
+        if inside + _MARK in contents.tensors:
+            return contents.below(inside)
     return {}
 
 
-def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any]) -> UNetConfig:
-    """The numbers, from the shapes."""
+def _config(settings: SettingsResolver, theirs: Mapping[str, Tensor], published: Mapping[str, Any]) -> UNetConfig:
+    """The numbers of the network, from the shapes of its weights."""
     levels = blocks = 0
     attends: list[bool] = []
     widths: list[int] = []
@@ -99,10 +99,10 @@ def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any])
     c_in, c_out = side(theirs, _MARK, 1), side(theirs, "out_conv.2.weight", 0)
     if c_out == 2 * c_in:
         raise FileFormatError(
-            "this network learned log σ² itself, and ddpmx runs a learned range only",
-            note="model_var_type is learned: twice the image's channels go out",
+            "the network predicts log σ² itself, and ddpmx supports learned_range only",
+            note="model_var_type is learned: the output has twice the image's channels",
         )
-    size, dropout = size_and_dropout(ask, widths, blocks, told, "that model's config", attends=attends)
+    size, dropout = size_and_dropout(settings, widths, blocks, published, "that model's config", attends=attends)
     return UNetConfig(
         in_channels=c_in,
         out_channels=c_out,
@@ -128,7 +128,7 @@ _OUTSIDE = {
 
 
 def rows(config: UNetConfig) -> list[Row]:
-    """The table."""
+    """The table of names."""
     table: list[Row] = []
     for slot in walk(config):
         if slot.kind == "stage":

@@ -10,58 +10,59 @@ from safetensors.torch import save_file
 
 from ddpm_export.importers.diffusers_config import read_chain, read_network, scheduler_json, unet_json
 from ddpm_export.importers.keys import SQUEEZE, Row, Slot, layer, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import FileFormatError, InputError
 
 NAME = "diffusers"
 
 
-def recognise(found: Found) -> str | None:
-    """By the names of the weights; config.json is asked for later."""
-    if any(name.startswith("down_blocks.") for name in found.tensors) and (
-        "time_embedding.linear_1.weight" in found.tensors
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the names of the weights; config.json is checked later."""
+    if any(name.startswith("down_blocks.") for name in contents.tensors) and (
+        "time_embedding.linear_1.weight" in contents.tensors
     ):
         return "the weights are called down_blocks.*, time_embedding.linear_1"
     return None
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network of a folder, and the chain of its scheduler.
 
     Raises:
-        FileFormatError, InputError: there is no config.json, it describes a network that this graph is not, or the
-            weights are not those of such a network.
+        FileFormatError, InputError: there is no config.json, it describes a network that this graph cannot express, or
+            the weights do not match it.
     """
-    if "_class_name" not in found.config and "block_out_channels" not in found.config:
+    if "_class_name" not in contents.config and "block_out_channels" not in contents.config:
         raise FileFormatError(
-            f"{found.path}: weights of diffusers without their config.json",
-            note="number of heads, padding and time embedding are nowhere in the shapes of the weights",
+            f"{contents.path}: weights of diffusers without their config.json",
+            note="the shapes of the weights show neither number of heads nor padding nor time embedding",
             hint="name the folder that has config.json beside them",
         )
-    if options.weights == "raw" and found.file.parent.name == "unet_ema":
+    if options.weights == "raw" and contents.file.parent.name == "unet_ema":
         raise InputError(
-            f"{found.file.parent}: these are the averaged weights", hint=f"name {found.file.parent.with_name('unet')}"
+            f"{contents.file.parent}: these are the averaged weights",
+            hint=f"name {contents.file.parent.with_name('unet')}",
         )
-    ask = Inquiry(options)
-    config = read_network(ask, found.config)
-    spec = read_chain(ask, found, config)
-    old = any(name.endswith(".proj_attn.weight") for name in found.tensors)
-    ask.fact("weights", len(found.tensors), _whence(found))
-    tensors = to_ours(rows(config, old_attention=old), found.tensors, shapes=unet_shapes(config))
-    return ask.done(NAME, config, spec, tensors)
+    settings = SettingsResolver(options)
+    config = read_network(settings, contents.config)
+    spec = read_chain(settings, contents, config)
+    old = any(name.endswith(".proj_attn.weight") for name in contents.tensors)
+    settings.add_fact("weights", len(contents.tensors), _weights_source(contents))
+    tensors = to_ours(rows(config, old_attention=old), contents.tensors, shapes=unet_shapes(config))
+    return settings.finish(NAME, config, spec, tensors)
 
 
-def _whence(found: Found) -> str:
-    """The file of the weights below the path that was named, and what its folder and its name say of them."""
-    file = found.file
-    told = str(file.relative_to(found.path)) if file.is_relative_to(found.path) else file.name
+def _weights_source(contents: CheckpointContents) -> str:
+    """The file of the weights below the given path; whether they are averaged, and which variant, by folder and name."""
+    file = contents.file
+    source = str(file.relative_to(contents.path)) if file.is_relative_to(contents.path) else file.name
     if file.parent.name == "unet_ema":
-        told += ", averaged"
+        source += ", averaged"
     if variant := file.stem.partition(".")[2]:
-        told += f", the variant {variant}"
-    return told
+        source += f", the variant {variant}"
+    return source
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -78,7 +79,7 @@ _OLD_ATTENTION = {"norm": "group_norm", "q": "query", "k": "key", "v": "value", 
 
 
 def rows(config: UNetConfig, *, old_attention: bool = False) -> list[Row]:
-    """The table; ``old_attention`` for the names before diffusers 0.15."""
+    """The table of names; ``old_attention`` for those before diffusers 0.15."""
     top = len(config.multipliers) - 1
     attention = _OLD_ATTENTION if old_attention else _ATTENTION
     table: list[Row] = []
@@ -118,7 +119,7 @@ def _stage(slot: Slot, at: str, attention: Mapping[str, str]) -> list[Row]:
 
 
 def write(imported: Imported, folder: Path) -> None:
-    """A pipeline's folder: model_index.json, unet/, scheduler/. ``DDPMPipeline.from_pretrained`` reads it.
+    """Write a pipeline's folder: model_index.json, unet/, scheduler/. ``DDPMPipeline.from_pretrained`` reads it.
 
     Raises:
         InputError: UNet2DModel cannot compute this network, or DDPMScheduler this chain.

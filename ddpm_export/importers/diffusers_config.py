@@ -1,4 +1,4 @@
-"""diffusers' JSON files and what they mean here: UNet2DModel's config and the DDPM or DDIM scheduler's, both ways."""
+"""diffusers' JSON files, read and written: UNet2DModel's config, and the DDPM or DDIM scheduler's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Inquiry
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.diffusion.samplers import Prediction
 from ddpmx.diffusion.schedule import SCHEDULES, Float64, is_number, schedule_params
@@ -45,7 +45,7 @@ UNET_DEFAULTS: Mapping[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-"""What diffusers (0.42) takes for a field that config.json does not have. None of them is Ho's."""
+"""diffusers' (0.42) default for each field that config.json does not have. Not one of them is Ho's value."""
 
 _SCHEDULER_DEFAULTS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
@@ -64,7 +64,7 @@ _SCHEDULER_DEFAULTS: Mapping[str, Any] = {
 _SCHEDULER_OTHERS = frozenset(
     (
         *("_class_name", "_diffusers_version", "_name_or_path", "predict_epsilon"),
-        # which timesteps their loop visits, and from where: ddpmx's own flags say that
+        # which timesteps their loop visits, and from where: ddpmx has flags of its own for that
         *("timestep_spacing", "steps_offset", "set_alpha_to_one", "timesteps", "num_inference_steps"),
         # of thresholding, which is refused
         *("dynamic_thresholding_ratio", "sample_max_value"),
@@ -87,7 +87,7 @@ _ONLY: Mapping[str, tuple[object, ...]] = {
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
-"""Fields of which this graph can express these values alone."""
+"""Fields of which this graph can express these values only."""
 
 _NULLABLE: Mapping[str, tuple[type, ...]] = {
     "sample_size": (int, list),
@@ -100,7 +100,7 @@ _NULLABLE: Mapping[str, tuple[type, ...]] = {
     "num_train_timesteps": (int,),
     "trained_betas": (list,),
 }
-"""What fields that may be null are otherwise; every other one is of its default's type."""
+"""The types of fields that may also be null; every other field has the type of its default."""
 
 _COUNTS = ("in_channels", "out_channels", "freq_shift", "layers_per_block", "downsample_padding", "norm_num_groups")
 
@@ -118,7 +118,7 @@ _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
+def read_network(settings: SettingsResolver, config: Mapping[str, Any]) -> UNetConfig:
     """The network that config.json describes.
 
     Raises:
@@ -128,13 +128,13 @@ def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
     if named != "UNet2DModel":
         raise FileFormatError(
             f"config.json describes a {named}, and only UNet2DModel is a DDPM's network",
-            hint="text-conditional and latent models are no business of ddpmx",
+            hint="ddpmx does not support text-conditional and latent models",
         )
-    given = {key: value for key, value in config.items() if not key.startswith("_")}
-    values = _checked("config.json", given, UNET_DEFAULTS)
+    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    values = _checked("config.json", fields, UNET_DEFAULTS)
     if unknown := sorted(set(values) - set(UNET_DEFAULTS)):
         raise FileFormatError(
-            f"config.json has fields that are not known: {', '.join(unknown)}",
+            f"config.json has fields that ddpmx does not know: {', '.join(unknown)}",
             note=f"it was written by diffusers {config.get('_diffusers_version', 'of no stated version')}",
         )
     for name, possible in _ONLY.items():
@@ -151,7 +151,7 @@ def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
         raise FileFormatError(
             "config.json has attention at a resolution on one side only",
             note=f"down {', '.join(down)}; up {', '.join(up)}",
-            hint="in this graph attention follows every block of a resolution, on both ways",
+            hint="in this graph attention follows every block of a resolution, both on the way down and on the way up",
         )
     if len(widths) != len(down) or any(width < 1 or width % widths[0] for width in widths):
         raise FileFormatError(f"config.json: block_out_channels are {widths}, not multiples of the first")
@@ -159,15 +159,15 @@ def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
         raise _inexpressible("time_embedding_dim", values["time_embedding_dim"], (None, 4 * widths[0]))
     groups = values["norm_num_groups"]
     scale_shift = values["resnet_time_scale_shift"] == "scale_shift"
-    # with scale_shift diffusers leaves the norm of the middle's attention out, unless its groups are given
+    # with scale_shift diffusers leaves out the norm of the middle's attention unless attn_norm_num_groups is set
     if values["attn_norm_num_groups"] != groups and (scale_shift or values["attn_norm_num_groups"] is not None):
         raise _inexpressible("attn_norm_num_groups", values["attn_norm_num_groups"], (groups,))
     side = values["sample_size"]
     size = None if side is None else (side, side) if type(side) is int else tuple(side)
     if size is not None and [type(length) for length in size] != [int, int]:
-        raise FileFormatError(f"config.json: sample_size is {str(side)[:100]!r}, which it cannot be")
-    size = ask.settle("size", ((32, 32), (64, 64)), known=size, source="config.json", closed=False, probed=False)
-    head_channels = ask.settle(
+        raise FileFormatError(f"config.json: sample_size cannot be {str(side)[:100]!r}")
+    size = settings.resolve("size", ((32, 32), (64, 64)), known=size, source="config.json", closed=False, probed=False)
+    head_channels = settings.resolve(
         "head_channels",
         (8, None),
         known=config.get("attention_head_dim"),
@@ -176,7 +176,7 @@ def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
         assume="diffusers' default: config.json has no attention_head_dim (null would be one head)",
         closed=False,
     )
-    ask.fact("network", f"{widths}, {values['layers_per_block']} blocks per level", "config.json")
+    settings.add_fact("network", f"{widths}, {values['layers_per_block']} blocks per level", "config.json")
     return UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -197,25 +197,25 @@ def read_network(ask: Inquiry, config: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
-    """The chain that scheduler_config.json describes; without it, as asked for.
+def read_chain(settings: SettingsResolver, contents: CheckpointContents, config: UNetConfig) -> ModelSpec:
+    """The chain that scheduler_config.json describes; without that file, every setting of it is a question.
 
     Raises:
         FileFormatError, InputError: ddpmx cannot run it.
     """
     shape = (config.in_channels, *config.size)
-    scheduler = found.configs.get("scheduler_config.json")
+    scheduler = contents.configs.get("scheduler_config.json")
     if scheduler is None:
         why = "there is no scheduler_config.json"
         names = tuple(name for name in ("linear", "cosine", "quad", "sigmoid_beta") if name in SCHEDULES)
         return ModelSpec(
             shape,
-            ask.settle("timesteps", (1000,), why=why, closed=False, probed=False),
-            ask.settle("schedule", names, why=why),
+            settings.resolve("timesteps", (1000,), why=why, closed=False, probed=False),
+            settings.resolve("schedule", names, why=why),
             {},
-            ask.settle("prediction", ("eps", "v", "x0"), why=why),
-            _variance(ask, config, None, why),
-            ask.settle("clip", (1.0, None), assume="diffusers' default", closed=False),
+            settings.resolve("prediction", ("eps", "v", "x0"), why=why),
+            _variance(settings, config, None, why),
+            settings.resolve("clip", (1.0, None), assume="diffusers' default", closed=False),
             classes=config.classes,
         )
     source = "scheduler_config.json"
@@ -230,13 +230,13 @@ def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
         raise FileFormatError(
             f"{source} has fields that ddpmx does not know: {', '.join(map(str, unknown))[:200]}",
             note="they may change what the chain computes",
-            hint="if they do not, take them out of a copy of the folder",
+            hint="if they do not, remove them in a copy of the folder",
         )
-    if "predict_epsilon" in scheduler:  # the first releases', before there was a prediction_type
-        said = "epsilon" if scheduler["predict_epsilon"] is True else "sample"
-        if scheduler.get("prediction_type", said) != said or type(scheduler["predict_epsilon"]) is not bool:
+    if "predict_epsilon" in scheduler:  # the first releases had this instead of prediction_type
+        by_flag = "epsilon" if scheduler["predict_epsilon"] is True else "sample"
+        if scheduler.get("prediction_type", by_flag) != by_flag or type(scheduler["predict_epsilon"]) is not bool:
             raise FileFormatError(f"{source}: predict_epsilon and prediction_type contradict each other")
-        values["prediction_type"] = said
+        values["prediction_type"] = by_flag
     for name in ("thresholding", "rescale_betas_zero_snr"):
         if values[name]:
             raise _inexpressible(name, values[name], (False,), source)
@@ -244,27 +244,31 @@ def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
     betas = values["trained_betas"]
     if betas is not None:
         if not all(is_number(beta) for beta in betas):
-            raise FileFormatError(f"{source}: trained_betas are no numbers")
+            raise FileFormatError(f"{source}: trained_betas must be numbers")
         schedule, betas = "betas", np.asarray(betas, np.float64)
         timesteps: Any = len(betas)
-        ask.fact("schedule", f"betas, {timesteps} of them", f"{source}: trained_betas")
-        ask.fact(
-            "timesteps", timesteps, f"as many as trained_betas; num_train_timesteps is {values['num_train_timesteps']}"
+        settings.add_fact("schedule", f"betas, {timesteps} of them", f"{source}: trained_betas")
+        settings.add_fact(
+            "timesteps",
+            timesteps,
+            f"the number of trained_betas; num_train_timesteps is {values['num_train_timesteps']}",
         )
     else:
         theirs = values["beta_schedule"]
         if theirs not in _SCHEDULES:
             raise _inexpressible("beta_schedule", theirs, tuple(_SCHEDULES), source)
-        schedule = ask.settle("schedule", tuple(SCHEDULES), known=_SCHEDULES[theirs], source=f"{source}: {theirs}")
+        schedule = settings.resolve(
+            "schedule", tuple(SCHEDULES), known=_SCHEDULES[theirs], source=f"{source}: {theirs}"
+        )
         own = schedule_params(schedule)
         params = {name: values[name] for name in ("beta_start", "beta_end") if name in own}
-        timesteps = ask.settle(
+        timesteps = settings.resolve(
             "timesteps", (1000,), known=values["num_train_timesteps"], source=source, closed=False, probed=False
         )
     prediction = values["prediction_type"]
     if prediction not in _PREDICTIONS:
         raise _inexpressible("prediction_type", prediction, tuple(_PREDICTIONS), source)
-    clip = ask.settle(
+    clip = settings.resolve(
         "clip",
         (1.0, None),
         known=float(values["clip_sample_range"]) if values["clip_sample"] else None,
@@ -278,27 +282,31 @@ def read_chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
         timesteps,
         schedule,
         params,
-        ask.settle("prediction", ("eps", "x0", "v"), known=_PREDICTIONS[prediction], source=f"{source}: {prediction}"),
-        _variance(ask, config, None if named == "DDIMScheduler" else values["variance_type"], source),
+        settings.resolve(
+            "prediction", ("eps", "x0", "v"), known=_PREDICTIONS[prediction], source=f"{source}: {prediction}"
+        ),
+        _variance(settings, config, None if named == "DDIMScheduler" else values["variance_type"], source),
         clip,
         classes=config.classes,
         betas=betas,
     )
 
 
-def _variance(ask: Inquiry, config: UNetConfig, theirs: str | None, source: str) -> Any:
-    """σ² of the chain. DDIM's scheduler has none, and DDIM with η = 1 takes the small one."""
+def _variance(settings: SettingsResolver, config: UNetConfig, theirs: str | None, source: str) -> Any:
+    """σ² of the chain. DDIM's scheduler has no field for it, and DDIM with η = 1 has the small one."""
     if theirs is not None and theirs not in _VARIANCES:
         raise _inexpressible("variance_type", theirs, tuple(_VARIANCES), source)
     learned = config.learned_variance
     if theirs is not None and (theirs == "learned_range") != learned:
         raise FileFormatError(
-            f"variance_type is {theirs}, and the network has {config.out_channels} channels going out",
-            hint="a learned variance takes twice the image's channels",
+            f"variance_type is {theirs}, but the network's output has {config.out_channels} channels",
+            hint="with a learned variance the output has twice the image's channels, and only then",
         )
     if learned:
-        return ask.settle("variance", ("learned_range",), known="learned_range", source="channels going out")
-    return ask.settle(
+        return settings.resolve(
+            "variance", ("learned_range",), known="learned_range", source="the output has twice the image's channels"
+        )
+    return settings.resolve(
         "variance",
         ("fixed_small", "fixed_large"),
         known=None if theirs is None else _VARIANCES[theirs],
@@ -309,10 +317,10 @@ def _variance(ask: Inquiry, config: UNetConfig, theirs: str | None, source: str)
 
 
 def _checked(file: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the defaults of diffusers for what is missing, each of its type.
+    """``values``, with diffusers' defaults for missing fields.
 
     Raises:
-        FileFormatError: a field is of another type.
+        FileFormatError: a field has another type than it may have.
     """
     filled = {**defaults, **values}
     for name, default in defaults.items():
@@ -320,7 +328,7 @@ def _checked(file: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) 
         if type(default) in (int, float) and name not in _NULLABLE:
             kinds = (int,) if name in _COUNTS else (int, float)
         if type(filled[name]) not in kinds:
-            raise FileFormatError(f"{file}: {name} is {str(filled[name])[:100]!r}, which it cannot be")
+            raise FileFormatError(f"{file}: {name} cannot be {str(filled[name])[:100]!r}")
     return filled
 
 
@@ -329,7 +337,7 @@ def _inexpressible(
 ) -> FileFormatError:
     return FileFormatError(
         f"{file}: {name} is {value!r}, which this graph cannot express",
-        note=f"it can: {', '.join(map(str, possible))}",
+        note=f"it can express {', '.join(map(str, possible))}",
         hint="ddpm_export.export takes any torch module, from Python" if file == "config.json" else None,
     )
 
@@ -337,12 +345,12 @@ def _inexpressible(
 def _sequence(values: Mapping[str, Any], name: str, kind: type) -> list[Any]:
     value = values[name]
     if not isinstance(value, (list, tuple)) or not value or any(type(item) is not kind for item in value):
-        raise FileFormatError(f"config.json: {name} is {value!r}")
+        raise FileFormatError(f"config.json: {name} cannot be {value!r}")
     return list(value)
 
 
 def _one_of(name: str, kind: str, kinds: tuple[str, str]) -> bool:
-    """Whether it is the second, with attention."""
+    """Whether ``kind`` is the second of ``kinds``, the one with attention."""
     if kind not in kinds:
         raise _inexpressible(name, kind, kinds)
     return kind == kinds[1]
@@ -358,7 +366,7 @@ def unet_json(config: object) -> dict[str, Any]:
         InputError: UNet2DModel cannot compute it.
     """
     if not isinstance(config, UNetConfig):
-        raise InputError("UNet2DModel is a U-Net of Ho's kind, and this network is another")
+        raise InputError("UNet2DModel cannot compute this network", note="it is not a U-Net of Ho's kind")
     for name, usual in (("time_scale", 1), ("resample_blocks", False), ("average_pool", False)):
         if getattr(config, name) != usual:
             raise InputError(f"UNet2DModel cannot compute {name} = {getattr(config, name)}", note=f"only {usual}")
@@ -366,7 +374,7 @@ def unet_json(config: object) -> dict[str, Any]:
     if config.heads > 1 and len(head_widths) > 1:
         raise InputError(
             f"UNet2DModel cannot have {config.heads} heads in attentions of different widths",
-            note="its heads are all of one width",
+            note="all its heads have one width",
         )
     one_head = config.heads == 1 and config.head_channels is None
     attends = [(config.size[0] >> level) in config.attention for level in range(len(config.multipliers))]
@@ -401,7 +409,7 @@ def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
         InputError: DDPMScheduler cannot run it.
     """
     if spec.self_condition or spec.condition is not None:
-        raise InputError("UNet2DModel takes no condition beside the class")
+        raise InputError("UNet2DModel takes no conditioning except the class")
     theirs = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     params = dict(spec.schedule_params)
     ranges: dict[str, Any] = {name: params.pop(name) for name in ("beta_start", "beta_end") if name in params}

@@ -1,7 +1,7 @@
 """Ho, Jain, Abbeel's own TensorFlow checkpoints: ``model.ckpt-N.index``, its data file, and ``kwargs.json`` if it is there.
 
-Beside the weights such a checkpoint holds their averages (``…/W/ExponentialMovingAverage``), which the paper's images
-are drawn with, and twice as much of Adam's. The size of an image is nowhere in it, nor is the chain: both are taken from
+Beside the weights such a checkpoint holds their averages (``…/W/ExponentialMovingAverage``), with which the paper's images
+were sampled, and Adam's moments, twice as much again. It stores neither the image size nor the chain: both are taken from
 ``kwargs.json``, or from what Ho's scripts do.
 """
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.keys import HWIO, NIN, SAME, TRANSPOSE, Op, Row, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig, cifar10, lsun256
 from ddpmx.diffusion.samplers import Prediction, Variance
 from ddpmx.diffusion.schedule import SCHEDULES, schedule_params
@@ -25,7 +25,7 @@ from ddpmx.formats.spec import ModelSpec
 NAME = "ho-tf"
 
 AVERAGE = "/ExponentialMovingAverage"
-"""What the name of a variable's average ends with."""
+"""The suffix of the name of a variable's average."""
 
 _T = TypeVar("_T")
 _MARK = "temb/dense0/W"
@@ -44,58 +44,63 @@ PUBLISHED: Mapping[tuple[int, int], str] = {
 """The files that Ho et al. published, by the side of an image and the number of steps."""
 
 
-def recognise(found: Found) -> str | None:
-    """By the kind of file, and the names in it."""
-    scope = _scope(found.tensors) if found.kind == "tensor-bundle" else None
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the kind of file, and the names in it."""
+    scope = _scope(contents.tensors) if contents.kind == "tensor-bundle" else None
     return None if scope is None else f"a TensorFlow checkpoint with {scope}{_MARK}"
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network of a checkpoint: the averages, or the last step's weights where ``options.weights`` is ``raw``.
 
     Raises:
-        FileFormatError, InputError, SpecError: it is no network of Ho's code, the averages are missing, its chain is one
+        FileFormatError, InputError, SpecError: it is not a network of Ho's code, the averages are missing, its chain is one
             that ddpmx does not run, or the weights are not those of such a network.
     """
-    scope = _scope(found.tensors)
-    if found.kind != "tensor-bundle" or scope is None:
+    scope = _scope(contents.tensors)
+    if contents.kind != "tensor-bundle" or scope is None:
         raise FileFormatError(
-            f"{found.path}: no TensorFlow checkpoint of Ho et al.'s code", note=f"no variable is called {_MARK}"
+            f"{contents.path}: not a TensorFlow checkpoint of Ho et al.'s code", note=f"no variable is called {_MARK}"
         )
-    averages = {name for name in found.tensors if name.startswith(scope) and name.endswith(AVERAGE)}
+    averages = {name for name in contents.tensors if name.startswith(scope) and name.endswith(AVERAGE)}
     plain = {
-        name for name in found.tensors if name.startswith(scope) and name not in averages and not name.endswith(_SLOTS)
+        name
+        for name in contents.tensors
+        if name.startswith(scope) and name not in averages and not name.endswith(_SLOTS)
     }
     wanted = averages if options.weights == "ema" else plain
     if not wanted:
         raise FileFormatError(
-            f"{found.path}: it holds {'no averages' if options.weights == 'ema' else 'averages only'}",
-            note=f"{len(found.tensors)} tensors, {len(averages)} of them named …{AVERAGE}",
+            f"{contents.path}: it holds {'no averages' if options.weights == 'ema' else 'averages only'}",
+            note=f"{len(contents.tensors)} tensors, {len(averages)} of them named …{AVERAGE}",
             hint=f"--weights {'raw' if options.weights == 'ema' else 'ema'} takes the others",
         )
-    ask = Inquiry(options)
-    config = _network(ask, found, scope, AVERAGE if options.weights == "ema" else "")
-    spec = _chain(ask, found, config)
+    settings = SettingsResolver(options)
+    config = _network(settings, contents, scope, AVERAGE if options.weights == "ema" else "")
+    spec = _chain(settings, contents, config)
     shapes = unet_shapes(config)
-    chosen, others = f"{len(wanted)} of {len(found.tensors)} tensors", len(found.tensors) - len(averages) - len(plain)
-    ask.fact("weights", options.weights, f"{chosen}; the optimiser's {others} are left out")
-    _know(ask, found, config)
+    chosen, others = (
+        f"{len(wanted)} of {len(contents.tensors)} tensors",
+        len(contents.tensors) - len(averages) - len(plain),
+    )
+    settings.add_fact("weights", options.weights, f"{chosen}; the optimiser's {others} are left out")
+    _add_published(settings, contents, config)
 
     def ours(average: bool) -> dict[str, Tensor]:
         names = averages if average else plain
         table = rows(config, scope=scope, average=average)
-        return to_ours(table, {name: found.tensors[name] for name in sorted(names)}, shapes=shapes)
+        return to_ours(table, {name: contents.tensors[name] for name in sorted(names)}, shapes=shapes)
 
     if options.weights == "raw":
-        return ask.done(NAME, config, spec, ours(average=False))
-    return ask.done(NAME, config, spec, ours(average=True), raw=ours(average=False) if plain else None)
+        return settings.finish(NAME, config, spec, ours(average=False))
+    return settings.finish(NAME, config, spec, ours(average=True), raw=ours(average=False) if plain else None)
 
 
 def variables(config: UNetConfig, tensors: Mapping[str, Tensor], *, average: bool = True) -> dict[str, Tensor]:
     """Our tensors under Ho's names and in TensorFlow's layouts: :func:`read` backwards.
 
     Raises:
-        FileFormatError: they are not those of such a network.
+        FileFormatError: they do not match such a network.
     """
     return to_theirs(rows(config, average=average), tensors)
 
@@ -107,7 +112,7 @@ _DENSE = {"time0": TRANSPOSE, "time1": TRANSPOSE}
 
 
 def rows(config: UNetConfig, *, scope: str = "model/", average: bool = False) -> list[Row]:
-    """The table of names. ``average`` is for those of the averages."""
+    """The table of names; ``average`` for the names of the averages."""
     end = AVERAGE if average else ""
     return list(_rows(config, scope, end))
 
@@ -148,7 +153,7 @@ def _rows(config: UNetConfig, scope: str, end: str) -> Iterator[Row]:
 
 
 def _scope(names: Mapping[str, object]) -> str | None:
-    """What Ho's names begin with, ``model/`` in his scripts."""
+    """The prefix of Ho's names, ``model/`` in his scripts."""
     ends = (f"/{_MARK}", f"/{_MARK}{AVERAGE}")
     scopes = [name[: -len(end) + 1] for name in names for end in ends if name.endswith(end)]
     return min(scopes, key=len) if scopes else None
@@ -157,17 +162,17 @@ def _scope(names: Mapping[str, object]) -> str | None:
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def _network(ask: Inquiry, found: Found, scope: str, end: str) -> UNetConfig:
+def _network(settings: SettingsResolver, contents: CheckpointContents, scope: str, end: str) -> UNetConfig:
     """Widths, levels and places of attention from names and shapes; the image's size from elsewhere."""
 
     def has(name: str) -> bool:
-        return f"{scope}{name}{end}" in found.tensors
+        return f"{scope}{name}{end}" in contents.tensors
 
     def side(name: str, axis: int) -> int:
-        shape = found.tensors[f"{scope}{name}{end}"].shape if has(name) else ()
+        shape = contents.tensors[f"{scope}{name}{end}"].shape if has(name) else ()
         if len(shape) != 4:
             raise FileFormatError(
-                f"{found.path}: {scope}{name} is {'no convolution' if has(name) else 'missing'}",
+                f"{contents.path}: {scope}{name} is {'not a convolution' if has(name) else 'missing'}",
                 hint="only networks of Ho et al.'s diffusion_tf/models/unet.py can be read",
             )
         return int(shape[axis])
@@ -176,22 +181,22 @@ def _network(ask: Inquiry, found: Found, scope: str, end: str) -> UNetConfig:
     levels = _count(lambda level: has(f"down_{level}/block_0/conv1/W"))
     widths = [side(f"down_{level}/block_0/conv1/W", 3) for level in range(levels)]
     if not widths or not channels or any(width < 1 or width % channels for width in widths):
-        raise FileFormatError(f"{found.path}: the widths of its levels are {widths}, not multiples of {channels}")
-    if found.config.get("block_size", 1) != 1:
+        raise FileFormatError(f"{contents.path}: the widths of its levels are {widths}, not multiples of {channels}")
+    if contents.config.get("block_size", 1) != 1:
         raise FileFormatError(
-            f"{found.path}: kwargs.json says block_size {found.config['block_size']!r}",
-            note="its images are folded into a quarter of the size or less before the network, which ddpmx does not do",
+            f"{contents.path}: kwargs.json says block_size {contents.config['block_size']!r}",
+            note="its code folds the images into a quarter of the pixels or less before the network; ddpmx does not",
             hint="ddpm_export.export takes any torch module, from Python",
         )
-    if c_out == 2 * c_in or found.config.get("model_var_type") == "learned":
+    if c_out == 2 * c_in or contents.config.get("model_var_type") == "learned":
         raise FileFormatError(
-            f"{found.path}: its network answers log σ² as well, without bounds (model_var_type=learned)",
-            note="ddpmx runs chains whose σ² is β, β̃, or in between",
+            f"{contents.path}: its network also predicts log σ², without bounds (model_var_type=learned)",
+            note="ddpmx runs chains whose σ² is β, β̃, or between the two",
         )
     attends = [level for level in range(levels) if has(f"down_{level}/attn_0/q/W")]
     shown = f"widths {', '.join(map(str, widths))}; attention at level {', '.join(map(str, attends)) or '-'}"
-    ask.fact("network", shown, "names and shapes")
-    size = _size(ask, found, attends)
+    settings.add_fact("network", shown, "names and shapes")
+    size = _size(settings, contents, attends)
     return UNetConfig(
         c_in,
         c_out,
@@ -200,23 +205,23 @@ def _network(ask: Inquiry, found: Found, scope: str, end: str) -> UNetConfig:
         multipliers=tuple(width // channels for width in widths),
         blocks=_count(lambda block: has(f"down_0/block_{block}/conv1/W")),
         attention=tuple(size[0] >> level for level in attends),
-        dropout=_known(found, "dropout", lambda p: type(p) in (int, float) and 0 <= p < 1) or 0.0,
+        dropout=_known(contents, "dropout", lambda p: type(p) in (int, float) and 0 <= p < 1) or 0.0,
         average_pool=levels > 1 and not has("down_0/downsample/conv/W"),
     )
 
 
-def _size(ask: Inquiry, found: Found, attends: list[int]) -> tuple[int, int]:
-    dataset = found.config.get("dataset")
+def _size(settings: SettingsResolver, contents: CheckpointContents, attends: list[int]) -> tuple[int, int]:
+    dataset = contents.config.get("dataset")
     side = _SIDES.get(dataset) if isinstance(dataset, str) else None
-    # attention stands where the image is 16 pixels high, in each of Ho's scripts
+    # in each of Ho's scripts the level with attention is the one of 16 pixels
     guess = 16 << attends[0] if len(attends) == 1 else 32
-    size = ask.settle(
+    size = settings.resolve(
         "size",
         ((guess, guess),),
         known=None if side is None else (side, side),
         source=f"kwargs.json: dataset {dataset}",
         assume="Ho's scripts attend at 16×16" if len(attends) == 1 else "",
-        why="a checkpoint does not say it, and attention is not at one level alone",
+        why="a checkpoint does not store it, and not exactly one level has attention",
         closed=False,
         probed=False,
     )
@@ -235,40 +240,40 @@ def _count(there: Callable[[int], bool]) -> int:
 # --- the chain -------------------------------------------------------------------------------------------------------
 
 
-def _chain(ask: Inquiry, found: Found, config: UNetConfig) -> ModelSpec:
+def _chain(settings: SettingsResolver, contents: CheckpointContents, config: UNetConfig) -> ModelSpec:
     file = "kwargs.json"
     default = "the default of all of Ho's scripts"
-    timesteps = ask.settle(
+    timesteps = settings.resolve(
         "timesteps",
         (1000,),
-        known=_known(found, "num_diffusion_timesteps", lambda n: type(n) is int),
+        known=_known(contents, "num_diffusion_timesteps", lambda n: type(n) is int),
         source=file,
         assume=default,
         closed=False,
         probed=False,
     )
-    named = _choice(found, "beta_schedule", _SCHEDULES)
-    schedule = ask.settle("schedule", tuple(SCHEDULES), known=named, source=file, assume=default)
+    named = _choice(contents, "beta_schedule", _SCHEDULES)
+    schedule = settings.resolve("schedule", tuple(SCHEDULES), known=named, source=file, assume=default)
     params: dict[str, float] = {}
     if schedule == named or named is None:
         for name, usual in schedule_params(schedule).items():
-            known = _known(found, name, lambda value: type(value) in (int, float))
-            params[name] = ask.settle(
+            known = _known(contents, name, lambda value: type(value) in (int, float))
+            params[name] = settings.resolve(
                 name, (usual,), known=known, source=file, assume=default, closed=False, probed=False
             )
-    mean = _choice(found, "model_mean_type", _PREDICTIONS)
+    mean = _choice(contents, "model_mean_type", _PREDICTIONS)
     predictions: tuple[Prediction, ...] = ("eps", "x0", "v")
-    prediction = ask.settle("prediction", predictions, known=mean, source=file, assume=default)
-    clip = ask.settle("clip", (1.0, None), assume="Ho's sampler always clips x̂_0", closed=False, probed=False)
+    prediction = settings.resolve("prediction", predictions, known=mean, source=file, assume=default)
+    clip = settings.resolve("clip", (1.0, None), assume="Ho's sampler always clips x̂_0", closed=False, probed=False)
     shape = (config.in_channels, *config.size)
-    return ModelSpec(shape, timesteps, schedule, params, prediction, _variance(ask, found, config), clip)
+    return ModelSpec(shape, timesteps, schedule, params, prediction, _variance(settings, contents, config), clip)
 
 
-def _variance(ask: Inquiry, found: Found, config: UNetConfig) -> Variance:
-    """σ² of the chain: run_cifar.py's flag; the other scripts know the small one only."""
-    known, source = _choice(found, "model_var_type", _VARIANCES), "kwargs.json"
-    if known is None and "beta_schedule" in found.config:
-        known, source = "fixed_small", "kwargs.json has no model_var_type, as those of run_lsun and run_celebahq"
+def _variance(settings: SettingsResolver, contents: CheckpointContents, config: UNetConfig) -> Variance:
+    """σ² of the chain: run_cifar.py has a flag for it; the other scripts have the small one only."""
+    known, source = _choice(contents, "model_var_type", _VARIANCES), "kwargs.json"
+    if known is None and "beta_schedule" in contents.config:
+        known, source = "fixed_small", "kwargs.json has no model_var_type, like those of run_lsun and run_celebahq"
     small: tuple[Variance, ...] = ("fixed_small", "fixed_large")
     large: tuple[Variance, ...] = ("fixed_large", "fixed_small")
     assume = ""
@@ -277,23 +282,23 @@ def _variance(ask: Inquiry, found: Found, config: UNetConfig) -> Variance:
     elif _same(config, lsun256()):
         assume = "the network of run_lsun.py and run_celebahq.py, which have no other"
     candidates = small if _same(config, lsun256()) else large
-    why = "neither of Ho's two networks, and no kwargs.json says it"
-    return ask.settle("variance", candidates, known=known, source=source, assume=assume, why=why, probed=False)
+    why = "neither of Ho's two networks, and not in a kwargs.json"
+    return settings.resolve("variance", candidates, known=known, source=source, assume=assume, why=why, probed=False)
 
 
-def _know(ask: Inquiry, found: Found, config: UNetConfig) -> None:
-    """Say so if it is one of the published files."""
-    step = found.objects.get("step")
-    if "global_step" in found.tensors:
-        stored = found.tensors["global_step"]
+def _add_published(settings: SettingsResolver, contents: CheckpointContents, config: UNetConfig) -> None:
+    """Record the number of steps, and the published model if the file is one."""
+    step = contents.objects.get("step")
+    if "global_step" in contents.tensors:
+        stored = contents.tensors["global_step"]
         if stored.numel() == 1 and stored.dtype in (torch.int32, torch.int64):
             step = int(stored.item())
     if step is None:
         return
-    ask.fact("step", step, "global_step, or the file's name")
+    settings.add_fact("step", step, "global_step, or the file's name")
     ho = _same(config, cifar10()) or _same(config, lsun256())
     if ho and isinstance(step, int) and (name := PUBLISHED.get((config.size[0], step))):
-        ask.fact("published as", f"{name} of Ho et al.", "its network and its number of steps")
+        settings.add_fact("published as", f"{name} of Ho et al.", "its network and its number of steps")
 
 
 def _same(config: UNetConfig, other: UNetConfig) -> bool:
@@ -301,30 +306,30 @@ def _same(config: UNetConfig, other: UNetConfig) -> bool:
     return {**left, "dropout": 0} == {**right, "dropout": 0}
 
 
-def _known(found: Found, name: str, right: Callable[[Any], bool]) -> Any:
-    """A value of kwargs.json, or None.
+def _known(contents: CheckpointContents, name: str, right: Callable[[Any], bool]) -> Any:
+    """A value of kwargs.json, or None if it has none.
 
     Raises:
-        FileFormatError: it is none that Ho's scripts could have written.
+        FileFormatError: ``right`` does not hold for it: Ho's scripts would not have written it.
     """
-    value = found.config.get(name)
+    value = contents.config.get(name)
     if value is not None and not right(value):
-        raise FileFormatError(f"{found.path}: kwargs.json says {name} {value!r}"[:400])
+        raise FileFormatError(f"{contents.path}: kwargs.json says {name} {value!r}"[:400])
     return value
 
 
-def _choice(found: Found, name: str, choices: Mapping[str, _T]) -> _T | None:
-    """What a text of kwargs.json means, or None where it has none.
+def _choice(contents: CheckpointContents, name: str, choices: Mapping[str, _T]) -> _T | None:
+    """The value in ``choices`` for a text of kwargs.json, or None if kwargs.json does not have it.
 
     Raises:
-        FileFormatError: something that ddpmx cannot run.
+        FileFormatError: the text is not in ``choices``: ddpmx cannot run it.
     """
-    value = found.config.get(name)
+    value = contents.config.get(name)
     if value is None:
         return None
     if not isinstance(value, str) or value not in choices:
         raise FileFormatError(
-            f"{found.path}: kwargs.json says {name} {str(value)[:100]!r}, which ddpmx cannot run",
-            note=f"it can: {', '.join(choices)}",
+            f"{contents.path}: kwargs.json says {name} {str(value)[:100]!r}, which ddpmx cannot run",
+            note=f"it can run {', '.join(choices)}",
         )
     return choices[value]

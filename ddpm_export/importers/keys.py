@@ -1,4 +1,4 @@
-"""How other people's tensors become ours and back: two-way tables of names, and the few ways to lay a tensor out.
+"""How other projects' tensors become ours and back: two-way tables of names, and the few ways to lay a tensor out.
 
 An importer's table is a list of :class:`Row`, made by one loop over :func:`walk`. Read from left to right it imports,
 from right to left it exports; both directions come from the same rows, so that one cannot drift from the other.
@@ -75,7 +75,7 @@ class Columns:
         """Our [out, in], from theirs."""
         (weight,) = theirs
         if weight.ndim != 2 or weight.shape[1] != len(self.permutation):
-            raise ValueError(f"shape {list(weight.shape)}, and [*, {len(self.permutation)}] was expected")
+            raise ValueError(f"shape {list(weight.shape)}, expected [*, {len(self.permutation)}]")
         return (weight[:, list(self.permutation)],)
 
     def theirs(self, *ours: Tensor) -> tuple[Tensor, ...]:
@@ -139,7 +139,7 @@ class Row:
 
 
 def layer(theirs: str, ours: str, weight: Op = SAME) -> list[Row]:
-    """The rows of a layer's ``weight``, laid out as said, and its ``bias``, which is never laid out otherwise."""
+    """The rows of a layer's ``weight``, in the layout ``weight``, and of its ``bias``, whose layout is always the same."""
     return [Row((f"{theirs}.weight",), (f"{ours}.weight",), weight), Row((f"{theirs}.bias",), (f"{ours}.bias",))]
 
 
@@ -155,11 +155,13 @@ def to_ours(
     Args:
         rows: the table.
         tensors: theirs, by name.
-        shapes: what each of ours must be, see :func:`unet_shapes`; or None where the table's author checks that.
-        ignore: patterns (``*.num_batches``) of names that may be there and mean nothing.
+        shapes: the shape of each of ours, see :func:`unet_shapes`; or None where the caller checks that.
+        ignore: patterns (``*.num_batches``) of names that may be there and are not used.
 
     Raises:
-        FileFormatError: missing or surplus tensors, wrong shapes, other than floats, NaN or infinities. All are listed.
+        FileFormatError: missing or surplus tensors, wrong shapes, other types than floats, NaN or infinities. All are
+            listed.
+        InputError: ours has parts that the table does not name.
     """
     wanted = [name for row in rows for name in row.theirs]
     faults = _Faults()
@@ -167,7 +169,7 @@ def to_ours(
     faults.surplus = sorted(
         name for name in set(tensors) - set(wanted) if not any(fnmatchcase(name, pattern) for pattern in ignore)
     )
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for row in rows:
         theirs = [tensors[name] for name in row.theirs if name in tensors]
         if len(theirs) != len(row.theirs):
@@ -186,63 +188,63 @@ def to_ours(
                     f"{row.theirs[0]} {list(theirs[0].shape)}, where {name} takes {list(shapes[name])}"
                 )
             else:
-                found[name] = tensor
+                converted[name] = tensor
         # only after the shapes: a view of absurd size would be walked through number by number
-        if all(name in found for name in row.ours):
+        if all(name in converted for name in row.ours):
             faults.infinite += [name for name in row.theirs if not torch.isfinite(tensors[name]).all()]
     if shapes is not None and (unmapped := sorted(set(shapes) - {name for row in rows for name in row.ours})):
         raise InputError(
             "this network has parts for which that project has no names", note=", ".join(unmapped[:_SHOWN])
         )
     faults.check()
-    return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in found.items()}
+    return {name: tensor.detach().to(torch.float32).contiguous() for name, tensor in converted.items()}
 
 
 def to_theirs(rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their tensors from ours: :func:`to_ours` backwards.
 
     Raises:
-        FileFormatError: missing or surplus tensors: this network is not one that the table describes.
+        FileFormatError: missing or surplus tensors: the table describes another network.
     """
     wanted = [name for row in rows for name in row.ours]
     faults = _Faults()
     faults.missing = sorted(set(wanted) - set(tensors))
     faults.surplus = sorted(set(tensors) - set(wanted))
     faults.check()
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for row in rows:
         laid = row.op.theirs(*(tensors[name] for name in row.ours))
-        found.update({name: tensor.contiguous() for name, tensor in zip(row.theirs, laid, strict=True)})
-    return found
+        converted.update({name: tensor.contiguous() for name, tensor in zip(row.theirs, laid, strict=True)})
+    return converted
 
 
 def unet_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of such a network, without its memory."""
+    """The name and shape of every tensor of such a network. No memory is taken for the tensors."""
     with torch.device("meta"):
         network = UNet(config)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def side(tensors: Mapping[str, Tensor], name: str, axis: int) -> int:
-    """One side of a tensor, from which a network's numbers are told.
+    """The length of one axis of a tensor, from which a network's numbers are derived.
 
     Raises:
-        FileFormatError: there is no such tensor, or it has fewer sides.
+        FileFormatError: there is no such tensor, or it has fewer axes.
     """
     if name not in tensors or tensors[name].ndim <= axis:
-        shape = f"its shape is {list(tensors[name].shape)}" if name in tensors else "there is none of that name"
-        raise FileFormatError(f"the tensors are not those of such a network: {name!r} is wanted", note=shape)
+        shape = f"its shape is {list(tensors[name].shape)}" if name in tensors else "there is no tensor of that name"
+        raise FileFormatError(f"the tensors do not match the network: {name!r} is needed", note=shape)
     return tensors[name].shape[axis]
 
 
 def config_error(what: str, seen: object) -> FileFormatError:
-    """The shapes make no network."""
-    return FileFormatError("the tensors are not those of such a network", note=f"{what}: {seen}")
+    """The error for shapes of which no network can be built."""
+    return FileFormatError("the tensors do not match the network", note=f"{what}: {seen}")
 
 
 @dataclass
 class _Faults:
-    """What is wrong with a set of tensors, gathered so that one error can say it all."""
+    """All that is wrong with a set of tensors, collected for one error."""
 
     missing: list[str] = dataclasses.field(default_factory=list)
     surplus: list[str] = dataclasses.field(default_factory=list)
@@ -255,14 +257,14 @@ class _Faults:
             ("missing", self.missing),
             ("surplus", self.surplus),
             ("of another shape", self.shapes),
-            ("no floats", self.dtypes),
+            ("not floats", self.dtypes),
             ("with NaN or infinities", self.infinite),
         ]
         seen = [(what, names) for what, names in kinds if names]
         if not seen:
             return
         raise FileFormatError(
-            "the tensors are not those of such a network: " + ", ".join(f"{len(names)} {what}" for what, names in seen),
+            "the tensors do not match the network: " + ", ".join(f"{len(names)} {what}" for what, names in seen),
             note="; ".join(
                 f"{what}: {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}" for what, names in seen
             ),
@@ -271,7 +273,7 @@ class _Faults:
 
 def _rank(tensor: Tensor, ndim: int) -> Tensor:
     if tensor.ndim != ndim:
-        raise ValueError(f"{tensor.ndim} dimensions, and {ndim} were expected")
+        raise ValueError(f"{tensor.ndim} dimensions, expected {ndim}")
     return tensor
 
 

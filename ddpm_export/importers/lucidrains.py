@@ -1,11 +1,11 @@
 """Checkpoints of denoising-diffusion-pytorch: a Trainer's ``model-{milestone}.pt``, or the weights of its parts alone.
 
-A Trainer's file says nothing of architecture, schedule or objective, and yet all but the image's size can be read from
-it: widths from shapes, the schedule from the buffer ``betas``, the objective from ``loss_weight``, which is a function of
-the signal-to-noise ratio that differs between objectives. The graph changed between releases; where that left no trace
-in names and shapes, the release that a Trainer writes into its file decides.
+A Trainer's file does not state architecture, schedule or objective, but all of it except the image size follows from the
+tensors: widths from shapes, the schedule from the buffer ``betas``, the objective from ``loss_weight``, which is a
+function of the signal-to-noise ratio that differs between objectives. The graph changed between releases; where names and
+shapes do not show it, the release that a Trainer writes into its file decides.
 
-Its averaged weights may come with averaged buffers, so these are always taken from the network that was trained.
+The averaged weights may come with averaged buffers, so buffers are always taken from the network that was trained.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ddpm_export.importers.keys import to_ours
 from ddpm_export.importers.lucidrains_keys import network_shapes, rows
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.lucidrains_config import LucidrainsConfig
 from ddpmx.diffusion.samplers import Prediction
 from ddpmx.diffusion.schedule import Float64, Schedule, make_schedule
@@ -34,7 +34,7 @@ PROJECT = "denoising-diffusion-pytorch"
 
 EMA_PREFIXES = ("ema.ema_model.", "ema_model.", "ema.")
 RAW_PREFIXES = ("model.", "ema.online_model.", "online_model.", "")
-"""Where a whole GaussianDiffusion may lie: in a Trainer's file, in an EMA's, alone."""
+"""Prefixes of a whole GaussianDiffusion: in a Trainer's file, in an EMA's, alone."""
 
 RELEASES: Mapping[str, dict[str, Any]] = {
     "1.7.7": {},
@@ -42,11 +42,11 @@ RELEASES: Mapping[str, dict[str, Any]] = {
     "1.7.1": {"divided": True, "standardised": "least"},
     "1.6.4": {"divided": True, "standardised": "plus", "attention_norm": "layer"},
 }
-"""The last release of each graph whose names look alike: attention wrapped in ``fn.fn``."""
+"""The last release of each of the graphs that have the same names, with attention wrapped in ``fn.fn``."""
 
 BETA_TOLERANCE = 1e-4
-"""Relative. A named schedule is taken for an array of β that differs by no more. Theirs is computed partly in float32:
-their sigmoid differs from ours by 1.3e-5 at T = 1000 and 5e-5 at T = 4000, at the second to last step."""
+"""Largest relative difference between an array of β and a named schedule that is taken for it. Theirs is computed partly
+in float32: their sigmoid differs from ours by 1.3e-5 at T = 1000 and 5e-5 at T = 4000, at the second to last step."""
 
 _LOSS_TOLERANCE = 1e-3
 _OBJECTIVES: Mapping[str, Prediction] = {"pred_noise": "eps", "pred_x0": "x0", "pred_v": "v"}
@@ -55,9 +55,9 @@ _OBJECTIVES: Mapping[str, Prediction] = {"pred_noise": "eps", "pred_x0": "x0", "
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def recognise(found: Found) -> str | None:
-    """What shows that it is theirs."""
-    names = found.tensors
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the names, under each prefix."""
+    names = contents.tensors
     for key in ("model.init_conv.weight", "init_conv.weight"):
         for prefix in (*EMA_PREFIXES, *RAW_PREFIXES):
             unet = (prefix + key).removesuffix("init_conv.weight")
@@ -67,33 +67,34 @@ def recognise(found: Found) -> str | None:
     return None
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network in the file.
 
     Raises:
-        FileFormatError: tensors are missing, too many, of other shapes, or not finite; or it is another of the
-            project's many networks.
-        InputError: what the user said does not fit.
+        FileFormatError: tensors are missing, surplus, of other shapes, or not finite; or it is another of the project's
+            networks.
+        InputError: the options do not fit.
     """
-    inquiry = Inquiry(options)
-    averaged, trained = (_network(found.tensors, prefixes) for prefixes in (EMA_PREFIXES, RAW_PREFIXES))
+    settings = SettingsResolver(options)
+    averaged, trained = (_network(contents.tensors, prefixes) for prefixes in (EMA_PREFIXES, RAW_PREFIXES))
     chosen, other = (averaged, trained) if options.weights == "ema" else (trained, None)
     if chosen is None:
         chosen, other = averaged if trained is None else trained, None
     if chosen is None:
         raise FileFormatError(
-            f"{found.path}: no network of {PROJECT}", note="there is no init_conv.weight where it would lie"
+            f"{contents.path}: not a network of {PROJECT}",
+            note="there is no init_conv.weight under any of its prefixes",
         )
-    inquiry.fact("weights", chosen, "the averaged ones" if chosen == averaged else "as trained")
-    weights = found.below(chosen)
-    buffers = _buffers(found.tensors, trained or chosen)
+    settings.add_fact("weights", chosen, "the averaged ones" if chosen == averaged else "as trained")
+    weights = contents.below(chosen)
+    buffers = _buffers(contents.tensors, trained or chosen)
     wrapped = "mid_attn.fn.fn.to_qkv.weight" in weights
-    config = _config(weights, inquiry, wrapped, _version(found.objects))
-    spec = _spec(config, buffers, inquiry)
+    config = _config(weights, settings, wrapped, _version(contents.objects))
+    spec = _spec(config, buffers, settings)
     table, shapes = rows(config, wrapped=wrapped), network_shapes(config)
     tensors = to_ours(table, weights, shapes=shapes)
-    raw = None if other is None else to_ours(table, found.below(other), shapes=shapes)
-    return inquiry.done(NAME, config, spec, tensors, raw=raw, betas=spec.betas)
+    raw = None if other is None else to_ours(table, contents.below(other), shapes=shapes)
+    return settings.finish(NAME, config, spec, tensors, raw=raw, betas=spec.betas)
 
 
 def _network(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> str | None:
@@ -105,32 +106,32 @@ def _network(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> str | 
 
 
 def _buffers(tensors: Mapping[str, Tensor], unet: str) -> dict[str, Float64]:
-    """What the diffusion around that U-Net has beside it: arrays over t.
+    """The buffers of the GaussianDiffusion around that U-Net, float64 [T].
 
     Raises:
-        FileFormatError: they are no floats, not finite, or not all over the same t.
+        FileFormatError: they are not floats, not finite, or not all of one length.
     """
     root = unet.removesuffix("model.")
-    found: dict[str, Float64] = {}
+    buffers: dict[str, Float64] = {}
     for name in ("betas", "loss_weight", "p2_loss_weight"):
         tensor = tensors.get(root + name) if unet != root else None
         if tensor is None:
             continue
         if tensor.ndim != 1 or not tensor.dtype.is_floating_point or not torch.isfinite(tensor).all():
             raise FileFormatError(
-                f"{root}{name} should be finite numbers over t", note=f"{list(tensor.shape)} of {tensor.dtype}"
+                f"{root}{name} must be one finite number for each t", note=f"{list(tensor.shape)} of {tensor.dtype}"
             )
-        found[name] = tensor.double().numpy()
-    if len({len(values) for values in found.values()}) > 1:
+        buffers[name] = tensor.double().numpy()
+    if len({len(values) for values in buffers.values()}) > 1:
         raise FileFormatError(
             "the buffers of the diffusion have different lengths",
-            note=", ".join(f"{name}: {len(values)}" for name, values in found.items()),
+            note=", ".join(f"{name}: {len(values)}" for name, values in buffers.items()),
         )
-    return found
+    return buffers
 
 
 def _version(objects: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The release that wrote a Trainer's file."""
+    """The release that wrote a Trainer's file, None if it is not recorded."""
     version = objects.get("version")
     if not isinstance(version, str) or not (match := re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", version)):
         return None
@@ -138,7 +139,7 @@ def _version(objects: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 class _Shapes:
-    """Shapes of tensors by name; one that is missing is an error that says so."""
+    """Shapes of tensors by name; a missing tensor is a clear error."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -148,18 +149,18 @@ class _Shapes:
 
     def of(self, name: str, ndim: int) -> tuple[int, ...]:
         if name not in self._tensors:
-            raise FileFormatError(f"a U-Net of {PROJECT} has a tensor {name}, and there is none")
+            raise FileFormatError(f"missing tensor {name} of a U-Net of {PROJECT}")
         shape = tuple(self._tensors[name].shape)
         if len(shape) != ndim:
             hint = "its networks for sequences and videos are not supported" if name == "init_conv.weight" else None
-            raise FileFormatError(f"{name} has {len(shape)} dimensions, and should have {ndim}", hint=hint)
+            raise FileFormatError(f"{name} has {len(shape)} dimensions, expected {ndim}", hint=hint)
         return shape
 
 
 def _config(
-    weights: Mapping[str, Tensor], inquiry: Inquiry, wrapped: bool, version: tuple[int, ...] | None
+    weights: Mapping[str, Tensor], settings: SettingsResolver, wrapped: bool, version: tuple[int, ...] | None
 ) -> LucidrainsConfig:
-    """The network, from the shapes of its weights and what else is known."""
+    """The config of the network, from the shapes of its weights, the release and the settings."""
     shapes = _Shapes(weights)
     if any(name.startswith(("classes_mlp.", "classes_emb.", "null_classes_emb")) for name in weights):
         raise FileFormatError(
@@ -176,13 +177,13 @@ def _config(
         last = level == levels - 1
         if not last and f"downs.{level}.3.1.weight" not in shapes:
             raise FileFormatError(
-                f"this network halves its images in a way that {PROJECT} gave up before release 1.0",
+                f"this network downsamples in a way that {PROJECT} gave up before release 1.0",
                 note=f"there is no downs.{level}.3.1.weight",
             )
         widths.append(shapes.of(f"downs.{level}.3.weight" if last else f"downs.{level}.3.1.weight", 4)[0])
     if not widths or not channels or any(width % channels for width in widths):
         raise FileFormatError(
-            f"these are no widths of a U-Net of {PROJECT}", note=f"{channels}, {', '.join(map(str, widths))}"
+            f"the widths are not those of a U-Net of {PROJECT}", note=f"{channels}, {', '.join(map(str, widths))}"
         )
     # out = C or 2·C (learned variance), in = C or 2·C (self-conditioning), and never both: their code has no such class
     self_condition = c_in == 2 * c_out
@@ -202,20 +203,20 @@ def _config(
     else:
         fit = [n for n in (4, 8, 1, 2, 16) if all(width % n == 0 for width in hidden)] or [1]
         assume = "their default" if fit[0] == 4 and set(hidden) == {128} else ""
-        n = inquiry.settle("heads", fit, assume=assume, why="the weights are the same for any number of heads")
+        n = settings.resolve("heads", fit, assume=assume, why="the weights are the same for any number of heads")
         heads, head_channels = (n,) * levels, tuple(width // n for width in hidden)
         changes["memory"] = 0
     if "time_mlp.0.weights" in shapes:
         changes["fourier"] = 2 * shapes.of("time_mlp.0.weights", 1)[0]
     else:
-        changes["theta"] = inquiry.settle("theta", (10000.0,), assume="their default", closed=False)
+        changes["theta"] = settings.resolve("theta", (10000.0,), assume="their default", closed=False)
     if "mid_block1.block1.norm.weight" in shapes:
         changes["block_norm"] = "group"
-        changes["groups"] = inquiry.settle("groups", (8,), assume="their default", closed=False)
+        changes["groups"] = settings.resolve("groups", (8,), assume="their default", closed=False)
     if wrapped:
-        changes |= _release(inquiry, version)
+        changes |= _release(settings, version)
     sizes: tuple[int | tuple[int, ...], ...] = (128, 64, 32, 256, (128, 128))
-    size = inquiry.settle(
+    size = settings.resolve(
         "size",
         sizes,
         why=f"height and width in pixels; the weights fit every size divisible by {2 ** (levels - 1)}",
@@ -235,14 +236,14 @@ def _config(
         head_channels=head_channels,
         **changes,
     )
-    inquiry.fact("network", f"{channels} × {multipliers}", "the shapes of the weights")
+    settings.add_fact("network", f"{channels} × {multipliers}", "shapes of the weights")
     if self_condition:
-        inquiry.fact("self_condition", True, f"init_conv takes {c_in} channels, final_conv gives {c_out}")
+        settings.add_fact("self_condition", True, f"init_conv takes {c_in} channels, final_conv gives {c_out}")
     return config
 
 
-def _release(inquiry: Inquiry, version: tuple[int, ...] | None) -> dict[str, Any]:
-    """What releases before 1.8 compute differently, by the release that wrote the file."""
+def _release(settings: SettingsResolver, version: tuple[int, ...] | None) -> dict[str, Any]:
+    """The fields of the config in which releases before 1.8 differ, by the release that wrote the file."""
     known = None
     if version is not None:
         if version < (1, 0, 0):
@@ -252,12 +253,13 @@ def _release(inquiry: Inquiry, version: tuple[int, ...] | None) -> dict[str, Any
             )
         newest_first = [(name, tuple(map(int, name.split(".")))) for name in RELEASES]
         known = next((name for name, last in reversed(newest_first) if version <= last), next(iter(RELEASES)))
-    name = inquiry.settle(
+    name = settings.resolve(
         "release",
         tuple(RELEASES),
         known=known,
         source="version in the file",
-        why="the network changed with 1.7.0, 1.7.2 and 1.7.4, and its weights look alike: the last release of each graph",
+        why="the network changed with 1.7.0, 1.7.2 and 1.7.4, which the weights do not show; each candidate is the last "
+        "release of a graph",
     )
     return RELEASES[name]
 
@@ -265,39 +267,42 @@ def _release(inquiry: Inquiry, version: tuple[int, ...] | None) -> dict[str, Any
 # --- schedule and objective ------------------------------------------------------------------------------------------
 
 
-def _spec(config: LucidrainsConfig, buffers: Mapping[str, Float64], inquiry: Inquiry) -> ModelSpec:
-    """What the diffusion's buffers say about the chain."""
+def _spec(config: LucidrainsConfig, buffers: Mapping[str, Float64], settings: SettingsResolver) -> ModelSpec:
+    """The spec, as far as the diffusion's buffers determine it."""
     learned = config.out_channels != config.in_channels
     fields: dict[str, Any] = {}
     betas = buffers.get("betas")
     if betas is None:
-        T = inquiry.settle("timesteps", (1000,), why="the file has the U-Net alone", closed=False, probed=False)
-        name = inquiry.settle("schedule", ("sigmoid_alpha_bar", "cosine", "linear"), why="the file has the U-Net alone")
+        T = settings.resolve("timesteps", (1000,), why="the file has the U-Net alone", closed=False, probed=False)
+        name = settings.resolve(
+            "schedule", ("sigmoid_alpha_bar", "cosine", "linear"), why="the file has the U-Net alone"
+        )
         params = dict(_named(T))[name]
     else:
         T = len(betas)
         try:
             schedule = Schedule.from_betas(betas)
         except InputError as error:
-            raise FileFormatError(f"betas are no schedule: {error.fact}", note=error.note) from error
-        inquiry.fact("timesteps", T, "the length of betas")
+            raise FileFormatError(f"betas are not a schedule: {error.fact}", note=error.note) from error
+        settings.add_fact("timesteps", T, "the length of betas")
         known, params, error_of = _recognised(betas)
         candidates = ("betas",) if known == "betas" else (known, "betas")
-        source = "the values of betas" + (f", to within {error_of:.1g}" if known != "betas" else ", which no name fits")
-        name = inquiry.settle("schedule", candidates, known=known, source=source)
+        fit = f", to within {error_of:.1g}" if known != "betas" else ", which no named schedule fits"
+        source = "the values of betas" + fit
+        name = settings.resolve("schedule", candidates, known=known, source=source)
         if name == "betas":
             fields["betas"], params = betas, {}
     prediction: Prediction
     if learned:
-        prediction = inquiry.settle(
-            "prediction", ("eps",), known="eps", source="with a learned variance theirs is ε, whatever the objective"
+        prediction = settings.resolve(
+            "prediction", ("eps",), known="eps", source="their code predicts ε with a learned variance, always"
         )
     else:
         known_objective = None
         if betas is not None and "loss_weight" in buffers:
             fitting = list(objectives(schedule, buffers["loss_weight"]))
             known_objective = _OBJECTIVES[fitting[0]] if len(fitting) == 1 else None
-        prediction = inquiry.settle(
+        prediction = settings.resolve(
             "prediction",
             ("v", "eps", "x0"),
             known=known_objective,
@@ -306,16 +311,16 @@ def _spec(config: LucidrainsConfig, buffers: Mapping[str, Float64], inquiry: Inq
             if "loss_weight" in buffers
             else "no loss_weight in the file",
         )
-    data_range = inquiry.settle(
+    data_range = settings.resolve(
         "data_range", ("[-1, 1]", "[0, 1]"), assume="auto_normalize, their default", probed=False
     )
     if data_range != "[-1, 1]":
         raise InputError(
             "a chain of ddpmx runs on images in [−1, 1]",
-            note="with auto_normalize off their images are what they were given",
+            note="with auto_normalize off their code does not map images to that range",
         )
-    inquiry.fact("variance", "learned_range" if learned else "fixed_small", "their code")
-    inquiry.fact("clip", 1.0, "their code")
+    settings.add_fact("variance", "learned_range" if learned else "fixed_small", "their code")
+    settings.add_fact("clip", 1.0, "their code")
     return ModelSpec(
         (config.in_channels, *config.size),
         timesteps=T,
@@ -330,19 +335,19 @@ def _spec(config: LucidrainsConfig, buffers: Mapping[str, Float64], inquiry: Inq
 
 
 def _named(T: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Their schedules by our names, with our parameters. Their linear one is scaled by 1000/T."""
+    """Their schedules under our names, with our parameters. Their linear one is scaled by 1000/T."""
     yield "sigmoid_alpha_bar", {}
     yield "cosine", {}
     yield "linear", {"beta_start": 0.1 / T, "beta_end": 20 / T}
 
 
 def _recognised(betas: Float64) -> tuple[str, dict[str, float], float]:
-    """The schedule of these β by name, its parameters, and how far it is away, relatively; or ``betas``."""
+    """The name of the schedule of these β, its parameters, and the largest relative difference; or ``betas``."""
     for name, params in _named(len(betas)):
         try:
             ours = make_schedule(name, len(betas), params).betas
         except InputError:
-            continue  # their linear one leaves (0, 1] where T is 20 or less
+            continue  # with T of 20 or less, β of their linear schedule leaves (0, 1]
         error = float(np.max(np.abs(betas - ours) / ours))
         if error <= BETA_TOLERANCE:
             return name, params, error
@@ -350,7 +355,7 @@ def _recognised(betas: Float64) -> tuple[str, dict[str, float], float]:
 
 
 def objectives(schedule: Schedule, loss_weight: Float64) -> Iterator[str]:
-    """Those of their objectives of which ``loss_weight``, float64 [T], can be the weights.
+    """Those of their objectives whose weights can be ``loss_weight``, float64 [T].
 
     With s = ᾱ/(1−ᾱ) they are s'/s for pred_noise, s' for pred_x0 and s'/(s+1) for pred_v, where s' is s, or min(s, γ)
     (Hang et al. 2023), or max(s, γ) as releases 1.5.0 to 1.5.4 had it.

@@ -1,7 +1,7 @@
-"""What OpenAI's scripts are told on their command lines, and with which flags their published checkpoints were made.
+"""The command-line flags of OpenAI's scripts, and those with which their published checkpoints were made.
 
-Their files are bare state dicts. All that the shapes of the weights do not show stands in the two projects' READMEs,
-as flags; :data:`PUBLISHED` has them in the READMEs' own words.
+Their files are bare state dicts. All that the shapes of the weights do not show is in the two projects' READMEs, as
+flags; :data:`PUBLISHED` has them as the READMEs do.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ SIZES: Mapping[tuple[int, ...], int] = {
     (1, 2, 3, 4): 64,
     (1, 2, 2, 2): 32,
 }
-"""Multipliers of the widths, and the one size of images for which the scripts have them."""
+"""Multipliers of the widths, and the only image size for which the scripts have them."""
 
 CLASSES = 1000
-"""How many classes ``class_cond`` means, always."""
+"""The number of classes with ``class_cond``."""
 
 IMPROVED: Flags = {
     "image_size": "64",
@@ -52,7 +52,7 @@ GUIDED: Flags = {
     "rescale_timesteps": "False",
     "use_new_attention_order": "False",
 }
-"""guided-diffusion's."""
+"""guided-diffusion's defaults."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Published:
 
     Attributes:
         files: the names of its checkpoints; several where the training differed and the network did not.
-        defaults: its project's.
-        line: its flags, as the README has them. Those that act in training only are left out.
+        defaults: its project's default flags.
+        line: its flags, as the README has them. Those that only training uses are left out.
     """
 
     files: tuple[str, ...]
@@ -71,7 +71,7 @@ class Published:
 
     @property
     def flags(self) -> Flags:
-        """All of them, with the defaults."""
+        """All flags, with the defaults."""
         return {**self.defaults, **parse(self.line)}
 
 
@@ -128,66 +128,66 @@ PUBLISHED: Mapping[str, Published] = {
     ),
     "guided_lsun_nodropout": Published(("lsun_horse_nodropout.pt",), GUIDED, _GUIDED + "False --dropout 0.0"),
 }
-"""Every published network but those that draw upon a smaller image, and guided-diffusion's for 512×512."""
+"""Every published network except those that enlarge a smaller image, and guided-diffusion's for 512×512."""
 
 
 def parse(line: str) -> dict[str, str]:
     """``--name value --name value`` as a dict; from ``#`` to the end of a line is a comment.
 
     Raises:
-        InputError: something else.
+        InputError: the text is not of this form.
     """
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
-        raise InputError("no line of flags", note=str(error)) from error
+        raise InputError("not a line of flags", note=str(error)) from error
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise InputError("no line of flags", note=line.strip()[:80], hint="--name value --name value")
+        raise InputError("not a line of flags", note=line.strip()[:80], hint="--name value --name value")
     return {name[2:]: value for name, value in zip(names, values, strict=True)}
 
 
 def settings(flags: Flags) -> dict[str, Any]:
-    """What those flags that are there say, under our names: ``heads``, ``timesteps``, ``schedule`` …
+    """The settings that the flags set, under our names: ``heads``, ``timesteps``, ``schedule`` …
 
     Raises:
         InputError: a value that its flag cannot have.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     if "image_size" in flags:
-        found["size"] = (_int(flags, "image_size"),) * 2
+        values["size"] = (_int(flags, "image_size"),) * 2
     if flags.get("num_head_channels", "-1") != "-1":
-        found |= {"heads": None, "head_channels": _int(flags, "num_head_channels")}
+        values |= {"heads": None, "head_channels": _int(flags, "num_head_channels")}
     elif "num_heads" in flags:
-        found["heads"] = _int(flags, "num_heads")
+        values["heads"] = _int(flags, "num_heads")
     if flags.get("num_heads_upsample", "-1") not in ("-1", flags.get("num_heads", "")):
         raise InputError("num_heads_upsample: ddpmx's U-Net has as many heads on the way up as on the way down")
     if "use_new_attention_order" in flags:
-        found["attention_order"] = "new" if _bool(flags, "use_new_attention_order") else "legacy"
+        values["attention_order"] = "new" if _bool(flags, "use_new_attention_order") else "legacy"
     if "dropout" in flags:
         try:
-            found["dropout"] = float(flags["dropout"])
+            values["dropout"] = float(flags["dropout"])
         except ValueError as error:
-            raise InputError(f"dropout is {flags['dropout']!r}, and no number") from error
+            raise InputError(f"dropout is {flags['dropout']!r}, not a number") from error
     if "diffusion_steps" in flags:
-        found["timesteps"] = _int(flags, "diffusion_steps")
+        values["timesteps"] = _int(flags, "diffusion_steps")
     if "noise_schedule" in flags:
-        found["schedule"] = flags["noise_schedule"]
-        if found["schedule"] not in ("linear", "cosine"):
-            raise InputError(f"noise_schedule is {found['schedule']!r}, and OpenAI's code has linear and cosine")
+        values["schedule"] = flags["noise_schedule"]
+        if values["schedule"] not in ("linear", "cosine"):
+            raise InputError(f"noise_schedule is {values['schedule']!r}, and OpenAI's code has linear and cosine")
     if "rescale_timesteps" in flags:
-        found["rescale_timesteps"] = _bool(flags, "rescale_timesteps")
+        values["rescale_timesteps"] = _bool(flags, "rescale_timesteps")
     if "predict_xstart" in flags:
-        found["prediction"] = "x0" if _bool(flags, "predict_xstart") else "eps"
+        values["prediction"] = "x0" if _bool(flags, "predict_xstart") else "eps"
     if "clip_denoised" in flags:
-        found["clip"] = 1.0 if _bool(flags, "clip_denoised") else None
+        values["clip"] = 1.0 if _bool(flags, "clip_denoised") else None
     if "sigma_small" in flags:
-        found["variance"] = "fixed_small" if _bool(flags, "sigma_small") else "fixed_large"
-    return found
+        values["variance"] = "fixed_small" if _bool(flags, "sigma_small") else "fixed_large"
+    return values
 
 
 def structure(config: UNetConfig) -> dict[str, Any]:
-    """Those numbers of a network that the shapes of its weights show."""
+    """The numbers of a network that the shapes of its weights show."""
     names = ("in_channels", "out_channels", "channels", "multipliers", "blocks", "scale_shift", "resample_blocks")
     heights = [config.size[0] >> level for level in range(len(config.multipliers))]
     return {
@@ -197,26 +197,26 @@ def structure(config: UNetConfig) -> dict[str, Any]:
 
 
 def network(flags: Flags) -> UNetConfig:
-    """The network that the scripts build of a full set of flags.
+    """The network that the scripts build from a full set of flags.
 
     Raises:
         InputError: a value that its flag cannot have.
     """
-    told = settings(flags)
-    (multipliers,) = (multipliers for multipliers, size in SIZES.items() if (size, size) == told["size"])
-    rescale = told["rescale_timesteps"]
+    values = settings(flags)
+    (multipliers,) = (multipliers for multipliers, size in SIZES.items() if (size, size) == values["size"])
+    rescale = values["rescale_timesteps"]
     return openai_unet(
         in_channels=3,
         out_channels=6 if _bool(flags, "learn_sigma") else 3,
-        size=told["size"],
+        size=values["size"],
         channels=_int(flags, "num_channels"),
         multipliers=multipliers,
         blocks=_int(flags, "num_res_blocks"),
         attention=tuple(int(height) for height in flags["attention_resolutions"].split(",")),
-        dropout=told["dropout"],
-        time_scale=1000 / told["timesteps"] if rescale else 1.0,
-        heads=told["heads"] or 1,
-        head_channels=told.get("head_channels"),
+        dropout=values["dropout"],
+        time_scale=1000 / values["timesteps"] if rescale else 1.0,
+        heads=values["heads"] or 1,
+        head_channels=values.get("head_channels"),
         scale_shift=_bool(flags, "use_scale_shift_norm"),
         resample_blocks=_bool(flags, "resblock_updown") if "resblock_updown" in flags else False,
         classes=CLASSES if _bool(flags, "class_cond") else None,
@@ -230,11 +230,11 @@ ALWAYS: Mapping[str, Any] = {
     "frequency_shift": 0,
     "symmetric_padding": True,
 }
-"""What no flag changes."""
+"""The numbers that no flag changes."""
 
 
 def openai_unet(**numbers: Any) -> UNetConfig:
-    """A network of OpenAI's code, with what it always has."""
+    """A network of OpenAI's code, with the numbers that no flag changes."""
     return UNetConfig(**numbers, **ALWAYS)
 
 
@@ -276,12 +276,12 @@ def flag_lines(config: UNetConfig, spec: ModelSpec) -> str:
 
 def _int(flags: Flags, name: str) -> int:
     if not flags[name].isascii() or not flags[name].isdigit() or len(flags[name]) > 9:
-        raise InputError(f"{name} is {flags[name]!r}, and no whole number")
+        raise InputError(f"{name} is {flags[name]!r}, not a whole number")
     return int(flags[name])
 
 
 def _bool(flags: Flags, name: str) -> bool:
     word = flags[name].lower()
     if word not in ("true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"):
-        raise InputError(f"{name} is {flags[name]!r}, and neither true nor false")
+        raise InputError(f"{name} is {flags[name]!r}, neither true nor false")
     return word in ("true", "yes", "t", "y", "1")

@@ -1,7 +1,7 @@
-"""The names of OpenAI's tensors, in improved-diffusion and guided-diffusion alike.
+"""The names of OpenAI's tensors, the same in improved-diffusion and guided-diffusion.
 
-Their modules stand in two numbered lists in the order in which they run. Attention, and what resamples on the way up,
-stand behind a residual block in the same place of the list.
+Their modules are in two numbered lists, in the order in which they run. Attention and upsampling follow a residual block
+in the same item of the list.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ CONV1D = OneToOne(lambda w: w.reshape(*w.shape[:2], w.shape[2], 1), lambda w: w.
 
 
 class _Place(NamedTuple):
-    """Where a stage or a resampling stands in their lists of modules."""
+    """The names of a stage or a resampling in their lists of modules."""
 
     block: str
     attention: str
 
 
 def rows(config: UNetConfig, new_order: bool = False) -> list[Row]:
-    """The table; ``new_order`` for ``use_new_attention_order``."""
+    """The table of names; ``new_order`` for ``use_new_attention_order``."""
     table: list[Row] = []
     for slot, place in _places(config):
         if place is None:
@@ -52,7 +52,7 @@ def rows(config: UNetConfig, new_order: bool = False) -> list[Row]:
 
 
 def _places(config: UNetConfig) -> Iterator[tuple[Slot, _Place | None]]:
-    """Every part of the network with its place: they count what runs in input_blocks and in output_blocks."""
+    """Every part of the network with its place: their indices count what runs in input_blocks and in output_blocks."""
     inputs, outputs, behind = 0, -1, 1
     for slot in walk(config):
         if slot.part == "middle":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.keys import Row, Slot, config_error, layer, side, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options, size_and_dropout
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import InputError
 
@@ -29,7 +29,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "lsun_cat": _LSUN,
     "lsun_church": _LSUN,
 }
-"""The configs of both projects."""
+"""The configs of both projects, by the model's name."""
 
 KNOWN_FILES: Mapping[str, str] = {
     "82ed3067fd1002f5cf4c339fb80c4669": "cifar10",
@@ -41,15 +41,15 @@ KNOWN_FILES: Mapping[str, str] = {
     "eb619b8a5ab95ef80f94ce8a5488dae3": "lsun_church",
     "fdc68a23938c2397caba4a260bc2445f": "lsun_church",
 }
-"""MD5 of the published files, as pytorch_diffusion lists them."""
+"""MD5 of the published files, as pytorch_diffusion lists them, and the model that each holds."""
 
 _MARK = "down.0.block.0.temb_proj.weight"
 
 
-def recognise(found: Found) -> str | None:
-    """By the names, within DDIM's list too."""
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the names, at the top or in DDIM's list."""
     for prefix in _PREFIXES:
-        if prefix + _MARK in found.tensors:
+        if prefix + _MARK in contents.tensors:
             inside = f" in item {prefix[0]} of a list" if prefix[:1].isdigit() else ""
             return f"the weights are called down.0.block.0.*, temb.dense.0{inside}"
     return None
@@ -58,24 +58,24 @@ def recognise(found: Found) -> str | None:
 _PREFIXES = ("", "module.", "4.", "4.module.", "0.", "0.module.")
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network of a file.
 
     Raises:
-        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+        FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
-    ask = Inquiry(options)
-    averaged = _below(found, "4.")
-    raw = _below(found, "0.") if averaged else None
-    theirs = averaged or _below(found, "") or _below(found, "0.")
+    settings = SettingsResolver(options)
+    averaged = _below(contents, "4.")
+    raw = _below(contents, "0.") if averaged else None
+    theirs = averaged or _below(contents, "") or _below(contents, "0.")
     if averaged:
-        ask.fact("weights", options.weights, "item 4 of the list is the average, item 0 the model")
-    known = KNOWN_FILES.get(found.md5) if found.kind == "torch" and not averaged else None
-    told = ask.published(MODELS, known=known, source="a published file, by its MD5")
-    config = _config(ask, theirs, told)
-    spec = ask.chain(
+        settings.add_fact("weights", options.weights, "item 4 of the list is the average, item 0 the model")
+    known = KNOWN_FILES.get(contents.md5) if contents.kind == "torch" and not averaged else None
+    published = settings.published(MODELS, known=known, source="a published file, by its MD5")
+    config = _config(settings, theirs, published)
+    spec = settings.chain_spec(
         config,
-        told,
+        published,
         "that model's config",
         schedules=("linear", "quad", "const", "warmup10", "warmup50", "jsd", "sigmoid_beta"),
         predictions=("eps",),
@@ -85,19 +85,19 @@ def read(found: Found, options: Options) -> Imported:
     table, shapes = rows(config), unet_shapes(config)
     sets = [to_ours(table, tensors, shapes=shapes, ignore=("logvar",)) for tensors in (theirs, raw) if tensors]
     chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return ask.done(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
 
 
-def _below(found: Found, prefix: str) -> dict[str, Tensor]:
+def _below(contents: CheckpointContents, prefix: str) -> dict[str, Tensor]:
     """The network's tensors under ``prefix``, without DataParallel's ``module.``; none if it is not there."""
     for inside in (prefix, f"{prefix}module."):
-        if inside + _MARK in found.tensors:
-            return found.below(inside)
+        if inside + _MARK in contents.tensors:
+            return contents.below(inside)
     return {}
 
 
-def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any]) -> UNetConfig:
-    """The numbers, from the shapes."""
+def _config(settings: SettingsResolver, theirs: Mapping[str, Tensor], published: Mapping[str, Any]) -> UNetConfig:
+    """The numbers of the network, from the shapes of its weights."""
     levels = blocks = 0
     while f"down.{levels}.block.0.conv1.weight" in theirs:
         levels += 1
@@ -108,7 +108,7 @@ def _config(ask: Inquiry, theirs: Mapping[str, Tensor], told: Mapping[str, Any])
     if channels < 1 or any(width % channels for width in widths):
         raise config_error("widths", widths)
     attends = [f"down.{level}.attn.0.q.weight" in theirs for level in range(levels)]
-    size, dropout = size_and_dropout(ask, widths, blocks, told, "that model's config", attends=attends)
+    size, dropout = size_and_dropout(settings, widths, blocks, published, "that model's config", attends=attends)
     return UNetConfig(
         in_channels=side(theirs, "conv_in.weight", 1),
         out_channels=side(theirs, "conv_out.weight", 0),
@@ -134,7 +134,7 @@ _OUTSIDE = {
 
 
 def rows(config: UNetConfig) -> list[Row]:
-    """The table."""
+    """The table of names."""
     table: list[Row] = []
     for slot in walk(config):
         if slot.kind == "stage":
@@ -184,21 +184,21 @@ _FIXED: Mapping[str, object] = {
 
 
 def write(imported: Imported, folder: Path) -> None:
-    """``model.ckpt``: a bare state dict.
+    """Write ``model.ckpt``, a bare state dict.
 
     Raises:
         InputError: that code cannot compute this network.
     """
     config = imported.config
     if not isinstance(config, UNetConfig):
-        raise InputError("pytorch_diffusion's U-Net is Ho's, and this network is of another kind")
+        raise InputError("pytorch_diffusion's code cannot compute this network", note="it is not a U-Net of Ho's kind")
     for name, fixed in _FIXED.items():
         if getattr(config, name) != fixed:
             raise InputError(
                 f"pytorch_diffusion's U-Net cannot compute {name} = {getattr(config, name)}", note=f"only {fixed}"
             )
     if config.size[0] != config.size[1]:
-        raise InputError("pytorch_diffusion's images are square")
+        raise InputError("pytorch_diffusion's code takes square images only")
     if imported.spec.prediction != "eps" or config.learned_variance:
         raise InputError("pytorch_diffusion's chain takes ε and a fixed variance only")
     torch.save(to_theirs(rows(config), imported.tensors), folder / "model.ckpt")

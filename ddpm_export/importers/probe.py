@@ -1,7 +1,7 @@
-"""Lets real images answer what a file does not tell: under the wrong convention a network sees no noise where there is.
+"""Decides open settings on real images: under a wrong convention a network does not find the noise in a noised image.
 
-Every combination of candidates is a network with a chain. Each is asked for the ε in noised images, and the right one
-should know it best by far (equation 14 at a few t). Nothing is decided by a small difference.
+Every combination of candidates is a network with a chain. Each predicts the ε in noised images, and the right one should
+have the smallest error by far (equation 14 at a few t). A small difference decides nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ddpmx.errors import DdpmxError, InputError
 MARGIN = 1.25
 """The runner-up's error must be this many times the winner's."""
 
-SEES = 0.9
-"""Mean square of ε − ε̂. Who always answers 0 has 1; a winner above this has not understood the images either."""
+MAX_ERROR = 0.9
+"""The winner's mean square of ε − ε̂ must be below this. A network that always outputs 0 has 1."""
 
 MAX_CANDIDATES = 64
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Of T, where ε is asked for: at the ends every network is bad, or every one is good."""
+"""The t/T at which ε is predicted: at the ends every network is bad, or every one is good."""
 
 _IMAGES = 16
 _BATCH = 8
@@ -35,19 +35,19 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to understand a file.
+    """One combination of values for the open settings.
 
     Attributes:
-        said: its answers to the questions.
-        errors: mean square of ε − ε̂ at each of the fractions, float64.
+        values: by the setting's name.
+        errors: mean square of ε − ε̂ at each of :data:`FRACTIONS`, float64.
     """
 
-    said: dict[str, object]
+    values: dict[str, object]
     errors: NDArray[np.float64]
 
     @property
     def error(self) -> float:
-        """The mean of them."""
+        """The mean of :attr:`errors`."""
         return float(self.errors.mean())
 
 
@@ -66,13 +66,13 @@ def probe(
     images: Callable[[Imported], NDArray[np.uint8]],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Candidate]:
-    """Every combination of the questions' candidates, the best first. Those that make no network are left out.
+    """Every combination of the questions' candidates, the best first. Those of which no network can be built are left out.
 
     Args:
-        read: understands the file under some options.
-        options: what the user said.
-        questions: what is open and can be seen by ε.
-        images: uint8 [N, H, W, C] of the size that a candidate has.
+        read: reads the file under some options.
+        options: the user's.
+        questions: the open settings that the error of ε can decide.
+        images: gives uint8 [N, H, W, C] of a candidate's size.
         progress: called with (candidates judged, candidates in all).
 
     Raises:
@@ -83,21 +83,21 @@ def probe(
         raise InputError(
             f"{len(choices)} combinations are too many to try",
             note=", ".join(f"{question.name}: {len(question.candidates)}" for question in questions),
-            hint="say some of them with flags",
+            hint="set some of them with flags",
         )
     judged = []
     refusal: DdpmxError | None = None
     for done, choice in enumerate(choices):
-        said = {question.name: value for question, value in zip(questions, choice, strict=True)}
+        values = {question.name: value for question, value in zip(questions, choice, strict=True)}
         try:
-            imported = read(options.also(said))
-        except DdpmxError as error:  # say, 3 heads for a width of 64
+            imported = read(options.with_values(values))
+        except DdpmxError as error:  # for example 3 heads for a width of 64
             refusal = error
             continue
         finally:
             if progress is not None:
                 progress(done + 1, len(choices))
-        judged.append(Candidate(said, epsilon_errors(imported, images(imported))))
+        judged.append(Candidate(values, epsilon_errors(imported, images(imported))))
     if not judged:
         assert refusal is not None
         raise refusal
@@ -105,30 +105,30 @@ def probe(
 
 
 def decide(candidates: Sequence[Candidate]) -> Candidate:
-    """The winner.
+    """The best candidate.
 
     Raises:
-        InputError: it sees nothing, or is not clearly better than the next.
+        InputError: it does not find the noise, or is not clearly better than the next.
     """
     winner, *others = candidates
-    if not winner.error < SEES:
+    if not winner.error < MAX_ERROR:
         raise InputError(
             "no candidate finds the noise in these images",
-            note=f"the best has a mean square error of {winner.error:.3g}, and answering 0 has 1",
-            hint="images like those that the network was trained on; or the candidates are all wrong",
+            note=f"the best has a mean square error of {winner.error:.3g}; an output of 0 has 1",
+            hint="use images like those that the network was trained on; or all candidates are wrong",
         )
     if others and not others[0].error > MARGIN * winner.error:
         raise InputError(
             "the images do not decide between the candidates",
-            note=f"errors {winner.error:.4g} and {others[0].error:.4g}; {MARGIN:g} times as much would be clear",
-            hint="say them with flags",
+            note=f"errors {winner.error:.4g} and {others[0].error:.4g}; a factor of {MARGIN:g} would be clear",
+            hint="set them with flags",
         )
     return winner
 
 
 @torch.no_grad()
 def epsilon_errors(imported: Imported, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean square of ε − ε̂ at each of :data:`FRACTIONS`; the same images and the same noise for everybody."""
+    """Mean square of ε − ε̂ at each of :data:`FRACTIONS`; the same images and the same noise for every candidate."""
     network, spec = module_of(imported), imported.spec
     alpha_bar = spec.make_schedule().alpha_bar
     pixels = torch.from_numpy(images[:_IMAGES].astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
@@ -140,24 +140,25 @@ def epsilon_errors(imported: Imported, images: NDArray[np.uint8]) -> NDArray[np.
         squares = []
         for x0, eps in zip(torch.split(pixels, _BATCH), torch.split(noise, _BATCH), strict=True):
             x = signal * x0 + sigma * eps
-            out = _ask(network, imported, x, torch.full((len(x),), t))
+            out = _output(network, imported, x, torch.full((len(x),), t))
             if spec.prediction == "x0":
                 out = (x - signal * out) / sigma
             elif spec.prediction == "v":  # v = √ᾱ·ε − √(1−ᾱ)·x_0 and x_t = √ᾱ·x_0 + √(1−ᾱ)·ε
                 out = signal * out + sigma * x
             squares.append((out - eps).double().square().flatten())
         errors.append(torch.cat(squares).mean().item())
-    # who overflows is wrong
+    # a candidate that overflows is wrong
     return np.nan_to_num(np.array(errors, np.float64), nan=np.inf).astype(np.float64)
 
 
-def _ask(network: nn.Module, imported: Imported, x: Tensor, t: Tensor) -> Tensor:
+def _output(network: nn.Module, imported: Imported, x: Tensor, t: Tensor) -> Tensor:
+    """The network's first output, under any classes and x0_prev = 0."""
     spec = imported.spec
     conditioning: dict[str, Tensor] = {}
     if spec.classes is not None:
         conditioning["y"] = torch.arange(len(x)) % spec.classes
     if spec.self_condition:
         conditioning["x0_prev"] = torch.zeros_like(x)
-    answer = network(x, t, **conditioning)
-    out: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    outputs = network(x, t, **conditioning)
+    out: Tensor = outputs[0] if isinstance(outputs, tuple) else outputs
     return out

@@ -1,6 +1,6 @@
 """w86763777/pytorch-ddpm: Ho's network with PyTorch's norms and paddings, and an embedding that interleaves sin and cos.
 
-``ckpt.pt`` is {net_model, ema_model, sched, optim, step, x_T}; the flags lie in flagfile.txt beside it.
+``ckpt.pt`` is {net_model, ema_model, sched, optim, step, x_T}; the flags are in flagfile.txt beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ddpm_export.importers.keys import Columns, Row, Slot, config_error, layer, side, to_ours, unet_shapes, walk
-from ddpm_export.importers.reading.found import Found
-from ddpm_export.importers.settings import Imported, Inquiry, Options, size_and_dropout
+from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
 from ddpm_export.networks.unet import sinusoidal_embedding
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpmx.errors import FileFormatError
@@ -26,85 +26,85 @@ TABLE = "time_embedding.timembedding.0.weight"
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {"size": (32, 32), "schedule": "linear", "prediction": "eps", "variance": "fixed_large", "dropout": 0.1}
 }
-"""config/CIFAR10.txt."""
+"""The project's config/CIFAR10.txt."""
 
 _PREDICTIONS = {"epsilon": "eps", "xstart": "x0"}
 _VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 
-def recognise(found: Found) -> str | None:
-    """By the names, in the container or bare."""
+def recognise(contents: CheckpointContents) -> str | None:
+    """Recognise the names, in the container or bare."""
     for prefix in ("ema_model.", "net_model.", ""):
-        if prefix + TABLE in found.tensors:
+        if prefix + TABLE in contents.tensors:
             return f"the weights are called {prefix}downblocks.*, time_embedding.timembedding"
     return None
 
 
-def read(found: Found, options: Options) -> Imported:
+def read(contents: CheckpointContents, options: Options) -> Imported:
     """The network of a file.
 
     Raises:
-        FileFormatError, InputError: the tensors are not those of such a network, or not what was said.
+        FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
-    ask = Inquiry(options)
-    averaged, raw = found.below("ema_model."), found.below("net_model.")
-    theirs = averaged or raw or dict(found.tensors)
+    settings = SettingsResolver(options)
+    averaged, raw = contents.below("ema_model."), contents.below("net_model.")
+    theirs = averaged or raw or dict(contents.tensors)
     if averaged and raw:
-        ask.fact("weights", options.weights, "ema_model and net_model")
-    flags, source = _flagfile(found)
-    if published := ask.published(MODELS):
+        settings.add_fact("weights", options.weights, "ema_model and net_model")
+    flags, source = _flagfile(contents)
+    if published := settings.published(MODELS):
         flags, source = dict(published), "that model's config"
     timesteps = _check_table(theirs)
-    config = _config(ask, theirs, found.tensors.get("x_T"), flags, source)
-    spec = ask.chain(
+    config = _config(settings, theirs, contents.tensors.get("x_T"), flags, source)
+    spec = settings.chain_spec(
         config,
         {**flags, "timesteps": timesteps},
         source,
         schedules=("linear",),
         predictions=("eps", "x0"),
         clip=None,
-        clip_because="its code clips x̂_0 only after the mean is made of it",
+        clip_because="its code clips x̂_0 only after computing the mean from it",
     )
     table, shapes = rows(config), unet_shapes(config)
     sets = [to_ours(table, tensors, shapes=shapes, ignore=(TABLE,)) for tensors in (averaged, raw) if tensors]
     sets = sets or [to_ours(table, theirs, shapes=shapes, ignore=(TABLE,))]
     chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return ask.done(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
 
 
-def _flagfile(found: Found) -> tuple[dict[str, Any], str]:
-    """What flagfile.txt says: lines ``--name=value``."""
-    file = found.file.parent / "flagfile.txt"
+def _flagfile(contents: CheckpointContents) -> tuple[dict[str, Any], str]:
+    """The settings in flagfile.txt, whose lines are ``--name=value``, and their source."""
+    file = contents.file.parent / "flagfile.txt"
     if not file.is_file() or file.stat().st_size > 1 << 16:
         return {}, ""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     flags = dict(line.removeprefix("--").split("=", 1) for line in lines if line.startswith("--") and "=" in line)
-    told: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     try:
         if "img_size" in flags:
-            told["size"] = (int(flags["img_size"]),) * 2
+            values["size"] = (int(flags["img_size"]),) * 2
         for name, flag in {"beta_start": "beta_1", "beta_end": "beta_T", "dropout": "dropout"}.items():
             if flag in flags:
-                told[name] = float(flags[flag])
+                values[name] = float(flags[flag])
     except ValueError as error:
-        raise FileFormatError(f"{file}: flags that are no numbers", note=str(error)) from error
+        raise FileFormatError(f"{file}: a flag's value is not a number", note=str(error)) from error
     if flags.get("mean_type") == "xprev":
-        raise FileFormatError(f"{file}: mean_type is xprev, which ddpmx cannot run", note="it knows ε, x_0 and v")
+        raise FileFormatError(f"{file}: mean_type is xprev, which ddpmx cannot run", note="it can run ε, x_0 and v")
     if flags.get("mean_type") in _PREDICTIONS:
-        told["prediction"] = _PREDICTIONS[flags["mean_type"]]
+        values["prediction"] = _PREDICTIONS[flags["mean_type"]]
     if flags.get("var_type") in _VARIANCES:
-        told["variance"] = _VARIANCES[flags["var_type"]]
-    return told, "flagfile.txt"
+        values["variance"] = _VARIANCES[flags["var_type"]]
+    return values, "flagfile.txt"
 
 
 def _check_table(theirs: Mapping[str, Tensor]) -> int:
-    """T, from the embedding's table, once that is seen to be the one which the formula gives.
+    """T, from the embedding's table, after checking that it is the one which the formula gives.
 
     Raises:
-        FileFormatError: it is another.
+        FileFormatError: it is another table.
     """
     if TABLE not in theirs or theirs[TABLE].ndim != 2 or theirs[TABLE].shape[1] < 4:
-        raise FileFormatError(f"no table of time embeddings {TABLE!r} in it")
+        raise FileFormatError(f"there is no table of time embeddings {TABLE!r}")
     table = theirs[TABLE].float()
     timesteps, channels = table.shape
     if not 1 <= timesteps <= 1_000_000 or channels % 2:
@@ -122,9 +122,13 @@ def _check_table(theirs: Mapping[str, Tensor]) -> int:
 
 
 def _config(
-    ask: Inquiry, theirs: Mapping[str, Tensor], noise: Tensor | None, flags: Mapping[str, Any], source: str
+    settings: SettingsResolver,
+    theirs: Mapping[str, Tensor],
+    noise: Tensor | None,
+    flags: Mapping[str, Any],
+    source: str,
 ) -> UNetConfig:
-    """The numbers, from the shapes; the image's size from x_T, the noise that samples were drawn from."""
+    """The numbers of the network, from the shapes of its weights; the image size from x_T, the noise of its samples."""
     channels = side(theirs, "head.weight", 0)
     widths: list[int] = []
     attends: list[bool] = []
@@ -142,8 +146,8 @@ def _config(
     if len(set(counts)) != 1 or not counts[0] or channels < 1 or any(width % channels for width in widths):
         raise config_error("blocks and widths", f"{counts} {widths}")
     seen = tuple(noise.shape[2:]) if noise is not None and noise.ndim == 4 else None
-    told = {**flags, "size": seen} if seen else flags
-    size, dropout = size_and_dropout(ask, widths, counts[0], told, source, size_source="x_T" if seen else source)
+    known = {**flags, "size": seen} if seen else flags
+    size, dropout = size_and_dropout(settings, widths, counts[0], known, source, size_source="x_T" if seen else source)
     return UNetConfig(
         in_channels=side(theirs, "head.weight", 1),
         out_channels=side(theirs, "tail.2.weight", 0),
@@ -172,7 +176,7 @@ _ATTENTION = {"norm": "group_norm", "q": "proj_q", "k": "proj_k", "v": "proj_v",
 
 
 def rows(config: UNetConfig) -> list[Row]:
-    """The table."""
+    """The table of names."""
     table: list[Row] = []
     counts = {"down": 0, "middle": 0, "up": 0}
     half = config.channels // 2

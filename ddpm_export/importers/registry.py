@@ -1,8 +1,8 @@
-"""Other people's checkpoints: recognised, understood, imported, and given back.
+"""Other projects' checkpoints: recognised, imported as runs, and converted back.
 
-Every importer is a module with a ``NAME``, ``recognise(found)``, ``read(found, options)`` and, where the project's own
-format can be written, ``write(imported, folder)``. They share :mod:`.found` (opens a file safely), :mod:`.keys` (tables
-of names) and :mod:`.inquiry` (settings, and where each was taken from).
+Every importer is a module with a ``NAME``, ``recognise(contents)``, ``read(contents, options)`` and, where the project's
+own format can be written, ``write(imported, folder)``. They share :mod:`.reading.contents` (opens a file safely),
+:mod:`.keys` (tables of names) and :mod:`.settings` (settings, and where each value came from).
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from types import ModuleType
 from typing import Protocol, cast
 
 import ddpmx
-from ddpm_export.importers.reading.found import Found, open_found
-from ddpm_export.importers.settings import Fact, Imported, Inquiry, Options, Question
+from ddpm_export.importers.reading.contents import CheckpointContents, open_checkpoint
+from ddpm_export.importers.settings import Fact, Imported, Options, Question, SettingsResolver
 from ddpm_export.training import checkpoint
 from ddpmx.errors import FileFormatError, InputError, OutputError
 from ddpmx.formats.atomic import write_error
 
 __all__ = [
+    "CheckpointContents",
     "Fact",
-    "Found",
     "Imported",
     "Importer",
-    "Inquiry",
     "Options",
     "Question",
+    "SettingsResolver",
     "convert",
     "import_checkpoint",
     "importer",
-    "open_found",
+    "open_checkpoint",
     "recognise",
     "save_run",
 ]
@@ -50,26 +50,26 @@ MODULES: Mapping[str, str] = {
     "ddpm-torch": "ddpm_torch",
     "score-sde": "score_sde",
 }
-"""What ``--from`` says, and the module that reads it. ddim's files have pesser's keys."""
+"""The values of ``--from``, and the module that reads each. ddim's files have pesser's keys."""
 
 WRITERS = ("diffusers", "openai", "pesser")
 
 
 class Importer(Protocol):
-    """What an importer's module has."""
+    """The interface of an importer's module."""
 
     NAME: str
 
-    def recognise(self, found: Found) -> str | None:
-        """What shows that the file is of this project, for people; or None."""
+    def recognise(self, contents: CheckpointContents) -> str | None:
+        """Text that says what shows that the file is of this project, or None if it is not."""
         ...
 
-    def read(self, found: Found, options: Options) -> Imported:
+    def read(self, contents: CheckpointContents, options: Options) -> Imported:
         """The network in the file."""
         ...
 
     def write(self, imported: Imported, folder: Path) -> None:
-        """The same in the project's own format, into an existing empty folder."""
+        """Write the network in the project's own format, into an existing empty folder."""
         ...
 
 
@@ -77,62 +77,67 @@ def importer(name: str) -> Importer:
     """The importer of that name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such importer.
     """
     if name not in MODULES:
         raise InputError(f"there is no importer {name!r}", hint=f"one of: {', '.join(MODULES)}")
     return cast(Importer, _module(name))
 
 
-def recognise(found: Found) -> tuple[str, str]:
-    """Whose checkpoint it is, and what shows it.
+def recognise(contents: CheckpointContents) -> tuple[str, str]:
+    """The name of the project whose checkpoint it is, and what shows it.
 
     Raises:
-        FileFormatError: nobody's that is known.
+        FileFormatError: no importer recognises it.
     """
     for name in MODULES:
-        if name == "ddim":  # pesser's module has looked already
+        if name == "ddim":  # the same module as pesser's
             continue
-        if evidence := _module(name).recognise(found):
+        if evidence := _module(name).recognise(contents):
             return name, evidence
-    some = ", ".join(list(found.tensors)[:4])
+    some = ", ".join(list(contents.tensors)[:4])
     raise FileFormatError(
-        f"{found.path}: nobody's checkpoint that ddpmx knows",
-        note=f"{len(found.tensors)} tensors, called {some}, …" if some else "there are no tensors in it",
+        f"{contents.path}: a checkpoint of no project that ddpmx knows",
+        note=f"{len(contents.tensors)} tensors, called {some}, …" if some else "there are no tensors in it",
         hint=f"--from {'|'.join(MODULES)}, if it is one of these; any torch module can be exported from Python: "
         "ddpm_export.export",
     )
 
 
 def import_checkpoint(
-    path: str | os.PathLike[str], options: Options | None = None, *, source: str = "auto", found: Found | None = None
+    path: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    source: str = "auto",
+    contents: CheckpointContents | None = None,
 ) -> Imported:
-    """Understand somebody's checkpoint.
+    """Read another project's checkpoint.
 
     Args:
         path: file or folder, or ``hf:ORGANISATION/NAME``.
-        options: what the user says about it.
-        source: whose it is, a key of :data:`MODULES`, or ``auto``.
-        found: what lies at ``path``, if it was opened already.
+        options: the settings that the user chose.
+        source: the project, a key of :data:`MODULES`, or ``auto``.
+        contents: of ``path``, if it was opened already.
 
     Returns:
-        The network; its ``questions`` are what still has to be said.
+        The network; its ``questions`` are the settings still open.
 
     Raises:
-        FileFormatError, SpecError, InputError: it cannot be read, or is not what was said.
+        FileFormatError, SpecError, InputError: it cannot be read, or it does not fit the options.
     """
-    found = open_found(path) if found is None else found
+    contents = open_checkpoint(path) if contents is None else contents
     facts: tuple[Fact, ...]
     if source == "auto":
-        name, evidence = recognise(found)
+        name, evidence = recognise(contents)
         facts = (Fact("checkpoint of", name, evidence),)
     else:
-        if importer(source).recognise(found) is None:
+        if importer(source).recognise(contents) is None:
             raise FileFormatError(
-                f"{found.path}: no checkpoint of {source}", hint="--from auto tells whose it is, if ddpmx knows"
+                f"{contents.path}: not a checkpoint of {source}",
+                hint="--from auto finds the project, if ddpmx knows it",
             )
-        name, facts = source, (Fact("checkpoint of", source, "as said"),)
-    read = importer(name).read(found, options or Options())
+        name, facts = source, (Fact("checkpoint of", source, "set by the user"),)
+    read = importer(name).read(contents, options or Options())
     return Imported(**{**vars(read), "facts": (*facts, *read.facts)})
 
 
@@ -157,7 +162,7 @@ def save_run(imported: Imported, run: str | os.PathLike[str]) -> Path:
         OutputError: ``run`` exists and is not empty, or cannot be written. Nothing half-written is left.
     """
     if imported.questions:
-        raise InputError(f"nobody said: {', '.join(question.name for question in imported.questions)}")
+        raise InputError(f"unknown settings: {', '.join(question.name for question in imported.questions)}")
     facts = [
         {"name": fact.name, "value": str(fact.value), "source": fact.source, "assumed": fact.assumed}
         for fact in imported.facts
@@ -168,7 +173,7 @@ def save_run(imported: Imported, run: str | os.PathLike[str]) -> Path:
 
     def fill(inside: Path) -> None:
         checkpoint.save(inside, spec, imported.config, weights, imported.tensors, state)
-        checkpoint.load_network(inside)  # what no command could read is not left behind
+        checkpoint.load_network(inside)  # a run that no command could read is not left behind
 
     _new_folder(Path(run), fill)
     return checkpoint.resolve(run)
@@ -178,7 +183,7 @@ def _new_folder(folder: Path, fill: Callable[[Path], object]) -> None:
     """Fill a folder under another name, and rename it once it is whole."""
     folder = Path(os.path.realpath(folder))
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(f"{folder}: exists already, and is not an empty folder", hint="another -o")
+        raise OutputError(f"{folder}: exists already, and is not an empty folder", hint="choose another -o")
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

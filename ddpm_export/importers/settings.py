@@ -1,9 +1,9 @@
-"""What an import has to find out beside the weights, and where each answer came from.
+"""The settings that an import needs beside the weights, and where each value came from.
 
 Two networks with the same tensors can be different functions: order of sin and cos, number of heads, schedule, what is
-predicted. So every such setting is settled in one place, by the first of: what the user said; what a file says; what
-that project's code always does (an assumption, which is told); otherwise it is an open question, and nothing is
-imported until somebody answers it.
+predicted. So every such setting is resolved in one place, from the first of: the user's options; what a file says; what
+that project's code always does (an assumption, which is reported). Otherwise it is an open question, and nothing is
+imported until the user answers it.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Options:
-    """What the user said.
+    """The settings that the user chose.
 
     Attributes:
-        said: by the setting's name, text or a plain value: ``{"schedule": "linear", "heads": "4"}``.
-        weights: which weights, where a file has several.
+        values: by the setting's name, as text or a plain value: ``{"schedule": "linear", "heads": "4"}``.
+        weights: which weights to take where a file has several.
     """
 
-    said: Mapping[str, object] = field(default_factory=dict)
+    values: Mapping[str, object] = field(default_factory=dict)
     weights: Literal["ema", "raw"] = "ema"
 
-    def also(self, more: Mapping[str, object]) -> Options:
-        """The same with more said."""
-        return Options({**self.said, **more}, self.weights)
+    def with_values(self, more: Mapping[str, object]) -> Options:
+        """A copy with ``more`` values."""
+        return Options({**self.values, **more}, self.weights)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A setting, and where it was taken from."""
+    """The value of a setting, and where it came from."""
 
     name: str
     value: object
@@ -53,13 +53,13 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A setting that nobody told.
+    """A setting whose value is unknown.
 
     Attributes:
         name: of the setting.
         candidates: what it may be.
-        why: what is known about it, for people.
-        probed: whether ε on real images can tell the candidates apart.
+        why: what is known about it, as text for the user.
+        probed: whether the error of ε on real images can distinguish the candidates.
     """
 
     name: str
@@ -70,15 +70,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Imported:
-    """A network, understood.
+    """An imported network with its settings.
 
     Attributes:
         source: the importer's name.
         config: of the network: ``UNetConfig`` or another network's.
-        spec: the model.
+        spec: of the model.
         tensors: the weights under our names, float32.
-        facts: what was taken from where.
-        questions: what is still open; ``config`` and ``spec`` then have the first candidate.
+        facts: the settings and where each came from.
+        questions: the settings still open; ``config`` and ``spec`` then hold the first candidate.
         raw: the weights that were not averaged, where the file has both.
         betas: the array of β, float64 [T], where the schedule is ``betas``.
     """
@@ -93,8 +93,8 @@ class Imported:
     betas: Float64 | None = None
 
 
-class Inquiry:
-    """Settles settings one after the other, and keeps the minutes."""
+class SettingsResolver:
+    """Resolves settings one by one, and records where each value came from."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -102,7 +102,7 @@ class Inquiry:
         self.questions: list[Question] = []
         self._used: set[str] = set()
 
-    def settle(
+    def resolve(
         self,
         name: str,
         candidates: Sequence[_T],
@@ -115,29 +115,30 @@ class Inquiry:
         closed: bool = True,
         probed: bool = True,
     ) -> _T:
-        """The value of a setting: what the user said; else ``known``, from ``source``; else an assumption; else open.
+        """The value of a setting: the user's; else ``known``, from ``source``; else the first candidate.
+
+        The first candidate is recorded as an assumption if ``assume`` says why it holds, and as an open question otherwise.
 
         Args:
             name: of the setting; the flag is ``--name``, or ``--set name=VALUE``.
             candidates: what it may be, the likeliest first. They also give the type.
-            known: what the file says; None if it does not.
+            known: what the file says; None if it says nothing.
             none_is_known: whether ``known=None`` is what the file says.
             source: where it says so.
-            assume: why the first candidate holds where nobody says anything. Empty: then it is a question.
-            why: for the question, what makes it one.
-            closed: whether only the candidates are possible. Where not, the user may say any value of their type.
-            probed: whether ε on real images can tell the candidates apart.
+            assume: why the first candidate holds when neither the user nor the file gives a value. Empty: an open question.
+            why: text for the question: what is known about the setting.
+            closed: whether only the candidates are possible. Where not, the user may give any value of their type.
+            probed: whether the error of ε on real images can distinguish the candidates.
 
         Raises:
-            InputError: the user said what cannot be.
+            InputError: the user's value is not possible.
         """
-        if name in self.options.said:
+        if name in self.options.values:
             self._used.add(name)
-            said = self.options.said[name]
-            value = _parse(name, said, candidates, closed)
-            silent = known is None and not none_is_known
-            told = "as said" if silent or known == value else f"as said; {source} says {known}"
-            self.facts.append(Fact(name, value, told))
+            value = _parse(name, self.options.values[name], candidates, closed)
+            unknown = known is None and not none_is_known
+            by_user = "set by the user" if unknown or known == value else f"set by the user; {source} says {known}"
+            self.facts.append(Fact(name, value, by_user))
             return value
         if known is not None or none_is_known:
             self.facts.append(Fact(name, known, source))
@@ -148,28 +149,28 @@ class Inquiry:
             self.questions.append(Question(name, tuple(candidates), why, probed))
         return candidates[0]
 
-    def fact(self, name: str, value: object, source: str) -> None:
-        """Note what was seen and nobody can say otherwise, as the widths in the shapes of the weights."""
+    def add_fact(self, name: str, value: object, source: str) -> None:
+        """Record a fact that no option can change, such as the widths in the shapes of the weights."""
         self.facts.append(Fact(name, value, source))
 
     def published(
         self, models: Mapping[str, Mapping[str, Any]], *, known: str | None = None, source: str = ""
     ) -> Mapping[str, Any]:
-        """The settings of a published model, if the user named one or the file is known; otherwise none.
+        """The settings of a published model, if the user named one or the file is known to be one; otherwise none.
 
         Args:
             models: settings by the model's name.
-            known: its name, where the file is known to be one.
-            source: by what it is known.
+            known: the model's name, where the file is known to be a published one.
+            source: how that is known.
         """
-        if known is None and "model" not in self.options.said:
+        if known is None and "model" not in self.options.values:
             return {}
-        return models[self.settle("model", tuple(models), known=known, source=source)]
+        return models[self.resolve("model", tuple(models), known=known, source=source)]
 
-    def chain(
+    def chain_spec(
         self,
         config: UNetConfig,
-        told: Mapping[str, Any],
+        known: Mapping[str, Any],
         source: str,
         *,
         schedules: Sequence[str],
@@ -177,54 +178,58 @@ class Inquiry:
         clip: float | None,
         clip_because: str,
     ) -> ModelSpec:
-        """The chain of a project that stores none: each setting said, ``told`` by ``source``, or asked for.
+        """The spec of a project whose checkpoints store no chain: each setting from the user, ``known``, or a question.
 
         A sole candidate is all that the project's code can do, so it is assumed.
 
         Args:
             config: of the network.
-            told: what is known: ``timesteps``, ``schedule``, ``beta_start``, ``beta_end``, ``prediction``, ``variance``.
-            source: by whom.
-            schedules: what β may be.
-            predictions: what the network may answer.
-            clip: what the project's ancestral chain does …
-            clip_because: … and how that is known.
+            known: by name, any of ``timesteps``, ``schedule``, ``beta_start``, ``beta_end``, ``prediction``, ``variance``.
+            source: where these are from.
+            schedules: the schedules that the project's code has.
+            predictions: what its networks may predict.
+            clip: the bound of x̂_0 in the project's ancestral chain, None if it does not clip.
+            clip_because: how that is known.
         """
-        only = "all that its code has"
-        schedule = self.settle(
-            "schedule", schedules, known=told.get("schedule"), source=source, assume=only if len(schedules) == 1 else ""
+        only = "the only one in its code"
+        schedule = self.resolve(
+            "schedule",
+            schedules,
+            known=known.get("schedule"),
+            source=source,
+            assume=only if len(schedules) == 1 else "",
         )
         params = {
-            name: self.settle(
-                name, (usual,), known=told.get(name), source=source, assume="its code's default", closed=False
+            name: self.resolve(
+                name, (usual,), known=known.get(name), source=source, assume="its code's default", closed=False
             )
             for name, usual in schedule_params(schedule).items()
             if name.startswith("beta_")
         }
         return ModelSpec(
             (config.in_channels, *config.size),
-            self.settle("timesteps", (1000,), known=told.get("timesteps"), source=source, closed=False, probed=False),
+            self.resolve("timesteps", (1000,), known=known.get("timesteps"), source=source, closed=False, probed=False),
             schedule,
             params,
-            self.settle(
+            self.resolve(
                 "prediction",
                 predictions,
-                known=told.get("prediction"),
+                known=known.get("prediction"),
                 source=source,
                 assume=only if len(predictions) == 1 else "",
             ),
-            self.settle(
+            self.resolve(
                 "variance",
                 ("fixed_large", "fixed_small"),
-                known=told.get("variance"),
+                known=known.get("variance"),
                 source=source,
-                why="it acts in the chain only",
+                why="only the chain uses it",
                 probed=False,
             ),
-            self.settle("clip", (clip, 1.0 if clip is None else None), assume=clip_because, closed=False),
+            self.resolve("clip", (clip, 1.0 if clip is None else None), assume=clip_because, closed=False),
         )
 
-    def done(
+    def finish(
         self,
         source: str,
         config: Any,
@@ -234,28 +239,28 @@ class Inquiry:
         raw: dict[str, Tensor] | None = None,
         betas: Float64 | None = None,
     ) -> Imported:
-        """The import, with its minutes.
+        """The import, with the recorded facts and questions.
 
         Raises:
-            InputError: the user said something that nobody asked for.
+            InputError: an option of the user's is not a setting of this kind of checkpoint.
         """
-        if unheard := sorted(set(self.options.said) - self._used):
-            asked = sorted({fact.name for fact in self.facts} | {question.name for question in self.questions})
+        if unused := sorted(set(self.options.values) - self._used):
+            names = sorted({fact.name for fact in self.facts} | {question.name for question in self.questions})
             raise InputError(
-                f"{', '.join(unheard)}: no setting of a checkpoint of {source}", hint=f"it has: {', '.join(asked)}"
+                f"{', '.join(unused)}: not a setting of a {source} checkpoint", hint=f"its settings: {', '.join(names)}"
             )
         return Imported(source, config, spec, tensors, tuple(self.facts), tuple(self.questions), raw, betas)
 
 
-def _parse(name: str, said: object, candidates: Sequence[_T], closed: bool) -> _T:
-    """``said`` as one of ``candidates``, or as a value of their types."""
-    value = said
-    if isinstance(said, str) and said not in candidates:
+def _parse(name: str, raw: object, candidates: Sequence[_T], closed: bool) -> _T:
+    """``raw``, which may be text, as one of ``candidates``, or as a value of their types."""
+    value = raw
+    if isinstance(raw, str) and raw not in candidates:
         try:
-            value = json.loads(said.lower() if said.lower() in ("none", "true", "false") else said)
+            value = json.loads(raw.lower() if raw.lower() in ("none", "true", "false") else raw)
         except ValueError:
-            value = said
-        if isinstance(said, str) and said.lower() == "none":
+            value = raw
+        if isinstance(raw, str) and raw.lower() == "none":
             value = None
     if isinstance(value, list):
         value = tuple(value)
@@ -270,48 +275,51 @@ def _parse(name: str, said: object, candidates: Sequence[_T], closed: bool) -> _
     if not closed and fits:
         return value  # type: ignore[return-value]
     raise InputError(
-        f"{name} cannot be {said!r}",
+        f"{name} cannot be {raw!r}",
         hint=f"one of: {', '.join(map(str, candidates))}" if closed else f"for example {candidates[0]}",
     )
 
 
 def size_and_dropout(
-    ask: Inquiry,
+    settings: SettingsResolver,
     widths: Sequence[int],
     blocks: int,
-    told: Mapping[str, Any],
+    known: Mapping[str, Any],
     source: str,
     *,
     size_source: str | None = None,
     attends: Sequence[bool] = (),
 ) -> tuple[tuple[int, int], float]:
-    """What no weight shows of a U-Net, while its levels and blocks are told as a fact.
+    """Resolve the image size and the dropout of a U-Net, which no weight shows; record its widths as a fact.
 
     Args:
-        ask: settles both.
-        widths, blocks: of the levels, for people.
-        told: ``size`` and ``dropout``, where somebody says them.
-        source: who.
-        size_source: who says the size, if somebody else.
+        settings: resolves both.
+        widths, blocks: of the levels, for the recorded fact.
+        known: ``size`` and ``dropout``, as far as they are known.
+        source: where they are from.
+        size_source: where the size is from, if from elsewhere.
         attends: which levels have attention, which in most of these networks is the one of 16 pixels.
+
+    Returns:
+        ((height, width), dropout).
     """
     guess = 16 << attends.index(True) if True in attends else 32
-    size = ask.settle(
+    size = settings.resolve(
         "size",
         ((guess, guess),),
-        known=told.get("size"),
+        known=known.get("size"),
         source=size_source or source,
-        why="the network is as happy with any" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
+        why="the weights fit any size" + (f"; attention at 16 pixels means {guess}" if any(attends) else ""),
         closed=False,
         probed=False,
     )
-    ask.fact("network", f"{list(widths)}, {blocks} blocks per level", "shapes of the weights")
-    dropout = ask.settle(
+    settings.add_fact("network", f"{list(widths)}, {blocks} blocks per level", "shapes of the weights")
+    dropout = settings.resolve(
         "dropout",
         (0.0,),
-        known=told.get("dropout"),
+        known=known.get("dropout"),
         source=source,
-        assume="not in the file; it acts in training only",
+        assume="not in the file; only training uses it",
         closed=False,
     )
     return size, dropout

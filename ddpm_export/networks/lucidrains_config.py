@@ -1,4 +1,4 @@
-"""What makes a U-Net of denoising-diffusion-pytorch: plain numbers, for a checkpoint's ``spec.json``."""
+"""The config of a U-Net of denoising-diffusion-pytorch: plain numbers, for a checkpoint's ``spec.json``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Standardised = Literal["no", "plus", "least"]
 
 @dataclass(frozen=True)
 class LucidrainsConfig:
-    """The numbers that make such a network.
+    """The numbers that define such a network.
 
     Attributes:
-        in_channels: C of the image; with self-conditioning the first convolution sees 2·C.
+        in_channels: C of the image; with self-conditioning the first convolution takes 2·C.
         out_channels: C, or 2·C for a learned variance.
         size: (H, W); each must be divisible by 2^(levels − 1).
         channels: the unit of width; the time embedding is four times as wide.
@@ -103,7 +103,7 @@ class LucidrainsConfig:
             )
         if self.out_channels not in (self.in_channels, 2 * self.in_channels):
             raise InputError(
-                f"the answer must have {self.in_channels} channels, or twice as many with a learned variance, "
+                f"the output must have {self.in_channels} channels, or twice as many with a learned variance, "
                 f"not {self.out_channels}"
             )
         if self.channels < 4 or self.channels % 2 or (self.fourier or 2) % 2:
@@ -122,7 +122,7 @@ class LucidrainsConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Of the first convolution and of each level behind it."""
+        """Widths of the first convolution and of each level behind it."""
         return (self.stem or self.channels, *(self.channels * multiplier for multiplier in self.multipliers))
 
     def to_json(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class LucidrainsConfig:
 
     @classmethod
     def from_json(cls, values: object) -> LucidrainsConfig:
-        """What :meth:`to_json` made.
+        """The config from the values of :meth:`to_json`.
 
         Raises:
             SpecError: not such an object.
@@ -150,7 +150,7 @@ class LucidrainsConfig:
 
 
 def check_spec(config: LucidrainsConfig, spec: ModelSpec) -> None:
-    """See that a network of ``config`` is one of which ``spec`` speaks.
+    """Check that ``spec`` describes a network of ``config``.
 
     Raises:
         SpecError: they disagree.

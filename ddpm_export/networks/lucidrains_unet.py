@@ -1,11 +1,11 @@
 """The U-Net of denoising-diffusion-pytorch, which shares hardly a layer with :mod:`ddpm_export.networks.unet`.
 
 Each level has two residual blocks and an attention, linear in the number of pixels on the finer levels. Norms come after
-convolutions and scale channels to a fixed length; t scales and shifts what the first norm of a block gives; attention
-has a few learnt keys and values beside those of the image; and the network may be given its own last x̂_0
-(self-conditioning, Chen et al. 2022).
+convolutions and scale channels to a fixed length; t scales and shifts the output of a block's first norm; attention has a
+few learnt keys and values beside those of the image; and the network may take its own last x̂_0 (self-conditioning, Chen
+et al. 2022).
 
-The graph changed between its releases, partly without a trace in the shapes of the weights:
+The graph changed between releases, and the shapes of the weights do not show all of the changes:
 :class:`~ddpm_export.networks.lucidrains_config.LucidrainsConfig` names each change. What depends on t alone lives in
 :class:`TimeScales`, as it does in the other U-Net.
 
@@ -27,10 +27,10 @@ from ddpm_export.networks.lucidrains_config import LucidrainsConfig, Standardise
 
 
 class LucidrainsUNet(nn.Module):
-    """What the network answers, ε, x_0 or v.
+    """Predicts ε, x_0 or v.
 
     ``forward(x, t, x0_prev)`` takes x float32 [B, C, H, W], t int [B] in 0…T−1 and, with self-conditioning, x̂_0 of the
-    step before (zeros at first, and if it is left away), float32 [B, C, H, W]. It gives float32 [B, C, H, W], and a
+    step before (zeros at first, and if it is omitted), float32 [B, C, H, W]. It gives float32 [B, C, H, W], and a
     second such tensor if the variance is learned.
     """
 
@@ -70,7 +70,7 @@ class LucidrainsUNet(nn.Module):
         self.time: nn.Module = TimeScales(config, block_widths)
 
     def forward(self, x: Tensor, t: Tensor, x0_prev: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The network's answer for each image at its own t."""
+        """The network's output for each image at its own t."""
         scales = iter(self.time(t))
         if self.config.self_condition:
             x = torch.cat([torch.zeros_like(x) if x0_prev is None else x0_prev, x], dim=1)
@@ -98,8 +98,8 @@ class LucidrainsUNet(nn.Module):
         out: Tensor = self.conv_out(h.to(self.conv_out.weight.dtype))
         if self.config.out_channels == self.config.in_channels:
             return out
-        answer, var = out.chunk(2, dim=1)
-        return answer, var
+        prediction, var = out.chunk(2, dim=1)
+        return prediction, var
 
     def _body_dtype(self) -> torch.dtype:
         return self.middle.block1.conv1.weight.dtype
@@ -128,7 +128,7 @@ class TimeScales(nn.Module):
 
     def _embedding(self, t: Tensor) -> Tensor:
         if "frequencies" in self._parameters:
-            # In this order of products: an angle near 2π·999·f has an error of a thousandth, and it should be theirs
+            # The products in their order: an angle near 2π·999·f has an error of a thousandth, which must equal theirs
             angles = t * self.frequencies[None, :] * 2 * math.pi
             return torch.cat([t, torch.sin(angles), torch.cos(angles)], dim=1)
         half = self.channels // 2
@@ -138,10 +138,10 @@ class TimeScales(nn.Module):
 
 
 class Level(nn.Module):
-    """Two residual blocks and an attention of one resolution, and the way to the next."""
+    """Two residual blocks and an attention of one resolution, and the resampling to the next."""
 
     HALVED: ClassVar[tuple[str, ...]] = ("resample",)
-    """What computes in half precision where the network does."""
+    """The parts that compute in half precision when the network does."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class ResidualBlock(nn.Module):
     """x ↦ skip(x) + silu(norm2(conv2(silu(norm1(conv1(x))·(1 + scale) + shift))))."""
 
     HALVED: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "skip")
-    """What computes in half precision where the network does."""
+    """The parts that compute in half precision when the network does."""
 
     def __init__(self, c_in: int, c_out: int, config: LucidrainsConfig) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class LinearAttention(nn.Module):
     """Attention whose cost grows with H·W and not with its square (Shen et al. 2018): (softmax(k)·vᵀ)ᵀ·softmax(q)."""
 
     HALVED: ClassVar[tuple[str, ...]] = ("qkv", "out")
-    """What computes in half precision where the network does."""
+    """The parts that compute in half precision when the network does."""
 
     def __init__(self, channels: int, config: LucidrainsConfig, level: int) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class FullAttention(nn.Module):
     """Attention over all H·W positions and the memory: out(softmax(q·kᵀ/√d)·v)."""
 
     HALVED: ClassVar[tuple[str, ...]] = ("qkv", "out")
-    """What computes in half precision where the network does."""
+    """The parts that compute in half precision when the network does."""
 
     def __init__(self, channels: int, config: LucidrainsConfig, level: int) -> None:
         super().__init__()
@@ -295,12 +295,12 @@ def attention(channels: int, config: LucidrainsConfig, level: int) -> LinearAtte
 
 
 def block_norm(channels: int, config: LucidrainsConfig) -> nn.Module:
-    """What follows a block's convolution; takes and gives float32."""
+    """The norm behind a block's convolution; takes and gives float32."""
     return RMSNorm(channels) if config.block_norm == "rms" else nn.GroupNorm(config.groups, channels)
 
 
 def attention_norm(channels: int, config: LucidrainsConfig) -> nn.Module:
-    """What stands before an attention, and behind a linear one; takes and gives float32."""
+    """The norm before an attention, and behind a linear one; takes and gives float32."""
     return RMSNorm(channels) if config.attention_norm == "rms" else ChannelNorm(channels)
 
 

@@ -1,4 +1,4 @@
-"""Which networks a checkpoint may hold: by the type that its ``spec.json`` names."""
+"""The networks that a checkpoint may hold, by the type in its ``spec.json``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def config_to_json(config: Config) -> dict[str, Any]:
 
 
 def config_from_json(values: object) -> Config:
-    """What :func:`config_to_json` made.
+    """The config from the values of :func:`config_to_json`.
 
     Raises:
         SpecError: not such an object, or of a type that this ddpmx does not know.
@@ -34,7 +34,7 @@ def config_from_json(values: object) -> Config:
             return UNetConfig.from_json(rest)
         if values.get("type") == "lucidrains":
             return LucidrainsConfig.from_json(rest)
-    raise SpecError("it describes no network that this ddpmx knows")
+    raise SpecError("the spec's network is of a type that this ddpmx does not know")
 
 
 def make_network(config: Config) -> Network:
@@ -43,10 +43,10 @@ def make_network(config: Config) -> Network:
 
 
 def check_spec(config: Config, spec: ModelSpec) -> None:
-    """See that a network and what is said about it fit together.
+    """Check that ``spec`` describes a network of ``config``.
 
     Raises:
-        SpecError: they do not.
+        SpecError: they disagree.
     """
     if isinstance(config, LucidrainsConfig):
         lucidrains_config.check_spec(config, spec)

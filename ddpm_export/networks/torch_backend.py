@@ -1,4 +1,4 @@
-"""A torch network as a backend of the runtime's chain: one chain, whatever computes ε."""
+"""A torch network as a backend of the runtime, so that the same chain runs it as runs model files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ddpmx.errors import BackendError
 
 
 class TorchBackend:
-    """ε by a module, on the device where its parameters are.
+    """Runs a module, on the device of its parameters.
 
-    It takes x float32 [B, C, H, W] and t int [B] and, by their names, those of y int [B], x0_prev float32 [B, C, H, W]
-    and cond float32 [B, K, H, W] that it knows, and gives float32 [B, C, H, W], or two of these if it learns its variance.
-    It is used as it stands: the caller puts it into eval mode.
+    The module takes x float32 [B, C, H, W], t int [B] and, by name, its conditioning inputs among y int [B], x0_prev
+    float32 [B, C, H, W] and cond float32 [B, K, H, W]. Its output is float32 [B, C, H, W], or two such tensors if the
+    variance is learned. The caller puts it into eval mode.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -28,25 +28,27 @@ class TorchBackend:
         return f"torch {torch.__version__}, {self._device}"
 
     def bind(self, buffers: Buffers) -> None:
-        """Use these buffers."""
+        """Read inputs from, and write outputs to, these buffers."""
         self._inputs = {name: torch.from_numpy(array) for name, array in buffers.inputs().items()}
-        self._answers = [torch.from_numpy(array) for array in buffers.answers().values()]
+        self._outputs = [torch.from_numpy(array) for array in buffers.outputs().values()]
 
     @torch.no_grad()
     def enqueue(self) -> None:
         """Run the network once."""
         try:
-            told = {name: tensor.to(self._device) for name, tensor in self._inputs.items()}
-            answers = self._network(told.pop("x"), told.pop("t"), **told)
-            given = answers if isinstance(answers, tuple) else (answers,)
-            if len(given) < len(self._answers):
-                raise BackendError("the network gives no variance", note="it was asked for one, as a second answer")
-            for mine, theirs in zip(self._answers, given, strict=False):
-                mine.copy_(theirs)
+            conditioning = {name: tensor.to(self._device) for name, tensor in self._inputs.items()}
+            outputs = self._network(conditioning.pop("x"), conditioning.pop("t"), **conditioning)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            if len(outputs) < len(self._outputs):
+                raise BackendError("the network gives no variance", note="the spec declares one as its second output")
+            for buffer, output in zip(self._outputs, outputs, strict=False):
+                buffer.copy_(output)
         except (RuntimeError, MemoryError) as error:
             raise BackendError(
-                "torch could not run the network", note=str(error).strip()[:300], hint="is there enough memory for it?"
+                "torch could not run the network",
+                note=str(error).strip()[:300],
+                hint="check that there is enough memory for it",
             ) from error
 
     def close(self) -> None:
-        """There is nothing to free."""
+        """Do nothing: there is nothing to free."""

@@ -36,8 +36,8 @@ class UNet(nn.Module):
     """ε_θ(x_t, t), or ε_θ(x_t, t, y).
 
     ``forward(x, t)`` takes x float32 [B, C, H, W] and t [B] in 0…T−1, whole or not, and gives float32 [B, C, H, W].
-    With classes, ``forward(x, t, y)`` takes the class y int [B] too. With a learned variance it gives two such tensors,
-    the answer and ``var``.
+    With classes, ``forward(x, t, y)`` also takes the class y int [B]. With a learned variance it gives two such tensors,
+    the prediction and ``var``.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -86,7 +86,7 @@ class UNet(nn.Module):
         self.time: nn.Module = TimeShifts(config, block_widths)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """The network's answer for each image at its own t, and its variance where that is learned.
+        """The network's output for each image at its own t, and its variance where that is learned.
 
         Raises:
             InputError: a class for a network without classes, or none for one with classes.
@@ -112,8 +112,8 @@ class UNet(nn.Module):
             h = _resampled(level, h, shifts)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h.to(self.conv_out.weight.dtype))))
         if self.config.learned_variance:
-            answer, var = out.chunk(2, dim=1)
-            return answer, var
+            prediction, var = out.chunk(2, dim=1)
+            return prediction, var
         return out
 
     def _body_dtype(self) -> torch.dtype:
@@ -123,7 +123,7 @@ class UNet(nn.Module):
 
 
 class TimeShifts(nn.Module):
-    """t (and y) → what each residual block does about it: a tuple of float32 [B, width], one per block.
+    """t (and y) → the vector that each residual block adds: a tuple of float32 [B, width], one per block.
 
     Sinusoidal embedding, two dense layers shared by all blocks, one dense layer per block. A class adds its learnt
     vector before the blocks' layers. With ``scale_shift`` each block gets [B, 2·width]: scale ‖ shift.
@@ -155,7 +155,7 @@ class TimeShifts(nn.Module):
 def sinusoidal_embedding(t: Tensor, channels: int, *, cos_first: bool = False, frequency_shift: int = 1) -> Tensor:
     """sin(t·f_i) ‖ cos(t·f_i) with f_i = 10000^(−i/(half − shift)), i = 0…half−1, half = channels // 2.
 
-    With Ho sin comes first and the shift is 1: descendants of his network differ in both. Always float32, since in half
+    In Ho's network sin comes first and the shift is 1; its descendants differ in both. Always float32, since in half
     precision t·f is off by up to half a radian at t ≥ 512. Float32 [B, channels]; an odd width ends in a zero.
     """
     half = channels // 2
@@ -176,13 +176,13 @@ class Stage(nn.Module):
         self.attention: nn.Module = Attention(c_out, config) if attention else nn.Identity()
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
-        """For x [B, c_in, H, W] and what :class:`TimeShifts` gives for the block."""
+        """For x [B, c_in, H, W] and the block's vector from :class:`TimeShifts`."""
         h: Tensor = self.attention(self.block(x, shift))
         return h
 
 
 class Level(nn.Module):
-    """The stages of one resolution, and the way to the next."""
+    """The stages of one resolution, and the resampling to the next."""
 
     def __init__(self, stages: nn.ModuleList, resample: nn.Module) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Level(nn.Module):
 class ResidualBlock(nn.Module):
     """x ↦ skip(x) + conv2(drop(silu(norm2(conv1(silu(norm1(x))) + shift)))).
 
-    With ``scale_shift``, norm2(h)·(1 + scale) + shift stands in place of norm2(h + shift). A block that changes the size
+    With ``scale_shift``, norm2(h)·(1 + scale) + shift replaces norm2(h + shift). A block that changes the size
     does so to silu(norm1(x)), and to the x that goes around.
     """
 
@@ -224,7 +224,7 @@ class ResidualBlock(nn.Module):
 
 
 def _per_channel(values: Tensor, h: Tensor) -> Tensor:
-    """[B, C] in the dtype of h [B, C, H, W] and ready to meet it."""
+    """[B, C] as [B, C, 1, 1], in the dtype of h [B, C, H, W]."""
     return values[:, :, None, None].to(h.dtype)
 
 
@@ -262,7 +262,7 @@ class Attention(nn.Module):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group norm computed in float32, given back in x's dtype."""
+    """Group norm computed in float32, returned in x's dtype."""
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6) -> None:
         super().__init__(groups, channels, eps=eps)
@@ -334,7 +334,7 @@ def conv1x1(c_in: int, c_out: int, *, gain: float = 1.0) -> nn.Conv2d:
 
 
 def dense(n_in: int, n_out: int) -> nn.Linear:
-    """A dense layer."""
+    """A dense layer [B, n_in] → [B, n_out]."""
     return _xavier(nn.Linear(n_in, n_out), 1.0)
 
 

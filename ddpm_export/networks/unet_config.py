@@ -1,4 +1,4 @@
-"""The numbers that make a U-Net: Ho's by default, with the knobs that cover his relatives."""
+"""The config of a U-Net: Ho's by default, with knobs for the networks derived from it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ddpmx.formats.spec import ModelSpec
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The numbers that make a U-Net.
+    """The numbers that define a U-Net.
 
-    The last group of fields are knobs in which the descendants of Ho's network differ from it. Most of them leave the
-    shapes of all weights as they are, so nothing but these numbers tells such networks apart.
+    The last group of fields are knobs in which the descendants of Ho's network differ from it. Most of them do not change
+    the shapes of the weights, so only these numbers distinguish such networks.
 
     Attributes:
         in_channels: C of the image.
-        out_channels: C of the answer; twice ``in_channels`` for an answer and a learned variance, C channels each.
+        out_channels: C of the output; twice ``in_channels`` for a prediction and a learned variance, C channels each.
         size: (H, W); each must be divisible by 2^(levels − 1).
         channels: width of the first level, and of the time embedding.
         multipliers: width of each level, as multiples of ``channels``.
@@ -34,12 +34,12 @@ class UNetConfig:
         frequency_shift: s in the embedding's frequencies 10000^(−i/(half − s)): 1 or 0.
         time_scale: t is multiplied by it before it is embedded; 1000/T where OpenAI's flag rescale_timesteps was set.
         symmetric_padding: convolutions of stride 2 are padded by 1 on all sides, and not below and to the right only.
-        heads: of each attention; or
+        heads: number of heads of each attention, unless ``head_channels`` is set.
         head_channels: width of one head, so that an attention of width C has C / ``head_channels`` heads.
         scale_shift: t acts by norm2(h)·(1 + scale) + shift, and not by h + shift before norm2.
         resample_blocks: the size changes inside residual blocks of their own, in place of convolutions.
         average_pool: the size changes without convolutions: by the mean of 2×2 pixels, and by repeating them.
-        classes: how many classes y may name; None for a network without.
+        classes: number of classes of y; None for a network without.
     """
 
     in_channels: int
@@ -89,7 +89,7 @@ class UNetConfig:
                 )
         if self.heads != 1 and self.head_channels is not None:
             raise InputError(
-                "heads and head_channels contradict each other", note="one says how many heads, one how wide"
+                "heads and head_channels contradict each other", note="either the number of heads or the width of one"
             )
         for width in self.attention_widths:
             if width % (self.head_channels or self.heads):
@@ -155,7 +155,7 @@ class UNetConfig:
 
     @property
     def learned_variance(self) -> bool:
-        """Whether the network answers a variance too."""
+        """Whether the network has a variance as its second output."""
         return self.out_channels == 2 * self.in_channels
 
     def heads_of(self, width: int) -> int:
@@ -169,7 +169,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, values: object) -> UNetConfig:
-        """What :meth:`to_json` made; fields that it does not have are Ho's.
+        """The config from the values of :meth:`to_json`; missing fields are Ho's.
 
         Raises:
             SpecError: not such an object.
@@ -182,17 +182,17 @@ class UNetConfig:
             or {"in_channels", "out_channels", "size"} - set(values)
         ):
             raise SpecError(
-                "the spec's network is not a U-Net's", note=f"its fields should be {', '.join(sorted(known))}"
+                "the spec's network is not a U-Net", note=f"its fields should be {', '.join(sorted(known))}"
             )
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**fields)
 
 
 def check_spec(config: UNetConfig, spec: ModelSpec) -> None:
-    """See that a spec is one of such a network.
+    """Check that ``spec`` describes a network of ``config``.
 
     Raises:
-        SpecError: it describes another.
+        SpecError: they disagree.
     """
     if (config.in_channels, *config.size) != spec.shape:
         raise SpecError(
@@ -201,19 +201,20 @@ def check_spec(config: UNetConfig, spec: ModelSpec) -> None:
         )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
         raise SpecError(
-            f"a network of images with {config.in_channels} channels answers {config.in_channels}, or twice as many",
-            note=f"this one answers {config.out_channels}",
+            f"the output of a network of images with {config.in_channels} channels has {config.in_channels}, "
+            "or twice as many",
+            note=f"this one has {config.out_channels}",
         )
     if config.learned_variance != (spec.variance == "learned_range"):
         raise SpecError(
             "network and model disagree about the variance",
             note=f"{config.out_channels} channels for an image of {config.in_channels}, and variance {spec.variance!r}",
-            hint="learned_range, exactly where the network answers twice as many channels as the image has",
+            hint="learned_range if, and only if, the output has twice the image's channels",
         )
     if config.classes != spec.classes:
         raise SpecError("network and model disagree about the classes", note=f"{config.classes} and {spec.classes}")
     if spec.self_condition or spec.condition is not None:
-        raise SpecError("this network takes no second image", note="the spec says self_condition or condition")
+        raise SpecError("this network takes neither x0_prev nor cond", note="the spec has self_condition or condition")
 
 
 def cifar10() -> UNetConfig:

@@ -1,1 +1,1 @@
-"""The record of what PyTorch answers, and an exported file held against it."""
+"""The record of PyTorch's outputs, and the check of an exported file against it."""

@@ -1,6 +1,6 @@
 """A second opinion on ε: NVIDIA's Polygraphy runs the file and compares, with its own runners and comparators.
 
-What it keeps, ``polygraphy inspect data`` opens. The runtime and ``ddpmx build`` never import it.
+``polygraphy inspect data`` opens the results that it saves. The runtime and ``ddpmx build`` never import it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _REFERENCE = "PyTorch float32"
 def compare(
     file: str | os.PathLike[str], reference: Reference, *, results: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Have Polygraphy run ``file`` at every recorded t and compare with what PyTorch answered.
+    """Run ``file`` with Polygraphy at every recorded t and compare with PyTorch's recorded outputs.
 
     Args:
         file: an ONNX file (run by ONNX Runtime) or a plan (run by its flavour of TensorRT, on a GPU).
-        reference: what PyTorch answered.
-        results: where to keep the runs, as JSON that Polygraphy's tools open.
+        reference: PyTorch's outputs.
+        results: where to save the runs, as JSON that Polygraphy's tools open.
 
     Returns:
         ``passed``, ``verdict`` (one line), ``version``, ``runner``, and the ``bound`` on the largest error.
@@ -53,12 +53,12 @@ def compare(
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise BackendError("Polygraphy is not installed", note=str(error), hint="pip install polygraphy") from error
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it talks while it is imported, too
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # it also logs while it is imported
 
     import polygraphy
     import polygraphy.config
 
-    polygraphy.config.USE_TENSORRT_RTX = rtx  # which of the two libraries it is to take for TensorRT
+    polygraphy.config.USE_TENSORRT_RTX = rtx  # which of the two libraries it uses as TensorRT
     from polygraphy import comparator as comparators
     from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
     from polygraphy.comparator import Comparator, RunResults
@@ -71,13 +71,13 @@ def compare(
     else:
         runner = OnnxrtRunner(SessionFromOnnx(os.fspath(path), providers=["cpu"]), name="ONNX Runtime")
     feeds = [
-        {"x": reference.inputs(k), "t": np.full(len(reference.x0), t, np.int32), **reference.told(k)}
+        {"x": reference.inputs(k), "t": np.full(len(reference.x0), t, np.int32), **reference.conditioning_at(k)}
         for k, t in enumerate(reference.t)
     ]
     kept, name = elements(spec.shape), spec.prediction
 
     def recorded(outputs: dict[str, Any]) -> dict[str, Any]:
-        """What is kept of an answer, so that both sides have one shape."""
+        """The recorded elements of an output, so that both sides have one shape."""
         return {name: np.asarray(outputs[name]).reshape(len(reference.x0), -1)[:, kept]}
 
     # the class of newer versions, the function of older ones
@@ -85,7 +85,7 @@ def compare(
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         try:
             ran = Comparator.run([runner], data_loader=feeds)
-        except Exception as error:  # Polygraphy raises one type for everything, some libraries below it their own
+        except Exception as error:  # Polygraphy raises one type for everything, but libraries below it their own
             raise BackendError(
                 f"{path}: Polygraphy cannot run this file here", note=str(error).strip()[:300]
             ) from error
@@ -99,7 +99,7 @@ def compare(
         if results is not None:
             both.save(os.fspath(results))
     matches = list(_matches(comparison))
-    if len(matches) != len(reference.t):  # a comparison of nothing agrees with everything
+    if len(matches) != len(reference.t):  # an empty comparison would pass
         raise BackendError(f"Polygraphy compared {len(matches)} timesteps of {len(reference.t)}")
     return {
         "passed": bool(comparison),
@@ -112,7 +112,7 @@ def compare(
 
 
 def _matches(comparison: Any) -> Iterator[bool]:
-    """Per timestep, whether it agrees. Polygraphy gives one table of results, in newer versions a list of such."""
+    """Per timestep, whether it agrees. Polygraphy returns one table of results, newer versions a list of tables."""
     for result in comparison if hasattr(comparison, "lst") else [comparison]:
         for iterations in result.values():
             for outputs in iterations:

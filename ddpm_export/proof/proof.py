@@ -1,4 +1,4 @@
-"""A file that was just written, held against the network that it was written from."""
+"""The check of a file that was just exported against the network that it was exported from."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def record_checkpoint(
     full: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """What a checkpoint's network answers; see :func:`ddpm_export.proof.record.record`.
+    """Record the outputs of a checkpoint's network; see :func:`ddpm_export.proof.record.record`.
 
     Args:
         source: a run or a checkpoint.
@@ -39,7 +39,7 @@ def record_checkpoint(
         progress: called with (network calls done, network calls in all).
 
     Raises:
-        DdpmxError: the checkpoint cannot be read, the images do not fit, or the network answers nothing.
+        DdpmxError: the checkpoint cannot be read, the images do not fit, or the network's output is nearly zero.
     """
     network, spec = checkpoint.load_network(source, weights)
     if weights == "raw":
@@ -70,14 +70,14 @@ def check_export(
     weights: Weights = "ema",
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """ParityReport the ladder with an exported file, in ONNX Runtime on the CPU.
+    """Run the ladder with an exported file, in ONNX Runtime on the CPU.
 
-    ONNX Runtime has no bfloat16 there. Of a bf16 file, the torch module that was exported is judged instead: the report
+    ONNX Runtime has no bfloat16 there. In place of a bf16 file, the torch module that was exported is checked: the report
     says that the file itself was not run.
 
     Raises:
         BackendError: ONNX Runtime is missing, or refuses the file.
-        NumericError: the answers are not finite.
+        NumericError: the outputs are not finite.
     """
     if spec.precision == "bf16":
         network, _ = checkpoint.load_network(source, weights)
@@ -90,9 +90,9 @@ def check_export(
 
 
 class ModuleInstead(TorchBackend):
-    """The module that a file was exported from."""
+    """The module that a file was exported from, run in place of the file."""
 
     @property
     def description(self) -> str:
-        """Says what was not done."""
+        """torch's version and the device, and that the file itself was not run."""
         return f"{super().description}: the module, NOT the file, which ONNX Runtime cannot run on a CPU"

@@ -1,4 +1,4 @@
-"""What PyTorch answers, written down: the record that every file of this model is held against."""
+"""The record of PyTorch's outputs, against which every file of the model is checked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMESTEPS = 32
 
 
 def short_chain(shape: tuple[int, int, int]) -> int:
-    """Steps of a chain that is worth its time on a CPU: 50, and 20 for images of more than 128×128 in colour."""
+    """Steps of a chain that runs in reasonable time on a CPU: 50, and 20 for images of more than 128×128 in colour."""
     return 50 if int(np.prod(shape)) <= 3 << 14 else 20
 
 
@@ -38,26 +38,26 @@ def record(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
-    """Ask a network what a file of it should answer, in float32, TF32 off.
+    """Record the outputs that a file of the network should have, in float32, TF32 off.
 
     Args:
         network: x float32 [B, C, H, W], t int [B] → [B, C, H, W], in eval mode, float32; see :class:`TorchBackend`.
-        spec: what it is. Its precision is not looked at.
-        data: uint8 [N, H, W, C], real images; by default the ends of the network's own chain. A network with classes is
-            told other ones for every t, spread over all that it has, whatever the images show.
+        spec: of the network. Its precision is ignored.
+        data: uint8 [N, H, W, C], real images; by default the ends of the network's own chain. A network with classes
+            gets other classes for every t, spread over all that it has, whatever the images show.
         steps: length of the recorded chain, at most T; None for all T.
         seed: of all noise.
         progress: called with (network calls done, network calls in all).
 
     Raises:
-        InputError: the images have another shape, or the network answers nothing (it was never trained).
-        NumericError: its answers are not finite.
+        InputError: the images have another shape, or the network's output is nearly zero (it was never trained).
+        NumericError: its outputs are not finite.
     """
     spec = spec.replace(precision="fp32")
     steps = spec.timesteps if steps is None else min(steps, spec.timesteps)
     t = timestep_grid(spec.timesteps, min(TIMESTEPS, spec.timesteps)).astype(np.int32)
     size = int(np.prod(spec.shape))
-    learns = spec.variance == "learned_range"  # its second answers take as much room again
+    learns = spec.variance == "learned_range"  # the second output takes as much space again
     images_per_t, chains = int(np.clip((1 << 15) // size, 1, 1 if learns else 2)), int(np.clip((1 << 18) // size, 1, 4))
     total, done = steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
 
@@ -69,17 +69,18 @@ def record(
 
     with _exact_float32():
         backend = TorchBackend(network)
-        ask = Evaluator(backend, spec, images_per_t, None, total)
+        evaluate = Evaluator(backend, spec, images_per_t, None, total)
         table = chain_table(spec, steps)
         at = recorded_steps(steps, spec.shape)
         state = np.empty((len(at), *spec.shape), np.float32)
         indices = np.arange(chains)
         x_start = chain.initial(seed, indices, spec.shape)
         sample, before = x_start, np.zeros(spec.shape, np.float32)
-        told_before = np.empty((len(at), *spec.shape), np.uint8)
-        given = example(spec, indices, seed=seed)
+        state_x0 = np.empty((len(at), *spec.shape), np.uint8)
+        chain_conditioning = example(spec, indices, seed=seed)
         if spec.classes is not None:
-            given["y"] = _spread(spec.classes, chains)[::-1].copy()  # the first, whose states are kept, is not class 0
+            # reversed, so that the first image, whose states are recorded, is not of class 0
+            chain_conditioning["y"] = _spread(spec.classes, chains)[::-1].copy()
         run = chain.run(
             backend,
             table,
@@ -88,12 +89,12 @@ def record(
             images=indices,
             clip=spec.clip,
             conditioning_shapes=spec.conditioning_shapes,
-            conditioning=given,
+            conditioning=chain_conditioning,
         )
         for number, step in enumerate(run):
             if number in at:
                 state[np.searchsorted(at, number)] = step.x[0]
-                told_before[np.searchsorted(at, number)] = to_uint8(before)
+                state_x0[np.searchsorted(at, number)] = to_uint8(before)
             sample, before = step.x0, step.x0[0].copy()
             tick()
         final = to_uint8(sample)
@@ -103,33 +104,33 @@ def record(
         out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
         var = np.empty_like(out) if learns else None
         y = None if spec.classes is None else _spread(spec.classes, len(t) * len(x0)).reshape(len(t), len(x0))
-        told = example(spec, np.arange(len(x0)), seed=seed)
+        conditioning = example(spec, np.arange(len(x0)), seed=seed)
         if spec.self_condition:
-            told["x0_prev"] = np.zeros_like(clean)
+            conditioning["x0_prev"] = np.zeros_like(clean)
         for i, ti in enumerate(t):
             z = diffusion_noise(clean, int(ti), seed)
             signal, noise = (np.float32(np.sqrt(v[ti])) for v in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
             x_t = signal * clean + noise * z
             if y is not None:
-                told["y"] = y[i]
-            answer, second = ask(x_t, np.full(len(x0), ti, np.int32), told)
-            if var is not None and second is not None:
-                var[i] = second.reshape(len(x0), -1)[:, kept]
+                conditioning["y"] = y[i]
+            output, variance = evaluate(x_t, np.full(len(x0), ti, np.int32), conditioning)
+            if var is not None and variance is not None:
+                var[i] = variance.reshape(len(x0), -1)[:, kept]
             target = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction]
-            losses.append(float(np.mean(np.square(target - answer)) / max(float(np.var(target)), 1e-6)))
-            out[i] = answer.reshape(len(x0), -1)[:, kept]
+            losses.append(float(np.mean(np.square(target - output)) / max(float(np.var(target)), 1e-6)))
+            out[i] = output.reshape(len(x0), -1)[:, kept]
             tick()
         states_out = np.empty((len(at), len(kept)), np.float32)
         states_var = np.empty_like(states_out) if learns else None
-        told = {name: array[:1] for name, array in given.items()}
+        conditioning = {name: array[:1] for name, array in chain_conditioning.items()}
         for i, number in enumerate(at):
             if spec.self_condition:
-                told["x0_prev"] = from_uint8(told_before[i : i + 1])
+                conditioning["x0_prev"] = from_uint8(state_x0[i : i + 1])
             ti = np.array([table.timesteps[number]], np.int32)
-            answer, second = ask(state[i : i + 1], ti, told, batch=1)
-            states_out[i] = answer.reshape(-1)[kept]
-            if states_var is not None and second is not None:
-                states_var[i] = second.reshape(-1)[kept]
+            output, variance = evaluate(state[i : i + 1], ti, conditioning, batch=1)
+            states_out[i] = output.reshape(-1)[kept]
+            if states_var is not None and variance is not None:
+                states_var[i] = variance.reshape(-1)[kept]
             tick()
     reference = Reference(
         spec=spec,
@@ -146,36 +147,36 @@ def record(
         state_out=states_out,
         final=np.ascontiguousarray(final),
         y=y,
-        final_y=given.get("y"),
+        final_y=chain_conditioning.get("y"),
         var=var,
         state_var=states_var,
-        state_x0=told_before if spec.self_condition else None,
+        state_x0=state_x0 if spec.self_condition else None,
     )
     if reference.scale < SILENT:
         raise InputError(
-            "the network answers nothing, so there is nothing to hold a file against",
-            note=f"RMS of its answers: {reference.scale:.1g}; its last layer is as it was initialised",
+            "the network's output is nearly zero, so a file cannot be checked against it",
+            note=f"RMS of its output: {reference.scale:.1g}; its last layer is as it was initialised",
             hint="train it first",
         )
     return reference
 
 
 def _spread(classes: int, n: int) -> NDArray[np.int32]:
-    """``n`` classes over all that there are."""
+    """``n`` classes, evenly spread over 0…classes−1, int32 [n]."""
     return np.linspace(0, classes - 1, n).round().astype(np.int32)
 
 
 def check_images(data: NDArray[np.uint8], spec: ModelSpec) -> None:
-    """See that images are of the model's size.
+    """Check that images have the model's size.
 
     Raises:
-        InputError: they are not.
+        InputError: they do not.
     """
     channels, height, width = spec.shape
     if data.ndim != 4 or data.shape[1:] != (height, width, channels) or not len(data):
         raise InputError(
             f"the images are {list(data.shape[1:])} (height, width, channels), and the model's {[height, width, channels]}",
-            hint="a folder is brought to the model's size by itself; an .npz is taken as it is",
+            hint="images of a folder are cropped and resized to the model's size; those of an .npz are not",
         )
 
 
@@ -188,7 +189,7 @@ def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint
 
 @contextlib.contextmanager
 def _exact_float32() -> Iterator[None]:
-    """TF32 off while the reference is recorded: cuDNN has it on by default."""
+    """Turn TF32 off while the reference is recorded: in cuDNN it is on by default."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -7,8 +7,8 @@
         training.json          step, settings, the data's fingerprint
         training.safetensors   Adam's moments
 
-A checkpoint is written beside its final place and renamed once it is whole, so whoever reads a run that is still
-training sees only whole ones. Nothing is pickled.
+A checkpoint is written beside its final place and renamed once it is whole, so a reader of a run that is still training
+sees only whole ones. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What exact resumption needs beside the weights.
+    """The state that exact resumption needs beside the weights.
 
     Attributes:
         step: optimiser steps made.
@@ -69,14 +69,14 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint of ``run`` and forget all but the newest ``keep``.
+    """Write a checkpoint of ``run`` and remove all but the newest ``keep``.
 
     Raises:
         OutputError: it could not be written. Earlier checkpoints are then untouched.
     """
     folder = make_folder(run / "checkpoints")
     final = folder / f"{state.step:08d}"
-    _forget_unfinished(folder)
+    _remove_unfinished(folder)
     temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:
         model = spec.replace(weights=weights_hash(ema))
@@ -105,10 +105,10 @@ def save(
             raise write_error(final, error) from error
         raise
     for old in checkpoints(run)[:-keep]:
-        if old == final:  # another run's checkpoints of later steps stand here
+        if old == final:  # the folder has another run's checkpoints of later steps
             continue
         with contextlib.suppress(OSError):
-            _forget(old)
+            _remove(old)
     return final
 
 
@@ -116,7 +116,7 @@ def newest_run(root: Path) -> Path:
     """The run below ``root`` whose newest checkpoint was written last.
 
     Raises:
-        FileFormatError: there is none.
+        FileFormatError: there is no run.
     """
     runs = [(found[-1].stat().st_mtime, run) for run in root.glob("*") if (found := checkpoints(run))]
     if not runs:
@@ -127,7 +127,7 @@ def newest_run(root: Path) -> Path:
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint that ``path`` means: itself, or the newest one of the run that it is.
+    """The checkpoint at ``path``: itself, or the newest one if it is a run.
 
     Raises:
         FileFormatError: it is neither.
@@ -159,7 +159,7 @@ def load_network(path: str | os.PathLike[str], weights: Weights = "ema") -> tupl
 
 
 def load_training(path: str | os.PathLike[str]) -> TrainingState:
-    """What :func:`save` was given as ``state``.
+    """The ``state`` that :func:`save` wrote.
 
     Raises:
         FileFormatError, SpecError: it is missing or damaged.
@@ -178,7 +178,7 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _reread(path: str | os.PathLike[str], read: Callable[[Path], _T]) -> _T:
-    """Read a checkpoint; if it vanished meanwhile (a run that is training forgets old ones), read the newer one."""
+    """Read a checkpoint; if it vanished meanwhile (a run that is training removes old ones), read the newer one."""
     for _ in range(20):  # each time there was a newer one
         checkpoint = resolve(path)
         try:
@@ -197,7 +197,7 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[Network, ModelSpe
         check_spec(config, spec)
     except SpecError as error:
         raise SpecError(f"{checkpoint / SPEC_FILE}: {error.fact}", note=error.note, hint=error.hint) from error
-    with torch.device("meta"):  # no memory before the file has shown that it holds the weights
+    with torch.device("meta"):  # take no memory before it is known that the file holds the weights
         network = make_network(config)
     file = checkpoint / FILES[weights]
     tensors = read_tensors(file)
@@ -206,11 +206,11 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[Network, ModelSpe
     if expected != seen:
         wrong = sorted(name for name in expected.keys() | seen.keys() if expected.get(name) != seen.get(name))
         raise FileFormatError(
-            f"{file}: these are not the weights of the network in {SPEC_FILE}",
-            note=f"{len(wrong)} tensors missing, too many or of another shape, {wrong[0]!r} among them",
+            f"{file}: the weights do not match the network in {SPEC_FILE}",
+            note=f"{len(wrong)} tensors missing, surplus or of another shape, {wrong[0]!r} among them",
         )
     if odd := [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]:
-        raise FileFormatError(f"{file}: {odd[0]!r} is {tensors[odd[0]].dtype}, and weights are floats of 16 to 64 bits")
+        raise FileFormatError(f"{file}: {odd[0]!r} is {tensors[odd[0]].dtype}; weights must be floats of 16 to 64 bits")
     if bad := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise FileFormatError(f"{file}: {bad[0]!r} holds NaN or infinities", note=f"{len(bad)} such tensors")
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
@@ -240,10 +240,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file.
 
     Raises:
-        FileFormatError: it is missing, cut off or no such file.
+        FileFormatError: it is missing, cut off or not such a file.
     """
     try:
-        if file.exists() and not file.is_file():  # a pipe would be waited for where no signal is heard
+        if file.exists() and not file.is_file():  # reading a pipe could block, and no signal would interrupt it
             raise ValueError("not a file")
         return load_file(file)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -255,7 +255,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _replace(final: Path, temporary: Path) -> None:
-    """Give ``temporary`` its name; what had that name (the same step, reached again) goes only once that is done."""
+    """Rename ``temporary`` to ``final``; an older ``final`` (the same step, reached again) is removed only after that."""
     if not final.exists():
         temporary.rename(final)
         return
@@ -272,15 +272,15 @@ def _replace(final: Path, temporary: Path) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _forget(checkpoint: Path) -> None:
-    """Remove a checkpoint: out of sight first, so that nobody ever sees a part of it."""
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint: rename it first, so that no reader ever sees a part of it."""
     hidden = Path(tempfile.mkdtemp(prefix=".part-", dir=checkpoint.parent))
     checkpoint.rename(hidden / checkpoint.name)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _forget_unfinished(folder: Path) -> None:
-    """Remove what a run that was killed while writing left behind; put back what it was about to replace."""
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a run that was killed while writing left behind; restore what it was about to replace."""
     for old in folder.glob(".old-*/*"):
         if not (folder / old.name).exists():
             old.rename(folder / old.name)

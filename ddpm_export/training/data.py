@@ -29,7 +29,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 @dataclass(frozen=True)
 class Source:
-    """Where images came from, and how they were made alike: what :func:`load_dataset` was given."""
+    """Where images came from: the arguments of :func:`load_dataset`."""
 
     path: Path
     size: tuple[int, int] | None = None
@@ -41,17 +41,17 @@ class Source:
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Source:
-        """What :meth:`to_json` made.
+        """The source from the values of :meth:`to_json`.
 
         Raises:
-            FileFormatError: it is something else; ``where`` is named.
+            FileFormatError: the values are not of that form; the error names ``where``.
         """
         try:
             size, channels = values["size"], values["channels"]
             assert channels is None or type(channels) is int
             return cls(Path(values["path"]), None if size is None else (int(size[0]), int(size[1])), channels)
         except (KeyError, TypeError, ValueError, OverflowError, IndexError, AssertionError) as error:
-            raise FileFormatError(f"{where}: it does not say which images it was trained on") from error
+            raise FileFormatError(f"{where}: the images it was trained on are not recorded") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class Dataset:
     source: Source
 
     def __len__(self) -> int:
-        """N."""
+        """The number of images."""
         return len(self.images)
 
     @property
@@ -77,7 +77,7 @@ class Dataset:
         return channels, height, width
 
     def fingerprint(self) -> str:
-        """A hash of shape and pixels: whether a resumed run sees the images that it began with."""
+        """A hash of shape and pixels, to check that a resumed run has the images that it began with."""
         digest = hashlib.sha256(repr(self.images.shape).encode())
         digest.update(np.ascontiguousarray(self.images).data)
         return digest.hexdigest()
@@ -99,8 +99,8 @@ def load_dataset(
         progress: called with (images read, images in all).
 
     Raises:
-        DataError: nothing there, a file that is no image, or images of different sizes or modes where nothing was said
-            about how to make them alike.
+        DataError: nothing is there, a file is not an image, or the images have different sizes or modes and ``size`` or
+            ``channels`` is None.
         InputError: ``size`` or ``channels`` out of range, or given for an ``.npz``.
     """
     path = Path(path)
@@ -136,7 +136,7 @@ def _read_npz(path: Path) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         raise DataError(
             f"{path}: {images[0]!r} is {array.dtype}, not uint8",
-            hint="save 0…255 as uint8: whether floats run from 0 or from −1 cannot be told from the file",
+            hint="save 0…255 as uint8: the file does not show whether floats run from 0 or from −1",
         )
     if array.ndim == 3 and array.shape[-1] in (3, 4):
         raise DataError(
@@ -169,7 +169,7 @@ def _read_folder(
     )
     if not files:
         raise DataError(f"{folder}: no images in this folder", hint=f"it reads {', '.join(sorted(SUFFIXES))}")
-    if size is None or channels is None:  # headers alone tell, before anything is decoded
+    if size is None or channels is None:  # headers show both, before anything is decoded
         headers = [_header(file) for file in files]
         if size is None:
             sizes = Counter((height, width) for height, width, _ in headers)
@@ -212,7 +212,7 @@ def _header(file: Path) -> tuple[int, int, str]:
     try:
         with _open(file) as image:
             width, height = image.size
-            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # it lies on its side
+            if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # rotated by 90 degrees
                 width, height = height, width
             return height, width, _grey_16(image) or ("RGBA" if image.has_transparency_data else image.mode)
     except Exception as error:
@@ -220,8 +220,8 @@ def _header(file: Path) -> tuple[int, int, str]:
 
 
 def _open(file: Path) -> Image.Image:
-    """Open an image of a common format; Pillow knows others that start programs of their own."""
-    if not file.is_file():  # a pipe would be waited for
+    """Open an image of a common format; for some others Pillow starts external programs."""
+    if not file.is_file():  # reading a pipe could block
         raise ValueError("not a regular file")
     return Image.open(file, formats=FORMATS)
 
@@ -236,14 +236,14 @@ def _read_image(file: Path, size: tuple[int, int], channels: int) -> NDArray[np.
     try:
         with _open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            if _grey_16(opened):  # Pillow's own conversion cuts everything above 255 off
+            if _grey_16(opened):  # Pillow's own conversion clips everything above 255
                 picture = Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
             elif image.mode in ("I", "F"):
-                raise ValueError(f"numbers of mode {image.mode} do not say which one is white; save 8 or 16 bits")
+                raise ValueError(f"mode {image.mode} does not define which number is white; save 8 or 16 bits")
             else:
                 picture = image
             picture = picture.convert(_MODES[channels])
-    except Exception as error:  # decoders raise whatever they like on damaged files
+    except Exception as error:  # decoders can raise anything on damaged files
         raise _unreadable(file, error) from error
     if (picture.height, picture.width) != (height, width):
         scale = max(height / picture.height, width / picture.width)

@@ -16,15 +16,15 @@ from ddpmx.errors import SpecError
 
 
 class GaussianDiffusion(nn.Module):
-    """The maths of one schedule and one prediction, on whatever device it is moved to. It has no weights.
+    """The maths of one schedule and one prediction, on any device it is moved to. It has no weights.
 
     Args:
         schedule: β_t.
-        prediction: what the network is trained to answer: ``eps``, ``x0`` or ``v``.
+        prediction: what the network is trained to predict: ``eps``, ``x0`` or ``v``.
         variance: of p(x_{t−1} | x_t), ``fixed_small`` or ``fixed_large``.
 
     Raises:
-        SpecError: a variance that is learned, which L_simple does not teach.
+        SpecError: a learned variance, which L_simple does not train.
     """
 
     def __init__(self, schedule: Schedule, prediction: Prediction = "eps", variance: Variance = "fixed_large") -> None:
@@ -60,7 +60,7 @@ class GaussianDiffusion(nn.Module):
         return self._at("signal", t) * x0.float() + self._at("noise", t) * eps.float()
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should answer: ε, x_0, or v = √ᾱ·ε − √(1−ᾱ)·x_0."""
+        """What the network should predict: ε, x_0, or v = √ᾱ·ε − √(1−ᾱ)·x_0."""
         if self.prediction == "eps":
             return eps.float()
         if self.prediction == "x0":
@@ -68,9 +68,9 @@ class GaussianDiffusion(nn.Module):
         return self._at("signal", t) * eps.float() - self._at("noise", t) * x0.float()
 
     def loss(self, network: nn.Module, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """L_simple (equation 14): the mean square of target − answer, a float32 scalar."""
-        answer = network(self.q_sample(x0, t, eps), t)
-        loss: Tensor = (self.target(x0, t, eps) - answer.float()).square().mean()
+        """L_simple (equation 14): the mean square of target − output, a float32 scalar."""
+        out = network(self.q_sample(x0, t, eps), t)
+        loss: Tensor = (self.target(x0, t, eps) - out.float()).square().mean()
         return loss
 
     def sample_t(self, batch: int) -> Tensor:
@@ -78,7 +78,7 @@ class GaussianDiffusion(nn.Module):
         return torch.randint(self.timesteps, (batch,))
 
     def predict_x0(self, x: Tensor, t: Tensor, out: Tensor, *, clip: float | None = 1.0) -> Tensor:
-        """x̂_0 from the network's answer ``out`` at x_t (equation 15 for ε), clipped to ±``clip``."""
+        """x̂_0 from the network's output ``out`` at x_t (equation 15 for ε), clipped to ±``clip``."""
         x0 = self._at("x0_from_xt", t) * x.float() + self._at("x0_from_out", t) * out.float()
         return x0 if clip is None else x0.clamp(-clip, clip)
 

@@ -1,7 +1,7 @@
 """The training loop of Ho et al. (appendix B): Adam, linear warm-up, gradient clipping, an average of the weights.
 
-Everything random in step s is drawn from a generator seeded by (seed, s), and the order of the images by (seed, epoch).
-So nothing about a generator has to be saved, and a run that was interrupted continues exactly: on one CPU the weights
+Everything random in step s is drawn from a generator seeded by (seed, s), and the order of the images from one seeded by
+(seed, epoch). So no generator state has to be saved, and an interrupted run continues exactly: on one CPU the weights
 after 20 + 20 steps equal those after 40 bit for bit.
 """
 
@@ -42,7 +42,7 @@ SAMPLE_COUNT, SAMPLE_STEPS = 16, 50
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What makes a run what it is. A resumed run has those that it began with.
+    """The settings of a run. A resumed run keeps those that it began with.
 
     The defaults are the paper's for CIFAR-10.
 
@@ -89,11 +89,11 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
         step: optimiser steps made, over all sessions.
-        steps: how many there are to be.
+        steps: in all.
         loss: a running mean of L_simple.
         images_per_second: over the last steps.
         seconds_left: at that speed.
@@ -107,14 +107,14 @@ class Progress:
 
 
 class Trainer:
-    """A run in memory: new, or taken up from its newest checkpoint.
+    """A run in memory: new, or resumed from its newest checkpoint.
 
     Args:
         run: the run's folder.
         dataset: the images.
-        spec: what is trained, apart from the network. Its shape must be the images'.
-        network: the network's numbers.
-        settings: the training's.
+        spec: of the model. Its shape must be the images'.
+        network: the config of the network.
+        settings: of the training.
         device: where to train; by default a GPU if there is one.
 
     Raises:
@@ -137,7 +137,7 @@ class Trainer:
                 note=f"{spec.shape}, {(network.in_channels, *network.size)} and {dataset.shape}",
             )
         if spec.conditioning_shapes or network.learned_variance or network.classes is not None:
-            raise SpecError("ddpmx trains networks of x and t alone, whose variance is fixed")
+            raise SpecError("ddpmx trains only networks of x and t with a fixed variance")
         self.run, self.dataset, self.settings = run, dataset, settings
         self.spec = spec.replace(ddpmx=ddpmx.__version__)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -153,7 +153,7 @@ class Trainer:
 
     @classmethod
     def resume(cls, run: Path, dataset: Dataset, *, device: str | None = None) -> Trainer:
-        """Take up a run where its newest checkpoint left it.
+        """Resume a run from its newest checkpoint.
 
         Raises:
             FileFormatError: there is no checkpoint, or it is damaged, or ``dataset`` is not what it was trained on.
@@ -169,10 +169,10 @@ class Trainer:
         if fingerprint != dataset.fingerprint():
             raise FileFormatError(
                 f"{run}: this run was trained on other images than {dataset.source.path} holds now",
-                hint="--data what it began with, or begin a new run",
+                hint="--data with the images it began with, or begin a new run",
             )
         if not isinstance(network.config, UNetConfig):
-            raise FileFormatError(f"{checkpoint}: a network of another kind than ddpmx trains")
+            raise FileFormatError(f"{checkpoint}: ddpmx cannot train a network of this type")
         trainer = cls(run, dataset, spec, network.config, settings, device=device)
         trainer.step = trainer._saved_step = state.step
         trainer.network.load_state_dict(network.state_dict())
@@ -189,12 +189,12 @@ class Trainer:
         sample_every: int = 0,
         save_seconds: float = 600.0,
     ) -> Path:
-        """Go on until ``steps`` optimiser steps have been made in all, and save.
+        """Train until ``steps`` optimiser steps have been made in all, and save.
 
         Args:
             steps: in all, this session's and earlier ones'.
             progress: called after each step.
-            stop: asked after each step; True saves and returns early.
+            stop: called after each step; True saves and returns early.
             sample_every: write a grid of images every so many steps; 0 for never.
             save_seconds: time between checkpoints. There is always one at the end.
 
@@ -202,8 +202,8 @@ class Trainer:
             The checkpoint.
 
         Raises:
-            InputError: fewer steps than have been made, or less than one.
-            NumericError: the loss is not finite. The last checkpoint stays.
+            InputError: fewer steps than have been made, or fewer than one.
+            NumericError: the loss is not finite. The last checkpoint is kept.
             OutputError: a checkpoint could not be written.
         """
         if type(steps) is not int or not 1 <= steps < 1 << 40:
@@ -249,7 +249,7 @@ class Trainer:
         return checkpoints.resolve(self.run) if self._saved_step == self.step else self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of the present state."""
+        """Write a checkpoint of the current state."""
         moments = {}
         for name, parameter in self.network.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -271,7 +271,7 @@ class Trainer:
         return saved
 
     def sample_grid(self) -> Path:
-        """Write a grid of images drawn with the averaged weights: the same seed each time, so one sees them change."""
+        """Write a grid of images sampled with the averaged weights, from the same seed each time to show the change."""
         pipeline = Pipeline(self.spec, TorchBackend(self.average))
         steps = min(SAMPLE_STEPS, self.spec.timesteps)
         drawn = pipeline.generate(SAMPLE_COUNT, seed=self.settings.seed, sampler="ddim", steps=steps)
@@ -363,16 +363,16 @@ def _newest(run: Path) -> Path:
         FileFormatError: it has none.
     """
     if (run / SPEC_FILE).is_file():
-        raise InputError(f"{run} is a checkpoint, and a run is resumed as a whole", hint=f"--out {run.parent.parent}")
+        raise InputError(f"{run} is a checkpoint; only a run can be resumed", hint=f"--out {run.parent.parent}")
     return checkpoints.resolve(run)
 
 
 @contextlib.contextmanager
 def _alone(run: Path) -> Iterator[None]:
-    """Hold the run's lock: two trainings would forget each other's checkpoints.
+    """Hold the run's lock: two trainings would remove each other's checkpoints.
 
     Raises:
-        InputError: somebody else holds it.
+        InputError: another process holds it.
     """
     try:
         import fcntl
@@ -383,7 +383,7 @@ def _alone(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"{run}: another training is writing to this run", hint="another --out") from error
+            raise InputError(f"{run}: another training is writing to this run", hint="choose another --out") from error
         yield
 
 

@@ -20,7 +20,7 @@ int main(int argc, char **argv) {
   ddpmx_model model;
   uint64_t size = 0;
   if (argc < 3 || argc > 6) return fail("usage: draw MODEL FILE [N [SEED [STEPS]]]");
-  if (ddpmx_abi_version() != DDPMX_ABI_VERSION) return fail("this is another libddpmx than that of the header");
+  if (ddpmx_abi_version() != DDPMX_ABI_VERSION) return fail("libddpmx and its header have different versions");
   if (ddpmx_request_init(&request, sizeof request) || ddpmx_open(argv[1], NULL, &pipeline) ||
       ddpmx_describe(pipeline, &model, sizeof model))
     return fail(ddpmx_last_error());
@@ -29,19 +29,19 @@ int main(int argc, char **argv) {
   if (argc > 4) request.seed = strtoull(argv[4], NULL, 10);
   if (argc > 5) request.steps = (int32_t)strtol(argv[5], NULL, 10);
 
-  if (model.channels != 1 && model.channels != 3) return fail("PPM is for one channel or three");
+  if (model.channels != 1 && model.channels != 3) return fail("PPM needs one channel or three");
   if (ddpmx_output_size(pipeline, &request, &size)) return fail(ddpmx_last_error());
   uint8_t *images = malloc((size_t)size);
-  if (!images) return fail("the memory does not suffice");
+  if (!images) return fail("out of memory");
   if (ddpmx_generate(pipeline, &request, images, size, NULL, 0)) return fail(ddpmx_last_error());
   fprintf(stderr, "\n");
 
   FILE *file = fopen(argv[2], "wb");
-  if (!file) return fail("the file cannot be written");
+  if (!file) return fail("cannot write the file");
   fprintf(file, "P%d %d %llu 255\n", model.channels == 3 ? 6 : 5, model.width,
           (unsigned long long)request.n * (unsigned)model.height);
   int written = fwrite(images, 1, (size_t)size, file) == size;
-  if (fclose(file) || !written) return fail("the file cannot be written");
+  if (fclose(file) || !written) return fail("cannot write the file");
   free(images);
   ddpmx_close(pipeline);
   return 0;

@@ -1,4 +1,4 @@
-// Write uint8 [height, width, channels] as a PNG, in stored blocks: larger than need be, and no zlib.
+// Writes uint8 [height, width, channels] as a PNG in stored blocks: larger files, but no zlib.
 #pragma once
 
 #include <algorithm>
@@ -23,10 +23,10 @@ inline void put_chunk(std::string &to, const std::string &kind_and_data) {
   put_big_endian(to, ~crc);
 }
 
-// channels: 1 (grey), 3 (RGB) or 4 (RGBA). The file appears under its name when it is whole.
+// channels: 1 (grey), 3 (RGB) or 4 (RGBA). The file appears under its name once it is complete.
 inline void write_png(const std::string &path, std::uint32_t width, std::uint32_t height, std::uint32_t channels,
                       const std::vector<std::uint8_t> &pixels) {
-  std::string rows; // each behind a byte that says: no filter
+  std::string rows; // each after a byte for "no filter"
   const std::size_t pitch = std::size_t{width} * channels;
   for (std::size_t y = 0; y < height; ++y) {
     rows += '\0';
@@ -59,5 +59,5 @@ inline void write_png(const std::string &path, std::uint32_t width, std::uint32_
   std::FILE *stream = std::fopen(part.c_str(), "wb");
   const bool written = stream && std::fwrite(file.data(), 1, file.size(), stream) == file.size();
   if ((stream && std::fclose(stream) != 0) || !written || std::rename(part.c_str(), path.c_str()) != 0)
-    throw std::runtime_error(path + " cannot be written");
+    throw std::runtime_error("cannot write " + path);
 }

@@ -1,10 +1,10 @@
-// A texture generator without a window: a square sheet of tiles from one seed, written as PNG files while it comes into
-// being. A game or a tool would upload the same bytes to its own textures.
+// A texture generator without a window: a square sheet of tiles from one seed, written as PNG files during and after the
+// chain. A game or a tool would upload the same bytes to its own textures.
 //
 //     texture MODEL FOLDER [--seed S] [--tiles K] [--steps S] [--every E]
 //
-// FOLDER/texture.png is the sheet of K×K tiles, FOLDER/preview-NNNNN.png where every E-th step leads. Exit codes: 0; 2 if
-// it cannot be done; 130 after Ctrl-C.
+// FOLDER/texture.png is the sheet of K×K tiles, FOLDER/preview-NNNNN.png a preview of every E-th step. Exit codes: 0; 2
+// after an error; 130 after Ctrl-C.
 #include <ddpmx/ddpmx.hpp>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ class Sheet {
         width_(static_cast<std::size_t>(model.width)),
         pixels_(tiles * tiles * model.elements(), 128) {}
 
-  // Tile `index`, given as float [C, H, W] in [−1, 1].
+  // Tile `index` from float [C, H, W] in [−1, 1].
   void set(std::size_t index, const float *tile) {
     for (std::size_t c = 0; c < channels_; ++c)
       for (std::size_t y = 0; y < height_; ++y)
@@ -38,7 +38,7 @@ class Sheet {
           at(index, y, x)[c] = static_cast<std::uint8_t>(std::clamp(*tile++ * 127.5f + 128.0f, 0.0f, 255.0f));
   }
 
-  // Tile `index`, given as uint8 [H, W, C].
+  // Tile `index` from uint8 [H, W, C].
   void set(std::size_t index, const std::uint8_t *tile) {
     for (std::size_t y = 0; y < height_; ++y, tile += width_ * channels_)
       std::copy_n(tile, width_ * channels_, at(index, y, 0));
@@ -82,7 +82,7 @@ Wanted parse(int argc, char **argv) {
     else if (flag == "--tiles") wanted.tiles = number(flag, argv[i + 1], 64);
     else if (flag == "--steps") wanted.steps = number(flag, argv[i + 1], INT32_MAX);
     else if (flag == "--every") wanted.every = number(flag, argv[i + 1], UINT64_MAX);
-    else throw std::invalid_argument(flag + " is none of --seed, --tiles, --steps, --every");
+    else throw std::invalid_argument("unknown flag " + flag + ": use --seed, --tiles, --steps or --every");
   }
   return wanted;
 }
@@ -91,7 +91,7 @@ void draw(const std::string &model_file, const std::filesystem::path &folder, co
   const ddpmx::Pipeline pipeline(model_file);
   const ddpmx::Model &model = pipeline.model();
   if (model.channels != 1 && model.channels != 3 && model.channels != 4)
-    throw std::invalid_argument("PNG is for 1, 3 or 4 channels, and the model has " + std::to_string(model.channels));
+    throw std::invalid_argument("PNG needs 1, 3 or 4 channels, but the model has " + std::to_string(model.channels));
 
   ddpmx::Request request;
   request.n = wanted.tiles * wanted.tiles;
@@ -100,7 +100,7 @@ void draw(const std::string &model_file, const std::filesystem::path &folder, co
   Sheet sheet(model, wanted.tiles);
   std::filesystem::create_directories(folder);
   request.previews = wanted.every > 0;
-  request.callback = [&](const ddpmx::Progress &now) { // what it throws comes out of generate
+  request.callback = [&](const ddpmx::Progress &now) { // generate rethrows its exceptions
     for (std::uint64_t i = 0; request.previews && i < now.n; ++i)
       sheet.set(now.first + i, now.x0.data() + i * model.elements());
     if (request.previews && now.done % wanted.every == 0) {

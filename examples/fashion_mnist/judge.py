@@ -1,7 +1,7 @@
-"""Do these pictures look like garments? A judgement by three numbers, and what must fail it.
+"""Judges whether pictures look like garments, by three numbers, with controls that must fail.
 
-The judge never sees how the images were made. It is a small classifier trained on real images, and the total variation,
-which noise raises and blur lowers:
+The judge does not know how the images were made. It uses a small classifier trained on real images, and the total
+variation, which noise raises and blur lowers:
 
 - confident: the share of images to which the classifier gives one class a probability of at least 0.9, against the same
   share among real images that it was not trained on: at least 0.6 of it;
@@ -53,14 +53,14 @@ class Judge:
         self.train, self.real = images[:-HELD_OUT], images[-HELD_OUT:]
         self._classifier = MLPClassifier((128,), alpha=1e-2, batch_size=100, random_state=0, max_iter=25)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # 25 passes are what is wanted
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 25 passes are intended
             self._classifier.fit(_features(self.train), labels[:-HELD_OUT])
         self.accuracy = float(self._classifier.score(_features(self.real), labels[-HELD_OUT:]))
         self._real_share = self._confident(self.real).mean()
         self._real_variation = total_variation(self.real)
 
     def __call__(self, images: UInt8) -> Verdict:
-        """For uint8 [n, 16, 16] or [n, 16, 16, 1]."""
+        """Judge uint8 [n, 16, 16] or [n, 16, 16, 1]."""
         images = images.reshape(-1, 16, 16)
         return Verdict(
             float(self._confident(images).mean() / self._real_share),
@@ -72,7 +72,7 @@ class Judge:
         return np.asarray(self._classifier.predict_proba(_features(images)).max(axis=1) >= CONFIDENT)
 
     def controls(self, n: int = 256, seed: int = 0) -> dict[str, UInt8]:
-        """Sets of ``n`` images that are no garments, or spoilt ones. Each must fail."""
+        """Sets of ``n`` images that are not garments, or damaged ones. Each must fail."""
         rng = np.random.default_rng(seed)
         flat = self.train.reshape(len(self.train), -1).astype(np.float64)
         first, second = rng.permutation(len(self.real))[: 2 * n].reshape(2, n)

@@ -1,4 +1,4 @@
-"""A pipeline from a plan that fits this machine: one that does not any more is built anew from its ONNX file."""
+"""Opens a plan that fits this machine. A plan that no longer fits is rebuilt from its ONNX file."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SMALL = trt_build.BuildOptions(batch=(1, 1, 4), workspace=512 << 20)  # few imag
 def open_pipeline(path: Path, onnx: Path) -> ddpmx.Pipeline:
     """Load a model.
 
-    A plan that is missing is built, and so is one of another TensorRT or GPU, as it was built before. The CPU is for an
-    ONNX file that somebody asked for; it never stands in for a GPU.
+    A missing plan is built, and a plan of another TensorRT or GPU is rebuilt with its previous options. The CPU runs only
+    an ONNX file that was named; it never replaces a GPU.
 
     Args:
         path: a plan, or an ONNX file for the CPU.
-        onnx: what the plan is built from.
+        onnx: the source of the plan.
 
     Raises:
-        DdpmxError: the plan does not run here, and would not if it were built again, or it is damaged.
+        DdpmxError: the plan is damaged, or does not run here and a rebuild would not help.
     """
     if path.suffix == ".onnx":
         return ddpmx.load(path)
@@ -36,12 +36,12 @@ def open_pipeline(path: Path, onnx: Path) -> ddpmx.Pipeline:
         except PlanMismatchError as error:
             options, why = as_before(path), error.fact
     print(f"{why}: building it from {onnx}, which may take minutes", flush=True)
-    trt_build.build(onnx, path, options)  # it leaves a plan alone that would come out the same
-    return ddpmx.load(path)  # so what else is wrong is said here
+    trt_build.build(onnx, path, options)  # it keeps a plan that would come out the same
+    return ddpmx.load(path)  # any other error is raised here
 
 
 def as_before(path: Path) -> trt_build.BuildOptions:
     """The options that a plan was built with."""
     record = plan_file.read_plan(path).engine
-    told: dict[str, Any] = dict(record.options)
-    return dataclasses.replace(SMALL, batch=record.batch, **told)
+    options: dict[str, Any] = dict(record.options)
+    return dataclasses.replace(SMALL, batch=record.batch, **options)

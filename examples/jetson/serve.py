@@ -1,10 +1,10 @@
-"""Images by HTTP from one DDPM on one GPU, with ddpmx and the standard library alone.
+"""Serves images of one DDPM on one GPU by HTTP, with ddpmx and the standard library alone.
 
-    python serve.py model.plan      # built first, from model.onnx beside it, if it is missing or does not fit any more
+    python serve.py model.plan      # built first, from model.onnx beside it, if it is missing or no longer fits
     python serve.py model.onnx      # on the CPU
 
     GET /image?seed=7&steps=50              a PNG: what `ddpmx generate --batch 1` draws for that seed
-    GET /stream?seed=7&steps=50&every=5     x̂_0 in the making, and at last the image: multipart/x-mixed-replace
+    GET /stream?seed=7&steps=50&every=5     x̂_0 during the chain, and then the image: multipart/x-mixed-replace
     GET /                                   a page that shows the stream
 
 Exit codes: 130 after Ctrl-C, 0 after SIGTERM, 2 if the model cannot be run.
@@ -33,21 +33,21 @@ from ddpmx.errors import BackendError, DdpmxError, InputError
 from ddpmx.images.gallery import check_drawable
 from ddpmx.sampling.pixels import to_nhwc
 
-WAITING = 16  # clients in the queue; the next one hears that it is too long
-BEHIND = 4  # frames that a slow client may be behind; more are left out
+WAITING = 16  # clients in the queue; further ones are refused
+BEHIND = 4  # frames that a slow client may be behind; more are dropped
 
 
 class Job:
-    """What one client wants. Made by the client's thread, answered by the one that owns the pipeline."""
+    """One client's request. Made by the client's thread, carried out by the thread that owns the pipeline."""
 
     def __init__(self, connection: socket.socket, seed: int, steps: int, every: int = 0) -> None:
         self.connection, self.seed, self.steps, self.every = connection, seed, steps, every
-        self.answers: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | str]] = queue.SimpleQueue()
-        self.told = threading.Event()
+        self.results: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | str]] = queue.SimpleQueue()
+        self.sent = threading.Event()
         self._seen = 0
 
     def client_left(self) -> bool:
-        """Asked at every step. What the other side has closed can be read, and gives nothing."""
+        """Polled at every step. A socket that the other side has closed is readable, and gives no bytes."""
         try:
             readable, _, _ = select.select([self.connection], [], [], 0)
             return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
@@ -55,28 +55,28 @@ class Job:
             return True
 
     def show(self, _: int, step: ddpmx.Preview) -> None:
-        """Called after every step. The arrays are the chain's own, so what is kept is a copy."""
+        """Called after every step. The arrays belong to the chain, so the queue gets a copy."""
         self._seen += 1
-        if self._seen % self.every == 0 and self._seen < self.steps and self.answers.qsize() < BEHIND:
-            self.answers.put((False, to_nhwc(step.x0)[0]))
+        if self._seen % self.every == 0 and self._seen < self.steps and self.results.qsize() < BEHIND:
+            self.results.put((False, to_nhwc(step.x0)[0]))
 
 
 def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
-    """Answer one client after the other, for ever.
+    """Serve one client after the other, for ever.
 
-    One thread owns the pipeline, and it is the main one. A pipeline is for one thread; the GPU gains little from a second
-    chain, which would take its memory once more; and signals arrive in the main thread, so Ctrl-C ends the chain that runs.
+    The main thread owns the pipeline. A pipeline is for one thread; a GPU gains little from a second chain, which needs as
+    much memory again; and signals arrive in the main thread, so Ctrl-C ends the running chain.
     """
     while True:
         job = jobs.get()
         show = job.show if job.every else None
         try:
             drawn = pipeline.generate(1, seed=job.seed, steps=job.steps, batch=1, cancel=job.client_left, preview=show)
-            job.answers.put((True, drawn[0]))
+            job.results.put((True, drawn[0]))
         except DdpmxError as error:
-            job.answers.put((True, error.fact))  # its words alone: the error itself holds on to the chain
+            job.results.put((True, error.fact))  # the text alone, since the error itself keeps the chain alive
             if isinstance(error, BackendError):  # CUDA seldom recovers within a process; systemd starts another one,
-                job.told.wait(5)  # but the client hears of it first
+                job.sent.wait(5)  # but the client gets the error first
                 raise
 
 
@@ -92,10 +92,10 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
-    timeout = 30  # seconds for a client that neither reads nor leaves
+    timeout = 30  # seconds for a client that neither reads nor disconnects
 
     def handle(self) -> None:
-        with contextlib.suppress(OSError):  # the client left
+        with contextlib.suppress(OSError):  # the client disconnected
             super().handle()
 
     def do_GET(self) -> None:
@@ -103,13 +103,13 @@ class Handler(BaseHTTPRequestHandler):
         most = {"seed": web.MOST_SEED, "steps": steps}
         try:
             if path == "/":
-                asked = {"seed": 0, "steps": min(50, steps), **web.numbers(query, most)}
-                self.reply(200, web.page(**asked, most=steps), "text/html")
+                values = {"seed": 0, "steps": min(50, steps), **web.numbers(query, most)}
+                self.reply(200, web.page(**values, most=steps), "text/html")
             elif path == "/image":
                 self.image(self.queue_up(web.numbers(query, most)))
             elif path == "/stream":
-                asked = {"steps": steps, **web.numbers(query, {**most, "every": steps})}
-                self.stream(self.queue_up({"every": max(1, asked["steps"] // 25), **asked}))
+                values = {"steps": steps, **web.numbers(query, {**most, "every": steps})}
+                self.stream(self.queue_up({"every": max(1, values["steps"] // 25), **values}))
             else:
                 self.reply(404, "there are /, /image and /stream")
         except InputError as error:
@@ -118,29 +118,29 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(503, f"{WAITING} others are waiting")
 
     def image(self, job: Job) -> None:
-        _, answer = job.answers.get()
-        if isinstance(answer, str):
-            self.reply(500, answer)
+        _, result = job.results.get()
+        if isinstance(result, str):
+            self.reply(500, result)
         else:
-            self.reply(200, web.png(answer), "image/png")
-        job.told.set()
+            self.reply(200, web.png(result), "image/png")
+        job.sent.set()
 
     def stream(self, job: Job) -> None:
         begun = last = False
         while not last:
-            last, answer = job.answers.get()
-            if isinstance(answer, str):
-                if not begun:  # later there is no way to say so but to end
-                    self.reply(500, answer)
+            last, result = job.results.get()
+            if isinstance(result, str):
+                if not begun:  # later the only way to report an error is to end the stream
+                    self.reply(500, result)
                 break
             if not begun:
                 self.head(200, web.STREAM)
-            begun, part = True, web.part(answer)
-            self.wfile.write(part * 2 + web.LAST if last else part)  # twice, since Chromium shows the last but one
-        job.told.set()
+            begun, part = True, web.part(result)
+            self.wfile.write(part * 2 + web.LAST if last else part)  # twice, since Chromium shows the last part but one
+        job.sent.set()
 
-    def queue_up(self, asked: dict[str, int]) -> Job:
-        job = Job(self.connection, **{"seed": 0, "steps": self.server.spec.timesteps, **asked})
+    def queue_up(self, values: dict[str, int]) -> Job:
+        job = Job(self.connection, **{"seed": 0, "steps": self.server.spec.timesteps, **values})
         self.server.jobs.put_nowait(job)
         return job
 
@@ -159,22 +159,24 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> int:
     parser = argparse.ArgumentParser(description="Serve images of a DDPM by HTTP.")
     parser.add_argument("model", type=Path, help="model.plan, or model.onnx for the CPU")
-    parser.add_argument("--onnx", type=Path, help="what the plan is built from (default: the .onnx beside it)")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets everybody in (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8080, help="0 takes any that is free (default: 8080)")
-    given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as an exception, so that the GPU is let go of
+    parser.add_argument("--onnx", type=Path, help="the source of the plan (default: the .onnx beside it)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 accepts other machines (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8080, help="0 takes any free port (default: 8080)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as an exception, so that the GPU is released
     try:
-        with open_pipeline(given.model, given.onnx or given.model.with_suffix(".onnx")) as pipeline:
+        with open_pipeline(arguments.model, arguments.onnx or arguments.model.with_suffix(".onnx")) as pipeline:
             check_drawable(pipeline.spec)
-            pipeline.generate(1, steps=1, batch=1)  # what does not work shows now, and not to the first client
+            pipeline.generate(1, steps=1, batch=1)  # errors show now, and not to the first client
             try:
-                server = Server((given.host, given.port), pipeline.spec)
+                server = Server((arguments.host, arguments.port), pipeline.spec)
             except (OSError, OverflowError) as error:
-                raise InputError(f"{given.host}:{given.port} cannot be listened to", note=str(error)) from error
+                raise InputError(f"cannot listen on {arguments.host}:{arguments.port}", note=str(error)) from error
             with server:
                 threading.Thread(target=server.serve_forever, daemon=True).start()
-                print(f"http://{given.host}:{server.server_port}/ by {pipeline.backend}", flush=True)
+                print(f"http://{arguments.host}:{server.server_port}/ by {pipeline.backend}", flush=True)
                 work(pipeline, server.jobs)
     except DdpmxError as error:
         print(f"Error: {error}", file=sys.stderr)

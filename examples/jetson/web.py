@@ -1,4 +1,4 @@
-"""What goes over the wire: checked numbers in; a page, PNGs and parts of a stream out. No pipeline in here."""
+"""The HTTP side: checks numbers in queries; makes a page, PNGs and parts of a stream. No pipeline here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAGE = """<!doctype html><meta charset="utf-8"><title>ddpmx</title><link rel="ic
 <style>img {{ width: min(512px, 90vw); image-rendering: pixelated; border: 1px solid #ccc }}</style>
 <form>seed <input name="seed" type="number" min="0" value="{seed}">
 steps <input name="steps" type="number" min="1" max="{most}" value="{steps}"> <button>Draw</button></form>
-<p><img src="/stream?seed={seed}&amp;steps={steps}" alt="x̂₀ in the making"></p>
+<p><img src="/stream?seed={seed}&amp;steps={steps}" alt="x̂₀ during the chain"></p>
 <p><a href="/image?seed={seed}&amp;steps={steps}">PNG</a>, <a href="/?seed={after}&amp;steps={steps}">next seed</a></p>
 """
 
@@ -29,16 +29,16 @@ def numbers(query: str, most: dict[str, int]) -> dict[str, int]:
     """ "seed=7&steps=50" → {"seed": 7, "steps": 50}.
 
     Args:
-        query: as it stands behind the question mark.
-        most: the names that may be given, each with its largest value.
+        query: the part of the URL after the question mark.
+        most: the allowed names, each with its largest value.
 
     Raises:
-        InputError: another name, a name twice, or no whole number in its range.
+        InputError: another name, a name twice, or not a whole number in its range.
     """
     found: dict[str, int] = {}
     for name, text in parse_qsl(query, keep_blank_values=True):
         if name not in most or name in found:
-            raise InputError(f"{ascii(name)[:40]}: {', '.join(most)} may be given, each once")
+            raise InputError(f"{ascii(name)[:40]}: only {', '.join(most)} are allowed, each once")
         least = 0 if name == "seed" else 1
         if not re.fullmatch(r"[0-9]{1,20}", text) or not least <= int(text) <= most[name]:
             raise InputError(f"{name} must be a whole number from {least} to {most[name]}, not {ascii(text)[:40]}")
@@ -47,7 +47,7 @@ def numbers(query: str, most: dict[str, int]) -> dict[str, int]:
 
 
 def page(seed: int, steps: int, most: int) -> str:
-    """HTML that shows the stream of a seed, and asks for another."""
+    """HTML that shows the stream of a seed, with a form for another seed."""
     return PAGE.format(seed=seed, steps=steps, most=most, after=min(seed + 1, MOST_SEED))
 
 
@@ -59,6 +59,6 @@ def png(image: NDArray[np.uint8]) -> bytes:
 
 
 def part(image: NDArray[np.uint8]) -> bytes:
-    """One image of :data:`STREAM`."""
+    """One image as a part of :data:`STREAM`."""
     data = png(image)
     return b"--frame\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n%b\r\n" % (len(data), data)

@@ -1,8 +1,8 @@
-"""Images from a chain on a thread of its own, while this one stays free: here it only writes down what comes.
+"""Draws images in a chain on a thread of its own. The main thread stays free; here it only writes files.
 
     python app.py model.onnx frames                       # or model.plan, on a GPU
-    python app.py model.onnx frames --every 10            # and where every tenth step leads
-    python app.py model.onnx frames --patience 0.5        # no image takes longer; another seed then
+    python app.py model.onnx frames --every 10            # and a preview of every tenth step
+    python app.py model.onnx frames --patience 0.5        # give up after so many seconds, and go on with the next seed
 
 Exit codes: 130 after Ctrl-C, 2 if the model cannot be run.
 """
@@ -24,11 +24,11 @@ from ddpmx.images import writers
 from ddpmx.sampling.pixels import to_nhwc
 
 CPU = 1  # in DLPack
-TICK = 0.02  # seconds; how often a program looks whether there is something to show
+TICK = 0.02  # seconds; how often a program checks for something to show
 
 
 def memory_for(path: Path) -> Memory:
-    """The GPU's for a plan, if there is a PyTorch that can use it; else the host's, to which ddpmx copies."""
+    """The GPU's memory for a plan, if PyTorch can use the GPU; else the host's, to which ddpmx copies."""
     if path.suffix == ".plan":
         try:
             return TorchMemory()
@@ -43,18 +43,18 @@ def pixels(frame: Frame, memory: Memory) -> NDArray[np.uint8]:
         return np.from_dlpack(frame.array)[0].copy()
     import torch
 
-    with torch.cuda.stream(memory.stream):  # the same memory, until here without a copy
+    with torch.cuda.stream(memory.stream):  # the same memory: the first copy is made here
         return torch.from_dlpack(frame.array)[0].cpu().numpy()
 
 
-def run(worker: Worker, wanted: argparse.Namespace) -> None:
+def run(worker: Worker, options: argparse.Namespace) -> None:
     jobs = deque(
-        worker.submit(seed, every=wanted.every, steps=wanted.steps)
-        for seed in range(wanted.seed, wanted.seed + wanted.count)
+        worker.submit(seed, every=options.every, steps=options.steps)
+        for seed in range(options.seed, options.seed + options.count)
     )
     since = time.monotonic()
     while jobs:
-        if wanted.patience is not None and time.monotonic() - since > wanted.patience:
+        if options.patience is not None and time.monotonic() - since > options.patience:
             jobs[0].cancel()
         try:
             item = worker.outbox.get(TICK)
@@ -62,12 +62,12 @@ def run(worker: Worker, wanted: argparse.Namespace) -> None:
             continue  # a program would draw its window here
         if isinstance(item, Preview):
             x0 = to_nhwc(np.from_dlpack(item.x0))
-            writers.save_png(wanted.folder / f"{item.job.seed:05d}-t{item.t:04d}.png", x0[0], zoom=wanted.zoom)
+            writers.save_png(options.folder / f"{item.job.seed:05d}-t{item.t:04d}.png", x0[0], zoom=options.zoom)
             continue
         job, seconds, since = jobs.popleft(), time.monotonic() - since, time.monotonic()
         if isinstance(item, Frame):
             with item:
-                writers.save_png(wanted.folder / f"{job.seed:05d}.png", pixels(item, worker.memory), zoom=wanted.zoom)
+                writers.save_png(options.folder / f"{job.seed:05d}.png", pixels(item, worker.memory), zoom=options.zoom)
             print(f"seed {job.seed}: {seconds:.2f} s")
         elif isinstance(item, Ended) and isinstance(item.error, Cancelled):
             print(f"seed {job.seed}: given up after {seconds:.2f} s")
@@ -79,18 +79,18 @@ def run(worker: Worker, wanted: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("folder", type=Path, help="where the PNG files go")
+    parser.add_argument("folder", type=Path, help="folder for the PNG files")
     parser.add_argument("--count", type=int, default=4, help="how many seeds; 4")
     parser.add_argument("--seed", type=int, default=0, help="the first one; 0")
     parser.add_argument("--steps", type=int, help="of the chain; all by default")
     parser.add_argument("--every", type=int, default=0, help="a preview after every so many steps; none by default")
-    parser.add_argument("--patience", type=float, help="seconds for an image; without end by default")
+    parser.add_argument("--patience", type=float, help="seconds for an image; no limit by default")
     parser.add_argument("--zoom", type=int, default=1, help="pixels of a PNG for each of the image; 1")
-    wanted = parser.parse_args()
-    wanted.folder.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with Worker(wanted.model, memory=memory_for(wanted.model)) as worker:
-            run(worker, wanted)
+        with Worker(options.model, memory=memory_for(options.model)) as worker:
+            run(worker, options)
     except DdpmxError as error:
         print(error, file=sys.stderr)
         return 2

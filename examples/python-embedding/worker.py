@@ -1,8 +1,8 @@
-"""A chain on a thread of its own, for a program that has other things to do: a window, a robot, a server.
+"""Runs chains on a thread of its own, for a program with other work to do: a window, a robot, a server.
 
-The thread loads the model, draws and closes it, since a pipeline is for one thread. What it makes speaks DLPack, and is
-handed over without a copy. A slow consumer holds up the next image at most: previews that nobody took in time are dropped,
-and images lie in a few buffers that come back when they were used.
+The thread loads the model, draws and closes it, since a pipeline is for one thread. Its arrays support DLPack and are
+passed on without a copy. A slow consumer delays the next image at most: previews that were not taken in time are dropped,
+and images lie in a few buffers that are returned after use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddpmx.errors import Cancelled
 
 
 class Memory(Protocol):
-    """Where images go. ``stream`` is the CUDA stream in which the program uses them, or None on the host."""
+    """Memory for images. ``stream`` is the CUDA stream in which the program uses them, or None on the host."""
 
     stream: Any
 
@@ -34,7 +34,7 @@ class Memory(Protocol):
 
 
 class HostMemory:
-    """NumPy's."""
+    """NumPy's memory on the host."""
 
     stream = None
 
@@ -43,7 +43,7 @@ class HostMemory:
 
 
 class TorchMemory:
-    """PyTorch's on a GPU, with a stream of its own. Use the images in it, or make another stream wait for it."""
+    """PyTorch's memory on a GPU, with a stream. Use the images in that stream, or make another stream wait for it."""
 
     def __init__(self, device: str = "cuda") -> None:
         import torch
@@ -56,14 +56,14 @@ class TorchMemory:
 
 
 class Job:
-    """What was asked for, once. Its number is in everything that answers it."""
+    """One request. All items that answer it name it."""
 
     def __init__(self, number: int, seed: int, every: int, sampling: dict[str, Any]) -> None:
         self.number, self.seed, self.every, self.sampling = number, seed, every, sampling
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """End it, at the next step if it is running. It still is answered: by :class:`Ended`, or what was under way."""
+        """End it, at the next step if it is running. It is still answered: by :class:`Ended`, or by its last images."""
         self._cancelled.set()
 
     @property
@@ -72,7 +72,7 @@ class Job:
 
 
 class Preview(NamedTuple):
-    """Where a job's images from ``first`` on lead at timestep ``t``: float32 [·, C, H, W] on the host, the consumer's."""
+    """x̂_0 of a job's images from ``first`` on at timestep ``t``: float32 [·, C, H, W] on the host, for the consumer."""
 
     job: Job
     t: int
@@ -81,9 +81,9 @@ class Preview(NamedTuple):
 
 
 class Frame:
-    """A job's images, uint8 [n, H, W, C], in a buffer that :meth:`release` gives back. A context manager.
+    """A job's images, uint8 [n, H, W, C], in a buffer that :meth:`release` returns. A context manager.
 
-    On a GPU what the program has put into :attr:`Memory.stream` by then is waited for on the device, and not before it.
+    On a GPU the device, and not the host, waits for the work that the program has put into :attr:`Memory.stream` by then.
     """
 
     def __init__(self, job: Job, array: Any, free: queue.SimpleQueue[Any]) -> None:
@@ -103,16 +103,16 @@ class Frame:
 
 
 class Ended(NamedTuple):
-    """A job without images: :class:`ddpmx.errors.Cancelled`, or what went wrong."""
+    """A job without images: :class:`ddpmx.errors.Cancelled`, or another error."""
 
     job: Job
     error: Exception
 
 
 class Outbox:
-    """From the chain to the consumer. Answers are kept; of previews the newest ``room``, until their job is answered.
+    """From the chain to the consumer. All answers are kept; of previews the newest ``room``, until their job is answered.
 
-    One job runs after the other, so previews are always those of the job that runs, and newer than every answer.
+    One job runs after the other, so previews always belong to the running job, and are newer than every answer.
     """
 
     def __init__(self, room: int) -> None:
@@ -138,7 +138,7 @@ class Outbox:
             self._changed.notify_all()
 
     def get(self, timeout: float | None = None) -> Preview | Frame | Ended | None:
-        """The next one; None if it is closed and empty.
+        """The next item; None if the outbox is closed and empty.
 
         Raises:
             TimeoutError: there was none for so many seconds.
@@ -151,15 +151,15 @@ class Outbox:
 
 
 class Worker:
-    """Draws ``n`` images per job, one job after the other. A context manager, and what iterating gives is what it made.
+    """Draws ``n`` images per job, one job after the other. A context manager; iterate over it for its items.
 
     Args:
         path: a model file.
         n: images of a job.
-        memory: where they go. A plan's chain writes into a GPU's memory directly. Jobs with previews have the host look on,
-            and their images are on the host always.
-        buffers: how many frames may be out at once. The next chain waits for one to come back.
-        room: how many previews may wait; of more the oldest goes.
+        memory: for the images. A plan's chain writes into a GPU's memory directly. Jobs with previews involve the host, and
+            their images are always on the host.
+        buffers: how many frames may be in use at once. The next chain waits for one to be released.
+        room: how many previews may wait; beyond that the oldest is dropped.
         options: of :func:`ddpmx.load`.
 
     Raises:
@@ -184,19 +184,19 @@ class Worker:
         self._thread.start()
         try:
             self.spec = loaded.result()
-        except BaseException:  # Ctrl-C among them: a thread that nobody knows would keep the process from ending
+        except BaseException:  # Ctrl-C included: a forgotten thread would keep the process from ending
             self.close()
             raise
 
     def submit(self, seed: int, *, every: int = 0, **sampling: Any) -> Job:
-        """Ask for the images of ``seed``. The job is answered by exactly one :class:`Frame` or :class:`Ended`.
+        """Request the images of ``seed``. The job is answered by exactly one :class:`Frame` or :class:`Ended`.
 
         Args:
             seed: as in :meth:`ddpmx.Pipeline.generate`.
             every: a preview after every so many steps; 0 for none.
             **sampling: ``steps``, ``sampler``, ``labels`` and so on, as there.
         """
-        with self._lock:  # so that no job comes behind the last one
+        with self._lock:  # so that no job comes after close()
             if self._stop.is_set():
                 raise RuntimeError("the worker is closed")
             job = Job(next(self._numbers), seed, every, sampling)
@@ -207,7 +207,7 @@ class Worker:
         return iter(self.outbox.get, None)
 
     def close(self) -> None:
-        """Cancel what runs and what waits, and free the model. What was made can still be taken. Again is harmless."""
+        """Cancel all jobs, and free the model. Finished items can still be taken. Safe to call again."""
         with self._lock:
             self._stop.set()
             self._jobs.put(None)
@@ -246,11 +246,11 @@ class Worker:
                     free[watched].put(memory.empty((self.n, height, width, channels)))
             try:
                 self.outbox.answer(self._draw(pipeline, job, free[watched]))
-            except Exception as error:  # the consumer's to judge
+            except Exception as error:  # for the consumer to handle
                 self.outbox.answer(Ended(job, error))
 
     def _next(self) -> Job | None:
-        """None when everything that was asked for before :meth:`close` has an answer."""
+        """The next job; None once all jobs submitted before :meth:`close` are answered."""
         while (job := self._jobs.get()) is not None and self._stop.is_set():
             self.outbox.answer(Ended(job, Cancelled("the worker was closed")))
         return job
@@ -281,7 +281,7 @@ class Worker:
     def _buffer(self, job: Job, free: queue.SimpleQueue[Any]) -> Any:
         while not (job.cancelled or self._stop.is_set()):
             try:
-                return free.get(timeout=0.05)  # and look again whether it is still wanted
+                return free.get(timeout=0.05)  # then check whether the job is still wanted
             except queue.Empty:
                 continue
-        raise Cancelled("stopped before the chain began")
+        raise Cancelled("cancelled before the chain began")

@@ -1,4 +1,4 @@
-"""What ddpmx raises: one tree, and every error says a fact, what was seen, and what to do.
+"""The exceptions of ddpmx: one tree. Each states a fact and may add a note (what was seen) and a hint (what to do).
 
 ``str(error)`` is the text that the command line prints::
 
@@ -10,11 +10,11 @@
 from __future__ import annotations
 
 MAX_PART = 600
-"""Characters of a fact, a note or a hint: what a file says may be as long as its author likes."""
+"""Longest fact, note or hint, in characters: text from a file can be as long as its author likes."""
 
 
 def _shortened(text: str) -> str:
-    """``text``, or its beginning and its end."""
+    """``text``, or its beginning and end if it is too long."""
     return text if len(text) <= MAX_PART else f"{text[: MAX_PART - 153]} … {text[-150:]}"
 
 
@@ -22,8 +22,8 @@ class DdpmxError(Exception):
     """A failure that the caller can do something about.
 
     Args:
-        fact: one line, what is wrong. It names the file, flag or value.
-        note: what was seen, if the fact does not say it already.
+        fact: one line that says what is wrong and names the file, flag or value.
+        note: what was seen, unless the fact already says it.
         hint: what to do about it.
     """
 
@@ -42,36 +42,36 @@ class DdpmxError(Exception):
 
 
 class InputError(DdpmxError):
-    """A value the caller gave (a flag, a seed, a count) cannot be used."""
+    """A value passed by the caller (a flag, a seed, a count) cannot be used."""
 
 
 class DataError(DdpmxError):
-    """Images that cannot be read, or do not fit together."""
+    """Images cannot be read, or do not fit together."""
 
 
 class FileFormatError(DdpmxError):
-    """A file is not what its name says: truncated, foreign, or of a version that this ddpmx does not know."""
+    """A file is not in the expected format: truncated, of another program, or of a version unknown to this ddpmx."""
 
 
 class SpecError(DdpmxError):
-    """What a model file says about itself is missing, contradicts itself, or does not fit the model."""
+    """The description in a model file is missing, contradicts itself, or does not fit the model."""
 
 
 class OutputError(DdpmxError):
-    """Something could not be written. Nothing half-written is left behind."""
+    """A file could not be written. No partial file is left behind."""
 
 
 class BackendError(DdpmxError):
-    """The library that computes ε is missing, or refused."""
+    """The library that runs the network is missing, or failed."""
 
 
 class PlanMismatchError(BackendError):
-    """A plan was built for another platform, TensorRT or GPU than those that are here: it has to be built anew."""
+    """A plan was built for another platform, TensorRT version or GPU than this machine's: it has to be rebuilt."""
 
 
 class NumericError(DdpmxError):
-    """The network returned NaN or an infinity."""
+    """The network's output is NaN or infinite."""
 
 
-class Cancelled(DdpmxError):  # noqa: N818 - a request that was obeyed, not a fault
-    """The caller asked the chain to stop, and it did."""
+class Cancelled(DdpmxError):  # noqa: N818 - a request that was carried out, not a fault
+    """The caller requested a stop, and the work was stopped."""

@@ -438,11 +438,11 @@ class Pipeline:
             found["y"] = class_labels(self.spec, n, conditioning.labels)
         dims = self.spec.conditioning_shapes.get("cond")
         if dims is None and conditioning.cond is not None:
-            raise InputError("the model takes no condition, and cond gives one")
+            raise InputError("the model takes no condition, but cond was passed")
         if dims is not None:
             if conditioning.cond is None:
                 raise InputError(
-                    "the model draws images by a condition, and there is none",
+                    "missing cond: the model takes a condition image",
                     hint=f"cond: float32 [{n}, {', '.join(map(str, dims))}]",
                 )
             found["cond"] = self._take(stack, conditioning.cond, (n, *dims), np.float32, "cond", after)

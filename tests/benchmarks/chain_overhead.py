@@ -1,9 +1,9 @@
-"""What the chain costs beside the network: time of S steps of the chain ÷ S bare onnxruntime calls, CIFAR network, batch 1.
+"""Overhead of the chain: time of S steps of the chain ÷ S bare onnxruntime calls, CIFAR network, batch 1.
 
     python tests/benchmarks/chain_overhead.py [--rounds 9] [--steps 12]
 
 The bare call is onnxruntime's IO binding with the same shapes in the same session settings, not the slower
-``session.run``. Chain and bare loop take turns, and the ratio is taken round by round: this machine's speed may drift.
+``session.run``. Chain and bare loop take turns, and the ratio is taken round by round, since the machine's speed may drift.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long the engines of Ho's two networks take to build, how large they get, and how much memory that needs.
+"""Build time, size and peak memory of engines of Ho's two networks.
 
     python tests/benchmarks/engine_build.py [--only cifar10] [--keep FOLDER]
 
@@ -46,7 +46,7 @@ print(json.dumps({
 
 
 def python(code: str, *arguments: str) -> str:
-    """What a Python of its own prints."""
+    """The output of code in a Python process of its own."""
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
@@ -54,7 +54,7 @@ def python(code: str, *arguments: str) -> str:
 
 
 def main() -> None:
-    """Export, build, print a table."""
+    """Export, build and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", choices=("cifar10", "lsun256"))
     parser.add_argument("--keep", type=Path, help="folder for the files, instead of a temporary one")

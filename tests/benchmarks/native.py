@@ -1,13 +1,13 @@
-"""What libddpmx saves: start-up, memory and time per step, against Python with the same ONNX Runtime and Python with torch.
+"""Start-up, memory and time per step of libddpmx, against Python with the same ONNX Runtime and Python with torch.
 
     python tests/benchmarks/native.py [--rounds 9] [--build build/native] [--json FILE]
 
-Start-up is from the start of the process to one image of one step (torch: to one answer of the network, from weights in a
-file), memory the largest that the process had at a time. Everything runs on one thread, and in turn, round by round: this
-machine's speed may drift. The two models: a closed form, where the network costs nothing, and the demo's U-Net.
+Start-up is the time from the start of the process to one image of one step (torch: to one output of the network, from
+weights in a file), memory the process's peak. Everything runs on one thread, and in turn, round by round, since the
+machine's speed may drift. The two models: a closed form, whose network costs nothing, and the demo's U-Net.
 """
 
-# This process has to stay small, and so imports nothing of weight: what it starts inherits its peak of memory.
+# This process has to stay small, and imports nothing heavy: child processes inherit its peak memory.
 from __future__ import annotations
 
 import argparse
@@ -37,7 +37,7 @@ with ddpmx.load({!r}, threads=1) as p:
 NAMES = {
     "native": "libddpmx, ONNX Runtime",
     "python": "Python, ddpmx, ONNX Runtime",
-    "torch": "Python, torch (one answer)",
+    "torch": "Python, torch (one output)",
 }
 
 
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def build(folder: Path) -> Path:
-    """run_model, built or brought up to date."""
+    """Build run_model, or bring it up to date. Returns its path."""
     source = ROOT / "runtime" / "native"
     for words in (["-S", source, "-B", folder], ["--build", folder, "--target", "run_model"]):
         subprocess.run(["cmake", *words], check=True, stdout=subprocess.DEVNULL)
@@ -88,7 +88,7 @@ def build(folder: Path) -> Path:
 
 
 def stripped_size(library: Path) -> int:
-    """Bytes of a shared library without what only debuggers want."""
+    """Bytes of a shared library without debug symbols."""
     with tempfile.TemporaryDirectory() as folder:
         stripped = Path(folder) / "stripped"
         shutil.copy(library, stripped)
@@ -97,7 +97,7 @@ def stripped_size(library: Path) -> int:
 
 
 def start(ways: dict[str, tuple[list[object], str]], rounds: int) -> dict[str, object]:
-    """Seconds and megabytes of each way."""
+    """Start-up time and memory of each command."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     memory: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
@@ -111,7 +111,7 @@ def start(ways: dict[str, tuple[list[object], str]], rounds: int) -> dict[str, o
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
                 raise SystemExit(f"{command[0]} ended with {process.returncode}")
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 seconds[way].append(time.perf_counter() - begun)
                 memory[way].append(usage.ru_maxrss / 1024)
     return {
@@ -122,14 +122,14 @@ def start(ways: dict[str, tuple[list[object], str]], rounds: int) -> dict[str, o
 
 
 def per_step(native: list[object], python: list[object], images: int, steps: int, rounds: int) -> dict[str, object]:
-    """Milliseconds per step of a chain, each in one process that has warmed up."""
+    """Milliseconds per step of a chain, each in one warm process."""
     found: dict[str, list[float]] = {"native": [], "python": []}
     running = {
         way: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for way, command in (("native", native), ("python", python))
     }
     request = {"native": f"n={images} batch=1 steps={steps}\n", "python": f"{images} {steps}\n"}
-    running["native"].stdout.readline()  # what it opened
+    running["native"].stdout.readline()  # the line about the opened model
     for number in range(rounds + 1):
         for way, process in running.items():
             process.stdin.write(request[way])
@@ -166,7 +166,7 @@ def report(found: dict) -> None:
                 row += f"{model['ms_per_step'][way]:>9.4f} ms{times:>7.2f}×"
             print(row)
     if len(found["models"]) == 1:
-        print("\nno U-Net, and no row for torch: it is not installed here")
+        print("\nno U-Net and no row for torch, which is not installed here")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What tests/benchmarks/native.py has PyTorch do, in processes of its own.
+"""The PyTorch side of tests/benchmarks/native.py, run in processes of its own.
 
 python tests/benchmarks/native_torch.py make FOLDER    the demo's U-Net with random weights: unet.onnx and unet.pt
-python tests/benchmarks/native_torch.py run unet.pt    load the weights, and ask the network once
+python tests/benchmarks/native_torch.py run unet.pt    load the weights, and run the network once
 """
 
 from __future__ import annotations

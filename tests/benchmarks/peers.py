@@ -1,16 +1,16 @@
-"""Other people's runs of the same chain beside ddpmx's, as ratios: diffusers, diffusers compiled, a loop of session.run.
+"""The same chain in other libraries and in ddpmx, as ratios: diffusers, diffusers compiled, a loop of session.run.
 
     python tests/benchmarks/peers.py [--small] [--batch 1,64] [--steps 10] [--rounds 5] [--json peers.json]
     python tests/benchmarks/peers.py --checkpoint runs/photos --engine model.plan model.onnx
 
 All runs have the same weights, batch and number of steps, and end with images of the same shape in host memory. Each is a
 process of its own, so that no library disturbs another's memory or threads; they take turns, call by call. A ratio is the
-median over the rounds of a run's time ÷ ddpmx's in the same precision and round. What comes before the first round is not
-in it, and is listed by itself: imports, loading, the first answer (in which torch compiles), the first chain (in which it
-compiles for the next batch). Peak memory is the largest in any chain of a batch, the first included.
+median over the rounds of a run's time ÷ ddpmx's in the same precision and round. It excludes everything before the first
+round, which is listed separately: imports, loading, the first output (in which torch compiles), the first chain (in which
+it compiles for the next batch). Peak memory is the largest in any chain of a batch, the first included.
 
-Before anything is timed each run's ε is held against the network in float32, and each peer's reverse step against
-ddpmx's table at every t. Runs of another network or another chain get no table.
+Before anything is timed, each run's ε is compared with the network in float32, and each peer's reverse step with ddpmx's
+table at every t. Runs of another network or another chain get no table.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PEERS = {"diffusers": "diffusers", "compile": "diffusers, compiled", "ort": "ses
 
 
 class Bench:
-    """What is asked for, the processes that are up, and what could not be run."""
+    """A benchmark: its options, the running processes, and the runs that were not possible."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: contextlib.ExitStack) -> None:
         self.options, self.folder, self.stack = options, folder, stack
@@ -66,7 +66,7 @@ class Bench:
         self._started = 0
 
     def start(self, kind: str, label: str, precision: str = "", **job: Any) -> Worker | None:
-        """A run in its process, ready; None if it is not possible here, which is noted."""
+        """A run in its process, ready; None if it is not possible here, with the reason in ``not_run``."""
         self._started += 1
         job = {"device": self.options.device, "threads": self.options.threads, **job}
         worker = Worker(kind, precision, label, job, self.folder / f"{self._started}.log")
@@ -80,12 +80,12 @@ class Bench:
             return None
 
     def source(self) -> Worker | None:
-        """The network, its weights, and, unless files were given, its ONNX files."""
+        """The network, its weights, and, unless files were passed, its ONNX files."""
         options = self.options
         exports = {} if options.engine else {p: str(self.folder / f"{p}.onnx") for p in ("fp32", "fp16")}
         return self.start(
             "source",
-            "the reference, and what runs by torch",
+            "the reference, and the runs by torch",
             "fp32",
             checkpoint=options.checkpoint,
             small=options.small,
@@ -94,7 +94,7 @@ class Bench:
         )
 
     def ours(self, source: Worker | None) -> tuple[list[Worker], list[Path]]:
-        """ddpmx's runs, and the files that they may run: those given, or a plan where there is a GPU, or else the ONNX."""
+        """ddpmx's runs, and their files: those passed, or a plan where there is a GPU, or else the ONNX files."""
         files = [Path(file) for file in self.options.engine]
         choices = [[file] for file in files]
         if source and not files:
@@ -117,13 +117,13 @@ class Bench:
         if built is None:
             return []
         built.close()
-        print(f"{plan.name}: {built.says}", flush=True)
+        print(f"{plan.name}: {built.description}", flush=True)
         return [plan]
 
     def peers(
         self, ours: Sequence[Worker], files: Sequence[Path], source: Worker | None, spec: ModelSpec
     ) -> list[Worker]:
-        """Everybody else's runs, in the precisions in which ddpmx runs."""
+        """The other libraries' runs, in the precisions in which ddpmx runs."""
         gpu, here = self.options.device == "cuda", {worker.precision for worker in ours}
         onnx: dict[str, Path] = {}
         for file in files:
@@ -156,7 +156,7 @@ class Bench:
         return found
 
     def able(self, workers: Sequence[Worker], where: str, action: Callable[[Worker], object]) -> list[Worker]:
-        """Those that can do it, as long as ddpmx can in their precision; the others are noted."""
+        """The workers that can run ``action``, if ddpmx can in their precision; the others go to ``not_run``."""
         able = []
         for worker in workers:
             try:
@@ -170,34 +170,37 @@ class Bench:
     def check(
         self, workers: Sequence[Worker], source: Worker | None, spec: ModelSpec, steps: int
     ) -> tuple[list[Worker], str]:
-        """Hold every run against the reference, and time its first answer. The runs that answer, and how far off they are.
+        """Compare every run with the reference, and time its first output.
+
+        Returns:
+            The runs that work, and a line about their errors.
 
         Raises:
             Different: one does not compute the same.
-            NotRun: the reference does not compute.
+            NotRun: there is no reference.
         """
         T, batch = spec.timesteps, self.options.batch[0]
-        probe, out = str(self.folder / "probe.npz"), str(self.folder / "answer.npz")
+        probe, out = str(self.folder / "probe.npz"), str(self.folder / "output.npz")
         x = np.random.default_rng(0).standard_normal((batch, *spec.shape), np.float32)
         np.savez(probe, x=x, t=[T // 2, 0, T // 10, T - 1])
-        answers: dict[int, NDArray[Any]] = {}
+        outputs: dict[int, NDArray[Any]] = {}
 
-        def answer(worker: Worker) -> None:
+        def first_output(worker: Worker) -> None:
             with self.gpu.watch(worker):
                 worker.before["first answer"] = worker.ask("eps", file=probe, out=out)["seconds"]
-            with np.load(out) as given:
-                answers[id(worker)] = given["eps"]
+            with np.load(out) as arrays:
+                outputs[id(worker)] = arrays["eps"]
 
-        workers = self.able(workers, "", answer)
+        workers = self.able(workers, "", first_output)
         if source:
-            answer(source)
-        # without torch ddpmx's own answer has to do: the peers are still held against it
+            first_output(source)
+        # without torch ddpmx's own output is the reference: the peers are still compared with it
         reference = source or min(workers, key=lambda worker: worker.precision != "fp32", default=None)
         if reference is None:
             raise NotRun("".join(f"\n{label}: {why}" for label, why in self.not_run))
         errors: dict[str, float] = {}
         for worker in workers:
-            error = check_eps(worker.label, worker.precision, answers[id(worker)], answers[id(reference)])
+            error = check_eps(worker.label, worker.precision, outputs[id(worker)], outputs[id(reference)])
             errors[worker.precision] = max(errors.get(worker.precision, 0.0), error)
 
         timesteps = table_of(spec, steps).timesteps
@@ -217,11 +220,11 @@ class Bench:
         )
 
     def run(self) -> dict[str, Any]:
-        """Everything but the printing.
+        """Run the benchmark. Returns the report.
 
         Raises:
             Different: the runs do not compute the same.
-            NotRun: ddpmx itself, or what it is measured against, does not run.
+            NotRun: ddpmx itself, or the reference, does not run.
             DdpmxError: a file cannot be read.
         """
         options, load = self.options, round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
@@ -260,14 +263,14 @@ class Bench:
             "steps": steps,
             "rounds": options.rounds,
             "same": same,
-            "before": [{"run": w.label, "precision": w.precision, "says": w.says, **w.before} for w in workers],
+            "before": [{"run": w.label, "precision": w.precision, "says": w.description, **w.before} for w in workers],
             "rows": found,
             "not_run": [{"run": label, "why": why} for label, why in self.not_run],
         }
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print it."""
+    """Print a report."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     print(
         f"{report['device']}; {report['threads']} CPU threads, load {report['load_average']} at the start; {versions}"
@@ -276,7 +279,7 @@ def show(report: dict[str, Any]) -> None:
     print(f"images of {size}, {report['steps']} of T = {report['timesteps']} steps, {report['rounds']} rounds in turns")
     print(report["same"] + ("; TF32 is off everywhere" if report["device"].startswith("cuda") else ""))
     print("\nBefore the first round, in seconds (none of it is in the ratios):\n")
-    print("| run | | imports | load | first answer | first chain, by batch | by |")
+    print("| run | | imports | load | first output | first chain, by batch | by |")
     print("|---|---|---|---|---|---|---|")
     for row in report["before"]:
         chains = ", ".join(f"{batch}: {seconds:.2f}" for batch, seconds in row["chain"].items())
@@ -300,7 +303,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def batches(text: str) -> list[int]:
-    """The batches in "1,64", smallest first."""
+    """The batch sizes in "1,64", smallest first."""
     found = sorted({int(part) for part in text.split(",")})
     if found[0] < 1:
         raise ValueError(text)
@@ -315,7 +318,7 @@ def count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print. 0, or 1 if the runs do not compute the same, or 2 if there is nothing to measure."""
+    """Measure and print. Returns 0, 1 if the runs do not compute the same, or 2 if there is nothing to measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--engine", nargs="+", default=[], metavar="FILE", help="ONNX files and plans; by default exported"

@@ -1,4 +1,4 @@
-"""What ``peers.py`` measures with: processes to ask, whether they compute the same, their times, memory and ratios."""
+"""The measurements of ``peers.py``: worker processes, checks that they compute the same, times, memory and ratios."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ STEP_BOUND = 5e-4
 """Largest error of x_{t−1} where x is around 1. diffusers' table is float32: 2e-4 is usual."""
 
 GOALS = {("diffusers", "fp16", 1): 5.0, ("diffusers", "fp16", 64): 2.0, ("compile", "fp16", 1): 1.3}
-"""(peer, precision, batch) → its time ÷ ddpmx's, on a GPU. Wishes: nothing fails by them."""
+"""(peer, precision, batch) → its time ÷ ddpmx's, on a GPU. A missed goal is no failure."""
 
 WARM_STEPS = 3
-"""Networks to run before the first round at the least: CUDA graphs are captured in the second."""
+"""Networks to run before the first round, at least: CUDA graphs are captured in the second."""
 
 
 class Different(Exception):  # noqa: N818 - a finding
@@ -47,20 +47,20 @@ class NotRun(Exception):  # noqa: N818 - a finding
 
 @dataclass
 class Worker:
-    """One run in its process.
+    """One run in a process of its own.
 
     Attributes:
         kind: one of ``peers_runs.KINDS``.
         precision: of the numbers inside its network.
         label: its name in the table.
-        says: what really computes, in its own words.
+        description: what really computes, in its own words.
         about: the ModelSpec of a file, or the UNetConfig of the source, as JSON.
         versions: of the libraries that it uses.
-        before: what came before the first round, seconds by name; "chain" is by batch.
+        before: times before the first round, seconds by name; "chain" is by batch.
         rss: batch → bytes, the largest resident memory in any call of that batch.
         gpu: batch → bytes, the same of the GPU's memory.
-        image: (H, W, C) of what it has to draw.
-        held: bytes of the GPU's memory that it has now.
+        image: (H, W, C) of the images it has to draw.
+        held: bytes of the GPU's memory that it holds now.
     """
 
     kind: str
@@ -68,7 +68,7 @@ class Worker:
     label: str
     job: dict[str, Any]
     log: Path
-    says: str = ""
+    description: str = ""
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
@@ -82,10 +82,10 @@ class Worker:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": threads,
-            "NVIDIA_TF32_OVERRIDE": "0",  # or else some runs' float32 would have 10 bits of mantissa, and others' 23
+            "NVIDIA_TF32_OVERRIDE": "0",  # else float32 would have 10 bits of mantissa in some runs, and 23 in others
             "TORCHINDUCTOR_CACHE_DIR": str(
                 self.log.parent / "inductor"
-            ),  # an earlier run's code would hide what it costs
+            ),  # an earlier run's code would hide the cost of compiling
             "PYTHONWARNINGS": "ignore",
         }
         with self.log.open("wb") as log:
@@ -99,10 +99,10 @@ class Worker:
             )
 
     def ask(self, do: str, **request: Any) -> dict[str, Any]:
-        """What it answers.
+        """Send a request, and return the reply.
 
         Raises:
-            NotRun: it cannot, or its process has ended.
+            NotRun: the request failed, or the process has ended.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -123,7 +123,7 @@ class Worker:
         started = self.ask("start")
         self.versions = started["versions"]
         loaded = self.ask("load")
-        self.says = loaded["says"]
+        self.description = loaded["description"]
         self.before = {"imports": started["seconds"], "load": loaded["seconds"], "chain": {}}
         self.about = loaded["about"]
         self.precision = self.about.get("precision", self.precision)
@@ -143,40 +143,40 @@ class Worker:
             self.process.stdout.close()
 
 
-# --- the same network, the same chain ---------------------------------------------------------------------------------
+# --- the same network, the same chain --------------------------------------------------------------------------------
 
 
 def table_of(spec: ModelSpec, steps: int) -> Table:
-    """The chain that all runs walk: the timesteps that diffusers takes by default."""
+    """The chain of all runs, over the timesteps that diffusers takes by default."""
     return make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=steps, spacing="leading")
 
 
-def eps_error(precision: str, answer: NDArray[Any], reference: NDArray[Any]) -> float:
-    """How far ε is from the reference, as :data:`EPS_BOUND` counts it. NaN if something is not finite."""
-    apart = answer.astype(np.float64) - reference
+def eps_error(precision: str, output: NDArray[Any], reference: NDArray[Any]) -> float:
+    """The error of ε against the reference, as :data:`EPS_BOUND` defines it. NaN if something is not finite."""
+    apart = output.astype(np.float64) - reference
     if precision == "fp32":
         return float(np.abs(apart).max() / np.abs(reference).max())
     return float(np.sqrt((apart**2).mean() / (reference.astype(np.float64) ** 2).mean()))
 
 
-def check_eps(label: str, precision: str, answer: NDArray[Any], reference: NDArray[Any]) -> float:
+def check_eps(label: str, precision: str, output: NDArray[Any], reference: NDArray[Any]) -> float:
     """The error of ε.
 
     Raises:
         Different: it is above the bound, or there is nothing to compare.
     """
-    if answer.shape != reference.shape:
-        raise Different(f"{label}: ε has the shape {answer.shape}, the reference {reference.shape}")
+    if output.shape != reference.shape:
+        raise Different(f"{label}: ε has the shape {output.shape}, the reference {reference.shape}")
     if not np.abs(reference).max() > 0:
-        raise Different("the network answers nothing but 0, and any other would look the same")
-    error = eps_error(precision, answer, reference)
+        raise Different("the network's output is nothing but 0, and another network would look the same")
+    error = eps_error(precision, output, reference)
     if not error <= EPS_BOUND[precision]:
-        raise Different(f"{label}: ε is off by {error:.2g}, and {EPS_BOUND[precision]:g} is allowed: another network")
+        raise Different(f"{label}: ε is off by {error:.2g}, more than {EPS_BOUND[precision]:g}: another network")
     return error
 
 
 def step_probe(spec: ModelSpec, timesteps: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(x_t, ε), each float32 [S, 2, C, 4, 4]: a noised image that the clip leaves alone, and one that it cuts."""
+    """(x_t, ε), each float32 [S, 2, C, 4, 4]: a noised image that the clip does not change, and one that it does."""
     rng = np.random.default_rng(1)
     x, eps = rng.standard_normal((2, len(timesteps), 2, spec.shape[0], 4, 4)).astype(np.float32)
     alpha_bar = spec.make_schedule().alpha_bar[timesteps][:, None, None, None]
@@ -200,7 +200,7 @@ def check_steps(label: str, spec: ModelSpec, steps: int, walked: Mapping[str, ND
         error = float(np.abs(walked["x_next"][index] - ours).max())
         if not error <= STEP_BOUND:
             t = table.timesteps[index]
-            raise Different(f"{label}: x_{{t−1}} is off by {error:.2g} at t = {t}, {STEP_BOUND:g} is allowed")
+            raise Different(f"{label}: x_{{t−1}} is off by {error:.2g} at t = {t}, more than {STEP_BOUND:g}")
         worst = max(worst, error)
     return worst
 
@@ -215,7 +215,7 @@ def ratios(times: Sequence[float], ddpmx: Sequence[float]) -> tuple[float, float
 
 
 class GpuMemory:
-    """How much of the first GPU's memory is used, by NVML. Growth while one run works and the others wait is that run's."""
+    """The used memory of the first GPU, by NVML. What it grows by while only one run works belongs to that run."""
 
     def __init__(self, device: str) -> None:
         self._nvml: ctypes.CDLL | None = None
@@ -238,18 +238,18 @@ class GpuMemory:
 
     @contextlib.contextmanager
     def watch(self, worker: Worker, batch: int = 0) -> Iterator[None]:
-        """Count what a run takes while it works, context included: its peak for this batch, and what it keeps."""
+        """Count the memory of a run while it works, context included: its peak for this batch, and what it keeps."""
         if (before := self.used()) is None:
             yield
             return
         highest, done = before, threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             nonlocal highest
             while not done.wait(0.01):
                 highest = max(highest, self.used() or 0)
 
-        thread = threading.Thread(target=look)
+        thread = threading.Thread(target=poll)
         thread.start()
         try:
             yield
@@ -272,7 +272,7 @@ def draw(worker: Worker, batch: int, steps: int, seed: int) -> float:
 
 
 def warm(worker: Worker, batch: int, steps: int, gpu: GpuMemory) -> None:
-    """The chains before the first round."""
+    """Run the chains before the first round."""
     with gpu.watch(worker, batch):
         worker.before["chain"][batch] = draw(worker, batch, steps, 0)
         for seed in range(1, -(-WARM_STEPS // steps)):
@@ -280,7 +280,7 @@ def warm(worker: Worker, batch: int, steps: int, gpu: GpuMemory) -> None:
 
 
 def measure(workers: Sequence[Worker], batch: int, steps: int, rounds: int) -> dict[int, list[float]]:
-    """Seconds of a whole chain, by the worker's place: ``rounds`` each, in turns, and everyone begins once in a while."""
+    """Seconds of a whole chain, by the worker's place: ``rounds`` each, in turns, with another worker first each time."""
     seconds: dict[int, list[float]] = {place: [] for place in range(len(workers))}
     for number in range(rounds):
         first = number % len(workers)
@@ -292,7 +292,7 @@ def measure(workers: Sequence[Worker], batch: int, steps: int, rounds: int) -> d
 def rows(
     workers: Sequence[Worker], seconds: Mapping[int, Sequence[float]], batch: int, steps: int, device: str
 ) -> list[dict[str, Any]]:
-    """One row per run. Each is set against the first ddpmx of its precision."""
+    """One row per run, compared with the first ddpmx of its precision."""
     found = []
     for place, worker in enumerate(workers):
         base = next(i for i, w in enumerate(workers) if w.kind == "ddpmx" and w.precision == worker.precision)

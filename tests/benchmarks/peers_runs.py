@@ -1,8 +1,8 @@
-"""The runs that ``peers.py`` sets side by side, each in a process of its own, and how that process is talked to.
+"""The runs that ``peers.py`` compares, each in a process of its own, and the protocol of that process.
 
-``python peers_runs.py JOB`` with a job as JSON reads one request per line, ``{"do": "load"}``, and answers with one line:
-what the request gives, or ``{"error": …}``. Arrays travel as .npz files. Standard output belongs to the answers; what
-libraries print goes to standard error.
+``python peers_runs.py JOB`` with a job as JSON reads one request per line, ``{"do": "load"}``, and replies with one line:
+the result, or ``{"error": …}``. Arrays travel as .npz files. Standard output carries only replies; the output of libraries
+goes to standard error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Ddpmx:
         import ddpmx
 
         self.job = job
-        self.asked: Any = None
+        self.backend: Any = None
         self.versions = {"ddpmx": ddpmx.__version__}
         if Path(job["file"]).suffix == ".onnx":
             import onnxruntime
@@ -49,7 +49,7 @@ class Ddpmx:
         return self.pipeline.backend
 
     def _how(self) -> dict[str, Any]:
-        """All that is said to ddpmx about how to run. A plan runs by TensorRT, and the executor is ddpmx's choice."""
+        """The options of ddpmx. A plan runs on TensorRT, by the executor that ddpmx chooses."""
         from ddpmx.formats.model_file import identify
 
         if identify(self.job["file"]) == "plan":
@@ -60,25 +60,25 @@ class Ddpmx:
         from ddpmx.backends.base import Buffers
         from ddpmx.backends.open import open_model
 
-        if self.asked is None:  # a pipeline gives images, not ε: the file is opened once more
-            _, self.asked = open_model(self.job["file"], **self._how())
+        if self.backend is None:  # a pipeline gives images, not ε: the file is opened once more
+            _, self.backend = open_model(self.job["file"], **self._how())
         buffers = Buffers.of(len(x), x.shape[1:])
         buffers.x[...], buffers.t[...] = x, t
-        self.asked.bind(buffers)
-        self.asked.enqueue()
+        self.backend.bind(buffers)
+        self.backend.enqueue()
         return buffers.out
 
-    def answered(self) -> None:
-        """No more ε is asked for: its memory is not the chain's."""
-        self.asked.close()
-        self.asked = None
+    def end_eps(self) -> None:
+        """Free what ``eps`` needs, so that its memory does not count as the chain's."""
+        self.backend.close()
+        self.backend = None
 
     def draw(self, batch: int, steps: int, seed: int) -> NDArray[Any]:
         return self.pipeline.generate(batch, seed=seed, batch=batch, steps=steps, spacing=SPACING)
 
 
 class OrtLoop:
-    """The chain as people write it by hand: ``session.run`` per step, NumPy's noise, fresh arrays everywhere."""
+    """A simple hand-written chain: ``session.run`` per step, NumPy's noise, new arrays everywhere."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import onnxruntime
@@ -102,7 +102,7 @@ class OrtLoop:
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(self.job["file"], options, providers=[provider])
         if self.session.get_providers()[0] != provider:
-            raise RuntimeError(f"{provider} did not come up")
+            raise RuntimeError(f"{provider} did not start")
         return f"onnxruntime {onnxruntime.__version__}, {provider}"
 
     def eps(self, x: Float32, t: int) -> Float32:
@@ -165,12 +165,12 @@ class Diffusers:
         return f"torch {self.torch.__version__}, {self.job['device']}"
 
     def eps(self, x: Float32, t: int) -> Float32:
-        """By the same call as in the pipeline."""
+        """The same call as in the pipeline."""
         unet, torch = self.pipeline.unet, self.torch
         with torch.no_grad():
             out = unet(torch.from_numpy(x).to(unet.device, unet.dtype), torch.tensor(t)).sample
-        answer: Float32 = out.float().cpu().numpy()
-        return answer
+        eps: Float32 = out.float().cpu().numpy()
+        return eps
 
     def walk(self, timesteps: list[int], x: Float32, eps: Float32) -> tuple[Float32, Float32]:
         torch, scheduler = self.torch, ddpm_scheduler(self.job["spec"])
@@ -204,7 +204,7 @@ class Compiled(Diffusers):
     def load(self) -> str:
         on = super().load()
         mode = "reduce-overhead" if self.job["device"] == "cuda" else None
-        # dynamic=False: each batch gets code of its own, the fastest that torch makes
+        # dynamic=False: each batch size gets code of its own, the fastest that torch makes
         unet = self.torch.compile(self.pipeline.unet, mode=mode, dynamic=False)
         if mode:
             # the pipeline keeps t on the CPU, and a network with an input there gets no CUDA graph
@@ -215,7 +215,7 @@ class Compiled(Diffusers):
 
 
 class Source:
-    """What all runs start from: our network, its weights, its ONNX files, and its answers in float32 on the CPU."""
+    """The common source of all runs: our network, its weights, its ONNX files, and its output in float32 on the CPU."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
@@ -249,12 +249,12 @@ class Source:
 
     def eps(self, x: Float32, t: int) -> Float32:
         torch = self.torch
-        answer: Float32 = self.network(torch.from_numpy(x), torch.full((len(x),), t, dtype=torch.int32)).numpy()
-        return answer
+        eps: Float32 = self.network(torch.from_numpy(x), torch.full((len(x),), t, dtype=torch.int32)).numpy()
+        return eps
 
 
 class Plan:
-    """Builds a plan as ``ddpmx build`` does by default, for larger batches as well if they are asked for."""
+    """Builds a plan as ``ddpmx build`` does by default, but for all batch sizes of the benchmark."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job = job
@@ -272,14 +272,14 @@ class Plan:
 
 
 def small_network() -> Any:
-    """What ``--small`` runs: 1.1 million parameters."""
+    """The network of ``--small``: 1.1 million parameters."""
     from ddpm_export.networks.unet import UNetConfig
 
     return UNetConfig(3, 3, (16, 16), 32, (1, 2, 2), 1, (8,), 0.0, 8)
 
 
 def as_diffusers(config: Any, state: dict[str, Any]) -> Any:
-    """diffusers' network of the same numbers with our weights. Every tensor finds its place."""
+    """diffusers' network of the same configuration with our weights. Each tensor must be used."""
     from oracles.diffusers_unet import names, twin
 
     model = twin(config)
@@ -329,26 +329,26 @@ KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """Do what a request asks."""
+def reply_to(run: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out a request, and return the reply."""
     what = request["do"]
     begun = time.perf_counter()
     if what == "load":
-        says = run.load()
-        return {"seconds": time.perf_counter() - begun, "says": says, "about": getattr(run, "about", {})}
+        description = run.load()
+        return {"seconds": time.perf_counter() - begun, "description": description, "about": getattr(run, "about", {})}
     if what == "eps":
-        with np.load(request["file"]) as given:
-            x, timesteps = given["x"], given["t"].tolist()
+        with np.load(request["file"]) as arrays:
+            x, timesteps = arrays["x"], arrays["t"].tolist()
         first, *rest = timesteps
         begun = time.perf_counter()
-        answers = [run.eps(x, first)]
+        outputs = [run.eps(x, first)]
         seconds = time.perf_counter() - begun
-        np.savez(request["out"], eps=np.stack(answers + [run.eps(x, t) for t in rest]))
-        getattr(run, "answered", lambda: None)()
+        np.savez(request["out"], eps=np.stack(outputs + [run.eps(x, t) for t in rest]))
+        getattr(run, "end_eps", lambda: None)()
         return {"seconds": seconds}
     if what == "walk":
-        with np.load(request["file"]) as given:
-            x_next, z = run.walk(given["t"].tolist(), given["x"], given["eps"])
+        with np.load(request["file"]) as arrays:
+            x_next, z = run.walk(arrays["t"].tolist(), arrays["x"], arrays["eps"])
         np.savez(request["out"], x_next=x_next, z=z)
         return {}
     assert what == "draw", what
@@ -359,13 +359,13 @@ def answer(run: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def forget_peak() -> None:
-    """Have Linux count the peak of this process's memory anew; where it does not, the peak is that of its whole life."""
+    """Reset the peak of this process's memory. Where Linux does not allow that, the peak is that of its whole life."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_rss() -> int:
-    """Bytes."""
+    """The peak of this process's resident memory, in bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -376,8 +376,8 @@ def peak_rss() -> int:
 
 
 def main() -> None:
-    """Answer requests until there are no more."""
-    answers = os.fdopen(os.dup(1), "w")
+    """Reply to requests until there are no more."""
+    replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.loads(sys.argv[1])
     run: Any = None
@@ -389,11 +389,11 @@ def main() -> None:
                 run = KINDS[job["kind"]](job)
                 reply = {"seconds": time.perf_counter() - begun, "versions": run.versions}
             else:
-                reply = answer(run, request)
-        except Exception as error:  # whatever goes wrong is the answer
-            told = f"{error}\n{getattr(error, 'note', None) or ''}".strip()
-            reply = {"error": f"{type(error).__name__}: {told}"[:2000]}
-        print(json.dumps(reply), file=answers, flush=True)
+                reply = reply_to(run, request)
+        except Exception as error:  # any error is a reply
+            text = f"{error}\n{getattr(error, 'note', None) or ''}".strip()
+            reply = {"error": f"{type(error).__name__}: {text}"[:2000]}
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long a user waits before anything happens: imports over Python's and numpy's own, ``ddpmx --help`` over Python's.
+"""Start-up times: imports over those of Python and numpy, ``ddpmx --help`` over that of Python.
 
 python tests/benchmarks/startup.py [--rounds 15]
 """

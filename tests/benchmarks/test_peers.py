@@ -1,4 +1,4 @@
-"""The benchmark against other people's runs: what it refuses to compare, its arithmetic, and one small run of it."""
+"""The benchmark against other libraries: what it refuses to compare, its arithmetic, and one small run of it."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ def test_epsilon_may_be_off_by_its_precision_and_no_more(precision, passes, fail
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_answer_that_is_not_finite_is_no_match(precision):
+def test_an_output_that_is_not_finite_is_no_match(precision):
     reference = np.ones((1, 1, 3, 8, 8), np.float32)
-    answer = reference.copy()
-    answer[0, 0, 1, 2, 3] = np.nan
+    output = reference.copy()
+    output[0, 0, 1, 2, 3] = np.nan
     with pytest.raises(Different):
-        check_eps("peer", precision, answer, reference)
+        check_eps("peer", precision, output, reference)
 
 
-def test_a_network_that_answers_nothing_proves_nothing():
+def test_a_network_whose_output_is_zero_proves_nothing():
     zero = np.zeros((1, 1, 3, 8, 8), np.float32)
     with pytest.raises(Different, match="nothing but 0"):
         check_eps("peer", "fp32", zero, zero)
@@ -67,7 +67,7 @@ def test_a_network_that_answers_nothing_proves_nothing():
 
 
 def walked(kind: str, spec: ModelSpec, steps: int) -> dict[str, np.ndarray]:
-    """A peer's steps at the probes that are made of SPEC."""
+    """A peer's steps at the probes of SPEC."""
     timesteps = table_of(SPEC, steps).timesteps
     job = {"spec": spec.to_json(), "threads": 1, "device": "cpu"}
     x_next, z = peers_runs.KINDS[kind](job).walk(timesteps.tolist(), *step_probe(SPEC, timesteps))
@@ -118,10 +118,10 @@ class Stub(peers_measure.Worker):
     """A run without a process."""
 
     def __post_init__(self) -> None:
-        self.image, self.before, self.asked = (8, 8, 3), {"chain": {}}, []
+        self.image, self.before, self.seeds = (8, 8, 3), {"chain": {}}, []
 
     def ask(self, do, **request):
-        self.asked.append(request["seed"])
+        self.seeds.append(request["seed"])
         return {
             "seconds": self.job["seconds"].pop(0),
             "rss": 1000 * request["seed"],
@@ -133,7 +133,7 @@ def stub(kind, precision, *seconds):
     return Stub(kind, precision, kind, {"seconds": list(seconds)}, Path())
 
 
-def test_a_run_is_set_against_ddpmx_in_the_same_precision_and_round():
+def test_a_run_is_compared_with_ddpmx_in_the_same_precision_and_round():
     workers = [
         stub("ddpmx", "fp32", 1.0, 2.0, 4.0),
         stub("ddpmx", "fp16", 0.5, 0.5, 0.5),
@@ -162,11 +162,11 @@ def test_goals_are_for_a_gpu(device, batch, goal):
 def test_the_warm_up_runs_the_network_three_times_at_least(steps, chains):
     worker = stub("ddpmx", "fp32", 9.0, 1.0, 1.0)
     peers_measure.warm(worker, 4, steps, peers_measure.GpuMemory("cpu"))
-    assert len(worker.asked) == chains
+    assert len(worker.seeds) == chains
     assert worker.before["chain"] == {4: 9.0}  # the first one alone
 
 
-def test_the_memory_of_a_run_is_what_the_gpu_gained_while_it_worked():
+def test_a_run_s_memory_is_the_gpu_s_growth_while_it_works():
     gpu, used = peers_measure.GpuMemory("cpu"), [100]
     gpu.used = lambda: used[0]
     first, second = stub("ddpmx", "fp32"), stub("ort", "fp32")
@@ -183,7 +183,7 @@ def test_the_memory_of_a_run_is_what_the_gpu_gained_while_it_worked():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """What the command would export by itself."""
+    """The file that the command would export by itself."""
     from ddpm_export.graph.onnx_export import export_network
     from ddpm_export.networks.unet import UNet
     from oracles.random_weights import rerandomise
@@ -236,7 +236,7 @@ def test_without_torch_the_rest_still_runs(exported, tmp_path):
     assert done.stdout.count("without torch there are no weights for it") == 2
 
 
-def test_with_nothing_to_run_it_says_so(tmp_path):
+def test_with_nothing_to_run_the_error_names_the_reason(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
     done = run_peers(blocked=tmp_path)
     assert done.returncode == 2
@@ -244,7 +244,7 @@ def test_with_nothing_to_run_it_says_so(tmp_path):
     assert "no torch here" in done.stderr
 
 
-def test_compiling_without_a_compiler_is_said_before_it_is_tried(monkeypatch):
+def test_a_missing_compiler_is_reported_before_compiling(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler"):

@@ -1,4 +1,4 @@
-"""What ``export --time-table`` buys and costs: speed, size and error, CIFAR network, batches of 1 and 8.
+"""Measures ``export --time-table``: speed, size and error, CIFAR network, batches of 1 and 8.
 
 python tests/benchmarks/time_table.py [--rounds 9]
 """
@@ -27,7 +27,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.manual_seed(0)
     network, spec = UNet(cifar10()), ModelSpec((3, 32, 32))
-    for parameter in network.parameters():  # nothing may hide behind layers that begin near zero
+    for parameter in network.parameters():  # layers that begin near zero would hide differences
         torch.nn.init.normal_(parameter, std=0.05)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / name for name in ("computed.onnx", "table.onnx")]
@@ -36,7 +36,7 @@ def main() -> None:
         sizes = [path.stat().st_size / 1e6 for path in paths]
         print(f"file: {sizes[0]:.1f} MB computed, {sizes[1]:.1f} MB with the table")
         for batch in (1, 8):
-            runs, answers = [], []
+            runs, outputs = [], []
             for path in paths:
                 backend, buffers = OrtBackend(path, "eps"), Buffers.of(batch, spec.shape)
                 buffers.x[...] = np.random.default_rng(0).standard_normal(buffers.x.shape)
@@ -44,10 +44,10 @@ def main() -> None:
                 backend.bind(buffers)
                 backend.enqueue()
                 runs.append(backend)
-                answers.append(buffers.out.copy())
+                outputs.append(buffers.out.copy())
             ratio = statistics.median(paired(runs[1].enqueue, runs[0].enqueue, rounds))
-            apart = np.abs(answers[1] - answers[0]).max() / np.abs(answers[0]).max()
-            print(f"batch {batch}: time of table ÷ computed {ratio:.3f}, answers differ by {apart:.1e} of the largest")
+            apart = np.abs(outputs[1] - outputs[0]).max() / np.abs(outputs[0]).max()
+            print(f"batch {batch}: time of table ÷ computed {ratio:.3f}, outputs differ by {apart:.1e} of the largest")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`ddpmx bench`: the table for people, JSON for programs, and what it refuses."""
+"""`ddpmx bench`: its table, its JSON, and what it refuses."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def model(tmp_path, gaussian_onnx):
 def test_a_table_that_fits_into_100_columns(ddpmx, model):
     done = ddpmx("bench", model, *QUICK)
     assert (done.code, done.err) == (0, "")
-    said = done.out.splitlines()
-    assert max(map(len, said)) <= 100
-    assert said[0] == "model.onnx: 8×8, 3 channels; T = 1000; fp32; 9 KiB"
+    lines = done.out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == "model.onnx: 8×8, 3 channels; T = 1000; fp32; 9 KiB"
     assert re.search(r"runs on: +onnxruntime \S+, CPUExecutionProvider", done.out)
     assert re.search(r"CPU: +\S.*, \d+ thread", done.out)
     assert re.search(r"loading: +\d+\.\d\d s", done.out)
-    rows = [line.split() for line in said if re.match(r" +[12] +host ", line)]
+    rows = [line.split() for line in lines if re.match(r" +[12] +host ", line)]
     assert [row[0] for row in rows] == ["1", "2"]
     for needed in ("Warm-up before each line:", "PNG and loading are not included", "Chain ÷ net:", "Memory:"):
         assert needed in done.out
     assert "nan" not in done.out
 
 
-def test_json_is_alone_on_standard_output_and_equals_the_table(ddpmx, model, tmp_path):
+def test_only_the_json_is_on_standard_output_and_it_equals_the_table(ddpmx, model, tmp_path):
     out = tmp_path / "bench.json"
     done = ddpmx("bench", model, *QUICK, "--json", "-o", out)
     assert (done.code, done.err) == (0, "")
@@ -65,7 +65,7 @@ def test_json_is_alone_on_standard_output_and_equals_the_table(ddpmx, model, tmp
     assert report["file"]["load_s"] > 0
 
 
-def test_steps_are_stated_and_the_rest_is_marked_as_extrapolated(ddpmx, model):
+def test_steps_are_shown_and_extrapolated_figures_are_marked(ddpmx, model):
     done = ddpmx("bench", model, "--steps", 4, "--seconds", 0.01, "--batch", 1)
     row = next(line for line in done.out.splitlines() if re.match(r" +1  host ", line))
     assert "*" in row
@@ -75,14 +75,14 @@ def test_steps_are_stated_and_the_rest_is_marked_as_extrapolated(ddpmx, model):
     assert "extrapolated" not in done.out
 
 
-def test_what_was_left_out_is_said(ddpmx, model):
+def test_batches_that_were_left_out_are_listed(ddpmx, model):
     done = ddpmx("bench", model, "--seconds", 0.01, "--steps", 3)
     assert "Left out: batches 16 and 64" in done.out
     assert len([line for line in done.out.splitlines() if re.match(r" +\d+  host ", line)]) == 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--batch", "0"), "--batch 1,4,16"),
         (("--batch", "1,-4"), "--batch 1,4,16"),
@@ -98,13 +98,13 @@ def test_what_was_left_out_is_said(ddpmx, model):
         (("-o", "nowhere/bench.json"), "there is no folder nowhere"),
     ],
 )
-def test_bad_input_is_refused_with_a_hint(refused, model, arguments, says):
-    said = refused("bench", model, *arguments)
-    assert says in said
-    assert "Hint: " in said
+def test_bad_input_is_refused_with_a_hint(refused, model, arguments, message):
+    error = refused("bench", model, *arguments)
+    assert message in error
+    assert "Hint: " in error
 
 
-def test_a_file_that_is_not_there_is_refused(refused, tmp_path):
+def test_a_missing_file_is_refused(refused, tmp_path):
     assert "Hint: " in refused("bench", tmp_path / "model.onnx")
 
 
@@ -132,18 +132,16 @@ def test_a_plan_s_range_is_a_limit(refused, model, monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr("ddpmx.bench.measure.open_model", lambda path, **opening: (gaussian.SPEC, Copying(Plan())))
-    said = refused("bench", model, "--batch", "1,5")
-    assert "Hint: --batch 4" in said
+    monkeypatch.setattr("ddpmx.bench.measure.open_model", lambda path, **options: (gaussian.SPEC, Copying(Plan())))
+    assert "Hint: --batch 4" in refused("bench", model, "--batch", "1,5")
 
 
-def test_a_plan_without_a_gpu_says_what_is_missing(refused, tmp_path):
+def test_a_plan_without_a_gpu_is_refused_with_a_hint(refused, tmp_path):
     (tmp_path / "model.plan").write_bytes(make_plan())
-    said = refused("bench", tmp_path / "model.plan")
-    assert "Hint: " in said
+    assert "Hint: " in refused("bench", tmp_path / "model.plan")
 
 
-def test_ctrl_c_leaves_with_130_and_nothing_half_written(ddpmx, model, tmp_path, monkeypatch):
+def test_ctrl_c_exits_with_130_and_leaves_no_partial_file(ddpmx, model, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -169,7 +167,7 @@ def test_bench_needs_neither_torch_nor_onnx(model):
     assert "host" in done.stdout
 
 
-# --- the table of a GPU, which is not here ----------------------------------------------------------------------------
+# --- the table of a GPU, without one -------------------------------------------------------------------------------
 
 STATE = {
     "driver": "580.65.06",
@@ -217,9 +215,9 @@ REPORT = Report(
 
 
 def test_the_table_of_a_gpu():
-    said = bench.lines(REPORT)
-    text = "\n".join(said)
-    assert max(map(len, said)) <= 100
+    lines = bench.lines(REPORT)
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
     for needed in (
         "GPU:      a GPU with a long name, SM 9.0, driver 580.65.06 for CUDA 13.0",
         "before:   SM 345 of 1980 MHz, memory 2619 of 2619 MHz, 61 °C, 646 of 700 W",
@@ -231,24 +229,24 @@ def test_the_table_of_a_gpu():
         "Warm-up before each line: 1020 steps.",
     ):
         assert needed in text
-    rows = [line.split() for line in said if line.split()[:1] == ["64"]]
+    rows = [line.split() for line in lines if line.split()[:1] == ["64"]]
     assert [row[1] for row in rows] == ["plain", "while"]
     assert rows[0][2:] == ["123", "234", "126", "120", "1.046", "988", "126", "0.509", "3.00", "GiB", "3×1000"]
     assert rows[1][2:] == ["–", "–", "122", "120", "1.012", "0.00400", "122", "0.526", "5.00", "MiB", "3×1000"]
 
 
-def test_columns_stand_below_their_headings():
+def test_columns_are_aligned_with_their_headings():
     heading, *rows = bench._table(REPORT["cells"])[1:]
     for row in rows:
         assert len(row) == len(heading)
     assert heading.index("mean") + len("mean") == rows[0].index("126") + len("126")
 
 
-@pytest.mark.parametrize(("load", "said"), [(None, False), (4.9, False), (5.1, True)])
-def test_it_says_when_other_processes_are_in_the_way(load, said):
+@pytest.mark.parametrize(("load", "noted"), [(None, False), (4.9, False), (5.1, True)])
+def test_a_remark_says_that_other_processes_use_the_cpu(load, noted):
     values = json.loads(json.dumps(REPORT))
     values["machine"]["cpu"] |= {"threads": 4, "load": load}
-    assert ("Other processes run here" in "\n".join(bench.lines(values))) is said
+    assert ("Other processes run here" in "\n".join(bench.lines(values))) is noted
 
 
 @pytest.mark.parametrize(
@@ -263,11 +261,11 @@ def test_it_says_when_other_processes_are_in_the_way(load, said):
         (0, "0"),
     ],
 )
-def test_figures_have_three_digits(value, text):
+def test_figures_have_three_significant_digits(value, text):
     assert bench.figure(value) == text
 
 
-def test_what_a_file_calls_itself_cannot_move_the_cursor():
+def test_control_characters_in_a_file_s_name_are_escaped():
     values = json.loads(json.dumps(REPORT))
     values["file"]["name"] = "a\x1b[2J.plan"
     assert "\x1b" not in "\n".join(bench.lines(values))

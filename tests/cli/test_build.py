@@ -1,4 +1,4 @@
-"""Engines on the command line: built by `ddpmx build`, and refused by `ddpmx generate` where they cannot run."""
+"""Plans on the command line: built by `ddpmx build`, and refused by `ddpmx generate` if they cannot run."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from ddpmx.formats import plan_file
 from oracles.plans import make_plan
 
 
-def test_generate_with_a_plan_says_which_onnx_file_to_use(refused, tmp_path, monkeypatch):
+def test_generate_names_the_onnx_file_to_use_instead_of_a_plan(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(trt, "gpus", lambda: Gpus(trouble="there is no NVIDIA driver"))
     (tmp_path / "model.plan").write_bytes(make_plan())
-    said = refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
+    error = refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
     for part in ("there is none here", "TensorRT-RTX 1.7.1.116", "model.onnx in its place"):
-        assert part in said
+        assert part in error
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (lambda data: data[:-1], "not a whole TensorRT plan"),
+        (lambda data: data[:-1], "not a valid TensorRT plan"),
         (lambda data: data.replace(b"timesteps", b"timestep_"), "damaged"),
         (lambda data: data.replace(b"ddpmx1 ", b"xxxxxx ").replace(b"engine1 ", b"xxxxxxx "), "does not say"),
     ],
 )
-def test_generate_refuses_a_damaged_plan(refused, tmp_path, damage, says):
+def test_generate_refuses_a_damaged_plan(refused, tmp_path, damage, message):
     (tmp_path / "model.plan").write_bytes(damage(make_plan()))
-    assert says in refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
+    assert message in refused("generate", "--engine", tmp_path / "model.plan", "--out", tmp_path / "out")
 
 
 def test_build_builds_and_then_reuses(ddpmx, tmp_path, gaussian_onnx):
@@ -41,18 +41,18 @@ def test_build_builds_and_then_reuses(ddpmx, tmp_path, gaussian_onnx):
     command = ("build", path, "--library", "tensorrt-rtx", "--batch", "1,2,4", "--timing-cache", tmp_path / "cache")
     done = ddpmx(*command)
     assert done.code == 0, done.err
-    for said in ("TensorRT-RTX", "SM 8.0+", "batch 1…4", "precision: "):
-        assert said in done.out
+    for part in ("TensorRT-RTX", "SM 8.0+", "batch 1…4", "precision: "):
+        assert part in done.out
     assert plan_file.read_plan(tmp_path / "model.plan").engine.batch == (1, 2, 4)
-    assert "is there already" in ddpmx(*command).out
+    assert "is up to date" in ddpmx(*command).out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (("--batch", "1,2"), "three numbers"),
-        (("--batch", "4,2,1"), "rising"),
-        (("--batch", "0,1,2"), "rising"),
+        (("--batch", "4,2,1"), "ascending"),
+        (("--batch", "0,1,2"), "ascending"),
         (("--batch", "a,b,c"), "--batch"),
         (("--target", "sm86"), "compute capability"),
         (("--level", "6"), "level"),
@@ -60,6 +60,6 @@ def test_build_builds_and_then_reuses(ddpmx, tmp_path, gaussian_onnx):
         (("--library", "cudnn"), "--library"),
     ],
 )
-def test_build_refuses_what_it_cannot_use(refused, tmp_path, gaussian_onnx, arguments, says):
-    assert says in refused("build", gaussian_onnx, "-o", tmp_path / "model.plan", *arguments)
+def test_build_refuses_bad_flags(refused, tmp_path, gaussian_onnx, arguments, message):
+    assert message in refused("build", gaussian_onnx, "-o", tmp_path / "model.plan", *arguments)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""What holds for the command line as a whole: hostile files, Ctrl-C, what it says about itself."""
+"""The command line as a whole: hostile files, Ctrl-C, help and completion."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def names(folder: Path) -> set[str]:
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
-def test_without_flags_the_whole_chain_of_16_images_goes_to_samples(ddpmx, model, here):
+def test_without_flags_16_images_of_the_whole_chain_are_written_to_samples(ddpmx, model, here):
     done = ddpmx("generate", "--engine", model)
     assert done.code == 0, done
     assert done.err == ""
@@ -56,7 +56,7 @@ def test_without_flags_the_whole_chain_of_16_images_goes_to_samples(ddpmx, model
     files = sorted((here / "samples").iterdir())
     assert [path.name for path in files] == [f"{index:05d}.png" for index in range(16)]
     pixels = np.stack([np.asarray(Image.open(path)) for path in files]).transpose(0, 3, 1, 2)
-    # The model's images are known: each pixel is N(μ, 0.1²), and a mean of 16 is off by 0.025.
+    # The distribution is known: each pixel is N(μ, 0.1²), and the mean of 16 has a standard error of 0.025.
     means = (pixels / 127.5 - 1).mean(0)
     assert np.abs(means - gaussian.MU).max() < 0.15
 
@@ -99,23 +99,23 @@ def hostile(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         ("weights above its folder", "outside its own folder"),
         ("weights at an absolute path", "outside its own folder"),
         ("weights that are missing", "missing"),
         ("no nodes", "refuses this file"),
         ("random bytes", "neither an ONNX file nor a TensorRT plan"),
-        ("the head of a plan", "not a whole TensorRT plan"),
-        ("a header and nothing else", "not a whole ONNX file"),
+        ("the head of a plan", "not a valid TensorRT plan"),
+        ("a header and nothing else", "not a valid ONNX file"),
     ],
 )
-def test_hostile_files(refused, here, kind, says):
+def test_hostile_files(refused, here, kind, message):
     (here.parent / "secret").write_bytes(bytes(4))
     (here / "model.onnx").write_bytes(hostile(kind))
     text = refused("generate", "--engine", "model.onnx", "--out", "new")
     assert text.startswith("Error: ")
-    assert says in text
+    assert message in text
     assert names(here) == {"model.onnx"}
 
 
@@ -126,7 +126,7 @@ def test_ctrl_c_while_drawing_leaves_no_image(model, here):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # what was started in the background may have Ctrl-C switched off, and its children too
+        # a process in the background may ignore SIGINT, and so may its children
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 60
@@ -156,13 +156,13 @@ TINY = ("--width", 8, "--groups", 4, "--mult", 1, "--blocks", 1, "--attention", 
 
 @pytest.mark.torch
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ((), "--data is missing"),
         (("--out", "new"), "--data is missing"),
         (("--resume",), "--data is missing"),
         (("--data", "nowhere"), "no such file"),
-        (("--data", "images.npz", "--out", "file"), "a file stands there"),
+        (("--data", "images.npz", "--out", "file"), "is a file, and a run is a folder"),
         (("--data", "images.npz", "--out", "file/run"), "folder to write to"),
         (("--data", "images.npz", "--size", "8x8x8"), "--size"),
         (("--data", "images.npz", "--channels", 2), "channels"),
@@ -174,10 +174,10 @@ TINY = ("--width", 8, "--groups", 4, "--mult", 1, "--blocks", 1, "--attention", 
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_train_refuses(refused, images, here, arguments, says):
+def test_train_refuses(refused, images, here, arguments, message):
     (here / "file").write_text("mine")
     settings = () if "--resume" in arguments else TINY
-    assert says in refused("train", *settings, *arguments)
+    assert message in refused("train", *settings, *arguments)
     assert names(here) == {"images.npz", "file"}
     assert (here / "file").read_text() == "mine"
 
@@ -191,7 +191,7 @@ def test_a_run_is_named_after_its_images(ddpmx, images, here):
     assert "ddpmx export runs/images" in done.out, "what to do next"
 
 
-# --- what it says about itself ---------------------------------------------------------------------------------------
+# --- help and completion ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_every_flag_is_explained(command):
     [("paint",), ("generate",), ("generate", "--engine"), ("generate", "--engine", "m", "-n", "x"), ("--paint",)],
     ids=" ".join,
 )
-def test_what_cannot_be_parsed(ddpmx, here, arguments):
+def test_arguments_that_cannot_be_parsed(ddpmx, here, arguments):
     done = ddpmx(*arguments)
     assert done.code == 2
     assert "Error" in done.err
@@ -242,7 +242,7 @@ def test_the_shell_gets_its_completion_script():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_the_program_is_still_being_imported_is_no_traceback(number):
+def test_a_signal_during_the_imports_gives_no_traceback(number):
     code = (
         "import os, signal, sys, types\n"
         "class Slow:\n"

@@ -1,4 +1,4 @@
-"""`ddpmx generate`, on the closed-form model: needs neither torch nor onnx."""
+"""`ddpmx generate`, on toy models: needs neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpmx import load
+from oracles.conditioning import CLASSES
+
 
 def files(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def test_images_are_numbered_and_the_grid_says_grid(ddpmx, gaussian_onnx, tmp_path):
+def test_images_grid_and_animation_have_their_names(ddpmx, gaussian_onnx, tmp_path):
     out = tmp_path / "samples"
     done = ddpmx("generate", "--engine", gaussian_onnx, "-n", 5, "--steps", 4, "--out", out, "--grid", "--animate")
     assert done.code == 0, done
@@ -43,8 +46,6 @@ def test_parts_of_a_seed_are_the_same_files(ddpmx, gaussian_onnx, tmp_path):
 @pytest.mark.parametrize("sampling", [(), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 1)])
 @pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quad"])
 def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_path, sampling, spacing):
-    from ddpmx import load
-
     done = ddpmx(
         "generate",
         "--engine",
@@ -68,7 +69,7 @@ def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_pa
     )
 
 
-def test_images_from_before_are_pointed_out(ddpmx, gaussian_onnx, tmp_path):
+def test_earlier_images_in_the_folder_are_noted(ddpmx, gaussian_onnx, tmp_path):
     common = ("generate", "--engine", gaussian_onnx, "--steps", 2, "--out", tmp_path)
     assert "from before" not in ddpmx(*common, "-n", 3).out
     assert "Note" in ddpmx(*common, "-n", 2).out
@@ -76,7 +77,7 @@ def test_images_from_before_are_pointed_out(ddpmx, gaussian_onnx, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["-n", 0], "n must be"),
         (["-n", -1], "n must be"),
@@ -105,9 +106,9 @@ def test_images_from_before_are_pointed_out(ddpmx, gaussian_onnx, tmp_path):
         (["--spec", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_absurd_flags_are_refused(refused, gaussian_onnx, tmp_path, flags, says):
+def test_absurd_flags_are_refused(refused, gaussian_onnx, tmp_path, flags, message):
     out = tmp_path / "samples"
-    assert says in refused("generate", "--engine", gaussian_onnx, "--out", out, *flags)
+    assert message in refused("generate", "--engine", gaussian_onnx, "--out", out, *flags)
     assert not out.exists()
 
 
@@ -116,9 +117,9 @@ def damaged(tmp_path, gaussian_onnx):
     return {
         "missing.onnx": (None, "cannot be read"),
         "empty.onnx": (b"", "empty"),
-        "cut.onnx": (whole[: len(whole) // 2], "whole ONNX"),
+        "cut.onnx": (whole[: len(whole) // 2], "not a valid ONNX"),
         "foreign.onnx": (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither"),
-        "noise.onnx": (b"\x08" + np.random.default_rng(0).bytes(5000), "whole ONNX"),
+        "noise.onnx": (b"\x08" + np.random.default_rng(0).bytes(5000), "not a valid ONNX"),
         "nameless.onnx": (whole.replace(b"\x05ddpmx\x12", b"\x05other\x12"), "--spec"),
         "edited.onnx": (whole.replace(b'"timesteps":1000', b'"timesteps":1001'), "damaged"),
         "model.plan": (b"ftrt" + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100), "TensorRT 10.3.0.26"),
@@ -126,12 +127,12 @@ def damaged(tmp_path, gaussian_onnx):
 
 
 @pytest.mark.parametrize("name", damaged(None, type("F", (), {"read_bytes": lambda: b""})))
-def test_files_that_are_no_model_are_refused(refused, gaussian_onnx, tmp_path, name):
-    content, says = damaged(tmp_path, gaussian_onnx)[name]
+def test_files_that_are_not_a_model_are_refused(refused, gaussian_onnx, tmp_path, name):
+    content, message = damaged(tmp_path, gaussian_onnx)[name]
     assert content != gaussian_onnx.read_bytes()
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert says in refused("generate", "--engine", tmp_path / name, "--out", tmp_path / "samples")
+    assert message in refused("generate", "--engine", tmp_path / name, "--out", tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
 
 
@@ -166,7 +167,7 @@ def test_a_checkpoint_is_sent_to_export(refused, tmp_path):
     assert "ddpmx export" in refused("generate", "--engine", tmp_path / "run", "--out", tmp_path / "samples")
 
 
-def test_output_that_cannot_be_is_refused_and_leaves_nothing(refused, gaussian_onnx, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(refused, gaussian_onnx, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     common = ("generate", "--engine", gaussian_onnx, "-n", 2, "--steps", 2)
     assert "folder" in refused(*common, "--out", tmp_path / "file")
@@ -183,6 +184,66 @@ def test_output_that_cannot_be_is_refused_and_leaves_nothing(refused, gaussian_o
     assert "No space left" in refused(*common, "--out", out)
     assert files(out) == ["00000.png"]
     assert (out / "00000.png").read_text() == "from before"
+
+
+# --- conditioning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def conditioned_onnx(conditioned_onnx):
+    pytest.importorskip(
+        "onnxruntime", reason="not verified here: chains of files on the command line (no ONNX Runtime)"
+    )
+    return conditioned_onnx
+
+
+def pixels(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(folder.glob("[0-9]*.png"))]
+
+
+def test_labels_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onnx):
+    path = conditioned_onnx("classes")
+    common = ["generate", "--engine", path, "--seed", 4]
+    assert ddpmx(*common, "-n", 5, "--labels", "0,4,2", "--out", tmp_path / "all").code == 0
+    assert ddpmx(*common, "-n", 2, "--first", 3, "--labels", "0,4,2", "--out", tmp_path / "part").code == 0
+    with load(path) as pipeline:
+        wanted = pipeline.generate(5, seed=4, labels=[0, 4, 2, 0, 4])
+    np.testing.assert_array_equal(pixels(tmp_path / "all"), wanted)
+    np.testing.assert_array_equal(pixels(tmp_path / "part"), wanted[3:])
+
+
+def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):
+    path = conditioned_onnx("classes")
+    assert ddpmx("generate", "--engine", path, "-n", 2, "--label", 3, "--out", tmp_path / "out").code == 0
+    with load(path) as pipeline:
+        np.testing.assert_array_equal(pixels(tmp_path / "out"), pipeline.generate(2, labels=3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "message"),
+    [
+        ("classes", [], f"missing labels: the model has {CLASSES} classes"),
+        ("classes", ["--label", CLASSES], f"there is no class {CLASSES}"),
+        ("classes", ["--label", -1], "there is no class -1"),
+        ("classes", ["--labels", "0,7"], "there is no class 7"),
+        ("classes", ["--labels", "0,,1"], "are not whole numbers"),
+        ("classes", ["--labels", "cat"], "are not whole numbers"),
+        ("classes", ["--labels", ""], "are not whole numbers"),
+        ("classes", ["--label", 0, "--labels", "0,1"], "exclude each other"),
+        ("classes", ["-n", 10**12, "--label", 0], "n must be"),
+        ("itself", ["--label", 0], "no classes"),
+        ("condition", [], "needs a condition image, which this command cannot pass"),
+    ],
+)
+def test_wrong_conditioning_is_one_clear_error(ddpmx, tmp_path, conditioned_onnx, kind, flags, message):
+    done = ddpmx("generate", "--engine", conditioned_onnx(kind), *flags, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["train", "export", "build", "generate", "parity", "info", "doctor"])

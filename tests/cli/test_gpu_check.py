@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: what it says then, how it goes on when steps fail, and what its report holds."""
+"""`make gpu-check` without a GPU: its refusals, how it continues when steps fail, and its report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def script(text: str) -> list[str]:
     return [sys.executable, "-c", text]
 
 
-def options(**given: object) -> SimpleNamespace:
+def options(**changes: object) -> SimpleNamespace:
     values = {"quick": False, "no_peers": False, "onnx_dir": None, "engine_dir": None, "out": Path("gpu-report")}
-    return SimpleNamespace(**{**values, **given})
+    return SimpleNamespace(**{**values, **changes})
 
 
 @pytest.fixture
@@ -58,19 +58,19 @@ def checked(tmp_path, monkeypatch, capsys):
 # --- no GPU ----------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_gpu_it_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_without_a_gpu_it_is_one_error_and_nothing_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert check.main([], devices=NO_GPU) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in said] == ["Error", "Note", "Hint"]
-    assert "no NVIDIA GPU" in said[0]
-    assert "libcuda.so.1" in said[1]
-    assert "nvidia-smi" in said[2]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["Error", "Note", "Hint"]
+    assert "no NVIDIA GPU" in lines[0]
+    assert "libcuda.so.1" in lines[1]
+    assert "nvidia-smi" in lines[2]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("flag", ["--onnx-dir", "--out"])
-def test_folders_that_are_not_what_they_should_be(tmp_path, monkeypatch, flag):
+def test_folders_with_other_files_are_refused(tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis.txt").write_text("do not touch")
@@ -79,7 +79,7 @@ def test_folders_that_are_not_what_they_should_be(tmp_path, monkeypatch, flag):
     assert (tmp_path / "theirs" / "thesis.txt").read_text() == "do not touch"
 
 
-def test_files_in_the_folder_that_is_emptied_are_not_lost(tmp_path, monkeypatch):
+def test_model_files_in_the_folder_to_be_emptied_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "gpu-report" / "onnx"
     kept.mkdir(parents=True)
@@ -103,14 +103,14 @@ def test_a_step_keeps_its_output_and_its_environment(place):
     assert (place.out / "logs" / "a-b.log").read_text().split() == ["seen", "e"]
 
 
-def test_a_step_that_fails_says_its_error(place):
+def test_a_step_that_fails_reports_its_error(place):
     text = "print('Error: no such thing\\nHint: another'); raise SystemExit(2)"
     result = do(place, Step("a", script(text)))
     assert (result.status, result.code, result.why) == ("failed", 2, "Error: no such thing")
     assert do(place, Step("b", ["/there/is/no/such/program"])).status == "failed"
 
 
-def test_a_step_that_takes_too_long_is_ended_with_what_it_started(place):
+def test_a_step_that_takes_too_long_is_ended_with_its_children(place):
     child = place.out / "child"
     text = (
         "import subprocess, sys, time\n"
@@ -133,14 +133,14 @@ def test_a_step_that_crashes_names_the_signal(place):
     assert (result.status, result.why) == ("crashed", "by signal 11 (SIGSEGV)")
 
 
-def test_a_step_that_lacks_something_is_not_run(place):
+def test_a_step_without_its_inputs_is_not_run(place):
     result = do(place, Step("a", script("raise SystemExit(9)"), needs=(place.out / "model.onnx",)))
     assert (result.status, result.code) == ("not run", None)
     assert "model.onnx" in result.why
     assert do(place, Step("b", not_run="there is no torch")).why == "there is no torch"
 
 
-def test_a_step_that_makes_nothing_has_failed(place):
+def test_a_step_without_its_output_has_failed(place):
     result = do(place, Step("a", script("pass"), makes=(place.out / "x.plan",)))
     assert (result.status, result.why) == ("failed", "it did not make x.plan")
 
@@ -148,15 +148,15 @@ def test_a_step_that_makes_nothing_has_failed(place):
 # --- the whole of it -------------------------------------------------------------------------------------------------
 
 
-def test_all_that_must_hold_holds(checked):
-    code, text, told = checked([Step("a", script("pass"), must="always"), Step("b", script("raise SystemExit(1)"))])
+def test_only_required_steps_decide_the_verdict(checked):
+    code, text, values = checked([Step("a", script("pass"), must="always"), Step("b", script("raise SystemExit(1)"))])
     assert code == 0
     assert text.startswith("# ddpmx on NVIDIA H200: HOLDS: 2 steps")
-    assert [step["status"] for step in told["steps"]] == ["ok", "ok", "failed"]
+    assert [step["status"] for step in values["steps"]] == ["ok", "ok", "failed"]
 
 
-def test_what_fails_does_not_stop_the_rest(checked):
-    code, text, told = checked(
+def test_a_failed_step_does_not_stop_the_rest(checked):
+    code, text, values = checked(
         [
             Step("first", script("print('Error: a word of its own'); raise SystemExit(1)"), must="always"),
             Step("slow", script("import time; time.sleep(60)"), seconds=0.5),
@@ -165,18 +165,18 @@ def test_what_fails_does_not_stop_the_rest(checked):
         ]
     )
     assert code == 1
-    assert told["verdict"] == "FAILED: first"
-    assert [step["status"] for step in told["steps"]] == ["ok", "failed", "timed out", "not run", "ok"]
+    assert values["verdict"] == "FAILED: first"
+    assert [step["status"] for step in values["steps"]] == ["ok", "failed", "timed out", "not run", "ok"]
     for needed in ("a word of its own", "**timed out**", "x.onnx is not there", "## Not verified"):
         assert needed in text
 
 
 @pytest.mark.parametrize(("must", "verdict"), [("always", "INCOMPLETE"), ("if run", "HOLDS"), ("", "HOLDS")])
-def test_what_is_left_out(checked, must, verdict):
-    code, _, told = checked([Step("a", must=must, not_run="there is no TensorRT here")], "--quick")
-    assert told["verdict"].startswith(verdict)
+def test_a_step_that_is_left_out(checked, must, verdict):
+    code, _, values = checked([Step("a", must=must, not_run="there is no TensorRT here")], "--quick")
+    assert values["verdict"].startswith(verdict)
     assert code == (verdict != "HOLDS")
-    assert "a: there is no TensorRT here" in told["not_verified"]
+    assert "a: there is no TensorRT here" in values["not_verified"]
 
 
 def test_ctrl_c_leaves_a_report(checked, monkeypatch):
@@ -186,10 +186,10 @@ def test_ctrl_c_leaves_a_report(checked, monkeypatch):
         return Result(step.name, step.must, "ok")
 
     monkeypatch.setattr(check, "run", interrupted)
-    code, text, told = checked([Step(name, script("pass"), must="always") for name in "abc"])
+    code, text, values = checked([Step(name, script("pass"), must="always") for name in "abc"])
     assert code == 130
     assert "stopped by Ctrl-C" in text
-    assert [step["status"] for step in told["steps"]] == ["ok", "ok", "not run", "not run"]
+    assert [step["status"] for step in values["steps"]] == ["ok", "ok", "not run", "not run"]
 
 
 def test_a_report_is_replaced_by_the_next(checked):
@@ -199,7 +199,7 @@ def test_a_report_is_replaced_by_the_next(checked):
     assert not Path("gpu-report", "run").exists()
 
 
-def test_a_doctor_that_does_not_answer_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_failing_doctor_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(check, "ddpmx", lambda *arguments: script("raise SystemExit('no such module')"))
     assert check.main([], devices=HERE) == 1
@@ -208,14 +208,14 @@ def test_a_doctor_that_does_not_answer_is_reported(tmp_path, monkeypatch, capsys
     assert "no such module" in text
 
 
-def test_the_doctor_s_own_words_are_read(place):
+def test_the_doctor_s_json_is_found_in_its_output(place):
     found_here = json.dumps(DOCTOR, indent=2)
     (place.out / "logs" / "doctor.log").write_text(f"a library's remark\n{found_here}\n", encoding="utf-8")
-    results, told = check.look_around(place, lambda step: Result(step.name, step.must, "ok"))
-    assert ([r.status for r in results], told) == (["ok"], DOCTOR)
+    results, doctor = check.look_around(place, lambda step: Result(step.name, step.must, "ok"))
+    assert ([r.status for r in results], doctor) == (["ok"], DOCTOR)
 
 
-# --- what is planned -------------------------------------------------------------------------------------------------
+# --- the plan of steps ------------------------------------------------------------------------------------------------
 
 
 def named(planned):
@@ -273,7 +273,7 @@ def test_a_small_gpu_has_small_batches(place):
     assert "build for 256" not in commands
 
 
-def test_without_tensorrt_engines_are_not_built_and_it_is_said_why(place):
+def test_without_tensorrt_no_plans_are_built_with_the_reason(place):
     planned = check.make_steps(options(), place, doctored(**{"TensorRT-RTX": {"missing": "not installed"}}))
     assert [step.name for step in planned if "no TensorRT" in step.not_run] == [
         name for name in ALL if name.startswith(("build", "parity", "bench", "many"))
@@ -287,7 +287,7 @@ def test_torch_without_cuda_trains_nothing(place):
     assert "peers" not in named(planned)
 
 
-def test_every_command_that_is_planned_is_one(place, ddpmx):
+def test_every_planned_command_exists(place, ddpmx):
     """Flags are looked up in --help, scripts on the disk."""
     known = {}
     for step in (

@@ -1,4 +1,4 @@
-"""The report of `make gpu-check`, from canned results: what stands in it, what it claims, and whose names it leaves out."""
+"""The report of `make gpu-check`, from canned results: its content, its claims, and the names that it leaves out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def place(tmp_path):
 
 @pytest.fixture
 def filled(place):
-    """A folder as the steps leave it, and what is gathered from it."""
+    """``filled(results)``: what is gathered from a folder as the steps leave it."""
     out = place.out
     (out / "tests-kernels.xml").write_text(JUNIT.format(host=socket.gethostname()), encoding="utf-8")
     (out / "tests-chains.xml").write_text("<testsuites><tests", encoding="utf-8")
@@ -42,7 +42,7 @@ def filled(place):
     (out / "bench-fp32.json").write_text("{ broken")
 
     def gather(results=(), **facts):
-        given = {
+        defaults = {
             "quick": False,
             "network": "n",
             "doctor": DOCTOR,
@@ -51,14 +51,14 @@ def filled(place):
             "commit": "abc",
             "seconds": 90,
         }
-        return found.gather(out, results, engines=place.engines, **{**given, **facts})
+        return found.gather(out, results, engines=place.engines, **{**defaults, **facts})
 
     return gather
 
 
-def test_everything_that_was_found_stands_in_the_report(filled, place):
-    told = filled([Result("tests of kernels", "always", "failed", 1, 3.0, "2 failed", "the tail of it")])
-    text = report.write(place.out, told, hidden={}).read_text()
+def test_everything_that_was_found_is_in_the_report(filled, place):
+    summary = filled([Result("tests of kernels", "always", "failed", 1, 3.0, "2 failed", "the tail of it")])
+    text = report.write(place.out, summary, hidden={}).read_text()
     for needed in (
         "# ddpmx on NVIDIA H200: FAILED: tests of kernels",
         "commit abc",
@@ -98,15 +98,15 @@ def test_goals_are_reached_or_not_and_nothing_else_is_claimed(filled):
 
 
 def test_a_plan_s_sidecar_is_read_as_it_is_written(place):
-    told = {"seconds": 3.5, "layers": 7, "precision": "fp16"}
-    trt_build._write(place.plan("fp16"), make_plan(), SPEC, RECORD, told)
+    build = {"seconds": 3.5, "layers": 7, "precision": "fp16"}
+    trt_build._write(place.plan("fp16"), make_plan(), SPEC, RECORD, build)
     assert found.gather(place.out, [], engines=place.engines, doctor=None)["plans"] == {
-        "model-fp16.plan": {"bytes": len(make_plan()), **told}
+        "model-fp16.plan": {"bytes": len(make_plan()), **build}
     }
 
 
 @pytest.mark.parametrize(("ratio", "state"), [(1.02, "reached"), (1.021, "NOT")])
-def test_a_goal_that_is_missed_is_said_to_be(filled, place, ratio, state):
+def test_a_goal_that_is_missed_is_reported(filled, place, ratio, state):
     (place.out / "bench-fp16.json").write_text(json.dumps({**BENCH, "cells": [{**CELL, "ratio": ratio}]}))
     assert filled()["goals"][1]["state"] == state
 
@@ -121,12 +121,12 @@ def test_tests_that_were_all_skipped_prove_nothing(filled, place):
         '<testcase name="test_c"><skipped message="not verified here: engines"/></testcase></testsuite></testsuites>'
     )
     (place.out / "tests-engines.xml").write_text(skipped)
-    told = filled([Result("tests of engines", "always", "ok", 0)])
-    assert told["verdict"] == "INCOMPLETE: nothing failed, but not seen: tests of engines (all were skipped)"
+    summary = filled([Result("tests of engines", "always", "ok", 0)])
+    assert summary["verdict"] == "INCOMPLETE: nothing failed, but not seen: tests of engines (all were skipped)"
 
 
-def test_nothing_at_all_is_a_report_too(tmp_path):
-    told = found.gather(
+def test_a_report_without_any_results(tmp_path):
+    summary = found.gather(
         tmp_path,
         [Result("doctor", "always", "crashed", -9, 1.0, "by signal 9 (SIGKILL)", "")],
         engines=tmp_path,
@@ -138,21 +138,21 @@ def test_nothing_at_all_is_a_report_too(tmp_path):
         commit=None,
         seconds=1.0,
     )
-    text = report.write(tmp_path, told, hidden={}).read_text()
+    text = report.write(tmp_path, summary, hidden={}).read_text()
     assert "FAILED: doctor" in text
     assert "by signal 9 (SIGKILL)" in text
 
 
 def test_the_report_fits_into_a_message(filled, place):
     results = [Result(f"step {n}", "", "failed", 1, 1.0, "ε" * 300, "y" * steps.TAIL) for n in range(80)]
-    told = filled(results, network="n" * 9)
-    path = report.write(place.out, told, hidden={})
+    summary = filled(results, network="n" * 9)
+    path = report.write(place.out, summary, hidden={})
     assert path.stat().st_size <= report.LARGEST == 60_000
     assert "cut: the whole of it" in path.read_text()
     assert len(json.loads((place.out / report.JSON).read_text())["steps"]) == 80
 
 
-# --- what it must not hold -------------------------------------------------------------------------------------------
+# --- what it must leave out ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -170,19 +170,19 @@ def test_the_report_fits_into_a_message(filled, place):
         ("box-771 and my-box-77", "box-771 and my-box-77"),
     ],
 )
-def test_names_of_people_and_places_are_taken_out(monkeypatch, text, clean):
+def test_names_of_people_and_places_are_removed(monkeypatch, text, clean):
     monkeypatch.setattr(getpass, "getuser", lambda: "dave9")
     monkeypatch.setattr(socket, "gethostname", lambda: "box-77")
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     assert report.scrubbed(text, {"/srv/repo": "REPO", "/srv": "S"}) == clean
 
 
-def test_they_are_taken_out_of_everything_that_is_written(filled, place, monkeypatch):
+def test_names_are_removed_from_everything_that_is_written(filled, place, monkeypatch):
     monkeypatch.setattr(getpass, "getuser", lambda: "alice")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/alice"))
     results = [Result("a", "always", "failed", 1, 1.0, f"{place.out}/x is bad", f"in /home/alice/y and {place.out}")]
-    told = filled(results, network=f"of {place.out}")
-    report.write(place.out, told, hidden={str(place.out): "OUT"})
+    summary = filled(results, network=f"of {place.out}")
+    report.write(place.out, summary, hidden={str(place.out): "OUT"})
     for name in (report.NAME, report.JSON):
         text = (place.out / name).read_text()
         assert "alice" not in text
@@ -190,11 +190,11 @@ def test_they_are_taken_out_of_everything_that_is_written(filled, place, monkeyp
         assert "OUT/x is bad" in text
 
 
-def test_a_common_name_is_left_alone(monkeypatch):
-    """Who is called nvidia, as on a Jetson, keeps the report readable."""
+def test_a_common_user_name_is_not_removed(monkeypatch):
+    """With the user name nvidia, as on a Jetson, the report stays readable."""
     monkeypatch.setattr(getpass, "getuser", lambda: "nvidia")
     assert report.scrubbed("/usr/local/nvidia/lib", {}) == "/usr/local/nvidia/lib"
 
 
-def test_no_figure_is_not_a_number():
+def test_nan_becomes_null():
     assert report.scrubbed({"value": float("nan"), "list": (1.5, None)}, {}) == {"value": None, "list": [1.5, None]}

@@ -1,4 +1,4 @@
-"""`ddpmx import` and `ddpmx convert`: from somebody's file to a run that every other command takes, and back."""
+"""`ddpmx import` and `ddpmx convert`: from another project's file to a run that all commands take, and back."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def ours(config: UNetConfig = CONFIG, **spec: object) -> Imported:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A pipeline's folder of diffusers."""
+    """A diffusers pipeline, as a folder."""
     convert(ours(variance="fixed_small"), "diffusers", tmp_path / "theirs")
     return tmp_path / "theirs"
 
 
 @pytest.fixture
 def bare(tmp_path):
-    """A bare state dict, which says nothing beside the weights."""
+    """A bare state dict: weights without any settings."""
     convert(ours(), "pesser", tmp_path / "bare")
     return tmp_path / "bare" / "model.ckpt"
 
 
-def test_import_says_what_it_took_from_where_and_everybody_reads_the_run(ddpmx, folder, tmp_path):
+def test_import_prints_the_source_of_each_setting_and_writes_a_run(ddpmx, folder, tmp_path):
     done = ddpmx("import", folder, "-o", tmp_path / "run")
     assert done.code == 0, done
     for line in (
@@ -63,8 +63,8 @@ def test_import_says_what_it_took_from_where_and_everybody_reads_the_run(ddpmx, 
     assert spec.variance == "fixed_small"
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in ours().tensors.items())
     assert load_training(tmp_path / "run").settings["imported"]["from"] == "diffusers"
-    told = json.loads(ddpmx("info", tmp_path / "run", "--json").out)
-    assert told["spec"]["variance"] == "fixed_small"
+    info = json.loads(ddpmx("info", tmp_path / "run", "--json").out)
+    assert info["spec"]["variance"] == "fixed_small"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "theirs"]
 
 
@@ -92,7 +92,7 @@ def test_classes_and_a_learned_variance_survive(ddpmx, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_import_is_exported_judged_and_built(ddpmx, folder, tmp_path, precision):
+def test_an_import_is_exported_checked_and_built(ddpmx, folder, tmp_path, precision):
     assert ddpmx("import", folder, "-o", tmp_path / "run").code == 0
     try:
         import tensorrt_rtx  # noqa: F401 - whether it is there
@@ -109,24 +109,24 @@ def test_an_import_is_exported_judged_and_built(ddpmx, folder, tmp_path, precisi
     assert json.loads(ddpmx("info", tmp_path / "model.plan", "--json").out)["kind"] == "plan"
 
 
-def test_what_nobody_tells_is_an_error_that_lists_the_flags(refused, bare, tmp_path):
-    said = refused("import", bare, "-o", tmp_path / "run")
+def test_open_settings_are_an_error_that_lists_the_flags(refused, bare, tmp_path):
+    error = refused("import", bare, "-o", tmp_path / "run")
     for text in ("--size", "--timesteps", "--variance fixed_large|fixed_small", "--schedule linear|quad", "--probe"):
-        assert text in said
+        assert text in error
     assert not (tmp_path / "run").exists()
 
 
 FLAGS = ("--size", 8, "-T", 500, "--schedule", "quad", "--variance", "fixed_small", "--clip", "none")
 
 
-def test_flags_answer_and_are_noted(ddpmx, bare, tmp_path):
+def test_flags_set_settings_and_are_noted(ddpmx, bare, tmp_path):
     done = ddpmx("import", bare, "-o", tmp_path / "run", *FLAGS, "--set", "beta_end=0.03")
     assert done.code == 0, done
     spec = load_network(tmp_path / "run")[1]
     assert (spec.shape, spec.timesteps, spec.schedule, spec.clip) == ((3, 8, 8), 500, "quad", None)
     assert spec.schedule_params["beta_end"] == 0.03
-    assert "(as said)" in done.out
-    assert "assumed: all that its code has" in done.out  # it predicts ε
+    assert "(set by the user)" in done.out
+    assert "assumed: the only one in its code" in done.out  # it predicts ε
 
 
 def test_the_default_name_of_a_run(ddpmx, bare, tmp_path, monkeypatch):
@@ -136,25 +136,25 @@ def test_the_default_name_of_a_run(ddpmx, bare, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (("--set", "heds=4"), "heds"),
         (("--set", "heads"), "NAME=VALUE"),
         (("--set", "size=8x8"), "twice"),
-        (("--heads", "4"), "no setting of a checkpoint of pesser"),
+        (("--heads", "4"), "not a setting of a pesser checkpoint"),
         (("--schedule", "sigmoid"), "schedule cannot be"),
         (("--weights", "best"), "ema and raw"),
         (("--from", "me"), "--from 'me'"),
-        (("--from", "ddpm-torch"), "no checkpoint of ddpm-torch"),
+        (("--from", "ddpm-torch"), "not a checkpoint of ddpm-torch"),
         (("--clip", "much"), "clip cannot be"),
         (("--model", "imagenet"), "model cannot be"),
         (("-T", "0"), "T must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value)),
 )
-def test_flags_that_cannot_be(refused, bare, tmp_path, flags, says):
+def test_bad_flags_are_refused(refused, bare, tmp_path, flags, message):
     base = [flag for flag in FLAGS if "schedule" not in str(flags) or flag not in ("--schedule", "quad")]
-    assert says in refused("import", bare, "-o", tmp_path / "run", *base, *flags)
+    assert message in refused("import", bare, "-o", tmp_path / "run", *base, *flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing_behind(refused, folder, tmp_path, monkeypatc
 # --- converting ------------------------------------------------------------------------------------------------------
 
 
-def test_convert_gives_back_what_was_imported(ddpmx, bare, tmp_path):
+def test_convert_restores_what_was_imported(ddpmx, bare, tmp_path):
     assert ddpmx("import", bare, "-o", tmp_path / "run", *FLAGS).code == 0
     done = ddpmx("convert", tmp_path / "run", "--to", "pesser", "-o", tmp_path / "back")
     assert done.code == 0, done
@@ -202,8 +202,8 @@ def test_convert_refuses(refused, ddpmx, folder, tmp_path):
 
 
 @pytest.fixture
-def unsaid(trained, tmp_path):
-    """A trained network as diffusers has it, without its scheduler."""
+def without_scheduler(trained, tmp_path):
+    """A trained network in diffusers' format, without its scheduler."""
     network, spec = load_network(trained.run)
     convert(Imported("ddpmx", network.config, spec, dict(network.state_dict())), "diffusers", tmp_path / "trained")
     (tmp_path / "trained" / "scheduler" / "scheduler_config.json").unlink()
@@ -211,8 +211,8 @@ def unsaid(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_real_images_decide_what_nobody_told(ddpmx, unsaid, tmp_path):
-    done = ddpmx("import", unsaid, "-o", tmp_path / "run", "-T", 1000, "--probe", FASHION)
+def test_real_images_decide_open_settings(ddpmx, without_scheduler, tmp_path):
+    done = ddpmx("import", without_scheduler, "-o", tmp_path / "run", "-T", 1000, "--probe", FASHION)
     assert done.code == 0, done
     spec = load_network(tmp_path / "run")[1]
     assert (spec.schedule, spec.prediction) == ("linear", "eps")
@@ -224,18 +224,18 @@ def test_real_images_decide_what_nobody_told(ddpmx, unsaid, tmp_path):
 
 
 @pytest.mark.slow
-def test_images_that_decide_nothing_are_no_answer(refused, unsaid, tmp_path):
+def test_images_that_decide_nothing_are_an_error(refused, without_scheduler, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 1), dtype=np.uint8)
     np.savez(tmp_path / "noise.npz", images=noise)
-    said = refused("import", unsaid, "-o", tmp_path / "run", "-T", 1000, "--probe", tmp_path / "noise.npz")
-    assert "no candidate finds" in said or "do not decide" in said
+    error = refused("import", without_scheduler, "-o", tmp_path / "run", "-T", 1000, "--probe", tmp_path / "noise.npz")
+    assert "no candidate finds" in error or "do not decide" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_what_images_cannot_tell_is_still_asked_for(refused, bare, tmp_path):
-    said = refused("import", bare, "-o", tmp_path / "run", "--probe", FASHION)
-    assert "--variance" in said
-    assert "the file does not tell size, timesteps, variance" in said
+def test_settings_that_images_cannot_decide_stay_open(refused, bare, tmp_path):
+    error = refused("import", bare, "-o", tmp_path / "run", "--probe", FASHION)
+    assert "--variance" in error
+    assert "the file does not have these settings: size, timesteps, variance" in error
 
 
 def test_images_of_another_size_are_refused(refused, bare, tmp_path):
@@ -247,7 +247,7 @@ def test_images_of_another_size_are_refused(refused, bare, tmp_path):
 
 
 def hub(tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`ddpmx import` with a hub cache of its own, and no network."""
+    """`ddpmx import` with its own hub cache, offline."""
     return subprocess.run(
         [sys.executable, "-m", "ddpmx_cli.main", "import", *map(str, arguments)],
         capture_output=True,
@@ -277,4 +277,4 @@ def test_an_id_without_a_network_is_a_clear_error(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("Error: hf:me/other cannot be downloaded")
     assert "Traceback" not in done.stderr
-    assert "no name of a repository" in hub(tmp_path, "hf:me/o/t/her").stderr
+    assert "not the name of a repository" in hub(tmp_path, "hf:me/o/t/her").stderr

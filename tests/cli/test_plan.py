@@ -1,4 +1,4 @@
-"""The command line with a plan: on a fake TensorRT and a fake driver, whose kernels are the real ones on the host."""
+"""The command line with a plan, on a fake TensorRT and a fake driver that runs the real kernels on the host."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_generate(ddpmx, plan, fake_tensorrt, tmp_path, cache, executor):
     assert got.tobytes() == expected(3, 7).tobytes()
     name = "while" if executor == "auto" else executor
     assert f"on TensorRT-RTX 1.7.1.116 on NVIDIA RTX 4090, SM 8.9, executor {name}" in done.out
-    assert [file.suffix for file in cache.iterdir()] == [".runtime"]  # what TensorRT-RTX has compiled is kept
+    assert [file.suffix for file in cache.iterdir()] == [".runtime"]  # the kernels that TensorRT-RTX compiled
 
 
 def test_generate_with_an_animation(ddpmx, plan, fake_tensorrt, tmp_path):
@@ -56,13 +56,13 @@ def test_parity(ddpmx, plan, fake_tensorrt, tmp_path):
     assert done.code == 0, done.err
     for executor in ("plain", "graph", "while"):
         assert f"✓ executor {executor} against the chain in NumPy" in done.out
-    told = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert told["engine"]["flavour"] == "TensorRT-RTX"
-    assert len(told["engine"]["sha256"]) == 64
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["engine"]["flavour"] == "TensorRT-RTX"
+    assert len(report["engine"]["sha256"]) == 64
     assert "TF32 off" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_a_lying_executor_fails_parity(ddpmx, plan, fake_tensorrt, tmp_path, monkeypatch):
+def test_an_executor_with_wrong_pixels_fails_parity(ddpmx, plan, fake_tensorrt, tmp_path, monkeypatch):
     from ddpmx.cuda.device_chain import DeviceChain
 
     run = DeviceChain.run
@@ -77,8 +77,8 @@ def test_an_unknown_executor(refused, plan, fake_tensorrt, gaussian_onnx):
     assert "runs a chain on a GPU" in refused("generate", "--engine", gaussian_onnx, "--executor", "while")
 
 
-def test_what_tensorrt_refuses(refused, plan, fake_tensorrt, tmp_path):
+def test_a_refusal_of_tensorrt_is_reported(refused, plan, fake_tensorrt, tmp_path):
     fake_tensorrt.refuse = {"execute"}
-    said = refused("generate", "--engine", plan, "-n", 1, "--out", tmp_path / "s")
-    assert "refuses to run the network" in said
-    assert "[execute] refused" in said
+    error = refused("generate", "--engine", plan, "-n", 1, "--out", tmp_path / "s")
+    assert "refuses to run the network" in error
+    assert "[execute] refused" in error

@@ -1,4 +1,4 @@
-"""`ddpmx train` and `ddpmx export`: what a user types, what is left behind, and what is refused."""
+"""`ddpmx train` and `ddpmx export`: what they write, and what they refuse."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps, made once by the command itself. They are large ones, so that the network answers something."""
+    """A run of two steps, made once by the command. The steps are large, so that the outputs are not almost zero."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     command = ["train", "--data", FASHION, "--out", out, "--steps", 2, *TINY, "--lr", 0.1, "--warmup", 1, "--ema", 0.5]
     subprocess.run([sys.executable, "-m", "ddpmx_cli.main", *map(str, command)], check=True, capture_output=True)
@@ -49,7 +49,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run, to be damaged."""
+    """A copy of the run that a test may damage."""
     return shutil.copytree(run, tmp_path / "copy")
 
 
@@ -93,11 +93,11 @@ def no_tensorrt(monkeypatch):
     monkeypatch.setattr(trt_library, "load", load)
 
 
-def test_export_records_judges_and_says_how_a_plan_is_made(ddpmx, run, tmp_path, no_tensorrt):
+def test_export_records_checks_and_names_the_command_for_a_plan(ddpmx, run, tmp_path, no_tensorrt):
     done = ddpmx("export", run, "-o", tmp_path / "model.onnx")
     assert done.code == 0, done
     assert "PASSED" in done.out
-    assert "not trained" in done.out, "two steps teach nothing, and a chain of that network proves nothing"
+    assert "not trained" in done.out, "after two steps a chain of the network proves nothing"
     assert f"ddpmx build {tmp_path / 'model.onnx'}" in done.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.parity.npz"]
     assert ddpmx("parity", tmp_path / "model.onnx").code == 0
@@ -108,17 +108,17 @@ def test_export_without_proof_and_plan_writes_one_file(ddpmx, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_export_builds_a_plan_where_it_can(ddpmx, run, tmp_path):
+def test_export_builds_a_plan_if_possible(ddpmx, run, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="not verified here: export builds a plan (no TensorRT-RTX)")
     for precision in (("--fp16",), ("--bf16",)):
         done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--no-parity", *precision)
         assert done.code == 0, done
-        told = json.loads(ddpmx("info", tmp_path / "model.plan", "--json").out)
-        assert told["spec"]["precision"] == (precision[0][2:] if precision else "fp32")
-        assert told["engine"]["source"] == "model.onnx"
+        info = json.loads(ddpmx("info", tmp_path / "model.plan", "--json").out)
+        assert info["spec"]["precision"] == (precision[0][2:] if precision else "fp32")
+        assert info["engine"]["source"] == "model.onnx"
 
 
-def test_a_plan_that_was_asked_for_and_cannot_be_is_an_error(refused, run, tmp_path, no_tensorrt):
+def test_a_requested_plan_that_cannot_be_built_is_an_error(refused, run, tmp_path, no_tensorrt):
     assert "not installed" in refused("export", run, "-o", tmp_path / "model.onnx", "--no-parity", "--plan")
     assert (tmp_path / "model.onnx").exists()
 
@@ -134,17 +134,17 @@ def test_an_export_that_is_not_the_model_exits_with_1(ddpmx, run, tmp_path, monk
     assert done.code == 1
     (line,) = done.err.strip().splitlines()
     assert "FAILED" in line
-    assert (tmp_path / "model.onnx").exists(), "it is kept, to see why"
+    assert (tmp_path / "model.onnx").exists(), "it is kept, to find out why"
 
 
-def test_bf16_says_that_the_file_was_not_run(ddpmx, refused, run, tmp_path):
+def test_for_bf16_a_note_says_that_the_file_was_not_run(ddpmx, refused, run, tmp_path):
     done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--bf16", "--no-plan")
     assert done.code == 0, done
     assert "NOT the file" in done.out
     assert "ddpmx build" in refused("generate", "--engine", tmp_path / "model.onnx", "--out", tmp_path / "samples")
 
 
-def test_a_network_that_answers_nothing_is_exported_and_not_verified(ddpmx, tmp_path):
+def test_a_network_with_outputs_of_zero_is_exported_and_not_verified(ddpmx, tmp_path):
     out = tmp_path / "run"
     assert ddpmx("train", "--data", FASHION, "--out", out, "--steps", 1, *TINY, "--lr", 1e-12).code == 0
     done = ddpmx("export", out, "-o", tmp_path / "model.onnx", "--no-plan")
@@ -153,24 +153,24 @@ def test_a_network_that_answers_nothing_is_exported_and_not_verified(ddpmx, tmp_
     assert not (tmp_path / "model.parity.npz").exists()
 
 
-def test_export_refuses_flags_that_contradict(refused, run, tmp_path):
+def test_export_refuses_flags_that_contradict_each_other(refused, run, tmp_path):
     for flags in (("--fp16", "--bf16"), ("--no-parity", "--full"), ("--no-parity", "--data", FASHION)):
         refused("export", run, "-o", tmp_path / "model.onnx", *flags)
     wrong = tmp_path / "wrong.npz"
     np.savez(wrong, images=np.zeros((3, 8, 8), np.uint8))
     assert "8, 8, 1" in refused("export", run, "-o", tmp_path / "model.onnx", "--data", wrong)
     assert "no such file" in refused("export", run, "-o", tmp_path / "model.onnx", "--data", tmp_path / "none")
-    assert not (tmp_path / "model.onnx").exists(), "nothing was begun"
+    assert not (tmp_path / "model.onnx").exists(), "nothing was written"
 
 
-def test_an_export_does_not_replace_its_own_images(refused, run, tmp_path):
+def test_an_export_does_not_overwrite_its_own_images(refused, run, tmp_path):
     data = tmp_path / "model.parity.npz"
     shutil.copy(FASHION, data)
-    assert "would replace the images" in refused("export", run, "--data", data, "-o", tmp_path / "model.onnx")
+    assert "it holds the images of --data" in refused("export", run, "--data", data, "-o", tmp_path / "model.onnx")
     assert data.read_bytes() == FASHION.read_bytes()
 
 
-def test_a_pipe_in_a_checkpoint_is_not_waited_for(refused, copy, tmp_path):
+def test_a_pipe_in_a_checkpoint_does_not_block(refused, copy, tmp_path):
     file = copy / "checkpoints" / "00000002" / "ema.safetensors"
     file.unlink()
     os.mkfifo(file)
@@ -193,13 +193,13 @@ def test_a_network_that_cannot_be_run_is_not_verified(ddpmx, run, tmp_path, monk
 
 def test_export_replaces_no_file_of_another_kind(refused, run, tmp_path):
     (tmp_path / "pyproject.toml").write_text("[project]")
-    assert "no such thing" in refused("export", run, "-o", tmp_path / "pyproject.toml")
+    assert "refusing to overwrite" in refused("export", run, "-o", tmp_path / "pyproject.toml")
     assert (tmp_path / "pyproject.toml").read_text() == "[project]"
     assert "not a name" in refused("export", run, "-o", tmp_path / "model.plan")
 
 
-def test_turing_takes_a_half_precision_file_with_a_time_table(ddpmx, refused, run, tmp_path):
-    """On SM 7.5 TensorRT-RTX has no product of float32 matrices, which is what the time path is made of."""
+def test_turing_needs_half_precision_with_a_time_table(ddpmx, refused, run, tmp_path):
+    """On SM 7.5 TensorRT-RTX cannot multiply float32 matrices, which the time path consists of."""
     pytest.importorskip("tensorrt_rtx", reason="not verified here: engines for SM 7.5 (no TensorRT-RTX)")
     file = tmp_path / "model.onnx"
     assert ddpmx("export", run, "-o", file, "--fp16", "--no-parity", "--no-plan").code == 0
@@ -210,13 +210,13 @@ def test_turing_takes_a_half_precision_file_with_a_time_table(ddpmx, refused, ru
     assert "SM 7.5" in done.out
 
 
-def test_parity_asks_a_checkpoint(ddpmx, refused, run, tmp_path):
+def test_parity_compares_with_a_checkpoint(ddpmx, refused, run, tmp_path):
     file = tmp_path / "model.onnx"
     assert ddpmx("export", run, "-o", file, "--no-parity", "--no-plan").code == 0
     done = ddpmx("parity", file, "--checkpoint", run, "--data", FASHION)
     assert done.code == 0, done
-    told = json.loads((tmp_path / "model.report" / "report.json").read_text())
-    assert told["reference"]["images"] == "the user's"
+    report = json.loads((tmp_path / "model.report" / "report.json").read_text())
+    assert report["reference"]["images"] == "the user's"
     assert "weights" in refused("parity", file, "--checkpoint", run, "--weights", "raw"), "another model's weights"
 
 
@@ -225,17 +225,17 @@ def test_info_counts_a_checkpoint_s_parameters(ddpmx, run):
 
     network, _ = load_network(run)
     count = sum(tensor.numel() for tensor in network.state_dict().values())
-    assert f"{count:,} numbers" in ddpmx("info", run).out
+    assert f"{count:,} parameters" in ddpmx("info", run).out
 
 
-def test_resume_goes_on(ddpmx, copy):
+def test_resume_continues(ddpmx, copy):
     done = ddpmx("train", "--out", copy, "--resume", "--steps", 4)
     assert done.code == 0, done
     assert "2 → 4" in done.out
     assert (copy / "checkpoints" / "00000004").exists()
 
 
-def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
+def test_ctrl_c_saves_and_resume_continues(tmp_path, ddpmx):
     out = tmp_path / "run"
     command = ["train", "--data", FASHION, "--out", out, "--steps", 100000, *TINY[:-1], 1]
     process = subprocess.Popen(
@@ -245,7 +245,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
         text=True,
     )
     deadline = time.monotonic() + 60
-    while not list(out.glob("samples/*.png")):  # a grid after the first step says that it is under way
+    while not list(out.glob("samples/*.png")):  # the grid after the first step shows that it has started
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -261,7 +261,7 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--steps", 0], "steps"),
         (["--steps", -5], "steps"),
@@ -297,10 +297,10 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path, ddpmx):
         (["--save-minutes", 0], "--save-minutes"),
     ],
 )
-def test_absurd_settings_are_refused(refused, tmp_path, flags, says):
+def test_absurd_settings_are_refused(refused, tmp_path, flags, message):
     out = tmp_path / "run"
     settings = [*map(str, TINY)]
-    assert says in refused("train", "--data", FASHION, "--out", out, "--steps", 1, *settings, *flags)
+    assert message in refused("train", "--data", FASHION, "--out", out, "--steps", 1, *settings, *flags)
     assert not out.exists()
 
 
@@ -332,8 +332,8 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("what", BAD_DATA)
-def test_data_that_is_none_is_refused(refused, tmp_path, what):
-    content, says = BAD_DATA[what]
+def test_bad_data_is_refused(refused, tmp_path, what):
+    content, message = BAD_DATA[what]
     data = tmp_path / ("data" if isinstance(content, dict) else "data.npz")
     if isinstance(content, dict):
         data.mkdir()
@@ -341,11 +341,11 @@ def test_data_that_is_none_is_refused(refused, tmp_path, what):
             (data / name).write_bytes(image)
     else:
         data.write_bytes(content)
-    assert says in refused("train", "--data", data, "--out", tmp_path / "run", *TINY)
+    assert message in refused("train", "--data", data, "--out", tmp_path / "run", *TINY)
     assert not (tmp_path / "run").exists()
 
 
-def test_mixed_images_are_made_alike_on_request(ddpmx, tmp_path):
+def test_mixed_images_are_converted_on_request(ddpmx, tmp_path):
     (tmp_path / "data").mkdir()
     for number, (mode, size) in enumerate([("RGB", (20, 9)), ("L", (8, 8)), ("RGBA", (8, 31)), ("P", (16, 16))]):
         (tmp_path / "data" / f"{number}.png").write_bytes(png(mode, size))
@@ -392,11 +392,11 @@ DAMAGE = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_and_the_old_file_stays(refused, copy, tmp_path, what):
-    damage, says = DAMAGE[what]
+    damage, message = DAMAGE[what]
     damage(copy / "checkpoints" / "00000002")
     old = tmp_path / "model.onnx"
     old.write_text("mine")
-    assert says in refused("export", copy, "-o", old)
+    assert message in refused("export", copy, "-o", old)
     assert old.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "model.onnx"}
 
@@ -410,14 +410,14 @@ def test_export_to_nowhere_is_refused(refused, run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what an afternoon of attacks brought to light ------------------------------------------------------------------------
+# --- hostile surroundings --------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_not_resumed_as_if_it_were_a_run(refused, copy):
+def test_a_checkpoint_cannot_be_resumed_as_a_run(refused, copy):
     assert str(copy) in refused("train", "--out", copy / "checkpoints" / "00000002", "--resume", "--steps", 3)
 
 
-def test_resuming_a_finished_run_touches_nothing(ddpmx, copy):
+def test_resuming_a_finished_run_changes_nothing(ddpmx, copy):
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert ddpmx("train", "--out", copy, "--resume", "--steps", 2).code == 0
     after = {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.name != ".lock"}
@@ -426,7 +426,7 @@ def test_resuming_a_finished_run_touches_nothing(ddpmx, copy):
     }
 
 
-def test_two_trainings_do_not_write_to_one_run(refused, copy):
+def test_two_trainings_cannot_write_to_one_run(refused, copy):
     import fcntl
 
     with (copy / ".lock").open("w") as stream:
@@ -434,9 +434,9 @@ def test_two_trainings_do_not_write_to_one_run(refused, copy):
         assert "another training" in refused("train", "--out", copy, "--resume", "--steps", 3)
 
 
-def test_export_replaces_files_and_nothing_else(refused, ddpmx, run, tmp_path):
+def test_export_replaces_regular_files_only(refused, ddpmx, run, tmp_path):
     os.mkfifo(tmp_path / "pipe.onnx")
-    assert "no file" in refused("export", run, "-o", tmp_path / "pipe.onnx")
+    assert "not a regular file" in refused("export", run, "-o", tmp_path / "pipe.onnx")
     (tmp_path / "real.onnx").write_text("old")
     (tmp_path / "link.onnx").symlink_to("real.onnx")
     assert ddpmx("export", run, "-o", tmp_path / "link.onnx", "--no-parity", "--no-plan").code == 0
@@ -444,7 +444,7 @@ def test_export_replaces_files_and_nothing_else(refused, ddpmx, run, tmp_path):
     assert (tmp_path / "real.onnx").stat().st_size > 1000
 
 
-def test_an_output_that_nobody_can_read_does_not_stop_the_work(run, tmp_path):
+def test_a_failing_standard_output_does_not_stop_the_work(run, tmp_path):
     command = [sys.executable, "-m", "ddpmx_cli.main", "export", str(run), "--no-parity", "--no-plan", "-o"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -458,7 +458,7 @@ def test_an_output_that_nobody_can_read_does_not_stop_the_work(run, tmp_path):
     assert done.returncode == 0, done
 
 
-def test_too_little_memory_is_said_so(refused, tmp_path, monkeypatch):
+def test_too_little_memory_is_reported(refused, tmp_path, monkeypatch):
     from ddpm_export.training.train import Trainer
 
     def full(self):
@@ -469,7 +469,7 @@ def test_too_little_memory_is_said_so(refused, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bool", "complex64", "int32"])
-def test_weights_that_are_no_floats_are_refused(refused, copy, tmp_path, dtype):
+def test_weights_that_are_not_floats_are_refused(refused, copy, tmp_path, dtype):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -489,7 +489,7 @@ def test_names_that_are_too_long_are_refused(refused, run):
         refused(*command)
 
 
-def test_an_npz_may_hold_other_things_beside_the_images(ddpmx, tmp_path):
+def test_an_npz_may_hold_other_things_than_images(ddpmx, tmp_path):
     import zipfile
 
     data = tmp_path / "data.npz"
@@ -499,7 +499,7 @@ def test_an_npz_may_hold_other_things_beside_the_images(ddpmx, tmp_path):
     assert ddpmx("train", "--data", data, "--out", tmp_path / "run", *TINY, "--steps", 1).code == 0
 
 
-def test_pipes_are_not_waited_for(refused, tmp_path):
+def test_pipes_do_not_block(refused, tmp_path):
     (tmp_path / "images").mkdir()
     os.mkfifo(tmp_path / "images" / "a.png")
     os.mkfifo(tmp_path / "data.npz")
@@ -508,7 +508,7 @@ def test_pipes_are_not_waited_for(refused, tmp_path):
     refused("generate", "--engine", tmp_path / "data.npz", "--out", tmp_path / "samples")
 
 
-def test_a_photograph_on_its_side_is_set_up(ddpmx, tmp_path):
+def test_a_photograph_is_rotated_by_its_exif_orientation(ddpmx, tmp_path):
     (tmp_path / "data").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -518,7 +518,7 @@ def test_a_photograph_on_its_side_is_set_up(ddpmx, tmp_path):
     assert "16×8×3" in done.out, done
 
 
-def test_a_folder_in_the_way_of_an_image_stops_generate_before_it_writes(refused, tmp_path):
+def test_a_folder_with_an_image_s_name_is_found_before_anything_is_written(refused, tmp_path):
     from conftest import GAUSSIAN_ONNX
 
     (tmp_path / "00001.png").mkdir()

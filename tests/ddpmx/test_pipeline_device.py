@@ -1,6 +1,6 @@
 """`ddpmx.load(plan).generate(…)` on a GPU, without one: a fake TensorRT on a fake driver, whose kernels are the real ones.
 
-Oracle for every image is the chain in NumPy.
+The oracle for every image is the chain in NumPy.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def module(fake_tensorrt):
 
 
 class OnDevice:
-    """Somebody's array on the GPU."""
+    """Another library's array on the GPU."""
 
     def __init__(self, driver, array, *, ordinal=0, stream=None):
         with driver.current():
-            self.handle = driver.allocate(array.nbytes, "somebody's array")
+            self.handle = driver.allocate(array.nbytes, "another library's array")
             array_at(self.handle.value, array.shape, np.ctypeslib.as_ctypes_type(array.dtype))[...] = array
         self.shape, self.dtype = array.shape, array.dtype
         self.__cuda_array_interface__ = {
@@ -89,14 +89,14 @@ def test_any_n_split_or_shard_gives_the_same_images(plan, module):
 
 
 class Jealous(Toy):
-    """A network whose answer to an image depends on the image's place."""
+    """A network whose output for an image depends on the image's place in the batch."""
 
     def enqueue(self):
         super().enqueue()
         self.buffers.out[1:] += np.float32(0.5)
 
 
-def test_where_neighbours_matter_images_run_alone(plan, module):
+def test_where_neighbours_matter_images_run_one_by_one(plan, module):
     module.make = lambda: Jealous(SPEC.shape)
     with ddpmx.load(plan) as pipeline:
         seen = []
@@ -133,7 +133,7 @@ def test_a_batch_larger_than_the_plan_s_is_split(plan, module):
             next(pipeline.stream(9, steps=STEPS))
 
 
-def test_a_chain_is_kept_for_the_next_one_like_it(plan, module):
+def test_a_chain_is_kept_for_the_next_job_of_its_kind(plan, module):
     with ddpmx.load(plan) as pipeline:
         pipeline.generate(8, seed=0, steps=STEPS)
         alive, made = module.cuda.alive(), len(module.contexts)
@@ -147,7 +147,7 @@ def test_a_chain_is_kept_for_the_next_one_like_it(plan, module):
 # --- arrays ----------------------------------------------------------------------------------------------------------
 
 
-def test_out_may_be_anyone_s(plan, module):
+def test_out_may_belong_to_any_library(plan, module):
     with ddpmx.load(plan) as pipeline:
         wanted = expected(range(5))
         mine = np.zeros_like(wanted)
@@ -168,7 +168,7 @@ def test_images_may_stay_on_the_device_and_outlive_the_pipeline(plan, module):
     kept.close()
 
 
-def test_x_may_be_anyone_s(plan, module):
+def test_x_may_belong_to_any_library(plan, module):
     x = np.random.default_rng(0).standard_normal((5, *SPEC.shape)).astype(np.float32)
     wanted = expected(range(5), x=x)
     with ddpmx.load(plan) as pipeline:
@@ -176,13 +176,13 @@ def test_x_may_be_anyone_s(plan, module):
         driver = pipeline._runner._device.driver
         with driver.current(), driver.stream() as stream:
             theirs = OnDevice(driver, np.zeros_like(x), stream=stream.value)
-            driver.copy_in(theirs.handle.value, x, stream.value)  # under way
+            driver.copy_in(theirs.handle.value, x, stream.value)  # not done yet
             got = pipeline.generate(5, seed=5, steps=STEPS, batch=2, x=theirs)
             assert got.tobytes() == wanted.tobytes()
             theirs = [theirs, OnDevice(driver, np.zeros_like(x))]
             driver.copy_in(theirs[1].handle.value, x, stream.value)
-            told = SimpleNamespace(cuda_stream=stream.value)
-            got = pipeline.generate(5, seed=5, steps=STEPS, batch=2, x=theirs[1], stream=told)
+            torch_like = SimpleNamespace(cuda_stream=stream.value)
+            got = pipeline.generate(5, seed=5, steps=STEPS, batch=2, x=theirs[1], stream=torch_like)
             assert got.tobytes() == wanted.tobytes()
             driver.wait_for_stream(stream.value)
         for array in theirs:
@@ -190,7 +190,7 @@ def test_x_may_be_anyone_s(plan, module):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"x": np.zeros((2, *SPEC.shape), np.float64)}, "float32"),
         ({"x": np.zeros((3, *SPEC.shape), np.float32)}, "x"),
@@ -202,9 +202,9 @@ def test_x_may_be_anyone_s(plan, module):
     ],
     ids=["float64", "too many", "wrong shape", "a list", "two places", "no stream", "watched"],
 )
-def test_arrays_that_do_not_fit(plan, module, wrong, says):
+def test_arrays_that_do_not_fit(plan, module, wrong, message):
     with ddpmx.load(plan) as pipeline:
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             pipeline.generate(2, steps=STEPS, **wrong)
         assert pipeline.generate(2, seed=5, steps=STEPS).tobytes() == expected(range(2)).tobytes()
 
@@ -227,7 +227,7 @@ def test_an_array_on_another_gpu(plan, module, gaussian_onnx):
     theirs = SimpleNamespace(__cuda_array_interface__=interface)
     with (
         ddpmx.load(gaussian_onnx) as pipeline,
-        pytest.raises(InputError, match="x lies on a GPU, and the chain runs on the"),
+        pytest.raises(InputError, match="x is in GPU memory, but the chain runs on the"),
     ):
         pipeline.generate(2, x=theirs, steps=STEPS)
 
@@ -272,10 +272,10 @@ def test_another_thread_gets_a_pipeline_of_its_own(plan, module):
         pipeline.share()
 
 
-# --- ends ------------------------------------------------------------------------------------------------------------
+# --- how chains end --------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_that_is_not_finite(plan, module):
+def test_an_output_that_is_not_finite(plan, module):
     module.make = lambda: Toy(SPEC.shape, poison=(0, [np.nan]))
     with ddpmx.load(plan) as pipeline, pytest.raises(NumericError, match="t = 0 is not finite") as caught:
         pipeline.generate(1, steps=STEPS, batch=1)
@@ -292,7 +292,7 @@ def test_cancel(plan, module):
 
 
 @pytest.mark.parametrize("refused", ["context", "shape", "address", "execute"])
-def test_what_tensorrt_refuses_is_said_and_leaves_nothing(plan, module, refused):
+def test_a_refusal_of_tensorrt_is_reported_and_leaves_nothing(plan, module, refused):
     with ddpmx.load(plan) as pipeline:
         module.refuse = {refused}
         with pytest.raises(BackendError, match=r"TensorRT-RTX 1\.7\.1\.116"):
@@ -310,7 +310,7 @@ def test_out_of_memory(plan, module):
 
 
 @pytest.mark.parametrize("wrong", [{"executor": "fast"}, {"providers": ("cuda",)}, {"spec": SPEC}], ids=str)
-def test_what_makes_no_sense_for_a_plan(plan, module, wrong):
+def test_options_that_do_not_apply_to_plans_are_refused(plan, module, wrong):
     with pytest.raises(InputError):
         ddpmx.load(plan, **wrong)
 
@@ -329,7 +329,7 @@ def open_it(request, plan, fake_tensorrt, gaussian_onnx):
     return lambda: ddpmx.load(plan if request.param == "gpu" else gaussian_onnx, executor="auto")
 
 
-def test_a_new_chain_ends_one_that_is_watched(open_it):
+def test_a_new_chain_ends_a_watched_one(open_it):
     with open_it() as pipeline:
         first, second = pipeline.stream(1, steps=STEPS), pipeline.stream(1, seed=1, steps=STEPS)
         next(first), next(second)
@@ -343,7 +343,7 @@ def test_a_new_chain_ends_one_that_is_watched(open_it):
             next(third)
 
 
-def test_closing_ends_one_that_is_watched(open_it):
+def test_closing_ends_a_watched_chain(open_it):
     with open_it() as pipeline:
         steps = pipeline.stream(1, steps=STEPS)
         next(steps)
@@ -369,7 +369,7 @@ def test_callbacks_cannot_begin_another_chain_or_close(open_it, name):
     assert set(refused) == {"the pipeline is at work already", "the pipeline is at work"}
 
 
-def test_a_preview_s_arrays_are_its_own(open_it):
+def test_a_preview_s_arrays_belong_to_the_callback(open_it):
     with open_it() as pipeline:
         wanted = pipeline.generate(2, seed=5, steps=STEPS)
         kept = []
@@ -383,7 +383,7 @@ def test_a_preview_s_arrays_are_its_own(open_it):
         assert len({array.ctypes.data for array in kept}) == STEPS
 
 
-def test_numpy_s_integers_are_numbers_like_any(open_it):
+def test_numpy_s_integers_are_accepted(open_it):
     with open_it() as pipeline:
         seen = []
         wanted = pipeline.generate(4, seed=3, first=100, batch=2, steps=STEPS)
@@ -423,7 +423,7 @@ def test_a_state_on_the_device_that_is_not_finite_is_named(plan, module):
         theirs = OnDevice(pipeline._runner.driver, np.full((1, *SPEC.shape), np.nan, np.float32))
         with pytest.raises(NumericError, match="not finite") as caught:
             pipeline.generate(1, x=theirs, steps=STEPS)
-        assert "x that was given" in caught.value.hint
+        assert "x that was passed" in caught.value.hint
         theirs.handle.close()
 
 
@@ -440,7 +440,7 @@ def test_sharing_again_and_again_takes_nothing(plan, module):
         assert module.cuda.alive() == alive
 
 
-def test_who_forgets_to_close_gets_the_memory_back(plan, module):
+def test_a_pipeline_that_was_not_closed_frees_its_memory(plan, module):
     pipeline = ddpmx.load(plan)
     pipeline.generate(1, steps=STEPS)
     del pipeline
@@ -461,7 +461,7 @@ class Unsteady(Toy):
         self.buffers.out[...] += np.float32(1e-6) * next(self.runs)
 
 
-def test_a_network_that_differs_from_itself_does_not_run_images_alone(plan, module):
+def test_an_unsteady_network_does_not_run_images_one_by_one(plan, module):
     runs = itertools.count()
     module.make = lambda: Unsteady(SPEC.shape, runs)
     with ddpmx.load(plan, executor="plain") as pipeline:
@@ -470,14 +470,14 @@ def test_a_network_that_differs_from_itself_does_not_run_images_alone(plan, modu
         assert pipeline._runner._chain._batch == 4
 
 
-def test_images_that_run_alone_are_said_to(plan, module):
+def test_the_description_says_that_images_run_one_by_one(plan, module):
     module.make = lambda: Jealous(SPEC.shape)
     with ddpmx.load(plan) as pipeline:
         pipeline.generate(3, steps=STEPS, batch=4)
         assert "one image at a time" in pipeline.backend
 
 
-def test_a_step_that_hangs_is_given_up_and_nothing_waits_for_it(plan, module, monkeypatch):
+def test_a_step_that_hangs_is_abandoned_and_nothing_waits_for_it(plan, module, monkeypatch):
     """The probe ends, the engine's own captured step does not: nothing of it can be freed any more."""
     prepare = DeviceChain.prepare
     monkeypatch.setattr(
@@ -487,10 +487,10 @@ def test_a_step_that_hangs_is_given_up_and_nothing_waits_for_it(plan, module, mo
     monkeypatch.setattr(executors, "why_no_while", lambda driver, kernels: None)
     monkeypatch.setattr(fake_cuda.While, "__call__", lambda self: iter(lambda: None, 1))
     pipeline = ddpmx.load(plan)
-    with pytest.raises(BackendError, match="does not come to its end"):
+    with pytest.raises(BackendError, match="did not finish in time"):
         pipeline.generate(1, steps=STEPS)
     pipeline.close()
     monkeypatch.setattr(fake_cuda.While, "__call__", call)
     for handles in module.cuda.live.values():
         handles.clear()
-    module.cuda.faults.clear()  # kernels of the lost stream, which the fake believes may use any memory
+    module.cuda.faults.clear()  # the fake assumes that kernels of the lost stream may use any memory

@@ -214,7 +214,7 @@ def test_build_with_tensorrt_rtx_in_place_of_tensorrt(cli, tmp_path, gaussian_on
     code, out, err = cli(*words, "--library", "tensorrt-rtx")
     assert code == 0, err
     assert "batch 1…4 (best at 1)" in out
-    assert "is there already" in cli(*words, "--library", "tensorrt-rtx")[1], "at the second start it is left alone"
+    assert "is up to date" in cli(*words, "--library", "tensorrt-rtx")[1], "at the second start it is left alone"
 
 
 @pytest.mark.parametrize("words", called("parity"), ids=" ".join)
@@ -398,12 +398,12 @@ def test_the_readme_s_urls(port, words):
         ("/image?seed=-1", "seed must"),
         ("/image?seed=", "seed must"),
         ("/image?seed=%D9%A7", r"seed must be a whole number from 0 to 18446744073709551615, not '\u0667'"),
-        ("/image?seed=1&seed=2", "'seed': seed, steps may be given, each once"),
+        ("/image?seed=1&seed=2", "'seed': only seed, steps are allowed, each once"),
         ("/image?steps=0", "steps must be a whole number from 1 to 1000, not '0'"),
         ("/image?steps=1001", "steps must"),
-        ("/image?every=5", "'every': seed, steps may be given"),
+        ("/image?every=5", "'every': only seed, steps are allowed"),
         ("/stream?every=0", "every must"),
-        ("/stream?colour=red%0Aand+green", r"'colour': seed, steps, every may be given"),
+        ("/stream?colour=red%0Aand+green", r"'colour': only seed, steps, every are allowed"),
         ("/?seed=<script>", "seed must"),
     ],
 )
@@ -442,7 +442,7 @@ def test_what_cannot_be_served_is_said_with_exit_code_2(serve, monkeypatch, caps
             said = capsys.readouterr()
             assert said.err.startswith("Error: ")
             assert not said.out
-    assert f"127.0.0.1:{port} cannot be listened to" in said.err
+    assert f"cannot listen on 127.0.0.1:{port}" in said.err
 
 
 # --- who owns the pipeline -------------------------------------------------------------------------------------------
@@ -509,14 +509,14 @@ def test_a_client_that_hangs_up_frees_the_worker(serve, path):
 
 def test_numbers_that_are_not_finite_end_one_request(serve):
     def fails(*_):
-        raise NumericError("the network's answer at t = 3 is not finite", note="step 1 of 2")
+        raise NumericError("the network's output at t = 3 is not finite", note="step 1 of 2")
 
     with served(serve, Toy(seed0=fails)) as (port, ends):
         for path in ("/image", "/stream"):
             assert get(port, path) == (
                 500,
                 "text/plain; charset=utf-8",
-                b"the network's answer at t = 3 is not finite\n",
+                b"the network's output at t = 3 is not finite\n",
             )
         assert get(port, "/image?seed=1")[0] == 200
         assert ends == []

@@ -1,4 +1,4 @@
-"""Arrays on the GPU, by three people: each can make one, read one, and take one of ddpmx's over without a copy."""
+"""Arrays on the GPU from three sources: each can make one, read one, and adopt one of ddpmx's without a copy."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ddpmx.device.driver import Driver, Handle
 
 
 class Maker(Protocol):
-    """Somebody who has arrays on the GPU."""
+    """A library with arrays on the GPU."""
 
     def make(self, values: NDArray[Any]) -> Any:
-        """A new one."""
+        """A new array with these values."""
 
     def read(self, array: Any) -> NDArray[Any]:
         """Its values."""
 
     def adopt(self, array: Any) -> Any:
-        """ddpmx's, as one of theirs, on the same memory."""
+        """An array of ddpmx's as one of this library, on the same memory."""
 
 
 class Ours:
@@ -31,16 +31,16 @@ class Ours:
 
     def make(self, values: NDArray[Any]) -> Any:
         with self._driver.current(), self._driver.stream() as stream:
-            made = OnDevice(self._driver.allocate(values.nbytes, "somebody's array"), values.shape, values.dtype)
+            made = OnDevice(self._driver.allocate(values.nbytes, "another library's array"), values.shape, values.dtype)
             self._driver.copy_in(made.handle.value, values, stream.value)
             self._driver.wait_for_stream(stream.value)
         return made
 
     def read(self, array: Any) -> NDArray[Any]:
-        said = array.__cuda_array_interface__
-        values = np.empty(said["shape"], said["typestr"])
+        interface = array.__cuda_array_interface__
+        values = np.empty(interface["shape"], interface["typestr"])
         with self._driver.current(), self._driver.stream() as stream:
-            self._driver.copy_out(values, said["data"][0], stream.value)
+            self._driver.copy_out(values, interface["data"][0], stream.value)
             self._driver.wait_for_stream(stream.value)
         return values
 
@@ -49,7 +49,7 @@ class Ours:
 
 
 class OnDevice:
-    """An array that says where it is, and nothing else."""
+    """An array with ``__cuda_array_interface__`` and nothing else."""
 
     def __init__(self, handle: Handle, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.handle = handle

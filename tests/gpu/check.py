@@ -1,13 +1,14 @@
-"""Everything that needs an NVIDIA GPU, by one command, in one report to paste.
+"""Runs everything that needs an NVIDIA GPU, by one command, and writes one report to paste.
 
     python tests/gpu/check.py [--quick] [--no-peers] [--out gpu-report] [--engine-dir DIR] [--onnx-dir DIR]
 
-It makes the paper's CIFAR-10 network (trained for a minute if torch has CUDA), exports fp32 and fp16, builds plans, runs
-tests/gpu, parity, bench and other people's runs of the same network, each in a process of its own with a time limit. What
-fails does not stop the rest. OUT/gpu-report.md is to be pasted; it holds no names of users or places. Where there is no
-torch, as on a Jetson, --onnx-dir takes model.onnx, model-fp16.onnx and their .parity.npz, made elsewhere by ddpmx export.
+It makes the paper's CIFAR-10 network (trained for a minute if torch has CUDA), exports fp32 and fp16, builds plans, and
+runs tests/gpu, parity, bench and the same network in other libraries, each in a process of its own with a time limit. A
+failing step does not stop the rest. OUT/gpu-report.md is the file to paste; it contains no names of users or places.
+Without torch, as on a Jetson, --onnx-dir takes model.onnx, model-fp16.onnx and their .parity.npz, which ddpmx export made
+on another machine.
 
-Exit code 0 if everything that has to hold was seen to hold (goals of speed are none of it), 1 if not, 2 without a GPU.
+Exit code 0 if everything that has to hold was seen to hold (goals of speed do not count), 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gpu import found, report  # noqa: E402
 from gpu.steps import Must, Result, Step, run  # noqa: E402
 
 SUITES = {"kernels": "always", "chains": "always", "networks": "if run", "engines": "always"}
-"""The files of tests/gpu, each a process: a crash in a library must not take the others along."""
+"""The files of tests/gpu, each in a process of its own, so that a crash in a library does not end the others."""
 
 SMALL = ["--width", "32", "--mult", "1,2,2", "--blocks", "1", "--attention", "8", "--groups", "8", "--dropout", "0"]
 PRECISIONS = ("fp32", "fp16")
@@ -42,7 +43,7 @@ PRECISIONS = ("fp32", "fp16")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where everything goes."""
+    """The folders and files of a check."""
 
     out: Path
     engines: Path
@@ -62,7 +63,7 @@ class Place:
         return self.engines / f"model-{precision}.plan"
 
     def many(self) -> Path:
-        """A plan for large batches alone."""
+        """A plan for large batches only."""
         return self.engines / "model-fp16-many.plan"
 
 
@@ -79,8 +80,8 @@ def make_steps(options: argparse.Namespace, place: Place, doctor: dict[str, Any]
 
     Args:
         options: the command line.
-        place: where everything goes.
-        doctor: what it found.
+        place: folders and files.
+        doctor: the output of ``ddpmx doctor --json``.
     """
     libraries, (gpu, *_) = doctor["libraries"], doctor["machine"]["gpus"]
     torch = libraries["torch"]
@@ -97,13 +98,13 @@ def make_steps(options: argparse.Namespace, place: Place, doctor: dict[str, Any]
 def suite(name: str, place: Place, must: Must, *, quick: bool) -> Step:
     junit = place.out / f"tests-{name}.xml"
     command = [sys.executable, "-m", "pytest", f"tests/gpu/test_{name}.py", "-q", "-p", "no:cacheprovider"]
-    if quick:  # its own small network is trained, built and judged anyway
+    if quick:  # the small network of --quick is trained, built and judged anyway
         command += ["-k", "not trained_network"]
     return Step(f"tests of {name}", [*command, f"--junitxml={junit}"], 2400 if name == "engines" else 900, must)
 
 
 def network(options: argparse.Namespace, place: Place, torch: dict[str, Any], gpu: dict[str, Any]) -> list[Step]:
-    """Where the ONNX files come from."""
+    """The steps that make the ONNX files."""
     if options.onnx_dir:
         return []
     if "missing" in torch:
@@ -137,7 +138,7 @@ def network(options: argparse.Namespace, place: Place, torch: dict[str, Any], gp
 
 
 def plans(options: argparse.Namespace, place: Place, precision: str, gpu: dict[str, Any], no_plan: str) -> list[Step]:
-    """Build and judge one."""
+    """The steps that build a plan and check its parity."""
     onnx, plan, record = place.model(precision), place.plan(precision), place.record(precision)
     small = gpu["memory"] < 12 << 30
     batch = "1,4,16" if options.quick or small else "1,16,64"
@@ -150,7 +151,7 @@ def plans(options: argparse.Namespace, place: Place, precision: str, gpu: dict[s
 
 
 def speeds(options: argparse.Namespace, place: Place, precision: str, gpu: dict[str, Any], no_plan: str) -> list[Step]:
-    """Measure one. Nothing has to hold here but that it runs."""
+    """The steps that measure a plan. They only have to run."""
     plan, figures = place.plan(precision), place.out / f"bench-{precision}.json"
     quick = ["--batch", "1,4", "--seconds", "0.5"] if options.quick else []
     command = ddpmx("bench", plan, "--executor", "all", "-o", figures, *quick)
@@ -184,14 +185,14 @@ def peers(options: argparse.Namespace, place: Place, torch: dict[str, Any]) -> S
     return Step("peers", command, 3600, "", needs=tuple(files), makes=(figures,), not_run=why)
 
 
-# --- all of it -------------------------------------------------------------------------------------------------------
+# --- the whole check -------------------------------------------------------------------------------------------------
 
 
 def prepare(options: argparse.Namespace) -> Place:
-    """Empty folders. What is not a report of ours is not touched.
+    """Make empty folders. A folder that is not a report of this check is left alone.
 
     Raises:
-        SystemExit: something else stands there, or files are missing.
+        SystemExit: the output folder is something else, or files are missing.
     """
     out: Path = options.out.absolute()
     place = Place(
@@ -207,10 +208,10 @@ def prepare(options: argparse.Namespace) -> Place:
                 "ddpmx export --fp16 -o model-fp16.onnx write these files"
             )
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / report.NAME).exists())):
-        raise SystemExit(f"Error: {options.out}: stands there, and is no report of this check\nHint: another --out")
-    for given in (options.engine_dir, options.onnx_dir):  # what is in --out is made anew
-        if given and place.out in (given.resolve(), *given.resolve().parents):
-            raise SystemExit(f"Error: {given}: lies in {options.out}, which is emptied\nHint: another --out")
+        raise SystemExit(f"Error: {options.out}: exists, and is not a report of this check\nHint: another --out")
+    for folder in (options.engine_dir, options.onnx_dir):
+        if folder and place.out in (folder.resolve(), *folder.resolve().parents):
+            raise SystemExit(f"Error: {folder}: lies in {options.out}, which is emptied\nHint: another --out")
     shutil.rmtree(out, ignore_errors=True)
     for folder in (out / "logs", place.engines):
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def prepare(options: argparse.Namespace) -> Place:
 
 
 def look_around(place: Place, runner: Callable[[Step], Result]) -> tuple[list[Result], dict[str, Any] | None]:
-    """What `ddpmx doctor` finds; without that nothing can be planned."""
+    """The result of `ddpmx doctor`, and its output, without which no steps can be planned."""
     result = runner(Step("doctor", ddpmx("doctor", "--json"), 600, "always"))
     with contextlib.suppress(OSError, ValueError):
         text = (place.out / "logs" / "doctor.log").read_text(encoding="utf-8", errors="replace")
@@ -227,7 +228,7 @@ def look_around(place: Place, runner: Callable[[Step], Result]) -> tuple[list[Re
         if found["machine"]["gpus"]:
             return [result], found
         result = dataclasses.replace(result, status="failed", why=str(found["machine"]["gpu_trouble"]))
-    return [dataclasses.replace(result, status="failed", why=result.why or "it says nothing")], None
+    return [dataclasses.replace(result, status="failed", why=result.why or "it printed nothing")], None
 
 
 def main(
@@ -241,25 +242,27 @@ def main(
 
     Args:
         arguments: the command line.
-        devices: the GPUs, for those who know better than the driver.
+        devices: the GPUs; by default those that the driver lists.
         plan: makes the steps.
-        look: finds out what is here.
+        look: runs ``ddpmx doctor``.
 
     Returns:
         The exit code.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder for the report and all else")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-report"), help="folder for the report and everything else"
+    )
     parser.add_argument("--quick", action="store_true", help="a small network and few steps: under two minutes")
-    parser.add_argument("--no-peers", action="store_true", help="without other people's runs")
-    parser.add_argument("--engine-dir", type=Path, help="where plans are kept; those that fit are not built again")
+    parser.add_argument("--no-peers", action="store_true", help="without runs of other libraries")
+    parser.add_argument("--engine-dir", type=Path, help="folder for plans; those that fit are not built again")
     parser.add_argument("--onnx-dir", type=Path, help="model.onnx, model-fp16.onnx and their .parity.npz")
     options = parser.parse_args(arguments)
     here = devices or gpus()
     if not here.devices:
         print(
-            f"Error: there is no NVIDIA GPU here, and all of this check needs one\nNote: {here.trouble}\n"
-            "Hint: `make test` verifies what can be verified without; on a machine with a GPU `nvidia-smi` must list it",
+            f"Error: there is no NVIDIA GPU here, and this check needs one\nNote: {here.trouble}\n"
+            "Hint: `make test` runs all tests that need no GPU; on a machine with a GPU `nvidia-smi` must list it",
             file=sys.stderr,
         )
         return 2
@@ -288,7 +291,7 @@ def main(
                 break
     except KeyboardInterrupt:
         stopped = True
-    told = found.gather(
+    facts = found.gather(
         place.out,
         results,
         quick=options.quick,
@@ -300,17 +303,17 @@ def main(
         seconds=time.monotonic() - begun,
         engines=place.engines,
     )
-    if stopped and not told["verdict"].startswith("FAILED"):
-        told["verdict"] = "INCOMPLETE: stopped by Ctrl-C"
-    written = report.write(place.out, told, hidden={str(ROOT): "REPO", str(place.out): "OUT"})
-    print(f"\n{told['verdict']}\n{written}: paste this file", flush=True)
-    return 130 if stopped else 0 if told["verdict"].startswith("HOLDS") else 1
+    if stopped and not facts["verdict"].startswith("FAILED"):
+        facts["verdict"] = "INCOMPLETE: stopped by Ctrl-C"
+    written = report.write(place.out, facts, hidden={str(ROOT): "REPO", str(place.out): "OUT"})
+    print(f"\n{facts['verdict']}\n{written}: paste this file", flush=True)
+    return 130 if stopped else 0 if facts["verdict"].startswith("HOLDS") else 1
 
 
 def _network(options: argparse.Namespace, doctor: dict[str, Any] | None) -> str:
-    """How it was made, for people."""
+    """How the network was made, in words."""
     if options.onnx_dir:
-        return "files of --onnx-dir, exported elsewhere"
+        return "files of --onnx-dir, exported on another machine"
     if options.quick:
         return (
             "a small U-Net, 16×16 grey, trained for 300 steps on Fashion-MNIST (--quick: figures of speed mean nothing)"
@@ -327,7 +330,7 @@ def _plain(thing: Any) -> Any:
 
 
 def _commit() -> str | None:
-    """Which ddpmx this is; None outside a clone."""
+    """The commit of this checkout; None outside a clone."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)

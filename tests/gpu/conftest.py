@@ -1,4 +1,4 @@
-"""A real GPU, or a skip that says so. Nothing here imports torch or TensorRT before a test asks for it."""
+"""Fixtures for a real GPU, which skip without one. Nothing here imports torch or TensorRT before a test needs it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gpu.arrays import Cupy, Maker, Ours, Torch
 from gpu.stand_in import SPEC, StandIn
 
 RTX_NAMES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""The compute capabilities that TensorRT-RTX 1.7 has a name for."""
+"""The compute capabilities that TensorRT-RTX 1.7 knows by name."""
 
 
 def importorskip(name: str, what: str) -> Any:
@@ -38,7 +38,7 @@ def importorskip(name: str, what: str) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU one line for each file says so, instead of one for each test."""
+    """Without a GPU there is one skip for each file, instead of one for each test."""
     trouble, here = gpus().trouble, Path(__file__).parent
     if not trouble:
         return
@@ -81,7 +81,7 @@ def executor(request: pytest.FixtureRequest, driver: Driver, loaded: Kernels) ->
 
 @pytest.fixture
 def open_pipeline(driver: Driver) -> Iterator[Callable[..., Pipeline]]:
-    """``open_pipeline(executor, device)``: of the stand-in, or of another device's network."""
+    """``open_pipeline(executor, device)``: a pipeline of the stand-in, or of another device's network."""
     opened: list[Pipeline] = []
 
     def make(executor: str = "auto", device: Any = None) -> Pipeline:
@@ -96,19 +96,19 @@ def open_pipeline(driver: Driver) -> Iterator[Callable[..., Pipeline]]:
 
 @pytest.fixture
 def many_steps() -> int:
-    """So many that a chain takes some milliseconds, and can be stopped in the middle."""
+    """Enough for a chain to take some milliseconds, so that it can be stopped in the middle."""
     return 1000
 
 
 @pytest.fixture
 def many_images() -> int:
-    """More than one wave of blocks on any GPU."""
+    """Enough for more than one wave of blocks on any GPU."""
     return 64
 
 
 @pytest.fixture
 def at_once() -> Callable[[list[Callable[[], None]]], None]:
-    """Run functions in threads of their own, at the same time. What one of them raises comes out."""
+    """Run functions in threads of their own, at the same time, and raise the first exception."""
 
     def run(functions: list[Callable[[], None]]) -> None:
         troubles: list[BaseException] = []
@@ -130,12 +130,12 @@ def at_once() -> Callable[[list[Callable[[], None]]], None]:
     return run
 
 
-# --- other people's arrays -------------------------------------------------------------------------------------------
+# --- other libraries' arrays -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["ours", "torch", "cupy"])
 def arrays(request: pytest.FixtureRequest, driver: Driver) -> Maker:
-    """Who makes arrays on the GPU."""
+    """A library that makes arrays on the GPU."""
     if request.param == "ours":
         return Ours(driver)
     if request.param == "torch":
@@ -153,7 +153,7 @@ def cuda_torch() -> Any:
 
 @pytest.fixture
 def torch_network(driver: Driver) -> Any:
-    """``torch_network()``: a small network of torch's as a DeviceBackend."""
+    """``torch_network()``: a small network in torch as a DeviceBackend."""
     torch = cuda_torch()
     from gpu.torch_network import TorchDevice
 
@@ -165,14 +165,14 @@ def torch_network(driver: Driver) -> Any:
 
 @dataclasses.dataclass
 class Engines:
-    """Builds plans with the TensorRT that is here, and opens them."""
+    """Builds plans with the installed TensorRT, and opens them."""
 
     library: Any
     folder: Path
     built: dict[Any, Path] = dataclasses.field(default_factory=dict)
 
     def build(self, onnx: Path, **options: Any) -> Path:
-        """A plan; smallest, best and largest batch are 1, 4 and 8 unless they are given. Each is built once."""
+        """A plan; smallest, best and largest batch are 1, 4 and 8 by default. Each plan is built once."""
         key = (onnx, tuple(sorted(options.items())))
         if key not in self.built:
             output = self.folder / f"{len(self.built)}.plan"
@@ -189,7 +189,7 @@ class Engines:
 
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory, gaussian_onnx: Path) -> Engines:
-    """Skips where no TensorRT runs; of TensorRT-RTX on GPUs that it has no name for, with its own words."""
+    """Skips where no TensorRT runs. For TensorRT-RTX on a GPU that it does not know, the skip quotes its error."""
     found = gpus()
     if found.trouble:
         pytest.skip(f"not verified here: engines ({found.trouble})")
@@ -204,22 +204,20 @@ def engines(tmp_path_factory: pytest.TempPathFactory, gaussian_onnx: Path) -> En
         backend.close()
     except BackendError as error:
         if library.is_rtx and sm not in RTX_NAMES:
-            pytest.skip(
-                f"not verified here: {library} on SM {sm}, which it has no name for. It says: {error.fact}: {error.note}"
-            )
+            pytest.skip(f"not verified here: {library} on SM {sm}, which it does not know: {error.fact}: {error.note}")
         raise
     return made
 
 
 @pytest.fixture
 def plan(engines: Engines, gaussian_onnx: Path) -> Path:
-    """A plan of the network that is known in closed form, for batches of 1…8."""
+    """A plan of the closed-form network, for batches of 1…8."""
     return engines.build(gaussian_onnx)
 
 
 @pytest.fixture
 def references(request: pytest.FixtureRequest) -> list[tuple[str, Path, Any]]:
-    """(name, ONNX file, what PyTorch answered) of a small trained U-Net in fp32 and fp16."""
+    """(name, ONNX file, PyTorch's record) of a small trained U-Net in fp32 and fp16."""
     importorskip("torch", "a trained network")
     importorskip("onnxscript", "a trained network")
     trained = request.getfixturevalue("trained")
@@ -234,7 +232,7 @@ def references(request: pytest.FixtureRequest) -> list[tuple[str, Path, Any]]:
 
 @pytest.fixture
 def ort_pipeline(gaussian_onnx: Path) -> Iterator[Any]:
-    """The closed form by ONNX Runtime's CUDA provider."""
+    """The closed-form network by ONNX Runtime's CUDA provider."""
     if trouble := gpus().trouble:
         pytest.skip(f"not verified here: ONNX Runtime on a GPU ({trouble})")
     onnxruntime = importorskip("onnxruntime", "ONNX Runtime on a GPU")

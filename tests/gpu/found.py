@@ -1,4 +1,4 @@
-"""What the steps have left behind: read, judged, and held against the project's goals."""
+"""Reads the files that the steps have written, judges them, and compares them with the project's goals."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PEER_GOALS = {
 
 
 def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any) -> dict[str, Any]:
-    """Everything that the steps have found, as plain JSON values. What is not there is None.
+    """The results of all steps, as plain JSON values. Missing ones are None.
 
     Args:
-        out: where the steps have written.
-        results: how each has ended.
-        engines: where the plans are.
-        **facts: kept as they are; "network", "doctor", "state", … of :func:`gpu.report.to_markdown`.
+        out: the folder of the steps' files.
+        results: how each step has ended.
+        engines: the folder of the plans.
+        **facts: copied; "network", "doctor", "state", … for :func:`gpu.report.to_markdown`.
     """
     suites = {path.stem.removeprefix("tests-"): read_tests(path) for path in sorted(out.glob("tests-*.xml"))}
     parity = {p: _json(out / f"parity-{p}" / "report.json") for p in ("fp32", "fp16")}
-    told: dict[str, Any] = {
+    collected: dict[str, Any] = {
         **facts,
         "steps": [result.to_json() for result in results],
         "tests": suites,
@@ -42,14 +42,14 @@ def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any)
         "peers": _json(out / "peers.json"),
         "speed": _json(out / "speed.json"),
     }
-    told["not_verified"] = not_verified(results, suites, parity)
-    told["verdict"] = verdict(results, suites)
-    told["goals"] = goals(told)
-    return told
+    collected["not_verified"] = not_verified(results, suites, parity)
+    collected["verdict"] = verdict(results, suites)
+    collected["goals"] = goals(collected)
+    return collected
 
 
 def read_tests(path: Path) -> dict[str, Any] | None:
-    """pytest's own report: how many there were, what failed, what was skipped and why, and the figures."""
+    """pytest's JUnit report: the number of tests, failures, skips with their reasons, and the figures."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -60,9 +60,9 @@ def read_tests(path: Path) -> dict[str, Any] | None:
             failed.append([case.get("name", "?"), (trouble.get("message") or "").strip()[:400]])
         for skip in case.iter("skipped"):
             skipped[(skip.get("message") or "no reason").strip()[:500]] += 1
-        for told in case.iter("property"):
+        for figure in case.iter("property"):
             with contextlib.suppress(ValueError, SyntaxError, TypeError):
-                what, value, bound = ast.literal_eval(told.get("value") or "")
+                what, value, bound = ast.literal_eval(figure.get("value") or "")
                 measured.append([str(what), float(value), str(bound)])
     return {
         "tests": len(cases),
@@ -89,7 +89,7 @@ def verdict(results: Sequence[Result], suites: Mapping[str, Any]) -> str:
 
 
 def not_verified(results: Sequence[Result], suites: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:
-    """What nobody may take for proven."""
+    """Everything that the check could not verify, with the reasons."""
     found = [f"{result.name}: {result.why}" for result in results if result.status == "not run"]
     found += [f"{reason} ({n})" for suite in suites.values() if suite for reason, n in suite["skipped"]]
     for precision, judged in parity.items():
@@ -98,8 +98,8 @@ def not_verified(results: Sequence[Result], suites: Mapping[str, Any], parity: M
     return list(dict.fromkeys(found))
 
 
-def goals(told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The project's goals of speed: each with what was measured, and whether that reaches it. Nothing fails by them."""
+def goals(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The project's goals of speed, with the measured values and whether they are reached. A missed goal is no failure."""
     found: list[dict[str, Any]] = []
 
     def add(what: str, goal: str, value: float | None, reached: bool | None) -> None:
@@ -108,18 +108,18 @@ def goals(told: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
         found.append({"what": what, "goal": goal, "measured": value, "state": state})
 
-    quick = bool(told.get("quick"))
-    for precision, bench in told["bench"].items():
+    quick = bool(facts.get("quick"))
+    for precision, bench in facts["bench"].items():
         cells = (bench or {}).get("cells", ())
         cell = next((c for c in cells if (c["batch"], c["executor"]) == (1, "while") and not c["failed"]), None)
         value = cell["ratio"] if cell else None
         reached = None if quick or value is None else value <= WHILE_GOAL
         add(f"chain ÷ bare engine, while, batch 1, {precision}", f"≤ {WHILE_GOAL}", value, reached)
-    rows = {(r["kind"], r["precision"], r["batch"]): r for r in (told["peers"] or {}).get("rows", ())}
+    rows = {(r["kind"], r["precision"], r["batch"]): r for r in (facts["peers"] or {}).get("rows", ())}
     for what, (key, goal) in PEER_GOALS.items():
         value = rows[key]["ratio"] if key in rows else None
         add(what, f"≥ {goal:g}", value, None if quick or value is None else value >= goal)
-    speed, gpus = told["speed"], ((told["doctor"] or {}).get("machine") or {}).get("gpus") or [{}]
+    speed, gpus = facts["speed"], ((facts["doctor"] or {}).get("machine") or {}).get("gpus") or [{}]
     whole = speed if speed and (speed["images"], speed["steps"]) == (256, 1000) else None
     value = min(whole["seconds"]) if whole else None
     reached = None if quick or value is None or "H200" not in str(gpus[0].get("name")) else value < IMAGES_GOAL

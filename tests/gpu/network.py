@@ -1,4 +1,4 @@
-"""What the check's network is made of.
+"""Makes the data, or the weights, of the check's network.
 
 python tests/gpu/network.py images OUT.npz     Fashion-MNIST at 32×32 in colour: every pixel four times
 python tests/gpu/network.py random RUN         a run that was never trained: the paper's CIFAR-10 network, random weights
@@ -24,7 +24,7 @@ def images(output: Path) -> None:
 
 
 def random(run: Path) -> None:
-    """Weights under which no mistake hides, see ``oracles/random_weights.py``."""
+    """A run with random weights, see ``oracles/random_weights.py``."""
     sys.path.insert(0, str(TESTS))
     from ddpm_export.networks.unet import UNet, cifar10
     from ddpm_export.training import checkpoint

@@ -1,4 +1,4 @@
-"""What was found, as one file to paste, and as JSON beside it: with no names of users, machines or places."""
+"""Writes the report: one file to paste, and JSON beside it, with no names of users, machines or places."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 
 NAME, JSON = "gpu-report.md", "gpu-report.json"
 LARGEST = 60_000
-"""Bytes of the file to paste."""
+"""The largest size of the file to paste, in bytes."""
 
 _COMMON = {"root", "user", "ubuntu", "nvidia", "admin", "test", "tests", "home", "runner", "jetson", "gpu", "ddpmx"}
 _HOME = re.compile(r"(/home|/Users|/var/home|[A-Za-z]:\\+Users)[/\\]+[^/\\\s:;,'\"]+|/root(?=[/\s:;,'\"]|$)")
 
 
-def write(out: Path, told: dict[str, Any], *, hidden: Mapping[str, str]) -> Path:
+def write(out: Path, facts: dict[str, Any], *, hidden: Mapping[str, str]) -> Path:
     """Both files, scrubbed.
 
     Args:
-        out: where.
-        told: by :func:`gpu.found.gather`.
-        hidden: paths, and what stands in their place.
+        out: the folder.
+        facts: from :func:`gpu.found.gather`.
+        hidden: paths, and the names that replace them.
 
     Returns:
-        The one to paste.
+        The file to paste.
     """
-    clean = scrubbed(told, hidden)
+    clean = scrubbed(facts, hidden)
     (out / JSON).write_text(json.dumps(clean, indent=1, ensure_ascii=False), encoding="utf-8")
     path = out / NAME
     path.write_text(to_markdown(clean), encoding="utf-8")
@@ -39,7 +39,7 @@ def write(out: Path, told: dict[str, Any], *, hidden: Mapping[str, str]) -> Path
 
 
 def scrubbed(thing: Any, hidden: Mapping[str, str]) -> Any:
-    """``thing`` with no home folders, no names of users and no name of the machine, in any string of it."""
+    """``thing`` with no home folders, names of users or name of the machine in any of its strings."""
     if isinstance(thing, str):
         return _scrub(thing, hidden)
     if isinstance(thing, Mapping):
@@ -54,7 +54,7 @@ def scrubbed(thing: Any, hidden: Mapping[str, str]) -> Any:
 def _scrub(text: str, hidden: Mapping[str, str]) -> str:
     for path in sorted(hidden, key=len, reverse=True):
         text = text.replace(path, hidden[path])
-    with contextlib.suppress(RuntimeError):  # no home
+    with contextlib.suppress(RuntimeError):  # no home folder
         home = str(Path.home())
         if len(home) > 1:
             text = text.replace(home, "~")
@@ -69,45 +69,45 @@ def _scrub(text: str, hidden: Mapping[str, str]) -> str:
     return text
 
 
-def to_markdown(told: Mapping[str, Any]) -> str:
+def to_markdown(facts: Mapping[str, Any]) -> str:
     """The file to paste: at most :data:`LARGEST` bytes."""
     parts = [
-        _heading(told),
-        _goals(told["goals"]),
-        _steps(told["steps"]),
-        _machine(told),
-        _plans(told["plans"]),
-        _tests(told["tests"]),
-        *(_parity(precision, judged) for precision, judged in told["parity"].items()),
-        *(_bench(precision, bench) for precision, bench in told["bench"].items()),
-        _speed(told["speed"]),
-        _peers(told["peers"]),
-        _list("Not verified", told["not_verified"], most=60),
-        _troubles(told["steps"]),
+        _heading(facts),
+        _goals(facts["goals"]),
+        _steps(facts["steps"]),
+        _machine(facts),
+        _plans(facts["plans"]),
+        _tests(facts["tests"]),
+        *(_parity(precision, judged) for precision, judged in facts["parity"].items()),
+        *(_bench(precision, bench) for precision, bench in facts["bench"].items()),
+        _speed(facts["speed"]),
+        _peers(facts["peers"]),
+        _list("Not verified", facts["not_verified"], most=60),
+        _troubles(facts["steps"]),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     data = text.encode()
     if len(data) <= LARGEST:
         return text
-    cut = f"\n\n… cut: the whole of it stands in {JSON}\n"
+    cut = f"\n\n… cut: the whole of it is in {JSON}\n"
     return data[: LARGEST - len(cut.encode())].decode(errors="ignore") + cut
 
 
-def _heading(told: Mapping[str, Any]) -> str:
-    machine = (told["doctor"] or {}).get("machine") or {}
+def _heading(facts: Mapping[str, Any]) -> str:
+    machine = (facts["doctor"] or {}).get("machine") or {}
     gpu = (machine.get("gpus") or [{}])[0]
     lines = [
-        f"# ddpmx on {gpu.get('name', 'a GPU')}: {told['verdict']}",
-        f"- ddpmx {machine.get('ddpmx', '?')}, commit {told.get('commit') or 'unknown'}"
-        + (", **--quick**" if told.get("quick") else ""),
-        f"- network: {told['network']}",
-        f"- it took {told['seconds'] / 60:.1f} minutes",
+        f"# ddpmx on {gpu.get('name', 'a GPU')}: {facts['verdict']}",
+        f"- ddpmx {machine.get('ddpmx', '?')}, commit {facts.get('commit') or 'unknown'}"
+        + (", **--quick**" if facts.get("quick") else ""),
+        f"- network: {facts['network']}",
+        f"- it took {facts['seconds'] / 60:.1f} minutes",
     ]
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
-def _goals(found: Sequence[Mapping[str, Any]]) -> str:
-    rows = [[g["what"], g["goal"], _number(g["measured"]), g["state"]] for g in found]
+def _goals(goals: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[g["what"], g["goal"], _number(g["measured"]), g["state"]] for g in goals]
     return "## Goals of speed\n\n" + _table(["", "goal", "measured", ""], rows)
 
 
@@ -124,12 +124,12 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
     return "## Steps\n\n" + _table(["", "", "", ""], rows)
 
 
-def _machine(told: Mapping[str, Any]) -> str:
-    doctor, cpu, lines = told["doctor"] or {}, told.get("cpu") or {}, []
+def _machine(facts: Mapping[str, Any]) -> str:
+    doctor, cpu, lines = facts["doctor"] or {}, facts.get("cpu") or {}, []
     machine = doctor.get("machine") or {}
     for gpu in machine.get("gpus", ()):
         lines.append(f"- GPU: {gpu['name']}, SM {gpu['sm']}, {gpu['memory'] / 2**30:.1f} GiB")
-    state = told.get("state") or {}
+    state = facts.get("state") or {}
     driver = (state.get("before") or {}).get("driver")
     lines.append(f"- driver {driver or '?'}, for CUDA {machine.get('driver_cuda', '?')}")
     for when in ("before", "after"):
@@ -163,7 +163,7 @@ def _state(state: Mapping[str, Any]) -> str:
     parts += [f"{state['temperature']:.0f} °C"] if state.get("temperature") is not None else []
     parts += [f"{state['power']:.0f} W of {state['power_limit'] or '?'}"] if state.get("power") is not None else []
     parts += [f"slowed by {', '.join(state['slowed_by'])}"] if state.get("slowed_by") else []
-    return ", ".join(parts) or "nothing answers"
+    return ", ".join(parts) or "unknown"
 
 
 def _plans(plans: Mapping[str, Mapping[str, Any]]) -> str:
@@ -181,7 +181,7 @@ def _plans(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _tests(suites: Mapping[str, Any]) -> str:
-    told = ["## tests/gpu"]
+    parts = ["## tests/gpu"]
     rows = []
     for name, suite in suites.items():
         if suite is None:
@@ -189,13 +189,13 @@ def _tests(suites: Mapping[str, Any]) -> str:
             continue
         failed, skipped = len(suite["failed"]), sum(n for _, n in suite["skipped"])
         rows.append([name, str(suite["tests"] - failed - skipped), str(failed), str(skipped), ""])
-    told.append(_table(["", "passed", "failed", "skipped", ""], rows) if rows else "None were run.")
+    parts.append(_table(["", "passed", "failed", "skipped", ""], rows) if rows else "None were run.")
     failures = [f"{name}: {_line(why)}" for suite in suites.values() if suite for name, why in suite["failed"]]
-    told.append(_list("Failed", failures, most=30, level=3))
+    parts.append(_list("Failed", failures, most=30, level=3))
     measured = [m for suite in suites.values() if suite for m in suite["measured"]]
     if measured:
-        told.append(_table(["measured", "", "bound"], [[_cell(w), _number(v), b] for w, v, b in measured[:60]]))
-    return "\n\n".join(part for part in told if part)
+        parts.append(_table(["measured", "", "bound"], [[_cell(w), _number(v), b] for w, v, b in measured[:60]]))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _parity(precision: str, judged: Mapping[str, Any] | None) -> str:
@@ -264,18 +264,18 @@ def _peers(peers: Mapping[str, Any] | None) -> str:
         rows.append([row["run"], row["precision"], str(row["batch"]), _number(row["ms_per_step"])])
         rows[-1] += [_number(row["images_per_s"]), gpu, ratio]
     head = ["run", "", "batch", "ms per step", "images/s", "GPU memory", "time ÷ ddpmx"]
-    lines = ["## Other people's runs", f"{peers['steps']} steps, {peers['rounds']} rounds in turns; {versions}"]
+    lines = ["## Other libraries", f"{peers['steps']} steps, {peers['rounds']} rounds in turns; {versions}"]
     lines += [peers["same"], _table(head, rows)]
     lines.append("\n".join(f"- not run: {each['run']}: {_line(each['why'])[:300]}" for each in peers["not_run"]))
     return "\n\n".join(part for part in lines if part)
 
 
 def _troubles(steps: Sequence[Mapping[str, Any]]) -> str:
-    told = []
+    parts = []
     for step in steps:
         if step["status"] not in ("ok", "not run") and step["tail"]:
-            told.append(f"### {step['name']}: {step['status']}\n\n```\n{step['tail'].replace('```', '´´´')}\n```")
-    return "\n\n".join(["## What failing steps said", *told]) if told else ""
+            parts.append(f"### {step['name']}: {step['status']}\n\n```\n{step['tail'].replace('```', '´´´')}\n```")
+    return "\n\n".join(["## Output of failing steps", *parts]) if parts else ""
 
 
 def _list(title: str, items: Sequence[str], *, most: int, level: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""How long a plan takes for many images, from Python to uint8 on the host, without loading and the first chain.
+"""Measures a plan's time for many images, from Python to uint8 on the host, without loading and the first chain.
 
 python tests/gpu/speed.py model.plan OUT.json [COUNT [STEPS]]
 """
@@ -17,9 +17,9 @@ from ddpmx.errors import DdpmxError
 def main(plan: str, output: str, count: str = "256", steps: str = "") -> None:
     n, sampling = int(count), {"steps": int(steps)} if steps else {}
     with ddpmx.load(plan) as pipeline:
-        batch = pipeline.check_request(n, batch=n)  # the largest that it takes
+        batch = pipeline.check_request(n, batch=n)  # the largest batch that the plan takes
         begun = time.perf_counter()
-        pipeline.generate(n, batch=batch, **sampling)  # it compiles, measures and captures
+        pipeline.generate(n, batch=batch, **sampling)  # the first run compiles, measures and captures
         first, rounds = time.perf_counter() - begun, []
         for seed in (1, 2, 3):
             begun = time.perf_counter()

@@ -1,7 +1,7 @@
-"""A network of which everything is known, for GPUs on which no TensorRT need run: ε = s_t·x, and v = s_t·x as well.
+"""A stand-in network for GPUs without TensorRT: ε = s_t·x, and v = s_t·x as well.
 
-It is one kernel, written by hand. The factors s_t lie in device memory, so a captured step can be made to answer NaN at any
-t, and healed, without another capture. Its twin in NumPy has the same bits, since all that it does is one product.
+It is one hand-written kernel. The factors s_t are in device memory, so a captured step can be made to output NaN at any t,
+and healed, without another capture. Its twin in NumPy has the same bits, since it computes nothing but one product.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import to_nhwc
 
 SPEC = ModelSpec((3, 5, 7), timesteps=1000, ddpmx="0.1.0")
-"""Odd sizes: 105 numbers, which are no multiple of four."""
+"""Odd sizes: 105 numbers, not a multiple of four."""
 
 STEPS, SEED = 12, 5
 
@@ -80,12 +80,12 @@ $END:
 
 
 def factors(spec: ModelSpec) -> NDArray[np.float32]:
-    """What a perfect network of images ~ N(0, I) answers: E[ε | x_t] = √(1 − ᾱ_t)·x_t."""
+    """The factors of a perfect network for images ~ N(0, I): E[ε | x_t] = √(1 − ᾱ_t)·x_t."""
     return np.sqrt(spec.make_schedule().one_minus_alpha_bar).astype(np.float32)
 
 
 def scaled(x: NDArray[np.float32], t: NDArray[np.int32], by: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the kernel computes."""
+    """The kernel in NumPy."""
     return x * by[t].reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -101,16 +101,16 @@ class Twin:
         self._buffers = buffers
 
     def enqueue(self) -> None:
-        for answer in (self._buffers.out, self._buffers.var):
-            if answer is not None:
-                answer[...] = scaled(self._buffers.x, self._buffers.t, self._factors)
+        for output in (self._buffers.out, self._buffers.var):
+            if output is not None:
+                output[...] = scaled(self._buffers.x, self._buffers.t, self._factors)
 
     def close(self) -> None:
         pass
 
 
 class StandIn:
-    """The network on the GPU, a :class:`ddpmx.backends.base.DeviceBackend`. The driver is the caller's.
+    """The network on the GPU, a :class:`ddpmx.backends.base.DeviceBackend`. The caller closes the driver.
 
     Args:
         driver: the GPU.
@@ -131,14 +131,14 @@ class StandIn:
         self.heal()
 
     def heal(self) -> None:
-        """Answer rightly at every t."""
+        """Output the right values at every t again."""
         self._write(factors(self.spec))
 
     def poison(self, t: int, value: float) -> None:
-        """Answer ``value``·x at one t: NaN, or an infinity."""
-        spoilt = factors(self.spec)
-        spoilt[t] = value
-        self._write(spoilt)
+        """Output ``value``·x at one t: NaN, or an infinity."""
+        poisoned = factors(self.spec)
+        poisoned[t] = value
+        self._write(poisoned)
 
     def _write(self, values: NDArray[np.float32]) -> None:
         with self.driver.current(), self.driver.stream() as stream:
@@ -162,17 +162,17 @@ class StandIn:
 
 
 class Network:
-    """One batch of it in device memory."""
+    """The network for one batch in device memory."""
 
-    def __init__(self, device: StandIn, batch: int, x: int, t: int, answers: Sequence[int]) -> None:
-        self._device, self._x, self._t, self._answers = device, x, t, answers
+    def __init__(self, device: StandIn, batch: int, x: int, t: int, outputs: Sequence[int]) -> None:
+        self._device, self._x, self._t, self._outputs = device, x, t, outputs
         self._image = math.prod(device.spec.shape)
         self._count = batch * self._image
 
     def enqueue(self, stream: int) -> None:
         device = self._device
-        for answer in self._answers:
-            arguments = (self._x, self._t, device.factors, answer, self._image, self._count)
+        for output in self._outputs:
+            arguments = (self._x, self._t, device.factors, output, self._image, self._count)
             device.driver.launch(device.kernel, -(-self._count // 128), 128, stream, arguments, "the stand-in")
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ class Network:
 
 
 class Copying:
-    """ε = x, by a copy within the GPU's memory: the smallest network of all, and no kernel. See :class:`StandIn`."""
+    """ε = x, by a copy within the GPU's memory: the smallest network, without a kernel. See :class:`StandIn`."""
 
     stream, executors = 0, EXECUTORS
     description = "a copy"
@@ -201,7 +201,7 @@ class Copying:
 
 
 class CopyingNetwork:
-    """One batch of it."""
+    """The copy for one batch."""
 
     def __init__(self, driver: Driver, x: int, out: int, size: int) -> None:
         self._driver, self._x, self._out, self._size = driver, x, out, size
@@ -214,7 +214,7 @@ class CopyingNetwork:
 
 
 class CopyingTwin:
-    """It in NumPy."""
+    """The copy in NumPy."""
 
     description = "a copy, in NumPy"
 
@@ -228,7 +228,7 @@ class CopyingTwin:
         pass
 
 
-# --- what has to come out --------------------------------------------------------------------------------------------
+# --- expected results ------------------------------------------------------------------------------------------------
 
 
 def table_of(spec: ModelSpec = SPEC, steps: int = STEPS, **more: Any) -> Table:

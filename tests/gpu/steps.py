@@ -1,4 +1,4 @@
-"""One step of the check: a command in a process of its own, with a time limit, whose output is kept whatever happens."""
+"""One step of the check: a command in a process of its own, with a time limit. Its output is always kept."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TAIL = 1500
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is to be done.
+    """A step to run.
 
     Attributes:
-        name: for people, and of its log.
-        command: what is run; none for a step that cannot be.
-        seconds: after which it is ended.
-        must: whether all depends on it: "always", "if run" (it may be left out), or not at all.
+        name: of the step and its log.
+        command: the command line; empty for a step that cannot run.
+        seconds: its time limit.
+        must: whether the verdict depends on it: "always", "if run" (it may be left out), or "" for never.
         needs: files that earlier steps make.
-        makes: files that have to be there afterwards.
-        not_run: why it is not run at all.
+        makes: files that have to exist afterwards.
+        not_run: why it is not run, if it is not.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of it.
+    """The result of a step.
 
     Attributes:
-        name, must: the step's.
+        name, must: of the step.
         status: how it ended.
         code: the exit code, or None.
         seconds: how long it took.
-        why: in a line, if it is not "ok".
+        why: the reason in one line, unless the status is "ok".
         tail: the end of its output.
     """
 
@@ -69,13 +69,13 @@ class Result:
 
 
 def run(step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) -> Result:
-    """Run one step. Ctrl-C ends it and comes out; nothing else does.
+    """Run one step. Ctrl-C ends it and is raised; no other exception is.
 
     Args:
-        step: which.
+        step: the step.
         folder: of the logs.
-        cwd: where it runs.
-        environment: set for it, beside what is set already.
+        cwd: its working directory.
+        environment: variables to set, in addition to the present ones.
     """
     missing = [path.name for path in step.needs if not path.exists()]
     if step.not_run or missing:
@@ -103,16 +103,16 @@ def run(step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) 
         finally:
             _end(process)
     seconds, tail = time.monotonic() - begun, _tail(log)
-    told: dict[str, Any] = {"code": code, "seconds": seconds, "tail": tail}
+    outcome: dict[str, Any] = {"code": code, "seconds": seconds, "tail": tail}
     if late:
-        return Result(step.name, step.must, "timed out", why=f"it was ended after {step.seconds:.0f} s", **told)
+        return Result(step.name, step.must, "timed out", why=f"it was ended after {step.seconds:.0f} s", **outcome)
     if code is not None and code < 0:
-        return Result(step.name, step.must, "crashed", why=f"by signal {_signal(-code)}", **told)
+        return Result(step.name, step.must, "crashed", why=f"by signal {_signal(-code)}", **outcome)
     if code != 0:
-        return Result(step.name, step.must, "failed", why=_last_line(tail) or f"exit code {code}", **told)
+        return Result(step.name, step.must, "failed", why=_last_line(tail) or f"exit code {code}", **outcome)
     if missing := [path.name for path in step.makes if not path.exists()]:
-        return Result(step.name, step.must, "failed", why=f"it did not make {', '.join(missing)}", **told)
-    return Result(step.name, step.must, "ok", **told)
+        return Result(step.name, step.must, "failed", why=f"it did not make {', '.join(missing)}", **outcome)
+    return Result(step.name, step.must, "ok", **outcome)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -124,7 +124,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.kill()
         else:
             os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # what waits for a lost GPU may not end
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that waits for a lost GPU may not end
         process.wait(10)
 
 
@@ -134,7 +134,7 @@ def _tail(log: Path) -> str:
 
 
 def _last_line(text: str) -> str:
-    """What an error says first: the line that begins with "Error:", or else the last one."""
+    """The line that begins with "Error:", or else the last one."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("Error:", "E  "))]
     return (errors or lines or [""])[-1][:300]

@@ -69,7 +69,7 @@ def test_a_network_without_kernels_is_captured_as_well(driver, open_pipeline, ex
     assert got.tobytes() == to_nhwc(last.x0).tobytes()
 
 
-def test_a_variance_that_the_network_learns(driver, open_pipeline, executor):
+def test_a_learned_variance(driver, open_pipeline, executor):
     spec = SPEC.replace(variance="learned_range")
     with open_pipeline(executor, StandIn(driver, spec)) as pipeline:
         got = pipeline.generate(3, seed=SEED, steps=STEPS)
@@ -123,7 +123,7 @@ def test_cancel_before_it_begins(open_pipeline, executor, many_steps):
 
 @pytest.mark.parametrize("k", [0, 5, STEPS - 1])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_an_answer_that_is_not_finite_is_found_where_it_is(driver, loaded, executor, k, value):
+def test_an_output_that_is_not_finite_is_found_at_its_step(driver, loaded, executor, k, value):
     device, t = StandIn(driver), int(table_of().timesteps[k])
     with prepared(device, loaded, executor) as made:
         device.poison(t, value)
@@ -138,18 +138,18 @@ def test_an_answer_that_is_not_finite_is_found_where_it_is(driver, loaded, execu
 
 def test_an_exception_in_a_callback_ends_the_chain(driver, loaded, executor, many_steps):
     def progress(done, total):
-        raise RuntimeError("a bar that broke")
+        raise RuntimeError("a broken progress bar")
 
     device, table = StandIn(driver), table_of(steps=many_steps)
     with prepared(device, loaded, executor, table=table) as made:
-        with pytest.raises(RuntimeError, match="a bar that broke"):
+        with pytest.raises(RuntimeError, match="a broken progress bar"):
             made.run(seed=SEED, images=IMAGES, progress=progress)
         got = made.run(seed=SEED, images=IMAGES)
     assert got.tobytes() == drawn(IMAGES, table=table).tobytes()
     device.close()
 
 
-def test_events_tell_the_time(driver, loaded, executor):
+def test_events_measure_time(driver, loaded, executor):
     device = StandIn(driver)
     with prepared(device, loaded, executor) as made, contextlib.ExitStack() as stack, driver.current():
         marks = [stack.enter_context(driver.event(timing=True)) for _ in range(STEPS + 1)]
@@ -161,8 +161,8 @@ def test_events_tell_the_time(driver, loaded, executor):
 # --- streams and arrays ----------------------------------------------------------------------------------------------
 
 
-def test_what_another_stream_is_still_writing_is_waited_for(driver, loaded, executor, noise):
-    """x comes at the end of a long queue in another stream, and the images go to memory that is read at its beginning."""
+def test_a_chain_waits_for_what_another_stream_still_writes(driver, loaded, executor, noise):
+    """x is written at the end of a long queue in another stream."""
     device, n = StandIn(driver), len(noise)
     wrong = np.full_like(noise, 0.25)
     with prepared(device, loaded, executor, batch=n) as made, driver.current(), driver.stream() as other:
@@ -178,7 +178,7 @@ def test_what_another_stream_is_still_writing_is_waited_for(driver, loaded, exec
     device.close()
 
 
-def test_x_and_out_are_read_and_written_where_they_are(open_pipeline, arrays, executor, noise):
+def test_x_and_out_are_used_in_place(open_pipeline, arrays, executor, noise):
     n = len(noise)
     wanted = drawn(range(n), x=noise)
     with open_pipeline(executor) as pipeline:
@@ -188,7 +188,7 @@ def test_x_and_out_are_read_and_written_where_they_are(open_pipeline, arrays, ex
         assert arrays.read(x).tobytes() == noise.tobytes(), "x was written"
 
 
-def test_images_that_stay_on_the_gpu_are_anyone_s(open_pipeline, arrays):
+def test_images_that_stay_on_the_gpu_reach_other_libraries(open_pipeline, arrays):
     with open_pipeline() as pipeline:
         kept = pipeline.generate(5, seed=SEED, steps=STEPS, batch=2, on_device=True)
         theirs = arrays.adopt(kept)

@@ -1,4 +1,4 @@
-"""Plans of TensorRT or TensorRT-RTX, whichever is here: built, run by every executor, and held against what they are of."""
+"""Plans of TensorRT or TensorRT-RTX, whichever is installed: built, run by every executor, and checked for parity."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ddpmx.parity.ladder import run_ladder
 from oracles.parity import make_reference
 
 STEPS, SEED = 12, 5
-ELSEWHERE = Gpus((Device("a GPU of long ago", "5.0", 1 << 30),), "13.0")
+ELSEWHERE = Gpus((Device("an old GPU", "5.0", 1 << 30),), "13.0")
 
 
-def test_a_plan_is_opened_as_what_it_says_it_is(plan, engines):
-    """That its name came back whole from TensorRT is checked by whoever opens it."""
+def test_an_opened_plan_has_its_own_description(plan, engines):
+    """Opening it checks that TensorRT returns its name unchanged."""
     with TrtEngine(plan) as opened:
         assert opened.description.startswith(f"{engines.library} on ")
         assert opened.batches == ((1, 8),)
@@ -43,7 +43,7 @@ def test_all_executors_give_the_same_images(plan):
             try:
                 drawn[executor] = pipeline.generate(5, seed=SEED, steps=STEPS, batch=4).tobytes()
             except BackendError:
-                if executor != "while":  # which not every platform has
+                if executor != "while":  # not every platform has it
                     raise
     assert len(set(drawn.values())) == 1
     assert {"plain", "graph"} <= set(drawn)
@@ -75,14 +75,14 @@ def test_a_batch_beyond_the_profile_is_split(plan):
 
 
 def test_a_plan_for_another_gpu_is_refused_before_it_is_opened(plan):
-    with pytest.raises(BackendError, match=r"built for SM .*, and this GPU is a GPU of long ago, SM 5\.0") as caught:
+    with pytest.raises(BackendError, match=r"built for SM .*, and this GPU is an old GPU, SM 5\.0") as caught:
         TrtEngine(plan, devices=ELSEWHERE)
     assert "ddpmx build" in caught.value.hint
 
 
-def test_what_was_compiled_for_this_gpu_is_kept(plan, engines, tmp_path):
+def test_compiled_kernels_are_cached_for_this_gpu(plan, engines, tmp_path):
     if not engines.library.is_rtx:
-        pytest.skip(f"not verified here: TensorRT-RTX's cache of what it compiled ({engines.library} has none)")
+        pytest.skip(f"not verified here: TensorRT-RTX's cache of compiled kernels ({engines.library} has none)")
     drawn = []
     for _ in range(2):
         with ddpmx.load(plan, cache=tmp_path) as pipeline:
@@ -110,7 +110,7 @@ def test_two_threads_have_contexts_of_their_own(plan, at_once):
 
 
 def judged(spec, backend, reference, name, figure):
-    """ParityReport, have each figure told, and see that all hold."""
+    """Run the ladder, record each figure, and assert that all checks pass."""
     try:
         report = run_ladder(backend, spec, reference)
     finally:
@@ -122,7 +122,7 @@ def judged(spec, backend, reference, name, figure):
 
 
 def test_the_ladder_holds_for_the_closed_form(engines, gaussian_onnx, figure):
-    """ε within 1e-4 of float64, and the chain's pixels: no torch is needed for that."""
+    """ε within 1e-4 of float64, and the chain's pixels, without torch."""
     spec, backend = engines.open(gaussian_onnx)
     judged(spec, backend, make_reference(), f"{engines.library}, closed form, fp32", figure)
 

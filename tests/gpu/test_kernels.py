@@ -21,7 +21,7 @@ def shaped(*shape: int, **more: object) -> ModelSpec:
     return SPEC.replace(shape=shape, **more)
 
 
-# spec, images, and what of the chain is special
+# spec, images, and special options of the chain
 CASES = {
     "an odd size": (SPEC, [7, 0, 2], {}),
     "one image": (SPEC, [5], {}),
@@ -67,13 +67,13 @@ def test_the_driver_compiles_the_kernels_for_this_gpu(driver, loaded):
         assert loaded.condition()
 
 
-def test_what_does_not_compile_is_refused_with_the_compiler_s_words(driver):
+def test_invalid_ptx_is_refused_with_the_compiler_s_log(driver):
     with driver.current(), pytest.raises(BackendError, match="compiling nonsense for this GPU") as caught:
         driver.module(b".version 6.3\n.target sm_75\n.address_size 64\nnonsense;\n\0", "nonsense")
     assert "cuModuleLoadDataEx: " in caught.value.note
 
 
-def test_there_is_an_end_to_memory_and_it_is_said(driver):
+def test_the_error_for_exhausted_memory(driver):
     with driver.current():
         _, total = driver.free_memory()
         with pytest.raises(BackendError, match=r"CUDA_ERROR_OUT_OF_MEMORY.*for too much") as caught:
@@ -81,7 +81,7 @@ def test_there_is_an_end_to_memory_and_it_is_said(driver):
     assert "smaller batch" in caught.value.hint
 
 
-def test_memory_holds_what_is_copied(driver):
+def test_copies_reach_memory_and_return(driver):
     values = np.random.default_rng(0).integers(0, 256, 100_003, np.uint8)
     back = np.zeros_like(values)
     with driver.current(), driver.stream() as stream:
@@ -93,8 +93,8 @@ def test_memory_holds_what_is_copied(driver):
     assert back.tobytes() == values.tobytes()
 
 
-def test_the_stand_in_is_what_its_twin_is(driver):
-    """What all the rest is held against."""
+def test_the_stand_in_equals_its_twin(driver):
+    """All other tests compare with the twin."""
     device, batch = StandIn(driver), 3
     x = np.random.default_rng(0).standard_normal((batch, *SPEC.shape)).astype(np.float32)
     t, out = np.array([0, 999, 500], np.int32), np.zeros_like(x)
@@ -128,9 +128,9 @@ def test_every_step_has_numpy_s_bits(driver, loaded, case):
                 mine, wanted = getattr(step, name), getattr(expected, name)
                 differing = int(np.sum(mine.view(np.uint32) != wanted.view(np.uint32)))
                 assert differing == 0, f"step {number}: {differing} of {wanted.size} numbers of {name} differ"
-        levels = chain.run(seed=seed, images=indices)
+        pixels = chain.run(seed=seed, images=indices)
     wanted = to_nhwc(theirs[-1].x0)
-    assert int(np.sum(levels != wanted)) == 0, "the images differ"
+    assert int(np.sum(pixels != wanted)) == 0, "the images differ"
     device.close()
 
 
@@ -140,22 +140,22 @@ def test_a_large_batch_has_numpy_s_bits(driver, loaded, many_images):
     device = StandIn(driver, spec, largest=many_images)
     with chain_of(device, loaded, many_images, table_of(spec)) as chain:
         chain.prepare(bound(chain, device, many_images), "plain")
-        levels = chain.run(seed=SEED, images=indices)
-    assert int(np.sum(levels != to_nhwc(walk(indices, spec=spec)[-1].x0))) == 0
+        pixels = chain.run(seed=SEED, images=indices)
+    assert int(np.sum(pixels != to_nhwc(walk(indices, spec=spec)[-1].x0))) == 0
     device.close()
 
 
-def test_x_may_be_given(driver, loaded, noise):
+def test_a_chain_may_start_from_the_caller_s_x(driver, loaded, noise):
     device, n = StandIn(driver), len(noise)
     with chain_of(device, loaded, n, table_of()) as chain:
         chain.prepare(bound(chain, device, n), "plain")
-        levels = chain.run(seed=SEED, images=range(n), x=noise)
+        pixels = chain.run(seed=SEED, images=range(n), x=noise)
     wanted = to_nhwc(walk(range(n), x=noise)[-1].x0)
-    assert levels.tobytes() == wanted.tobytes()
+    assert pixels.tobytes() == wanted.tobytes()
     device.close()
 
 
-def test_all_256_levels_come_out_as_they_are(driver, loaded):
+def test_all_256_levels_round_trip(driver, loaded):
     """uint8 = floor(127.5·x + 128) of the last x̂_0, which is x itself where p = 1 and q = 0."""
     spec = shaped(1, 16, 16)
     x = ((np.arange(256, dtype=np.float32) / np.float32(127.5)) - 1).reshape(1, 1, 16, 16)
@@ -165,6 +165,6 @@ def test_all_256_levels_come_out_as_they_are(driver, loaded):
     device = StandIn(driver, spec)
     with chain_of(device, loaded, 1, table) as chain:
         chain.prepare(bound(chain, device, 1), "plain")
-        levels = chain.run(seed=0, images=[0], x=x)
-    assert levels.reshape(-1).tolist() == list(range(256))
+        pixels = chain.run(seed=0, images=[0], x=x)
+    assert pixels.reshape(-1).tolist() == list(range(256))
     device.close()

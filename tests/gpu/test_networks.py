@@ -1,4 +1,4 @@
-"""Networks of other libraries on the GPU: torch's in the chain's own stream, and ONNX Runtime's."""
+"""Networks of other libraries on the GPU: torch in the chain's own stream, and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ddpmx.sampling.pixels import to_nhwc
 STEPS, SEED = 12, 5
 
 
-def test_a_network_of_torch_s_runs_in_the_chain_s_stream(torch_network, executor):
-    """Held against the same network's chain in NumPy. A library that refuses to be captured is one to be run plainly."""
+def test_a_torch_network_runs_in_the_chain_s_stream(torch_network, executor):
+    """Compared with the same network's chain in NumPy. A network that cannot be captured is skipped."""
     device = torch_network()
     backend = CopyingBackend(device)
     checks = {check.name.split()[1]: check for check in on_device.checks(backend, device.spec)}

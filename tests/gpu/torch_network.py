@@ -1,4 +1,4 @@
-"""A small network of torch's that runs in the chain's own stream, where it is captured like TensorRT's kernels."""
+"""A small network in torch that runs in the chain's own stream, where it is captured like TensorRT's kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddpmx.formats.spec import ModelSpec
 
 
 class Seen:
-    """Device memory that is somebody else's, for torch to look at."""
+    """Device memory of another owner, for torch to view."""
 
     def __init__(self, address: int, shape: tuple[int, ...], typestr: str) -> None:
         self.__cuda_array_interface__ = {
@@ -24,7 +24,7 @@ class Seen:
 
 
 class TorchDevice:
-    """Two convolutions with random weights, a :class:`ddpmx.backends.base.DeviceBackend`. The driver is the caller's."""
+    """Two convolutions with random weights, a :class:`ddpmx.backends.base.DeviceBackend`. The caller closes the driver."""
 
     stream, executors, batches = 0, EXECUTORS, ((1, 8),)
     description = "torch"
@@ -50,7 +50,7 @@ class TorchDevice:
         return self.torch.as_tensor(Seen(address, shape, typestr), device=self.device)
 
     def put(self, stream: int, work: Any) -> None:
-        """Have torch do its work in this stream."""
+        """Run torch's work in this stream."""
         with self.torch.cuda.stream(self.torch.cuda.ExternalStream(stream)):
             work()
 
@@ -59,7 +59,7 @@ class TorchDevice:
 
 
 class TorchNetwork:
-    """One batch of it. What torch allocates while it computes it finds in its own cache, once it has run in that stream."""
+    """The network for one batch. Once it has run in a stream, torch's cache holds all memory that it needs there."""
 
     def __init__(self, device: TorchDevice, batch: int, x: int, t: int, out: int) -> None:
         self._device = device

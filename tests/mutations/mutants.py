@@ -1,8 +1,8 @@
 """Damaged and hostile files, made from good ones: mutant N of a seed is the same file on every run.
 
-A mutant that is only noise dies at the first magic number. So half of them are taken apart as their format has it
-(protobuf fields, the JSON in an envelope, npy headers, zip members, a safetensors header), changed at one place, and
-put together again with every length and checksum made right: those reach the checks behind the first ones.
+A mutant that is only noise fails at the first magic number. So half of them are parsed by their format (protobuf fields,
+the JSON in an envelope, npy headers, zip members, a safetensors header), changed at one place, and written again with
+correct lengths and checksums: those reach the later checks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ddpmx.parity.reference import Reference
 from oracles import plans, protobuf
 
 Files = dict[str, bytes]
-"""Name → content, of the files of one mutant; they lie together in a folder."""
+"""Name → content of the files of one mutant, all in one folder."""
 
 GAUSSIAN = Path(__file__).parents[1] / "data" / "gaussian.onnx"
 SPEC = ModelSpec((1, 8, 8), timesteps=20)
@@ -43,9 +43,9 @@ class Mutant:
     """One case.
 
     Attributes:
-        kind: of :data:`KINDS`; it says which readers are asked.
-        entry: the file or folder that the readers are given, below the mutant's own folder.
-        files: what lies there.
+        kind: of :data:`KINDS`; it selects the readers.
+        entry: the file or folder that is passed to the readers, below the mutant's own folder.
+        files: the content of that folder.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Mutant:
 
 
 def onnx_files() -> list[bytes]:
-    """The toy model, and a written one that has every place where a file can be pointed to."""
+    """The toy model, and one that refers to an external file at every possible place."""
     tensor = protobuf.external_tensor("weights.bin")
     inner = protobuf.field(1, protobuf.node("If", [], [], protobuf.attribute(6, protobuf.field(5, tensor))))
     sparse = protobuf.field(1, tensor) + protobuf.field(2, tensor)
@@ -84,18 +84,18 @@ def plan_of(text: str) -> bytes:
 
 
 def plan_file() -> bytes:
-    """A plan as ``ddpmx build`` makes it, as far as its format is known."""
+    """A plan like those of ``ddpmx build``, as far as the format is known."""
     return plan_of(f"{SPEC.to_text()} {wrap(RECORD_PREFIX, plans.RECORD.to_json())}")
 
 
 def sidecar_of(plan: bytes) -> bytes:
-    """What ``ddpmx build`` puts beside a plan."""
-    told = {"spec": SPEC.to_json(), "engine": plans.RECORD.to_json(), "bytes": len(plan)}
-    return json.dumps(told | {"build": {"seconds": 1.5}}, indent=2).encode()
+    """The sidecar that ``ddpmx build`` writes."""
+    values = {"spec": SPEC.to_json(), "engine": plans.RECORD.to_json(), "bytes": len(plan)}
+    return json.dumps(values | {"build": {"seconds": 1.5}}, indent=2).encode()
 
 
 def zipped(members: dict[str, bytes]) -> bytes:
-    """An archive whose bytes do not depend on the time of day."""
+    """A zip archive whose bytes do not depend on the time."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name, data in members.items():
@@ -148,7 +148,7 @@ def _parity() -> dict[str, bytes]:
 
 
 def members_of(archive: bytes) -> dict[str, bytes]:
-    """What an archive holds."""
+    """The members of an archive."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return {name: opened.read(name) for name in opened.namelist()}
 
@@ -172,7 +172,7 @@ def with_header(header: bytes, data: bytes) -> bytes:
 
 @cache
 def _checkpoint(torch_too: bool) -> Files:
-    """A checkpoint; where torch is there, of the weights that the network in it has."""
+    """A checkpoint; with ``torch_too``, with the weights that its network needs."""
     shapes: dict[str, tuple[int, ...]] = {"a.weight": (4, 3), "a.bias": (4,), "b": (), "c": (0, 2)}
     if torch_too:
         import torch
@@ -197,7 +197,7 @@ def _checkpoint(torch_too: bool) -> Files:
 
 
 def noise(rng: random.Random, data: bytes) -> bytes:
-    """One to four changes that know nothing of the format."""
+    """One to four changes that ignore the format."""
     out = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         _CHANGES[rng.randrange(len(_CHANGES))](rng, out)
@@ -290,12 +290,12 @@ _PLACE = "@PLACE@"
 
 
 def _json_text(rng: random.Random) -> str:
-    """A value that nobody expects, as it stands in a file."""
+    """An unexpected value, as JSON text."""
     which = rng.randrange(6)
     if which == 0:  # nested: less deep than Python recurses, about as deep, and deeper
         depth = rng.choice((2, 60, rng.randrange(300, 1000), rng.randrange(900, 1500), 4000, 100_000))
-        opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
-        return opening * depth + ("1" if opening != "[" else "") + closing * depth
+        begin, end = rng.choice((("[", "]"), ('{"a":', "}")))
+        return begin * depth + ("1" if begin != "[" else "") + end * depth
     if which == 1:
         digits = rng.choice((20, 310, 4000, 4301, 9000))
         return rng.choice(("-", "", "")) + "9" * digits
@@ -317,7 +317,7 @@ _KEYS = ("", "x", "shape", "timesteps", "t", "out", "spec", "seed", "model", "ne
 
 
 def json_change(rng: random.Random, text: bytes, most: int | None = None) -> bytes:
-    """Another value, key or member at one to three places of a JSON text. Below ``most`` bytes, if that can be."""
+    """Another value, key or member at one to three places of a JSON text. At most ``most`` bytes, if possible."""
     try:
         values = json.loads(text)
     except ValueError:
@@ -355,8 +355,8 @@ def _places(values: Any) -> list[tuple[Any, Any]]:
     return found
 
 
-def sealed_change(rng: random.Random, text: bytes) -> bytes:
-    """Another object in an envelope, its length and its CRC right."""
+def envelope_change(rng: random.Random, text: bytes) -> bytes:
+    """Another object in an envelope, with the correct length and CRC."""
     match = re.match(rb"(\w+) (\d{1,4}) ([0-9a-f]{8}) ", text)
     if match is None:
         return noise(rng, text)
@@ -367,9 +367,9 @@ def sealed_change(rng: random.Random, text: bytes) -> bytes:
 
 
 def spec_text_change(rng: random.Random, text: bytes) -> bytes:
-    """A envelope with another object or another header."""
+    """An envelope with another object or another header."""
     if rng.random() < 0.75:
-        return sealed_change(rng, text)
+        return envelope_change(rng, text)
     return noise(rng, text)
 
 
@@ -380,7 +380,7 @@ Field = list[Any]
 
 
 def protobuf_change(rng: random.Random, data: bytes) -> bytes:
-    """Another value, number, type or length at one to three fields of a message, the lengths around it right."""
+    """Another value, number, type or length at one to three fields of a message, with correct lengths around them."""
     message = _parse(data, 0)
     if message is None:
         return noise(rng, data)
@@ -418,7 +418,7 @@ def _change_field(rng: random.Random, holder: list[Field], index: int) -> None:
         field[1] = rng.randrange(8)
     elif action == 3:
         holder[index:index] = [field] * rng.choice((1, 2, 30))
-    elif action == 4:  # a length that lies
+    elif action == 4:  # a wrong length
         field[2] = protobuf.varint(rng.choice(INTEGERS)) + _payload(field[2])
         field.append("as it is")
     elif action == 5 and field[1] == 2:  # the message within itself
@@ -456,7 +456,7 @@ def _encode(message: list[Field]) -> bytes:
 
 
 def _parse(data: bytes, depth: int) -> list[Field] | None:
-    """The fields of a message; None where ``data`` is none."""
+    """The fields of a message; None if ``data`` is not one."""
     at, found = 0, []
     try:
         while at < len(data):
@@ -496,7 +496,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def plan_change(rng: random.Random, data: bytes) -> bytes:
-    """Another object in one of a plan's envelopes, or noise; its length is right half of the time."""
+    """Another object in one of a plan's envelopes, or noise; often with the correct length."""
     if rng.random() < 0.65:
         spec, record = SPEC.to_text().encode(), wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode()
         if rng.random() < 0.35:
@@ -506,7 +506,7 @@ def plan_change(rng: random.Random, data: bytes) -> bytes:
         name = spec + b" " + record
         if rng.random() < 0.15:
             name += bytes(20) + SPEC.replace(clip=rng.choice((1.0, 2.0))).to_text().encode() + b" " + record
-        if rng.random() < 0.1:  # what looks like many descriptions, and is none
+        if rng.random() < 0.1:  # many texts that look like a description
             name += b"ddpmx1 9999 00000000 " * rng.choice((10, 3000))
         data = data.replace(SPEC.to_text().encode() + b" " + wrap(RECORD_PREFIX, plans.RECORD.to_json()).encode(), name)
     else:
@@ -541,7 +541,7 @@ _DTYPES = (
 
 
 def npy_change(rng: random.Random, data: bytes) -> bytes:
-    """Another shape, type or order in the header of an .npy, the header's length right."""
+    """Another shape, type or order in the header of an .npy, with the correct length of the header."""
     if data[:6] != b"\x93NUMPY" or rng.random() < 0.15:
         return noise(rng, data)
     if rng.random() < 0.25:
@@ -598,7 +598,7 @@ def _whole_change(rng: random.Random, data: bytes) -> bytes:
 
 
 def npz_change(rng: random.Random, members: dict[str, bytes]) -> bytes:
-    """One member changed, renamed, removed, repeated or added, and the archive made anew; or its own fields changed."""
+    """A member changed, renamed, removed, repeated or added, in a new archive; or the fields of the archive changed."""
     members = dict(members)
     if rng.random() < 0.3:
         return zip_fields_change(rng, zipped(members))
@@ -618,8 +618,7 @@ def npz_change(rng: random.Random, members: dict[str, bytes]) -> bytes:
     elif action == 4 and rng.random() < 0.2:
         return _bomb()
     elif action == 5 and "about.npy" in members:
-        told = members["about.npy"]
-        text = json_change(rng, _text_of(told))
+        text = json_change(rng, _text_of(members["about.npy"]))
         members["about.npy"] = npy(np.frombuffer(text, np.uint8))
     else:
         members[name] = npy_change(rng, members[name])
@@ -637,20 +636,20 @@ def about_change(rng: random.Random, members: dict[str, bytes]) -> bytes:
 
 
 def _moved(rng: random.Random, members: dict[str, bytes]) -> bytes:
-    """A record one of whose arrays is in the text, or one of whose values is an array; or is in both places."""
-    told = json.loads(_text_of(members["about.npy"]))
+    """A record with an array in the text, or a text value as an array, or in both places."""
+    about = json.loads(_text_of(members["about.npy"]))
     members, both = dict(members), rng.random() < 0.5
     if rng.random() < 0.5:
         name = rng.choice(sorted(members))
-        told[name.removesuffix(".npy")] = rng.choice((None, 1, "x", [1], [[1.0, 2.0]], {"a": 1}))
+        about[name.removesuffix(".npy")] = rng.choice((None, 1, "x", [1], [[1.0, 2.0]], {"a": 1}))
         if not both and name != "about.npy":
             del members[name]
     else:
-        name = rng.choice(sorted(told))
+        name = rng.choice(sorted(about))
         if not both:
-            del told[name]
+            del about[name]
         members[f"{name}.npy"] = npy(rng.choice((np.zeros((1, 8, 8)), np.array(20), np.zeros(3), np.zeros((2, 2)))))
-    return zipped({**members, "about.npy": npy(np.frombuffer(json.dumps(told).encode(), np.uint8))})
+    return zipped({**members, "about.npy": npy(np.frombuffer(json.dumps(about).encode(), np.uint8))})
 
 
 def _text_of(array: bytes) -> bytes:
@@ -682,13 +681,13 @@ def zip_fields_change(rng: random.Random, data: bytes) -> bytes:
 
 
 def safetensors_change(rng: random.Random, data: bytes) -> bytes:
-    """Another value in the header, its length right; or other data behind it; or noise."""
+    """Another value in the header, with the correct length; or other data after it; or noise."""
     length = int.from_bytes(data[:8], "little")
     header, rest = data[8 : 8 + length], data[8 + length :]
     action = rng.randrange(10)
     if action < 5:
         return with_header(json_change(rng, header), rest)
-    if action == 5:  # numbers that are no numbers
+    if action == 5:  # NaN and infinities
         special = rng.choice((b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff"))
         return with_header(header, special * (len(rest) // 4))
     if action == 6:
@@ -782,7 +781,7 @@ def mutant(seed: int, number: int, *, torch_too: bool) -> Mutant:
 
 
 def good(*, torch_too: bool) -> list[Mutant]:
-    """The files that the mutants are made of, unchanged: each must be read."""
+    """The files that the mutants are made from, unchanged: each must be readable."""
     plan = plan_file()
     texts = {"spec.txt": SPEC.to_text().encode(), "spec.json": json.dumps(SPEC.to_json()).encode()}
     return [

@@ -1,11 +1,11 @@
 """Feed damaged and hostile files to every reader in ddpmx: each is read, or refused with a DdpmxError.
 
     python tests/mutations/run.py --count 2000 --seed 0 [--only KIND] [--without-torch]
-    python tests/mutations/run.py --seed 0 --number 1234     this one alone; its files are kept
+    python tests/mutations/run.py --seed 0 --number 1234     only this one; its files are kept
 
-The readers run in a worker process, because a test that has crashed cannot say so: a mutant fails if it kills the
-worker, lets another exception through than DdpmxError, takes too long, takes too much memory, asks for more than there
-is (even if that MemoryError is then turned into a polite refusal), or is refused with a text that nobody wants to read.
+The readers run in a worker process, because a crashed test cannot report: a mutant fails if it kills the worker, raises
+another exception than DdpmxError, takes too long, takes too much memory, requests more memory than there is (even if the
+MemoryError is then turned into a DdpmxError), or is refused with a text that is empty or too long.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ PLANTED_AT = 3
 
 
 def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
-    """What in ddpmx reads a file of this kind, by name."""
+    """The readers of a file of this kind in ddpmx, by name."""
     from ddpmx.formats import model_file, onnx_file, plan_file
     from ddpmx.formats.spec import ModelSpec
     from ddpmx.parity.reference import Reference
     from ddpmx_cli.info import info
 
-    def told(as_json: bool) -> Callable[[Path], object]:
-        """All of :func:`ddpmx.formats.describe.describe`, and that it can be printed."""
+    def printed(as_json: bool) -> Callable[[Path], object]:
+        """:func:`ddpmx.formats.describe.describe`, and that its result can be printed."""
 
         def read(path: Path) -> None:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -100,7 +100,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
 
         Source.from_json(load_training(path).settings.get("data"), str(path))
 
-    describing = {"identify": model_file.identify, "describe": told(True), "info": told(False)}
+    describing = {"identify": model_file.identify, "describe": printed(True), "info": printed(False)}
     checkpoint = describing | ({"load_network": network, "load_training": training} if torch_too else {})
     return {
         "onnx": {"read_onnx, onnx_spec": contract, "check_external": external, **describing},
@@ -115,7 +115,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
 
 
 def _plants() -> dict[str, Callable[[Path], object]]:
-    """Faults that the harness has to notice."""
+    """Faults that the harness has to detect."""
     from ddpmx.errors import DdpmxError
 
     def wrong(path: Path) -> None:
@@ -171,7 +171,7 @@ def _case(number: int, args: argparse.Namespace) -> Mutant:
 
 
 def _put(folder: Path, case: Mutant) -> Path:
-    """Write a case's files. They are new ones: what an earlier reader still has mapped is not cut off under it."""
+    """Write a case's files. They are new files, since an earlier reader may still have the old ones mapped."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, data in case.files.items():
@@ -180,9 +180,9 @@ def _put(folder: Path, case: Mutant) -> Path:
 
 
 def _work(args: argparse.Namespace) -> None:
-    """Read the mutants, and say so line by line on what was standard output."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever else is printed is no answer
+    """Read the mutants, and report line by line on the original standard output."""
+    results = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # all other output goes to standard error
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -190,14 +190,14 @@ def _work(args: argparse.Namespace) -> None:
     planted = _plants()[args.plant] if args.plant else None
     if not args.without_torch:
         import ddpm_export.training.checkpoint
-    import ddpm_export.training.data  # noqa: F401 - so that no import counts as a mutant's time or memory
+    import ddpm_export.training.data  # noqa: F401 - imports must not count as a mutant's time or memory
 
     for number in _numbers(args):
         case = _case(number, args)
         path = _put(args.folder / "m", case)
-        asked = readers[case.kind] | ({"planted": planted} if planted and number == PLANTED_AT else {})
-        print(json.dumps({"start": number, "kind": case.kind, "cpu": time.process_time()}), file=answers)
-        print(json.dumps(_read(path, asked, args)), file=answers)
+        chosen = readers[case.kind] | ({"planted": planted} if planted and number == PLANTED_AT else {})
+        print(json.dumps({"start": number, "kind": case.kind, "cpu": time.process_time()}), file=results)
+        print(json.dumps(_read(path, chosen, args)), file=results)
 
 
 def _read(path: Path, readers: dict[str, Callable[[Path], object]], args: argparse.Namespace) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _read(path: Path, readers: dict[str, Callable[[Path], object]], args: argpar
 
     at_first, limits = _memory(), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (at_first["VmSize"] + HEADROOM, limits[1]))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     refused, faults, begin = [], [], time.process_time()
     for name, reader in readers.items():
         reason = None
@@ -240,16 +240,16 @@ def _memory() -> dict[str, int]:
 
 
 def _lines(error: BaseException) -> str:
-    """Its traceback, each line cut to what can be read."""
+    """Its traceback, with shortened lines."""
     lines = "".join(traceback.format_exception(error)).splitlines()
     return "\n".join(line[:200] for line in lines[-40:])
 
 
 def _unfit(error: BaseException) -> str | None:
-    """What is wrong with a refusal."""
+    """What is wrong with the text of a refusal, or None."""
     text = str(error)
     if not text.strip():
-        return "refused without a word"
+        return "refused with an empty text"
     if len(text) > MAX_TEXT:
         return f"refused in {len(text)} characters: {text[:100]}"
     if "Traceback" in text:
@@ -257,13 +257,13 @@ def _unfit(error: BaseException) -> str | None:
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, MemoryError):
-            return f"refused only after it asked for too much memory: {before}"
+            return f"refused only after it requested too much memory: {before}"
         before = before.__cause__ or before.__context__
     return None
 
 
 def _site(error: BaseException) -> str:
-    """Where an exception was raised: of what ddpmx itself caught, the first."""
+    """Where an exception was raised; if ddpmx caught others before, where the first one was."""
     while (error.__cause__ or error.__context__) is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     frames = traceback.extract_tb(error.__traceback__)
@@ -305,7 +305,7 @@ class _Finding:
 
 
 class _Worker:
-    """The process that reads; it is given up on when it is silent for too long."""
+    """The process that runs the readers; it is killed when it does not respond."""
 
     def __init__(self, args: argparse.Namespace, skip: int, folder: Path) -> None:
         self.args = args
@@ -319,14 +319,14 @@ class _Worker:
         self.selector.register(self.pipe, selectors.EVENT_READ)
         self.rest = b""
 
-    def answer(self, begun_cpu: float | None) -> dict[str, Any] | str | None:
-        """The next answer; why there is none; or None at the regular end."""
+    def next_result(self, begun_cpu: float | None) -> dict[str, Any] | str | None:
+        """The next result; or the reason why there is none; or None at the regular end."""
         begun = time.monotonic()
         while b"\n" not in self.rest:
             if not self.selector.select(0.25):
                 reason = self._overdue(begun_cpu, time.monotonic() - begun)
                 if reason is not None:
-                    self.process.send_signal(signal.SIGUSR1)  # it writes where it is
+                    self.process.send_signal(signal.SIGUSR1)  # it prints its stack
                     time.sleep(0.3)
                     self.process.kill()
                     self.process.wait()
@@ -342,28 +342,28 @@ class _Worker:
                 return f"the worker ended with exit code {code}"
             self.rest += chunk
         line, _, self.rest = self.rest.partition(b"\n")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        result: dict[str, Any] = json.loads(line)
+        return result
 
     def _overdue(self, begun_cpu: float | None, wall: float) -> str | None:
         if begun_cpu is None:
-            return "the worker makes no mutant" if wall > 120 else None
+            return "the worker does not make a mutant" if wall > 120 else None
         with contextlib.suppress(OSError):
             times = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
             cpu = sum(map(int, times)) / os.sysconf("SC_CLK_TCK") - begun_cpu
-            if cpu > self.args.seconds + 1:  # shortly above the limit, the worker itself can still say it better
+            if cpu > self.args.seconds + 1:  # shortly above the limit, the worker reports it better itself
                 return f"it takes more than {cpu:.1f} s of processor time"
         if wall > self.args.seconds * 12:
             return f"it does not end in {wall:.0f} s"
         return None
 
-    def last_words(self) -> str:
-        """What it wrote to standard error."""
+    def stderr(self) -> str:
+        """The end of its standard error."""
         self.errors.flush()
         return Path(self.errors.name).read_text(errors="replace")[-3000:]
 
     def close(self) -> None:
-        """Let go of it."""
+        """Kill it, and release its resources."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -389,15 +389,15 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, _Row], dict[
         worker = _Worker(args, done, folder)
         try:
             number, kind = -999, "start"
-            while isinstance(answer := worker.answer(None), dict):
-                number, kind = answer["start"], answer["kind"]
+            while isinstance(start := worker.next_result(None), dict):
+                number, kind = start["start"], start["kind"]
                 row = rows[kind]
-                result = worker.answer(answer["cpu"])
+                result = worker.next_result(start["cpu"])
                 done += 1
                 row.mutants += number >= 0
                 if not isinstance(result, dict):
                     row.failed += 1
-                    answer = result or "the worker ended"
+                    start = result or "the worker ended"
                     break
                 row.seconds, row.memory = max(row.seconds, result["seconds"]), max(row.memory, result["memory"])
                 if number < 0 and result["refused"] and not result["faults"]:
@@ -411,17 +411,17 @@ def _run(args: argparse.Namespace, folder: Path) -> tuple[dict[str, _Row], dict[
                     row.read += not result["refused"]
                 for fault in result["faults"]:
                     note(number, kind, fault)
-            if answer is None:
+            if start is None:
                 return rows, findings
             crashes += 1
-            words = worker.last_words()
+            words = worker.stderr()
             at = next((line for line in words.splitlines() if "ddpm" in line and "File" in line), words[-60:])
-            note(number, kind, {"reader": "-", "reason": answer, "site": at.strip(), "traceback": words})
-            if number == -999:  # it does not even begin
+            note(number, kind, {"reader": "-", "reason": start, "site": at.strip(), "traceback": words})
+            if number == -999:  # it does not start
                 return rows, findings
         finally:
             worker.close()
-    print(f"given up after {crashes} crashes")
+    print(f"stopped after {crashes} crashes")
     return rows, findings
 
 
@@ -444,13 +444,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="mutants")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=KINDS, help="mutants of this kind alone")
-    parser.add_argument("--number", type=int, help="this mutant alone, whose files are kept")
+    parser.add_argument("--only", choices=KINDS, help="only mutants of this kind")
+    parser.add_argument("--number", type=int, help="only this mutant, whose files are kept")
     parser.add_argument("--without-torch", action="store_true", help="leave out the readers that need torch")
     parser.add_argument("--seconds", type=float, default=5.0, help="processor time that one mutant may take")
     parser.add_argument("--memory", type=int, default=512, help="MiB that one mutant may take")
-    parser.add_argument("--crashes", type=int, default=10, help="give up after so many")
-    parser.add_argument("--sites", action="store_true", help="say where mutants were refused, and how often")
+    parser.add_argument("--crashes", type=int, default=10, help="stop after so many")
+    parser.add_argument("--sites", action="store_true", help="print where mutants were refused, and how often")
     for hidden, kind in (("--plant", str), ("--skip", int), ("--folder", Path)):
         parser.add_argument(hidden, type=kind, default=0 if kind is int else None, help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""libddpmx by ctypes: the header restated, and as much around it as the tests need."""
+"""libddpmx by ctypes: the structs of the header, and a small wrapper for the tests."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class NativeError(Exception):
 
 
 class Native:
-    """The library."""
+    """The library, loaded from ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.lib = ctypes.CDLL(os.fspath(path))
@@ -94,17 +94,17 @@ class Native:
             raise NativeError(status, self.lib.ddpmx_last_error().decode())
 
     def open(self, path: Path | str, **options: Any) -> NativePipeline:
-        asked = OpenOptions()
-        self.check(self.lib.ddpmx_open_options_init(byref(asked), ctypes.sizeof(asked)))
+        c_options = OpenOptions()
+        self.check(self.lib.ddpmx_open_options_init(byref(c_options), ctypes.sizeof(c_options)))
         for name, value in options.items():
-            setattr(asked, name, os.fsencode(value) if isinstance(value, str | Path) else value)
+            setattr(c_options, name, os.fsencode(value) if isinstance(value, str | Path) else value)
         handle = c_void_p()
-        self.check(self.lib.ddpmx_open(os.fsencode(path), byref(asked), byref(handle)))
+        self.check(self.lib.ddpmx_open(os.fsencode(path), byref(c_options), byref(handle)))
         return NativePipeline(self, handle)
 
 
 class NativePipeline:
-    """A pipeline. ``generate`` takes what Python's takes."""
+    """A pipeline. ``generate`` takes the arguments of Python's."""
 
     def __init__(self, native: Native, handle: c_void_p) -> None:
         self.native, self.handle = native, handle
@@ -153,19 +153,19 @@ class NativePipeline:
         if labels is not None:
             request.labels_count = np.size(labels)
 
-        def tell(progress: Any, user: Any) -> int:
-            told = progress.contents
+        def report(progress: Any, user: Any) -> int:
+            now = progress.contents
             seen = [
                 None
                 if not at
-                else np.ctypeslib.as_array(ctypes.cast(at, POINTER(ctypes.c_float)), (told.n, *shape)).copy()
-                for at in (told.x, told.x0)
+                else np.ctypeslib.as_array(ctypes.cast(at, POINTER(ctypes.c_float)), (now.n, *shape)).copy()
+                for at in (now.x, now.x0)
             ]
             assert callback is not None
-            return int(callback(told, *seen))
+            return int(callback(now, *seen))
 
         if callback is not None:
-            request.callback = Callback(tell)
+            request.callback = Callback(report)
         images = np.empty((n, *shape[1:], shape[0]), np.uint8)
         floats = np.empty((n, *shape), np.float32) if samples else None
         room = (None, 0) if floats is None else (floats.ctypes.data, floats.nbytes)

@@ -1,4 +1,4 @@
-"""libddpmx, built once for all tests that want it."""
+"""libddpmx, built once for all tests that need it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NOT_VERIFIED = "not verified here: anything of libddpmx ({})"
 
 
 def tool(name: str) -> str | None:
-    """A program of this environment's, or of the system's."""
+    """The path of a program in this environment, or in the system."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def build_native(folder: Path, *options: str, targets: Sequence[str] = (), **environment: str) -> Path:
-    """Build the CMake project, or these ``targets``, into ``folder``, or bring it up to date; one process at a time."""
+    """Build the CMake project, or these ``targets``, in ``folder``, or update it; one process at a time."""
     cmake, compiler = tool("cmake"), shutil.which("c++") or shutil.which("g++")
     if cmake is None or compiler is None:
         pytest.skip(NOT_VERIFIED.format("no CMake" if cmake is None else "no C++ compiler"))
@@ -48,7 +48,7 @@ def native_build() -> Path:
 
 @pytest.fixture(scope="session")
 def ort_library() -> Path:
-    """The shared library in Python's onnxruntime: the same code, and so the same bits."""
+    """The shared library in Python's onnxruntime: the same code, so the same bits."""
     onnxruntime = pytest.importorskip(
         "onnxruntime", reason="not verified here: that libddpmx gives Python's images (no ONNX Runtime)"
     )

@@ -1,4 +1,4 @@
-"""libddpmx on aarch64, the processor of a Jetson: cross-compiled, and run by an emulator."""
+"""libddpmx on aarch64, the processor of a Jetson: cross-compiled, and run in an emulator."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from ddpmx.parity.check import BOUNDS
 from ddpmx.parity.ladder import run_ladder
 from ddpmx.parity.reference import Reference
 from native.conftest import ROOT, SOURCE, build_native
-from oracles import parity, told
-from oracles import protobuf as write_wire
-from oracles.told import given, spec_of
+from oracles import parity
+from oracles import protobuf as write_protobuf
+from oracles.conditioning import conditioning_of, onnx, spec_of
 
 TOOLS = ROOT / ".cache" / "native-tools"
 SYSROOT = Path("/usr/aarch64-linux-gnu")
 NOT_VERIFIED = "not verified here: libddpmx on aarch64 ({})"
-# Those that may depend on the processor (sizes, threads, arithmetic, whether char has a sign), and are quick.
+# The quick tests that may depend on the processor (sizes, threads, arithmetic, the sign of char).
 OWN_TESTS = ("test_c_api", "test_c_header", "test_tables")
 
 pytestmark = pytest.mark.skipif(
@@ -47,12 +47,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def emulator() -> list[str]:
-    """The words before a program's name."""
+    """The command that runs a program of aarch64."""
     for place in (TOOLS / "qemu-aarch64", "qemu-aarch64", "qemu-aarch64-static"):
         if found := shutil.which(place):
-            said = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-            version = re.search(r"version (\d+)", said)
-            if version and int(version[1]) >= 8:  # older ones end with a segmentation fault when they load ONNX Runtime
+            output = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
+            version = re.search(r"version (\d+)", output)
+            if version and int(version[1]) >= 8:  # older ones crash when they load ONNX Runtime
                 return [found, "-L", str(SYSROOT)]
     pytest.skip(NOT_VERIFIED.format("no qemu-aarch64 of version 8 or later; .ci/native-tools gets one"))
 
@@ -99,13 +99,13 @@ def aarch64_ort(emulator) -> Path:
 
 
 class Program:
-    """run_model, on this processor or on an emulated one."""
+    """run_model, on this processor or on the emulated one."""
 
     def __init__(self, process: subprocess.Popen[str], errors: Any) -> None:
         self._process, self._errors = process, errors
-        self.backend = self._answer().split(maxsplit=1)[1]
+        self.backend = self._read_line().split(maxsplit=1)[1]
 
-    def _answer(self) -> str:
+    def _read_line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -115,12 +115,12 @@ class Program:
         return line.strip()
 
     def __call__(self, **words: Any) -> float:
-        """The seconds that a request took."""
+        """Run a request; the seconds that it took."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(" ".join(f"{name}={value}" for name, value in words.items()) + "\n")
             self._process.stdin.flush()
-        return float(self._answer())
+        return float(self._read_line())
 
 
 @contextlib.contextmanager
@@ -174,7 +174,7 @@ PLAIN: list[dict[str, Any]] = [
 BETAS = np.linspace(1e-3, 0.3, 20) ** 1.5
 MODELS: dict[str, tuple[ModelSpec, list[dict[str, Any]]]] = {
     "plain": (spec_of("classes", (3, 8, 8), classes=None, timesteps=1000), PLAIN),
-    "told": (spec_of("all", clip=None, schedule="cosine", prediction="v"), [{"n": 4, "seed": 9, "batch": 3}]),
+    "conditioned": (spec_of("all", clip=None, schedule="cosine", prediction="v"), [{"n": 4, "seed": 9, "batch": 3}]),
     "x0": (
         spec_of("itself", (1, 5, 7), prediction="x0", schedule="sigmoid_alpha_bar", clip=0.5),
         [{"n": 3}, {"n": 3, "sampler": "ddim", "eta": 1.0, "steps": 9}],
@@ -192,13 +192,13 @@ def test_every_bit_is_the_same(name, emulator, aarch64_build, native_build, tmp_
     """Noise, tables, the update and the images, around a network that is a formula in C++."""
     spec, requests = MODELS[name]
     model = tmp_path / "model.onnx"
-    model.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
+    model.write_bytes(onnx(spec, metadata=onnx_file.metadata(spec)))
     found: dict[str, list[bytes]] = {}
     for where, prefix, build in (("x86_64", [], native_build), ("aarch64", emulator, aarch64_build)):
         fake = build / "tests" / "libfake_onnxruntime.so"
         with program([*prefix, build / "tests" / "run_model"], model, fake) as run:
             for number, request in enumerate(requests):
-                conditioning = given(spec, request["n"])
+                conditioning = conditioning_of(spec, request["n"])
                 words: dict[str, Any] = {}
                 if "y" in conditioning:
                     words["labels"] = ",".join(map(str, conditioning["y"]))
@@ -217,15 +217,15 @@ def test_every_bit_is_the_same(name, emulator, aarch64_build, native_build, tmp_
 
 
 def undescribed(path: Path, to: Path) -> Path:
-    """The file without its metadata, so that it can be opened by another spec."""
+    """The file without its metadata, so that it can be opened with another spec."""
     metadata_props = 14
     parts = [part for part in protobuf.fields(memoryview(path.read_bytes())) if part[0] != metadata_props]
-    to.write_bytes(b"".join(write_wire.field(n, v if isinstance(v, int) else bytes(v)) for n, v in parts))
+    to.write_bytes(b"".join(write_protobuf.field(n, v if isinstance(v, int) else bytes(v)) for n, v in parts))
     return to
 
 
 class Emulated:
-    """The network as libddpmx runs it on aarch64: ε is what leads to the x̂0 of a chain's first step, x̂0 = p·x + q·ε.
+    """The network as libddpmx runs it on aarch64: ε follows from the x̂0 of a chain's first step, x̂0 = p·x + q·ε.
 
     The spec has no clip. Dividing by q costs up to 6e-6 of ε at t = 0, where q = −0.01, and nothing at large t.
     """
@@ -318,8 +318,8 @@ def test_the_chain_of_a_closed_form(emulated, aarch64_ort, gaussian_onnx, tmp_pa
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, Reference]:
-    """A trained U-Net that is small enough for an emulator, with convolutions, norms and attention, and what PyTorch
-    answers.
+    """A trained U-Net that is small enough for an emulator, with convolutions, norms and attention, and the record of
+    PyTorch's outputs.
     """
     pytest.importorskip("torch", reason=NOT_VERIFIED.format("a trained network: no torch"))
     from ddpm_export.graph.onnx_export import export_network

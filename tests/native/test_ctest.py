@@ -17,11 +17,11 @@ NOTHING_VERIFIED = 77
 TESTS = sorted(path.stem for path in SOURCES.iterdir() if path.name.startswith("test_"))
 
 
-OURS = ["test_c_api", "test_c_memory", "test_device_faults"]
-"""Those that reach everything in which there are pointers. The fuzzers watch the readers in the same way."""
+MEMORY = ["test_c_api", "test_c_memory", "test_device_faults"]
+"""The tests that reach all code with pointers, except the readers, which the fuzzers check in the same way."""
 
 SHARED = ["test_c_api", "test_device_runner"]
-"""Those in which threads meet."""
+"""The tests with several threads."""
 
 
 def run(program: Path, **environment: str) -> None:
@@ -32,23 +32,24 @@ def run(program: Path, **environment: str) -> None:
 
 
 def sanitized(kinds: str, targets: list[str]) -> Path:
-    """A build with sanitizers, if this compiler's are here."""
-    probe = subprocess.run(
-        [shutil.which("c++") or "c++", f"-fsanitize={kinds}", "-x", "c++", "-", "-o", os.devnull],
-        input="int main() {}",
-        capture_output=True,
-        text=True,
-    )
-    if probe.returncode:
-        pytest.skip(f"not verified here: libddpmx under -fsanitize={kinds} ({probe.stderr.strip()[-200:]})")
-    name = kinds.replace(",", "-")
+    """A build with sanitizers, if this compiler has them."""
+    folder = ROOT / "build" / f"native-{kinds.replace(',', '-')}"
+    if not (folder / "CMakeCache.txt").exists():  # else .ci/fuzz has configured it, for clang, and compiled most of it
+        probe = subprocess.run(
+            [shutil.which("c++") or "c++", f"-fsanitize={kinds}", "-x", "c++", "-", "-o", os.devnull],
+            input="int main() {}",
+            capture_output=True,
+            text=True,
+        )
+        if probe.returncode:
+            pytest.skip(f"not verified here: libddpmx under -fsanitize={kinds} ({probe.stderr.strip()[-200:]})")
     options = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_UNITY_BUILD=ON", "-DDDPMX_TENSORRT=OFF")
-    return build_native(ROOT / "build" / f"native-{name}", f"-DDDPMX_SANITIZE={kinds}", *options, targets=targets)
+    return build_native(folder, f"-DDDPMX_SANITIZE={kinds}", *options, targets=targets)
 
 
 @pytest.fixture(scope="module")
 def with_addresses() -> Path:
-    return sanitized("address,undefined", OURS)
+    return sanitized("address,undefined", MEMORY)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def with_threads() -> Path:
 
 
 def test_ctest_finds_the_tests(native_build):
-    """What a C++ programmer runs; each of them runs on its own below."""
+    """By ctest, as a C++ programmer runs them; each of them is run below."""
     ctest = tool("ctest")
     assert ctest is not None
     listed = subprocess.run([ctest, "--test-dir", native_build, "--show-only"], capture_output=True, text=True)
@@ -70,7 +71,7 @@ def test_plain(name, native_build, ort_library):
     run(native_build / "tests" / name, DDPMX_ORT_LIBRARY=str(ort_library))
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", MEMORY)
 def test_addresses_and_undefined_behaviour(name, with_addresses):
     options = "detect_leaks=1:detect_stack_use_after_return=1:strict_string_checks=1"
     run(with_addresses / "tests" / name, ASAN_OPTIONS=options, UBSAN_OPTIONS="print_stacktrace=1")

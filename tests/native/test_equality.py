@@ -16,8 +16,8 @@ from ddpmx.formats import onnx_file
 from ddpmx.sampling.pixels import to_nhwc
 from native import binding
 from native.binding import Native, NativeError
-from oracles import told
-from oracles.told import KINDS, asked, given, spec_of
+from oracles import conditioning
+from oracles.conditioning import KINDS, as_arguments, conditioning_of, spec_of
 
 pytest.importorskip("onnxruntime", reason="not verified here: that libddpmx gives Python's images (no ONNX Runtime)")
 
@@ -29,7 +29,7 @@ def native(native_build) -> Native:
 
 @pytest.fixture
 def both(native, ort_library):
-    """``both(path)``: Python's pipeline and ours."""
+    """``both(path)``: Python's pipeline and libddpmx's."""
     opened = []
 
     def open_both(path: Path):
@@ -107,12 +107,12 @@ def test_a_state_in_the_middle_leads_to_the_same_images(both, gaussian_onnx):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_network_is_told(kind, both, tmp_path):
+def test_conditioning(kind, both, tmp_path):
     spec = spec_of(kind)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
     python, native = both(path)
-    arrays = asked(given(spec, 4))
+    arrays = as_arguments(conditioning_of(spec, 4))
     assert (
         native.generate(4, seed=9, batch=3, **arrays).tobytes()
         == python.generate(4, seed=9, batch=3, **arrays).tobytes()
@@ -125,7 +125,7 @@ def test_what_a_network_is_told(kind, both, tmp_path):
         with pytest.raises(NativeError, match=f"INPUT: there is no class {spec.classes}"):
             native.generate(4, **{**arrays, "labels": [0, 1, 2, spec.classes]})
     for name in arrays:
-        with pytest.raises(NativeError, match="INPUT: the model draws images"):
+        with pytest.raises(NativeError, match=f"INPUT: missing {name}: "):
             native.generate(4, **{other: array for other, array in arrays.items() if other != name})
 
 
@@ -136,16 +136,16 @@ def test_what_a_network_is_told(kind, both, tmp_path):
 def test_predictions_schedules_and_clips(prediction, schedule, clip, both, tmp_path):
     spec = spec_of("condition", prediction=prediction, schedule=schedule, clip=clip)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
     python, native = both(path)
-    cond = given(spec, 3)["cond"]
+    cond = conditioning_of(spec, 3)["cond"]
     assert native.generate(3, seed=1, cond=cond).tobytes() == python.generate(3, seed=1, cond=cond).tobytes()
 
 
 def test_a_learned_variance(both, tmp_path):
     spec = spec_of("classes", variance="learned_range", classes=None)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
     python, native = both(path)
     for request in ({}, {"variance": "fixed_small"}, {"sampler": "ddim", "eta": 1.0, "steps": 7}):
         wanted = python.generate(5, seed=4, batch=2, **request)
@@ -156,7 +156,7 @@ def test_free_betas(both, tmp_path):
     betas = np.linspace(1e-3, 0.3, 20) ** 1.5
     spec = spec_of("classes", schedule="betas", betas=betas, classes=None)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
+    path.write_bytes(conditioning.onnx(spec, metadata=onnx_file.metadata(spec)))
     python, native = both(path)
     assert native.generate(3, seed=1).tobytes() == python.generate(3, seed=1).tobytes()
 
@@ -164,7 +164,7 @@ def test_free_betas(both, tmp_path):
 def test_a_spec_beside_the_file(native, ort_library, tmp_path):
     spec = spec_of("classes", classes=None)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={}))
+    path.write_bytes(conditioning.onnx(spec, metadata={}))
     with pytest.raises(NativeError, match=r"SPEC: .*does not say which diffusion model it is"):
         native.open(path, ort_library=ort_library)
     text = json.dumps(spec.to_json())
@@ -176,7 +176,7 @@ def test_a_spec_beside_the_file(native, ort_library, tmp_path):
 
 
 def test_a_file_is_onnx_whatever_its_name(both, gaussian_onnx, tmp_path):
-    """By the name alone ONNX Runtime would take it for a format of its own, which nobody has checked."""
+    """By its name ONNX Runtime would take it for a format of its own, which has not been checked."""
     path = tmp_path / "model.ort"
     path.write_bytes(gaussian_onnx.read_bytes())
     python, native = both(path)
@@ -184,10 +184,10 @@ def test_a_file_is_onnx_whatever_its_name(both, gaussian_onnx, tmp_path):
 
 
 def test_a_large_condition_counts(both, tmp_path):
-    """Where the condition is larger than the image, that is what has to fit into memory."""
+    """If the condition is larger than the image, its size limits the batch."""
     spec = spec_of("classes", (1, 64, 64), classes=None, condition=4096)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
     python, native = both(path)
     assert native.model.default_batch == python.default_batch == 1
     with pytest.raises(InputError, match="3 images of 64×64 at once do not fit"):
@@ -222,7 +222,7 @@ def test_a_trained_network_is_pythons(both, trained):
 
 
 def test_the_binding_is_the_header(native_build):
-    """What ctypes believes, against what the C compiler says in test_c_header.c."""
+    """The offsets of ctypes against those of the C compiler in test_c_header.c."""
     header = (Path(__file__).parents[2] / "runtime" / "native" / "tests" / "test_c_header.c").read_text()
     for name, structure in (
         ("ddpmx_open_options", binding.OpenOptions),

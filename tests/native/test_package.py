@@ -1,4 +1,4 @@
-"""libddpmx as others get it: installed, found by CMake and pkg-config, as a folder of their sources, as a wheel."""
+"""libddpmx as users get it: installed, found by CMake and pkg-config, as a folder of their sources, as a wheel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def prefix(native_build, tmp_path_factory) -> Path:
-    """Installed, and then moved elsewhere."""
+    """The installed prefix, moved to another place."""
     folder = tmp_path_factory.mktemp("installed")
     run(tool("cmake"), "--install", native_build, "--prefix", folder / "first")
     return (folder / "first").rename(folder / "then there")
@@ -47,7 +47,7 @@ def prefix(native_build, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted() -> bytes:
-    """What from_c and from_cpp draw."""
+    """The images of from_c and from_cpp."""
     with ddpmx.load(GAUSSIAN_ONNX) as pipeline:
         return pipeline.generate(2, seed=7, steps=20).tobytes()
 
@@ -141,7 +141,7 @@ def test_a_header_needs_no_other_before_it(prefix, tmp_path, name):
 
 
 def test_the_readme_s_program(prefix, ort_library, tmp_path):
-    """With and without somebody who asks for an end."""
+    """To its end, and cancelled."""
     (block,) = re.findall(r"^```cpp\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     include, _, body = block.partition("\n\n")
     begin, end = "std::atomic<bool> stop{false};", "  std::vector<std::uint8_t> images = pipeline.generate(request);"
@@ -180,12 +180,12 @@ def test_the_readme_names_what_there_is():
 
 
 @pytest.mark.slow
-def test_as_a_folder_of_somebody_s_sources(native_build, wanted, ort_library, tmp_path):
-    """No tests and no installation then, unless asked for."""
+def test_as_a_folder_of_another_project(native_build, wanted, ort_library, tmp_path):
+    """Then there are no tests and no installation by default."""
     cache = (native_build / "CMakeCache.txt").read_text()
     headers = re.search(r"^ORT_INCLUDE:PATH=(.+)$", cache, re.MULTILINE)
     assert headers
-    build = ROOT / "build" / "native-within"  # which stays, so that only what has changed is compiled
+    build = ROOT / "build" / "native-within"  # kept, so that only changes are compiled
     configure(
         build,
         f"-DDDPMX_SOURCE={SOURCE}",
@@ -206,9 +206,9 @@ def test_as_a_folder_of_somebody_s_sources(native_build, wanted, ort_library, tm
 
 
 def test_the_versions_agree():
-    said = [r"^project\(ddpmx VERSION ([\d.]+)", r"^version = \"([\d.]+)\"$", r"^version = \"([\d.]+)\"$"]
-    told = [SOURCE / "CMakeLists.txt", SOURCE / "pyproject.toml", ROOT / "pyproject.toml"]
-    found = [re.findall(line, path.read_text(), re.MULTILINE) for line, path in zip(said, told, strict=True)]
+    patterns = [r"^project\(ddpmx VERSION ([\d.]+)", r"^version = \"([\d.]+)\"$", r"^version = \"([\d.]+)\"$"]
+    sources = [SOURCE / "CMakeLists.txt", SOURCE / "pyproject.toml", ROOT / "pyproject.toml"]
+    found = [re.findall(line, path.read_text(), re.MULTILINE) for line, path in zip(patterns, sources, strict=True)]
     assert found == [[VERSION]] * 3
 
 
@@ -239,7 +239,8 @@ def unpacked(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-def ask(folder: Path, *flags: str) -> str:
+def ddpmx_native(folder: Path, *flags: str) -> str:
+    """The output of ``python -m ddpmx_native``."""
     return run(sys.executable, "-m", "ddpmx_native", *flags, env={"PYTHONPATH": str(folder)}).strip()
 
 
@@ -248,7 +249,7 @@ def test_what_is_in_the_wheel(wheel, figure):
     assert re.fullmatch(rf"ddpmx_native-{re.escape(VERSION)}-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        told = {Path(name).name for name in archive.namelist() if ".dist-info/" in name}
+        metadata = {Path(name).name for name in archive.namelist() if ".dist-info/" in name}
     assert names - {"ddpmx_native/lib/libddpmx_trt.so"} == {
         *(f"ddpmx_native/{name}" for name in ("__init__.py", "__main__.py", "py.typed")),
         *(f"ddpmx_native/include/ddpmx/{name}" for name in ("ddpmx.h", "ddpmx.hpp")),
@@ -257,7 +258,7 @@ def test_what_is_in_the_wheel(wheel, figure):
         "ddpmx_native/lib/libddpmx.so",
         "ddpmx_native/lib/pkgconfig/ddpmx.pc",
     }
-    assert told == {"METADATA", "WHEEL", "RECORD", "LICENSE"}
+    assert metadata == {"METADATA", "WHEEL", "RECORD", "LICENSE"}
     figure("the wheel ddpmx-native, in kB", wheel.stat().st_size / 1000, at_most=500)
 
 
@@ -265,28 +266,28 @@ def test_what_is_in_the_wheel(wheel, figure):
 def test_the_library_in_the_wheel_needs_only_the_system(unpacked):
     if (readelf := shutil.which("readelf")) is None:
         pytest.skip("not verified here: what the library in the wheel is linked with (no readelf)")
-    told = run(readelf, "--dynamic", "--wide", ask(unpacked, "--library"))
-    needed = set(re.findall(r"\(NEEDED\)\s+Shared library: \[([^]]+)\]", told))
+    dynamic = run(readelf, "--dynamic", "--wide", ddpmx_native(unpacked, "--library"))
+    needed = set(re.findall(r"\(NEEDED\)\s+Shared library: \[([^]]+)\]", dynamic))
     assert {name for name in needed if not name.startswith("ld-linux")} <= {
         "libstdc++.so.6",
         "libgcc_s.so.1",
         "libm.so.6",
         "libc.so.6",
     }
-    assert re.search(r"\(SONAME\)\s+Library soname: \[libddpmx\.so\]", told)
-    assert not re.search(r"\((RPATH|RUNPATH)\)", told)
+    assert re.search(r"\(SONAME\)\s+Library soname: \[libddpmx\.so\]", dynamic)
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
 
 
 @pytest.mark.slow
 def test_a_program_by_the_wheel_s_flags(unpacked, wanted, ort_library, tmp_path):
-    flags = shlex.split(ask(unpacked, "--cflags", "--libs"))
+    flags = shlex.split(ddpmx_native(unpacked, "--cflags", "--libs"))
     run("cc", "-std=c99", *WARNINGS, CONSUMER / "from_c.c", *flags, "-o", tmp_path / "from_c")
     check_programs(tmp_path, wanted, ort_library, tmp_path, "from_c")
 
 
 @pytest.mark.slow
 def test_a_program_by_the_wheel_s_cmake_package(unpacked, wanted, ort_library, tmp_path):
-    configure(tmp_path / "build", f"-Dddpmx_DIR={ask(unpacked, '--cmake-dir')}")
+    configure(tmp_path / "build", f"-Dddpmx_DIR={ddpmx_native(unpacked, '--cmake-dir')}")
     run(tool("cmake"), "--build", tmp_path / "build")
     check_programs(tmp_path / "build", wanted, ort_library, tmp_path, "from_c", "from_cpp")
 
@@ -294,11 +295,11 @@ def test_a_program_by_the_wheel_s_cmake_package(unpacked, wanted, ort_library, t
 @pytest.mark.slow
 def test_the_wheel_says_where_everything_is(unpacked, ort_library):
     here = unpacked / "ddpmx_native"
-    assert ask(unpacked, "--library") == str(here / "lib" / "libddpmx.so")
-    assert ask(unpacked, "--include") == str(here / "include")
-    assert ask(unpacked, "--pkgconfig-dir") == str(here / "lib" / "pkgconfig")
-    assert ask(unpacked, "--onnxruntime") == str(ort_library)
-    lines = ask(unpacked).splitlines()
+    assert ddpmx_native(unpacked, "--library") == str(here / "lib" / "libddpmx.so")
+    assert ddpmx_native(unpacked, "--include") == str(here / "include")
+    assert ddpmx_native(unpacked, "--pkgconfig-dir") == str(here / "lib" / "pkgconfig")
+    assert ddpmx_native(unpacked, "--onnxruntime") == str(ort_library)
+    lines = ddpmx_native(unpacked).splitlines()
     assert [line.partition(": ")[0] for line in lines] == [
         "library",
         "include",
@@ -312,7 +313,7 @@ def test_the_wheel_says_where_everything_is(unpacked, ort_library):
 
 @pytest.fixture
 def source_tree():
-    """The package without a library beside it, as it is in the repository."""
+    """The package without the library, as it is in the repository."""
     path = SOURCE / "python" / "ddpmx_native" / "__init__.py"
     spec = importlib.util.spec_from_file_location("ddpmx_native_of_the_source_tree", path)
     assert spec is not None

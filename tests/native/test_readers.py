@@ -1,4 +1,4 @@
-"""The readers of libddpmx against those of ddpmx: what one opens the other opens, and both say the same about it."""
+"""The readers of libddpmx against those of ddpmx: both open the same files, and report the same about them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BETAS = np.linspace(1e-4, 0.02, 20)
 FREE = ModelSpec((1, 8, 8), timesteps=20, schedule="betas", betas=BETAS, ddpmx="0.1.0")
 
 
-# --- what Python says ------------------------------------------------------------------------------------------------
+# --- by Python -------------------------------------------------------------------------------------------------------
 
 
 def spec_facts(spec: ModelSpec) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def python_facts(path: Path) -> dict[str, Any]:
         return {"spec": spec_facts(model_file.read_spec(path))}
     kind = model_file.identify(path)
     if kind == "checkpoint":
-        raise FileFormatError(f"{path}: a ddpmx checkpoint, and no model file")
+        raise FileFormatError(f"{path}: a ddpmx checkpoint, not a model file")
     if kind == "plan":
         plan = plan_file.read_plan(path)
         facts = {"flavour": plan.flavour, "version": plan.version, "spec": spec_facts(plan.spec)}
@@ -80,45 +80,45 @@ def python_facts(path: Path) -> dict[str, Any]:
     return facts | {"inputs": tensor_facts(info.inputs), "outputs": tensor_facts(info.outputs)}
 
 
-def python_says(path: Path) -> dict[str, Any]:
+def python_result(path: Path) -> dict[str, Any]:
     try:
         return {"ok": True, **python_facts(path)}
     except DdpmxError as error:
         return {"status": STATUS[type(error)], "fact": error.fact}
 
 
-# --- what libddpmx says ----------------------------------------------------------------------------------------------
+# --- by libddpmx -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def library_says(native_build):
-    """``library_says(paths)``: what the C++ readers make of each."""
+def library_results(native_build):
+    """``library_results(paths)``: the results of the C++ readers."""
 
     def call(paths: list[Path]) -> list[dict[str, Any]]:
         run = subprocess.run(
             [native_build / "tests" / "read_model", *paths], capture_output=True, timeout=60, check=False
         )
         assert run.returncode == 0, run.stderr.decode(errors="replace")[-3000:]
-        told = [json.loads(line) for line in run.stdout.splitlines()]
-        assert len(told) == len(paths)
-        for one in told:
-            one.pop("name", None)
-            if "text" in one:
-                one["fact"] = one.pop("text").split("\n")[0]
-        return told
+        results = [json.loads(line) for line in run.stdout.splitlines()]
+        assert len(results) == len(paths)
+        for result in results:
+            result.pop("name", None)
+            if "text" in result:
+                result["fact"] = result.pop("text").split("\n")[0]
+        return results
 
     return call
 
 
 @pytest.fixture(scope="module")
-def compare(library_says):
-    """``compare(paths)``: both readers make the same of each. Returns how many both opened."""
+def compare(library_results):
+    """``compare(paths)``: both readers have the same result for each. Returns how many both opened."""
 
     def call(paths: list[Path]) -> int:
         opened = 0
         wrong = []
-        for path, theirs in zip(paths, library_says(paths), strict=True):
-            ours = python_says(path)
+        for path, theirs in zip(paths, library_results(paths), strict=True):
+            ours = python_result(path)
             opened += ours.get("ok", False)
             if not alike(path, ours, theirs):
                 wrong.append(f"{path}\n  Python: {str(ours)[:600]}\n  C++:    {str(theirs)[:600]}")
@@ -134,20 +134,24 @@ def alike(path: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def stricter(path: Path, theirs: dict[str, Any]) -> bool:
-    """Where libddpmx may refuse what Python opens, or for another reason: whole numbers beyond int64 are doubles there,
-    and beyond all doubles no JSON."""
+    """Where libddpmx may refuse what Python opens, or for another reason: there whole numbers beyond int64 are doubles,
+    and numbers beyond double are not JSON."""
     texts = b"".join(file.read_bytes() for file in path.parent.iterdir() if file.is_file())
     return theirs["status"] == STATUS[SpecError] and re.search(rb"(?<![\w.])-?\d{19,}", texts) is not None
 
 
-def plain(told: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What is told, but for how values are shown, which is JSON there, and the name of what was read."""
-    if "fact" not in told:
-        return json.loads(re.sub(r"\\udc[89a-f][0-9a-f]", r"\\ufffd", json.dumps(told)))  # bytes that are no text
-    fact = re.sub(r"^ddpmx_open_options\.spec: ", "", told["fact"].removeprefix(f"{path}: "))
+# What follows is a value, which C++ shows as JSON.
+VALUE = r",? not (?=[\"'\[{\d-]|None|null|True|true|False|false|an array of shape)| is | know: | parameter "
+
+
+def plain(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A result without the name of the file and, in a fact, without values."""
+    if "fact" not in result:
+        return json.loads(re.sub(r"\\udc[89a-f][0-9a-f]", r"\\ufffd", json.dumps(result)))  # bytes that are not UTF-8
+    fact = re.sub(r"^ddpmx_open_options\.spec: ", "", result["fact"].removeprefix(f"{path}: "))
     fact = fact.replace("of the given spec", "of spec.json")
     fact = fact.replace("betas must be an array of numbers", "betas must be 1…16384 numbers")
-    return told | {"fact": re.split(r",? not | is | know: | parameter ", fact)[0].replace("'", "")[:150]}
+    return result | {"fact": re.split(VALUE, fact)[0].replace("'", "")[:150]}
 
 
 def put(folder: Path, number: int, entry: str, files: Files) -> Path:
@@ -159,11 +163,11 @@ def put(folder: Path, number: int, entry: str, files: Files) -> Path:
     return place / entry
 
 
-# --- good files, and files that are wrong in one way -----------------------------------------------------------------
+# --- good files, and files with one fault ----------------------------------------------------------------------------
 
 
 def plan_with(record: dict[str, Any] | None = None, spec: object = None, **changes: Any) -> bytes:
-    """A plan whose envelopes hold these objects."""
+    """A plan whose envelopes contain these objects."""
     values = plans.RECORD.to_json() | changes if record is None else record
     body = wrap("ddpmx1", SPEC.to_json() if spec is None else spec)
     return plans.make_plan(name=f"{body} {wrap(RECORD_PREFIX, values)}".encode())
@@ -176,14 +180,14 @@ def onnx_with(spec: str, extra: dict[str, str] | None = None, graph: bytes = b""
 
 def free_plan(**sidecar: Any) -> Files:
     data = plans.make_plan(spec=FREE)
-    told = plan_file.sidecar_json(len(data), FREE, plans.RECORD, {}) | sidecar
-    return {"model.plan": data, "model.plan.json": json.dumps(told).encode()}
+    beside = plan_file.sidecar_json(len(data), FREE, plans.RECORD, {}) | sidecar
+    return {"model.plan": data, "model.plan.json": json.dumps(beside).encode()}
 
 
 def sidecar(**changes: Any) -> Files:
     data = plan_with()
-    told = plan_file.sidecar_json(len(data), SPEC, plans.RECORD, {"seconds": 1.5}) | changes
-    return {"model.plan": data, "model.plan.json": json.dumps(told).encode()}
+    beside = plan_file.sidecar_json(len(data), SPEC, plans.RECORD, {"seconds": 1.5}) | changes
+    return {"model.plan": data, "model.plan.json": json.dumps(beside).encode()}
 
 
 def test_good_files_are_read_alike(tmp_path, compare):
@@ -198,9 +202,9 @@ def test_good_files_are_read_alike(tmp_path, compare):
     for change in variants:
         spec = ModelSpec((1, 8, 8), **{"timesteps": 20, "ddpmx": "0.1.0 é", **change})
         data = plans.make_plan(spec=spec)
-        told = json.dumps(plan_file.sidecar_json(len(data), spec, plans.RECORD, {})).encode()
+        beside = json.dumps(plan_file.sidecar_json(len(data), spec, plans.RECORD, {})).encode()
         cases += [
-            ("model.plan", {"model.plan": data, "model.plan.json": told}),
+            ("model.plan", {"model.plan": data, "model.plan.json": beside}),
             ("spec.txt", {"spec.txt": spec.to_text().encode()}),
             ("spec.json", {"spec.json": json.dumps(spec.to_json()).encode()}),
             ("spec.json", {"spec.json": b"\xef\xbb\xbf" + json.dumps({"model": spec.to_json()}).encode()}),
@@ -420,7 +424,7 @@ def test_each_fault_of_an_onnx_file_is_seen_by_both(tmp_path, compare):
         protobuf.field(12, protobuf.field(1, 3)),
         protobuf.field(1, 3),
         protobuf.varint(1 << 64 | 5 << 3 | 2) + protobuf.varint(len(tensor)) + tensor,
-        # what is hidden from one who counts all bits of a key, and seen by one who takes 32 of them
+        # hidden from readers that take all bits of a key, and visible to those that take 32 of them
         protobuf.varint(1 << 32 | 5 << 3 | 2) + protobuf.varint(len(tensor)) + tensor,
         protobuf.varint((1 << 29) - 1 << 3) + b"\x00",
         protobuf.varint(40 << 3 | 2) + protobuf.varint(1 << 64),
@@ -484,7 +488,7 @@ def test_what_is_no_file_is_refused_by_both(tmp_path, compare):
     assert compare([Path("/dev/zero")]) == 0
 
 
-# --- what nobody has thought of --------------------------------------------------------------------------------------
+# --- mutants ---------------------------------------------------------------------------------------------------------
 
 
 def test_damaged_files_are_read_alike(tmp_path, compare):

@@ -1,4 +1,4 @@
-"""What libddpmx.so shows to a linker, and what it asks of a machine."""
+"""The symbols that libddpmx.so exports, and what it needs of a machine."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ EXPORTED = {
     "ddpmx_version",
 }
 NEEDED = {"libstdc++.so.6", "libm.so.6", "libgcc_s.so.1", "libc.so.6", "libdl.so.2", "libpthread.so.0", "ld-linux"}
-"""Of every Linux. What computes the network is opened when it is needed."""
+"""Part of every Linux. The libraries that compute the network are opened at run time."""
 
 FLOOR = {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 30), "CXXABI": (1, 3, 13)}
-"""What Ubuntu 22.04 has, and with it JetPack 6."""
+"""The versions of Ubuntu 22.04, and so of JetPack 6."""
 
 HEADER = Path(__file__).parents[2] / "runtime" / "native" / "include" / "ddpmx" / "ddpmx.h"
 
 
-def said(*command: str | Path) -> str:
+def output_of(*command: str | Path) -> str:
     if shutil.which(str(command[0])) is None:
-        pytest.skip(f"not verified here: what libddpmx.so shows and needs (no {command[0]})")
+        pytest.skip(f"not verified here: the symbols and needs of libddpmx.so (no {command[0]})")
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_exactly_the_headers_functions_are_exported(native_build):
-    listed = said("nm", "-D", "--defined-only", native_build / "libddpmx.so").splitlines()
+    listed = output_of("nm", "-D", "--defined-only", native_build / "libddpmx.so").splitlines()
     functions = {line.split()[-1] for line in listed if line.split()[-2] != "A"}
     assert functions == {f"{name}@@DDPMX_1" for name in EXPORTED}
     declared = set(re.findall(r"^DDPMX_API .*?(ddpmx_\w+)\(", HEADER.read_text(), re.MULTILINE))
@@ -47,7 +47,7 @@ def test_exactly_the_headers_functions_are_exported(native_build):
 
 
 def test_it_needs_nothing_but_the_system(native_build):
-    dynamic = said("readelf", "-d", native_build / "libddpmx.so")
+    dynamic = output_of("readelf", "-d", native_build / "libddpmx.so")
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     assert needed
     assert all(any(name.startswith(allowed) for allowed in NEEDED) for name in needed), needed
@@ -56,8 +56,8 @@ def test_it_needs_nothing_but_the_system(native_build):
 
 
 def test_it_loads_on_jetpack_6(native_build):
-    asked = said("readelf", "-V", native_build / "libddpmx.so")
+    needed = output_of("readelf", "-V", native_build / "libddpmx.so")
     for name, newest in FLOOR.items():
-        versions = [tuple(map(int, v.split("."))) for v in re.findall(rf"Name: {name}_([\d.]+)", asked)]
+        versions = [tuple(map(int, v.split("."))) for v in re.findall(rf"Name: {name}_([\d.]+)", needed)]
         assert versions, name
         assert max(versions) <= newest, f"{name} {max(versions)}"

@@ -20,38 +20,38 @@ from ddpmx.formats.spec import ModelSpec
 LENGTHS = (1, 2, 10, 50, 100, 250, 256, 500, 777, 1000, 2000, 4000)
 STATUS = {InputError: 1, SpecError: 3}
 
-Answer = tuple[int, Any]
-"""0 and what came back, or a status and its text."""
+Reply = tuple[int, Any]
+"""0 and the result, or a status and the error text."""
 
 
-def ask(native_build: Path, requests: list[dict[str, Any]]) -> list[Answer]:
-    """The program's answers, see ``dump_tables.cpp``."""
+def native_results(native_build: Path, requests: list[dict[str, Any]]) -> list[Reply]:
+    """The replies of ``dump_tables.cpp``."""
     lines = "".join(json.dumps(request) + "\n" for request in requests)
     program = native_build / "tests" / "dump_tables"
     done = subprocess.run([program], input=lines.encode(), capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr.decode()
-    raw, at, answers = done.stdout, 0, list[Answer]()
+    raw, at, replies = done.stdout, 0, list[Reply]()
     for request in requests:
         end = raw.index(b"\n", at)
         status, size, columns = map(int, raw[at:end].split())
         at = end + 1
         if status:
-            answers.append((status, raw[at : at + size].decode()))
+            replies.append((status, raw[at : at + size].decode()))
             at += size
         elif "function" in request:
-            answers.append((0, np.frombuffer(raw, "<f8", size, at)))
+            replies.append((0, np.frombuffer(raw, "<f8", size, at)))
             at += 8 * size
         else:
             timesteps = np.frombuffer(raw, "<i4", size, at)
             rows = np.frombuffer(raw, "<f4", size * columns, at + 4 * size).reshape(size, columns)
-            answers.append((0, (timesteps, rows)))
+            replies.append((0, (timesteps, rows)))
             at += 4 * size * (1 + columns)
     assert at == len(raw)
-    return answers
+    return replies
 
 
-def expected(request: dict[str, Any]) -> Answer:
-    """What Python says to the same request."""
+def expected(request: dict[str, Any]) -> Reply:
+    """Python's reply to the same request."""
     sampling = dict(request.get("sampling", {}))
     betas = request.get("betas")
     try:
@@ -63,10 +63,10 @@ def expected(request: dict[str, Any]) -> Answer:
     return 0, (table.timesteps, table.coefficients.astype(np.float32))
 
 
-def differing(requests: list[dict[str, Any]], answers: list[Answer]) -> tuple[list[Any], int, int]:
-    """Where the two are not the same, how many tables there were, and how many of the requests both refuse."""
+def differing(requests: list[dict[str, Any]], replies: list[Reply]) -> tuple[list[Any], int, int]:
+    """The requests with different replies, the number of tables, and the number of requests that both refuse."""
     found, tables, refusals = [], 0, 0
-    for request, (status, theirs) in zip(requests, answers, strict=True):
+    for request, (status, theirs) in zip(requests, replies, strict=True):
         wanted, ours = expected(request)
         if wanted or status:
             refusals += 1
@@ -83,7 +83,7 @@ def differing(requests: list[dict[str, Any]], answers: list[Answer]) -> tuple[li
 
 
 def some_params(name: str, rng: np.random.Generator) -> dict[str, float]:
-    """Parameters that somebody might choose."""
+    """Random plausible parameters."""
     rates = {"beta_start": 10 ** rng.uniform(-6, -3), "beta_end": 10 ** rng.uniform(-2.5, -0.5)}
     return {
         **dict.fromkeys(("linear", "quad", "warmup10", "warmup50"), rates),
@@ -133,7 +133,7 @@ def test_the_functions_have_the_same_bits(native_build, figure, function):
             [0.0, -0.0, 1.0, 5e-324, 2.2250738585072014e-308, 1.7976931348623157e308, 2.0**20, 2.0**21, -746.0, 709.8],
         ]
     )
-    ((_, theirs),) = ask(native_build, [{"function": function, "x": x.tolist()}])
+    ((_, theirs),) = native_results(native_build, [{"function": function, "x": x.tolist()}])
     with np.errstate(all="ignore"):
         ours = getattr(elementary, function)(x)
         reference = getattr(np, function)(x.astype(np.longdouble))
@@ -149,7 +149,7 @@ def test_the_functions_have_the_same_bits(native_build, figure, function):
 
 
 def test_tables_have_the_same_bits(native_build, figure):
-    """The whole chain of every schedule, prediction and variance, with usual and with other parameters."""
+    """The whole chain of every schedule, prediction and variance, with default and with other parameters."""
     rng = np.random.default_rng(1)
     requests = [
         {"spec": a_model(name, T, params, str(rng.choice(PREDICTIONS)), variance)}
@@ -158,13 +158,13 @@ def test_tables_have_the_same_bits(native_build, figure):
         for params in ({}, some_params(name, rng), some_params(name, rng))
         for variance in VARIANCES
     ]
-    found, tables, _ = differing(requests, ask(native_build, requests))
+    found, tables, _ = differing(requests, native_results(native_build, requests))
     assert found == [], f"{len(found)} of {len(requests)} tables differ"
     figure("tables of whole chains compared bit for bit", tables, at_least=850)
 
 
 def test_shorter_tables_have_the_same_bits(native_build, figure):
-    """Samplers, spacings, steps, η and starts, by chance; whoever is refused by one is refused by the other."""
+    """Random samplers, spacings, steps, η and starts; both refuse the same requests."""
     rng = np.random.default_rng(2)
     requests = []
     for _ in range(2500):
@@ -172,14 +172,14 @@ def test_shorter_tables_have_the_same_bits(native_build, figure):
         params = some_params(name, rng) if rng.random() < 0.5 else {}
         model = a_model(name, T, params, str(rng.choice(PREDICTIONS)), str(rng.choice(VARIANCES)))
         requests.append({"spec": model, "sampling": some_sampling(T, rng)})
-    found, tables, refusals = differing(requests, ask(native_build, requests))
-    assert found == [], f"{len(found)} of {len(requests)} answers differ"
+    found, tables, refusals = differing(requests, native_results(native_build, requests))
+    assert found == [], f"{len(found)} of {len(requests)} tables differ"
     figure("shorter tables compared bit for bit", tables, at_least=1500)
     figure("refusals compared word for word", refusals, at_least=100)
 
 
 def test_the_checksum_in_a_file_is_the_same(native_build):
-    """Whoever refuses a file for its checksum refuses it for what it means: the usual ones must get through."""
+    """A wrong checksum is refused, so the checksums of good files must be equal."""
     rng = np.random.default_rng(3)
     specs = [
         ModelSpec((3, 8, 8), T, name, params, "v", variance)
@@ -190,10 +190,10 @@ def test_the_checksum_in_a_file_is_the_same(native_build):
     ]
     good = [spec.to_json() for spec in specs]
     bad = [{**values, "coefficients": "0" + values["coefficients"]} for values in good[:20]]
-    answers = ask(native_build, [{"spec": values} for values in good + bad])
-    assert [status for status, _ in answers[: len(good)]] == [0] * len(good)
-    assert [status for status, _ in answers[len(good) :]] == [3] * len(bad)
-    assert all("other coefficients" in text for _, text in answers[len(good) :])
+    replies = native_results(native_build, [{"spec": values} for values in good + bad])
+    assert [status for status, _ in replies[: len(good)]] == [0] * len(good)
+    assert [status for status, _ in replies[len(good) :]] == [3] * len(bad)
+    assert all("other coefficients" in text for _, text in replies[len(good) :])
 
 
 def test_a_schedule_of_free_betas_has_the_same_bits(native_build):
@@ -210,7 +210,7 @@ def test_a_schedule_of_free_betas_has_the_same_bits(native_build):
                 {"spec": model, "betas": betas[1:]},
                 {"spec": {**model, "timesteps": T + 1, "betas": betas}},
             ]
-    found, tables, refusals = differing(requests, ask(native_build, requests))
+    found, tables, refusals = differing(requests, native_results(native_build, requests))
     assert found == []
     assert (tables, refusals) == (30, 45)
 
@@ -267,7 +267,7 @@ SPECS: list[Any] = [
 
 def test_the_same_specs_are_refused(native_build):
     requests = [{"spec": values} for values in SPECS]
-    for values, (status, theirs) in zip(SPECS, ask(native_build, requests), strict=True):
+    for values, (status, theirs) in zip(SPECS, native_results(native_build, requests), strict=True):
         wanted, ours = expected({"spec": values})
         assert status == wanted, (values, ours if wanted else "Python takes it", theirs if status else "C++ takes it")
         if not wanted:

@@ -1,4 +1,4 @@
-"""libddpmx_trt against real headers of TensorRT, and on a TensorRT that is none: the headers are all it needs.
+"""libddpmx_trt compiled with real headers of TensorRT, and run with a fake TensorRT library.
 
 ``TENSORRT_ROOTS=/opt/TensorRT-10.3:/opt/TensorRT-11.1 pytest tests/native/test_tensorrt.py`` takes several versions.
 """

@@ -1,5 +1,5 @@
-"""Networks that are told more than x and t: what a class, x̂_0 of the step before and a condition do to the toys' answers,
-an ONNX file by hand that does the same, and its chain by hand in float64.
+"""Conditioned toy networks: what a class, x̂_0 of the step before and a condition add to their output, a hand-written ONNX
+file that does the same, and its chain written out in float64.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def spec_of(kind: str, shape: tuple[int, int, int] = (3, 8, 8), **changes: Any) 
     return ModelSpec(shape, **{"timesteps": 20, "ddpmx": "0.1.0", **KINDS[kind], **changes})
 
 
-def given(spec: ModelSpec, n: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
-    """Labels and conditions of n images, all different."""
+def conditioning_of(spec: ModelSpec, n: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """Labels and conditions of n images, all different, as far as the model takes them."""
     found: dict[str, np.ndarray] = {}
     if spec.classes:
         found["y"] = np.array([(3 * i + 1) % spec.classes for i in range(n)], np.int32)
@@ -40,14 +40,14 @@ def given(spec: ModelSpec, n: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
     return found
 
 
-def asked(told: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def as_arguments(conditioning: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same as arguments of Pipeline.generate."""
-    return {{"y": "labels"}.get(name, name): array for name, array in told.items()}
+    return {{"y": "labels"}.get(name, name): array for name, array in conditioning.items()}
 
 
-def effect(told: Mapping[str, np.ndarray | None]) -> Any:
-    """What is added to the answer: 0.1·(y − 1) + 0.25·x0_prev − 0.2·(the last channel of cond)."""
-    y, x0_prev, cond = (told.get(name) for name in ("y", "x0_prev", "cond"))
+def effect(inputs: Mapping[str, np.ndarray | None]) -> Any:
+    """What is added to the output: 0.1·(y − 1) + 0.25·x0_prev − 0.2·(the last channel of cond)."""
+    y, x0_prev, cond = (inputs.get(name) for name in ("y", "x0_prev", "cond"))
     added: Any = 0.0
     if y is not None:
         added = added + BY_CLASS * (y[:, None, None, None] - 1.0)
@@ -59,12 +59,12 @@ def effect(told: Mapping[str, np.ndarray | None]) -> Any:
 
 
 def factors(spec: ModelSpec) -> np.ndarray:
-    """float32 [T], what x is multiplied by in the answer of the ONNX file."""
+    """float32 [T], what the ONNX file multiplies x by."""
     return np.linspace(0.3, 0.9, spec.timesteps).astype(np.float32)
 
 
 def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> bytes:
-    """out = factors[t]·x + effect, and var = x/2 if there is one. ``inputs`` replaces what the graph says of its inputs."""
+    """out = factors[t]·x + effect, and var = x/2 if there is one. ``inputs`` replaces the graph's declared inputs."""
     axis = protobuf.field(1, "axis") + protobuf.field(3, 1) + protobuf.field(20, 2)
     nodes = [protobuf.node("Gather", ["factors", "t"], ["factor"]), protobuf.node("Mul", ["factor", "x"], ["sum0"])]
     constants = [protobuf.tensor("factors", FLOAT, (spec.timesteps, 1, 1, 1), factors(spec).tobytes())]
@@ -105,7 +105,7 @@ def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, A
 
 def chain_by_hand(
     spec: ModelSpec,
-    told: Mapping[str, np.ndarray],
+    conditioning: Mapping[str, np.ndarray],
     *,
     seed: int,
     n: int,
@@ -122,7 +122,7 @@ def chain_by_hand(
     x, x0, found = draw(0, Purpose.INITIAL), np.zeros((n, *spec.shape)), []
     for t in reversed(range(spec.timesteps)):
         before = {"x0_prev": x0} if spec.self_condition else {}
-        eps = factors(spec)[t].astype(np.float64) * x + effect({**told, **before})
+        eps = factors(spec)[t].astype(np.float64) * x + effect({**conditioning, **before})
         x0 = ((x - np.sqrt(1 - kept[t]) * eps) / np.sqrt(kept[t])).clip(-clip, clip)
         found.append(x0)
         last = kept[t - 1] if t else 1.0

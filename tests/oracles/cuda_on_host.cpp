@@ -1,4 +1,4 @@
-// step.cu and while.cu as a library for ctypes. Each function says whether the launch was a legal one.
+// step.cu and while.cu as a library for ctypes. Each function returns whether the launch was legal.
 #include "cuda_on_host.h"
 
 #include "step.cu"
@@ -22,7 +22,7 @@ bool step(ddpmx_chain *chain, unsigned grid, unsigned block, unsigned order) {
   return host::launch([] { ddpmx_step(argument); }, grid, block, order);
 }
 
-// What ddpmx_condition tells the node, or -1.
+// The value that ddpmx_condition sets for the node, or -1.
 long long go_on(ddpmx_chain *chain, unsigned long long node) {
   argument = chain, handle = node, condition = -1;
   return host::launch([] { ddpmx_condition(argument, handle); }, 1, 1, 0) ? condition : -1;

@@ -1,9 +1,9 @@
 // As much of CUDA as step.cu and while.cu need, for a C++ compiler, so that kernels run where there is no GPU.
 //
-// Every thread of a grid is a coroutine, and one of them runs at a time. With order 0 they run one after the other, as far
-// as each gets. With another one a generator seeded with it picks who is next, at every barrier, fence and atomic: a
-// step that relies on who comes first gives different numbers then. It says nothing about caches or weak memory: on a GPU
-// other threads may see writes late, here they see them at once.
+// Every thread of a grid is a coroutine, and one of them runs at a time. With order 0 they run one after the other, each as
+// far as it gets. Any other order seeds a generator that picks the next thread at every barrier, fence and atomic, so a
+// step that relies on which thread comes first gives different numbers. Caches and weak memory are not simulated: on a
+// GPU other threads may see writes late, here they see them at once.
 #ifndef CUDA_ON_HOST_H
 #define CUDA_ON_HOST_H
 

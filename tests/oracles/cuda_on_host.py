@@ -16,7 +16,7 @@ from ddpmx.cuda.layout import Chain, Control, Done
 from ddpmx.diffusion.samplers import Table
 from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import to_nhwc
-from oracles import gaussian, told
+from oracles import conditioning, gaussian
 
 HERE = Path(__file__).parent
 STRICT = ("-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
@@ -30,7 +30,7 @@ def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.
     """The library of the kernels in ``sources``.
 
     Raises:
-        Unavailable: see there.
+        Unavailable: there is no C++ compiler, or the C library has no coroutines.
     """
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
@@ -54,12 +54,13 @@ def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.
 
 
 class Toy:
-    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend. v, if asked for, leaves −1…1. What
-    else it is told is added to its answer, see ``told.py``.
+    """The closed-form network of ``gaussian.py`` for images of any shape, as a Backend.
+
+    Conditioning adds to its output, see ``conditioning.py``. The output ``var``, if there is one, exceeds −1…1.
 
     Args:
-        poison: (t, values): at that t the last elements of the first image's answer are these values.
-        poisoned: which answer.
+        poison: (t, values): at that t the last elements of the first image's output are these values.
+        poisoned: which output.
     """
 
     description = "toy"
@@ -82,13 +83,13 @@ class Toy:
         x, t, out, var = self.buffers.x, self.buffers.t, self.buffers.out, self.buffers.var
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * self._mu
-        out += told.effect(self.buffers.inputs())
+        out += conditioning.effect(self.buffers.inputs())
         if var is not None:
             var[...] = 0.7 * x - self._mu
         if self.poison is not None and t[0] == self.poison[0]:
-            values, answer = self.poison[1], out if self.poisoned == "out" else var
-            assert answer is not None
-            answer[0].reshape(-1)[-len(values) :] = values
+            values, output = self.poison[1], out if self.poisoned == "out" else var
+            assert output is not None
+            output[0].reshape(-1)[-len(values) :] = values
 
     def close(self) -> None:
         pass
@@ -151,7 +152,7 @@ class Device:
             pixels=H * W,
             S=len(table),
             limit=np.inf if clip is None else clip,
-            # what was in the memory before
+            # left over from an earlier chain
             step=17,
             arrived=3,
             bad=1,
@@ -177,7 +178,7 @@ class Device:
         return int(self.kernels.go_on(ctypes.addressof(self.chain), 0xC0FFEE_0000_0001))
 
     def run(self, backend: Toy) -> Iterator[int]:
-        """begin, then network and step, until the chain says it has ended; how many steps it says it has finished."""
+        """begin, then network and step, until the chain ends. Yields how many steps it reports as finished."""
         backend.bind(self.buffers)
         self.begin()
         yield self.control.step
@@ -208,16 +209,16 @@ def first_difference(
     indices: Sequence[int],
     clip: float | None = 1.0,
 ) -> str | None:
-    """Where the kernels leave NumPy's chain, or None."""
+    """Where the kernels differ from NumPy's chain, or None."""
     backend = Toy(shape)
     drawn = np.array(indices, np.int64)
     x_start = chain.initial(seed, drawn, shape)
     expected = chain.run(Toy(shape), table, x_start, seed=seed, images=drawn, clip=clip)
-    said = device.run(backend)
-    if next(said) != 0 or not same_bits(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(indices):
+    counts = device.run(backend)
+    if next(counts) != 0 or not same_bits(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(indices):
         return "at the start"
     for index, step in enumerate(expected):
-        if next(said, None) != index + 1:
+        if next(counts, None) != index + 1:
             return f"in the count after step {index}"
         if not same_bits(device.x, step.x_next):
             return f"in x after step {index}"
@@ -230,9 +231,9 @@ def first_difference(
             return f"in images after step {index} already"
     if not same_bits(device.pixels, to_nhwc(step.x0)):
         return "in the images"
-    if next(said, None) is not None or not device.chain.halted:
-        return "in that it does not end"
+    if next(counts, None) is not None or not device.chain.halted:
+        return "at the end: it does not end"
     seen: tuple[Any, ...] = (device.control.done, device.control.step, device.control.bad_step, device.chain.arrived)
     if seen != (Done.FINISHED, len(table), -1, 0):
-        return f"in what it says at the end, {seen}"
-    return None if device.in_bounds() else "in memory of others"
+        return f"in what it reports at the end, {seen}"
+    return None if device.in_bounds() else "outside its own memory"

@@ -1,4 +1,4 @@
-"""A toy network on a fake driver, whole: driver, kernels, chain and engine, and the chain that NumPy makes of it."""
+"""A toy network on a fake driver, complete: driver, kernels, chain and engine, and the same chain in NumPy."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Engine:
 
 
 def buffers_at(batch, shape, at, conditioning=None, dims=None):
-    """A network's arrays where these addresses are. ``dims``: those of the conditioning, of one image."""
+    """A network's arrays at these addresses. ``dims``: the shape of each conditioning input, for one image."""
     x, out, var = (array_at(at[n], (batch, *shape), ctypes.c_float) if at.get(n) else None for n in ("x", "out", "var"))
-    told = {
+    arrays = {
         name: array_at(address, (batch, *dims[name]), ctypes.c_int32 if name == "y" else ctypes.c_float)
         for name, address in (conditioning or {}).items()
     }
-    return Buffers(x, array_at(at["t"], (batch,), ctypes.c_int32), out, var, **told)
+    return Buffers(x, array_at(at["t"], (batch,), ctypes.c_int32), out, var, **arrays)
 
 
 def array_at(address, shape, kind):
@@ -121,4 +121,4 @@ def no_driver():
         ctypes.CDLL(DRIVER)
     except OSError:
         return
-    pytest.skip("not verified here: what is said where there is no NVIDIA driver (there is one)")
+    pytest.skip("not verified here: the errors where there is no NVIDIA driver (there is one)")

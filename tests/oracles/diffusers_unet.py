@@ -1,5 +1,6 @@
-"""The same network twice: diffusers' UNet2DModel, an independent port of Ho et al. (google/ddpm-cifar10-32 is one) with
-most of the knobs that ours has, and how its tensors are called here. Needs torch and diffusers.
+"""diffusers' UNet2DModel as a twin of our network: an independent port of Ho et al. with most of the same options.
+
+Also the names of its tensors here. google/ddpm-cifar10-32 is such a network. Needs torch and diffusers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "out":
 
 
 def twin(config: UNetConfig) -> UNet2DModel:
-    """diffusers' network of the same numbers, with random weights of which none is near zero.
+    """diffusers' network of the same configuration, with random weights of which none is near zero.
 
     It has no ``time_scale`` and no ``average_pool``, and knows heads by their width alone.
     """
@@ -66,7 +67,7 @@ def twin(config: UNetConfig) -> UNet2DModel:
 
 
 def names(config: UNetConfig) -> dict[str, str]:
-    """Every module with weights: our name → theirs. Some of them only some networks have."""
+    """Every module with weights: our name → theirs. Some exist only in some networks."""
     table = dict(OUTSIDE)
     n = 0
 
@@ -93,7 +94,7 @@ def names(config: UNetConfig) -> dict[str, str]:
 
 
 def carry(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """Their tensors under our names. Every one of theirs finds its place."""
+    """Their tensors under our names. Each of theirs must be used."""
     carried = {}
     used = set()
     for ours, theirs in names(config).items():

@@ -1,4 +1,4 @@
-"""An array by DLPack as another library would write it."""
+"""An array by DLPack, as another library would export it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ FLOAT32 = (2, 32, 1)
 
 
 class Producer:
-    """An array by DLPack as another library would write it. ``deleted`` counts how often it was given back."""
+    """An array by DLPack, as another library would export it.
+
+    ``deleted`` counts how often its deleter ran; ``requests`` are the arguments of each ``__dlpack__``.
+    """
 
     versioned = True
 
     def __init__(self, device=(2, 2), *, announced=None, data=FAR, shape=(2, 3), strides=None, dtype=FLOAT32, **more):
-        self.announced, self.deleted, self.asked = announced or device, 0, []
+        self.announced, self.deleted, self.requests = announced or device, 0, []
         self.managed = managed = (DLManagedTensorVersioned if self.versioned else DLManagedTensor)()
         self.deleter = DELETER(self.delete)
         managed.deleter = ctypes.cast(self.deleter, ctypes.c_void_p)
@@ -46,7 +49,7 @@ class Producer:
         return self.announced
 
     def __dlpack__(self, **options):
-        self.asked.append(options)
+        self.requests.append(options)
         self.capsule = new_capsule(
             ctypes.addressof(self.managed), b"dltensor_versioned" if self.versioned else b"dltensor", None
         )
@@ -54,7 +57,7 @@ class Producer:
 
 
 class Old(Producer):
-    """Of before DLPack 1.0."""
+    """A producer from before DLPack 1.0."""
 
     versioned = False
 
@@ -63,7 +66,7 @@ class Old(Producer):
 
 
 class Wrapped:
-    """Only the DLPack of something."""
+    """Something reduced to its DLPack methods."""
 
     def __init__(self, thing):
         self.__dlpack_device__ = thing.__dlpack_device__

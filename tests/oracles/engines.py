@@ -1,4 +1,4 @@
-"""What builds of engines are tested with: ONNX files by hand, libraries in name only, and GPUs that are not here."""
+"""What the tests of builds use: hand-written ONNX files, libraries in name only, and descriptions of GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Severity(enum.IntEnum):
 
 
 def fake(version: str, flavour: str = "TensorRT") -> Library:
-    """A library of which only the name is asked."""
+    """A library that has nothing but a name and a version."""
     trt = SimpleNamespace(__version__=version, ILogger=SimpleNamespace(Severity=Severity))
     return Library(trt, flavour, version, SimpleNamespace(lines=[]))
 

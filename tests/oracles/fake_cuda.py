@@ -1,9 +1,9 @@
 """A CUDA driver without a GPU: an object with the functions of libcuda that :class:`ddpmx.device.driver.Driver` calls.
 
 "Device memory" is the host's, kernels are ``cuda_on_host``'s. What is put into a stream runs when it is waited for and not
-before, one kernel for each glance at an event, so that a missing wait shows. It is strict where CUDA is: arguments must be
-of the declared types, a context current, a capture not disturbed, nothing freed twice. It knows nothing of time, weak
-memory or what a real driver compiles, and stands for control flow only.
+before, one kernel for each query of an event, so that a missing wait shows. It is as strict as CUDA: arguments must have
+the declared types, a context must be current, a capture must not be disturbed, nothing is freed twice. Time, weak memory
+and what a real driver compiles are not simulated: it tests control flow only.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ WITHOUT_CONTEXT = re.compile(r"cuInit|cuDriver|cuGetError|cuDevice|cuCtx")
 FREEING = re.compile(r"Free|Destroy|Unload|Release|Pop|Push|GetError|EndCapture")
 
 Work = Callable[[], Iterator[None]]
-"""One entry of a stream or graph. It stops after each kernel."""
+"""One entry of a stream or graph. It yields after each kernel."""
 
 
 class Failure(Exception):  # noqa: N818
-    """A function's answer."""
+    """The error code that a function returns."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -51,11 +51,11 @@ class Stream:
         self.queue: deque[Iterator[None]] = deque()
         self.capture: list[Work] | None = None
         self.into = 0
-        self.spoilt = False
+        self.invalidated = False
 
 
 class Function:
-    """What ``ctypes`` makes of a function: it takes what ``argtypes`` say, and gives a number."""
+    """A function as ``ctypes`` has it: it checks its arguments against ``argtypes`` and returns a number."""
 
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.cuda, self.name = cuda, name
@@ -80,12 +80,12 @@ class FakeCuda:
     Attributes:
         live: kind → handles that were made and not freed.
         calls: names of all calls, in their order.
-        fail: name → (which call of it, from 1, gives an error; 0 for all; which error).
-        fail_at: the number, from 1, of the call that gives an error; those that free or report are not counted.
-        faults: what a real driver would not forgive.
+        fail: name → (which call of it fails, from 1, or 0 for all; the error).
+        fail_at: which call of any function fails, from 1; calls that free or report are not counted.
+        faults: misuse that a real driver may answer with undefined behaviour.
         lacking: functions that the driver does not export.
-        burst: how many kernels run at each glance at an event.
-        broken: the error that everything gives from now on that runs kernels.
+        burst: how many kernels run at each query of an event.
+        broken: the error that every call which runs kernels gives from now on.
     """
 
     def __init__(self, kernels: ctypes.CDLL) -> None:
@@ -103,7 +103,7 @@ class FakeCuda:
         self.broken = 0
         self.burst = 1
         self._next = 0x1000
-        self.legacy = Stream()  # the default stream, of which there is always one
+        self.legacy = Stream()  # the default stream always exists
         self._contexts = threading.local()
 
     def __getattr__(self, name: str) -> Function:
@@ -164,7 +164,7 @@ class FakeCuda:
 
     def _get(self, kind: str, handle: int) -> Any:
         if handle not in self.live.get(kind, {}):
-            self.faults.append(f"{handle} is no {kind}")
+            self.faults.append(f"{handle} is not a {kind}")
             raise Failure(400)
         return self.live[kind][handle]
 
@@ -195,10 +195,10 @@ class FakeCuda:
                 stream.queue.popleft()
 
     def _undisturbed(self) -> None:
-        """Waiting and allocating spoil a capture of this thread's."""
+        """Waiting and allocating invalidate a capture of this thread's."""
         for stream in self.live.get("stream", {}).values():
             if stream.capture is not None:
-                stream.spoilt = True
+                stream.invalidated = True
                 raise Failure(900)
 
     # --- functions ---------------------------------------------------------------------------------------------------
@@ -326,13 +326,13 @@ class FakeCuda:
 
     def _cuStreamIsCapturing(self, handle: int, out: Any) -> None:
         stream = self._stream(handle)
-        out._obj.value = 0 if stream.capture is None else 2 if stream.spoilt else 1
+        out._obj.value = 0 if stream.capture is None else 2 if stream.invalidated else 1
 
     def _cuStreamBeginCapture_v2(self, handle: int, mode: int) -> None:
-        assert mode == 1, "not thread-local"
+        assert mode == 1, "the capture is not thread-local"
         stream = self._stream(handle)
         assert stream.capture is None
-        stream.capture, stream.into, stream.spoilt = [], 0, False
+        stream.capture, stream.into, stream.invalidated = [], 0, False
 
     def _cuStreamBeginCaptureToGraph(
         self, handle: int, graph: int, dependencies: None, data: None, count: int, mode: int
@@ -353,7 +353,7 @@ class FakeCuda:
         assert stream.capture is not None, "there was no capture"
         nodes, into = stream.capture, stream.into
         stream.capture = None
-        if stream.spoilt:
+        if stream.invalidated:
             raise Failure(901)
         out._obj.value = into or self._make("graph", nodes)
 
@@ -419,7 +419,7 @@ class FakeCuda:
         gx, gy, gz, bx, by, bz, shared, stream, params, extra = arguments
         assert (gy, gz, by, bz, shared, extra) == (1, 1, 1, 1, 0, None)
         name = self._get("function", function)
-        values = [ctypes.c_uint64.from_address(pointer).value for pointer in params]  # now: the caller's go
+        values = [ctypes.c_uint64.from_address(pointer).value for pointer in params]  # now: the caller's memory goes
         assert len(values) == (2 if name == "ddpmx_condition" else 1)
 
         def run() -> Iterator[None]:
@@ -471,7 +471,7 @@ class FakeCuda:
 
 
 class While:
-    """A WHILE node: its body runs as long as the condition is not 0, which it is not at first."""
+    """A WHILE node: its body runs as long as its condition is not 0. At launch it is 1."""
 
     def __init__(self, cuda: FakeCuda, handle: int) -> None:
         self.cuda, self.handle = cuda, handle

@@ -1,7 +1,7 @@
 """An ONNX Runtime whose provider for GPUs is the toy network on a fake driver, for control flow.
 
-It is strict where ONNX Runtime is: names of options, bindings of the session that runs them, and that the stream which a
-session was given outlives it.
+It is as strict as ONNX Runtime: names of options must be known, bindings must belong to the session that runs them, and
+the stream of a session must outlive it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 class Fail(Exception):  # noqa: N818
-    """As ONNX Runtime's own, it has no base but Exception."""
+    """Like ONNX Runtime's own errors, it derives from Exception alone."""
 
 
 class FakeOrt:
@@ -39,13 +39,12 @@ class FakeOrt:
 
     Attributes:
         listed: the providers that the build lists.
-        instead: what a session gets in place of what was asked for.
+        instead: the providers that a session gets in place of the requested ones.
         refuse: what raises: "preload", "session", "bind", "run", "register".
         refuse_at: the number, from 1, of the run that is refused.
-        devices: GPUs that the plugin finds.
-        asked: (provider, options) of the last session, best first.
+        devices: how many GPUs the plugin finds.
+        requested: (provider, options) of the last session, best first.
         runs: how many there were.
-        waits: whether a run waits for the stream.
     """
 
     __version__ = "1.31.1"
@@ -56,7 +55,7 @@ class FakeOrt:
         self.instead: list[str] = []
         self.refuse: set[str] = set()
         self.refuse_at, self.runs, self.devices, self.preloaded, self.registered = 0, 0, 1, 0, 0
-        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.requested: list[tuple[str, dict[str, str]]] = []
         self.events: list[str] = []
 
     def check(self, what):
@@ -89,7 +88,7 @@ class FakeOrt:
         entries: dict[str, str] = {}
         options = SimpleNamespace(log_severity_level=2, devices=[], add_session_config_entry=entries.__setitem__)
         options.entries = entries
-        options.add_provider_for_devices = lambda devices, given: options.devices.append((devices[0].ep_name, given))
+        options.add_provider_for_devices = lambda devices, values: options.devices.append((devices[0].ep_name, values))
         return options
 
     def RunOptions(self):
@@ -100,10 +99,10 @@ class FakeOrt:
         assert isinstance(path, str)
         assert not enable_fallback, "it would print, and run on the CPU"
         assert options.entries == {"session.load_model_format": "ONNX"}, "the file's name would decide what it is"
-        self.asked = [*options.devices, *(providers or [])]
-        for name, given in self.asked:
-            assert set(given) == OPTIONS[name]
-            assert all(isinstance(value, str) for value in given.values())
+        self.requested = [*options.devices, *(providers or [])]
+        for name, values in self.requested:
+            assert set(values) == OPTIONS[name]
+            assert all(isinstance(value, str) for value in values.values())
         self.check("session")
         return FakeSession(self)
 
@@ -118,12 +117,12 @@ class FakeOrt:
 
 class FakeSession:
     def __init__(self, ort):
-        self.ort, self.stream = ort, int(ort.asked[0][1]["user_compute_stream"])
+        self.ort, self.stream = ort, int(ort.requested[0][1]["user_compute_stream"])
         assert self.stream in ort.cuda.live["stream"]
         weakref.finalize(self, _gone, ort, self.stream)
 
     def get_providers(self):
-        return [*(self.ort.instead or [name for name, _ in self.ort.asked]), CPU]
+        return [*(self.ort.instead or [name for name, _ in self.ort.requested]), CPU]
 
     def io_binding(self):
         return FakeBinding(self)
@@ -138,7 +137,7 @@ class FakeSession:
         ort.check("run")
         x, shape = binding.bound["x"]
         toy = Toy(shape[1:])
-        told = {
+        conditioning = {
             name: array_at(*binding.bound[name], ctypes.c_int32 if name == "y" else ctypes.c_float)
             for name in ("y", "x0_prev", "cond")
             if name in binding.bound
@@ -148,7 +147,7 @@ class FakeSession:
                 array_at(x, shape, ctypes.c_float),
                 array_at(*binding.bound["t"], ctypes.c_int32),
                 array_at(*binding.bound["eps"], ctypes.c_float),
-                **told,
+                **conditioning,
             )
         )
         variance = binding.bound.get("var")

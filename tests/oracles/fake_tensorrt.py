@@ -50,13 +50,15 @@ class FakeTrt:
     def library(self):
         return trt_library.Library(self, "TensorRT-RTX", "1.7.1.116", self.logger)
 
-    def says(self, name):
+    def accepts(self, name):
         if name in self.refuse:
             self.logger.lines.append((1, f"[{name}] refused"))
         return name not in self.refuse
 
     def Runtime(self, logger):
-        return SimpleNamespace(deserialize_cuda_engine=lambda data: self.engine() if self.says("deserialize") else None)
+        return SimpleNamespace(
+            deserialize_cuda_engine=lambda data: self.engine() if self.accepts("deserialize") else None
+        )
 
     def engine(self):
         names = list(self.tensors)
@@ -73,7 +75,7 @@ class FakeTrt:
                 (n, *self.tensors[name][2][1:]) for n in self.profiles[index]
             ],
             create_runtime_config=lambda: FakeConfig(self),
-            create_execution_context=lambda config: FakeContext(self, config) if self.says("context") else None,
+            create_execution_context=lambda config: FakeContext(self, config) if self.accepts("context") else None,
         )
 
 
@@ -85,7 +87,7 @@ class FakeConfig:
         return SimpleNamespace(deserialize=self.fake.loaded.append, serialize=lambda: b"compiled")
 
     def set_runtime_cache(self, cache):
-        return self.fake.says("cache")
+        return self.fake.accepts("cache")
 
 
 class FakeContext:
@@ -96,21 +98,21 @@ class FakeContext:
 
     def set_optimization_profile_async(self, index, stream):
         self.profile = index
-        return self.fake.says("profile")
+        return self.fake.accepts("profile")
 
     def set_input_shape(self, name, shape):
         self.shapes[name] = shape
-        return self.fake.says("shape")
+        return self.fake.accepts("shape")
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
-        return self.fake.says("address")
+        return self.fake.accepts("address")
 
     def infer_shapes(self):
-        return [] if self.fake.says("infer") else ["eps"]
+        return [] if self.fake.accepts("infer") else ["eps"]
 
     def execute_async_v3(self, stream):
-        if not self.fake.says("execute"):
+        if not self.fake.accepts("execute"):
             return False
         batch, *shape = self.shapes["x"]
         assert self.shapes == {name: (batch, *dims) for name, dims in self.fake.spec.inputs.items()}

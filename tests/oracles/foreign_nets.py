@@ -1,4 +1,4 @@
-"""Networks as other people write them, small. Needs torch. None of them knows ddpmx."""
+"""Small networks in the style of other projects, which know nothing of ddpmx. Needs torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from oracles.random_weights import rerandomise
 
 
 class FractionNet(nn.Module):
-    """A few convolutions; told t/T."""
+    """A few convolutions; its time input is t/T."""
 
     def __init__(self, c_in: int = 3, c_out: int = 3, width: int = 12) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class FractionNet(nn.Module):
 
 
 class EmbeddingNet(nn.Module):
-    """t as a row of a learnt table, keywords with names of its own, batch norm, an object for an answer."""
+    """t as a row of a learnt table, keywords with names of its own, batch norm, an object as output."""
 
     def __init__(self, timesteps: int, classes: int = 0) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class StandardisedConv(nn.Conv2d):
 
 
 class LinearAttentionNet(nn.Module):
-    """Linear attention, weight-standardised convolutions, sines of a float t; self-conditioned if it is wished."""
+    """Linear attention, weight-standardised convolutions, sines of a float t; self-conditioned with ``c_in`` = 2·``c``."""
 
     def __init__(self, c: int = 3, c_in: int = 3, width: int = 16) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 
     E[ε | x_t] = √(1−ᾱ_t)·(x_t − √ᾱ_t·μ) / (ᾱ_t·s² + 1 − ᾱ_t)
 
-is what a perfect network would answer. `python tests/oracles/gaussian.py` writes it as tests/data/gaussian.onnx, so that
+is the output of a perfect network. `python tests/oracles/gaussian.py` writes it as tests/data/gaussian.onnx, so that
 the runtime can be tested where there is neither torch nor onnx; a test compares the committed file with a new one.
 """
 

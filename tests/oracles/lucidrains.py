@@ -1,4 +1,4 @@
-"""What denoising-diffusion-pytorch computes, recorded, and the weights and images that it was asked with. Needs no torch.
+"""Recorded outputs of denoising-diffusion-pytorch, and the weights and inputs they belong to. Needs no torch.
 
 Weights are a function of a tensor's name, made of ddpmx's own noise, so they need not be recorded. See
 ``data/lucidrains/README.md``.
@@ -22,7 +22,7 @@ FILE = Path(__file__).parents[1] / "data" / "lucidrains" / "answers.npz"
 SEED = 1
 SIZE = 8
 TIMESTEPS = np.array([0, 10, 499, 777, 999])
-"""At which networks were asked."""
+"""The t of the recorded outputs."""
 
 
 def numbers(name: str, shape: tuple[int, ...], seed: int = SEED) -> np.ndarray:
@@ -51,13 +51,13 @@ class Case:
     """One network, or one chain, of a release.
 
     Attributes:
-        name: for people.
+        name: release and network, in words.
         release: of denoising-diffusion-pytorch.
         unet: the arguments of its Unet.
         diffusion: the arguments of its GaussianDiffusion, or None for a U-Net alone.
         shapes: of the U-Net's weights, by name.
         buffers: of the GaussianDiffusion.
-        answers: of the network, [5, C or 2·C, 8, 8] at :data:`TIMESTEPS`; or of the chain, [2, 2, C, 8, 8]: two images
+        outputs: of the network, [5, C or 2·C, 8, 8] at :data:`TIMESTEPS`; or of the chain, [2, 2, C, 8, 8]: two images
             half way and at its end. Empty where only the buffers were recorded.
     """
 
@@ -67,7 +67,7 @@ class Case:
     diffusion: dict[str, Any] | None
     shapes: dict[str, tuple[int, ...]]
     buffers: dict[str, np.ndarray]
-    answers: np.ndarray
+    outputs: np.ndarray
 
     @property
     def channels(self) -> int:
@@ -75,7 +75,7 @@ class Case:
         channels: int = self.unet["channels"]
         return channels
 
-    def asked(self) -> tuple[np.ndarray, np.ndarray]:
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """x_t and x̂_0 of the step before, float32 [5, C, 8, 8] each."""
         shape = (len(TIMESTEPS), self.channels, SIZE, SIZE)
         return numbers("x", shape), np.clip(numbers("x0_prev", shape), -1, 1)

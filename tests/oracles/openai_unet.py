@@ -1,6 +1,6 @@
-"""What OpenAI's own networks answered: improved-diffusion's and guided-diffusion's ``UNetModel``, run once on the side.
+"""Recorded outputs of OpenAI's own networks: ``UNetModel`` of improved-diffusion and of guided-diffusion.
 
-Their code is not here; ``tests/data/openai_unet.npz`` holds what it gave. To make the file again, from checkouts of
+Their code is not here; ``tests/data/openai_unet.npz`` holds its outputs. To make the file again, from checkouts of
 github.com/openai/guided-diffusion (commit 22e0df8) and github.com/openai/improved-diffusion (commit 1bc7bbb):
 
     PYTHONPATH=runtime:.:tests:GUIDED:IMPROVED python -m oracles.openai_unet
@@ -33,7 +33,7 @@ Y = np.array([0, 4, 1, 2, 3, 0, 4, 2], np.int32)
 
 @dataclass(frozen=True)
 class Case:
-    """One network: whose code, its flags there beside those of all, and what they are called here."""
+    """One network: the project, its flags there beside the common ones, and the same as our configuration."""
 
     package: str
     flags: Mapping[str, Any]
@@ -90,7 +90,7 @@ def images(case: Case) -> np.ndarray:
     return np.random.RandomState(0).standard_normal(shape).astype(np.float32)
 
 
-# --- on the side -----------------------------------------------------------------------------------------------------
+# --- recording -------------------------------------------------------------------------------------------------------
 
 
 def theirs(case: Case) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -182,19 +182,19 @@ def _carried(state: Mapping[str, Tensor], config: UNetConfig, *, new_order: bool
 @torch.no_grad()
 def main() -> None:
     """Run their code and write the file."""
-    answers = {}
+    outputs = {}
     for name, case in CASES.items():
         model, state = theirs(case)
         model.load_state_dict(state)  # strict: nothing missing, nothing too many
         respace = importlib.import_module(f"{case.package}_diffusion.respace")
         wrapped = respace._WrappedModel(model, list(range(TIMESTEPS)), case.rescale_timesteps, TIMESTEPS)
-        told = {} if case.config.classes is None else {"y": torch.from_numpy(Y).long()}
-        answer = wrapped(torch.from_numpy(images(case)), torch.from_numpy(T).long(), **told).numpy()
-        ours = network(case)(torch.from_numpy(images(case)), torch.from_numpy(T), *(v.int() for v in told.values()))
-        error = np.abs(torch.cat(ours, dim=1).numpy() - answer).max()
-        print(f"{name}: max |Δ| / max |answer| = {error / np.abs(answer).max():.2g}, RMS {answer.std():.3g}")
-        answers[name] = answer
-    np.savez_compressed(FILE, **answers)
+        labels = {} if case.config.classes is None else {"y": torch.from_numpy(Y).long()}
+        output = wrapped(torch.from_numpy(images(case)), torch.from_numpy(T).long(), **labels).numpy()
+        ours = network(case)(torch.from_numpy(images(case)), torch.from_numpy(T), *(v.int() for v in labels.values()))
+        error = np.abs(torch.cat(ours, dim=1).numpy() - output).max()
+        print(f"{name}: max |Δ| / max |output| = {error / np.abs(output).max():.2g}, RMS {output.std():.3g}")
+        outputs[name] = output
+    np.savez_compressed(FILE, **outputs)
 
 
 if __name__ == "__main__":

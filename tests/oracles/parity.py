@@ -1,5 +1,6 @@
-"""A parity record of the model that is known in closed form, made by hand in float64 from the paper's formulas, and ways of
-answering wrongly. Of ddpmx it takes the noise alone.
+"""A parity record of the closed-form model, computed in float64 from the paper's formulas, and networks with faults.
+
+Of ddpmx it uses the noise alone.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ PATTERN = np.random.default_rng(1).standard_normal((T, *SHAPE)).astype(np.float3
 
 
 class Faulty:
-    """The closed form, and then ``fault(x, t, out)`` has its way with ``out``."""
+    """The closed form, whose output ``fault(x, t, out)`` then changes in place."""
 
     description = "toy with a fault"
 

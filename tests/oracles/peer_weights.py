@@ -1,4 +1,4 @@
-"""Weights for a network of somebody else's code, from a seed and the shapes alone: see tests/data/peers/README.md."""
+"""Weights for another project's network, from a seed and the shapes alone: see tests/data/peers/README.md."""
 
 from __future__ import annotations
 

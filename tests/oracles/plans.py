@@ -1,4 +1,4 @@
-"""TensorRT plans written byte by byte: a header, the network's name and filler, which is all that ddpmx reads of them."""
+"""TensorRT plans written byte by byte: a header, the network's name and filler. ddpmx reads no more of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_plan(
     name: bytes | None = None,
     size: int | None = None,
 ) -> bytes:
-    """A plan; ``name`` and ``size`` are what it ought to be unless they are given."""
+    """A plan. ``name`` and ``size`` default to the right ones."""
     body = bytes(36) + (name_of(spec, record) if name is None else name) + bytes(64) + tail + bytes(64)
     header = flavour + bytes(12) + struct.pack("<Q", 28 + len(body) if size is None else size) + bytes(version)
     return header + body

@@ -1,6 +1,6 @@
-"""PTX, executed by Python: as much of it as step.ptx holds, one thread at a time, on this process's own memory.
+"""An interpreter of PTX in Python: the instructions of step.ptx, one thread at a time, on this process's own memory.
 
-So the compiler's output is tested where there is no GPU, and not only its input. Semantics are those of NVIDIA's "PTX ISA".
+It tests the compiler's output, and not only its input, where there is no GPU. Semantics are those of NVIDIA's "PTX ISA".
 A float32 + × or √ computed in float64 and rounded once more is the correctly rounded one, since 53 ≥ 2·24 + 2. An
 instruction that is not known here is an error.
 """
@@ -121,7 +121,7 @@ class Thread:
         )
 
     def run(self) -> Generator[None, None, None]:
-        """Until the end; stops at barriers."""
+        """Run to the end, yielding at each barrier."""
         at = 0
         while True:
             instruction = self.kernel.code[at]
@@ -200,7 +200,7 @@ class Thread:
         address = self.memory(place, kind)
         listed = [part.strip() for part in registers.strip("{}").split(",")]
         cell = address()
-        assert ctypes.addressof(cell) % (len(listed) * ctypes.sizeof(cell)) == 0, "a GPU would say: misaligned address"
+        assert ctypes.addressof(cell) % (len(listed) * ctypes.sizeof(cell)) == 0, "on a GPU: misaligned address"
         for index, register in enumerate(listed):
             if name == "ld":
                 self.set(register, kind, address(index).value)
@@ -235,7 +235,7 @@ ARITHMETIC: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class Kernels:
-    """What ``cuda_on_host.build`` gives, from PTX."""
+    """The same interface as the library of ``cuda_on_host.build``, from PTX."""
 
     def __init__(self, text: str) -> None:
         self._kernels = parse(text)

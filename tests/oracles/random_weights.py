@@ -1,4 +1,4 @@
-"""Weights under which no mistake hides. Needs torch."""
+"""Random weights that let no mistake go unnoticed. Needs torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What TensorRT's Python bindings offer, asked of the bindings themselves where there is neither a GPU nor TensorRT.
+"""What TensorRT's Python bindings offer, read from the bindings themselves on machines with neither a GPU nor TensorRT.
 
 NVIDIA's bindings wheels (about 1.3 MB) are real, but load only where libnvinfer is. They call nothing of it while they are
 imported, so libraries with the right names and functions that do nothing are enough to import them, and to learn which
-names and signatures a version has. It says nothing about what a function does.
+names and signatures a version has. What a function does cannot be learnt this way.
 
-`python tests/oracles/tensorrt_bindings.py 11.4 FOLDER` prints the answer; FOLDER is a cache of wheels.
+`python tests/oracles/tensorrt_bindings.py 11.4 FOLDER` prints the result; FOLDER is a cache of wheels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ctypes import CDLL
 from pathlib import Path
 from typing import Any
 
-# Exact, so that the answer does not change under the tests. The oldest and the newest supported, and one close to
+# Exact, so that the result does not change under the tests. The oldest and the newest supported, and one close to
 # JetPack 7.2's.
 WHEELS = {
     "10.3": "tensorrt-cu12-bindings==10.3.0",
@@ -36,7 +36,7 @@ PACKAGE = "tensorrt_bindings"
 
 
 class Unavailable(RuntimeError):  # noqa: N818 (not a fault of the bindings or of ddpmx)
-    """This machine cannot answer: no wheel for this Python or platform, no network, or no C compiler."""
+    """The bindings cannot be read here: no wheel for this Python or platform, no network, or no C compiler."""
 
 
 def fetch(label: str, folder: Path) -> Path:
@@ -72,7 +72,7 @@ def _download(requirement: str, folder: Path) -> None:
         if "(from versions: none)" in done.stderr:
             why = "it finds no version at all; is there a network?"
         else:
-            why = (done.stderr.splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+            why = (done.stderr.splitlines() or ["unknown reason"])[-1].removeprefix("ERROR: ")
         raise Unavailable(f"pip cannot download {requirement} for Python {platform.python_version()}: {why}")
     with zipfile.ZipFile(wheels[0]) as archive:
         archive.extractall(folder / "unpacked")
@@ -85,7 +85,7 @@ def make_stubs(package_dir: Path, folder: Path) -> list[Path]:
         Unavailable: there is no C compiler.
     """
     needed, undefined = read_dynamic((package_dir / "tensorrt.so").read_bytes())
-    here = CDLL(None)  # Python's own functions and the C library's are no business of a stub
+    here = CDLL(None)  # Python's own functions and the C library's need no stub
     missing = [name for name in undefined if not hasattr(here, name)]
     source = folder / "stubs.c"
     # _ZT: vtables and type information, which are data
@@ -160,7 +160,7 @@ def describe(label: str, folder: Path) -> dict[str, Any]:
     package_dir = fetch(label, folder)
     with tempfile.TemporaryDirectory() as stubs:
         libraries = make_stubs(package_dir, Path(stubs))
-        # -I -S: whatever else is installed here, a real TensorRT included, has no say
+        # -I -S: whatever else is installed here, a real TensorRT included, is not imported
         command = [sys.executable, "-I", "-S", "-c", INSPECT, str(package_dir.parent), *map(str, libraries)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

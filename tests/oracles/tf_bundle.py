@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoint format, written from its description, and the weights of the one that Ho's code wrote."""
+"""TensorFlow's checkpoint format, written from its description, and the weights of the checkpoint of Ho's code."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def crc32c(data: bytes) -> int:
 
 
 def masked(data: bytes) -> bytes:
-    """The CRC of ``data``, as it stands in a file."""
+    """The masked CRC of ``data``, as files hold it."""
     crc = crc32c(data)
     return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 
@@ -105,7 +105,7 @@ def write(folder: Path, items: Sequence[Item], data: bytes, *, name: str = "m.ck
     return folder / name
 
 
-# --- what Ho's code wrote --------------------------------------------------------------------------------------------
+# --- a checkpoint of Ho's code ---------------------------------------------------------------------------------------
 
 
 def values(name: str, shape: Sequence[int]) -> np.ndarray:
@@ -122,7 +122,7 @@ def values(name: str, shape: Sequence[int]) -> np.ndarray:
 
 
 def ho_value(name: str, shape: Sequence[int]) -> bytes:
-    """The bytes of any variable in that checkpoint."""
+    """The bytes of any variable in the checkpoint of Ho's code."""
     if name == "global_step":
         return np.int64(790000).tobytes()
     if name in ("beta1_power", "beta2_power"):

@@ -7,17 +7,17 @@ from typing import Literal
 import numpy as np
 
 from ddpmx.backends.base import Buffers
-from oracles import gaussian, told
+from oracles import conditioning, gaussian
 
 
 class ToyBackend:
-    """Answers E[ε | x_t].
+    """Its output is E[ε | x_t].
 
     Args:
-        poison: (t, value): at that t one element of each answer is ``value``.
-        sways: with the "size" of the batch, as on a GPU, only more; or with an image's "place" in it.
-        v: the second answer, where one is asked for.
-        poisoned, swaying: which answer.
+        poison: (t, value): at that t one element of each image's output is ``value``.
+        sways: the output depends on the "size" of the batch, as on a GPU but by more, or on an image's "place" in it.
+        v: the output ``var``, if there is one.
+        poisoned, swaying: which output.
     """
 
     description = "toy"
@@ -46,7 +46,7 @@ class ToyBackend:
         self.asked.append((int(t[0]), len(x)))
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * gaussian.MU
-        out += told.effect(self.buffers.inputs())
+        out += conditioning.effect(self.buffers.inputs())
         if self.buffers.var is not None:
             self.buffers.var[...] = self.v
         swaying, poisoned = (getattr(self.buffers, name) for name in (self.swaying, self.poisoned))

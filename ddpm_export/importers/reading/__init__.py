@@ -1,1 +1,1 @@
-"""Bytes of unknown origin into tensors, with nothing executed: PyTorch's files and TensorFlow's."""
+"""Files of unknown origin read into tensors, without executing anything in them: PyTorch's and TensorFlow's."""

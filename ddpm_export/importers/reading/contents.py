@@ -1,4 +1,4 @@
-"""What lies at a path that somebody wants to import: opened once, safely, and laid out flat."""
+"""The contents of a checkpoint file or folder: opened once, safely, as a flat mapping of names to tensors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _DIFFUSERS = (f"{_STEM}.safetensors", f"{_STEM}.bin")
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What lies at a path.
+class CheckpointContents:
+    """The tensors, values and JSON files of a checkpoint.
 
     Attributes:
-        path: as it was given, or where it was downloaded to.
+        path: the given path, or the folder it was downloaded to.
         kind: ``folder`` is one of diffusers' layout.
         tensors: by dotted names; a dict's keys and a list's indices are parts of them (``ema.shadow.conv_in.weight``).
         objects: the plain values beside them, by dotted names.
-        config: config.json (diffusers), kwargs.json (TensorFlow), or what the safetensors' metadata holds as JSON.
-        configs: every JSON file that was read, by its name below ``path``.
-        file: where the tensors were.
+        config: config.json (diffusers), kwargs.json (TensorFlow), or the JSON under ``config`` in safetensors' metadata.
+        configs: every JSON file that was read, by its name.
+        file: the file of the tensors.
     """
 
     path: Path
@@ -55,7 +55,7 @@ class Found:
 
     @cached_property
     def md5(self) -> str:
-        """Of the file with the tensors: some projects publish it."""
+        """MD5 of the file of the tensors, in hexadecimal: some projects publish it."""
         digest = hashlib.md5(usedforsecurity=False)
         with self.file.open("rb") as stream:
             while block := stream.read(1 << 20):
@@ -63,18 +63,19 @@ class Found:
         return digest.hexdigest()
 
 
-def open_found(path: str | os.PathLike[str]) -> Found:
-    """Open what lies at ``path``, or download it first: ``hf:ORGANISATION/NAME``.
+def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
+    """Open the checkpoint at ``path``; ``hf:ORGANISATION/NAME`` is downloaded first.
 
     Raises:
-        FileFormatError: nothing, nothing that is known, or something damaged or unsafe.
+        FileFormatError: nothing is there, or the file is unknown, damaged or unsafe.
+        InputError: the id after ``hf:`` is malformed.
         BackendError: it cannot be downloaded.
     """
     if str(path).startswith("hf:"):
         path = _download(str(path)[3:])
     path = Path(path)
     if not path.exists():
-        if is_bundle(path):  # TensorFlow's name of a checkpoint is no file
+        if is_bundle(path):  # the name of a TensorFlow checkpoint is the common prefix of its files
             return _tensor_bundle(path)
         raise FileFormatError(f"{path}: nothing there", hint="a file, a folder, or hf:ORGANISATION/NAME")
     try:
@@ -83,7 +84,7 @@ def open_found(path: str | os.PathLike[str]) -> Found:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
 
 
-def _file(path: Path) -> Found:
+def _file(path: Path) -> CheckpointContents:
     if not path.is_file():
         raise FileFormatError(f"{path}: neither a file nor a folder")
     if is_bundle(path):
@@ -97,7 +98,7 @@ def _file(path: Path) -> Found:
         return _diffusers(path.parent, path.parent, path)
     if path.suffix == ".safetensors":
         tensors, config = _read_safetensors(path)
-        return Found(path, "safetensors", tensors, config=config, configs={}, file=path)
+        return CheckpointContents(path, "safetensors", tensors, config=config, configs={}, file=path)
     if not torch_file.is_torch_file(path):
         with path.open("rb") as stream:
             head = stream.read(16)
@@ -106,10 +107,10 @@ def _file(path: Path) -> Found:
             note=f"it begins with {head!r}" if head else "it is empty",
         )
     tensors, objects = _read_torch(path)
-    return Found(path, "torch", tensors, objects, file=path)
+    return CheckpointContents(path, "torch", tensors, objects, file=path)
 
 
-def _folder(path: Path) -> Found:
+def _folder(path: Path) -> CheckpointContents:
     """A folder of diffusers, of TensorFlow, or with a single file of weights."""
     for inside in (path, path / "unet_ema", path / "unet"):  # a checkpoint of diffusers' training has both
         if (inside / "config.json").is_file() and (file := _diffusers_weights(inside)) is not None:
@@ -117,7 +118,7 @@ def _folder(path: Path) -> Found:
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():
         raise FileFormatError(
             f"{path}: a folder of diffusers without its weights",
-            note=f"{' or '.join(_DIFFUSERS)} should lie beside config.json, there or in unet/",
+            note=f"{' or '.join(_DIFFUSERS)} should be beside config.json, there or in unet/",
             hint="copy the whole folder",
         )
     if is_bundle(path):
@@ -139,8 +140,8 @@ def _diffusers_weights(folder: Path) -> Path | None:
     """The plain file; without one, the only variant (diffusion_pytorch_model.fp16.safetensors); None if there is none.
 
     Raises:
-        FileFormatError: which of several is meant, or whether weights that are not averaged are, is for the user to say;
-            or they are split over several files.
+        FileFormatError: there are several variants, or only the one that is not averaged, so the user must choose; or
+            the weights are split over several files.
     """
     for name in _DIFFUSERS:
         if (folder / name).is_file():
@@ -168,7 +169,7 @@ def _split(folder: Path) -> FileFormatError:
     )
 
 
-def _diffusers(path: Path, inside: Path, file: Path) -> Found:
+def _diffusers(path: Path, inside: Path, file: Path) -> CheckpointContents:
     configs: dict[str, dict[str, Any]] = {"config.json": _read_json(inside / "config.json")}
     for name, places in {
         "model_index.json": (path, path.parent),
@@ -177,13 +178,13 @@ def _diffusers(path: Path, inside: Path, file: Path) -> Found:
         if place := next((place / name for place in places if (place / name).is_file()), None):
             configs[name] = _read_json(place)
     if file.suffix == ".safetensors":
-        return Found(path, "folder", _read_safetensors(file)[0], {}, configs["config.json"], configs, file)
+        return CheckpointContents(path, "folder", _read_safetensors(file)[0], {}, configs["config.json"], configs, file)
     tensors, objects = _read_torch(file)
-    return Found(path, "folder", tensors, objects, configs["config.json"], configs, file)
+    return CheckpointContents(path, "folder", tensors, objects, configs["config.json"], configs, file)
 
 
 class _BundleTensors(Mapping[str, Tensor]):
-    """The tensors of a TensorFlow checkpoint, each read when it is asked for: two thirds are Adam's."""
+    """The tensors of a TensorFlow checkpoint, each read on access: half of them are Adam's and are never needed."""
 
     def __init__(self, bundle: TensorBundle) -> None:
         self._bundle = bundle
@@ -200,36 +201,36 @@ class _BundleTensors(Mapping[str, Tensor]):
         return len(self._bundle.entries)
 
 
-def _tensor_bundle(path: Path) -> Found:
+def _tensor_bundle(path: Path) -> CheckpointContents:
     bundle = TensorBundle(path)
     kwargs = bundle.prefix.parent / "kwargs.json"
     configs = {"kwargs.json": _read_json(kwargs)} if kwargs.is_file() else {}
     objects = {} if bundle.step is None else {"step": bundle.step}
     config = configs.get("kwargs.json", {})
-    return Found(path, "tensor-bundle", _BundleTensors(bundle), objects, config, configs, bundle.prefix)
+    return CheckpointContents(path, "tensor-bundle", _BundleTensors(bundle), objects, config, configs, bundle.prefix)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         if not file.is_file() or file.stat().st_size > MAX_JSON:
-            raise SpecError("not a JSON file of sensible size")
+            raise SpecError(f"not a file of at most {MAX_JSON:,} bytes")
         values = parse_json(file.read_bytes())
     except (OSError, SpecError) as error:
         raise FileFormatError(f"{file}: not a JSON file", note=str(error)[:200]) from error
     if not isinstance(values, dict):
-        raise FileFormatError(f"{file}: a JSON object was expected", note=f"it is {type(values).__name__}")
+        raise FileFormatError(f"{file}: not a JSON object", note=f"it is {type(values).__name__}")
     return values
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and what the metadata says as JSON under ``config``."""
+    """The tensors, and the JSON object under ``config`` in the metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata: dict[str, str] = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise FileFormatError(
-            f"{file}: cut off, damaged or no safetensors file", note=str(error)[:200], hint="copy it again"
+            f"{file}: cut off, damaged or not a safetensors file", note=str(error)[:200], hint="copy it again"
         ) from error
     config: dict[str, Any] = {}
     if "config" in metadata:
@@ -246,9 +247,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         return _flatten(path, content)
     except (TypeError, AttributeError, RuntimeError, ValueError) as error:  # RecursionError is a RuntimeError
-        # what torch's reader makes is plain, but a file may hang attributes on it that hide its methods
+        # torch's reader makes plain objects only, but a file may set attributes on them that hide their methods
         raise FileFormatError(
-            f"{path}: no plain weights",
+            f"{path}: not plain weights",
             note=f"{type(error).__name__}: {error}"[:200],
             hint="save them again: torch.save(model.state_dict(), …)",
         ) from error
@@ -258,8 +259,8 @@ def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors and plain values by dotted names.
 
     Raises:
-        FileFormatError: tensors that claim to be larger than what they hold, two things of one name, or a key that is
-            no name.
+        FileFormatError: tensors that claim to be larger than their storage, two of one name, or a key that is not a
+            name.
     """
     tensors: dict[str, Tensor] = {}
     objects: dict[str, object] = {}
@@ -268,15 +269,17 @@ def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
     while waiting:
         name, value, depth = waiting.pop()
         items += 1
-        if items > MAX_ITEMS or depth > 32:  # a list of itself, or of lists of lists that are all the same
-            raise FileFormatError(f"{path}: nested too deep, or more than {MAX_ITEMS:,} things in it")
+        if items > MAX_ITEMS or depth > 32:  # a list that contains itself, or lists of lists that are all the same
+            raise FileFormatError(f"{path}: nested too deeply, or more than {MAX_ITEMS:,} items")
         if isinstance(value, Tensor):
             if name in tensors:
                 raise FileFormatError(f"{path}: two tensors are called {name!r}")
             tensors[name] = _plain_tensor(path, name, value)
         elif isinstance(value, Mapping):
             if not isinstance(value, dict) or not all(isinstance(key, (str, int)) for key in dict.keys(value)):
-                raise FileFormatError(f"{path}: {name!r} is no dict of names", note=f"it is a {type(value).__name__}")
+                raise FileFormatError(
+                    f"{path}: {name!r} is not a dict of names", note=f"it is a {type(value).__name__}"
+                )
             inner = [(str(key), item) for key, item in dict.items(value)]
             waiting += [(f"{name}.{key}" if name else key, item, depth + 1) for key, item in reversed(inner)]
         elif isinstance(value, (list, tuple)):
@@ -290,14 +293,16 @@ def _flatten(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _plain_tensor(path: Path, name: str, value: Tensor) -> Tensor:
-    """``value`` without a gradient, and without what the file hung on it.
+    """``value`` without a gradient, and without attributes that the file set on it.
 
     Raises:
-        FileFormatError: it is not dense, or claims to be larger than what it holds.
+        FileFormatError: it is not dense, or claims to be larger than its storage.
     """
-    tensor = torch.Tensor.detach(value)  # the class's own method: the file may have given this one another
+    tensor = torch.Tensor.detach(value)  # the class's method: the file may have set another one on this object
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise FileFormatError(f"{path}: {name!r} is a sparse, quantized or empty-handed tensor", hint="save it dense")
+        raise FileFormatError(
+            f"{path}: {name!r} is a sparse or quantized tensor, or one without data", hint="save it dense"
+        )
     tensor = torch.Tensor.as_subclass(tensor, torch.Tensor)
     if _bytes(tensor) > tensor.untyped_storage().nbytes():
         raise FileFormatError(
@@ -328,9 +333,9 @@ def _download(name: str) -> Path:
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
     except ValueError as error:  # HFValidationError
         raise InputError(
-            f"hf:{name}: no name of a repository", note=str(error)[:200], hint="hf:ORGANISATION/NAME"
+            f"hf:{name}: not the name of a repository", note=str(error)[:200], hint="hf:ORGANISATION/NAME"
         ) from error
-    except Exception as error:  # from the hub, the network or the disk: its tree of errors changes between versions
+    except Exception as error:  # from the hub, the network or the disk: the hub's error classes change between versions
         raise BackendError(
             f"hf:{name} cannot be downloaded",
             note=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300],

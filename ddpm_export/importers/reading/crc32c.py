@@ -1,4 +1,4 @@
-"""CRC-32C (Castagnoli), as TensorFlow's files carry it, in NumPy: half a gigabyte in about a second.
+"""CRC-32C (Castagnoli), which TensorFlow's files carry, in NumPy: half a gigabyte in about a second.
 
 A CRC is linear over GF(2): the remainder of a long message is the sum of the remainders of its parts, each moved by the
 bytes that follow it. So the message is laid out as rows of many 32-bit words, all worked on at once:
@@ -20,13 +20,13 @@ POLYNOMIAL = 0x82F63B78
 """Without x³², and with the lowest power in the highest bit."""
 
 _MIN_ROW, _MAX_ROW = 1 << 6, 1 << 15
-"""Bytes of a row, powers of two. What is worked on at once should fit into the cache."""
+"""Bytes of a row, powers of two. A row and its tables should fit into the cache."""
 
 Words = NDArray[np.uint32]
 
 
 def crc32c(data: bytes | bytearray | memoryview) -> int:
-    """CRC-32C of bytes in one piece."""
+    """CRC-32C of contiguous bytes."""
     message = np.frombuffer(data, np.uint8)
     if len(message) < _MIN_ROW:
         return _one_by_one(message.tobytes())
@@ -48,7 +48,7 @@ def crc32c(data: bytes | bytearray | memoryview) -> int:
 
 
 def unmask(stored: int) -> int:
-    """The CRC that was meant. Files hold it rotated and moved, so that the CRC of data with CRCs in it stays a CRC."""
+    """The CRC from its stored form, which is rotated and shifted so that data with CRCs in it still has a useful CRC."""
     rotated = (stored - 0xA282EAD8) & 0xFFFFFFFF
     return (rotated >> 17 | rotated << 15) & 0xFFFFFFFF
 

@@ -1,12 +1,12 @@
 """TensorFlow's checkpoints (``model.ckpt-N.index`` and ``model.ckpt-N.data-00000-of-0000K``), read without TensorFlow.
 
-The index is a table as in LevelDB: blocks of sorted keys, each key told by how it differs from the one before; a block
-that says where the others are; and a footer that says where that one is. Every block has a CRC. Under the empty key
-lies a header, under every other key, a tensor's name, where its bytes are and what their CRC is. The data files are
-bytes and nothing else.
+The index is a table as in LevelDB: blocks of sorted keys, each key stored as its difference from the one before; a block
+that says where the others are; and a footer that says where that one is. Every block has a CRC. The empty key holds a
+header; every other key is a tensor's name, and holds where its bytes are and their CRC. The data files are bytes and
+nothing else.
 
-A file of unknown origin is believed only as far as it has been checked: nothing is allocated that the files do not
-really hold, and every number is compared with the file's size before it is used.
+A file of unknown origin is trusted only as far as it has been checked: nothing is allocated that the files do not really
+hold, and every number is compared with the file's size before it is used.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_TENSORS = 1 << 17
 MAX_ENTRY = 1 << 16
 MAX_NAME = 4096
 MAX_NAMES = 1 << 26
-"""Bytes of one name, and of all. A key that repeats most of the one before it takes four bytes whatever its length."""
+"""Bytes of one name, and of all. A key that repeats most of the one before takes four bytes, whatever its length."""
 
 _FOOTER = 48
 _SUFFIXES = re.compile(r"\.(index|meta|data-\d{5}-of-\d{5})$")
@@ -55,14 +55,16 @@ _NAMES = {_STRING: "text", 8: "complex64", 18: "complex128", 20: "resource", 21:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index says about a tensor.
+    """The index entry of a tensor.
 
     Attributes:
         dtype: TensorFlow's number of the element type.
-        shape: its sides.
-        shard: the data file that its bytes are in, and ``offset`` and ``size`` where.
+        shape: of the tensor.
+        shard: the number of the data file with its bytes.
+        offset: where they begin in that file.
+        size: how many bytes.
         crc: CRC-32C of the bytes.
-        sliced: it was saved in parts, which lie elsewhere under names of their own.
+        sliced: whether it was saved in parts, which are elsewhere under names of their own.
     """
 
     dtype: int
@@ -75,7 +77,7 @@ class Entry:
 
 
 class TensorBundle:
-    """A TensorFlow checkpoint. Opening reads the index; a tensor is read when it is asked for.
+    """A TensorFlow checkpoint. Opening reads the index; a tensor's bytes are read by :meth:`read`.
 
     Attributes:
         prefix: the path without ``.index``.
@@ -86,7 +88,7 @@ class TensorBundle:
         """Open what :func:`find_bundle` finds at ``path``.
 
         Raises:
-            FileFormatError: there is none, or its index is damaged, compressed, or of an unknown version.
+            FileFormatError: there is no checkpoint, or its index is damaged, compressed, or of an unknown version.
         """
         self.prefix = find_bundle(path)
         self._index = self.prefix.with_name(self.prefix.name + ".index")
@@ -99,19 +101,19 @@ class TensorBundle:
 
     @property
     def step(self) -> int | None:
-        """N of ``model.ckpt-N``, if that is its name."""
-        found = _STEP.search(self.prefix.name)
-        return int(found[1]) if found else None
+        """N if the name is ``model.ckpt-N``, else None."""
+        match = _STEP.search(self.prefix.name)
+        return int(match[1]) if match else None
 
     def read(self, name: str) -> NDArray[Any]:
         """A tensor of its own shape and type, bfloat16 as float32; its CRC has been checked.
 
         Raises:
-            FileFormatError: no such tensor, saved in parts, no numbers, or its bytes are missing or changed.
+            FileFormatError: no such tensor, one saved in parts, one not of numbers, or its bytes are missing or changed.
         """
         entry = self.entries.get(name)
         if entry is None:
-            _refuse(f"{self._index}: no tensor {name[:200]!r} in it", f"it holds {len(self.entries)} others")
+            _refuse(f"{self._index}: no tensor {name[:200]!r}", f"it holds {len(self.entries)} others")
         if entry.sliced:
             _refuse(
                 f"{self._index}: {name[:200]!r} was saved in parts, and ddpmx reads whole tensors only",
@@ -119,8 +121,8 @@ class TensorBundle:
                 "restore it in TensorFlow, and save it without a partitioner",
             )
         if entry.dtype != _BFLOAT16 and entry.dtype not in _DTYPES:
-            told = _NAMES.get(entry.dtype, f"of TensorFlow's type {entry.dtype}")
-            _refuse(f"{self._index}: {name[:200]!r} is {told}, and no tensor of numbers")
+            kind = _NAMES.get(entry.dtype, f"of TensorFlow's type {entry.dtype}")
+            _refuse(f"{self._index}: {name[:200]!r} is {kind}, not a tensor of numbers")
         width = 2 if entry.dtype == _BFLOAT16 else np.dtype(_DTYPES[entry.dtype]).itemsize
         if entry.size > MAX_TENSOR:
             _refuse(f"{self._index}: {name[:200]!r} is too large", f"{entry.size} bytes, at most {MAX_TENSOR}")
@@ -131,7 +133,7 @@ class TensorBundle:
             )
         raw = self._bytes(name, entry)
         if crc32c(raw) != entry.crc:
-            _refuse(f"{self.shard(entry.shard)}: the bytes of {name[:200]!r} were changed", "their CRC is another")
+            _refuse(f"{self.shard(entry.shard)}: the bytes of {name[:200]!r} were changed", "their CRC does not match")
         array: NDArray[Any]
         if entry.dtype == _BFLOAT16:  # the upper half of a float32
             array = (np.frombuffer(raw, f"{self._order}u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -151,7 +153,7 @@ class TensorBundle:
         try:
             if path.exists() and not path.is_file():
                 _refuse(f"{path}: cannot be read", "not a file")
-            with path.open("rb") as stream:  # not mapped: a file that shrinks meanwhile would end the process
+            with path.open("rb") as stream:  # not memory-mapped: a file that shrinks meanwhile would kill the process
                 size = os.fstat(stream.fileno()).st_size
                 if entry.offset + entry.size > size:
                     _refuse(
@@ -162,7 +164,7 @@ class TensorBundle:
                 stream.seek(entry.offset)
                 raw = bytearray(entry.size)
                 if stream.readinto(raw) != entry.size:
-                    _refuse(f"{path}: cut off", "it became shorter while it was read")
+                    _refuse(f"{path}: cut off", "it became shorter while being read")
         except OSError as error:
             _refuse(
                 f"{path}: cannot be read",
@@ -181,7 +183,7 @@ class TensorBundle:
         self._read_header(header)
         entries: dict[str, Entry] = {}
         for key, value in table:
-            if key[:1] == b"\0":  # a part of a tensor; the tensor itself says that it has parts
+            if key[:1] == b"\0":  # a part of a tensor; the tensor's own entry is marked as sliced
                 continue
             name = key.decode("utf-8", errors="surrogateescape")
             try:
@@ -197,7 +199,7 @@ class TensorBundle:
         oldest_reader = 0
         for number, value in fields(header):
             if number == 1:
-                if not isinstance(value, int):  # the list of all tensors, which version 1 has in its place
+                if not isinstance(value, int):  # version 1 has a list of all tensors in this field
                     _refuse(
                         f"{self._index}: a TensorFlow checkpoint of version 1, which ddpmx does not read",
                         hint="restore it in TensorFlow, and save it with tf.train.Saver(write_version=2)",
@@ -211,7 +213,7 @@ class TensorBundle:
         if oldest_reader > 1:
             _refuse(
                 f"{self._index}: of a version that this ddpmx does not know",
-                f"it asks for readers of version {oldest_reader}, and this is one of version 1",
+                f"it needs a reader of version {oldest_reader}, and this is one of version 1",
             )
         if not 1 <= self._shards <= 99999:
             raise MalformedError(f"{self._shards} data files")
@@ -221,17 +223,17 @@ class TensorBundle:
         places = sorted((entry.shard, entry.offset, entry.size, name) for name, entry in entries.items() if entry.size)
         for (shard, offset, size, first), (next_shard, next_offset, _, second) in pairwise(places):
             if shard == next_shard and next_offset < offset + size:
-                raise MalformedError(f"{first[:150]!r} and {second[:150]!r} lie in the same place")
+                raise MalformedError(f"{first[:150]!r} and {second[:150]!r} are in the same place")
 
 
 def find_bundle(path: str | os.PathLike[str]) -> Path:
-    """The prefix of the checkpoint that ``path`` means.
+    """The prefix of the checkpoint at ``path``.
 
-    ``path`` is the prefix itself, one of the checkpoint's files, or a folder: then what its file ``checkpoint`` names,
-    or the one of most steps.
+    ``path`` is the prefix itself, one of the checkpoint's files, or a folder: then the checkpoint that the folder's file
+    ``checkpoint`` names, or the one with the most steps.
 
     Raises:
-        FileFormatError: there is none, or it is one of version 1.
+        FileFormatError: there is no checkpoint, or it is one of version 1.
     """
     path = Path(path)
     if path.is_dir():
@@ -253,7 +255,7 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
 
 
 def is_bundle(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` means a checkpoint of TensorFlow's, one of version 1 or without its index included.
+    """Whether there is a TensorFlow checkpoint at ``path``, including one of version 1 or without its index.
 
     :class:`TensorBundle` opens it, or says why it cannot.
     """
@@ -268,28 +270,28 @@ def is_bundle(path: str | os.PathLike[str]) -> bool:
 
 
 def _is_version_1(path: Path) -> bool:
-    """A single file, which is a table."""
+    """Whether it is a single file in the format of a table."""
     return path.is_file() and _contents(path, _FOOTER)[-8:] == MAGIC
 
 
 def _newest(folder: Path) -> Path:
-    """What the file ``checkpoint`` names if it is there (TensorFlow writes the last one's path), or the highest N."""
+    """The checkpoint that the file ``checkpoint`` names (TensorFlow writes the last one's path), or the highest N."""
     state = folder / "checkpoint"
     if state.is_file():
         text = _contents(state, 1 << 16).tobytes().decode("utf-8", errors="replace")
-        found = re.search(r'^model_checkpoint_path:\s*"([^"\n]+)"', text, re.MULTILINE)
+        match = re.search(r'^model_checkpoint_path:\s*"([^"\n]+)"', text, re.MULTILINE)
         # a path on the machine where it was written: only the name matters
-        name = re.split(r"[/\\]", found[1])[-1] if found else ""
+        name = re.split(r"[/\\]", match[1])[-1] if match else ""
         if name and (folder / f"{name}.index").is_file():
             return folder / name
-    found_here = [file.with_name(file.name.removesuffix(".index")) for file in folder.glob("*.index")]
-    if not found_here:
+    prefixes = [file.with_name(file.name.removesuffix(".index")) for file in folder.glob("*.index")]
+    if not prefixes:
         raise FileFormatError(
             f"{folder}: no TensorFlow checkpoint there",
             note="no file ends in .index",
             hint="a checkpoint is model.ckpt-N.index and its model.ckpt-N.data-… files",
         )
-    return max(found_here, key=lambda prefix: (int(m[1]) if (m := _STEP.search(prefix.name)) else -1, prefix.name))
+    return max(prefixes, key=lambda prefix: (int(m[1]) if (m := _STEP.search(prefix.name)) else -1, prefix.name))
 
 
 def _refuse(fact: str, note: str | None = None, hint: str | None = None) -> NoReturn:
@@ -300,10 +302,10 @@ def _contents(path: Path, last: int | None = None) -> memoryview:
     """The bytes of a file, or its ``last`` ones.
 
     Raises:
-        FileFormatError: it cannot be read, or is larger than an index is.
+        FileFormatError: it cannot be read, or is too large for an index.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+        if path.exists() and not path.is_file():  # reading a pipe could block, reading a device never end
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -351,18 +353,18 @@ def _table(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         MalformedError: damaged, or not in order.
     """
     if len(view) < _FOOTER or view[-8:] != MAGIC:
-        raise MalformedError("it does not end as one" if len(view) else "it is empty")
+        raise MalformedError("it does not end with the magic number" if len(view) else "it is empty")
     footer = view[-_FOOTER:]
     position = 0
     handle = []
-    for _ in range(4):  # where the block of statistics is (offset, size), and where the block of blocks
+    for _ in range(4):  # offset and size of the block of statistics, then of the block of blocks
         number, position = varint(footer, position)
         handle.append(number)
     end, count, names, last = 0, 0, 0, None
     for _, place in _block(view, handle[2], handle[3]):
         offset, at = varint(place, 0)
         size, _ = varint(place, at)
-        if offset < end:  # blocks that are told twice would be read twice, and so on
+        if offset < end:  # blocks that are listed many times would be read many times
             raise MalformedError("its blocks are not in order")
         end = offset + size
         for key, value in _block(view, offset, size):
@@ -377,15 +379,15 @@ def _table(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _block(view: memoryview, offset: int, size: int) -> Iterator[tuple[bytes, memoryview]]:
-    """The entries of a block: what a key shares with the one before, what it does not, and a value.
+    """The entries of a block, each stored as: bytes shared with the key before, the rest of the key, and a value.
 
-    At its end stand the places where nothing is shared, and their number; behind it, how it is compressed, and its CRC.
+    The block ends with the positions at which nothing is shared, and their number; then follow compression and CRC.
     """
     if offset + size + 5 > len(view) - _FOOTER:
         raise MalformedError(f"a block of {size} bytes at {offset} lies beyond its end")
     block, rest = view[offset : offset + size], view[offset + size : offset + size + 5]
     if unmask(int.from_bytes(rest[1:], "little")) != crc32c(view[offset : offset + size + 1]):
-        raise MalformedError("a block was changed: its CRC is another")
+        raise MalformedError("a block was changed: its CRC does not match")
     if rest[0] != 0:
         raise MalformedError("it is compressed, which TensorFlow's never are")
     restarts = int.from_bytes(block[-4:], "little")

@@ -1,9 +1,9 @@
-"""Opens what ``torch.save`` wrote, without running anything in it and without believing what it says about its size.
+"""Opens files that ``torch.save`` wrote, without running anything in them and without trusting the sizes they declare.
 
 A torch file is a pickle beside raw storages. torch's own ``weights_only`` reader builds nothing but tensors and plain
-values; it came whole only with torch 2.6. Before it sees a file, the pickle is walked here with every class replaced by
+values; it is safe only since torch 2.6. Before it reads a file, the pickle is walked here with every class replaced by
 a stub, so that storages which claim more bytes than the file holds are refused before memory is taken for them. The walk
-is Python's own and not C's: an interrupt stops it, and a number in the pickle allocates nothing.
+uses Python's unpickler, not C's: an interrupt stops it, and a number in the pickle allocates nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_PICKLE = 1 << 28
 """Bytes of the pickle itself: names and shapes. A file of a million tensors stays below."""
 
 MAX_NESTED = 10_000
-"""Things in a tuple of tuples, each counted as often as it is met: hash() walks them all, and no interrupt stops it."""
+"""Items in a tuple of tuples, counted once for each occurrence: hash() walks them all, and no interrupt stops it."""
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _ITEMSIZE = {
@@ -55,13 +55,13 @@ def load(path: Path) -> Any:
 
     Raises:
         FileFormatError: it is cut off, damaged, claims more than it holds, or holds more than weights.
-        BackendError: this torch's ``weights_only`` can be got around.
+        BackendError: this torch's ``weights_only`` can be bypassed.
     """
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 6):
         raise BackendError(
             f"torch {torch.__version__} cannot open other people's files safely",
-            note="before torch 2.6 a file could get around weights_only and run code",
+            note="before torch 2.6 a file could bypass weights_only and run code",
             hint="pip install 'torch>=2.6'",
         )
     zipped = _is_zip(path)
@@ -71,9 +71,9 @@ def load(path: Path) -> Any:
         raise
     except (OSError, zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
         raise FileFormatError(f"{path}: cut off or damaged", note=str(error)[:200], hint=_AGAIN) from error
-    except Exception as error:  # a pickle that is no pickle fails in any way there is
+    except Exception as error:  # bytes that are not a pickle can raise anything
         raise FileFormatError(
-            f"{path}: no torch file, or a damaged one", note=f"{type(error).__name__}: {error}"[:200], hint=_AGAIN
+            f"{path}: not a torch file, or a damaged one", note=f"{type(error).__name__}: {error}"[:200], hint=_AGAIN
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -95,7 +95,7 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if len({name.lower() for name in members}) < len(archive.infolist()):
-            # torch looks members up without regard to case: it might open another than the one that is checked here
+            # torch ignores case when it looks up members: it might open another one than is checked here
             raise FileFormatError(f"{path}: two members of the archive have one name", hint=_AGAIN)
         if any(name.endswith("/constants.pkl") for name in members):
             raise FileFormatError(
@@ -105,13 +105,13 @@ def _check_zip(path: Path) -> None:
         inflated = sum(info.file_size for info in members.values())
         if inflated > size or any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise FileFormatError(
-                f"{path}: its members are compressed or overlap, and torch's never are",
+                f"{path}: its members are compressed or overlap, which torch's never do",
                 note=f"{size:,} bytes would inflate to {inflated:,}",
-                hint="a zip bomb looks like this; if the file was packed again, save it with torch.save",
+                hint="this may be a zip bomb; if the file was only packed again, save it with torch.save",
             )
         pickles = [name for name in members if name.lower().endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise FileFormatError(f"{path}: a zip archive, and not one that torch.save wrote")
+            raise FileFormatError(f"{path}: a zip archive, but not one that torch.save wrote")
         if members[pickles[0]].file_size > MAX_PICKLE:
             raise FileFormatError(f"{path}: its pickle alone has {members[pickles[0]].file_size:,} bytes")
         if damaged := archive.testzip():
@@ -141,12 +141,12 @@ def _check_legacy(path: Path) -> None:
         if magic != _LEGACY_MAGIC:
             needed = sorted(scan.classes)
             raise FileFormatError(
-                f"{path}: a pickle, and not one that torch.save wrote",
+                f"{path}: a pickle, but not one that torch.save wrote",
                 note=f"opening it would run {', '.join(needed[:4])}, which may do anything" if needed else None,
                 hint=_STATE_ONLY,
             )
         start, scans = len(first), []
-        for _ in range(4):  # the version of the protocol, the machine's sizes, the content, the storages' keys
+        for _ in range(4):  # the protocol version, the machine's type sizes, the content, the storages' keys
             part = _first_pickle(path, content, start)
             start += len(part)
             scans.append(_Scan(path, part))
@@ -160,20 +160,20 @@ def _more_than_weights(path: Path, message: str) -> FileFormatError:
     named = re.search(r"(?:GLOBAL|global:?|class:?) ([\w.]+\.[\w.]+)", message)
     what = f"{named.group(1)}, whose code would run" if named else message.splitlines()[0][:200]
     return FileFormatError(
-        f"{path}: holds more than weights, and opening that could run anything",
+        f"{path}: holds more than weights, and opening it could run any code",
         note=f"it needs {what}",
         hint=_STATE_ONLY,
     )
 
 
 def _first_pickle(path: Path, content: bytes | mmap.mmap, start: int) -> bytes:
-    """The pickle that begins at ``start``, once its operations are seen to be whole and to number no more than it has.
+    """The pickle that begins at ``start``, after checking that it is whole and that its memo indices are below its length.
 
-    C's unpickler takes 16 bytes for every number below the one that an object is remembered by.
+    C's unpickler allocates 16 bytes for every index up to the largest one that an object is stored under.
 
     Raises:
-        FileFormatError: it is too long, or it remembers an object by an absurd number.
-        ValueError: it is no pickle, or it has no end.
+        FileFormatError: it is too long, or stores an object under an absurd memo index.
+        ValueError: it is not a pickle, or it has no end.
     """
     stream = cast("IO[bytes]", content) if isinstance(content, mmap.mmap) else io.BytesIO(content)
     stream.seek(start)
@@ -187,20 +187,20 @@ def _first_pickle(path: Path, content: bytes | mmap.mmap, start: int) -> bytes:
     length = end + 1 - start  # STOP is one byte
     if largest > length:
         raise FileFormatError(
-            f"{path}: its pickle numbers an object {largest:,}, and has {length:,} bytes",
-            hint="no program writes that; have the file from somebody you trust",
+            f"{path}: its pickle stores an object under the memo index {largest:,}, but has {length:,} bytes",
+            hint="no program writes that; get the file from a source you trust",
         )
     return bytes(content[start : end + 1])
 
 
 class _Tuple(tuple[Any, ...]):
-    """Knows how many things are in it, and in the tuples in it."""
+    """A tuple with the number of items in it and in the tuples inside it."""
 
     nested: int
 
 
 class _Scan(pickle._Unpickler):
-    """Walks a pickle in which every class is a stub: nothing is run, and nothing larger than the pickle is made."""
+    """Walks a pickle with every class replaced by a stub: nothing is run, and nothing larger than the pickle is made."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
 
@@ -220,7 +220,7 @@ class _Scan(pickle._Unpickler):
         name = getattr(storage, "__name__", "")
         if re.fullmatch(r"QU?Int\w+Storage", name):
             raise FileFormatError(
-                f"{self.path}: it holds quantized tensors ({name.removesuffix('Storage')}), which are not read",
+                f"{self.path}: it holds quantized tensors ({name.removesuffix('Storage')}), which are not supported",
                 hint="save the weights as they were before quantization, or tensor.dequantize() of each",
             )
         itemsize = _ITEMSIZE.get(name)
@@ -230,7 +230,7 @@ class _Scan(pickle._Unpickler):
         return _Stub()
 
     def key(self, key: Any) -> Any:
-        """``key``, if it is one that weights are called by. A stub is one too: torch's reader says what is wrong."""
+        """``key``, if it can name weights. A stub passes too: torch's reader then says what is wrong."""
         if not isinstance(key, (str, int, type, _Stub)):
             raise FileFormatError(
                 f"{self.path}: a dict whose key is neither a name nor a number",
@@ -240,17 +240,17 @@ class _Scan(pickle._Unpickler):
         return key
 
     def tuple_of(self, items: list[Any]) -> _Tuple:
-        """A tuple, if hash() of it has an end."""
+        """A tuple of which hash() ends in reasonable time."""
         made = _Tuple(items)
         inner = [item.nested for item in items if isinstance(item, _Tuple)]
         made.nested = len(items) + sum(inner)
         if inner and made.nested > MAX_NESTED:
-            raise FileFormatError(f"{self.path}: tuples of tuples, with more than {MAX_NESTED:,} things in them")
+            raise FileFormatError(f"{self.path}: tuples of tuples with more than {MAX_NESTED:,} items in them")
         return made
 
 
 def _operation(opcode: bytes) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Lets ``_Scan`` do ``opcode`` as the function below says."""
+    """Register a function as ``_Scan``'s handler of ``opcode``."""
 
     def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
         _Scan.dispatch[opcode[0]] = function
@@ -299,7 +299,7 @@ def _tuple(scan: Any) -> None:
 def _short_tuple(count: int) -> Callable[[Any], None]:
     def load(scan: Any) -> None:
         if len(scan.stack) < count:
-            raise ValueError("a tuple of nothing")
+            raise ValueError("a tuple of more items than the stack has")
         scan.stack[-count:] = [scan.tuple_of(scan.stack[-count:])]
 
     return load
@@ -311,7 +311,7 @@ _operation(pickle.TUPLE3)(_short_tuple(3))
 
 
 class _Stub:
-    """Stands for whatever a pickle makes."""
+    """Stands for any object that a pickle makes."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Stub:
         return super().__new__(cls)
@@ -332,8 +332,8 @@ class _Stub:
 
 
 class _Bytes(_Stub):
-    """Stands for a bytearray: a number makes one of that length, and it may be any."""
+    """Stands for a bytearray: one made from a number has that length, which may be any."""
 
     def __init__(self, *arguments: Any, **_: Any) -> None:
         if any(isinstance(argument, int) for argument in arguments):
-            raise ValueError("a bytearray of a length that is only said")
+            raise ValueError("a bytearray made from a length instead of bytes")

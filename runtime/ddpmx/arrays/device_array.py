@@ -1,4 +1,4 @@
-"""Arrays that stay on the GPU, for PyTorch, CuPy and everybody else who speaks DLPack or the CUDA array interface."""
+"""Arrays that stay on the GPU, for PyTorch, CuPy and every library with DLPack or the CUDA array interface."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 
 class DeviceArray:
-    """An array in a GPU's memory, complete when it is handed out. NumPy's order (C-contiguous).
+    """An array in a GPU's memory, C-contiguous, whose content is complete when it is returned.
 
-    ``torch.from_dlpack(array)``, ``cupy.from_dlpack(array)`` and their like take it as it lies there; ``numpy()`` copies
-    it to the host. The memory is freed when nobody needs it any more: neither this array, which may be closed,
-    nor those who took it by DLPack. A context manager.
+    ``torch.from_dlpack(array)``, ``cupy.from_dlpack(array)`` and the like use it in place; ``numpy()`` copies it to the
+    host. The memory is freed when nobody uses it any more: neither this array, which may be closed, nor the consumers that
+    took it by DLPack. A context manager.
 
     Args:
-        memory: at least as many bytes; the array's from now on.
+        memory: at least as many bytes as the array needs; owned by the array from now on.
         shape: of the array.
         dtype: of its elements.
-        driver: with which the memory was allocated. If that is closed, the memory goes with it: see :meth:`allocate`.
-        owned: the driver is the array's alone, and closed in the memory's stead.
+        driver: that allocated the memory. Closing it frees the memory as well: see :meth:`allocate`.
+        owned: whether the driver belongs to the array alone, and is closed instead of the memory.
 
     Attributes:
-        shape, dtype, driver: as given.
+        shape, dtype, driver: as passed.
     """
 
     _device_type = CUDA
@@ -41,18 +41,18 @@ class DeviceArray:
     ) -> None:
         self.shape, self.dtype, self.driver = shape, np.dtype(dtype), driver
         self._memory = memory
-        self._hold: Owner | None = Owner(driver.close if owned else memory.close)
+        self._owner: Owner | None = Owner(driver.close if owned else memory.close)
         self._shown: Owner | None = None
 
     @classmethod
     def allocate(cls, driver: Driver, shape: tuple[int, ...], dtype: DTypeLike, what: str) -> DeviceArray:
-        """A new array of any content, which outlives ``driver``: it has a hold on the GPU of its own.
+        """A new array with undefined content, which outlives ``driver``: it opens the GPU for itself.
 
         Args:
             driver: the GPU.
             shape: of the array.
             dtype: of its elements.
-            what: it is, for error messages.
+            what: what it holds, for error messages.
 
         Raises:
             BackendError: the memory does not suffice.
@@ -68,35 +68,35 @@ class DeviceArray:
 
     @property
     def address(self) -> int:
-        """Of the first element, on the GPU.
+        """The first element's address on the GPU.
 
         Raises:
-            InputError: it was closed.
-            BackendError: its driver was.
+            InputError: the array was closed.
+            BackendError: its driver was closed.
         """
         return self._held()[0]
 
     def _held(self) -> tuple[int, Owner]:
-        hold = self._hold
-        if hold is None:
+        owner = self._owner
+        if owner is None:
             raise InputError("the array was closed")
-        return self._memory.value, hold
+        return self._memory.value, owner
 
     @property
     def nbytes(self) -> int:
-        """What it takes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """CUDA Array Interface 3. No stream: nothing is to be waited for."""
-        address, hold = self._held()
-        self._shown = hold  # those who read this keep the array itself, and never say when they are done
+        """CUDA Array Interface 3. No stream: there is nothing to wait for."""
+        address, owner = self._held()
+        self._shown = owner  # a consumer keeps the array itself alive, and never reports when it is done
         data, dtype = (address if self.nbytes else 0, False), self.dtype.str
         return {"shape": self.shape, "typestr": dtype, "data": data, "strides": None, "version": 3, "stream": None}
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        """Kind of device, and which of them."""
+        """(kind of device, its index)."""
         return self._device_type, self.driver.ordinal if self._device_type == CUDA else 0
 
     def __dlpack__(
@@ -107,50 +107,52 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A capsule of DLPack's with this memory; with ``dl_device=(1, 0)``, the host, with a copy.
+        """A DLPack capsule with this memory; with ``dl_device=(1, 0)``, the host, with a copy.
 
-        NumPy makes the capsule, of an array that pretends to lie on the host, and the device is put right in it. So what
-        deletes it is NumPy's C: a callback in Python could not run while an exception is on its way, which is how a
-        consumer that refuses drops a capsule, nor after Python's end.
+        NumPy makes the capsule, from an array that pretends to lie on the host, and the device is corrected in it. So its
+        deleter is NumPy's C code: a callback in Python could not run while an exception propagates, which is how a
+        consumer that refuses drops a capsule, nor after Python has ended.
 
         Args:
-            stream: the consumer's. Nothing has to be waited for in it.
-            max_version: the newest DLPack that the consumer reads. NumPy before 2.1 gives the one of before 1.0.
-            dl_device: where it is wanted.
-            copy: whether it is to be a copy.
+            stream: the consumer's. There is nothing to wait for in it.
+            max_version: the newest DLPack that the consumer reads. NumPy before 2.1 makes capsules of before 1.0.
+            dl_device: the device where the consumer needs it.
+            copy: whether it has to be a copy.
 
         Raises:
-            BufferError: it is wanted on another GPU, or as a copy on this one.
-            InputError: it was closed.
+            BufferError: it is needed on another GPU, or as a copy on this one.
+            InputError: the array was closed.
         """
         options = {"max_version": tuple(max_version)} if max_version is not None else {}
-        address, hold = self._held()
+        address, owner = self._held()
         here = self.__dlpack_device__()
         wanted = here if dl_device is None else (int(dl_device[0]), int(dl_device[1]))
         if wanted == here and not copy:
             return self._placed(
-                _capsule(np.asarray(ArrayInterface(address, self.shape, self.dtype, hold, True)), options)
+                _capsule(np.asarray(ArrayInterface(address, self.shape, self.dtype, owner, True)), options)
             )
         if wanted == (CPU, 0) and copy is not False:
             return _capsule(self.numpy(), options)
-        raise BufferError(f"an array on DLPack's device {here} is not given {'as a copy ' if copy else ''}on {wanted}")
+        raise BufferError(
+            f"an array on DLPack's device {here} cannot be exported {'as a copy ' if copy else ''}on {wanted}"
+        )
 
     def _placed(self, capsule: object) -> object:
-        held = open_capsule(capsule)
-        if held is None:
-            raise BackendError("NumPy gives no capsule of DLPack's", note=f"NumPy {np.__version__}")
-        device = held[0].dl_tensor.device
+        opened = open_capsule(capsule)
+        if opened is None:
+            raise BackendError("NumPy did not make a DLPack capsule", note=f"NumPy {np.__version__}")
+        device = opened[0].dl_tensor.device
         device.type, device.id = self.__dlpack_device__()
         return capsule
 
     def numpy(self) -> NDArray[Any]:
-        """A copy on the host. Who has written to the array since has to have waited for that.
+        """A copy on the host. Writes to the array have to be finished before.
 
         Raises:
-            InputError: it was closed.
+            InputError: the array was closed.
             BackendError: the driver refuses.
         """
-        address, _hold = self._held()  # the hold: another thread may close the array meanwhile
+        address, _owner = self._held()  # kept, since another thread may close the array meanwhile
         host = np.empty(self.shape, self.dtype)
         if host.nbytes:
             with self.driver.current(), self.driver.stream() as stream:
@@ -159,7 +161,7 @@ class DeviceArray:
         return host
 
     def __array__(self, *arguments: object, **options: object) -> NDArray[Any]:
-        """Refused: nothing crosses the bus unasked.
+        """Refused: copies to the host are always explicit.
 
         Raises:
             InputError: always.
@@ -167,14 +169,14 @@ class DeviceArray:
         raise InputError("the array is in a GPU's memory", hint="array.numpy() copies it to the host")
 
     def abandon(self) -> None:
-        """Leave the memory to the end of the process, since freeing it would wait for a device that does not answer."""
-        if self._hold is not None:
-            self._hold.abandon()
+        """Never free the memory before the process ends, since freeing would wait for a device that does not respond."""
+        if self._owner is not None:
+            self._owner.abandon()
             self._memory.abandon()
 
     def close(self) -> None:
-        """Done with it here; who took it by DLPack or the array interface still has it. Again is harmless."""
-        self._hold = None
+        """Release it here; consumers by DLPack or the array interface keep it. Safe to call again."""
+        self._owner = None
 
     def __enter__(self) -> DeviceArray:
         """The array itself."""
@@ -185,19 +187,19 @@ class DeviceArray:
         self.close()
 
     def __len__(self) -> int:
-        """Of the first axis."""
+        """The length of the first axis."""
         if not self.shape:
             raise TypeError("an array without axes has no length")
         return self.shape[0]
 
     def __repr__(self) -> str:
         """Type, shape and place."""
-        where = "closed" if self._hold is None else f"GPU {self.driver.ordinal}"
+        where = "closed" if self._owner is None else f"GPU {self.driver.ordinal}"
         return f"DeviceArray({self.dtype.name} {list(self.shape)}, {where})"
 
 
 def _capsule(array: NDArray[Any], options: dict[str, Any]) -> Any:
     try:
         return array.__dlpack__(**options)
-    except TypeError:  # NumPy before 2.1 knows no versions, and gives what everybody reads
+    except TypeError:  # NumPy before 2.1 has no versions, and makes what every consumer reads
         return array.__dlpack__()

@@ -1,6 +1,6 @@
-"""DLPack's structs and capsules by ctypes, and what keeps memory alive that crosses between libraries.
+"""DLPack's structs and capsules by ctypes, and owners that keep memory alive while another library uses it.
 
-DLPack 1.x, <https://dmlc.github.io/dlpack>, of which every version up to 1.x is read.
+DLPack 1.x, <https://dmlc.github.io/dlpack>; all versions up to 1.x are read.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ MAX_NDIM = 32  # NumPy 1's
 
 
 class DLDevice(ctypes.Structure):
-    """Kind of device, and which of them."""
+    """Kind of device, and its index."""
 
     _fields_ = [("type", c_int32), ("id", c_int32)]
 
 
 class DLDataType(ctypes.Structure):
-    """Kind of number, its bits, and how many make an element."""
+    """Kind of number, its bits, and how many numbers make an element."""
 
     _fields_ = [("code", c_uint8), ("bits", c_uint8), ("lanes", c_uint16)]
 
@@ -53,13 +53,13 @@ class DLTensor(ctypes.Structure):
 
 
 class DLManagedTensor(ctypes.Structure):
-    """What a capsule called ``dltensor`` holds."""
+    """The content of a capsule named ``dltensor``."""
 
     _fields_ = [("dl_tensor", DLTensor), ("manager_ctx", c_void_p), ("deleter", c_void_p)]
 
 
 class DLManagedTensorVersioned(ctypes.Structure):
-    """What a capsule called ``dltensor_versioned`` holds. All up to ``flags`` is the same in every version to come."""
+    """The content of a capsule named ``dltensor_versioned``. Fields up to ``flags`` are the same in all future versions."""
 
     _fields_ = [
         ("major", c_uint32),
@@ -75,11 +75,11 @@ _LAYOUTS: tuple[tuple[bytes, bytes, Any], ...] = (
     (b"dltensor_versioned", b"used_dltensor_versioned", DLManagedTensorVersioned),
     (b"dltensor", b"used_dltensor", DLManagedTensor),
 )
-"""(name, name once it was taken, what it holds)."""
+"""(name, name once it is consumed, its content)."""
 
 
 def _python(name: str, result: Any, *arguments: Any) -> Any:
-    """A function of Python's C API; one of our own, since the types of ``pythonapi``'s are everybody's."""
+    """A function of Python's C API. A separate object, since the argument types of ``pythonapi``'s own are global."""
     return ctypes.PYFUNCTYPE(result, *arguments)((name, ctypes.pythonapi))
 
 
@@ -94,7 +94,7 @@ for _, _used, _ in _LAYOUTS:
 
 
 def open_capsule(capsule: object) -> tuple[Any, bytes] | None:
-    """What a capsule holds, and its name once it is taken; None if it is none, or was taken before."""
+    """(content of a capsule, its name once consumed); None if it is not a DLPack capsule, or was consumed before."""
     for name, used, layout in _LAYOUTS:
         if _is_capsule(capsule, name):
             return layout.from_address(_pointer(capsule, name)), used
@@ -102,9 +102,9 @@ def open_capsule(capsule: object) -> tuple[Any, bytes] | None:
 
 
 class Owner:
-    """Something that must not go before everybody who uses it has. What ends it runs once, and not at Python's exit.
+    """Owns something that must outlive all its users. ``end`` runs once, when the owner is collected, but not at exit.
 
-    At exit others may still be using it, and the process takes it along anyway.
+    At Python's exit others may still be using it, and it ends with the process anyway.
     """
 
     def __init__(self, end: Callable[..., object], *arguments: object) -> None:
@@ -112,22 +112,22 @@ class Owner:
         self._finalizer.atexit = False
 
     def end(self) -> None:
-        """End it now: nobody has it yet."""
+        """End it now, before anybody uses it."""
         self._finalizer()
 
     def abandon(self) -> None:
-        """It is never ended."""
+        """Never end it."""
         self._finalizer.detach()
 
 
 def delete(deleter: int, managed: int) -> None:
-    """Give back what a capsule held, by the addresses of its deleter, if it has one, and of the struct."""
+    """Free a capsule's content, by the addresses of its deleter, if it has one, and of the struct."""
     if deleter:
         _DELETER(deleter)(managed)
 
 
 class ArrayInterface:
-    """An address that NumPy takes for an array, and what has to live as long as that array."""
+    """An address as an array for NumPy, and the object that has to live as long as that array."""
 
     def __init__(
         self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], keeps: object, writable: bool

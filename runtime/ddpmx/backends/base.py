@@ -1,7 +1,8 @@
-"""How ε is computed. A backend is one file's network on one device; the chain around it is the same for all.
+"""The interfaces of backends. A backend runs one file's network on one device; the chain around it is the same for all.
 
-Two faces: a :class:`Backend` reads and writes arrays on the host, and waits; a :class:`DeviceBackend` gives networks that
-read and write a GPU's memory, in a stream, and wait for nothing. :class:`CopyingBackend` makes the first of the second.
+There are two kinds: a :class:`Backend` reads and writes arrays on the host, and waits; a :class:`DeviceBackend` gives
+networks that read and write a GPU's memory, in a stream, and wait for nothing. :class:`CopyingBackend` adapts the second
+kind to the first.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ if TYPE_CHECKING:
 
 
 EXECUTORS: tuple[str, ...] = ("while", "graph", "plain")
-"""How a chain is run, see :mod:`ddpmx.cuda.device_chain`: in the order in which they are tried."""
+"""How a chain is run, see :mod:`ddpmx.cuda.device_chain`, in the order in which ``auto`` tries them."""
 
 NO_CONDITIONING: Mapping[str, Any] = MappingProxyType({})
-"""Of a network that takes x and t alone."""
+"""The conditioning, or its shapes, of a network that takes x and t alone."""
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """The arrays that a network reads and writes, on the host. They stay the same from one step to the next.
+    """The arrays on the host that a network reads and writes. They stay the same from one step to the next.
 
     Attributes:
         x: float32 [B, C, H, W], C-contiguous, x_t.
         t: int32 [B].
-        out: float32 [B, C, H, W], C-contiguous, the network's answer.
-        var: float32 [B, C, H, W], C-contiguous, its second answer, or None if it learns no variance.
-        y: int32 [B], each image's class, or None if the network knows none. So are the following.
-        x0_prev: float32 [B, C, H, W], C-contiguous, x̂_0 of the step before.
-        cond: float32 [B, K, H, W], C-contiguous, its condition.
+        out: float32 [B, C, H, W], C-contiguous, the network's output.
+        var: float32 [B, C, H, W], C-contiguous, its output ``var``, or None if it learns no variance.
+        y: int32 [B], each image's class, or None if the network has no classes.
+        x0_prev: float32 [B, C, H, W], C-contiguous, x̂_0 of the step before, or None.
+        cond: float32 [B, K, H, W], C-contiguous, each image's condition, or None.
     """
 
     x: NDArray[np.float32]
@@ -60,13 +61,13 @@ class Buffers:
         var: bool = False,
         conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
     ) -> Buffers:
-        """New ones for ``batch`` images of shape (C, H, W), all 0.
+        """New arrays for ``batch`` images of shape (C, H, W), all 0.
 
         Args:
-            batch: images.
-            shape: of one.
-            var: whether there is a second answer.
-            conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`.
+            batch: the number of images.
+            shape: (C, H, W) of one image.
+            var: whether there is an output ``var``.
+            conditioning_shapes: the conditioning inputs: :attr:`ModelSpec.conditioning_shapes`.
         """
         x, out = (np.zeros((batch, *shape), np.float32) for _ in range(2))
         conditioning: dict[str, Any] = {
@@ -75,16 +76,16 @@ class Buffers:
         return cls(x, np.zeros(batch, np.int32), out, np.zeros_like(x) if var else None, **conditioning)
 
     def inputs(self) -> dict[str, NDArray[Any]]:
-        """What the network reads, by the names that its graph has for it."""
+        """The arrays that the network reads, by the names of its graph's inputs."""
         every = {name: getattr(self, name) for name in ("x", "t", "y", "x0_prev", "cond")}
         return {name: array for name, array in every.items() if array is not None}
 
-    def answers(self) -> dict[str, NDArray[np.float32]]:
-        """What it writes: ``out``, and ``var`` if there is one."""
+    def outputs(self) -> dict[str, NDArray[np.float32]]:
+        """The arrays that it writes: ``out``, and ``var`` if there is one."""
         return {"out": self.out, **({} if self.var is None else {"var": self.var})}
 
     def row(self, index: int) -> Buffers:
-        """The buffers of one image alone, as views."""
+        """Views of the buffers of one image."""
         part = slice(index, index + 1)
         arrays: list[Any] = [getattr(self, f.name) for f in fields(self)]
         parts: list[Any] = [None if array is None else array[part] for array in arrays]
@@ -92,29 +93,29 @@ class Buffers:
 
 
 class Backend(Protocol):
-    """ε(x, t) in place. Not thread-safe: one per thread."""
+    """Runs a network on arrays in host memory. Not thread-safe: one per thread."""
 
     @property
     def description(self) -> str:
-        """What really computes, for people: library, version and device."""
+        """What really computes: library, version and device."""
 
     def bind(self, buffers: Buffers) -> None:
-        """Take these buffers for all following calls of :meth:`enqueue`."""
+        """Use these buffers for all following calls of :meth:`enqueue`."""
 
     def enqueue(self) -> None:
-        """Compute ``out``, and ``var`` if there is one, from ``x``, ``t`` and whatever else there is to read.
+        """Compute ``out``, and ``var`` if there is one, from the inputs.
 
         Raises:
             BackendError: the library refused.
         """
 
     def close(self) -> None:
-        """Free everything. Again is harmless."""
+        """Free everything. Safe to call again."""
 
 
 @runtime_checkable
 class SharedBackend(Backend, Protocol):
-    """A backend that other threads may have as well."""
+    """A backend that can be shared with other threads."""
 
     def share(self) -> Backend:
         """Another backend of the same network, with buffers of its own, for another thread.
@@ -124,25 +125,25 @@ class SharedBackend(Backend, Protocol):
 
 
 class Users:
-    """How many share something, in whatever threads they are. It begins with one."""
+    """A thread-safe count of the users of something shared. It begins with one."""
 
     def __init__(self) -> None:
         self._count, self._lock = 1, threading.Lock()
 
     def join(self) -> None:
-        """One more."""
+        """Add a user."""
         with self._lock:
             self._count += 1
 
     def leave(self) -> bool:
-        """One less; whether it was the last."""
+        """Remove a user. Returns whether it was the last."""
         with self._lock:
             self._count -= 1
             return self._count == 0
 
 
 class RowByRow:
-    """A backend that gives every image of a batch to another backend alone."""
+    """A backend that passes each image of a batch to another backend on its own."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -150,11 +151,11 @@ class RowByRow:
 
     @property
     def description(self) -> str:
-        """The other backend's."""
+        """The other backend's description, and that images run one by one."""
         return f"{self._backend.description}, one image at a time"
 
     def bind(self, buffers: Buffers) -> None:
-        """Take these buffers."""
+        """Use these buffers."""
         self._rows = [buffers.row(index) for index in range(len(buffers.x))]
 
     def enqueue(self) -> None:
@@ -169,7 +170,7 @@ class RowByRow:
 
 
 class DeviceNetwork(Protocol):
-    """A network bound to device memory for one batch size. For one thread at a time, and for one captured graph."""
+    """A network bound to device memory for one batch size. Not thread-safe; for one captured graph."""
 
     def enqueue(self, stream: int) -> None:
         """Put one run into a stream, and wait for nothing.
@@ -179,7 +180,7 @@ class DeviceNetwork(Protocol):
         """
 
     def close(self) -> None:
-        """Free what it has on the device. Wait for the stream before. Again is harmless."""
+        """Free its memory on the device. Wait for the stream first. Safe to call again."""
 
 
 class DeviceBackend(Protocol):
@@ -187,8 +188,8 @@ class DeviceBackend(Protocol):
 
     Attributes:
         driver: the GPU.
-        stream: the stream, in which alone its networks run, or 0 if any will do.
-        executors: by which of :data:`ddpmx.cuda.executors.EXECUTORS` ``auto`` may run its networks, best first.
+        stream: the only stream in which its networks run, or 0 if they run in any.
+        executors: those of :data:`EXECUTORS` by which ``auto`` may run its networks, best first.
     """
 
     driver: Driver
@@ -197,14 +198,14 @@ class DeviceBackend(Protocol):
 
     @property
     def description(self) -> str:
-        """Library, version and device, for people."""
+        """Library, version and device."""
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
         """The smallest and the largest batch of each range that it takes."""
 
     def check_batch(self, batch: int) -> int:
-        """Which of :attr:`batches` takes this one.
+        """The index of the range in :attr:`batches` that takes this batch.
 
         Raises:
             InputError: none does.
@@ -224,11 +225,11 @@ class DeviceBackend(Protocol):
         """The network for ``batch`` images in device memory.
 
         Args:
-            batch: images.
+            batch: the number of images.
             x, t, out, var: device addresses of float32 [batch, C, H, W], int32 [batch], float32 [batch, C, H, W] and,
                 if the network learns its variance, float32 [batch, C, H, W].
-            conditioning: the device addresses of its other inputs, by name.
-            stream: where it is prepared.
+            conditioning: the device addresses of its conditioning inputs, by name.
+            stream: the stream in which it is prepared.
 
         Raises:
             BackendError: the library refuses, or its memory does not suffice.
@@ -240,13 +241,13 @@ class DeviceBackend(Protocol):
 
 
 class CopyingBackend:
-    """A :class:`DeviceBackend` as a :class:`Backend`: inputs are copied to the device, and the answer back, every time.
+    """A :class:`DeviceBackend` as a :class:`Backend`: each call copies the inputs to the device and the outputs back.
 
-    What parity and everything else in NumPy wants; chains run on the device instead.
+    For parity and everything else in NumPy; chains run on the device instead.
 
     Args:
         device: the network; closed with the last backend that shares it.
-        users: how many there are; for :meth:`share`.
+        users: the count of backends that share it; see :meth:`share`.
 
     Raises:
         BackendError: the driver refuses.
@@ -272,20 +273,20 @@ class CopyingBackend:
         return self.device.description
 
     def bind(self, buffers: Buffers) -> None:
-        """Take these buffers. Memory on the device is taken anew only for another batch.
+        """Use these buffers. Memory on the device is allocated only for another batch size or other arrays.
 
         Raises:
             BackendError: it does not suffice.
             InputError: the network does not take this batch.
         """
-        batch, arrays = len(buffers.x), buffers.inputs() | buffers.answers()
+        batch, arrays = len(buffers.x), buffers.inputs() | buffers.outputs()
         if batch != self._batch or self._network is None or arrays.keys() != self._memory.keys():
             self.release()
             driver = self.device.driver
             try:
                 with driver.current():
                     for name, array in arrays.items():
-                        self._memory[name] = driver.allocate(array.nbytes, _CALLED.get(name, name))
+                        self._memory[name] = driver.allocate(array.nbytes, _NAMES.get(name, name))
                     at = {name: memory.value for name, memory in self._memory.items()}
                     conditioning = {name: at.pop(name) for name in arrays if name not in ("x", "t", "out", "var")}
                     self._network = self.device.network(batch, **at, conditioning=conditioning, stream=self._stream)
@@ -302,20 +303,20 @@ class CopyingBackend:
             BackendError: the library or the driver refuses.
         """
         if self._network is None or self._buffers is None:
-            raise BackendError("nothing is bound to the network")
+            raise BackendError("no buffers are bound to the network")
         driver, stream = self.device.driver, self._stream
         with driver.current():
             try:
                 for name, array in self._buffers.inputs().items():
                     driver.copy_in(self._memory[name].value, array, stream)
                 self._network.enqueue(stream)
-                for name, array in self._buffers.answers().items():
+                for name, array in self._buffers.outputs().items():
                     driver.copy_out(array, self._memory[name].value, stream)
-            finally:  # the buffers are the caller's again
+            finally:  # the buffers belong to the caller again
                 driver.wait_for_stream(stream, "running the network")
 
     def release(self) -> None:
-        """Free the memory of the batch that was bound. The next :meth:`bind` takes it again."""
+        """Free the memory of the bound batch. The next :meth:`bind` allocates it again."""
         if self._network is not None:
             self._network.close()
         self._network, self._buffers, self._batch = None, None, 0
@@ -323,10 +324,10 @@ class CopyingBackend:
             self._memory.popitem()[1].close()
 
     def share(self) -> CopyingBackend:
-        """See :meth:`SharedBackend.share`. What runs on a stream of the library's own is for one thread.
+        """See :meth:`SharedBackend.share`.
 
         Raises:
-            BackendError: it is such a library, or the driver refuses.
+            BackendError: the library runs in one stream of its own, and so in one thread; or the driver refuses.
         """
         if self.device.stream:
             raise BackendError(
@@ -337,7 +338,7 @@ class CopyingBackend:
         return other
 
     def close(self) -> None:
-        """Free what is this one's, and the network if nobody else shares it. Again is harmless."""
+        """Free its own memory, and the network if nobody else shares it. Safe to call again."""
         if self._closed:
             return
         self._closed = True
@@ -348,4 +349,4 @@ class CopyingBackend:
             self.device.close()
 
 
-_CALLED = {"out": "the network's answer", "var": "its variance"}
+_NAMES = {"out": "the network's output", "var": "its variance"}

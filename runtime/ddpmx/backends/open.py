@@ -1,4 +1,4 @@
-"""What a model file is, and what runs it."""
+"""Opens a model file: its spec, and the backend that runs it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def open_model(
     trust_host_code: bool = False,
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelSpec, Backend]:
-    """What a file is, and what runs it: :func:`ddpmx.load` without the chain around it. Close the backend after use."""
+    """A file's spec and its backend: :func:`ddpmx.load` without the chain around it. Close the backend after use."""
     path = Path(path)
     kind = model_file.identify(path)
     if kind == "checkpoint":
@@ -44,7 +44,7 @@ def open_model(
         )
     if kind == "plan":
         return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
-    # A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
+    # A link is followed here, once: the weights lie beside the file that it leads to, and those are checked.
     path = path.resolve()
     info = onnx_file.read_onnx(path)
     onnx_file.check_external(path, info)

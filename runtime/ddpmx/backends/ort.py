@@ -1,4 +1,4 @@
-"""ε by ONNX Runtime, in the host's memory. What a provider for NVIDIA GPUs computes stays there: see ``ort_device.py``."""
+"""Runs a network by ONNX Runtime in host memory. For providers on NVIDIA GPUs see ``ort_device.py``."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class OrtBackend:
         path: the file. Its spec and external data have been checked by the caller.
         output: the name of the graph's output.
         providers: execution providers in order of preference: "cpu", "cuda", "tensorrt" or ONNX Runtime's own names.
-        fallback: whether another provider than the first, in the end the CPU, may do the work. Otherwise that is an
-            error, since a chain that silently runs on the CPU looks like a chain that is slow.
+        fallback: whether another provider than the first, in the end the CPU, may run the network. Otherwise that is an
+            error, since a chain that silently runs on the CPU looks like a slow chain.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
-        instead: of what it does the work, and why, for :attr:`description`.
+        instead: the providers that it replaces, and why, for :attr:`description`.
 
     Raises:
-        BackendError: ONNX Runtime is not installed, or a provider is not there.
+        BackendError: ONNX Runtime is not installed, or lacks a provider.
         FileFormatError: ONNX Runtime refuses the file.
         InputError: a negative number of threads, or no provider.
     """
@@ -76,7 +76,7 @@ class OrtBackend:
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted[0] and not fallback:
             raise BackendError(
-                f"{wanted[0]} was asked for, and ONNX Runtime gave {self.provider}",
+                f"{wanted[0]} was requested, but ONNX Runtime uses {self.provider}",
                 hint="--fallback accepts that; see its own message above for why",
             )
         self._output, self._instead = output, tuple(instead)
@@ -90,21 +90,21 @@ class OrtBackend:
         return f"onnxruntime {self._version}, {self.provider}" + "".join(f", not {why}" for why in self._instead)
 
     def bind(self, buffers: Buffers) -> None:
-        """Point the session at the buffers: no copy and no allocation per step.
+        """Bind the session to the buffers: no copy and no allocation per step.
 
         Raises:
-            BackendError: it is closed, or its graph has no such answer.
+            BackendError: it is closed, or its graph lacks an output.
         """
         if self._session is None:
             raise BackendError(f"{self.description}: the session is closed")
-        self._buffers = buffers  # they have to outlive the binding, which knows only their addresses
+        self._buffers = buffers  # they have to outlive the binding, which holds only their addresses
         self._binding = self._session.io_binding()
         try:
             for name, array in buffers.inputs().items():
                 self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            for name, answer in ((self._output, buffers.out), (VARIANCE, buffers.var)):
-                if answer is not None:
-                    self._binding.bind_output(name, "cpu", 0, answer.dtype.type, answer.shape, answer.ctypes.data)
+            for name, output in ((self._output, buffers.out), (VARIANCE, buffers.var)):
+                if output is not None:
+                    self._binding.bind_output(name, "cpu", 0, output.dtype.type, output.shape, output.ctypes.data)
         except Exception as error:
             raise BackendError("ONNX Runtime does not take these buffers", note=last_words(error)) from error
 
@@ -116,26 +116,26 @@ class OrtBackend:
             raise BackendError("ONNX Runtime failed to run the network", note=last_words(error)) from error
 
     def share(self) -> OrtBackend:
-        """The same session, which several threads may run at once, with buffers of its own."""
+        """A backend with the same session, which several threads may run at once, and buffers of its own."""
         other = copy.copy(self)
         other._binding = other._buffers = None
         return other
 
     def close(self) -> None:
-        """Let go of the session. Again is harmless."""
+        """Release the session. Safe to call again."""
         self._binding = self._buffers = self._session = None
 
 
 def open_onnx(
     path: Path, spec: ModelSpec, *, providers: Sequence[str] = ("cpu",), fallback: bool = False, threads: int = 0
 ) -> Backend:
-    """What runs an ONNX file: on a GPU a :class:`ddpmx.backends.base.CopyingBackend`, else an :class:`OrtBackend`.
+    """The backend of an ONNX file: on a GPU a :class:`ddpmx.backends.base.CopyingBackend`, else an :class:`OrtBackend`.
 
     Args:
         path: the file, checked.
-        spec: what it is.
-        providers: in order of preference. Without ``fallback`` the first has to do the work.
-        fallback: whether the next may where one does not come up, and in the end the CPU.
+        spec: its spec.
+        providers: in order of preference. Without ``fallback`` the first has to run the network.
+        fallback: whether the next one, and in the end the CPU, may run it where a provider does not work.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
 
     Raises:
@@ -147,7 +147,7 @@ def open_onnx(
     ort, instead = import_onnxruntime(), []
     for name in left:
         if NAMES.get(name, name) not in (*NAMES.values(), *ort.get_all_providers(), *available_providers(ort)):
-            raise no_provider(ort, name)  # a name that nobody knows is no wish for another one
+            raise no_provider(ort, name)  # an unknown name is an error even with fallback
     while left and device_provider(left[0]) is not None:
         learned = spec.variance == "learned_range"
         try:

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's two backends share: names of providers, options of a session, and its errors in plain words."""
+"""What ONNX Runtime's two backends share: names of providers, options of a session, and its errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = {
 """Short names of ONNX Runtime's execution providers."""
 
 GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
-"""What pip installs for "cuda": CUDA's libraries come with the extras, cuBLAS with the second."""
+"""What pip installs for "cuda": the extras bring CUDA's libraries, the second one cuBLAS."""
 
 PROVIDERS = ("cuda", "tensorrt", "rtx")
 """The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
@@ -41,13 +41,13 @@ def import_onnxruntime() -> Any:
 
 
 def available_providers(ort: Any) -> list[str]:
-    """The providers that this build lists. Whether one runs here, only a run shows."""
-    # Azure's provider stands in every build, and calls a service instead of computing
+    """The providers that this build lists. Only a run shows whether one works here."""
+    # every build lists Azure's provider, which calls a service instead of computing
     return [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
 
 
 def no_provider(ort: Any, name: str) -> BackendError:
-    """The error for a provider that this build does not even list."""
+    """The error for a provider that this build does not list."""
     nvidia, here = name in (NAMES["cuda"], NAMES["tensorrt"]), bool(gpus().devices)
     install = f"pip uninstall onnxruntime; pip install '{GPU_PACKAGE}'" if nvidia else _INSTALL
     if nvidia and not here:
@@ -60,19 +60,19 @@ def no_provider(ort: Any, name: str) -> BackendError:
 
 
 def session_options(ort: Any) -> Any:
-    """Options for a session that reports errors and nothing less."""
+    """Options for a session that logs errors only."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # or the file's name would decide, and a checked ONNX file might be something else as well
+    # else the file's name decides the format, and a checked ONNX file may be valid in another one as well
     options.add_session_config_entry("session.load_model_format", "ONNX")
     return options
 
 
 def last_words(error: Exception) -> str:
-    """What ONNX Runtime says of an error. The end tells most: it begins with source files of its own."""
+    """The end of ONNX Runtime's message, which is its useful part: it begins with source files of its own."""
     return str(error).strip()[-300:] or type(error).__name__
 
 
 def device_provider(name: str) -> str | None:
-    """Which of :data:`PROVIDERS` a name means, ONNX Runtime's own ("CUDAExecutionProvider") or short; None for others."""
+    """The one of :data:`PROVIDERS` that a name means, short or ONNX Runtime's own; None for other providers."""
     return next((short for short in PROVIDERS if name in (short, NAMES[short])), None)

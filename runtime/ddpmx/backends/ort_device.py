@@ -1,7 +1,7 @@
-"""ε by ONNX Runtime on an NVIDIA GPU: inputs and answers stay in its memory, and all work is in one stream.
+"""Runs a network by ONNX Runtime on an NVIDIA GPU: inputs and outputs stay in its memory, and all work is in one stream.
 
-A list of providers proves little: a build may list CUDA, install, open a session, and hold no kernel for the GPU that is
-here, or give a session that runs on the CPU instead. So a provider is believed after one real run and not before.
+A list of providers proves little: a build may list CUDA, install, open a session, and have no kernel for this GPU, or give
+a session that runs on the CPU instead. So a provider is trusted only after one real run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ConditioningShapes, input_type
 
 LARGEST_BATCH = 1 << 20
-"""ONNX Runtime knows no largest batch; the GPU's memory ends long before."""
+"""ONNX Runtime has no largest batch; the GPU's memory is exhausted long before."""
 
 USED = {
     "": (
@@ -56,7 +56,7 @@ USED = {
     "RunOptions": ("add_run_config_entry",),
     "SessionOptions": ("add_provider_for_devices", "log_severity_level"),
 }
-"""What is used of ONNX Runtime, by class. Before 1.21 there was no ``preload_dlls``, and "rtx" needs 1.24."""
+"""The names of ONNX Runtime that are used, by class. ``preload_dlls`` came with 1.21, and "rtx" needs 1.24."""
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
@@ -66,21 +66,21 @@ class OrtDevice:
     """One ONNX file in one session on one GPU, as a :class:`ddpmx.backends.base.DeviceBackend`.
 
     Its only executor is ``plain``: ONNX Runtime puts the freeing of its own host buffers into the stream, and a captured
-    step would read them, and free them again, at every launch, so a capture is refused. Its own CUDA graphs stay off, since
-    they cannot be launched inside ours either and want all of a file on the GPU; plans are the way to graphs.
+    step would read and free them again at every launch, so a capture is refused. Its own CUDA graphs stay off: they cannot
+    be launched inside ours either, and need all of a file on the GPU. For graphs, build a plan.
 
-    With "cuda", TF32 is off, and convolutions take the algorithm that cuDNN's heuristics name, not the one that was fastest
-    in a measurement, so that a file is to give the same bits tomorrow. TensorRT's providers have no such options: they
-    measure, and may round float32 to TF32. "tensorrt" builds an engine anew whenever a batch exceeds all before it.
+    With "cuda", TF32 is off, and convolutions use the algorithm of cuDNN's heuristics, not the fastest in a measurement, so
+    that a file should give the same bits tomorrow. TensorRT's providers have no such options: they measure, and may
+    round float32 to TF32. "tensorrt" rebuilds its engine whenever a batch exceeds all before it.
 
     Args:
         path: the file. Its spec and external data have been checked by the caller.
         output: the name of the graph's output.
         shape: (C, H, W).
         provider: one of :data:`PROVIDERS`, or ONNX Runtime's name for it.
-        driver: the GPU, and the caller's to close; by default the first one.
-        variance: whether the graph has a second output ``var``.
-        conditioning_shapes: its inputs beside x and t, see :attr:`ddpmx.formats.spec.ModelSpec.conditioning_shapes`.
+        driver: the GPU, which the caller closes; by default the first one.
+        variance: whether the graph has an output ``var``.
+        conditioning_shapes: its conditioning inputs, see :attr:`ddpmx.formats.spec.ModelSpec.conditioning_shapes`.
 
     Attributes:
         driver: the GPU.
@@ -90,8 +90,8 @@ class OrtDevice:
         path, shape, conditioning_shapes: as passed.
 
     Raises:
-        BackendError: ONNX Runtime, the provider or the driver is missing, or the one real run failed. Nothing is left then.
-        InputError: no such provider.
+        BackendError: ONNX Runtime, the provider or the driver is missing, or the one real run failed; all is closed then.
+        InputError: not a provider for NVIDIA GPUs.
     """
 
     executors: tuple[str, ...] = ("plain",)
@@ -109,11 +109,11 @@ class OrtDevice:
     ) -> None:
         short = device_provider(provider)
         if short is None:
-            raise InputError(f"{provider} is no provider for NVIDIA GPUs", hint=f"one of {', '.join(PROVIDERS)}")
+            raise InputError(f"{provider} is not a provider for NVIDIA GPUs", hint=f"one of {', '.join(PROVIDERS)}")
         self._ort = ort = import_onnxruntime()
         self.path, self.provider, self._short = Path(path), NAMES[short], short
         self._output, self.shape, self.conditioning_shapes = output, shape, conditioning_shapes
-        # what is not installed is said before what the machine lacks
+        # report what is not installed before what the machine lacks
         plugin = _import_plugin(ort) if short == "rtx" else None
         if plugin is None and self.provider not in available_providers(ort):
             raise no_provider(ort, self.provider)
@@ -127,23 +127,23 @@ class OrtDevice:
             with self.driver.current():
                 stream = undo.enter_context(self.driver.stream())
                 self.stream = stream.value
-                undo.callback(self._drop)  # before the stream, which the session knows
+                undo.callback(self._drop)  # before the stream, which the session uses
                 self._open(plugin)
-                self._believe(variance)
+                self._probe(variance)
             self._closing = undo.pop_all()
 
     @property
     def description(self) -> str:
-        """Library, version and the provider that has run."""
+        """Library, version and provider."""
         return f"onnxruntime {self._ort.__version__}, {self.provider}"
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Any batch."""
+        """Any batch up to :data:`LARGEST_BATCH`."""
         return ((1, LARGEST_BATCH),)
 
     def check_batch(self, batch: int) -> int:
-        """The only range takes it: never refuses."""
+        """0: the only range. Never refuses."""
         return 0
 
     def network(
@@ -160,20 +160,20 @@ class OrtDevice:
         """The network for ``batch`` images in device memory, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
 
         Raises:
-            BackendError: ONNX Runtime refuses, or it is another stream than :attr:`stream`.
+            BackendError: ONNX Runtime refuses, or ``stream`` is not :attr:`stream`.
         """
         self._check_stream(stream)
-        answers = {self._output: out, **({VARIANCE: var} if var else {})}
-        return OrtNetwork(self, batch, {"x": x, "t": t, **conditioning}, answers)
+        outputs = {self._output: out, **({VARIANCE: var} if var else {})}
+        return OrtNetwork(self, batch, {"x": x, "t": t, **conditioning}, outputs)
 
     def close(self) -> None:
-        """Free everything, its networks first. Again is harmless."""
+        """Free everything, its networks first. Safe to call again."""
         self._closing.close()
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- internals ---------------------------------------------------------------------------------------------------
 
     def _open(self, plugin: Any) -> None:
-        """Make the session. What ONNX Runtime raises is not kept: its traceback would keep the session."""
+        """Make the session. ONNX Runtime's exception is not kept, since its traceback would keep the session alive."""
         ort, ordinal = self._ort, str(self.driver.ordinal)
         options, stream = session_options(ort), {"user_compute_stream": str(self.stream)}
         trouble = ""
@@ -185,10 +185,10 @@ class OrtDevice:
                 self._session = ort.InferenceSession(os.fspath(self.path), options, enable_fallback=0)
             else:
                 _preload(ort)
-                # EXHAUSTIVE, the default, measures: another algorithm may win tomorrow, and gives other bits
+                # EXHAUSTIVE, the default, measures: tomorrow another algorithm may win, with other bits
                 cuda = {"device_id": ordinal, **stream, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
                 providers = [(NAMES["cuda"], cuda)]
-                if self._short == "tensorrt":  # what TensorRT does not take stays on the GPU
+                if self._short == "tensorrt":  # what TensorRT cannot run stays on the GPU
                     providers.insert(0, (self.provider, {"device_id": ordinal, **stream}))
                 self._session = ort.InferenceSession(
                     os.fspath(self.path), options, providers=providers, enable_fallback=0
@@ -197,11 +197,11 @@ class OrtDevice:
             trouble = last_words(error)
         if trouble:
             raise self._unusable(_why_not_loaded(ort, self._short) or trouble)
-        given = self._session.get_providers()
-        if self.provider not in given:
-            raise self._unusable(_why_not_loaded(ort, self._short) or f"it gave {', '.join(given)} instead")
+        used = self._session.get_providers()
+        if self.provider not in used:
+            raise self._unusable(_why_not_loaded(ort, self._short) or f"it uses {', '.join(used)} instead")
 
-    def _believe(self, variance: bool) -> None:
+    def _probe(self, variance: bool) -> None:
         """Run once, on zeros, and wait."""
         copying = CopyingBackend(self)
         trouble = ""
@@ -234,10 +234,10 @@ class OrtDevice:
 
     def _check_stream(self, stream: int) -> None:
         if stream != self.stream:
-            raise BackendError("ONNX Runtime runs in its own stream alone, and was given another")
+            raise BackendError("ONNX Runtime runs in its own stream and cannot run in another")
 
     def _check_capture(self) -> None:
-        """See that the stream is not being captured."""
+        """Check that the stream is not being captured."""
         if self.driver.is_capturing(self.stream):
             raise BackendError(
                 "ONNX Runtime's work cannot be captured",
@@ -246,7 +246,7 @@ class OrtDevice:
             )
 
     def _drop(self) -> None:
-        """The session goes when nobody uses it and nothing of its work is under way."""
+        """Release the session, once nothing uses it and all of its work is done."""
         for network in list(self._networks):
             network.close()
         with contextlib.ExitStack() as stack:
@@ -257,7 +257,7 @@ class OrtDevice:
 
 
 class OrtNetwork:
-    """A session's inputs and answers, bound to device memory for one batch. See :meth:`OrtDevice.network`."""
+    """A session's inputs and outputs, bound to device memory for one batch. See :meth:`OrtDevice.network`."""
 
     def __init__(self, device: OrtDevice, batch: int, inputs: dict[str, int], outputs: dict[str, int]) -> None:
         if device._session is None:
@@ -283,7 +283,7 @@ class OrtNetwork:
         """Put one run into the stream, and wait for nothing.
 
         Raises:
-            BackendError: ONNX Runtime refuses, or the stream is another one, or is being captured.
+            BackendError: ONNX Runtime refuses, or the stream is the wrong one or is being captured.
         """
         device = self._device
         if self._binding is None:
@@ -294,28 +294,31 @@ class OrtNetwork:
         try:
             with device._running:
                 device._session.run_with_iobinding(self._binding, device._run_options)
-        except Exception as error:  # not kept: its traceback would keep the session
+        except Exception as error:  # not kept: its traceback would keep the session alive
             trouble = last_words(error)
         if trouble:
             hint = "a smaller batch: --batch" if "allocat" in trouble else None
             raise BackendError(f"{device.description} failed to run the network", note=trouble, hint=hint)
 
     def close(self) -> None:
-        """Let go of the buffers. Wait for the stream before. Again is harmless."""
+        """Release the buffers. Wait for the stream first. Safe to call again."""
         self._binding = None
         if self in self._device._networks:
             self._device._networks.remove(self)
 
 
 def _preload(ort: Any) -> None:
-    """Have ONNX Runtime load CUDA's libraries from where pip puts them. What is missing it prints; the session tells."""
+    """Have ONNX Runtime load CUDA's libraries from where pip puts them.
+
+    It prints what is missing; that is discarded, since the session's error reports it.
+    """
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError):
             ort.preload_dlls()
 
 
 def _why_not_loaded(ort: Any, short: str) -> str:
-    """Why the loader does not take a provider's library, or nothing. ONNX Runtime tells it to stderr and not to us."""
+    """Why a provider's library does not load, or an empty text. ONNX Runtime reports it on stderr only."""
     name = f"onnxruntime_providers_{short}"
     file = f"{name}.dll" if sys.platform == "win32" else f"lib{name}.so"
     library = Path(ort.__file__ or "").parent / "capi" / file
@@ -328,7 +331,7 @@ def _why_not_loaded(ort: Any, short: str) -> str:
 
 
 def _import_plugin(ort: Any) -> Any:
-    """The package that brings TensorRT-RTX's provider."""
+    """The package with TensorRT-RTX's provider."""
     try:
         plugin = importlib.import_module(_PLUGIN)
     except ImportError as error:
@@ -339,13 +342,13 @@ def _import_plugin(ort: Any) -> Any:
         ) from error
     if not hasattr(ort, "register_execution_provider_library"):
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} takes no providers as plugins", hint="pip install 'onnxruntime>=1.24'"
+            f"ONNX Runtime {ort.__version__} cannot load providers as plugins", hint="pip install 'onnxruntime>=1.24'"
         )
     return plugin
 
 
 def _plugin_devices(ort: Any, plugin: Any, ordinal: int) -> list[Any]:
-    """The plugin's GPU. It is registered once per process, and for good."""
+    """The plugin's GPU. The plugin is registered once per process, for good."""
     name = plugin.get_ep_name()
     with _registering:
         if not any(device.ep_name == name for device in ort.get_ep_devices()):

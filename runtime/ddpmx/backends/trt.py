@@ -1,7 +1,7 @@
-"""ε by TensorRT or TensorRT-RTX: one plan, on the device, from TensorRT 10.3 on.
+"""Runs a plan on the GPU by TensorRT, from 10.3 on, or TensorRT-RTX.
 
-:class:`TrtEngine` is the plan, opened: a :class:`DeviceBackend <ddpmx.backends.base.DeviceBackend>`, whose networks
-are its execution contexts.
+:class:`TrtEngine` is an open plan, a :class:`DeviceBackend <ddpmx.backends.base.DeviceBackend>`; its networks are its
+execution contexts.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ USED = {
     "TensorLocation": ("DEVICE",),
     "DataType": ("FLOAT", "INT32"),
 }
-"""Every name of TensorRT that this module touches; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
+"""Every name of TensorRT that this module uses; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
 
 USED_RTX = {
     "ICudaEngine": ("create_runtime_config",),
@@ -70,29 +70,29 @@ USED_RTX = {
     "CudaGraphStrategy": ("DISABLED",),
     "DynamicShapesKernelSpecializationStrategy": ("EAGER",),
 }
-"""What it touches besides where :attr:`Library.is_rtx`; all of it is TensorRT-RTX's alone, or of later TensorRTs too."""
+"""The names that it also uses where :attr:`Library.is_rtx`: of TensorRT-RTX alone, or of later TensorRTs as well."""
 
 
 class TrtEngine:
-    """A plan, opened: its weights are on the device. A context manager; close its networks first.
+    """An open plan, its weights on the device. A context manager; close its networks first.
 
     Args:
         path: the plan.
-        trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
-        cache: a folder in which TensorRT-RTX keeps what it compiled for this GPU; None for none.
+        trust_host_code: whether the plan may contain code for the CPU, which loading it runs.
+        cache: a folder in which TensorRT-RTX keeps the kernels that it compiles for this GPU; None for no cache.
         driver: the GPU; by default one of its own, closed with the engine.
-        library: which TensorRT; by default the one that the plan asks for.
-        devices: the GPUs, for those who know better than the driver.
+        library: which TensorRT; by default the one that the plan needs.
+        devices: the GPUs; by default those that the driver lists.
 
     Attributes:
-        info: what the plan says about itself.
+        info: the plan's description of itself.
         driver: the GPU.
-        stream: 0: any will do.
+        stream: 0: its networks run in any stream.
         executors: all of them.
         batches: smallest and largest batch of each optimization profile.
 
     Raises:
-        FileFormatError, SpecError: no plan, a damaged one, one that holds host code, or that does not keep the contract.
+        FileFormatError, SpecError: not a plan, or one that is damaged, contains host code or breaks the contract.
         BackendError: it cannot run here; the error names what is missing.
     """
 
@@ -126,7 +126,7 @@ class TrtEngine:
             )
         except BackendError as error:
             raise error from missing
-        assert library is not None, "check_fits asks for it"
+        assert library is not None, "check_fits requires it"
         if info.engine.options.get("strip"):
             raise BackendError(
                 f"{path}: a plan without weights, which this version of ddpmx does not fill",
@@ -169,16 +169,16 @@ class TrtEngine:
         return f"{self.library} on {self.device.name}, SM {self.device.sm}"
 
     def close(self) -> None:
-        """Keep what was compiled, and free everything. Again is harmless."""
+        """Save the cache of compiled kernels, and free everything. Safe to call again."""
         if self._engine is not None:
             self.save_cache()
         self._closing.close()
 
     def check_batch(self, batch: int) -> int:
-        """Which profile takes this batch: the one with the smallest range, which was tuned for the fewest others.
+        """The profile for this batch: the one with the smallest range, which was tuned for the fewest other sizes.
 
         Raises:
-            InputError: none does. It names the plan's range.
+            InputError: none takes it. It names the plan's ranges.
         """
         fitting = [(high - low, index) for index, (low, high) in enumerate(self.batches) if low <= batch <= high]
         if not fitting:
@@ -205,20 +205,20 @@ class TrtEngine:
         """An execution context of its own, see :meth:`ddpmx.backends.base.DeviceBackend.network`.
 
         Args:
-            batch: images.
-            x, t, out, var: device addresses. Where the plan gives a variance and ``var`` is 0, it gets room of its own.
-            conditioning: those of its other inputs, by name.
-            stream: where a profile is chosen; it is not kept.
+            batch: the number of images.
+            x, t, out, var: device addresses. If the plan has an output ``var`` and ``var`` is 0, it gets memory of its own.
+            conditioning: those of its conditioning inputs, by name.
+            stream: the stream in which the profile is set; it is not kept.
 
         Raises:
             BackendError: TensorRT refuses, or its memory does not suffice.
             InputError: the plan does not take this batch.
         """
-        with self._making:  # contexts may run in several threads, and the cache of what was compiled is one for all
+        with self._making:  # contexts may run in several threads, but share one cache of compiled kernels
             return TrtContext(self, batch, {"x": x, "t": t, **conditioning, self.spec.prediction: out}, var, stream)
 
     def save_cache(self) -> None:
-        """Keep what TensorRT-RTX has compiled, so that the next start is faster. It is no loss if that fails."""
+        """Save the kernels that TensorRT-RTX has compiled, for a faster next start. A failure is ignored."""
         if self._cache is None or self._cache_file is None:
             return
         with contextlib.suppress(OutputError, BackendError, RuntimeError, TypeError):
@@ -229,7 +229,7 @@ class TrtEngine:
                     stream.write(data)
 
     def _drop(self) -> None:
-        """TensorRT wants its objects to go in this order, each while the context is there."""
+        """Release TensorRT's objects in the order that it requires, each while the context is current."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(BackendError):
                 stack.enter_context(self.driver.current())
@@ -244,21 +244,21 @@ class TrtEngine:
         self._runtime = library.made("runtime", lambda: library.trt.Runtime(library.logger))
         self._runtime.engine_host_code_allowed = trust_host_code
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            # mapped, since on a Jetson a copy would be taken from the GPU's memory
+            # mapped, since on a Jetson a copy would take memory from the GPU
             self._engine = library.made(f"engine of {path}", lambda: self._runtime.deserialize_cuda_engine(data))
         name = str(self._engine.name)
         if name != f"{self.spec.to_text()} {wrap(plan_file.RECORD_PREFIX, self.info.engine.to_json())}":
             raise FileFormatError(
-                f"{path}: {library} reads another name from this plan than stands in it",
+                f"{path}: {library} reads another network name from this plan than the file holds",
                 note=ascii(name)[:200],
                 hint=plan_file.rebuild_command(path, self.info.engine),
             )
 
     def _configure(self, folder: Path | None) -> None:
-        """TensorRT-RTX compiles kernels when it runs.
+        """Configure TensorRT-RTX, which compiles kernels when it runs.
 
-        With its own CUDA graphs it would be in the way of ours, and unless it specialises kernels at once it would begin
-        with others that serve any shape, and those would be captured for good.
+        Its own CUDA graphs would conflict with ours. Unless it specialises kernels at once, it begins with kernels for any
+        shape, and those would be captured for good.
         """
         trt, library = self.library.trt, self.library
         self._config = library.made("configuration", self._engine.create_runtime_config)
@@ -273,15 +273,16 @@ class TrtEngine:
         data = _content(self._cache_file) if self._cache_file else b""
         if data:
             with contextlib.suppress(RuntimeError, TypeError):
-                cache.deserialize(data)  # False for one of another version or GPU: then it begins anew
+                cache.deserialize(data)  # False for a cache of another version or GPU, which starts empty then
         if self._config.set_runtime_cache(cache):
             self._cache = cache
-        library.logger.lines.clear()  # what it said about an old cache explains no later fault
+        library.logger.lines.clear()  # its messages about an old cache explain no later error
 
 
 class TrtContext:
-    """One execution context, bound to a batch and to device memory. Close it before its engine. See
-    :meth:`TrtEngine.network`.
+    """One execution context, bound to a batch size and to device memory. Close it before its engine.
+
+    See :meth:`TrtEngine.network`.
 
     Raises:
         BackendError: TensorRT refuses.
@@ -291,7 +292,7 @@ class TrtContext:
         profile = engine.check_batch(batch)
         self._engine, self._library = engine, engine.library
         self._context: Any = None
-        self._room: Handle | None = None
+        self._own_var: Handle | None = None
         try:
             with engine.driver.current():
                 self._prepare(batch, profile, addresses, var, stream)
@@ -311,9 +312,9 @@ class TrtContext:
             shape = (batch, *dims)
             _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
         if engine.spec.variance == "learned_range":
-            if not var:  # it writes there, wanted or not
-                self._room = engine.driver.allocate(4 * batch * math.prod(engine.spec.shape), "the variance")
-                var = self._room.value
+            if not var:  # the engine writes it, wanted or not
+                self._own_var = engine.driver.allocate(4 * batch * math.prod(engine.spec.shape), "the variance")
+                var = self._own_var.value
             addresses = addresses | {"var": var}
         for name, address in addresses.items():
             _demand(library, context.set_tensor_address(name, address), f"the address {address:#x} for {name}")
@@ -321,10 +322,10 @@ class TrtContext:
             raise BackendError(f"{library} does not know the shapes of {', '.join(unknown)}", note=library.last_words())
 
     def enqueue(self, stream: int) -> None:
-        """Put the network into a stream. Waits for nothing.
+        """Put one run into a stream, and wait for nothing.
 
         Raises:
-            BackendError: TensorRT refuses, with its own last words.
+            BackendError: TensorRT refuses; the note is its own last message.
         """
         if self._context is None:
             raise BackendError("the execution context is closed")
@@ -336,14 +337,14 @@ class TrtContext:
             )
 
     def close(self) -> None:
-        """Free its memory on the device. Wait for the stream before."""
+        """Free its memory on the device. Wait for the stream first."""
         if self._context is not None:
             with contextlib.ExitStack() as stack:
                 with contextlib.suppress(BackendError):
                     stack.enter_context(self._engine.driver.current())
                 self._context = None
-        if self._room is not None:
-            self._room.close()
+        if self._own_var is not None:
+            self._own_var.close()
 
     def __enter__(self) -> TrtContext:
         """The context itself."""
@@ -355,19 +356,19 @@ class TrtContext:
 
 
 def cache_name(library: Library, device: Device, info: PlanInfo) -> str:
-    """TensorRT-RTX's cache holds for one version, one GPU and, with us, one plan."""
+    """The cache's file name: a cache is valid for one version and one GPU, and holds one plan here."""
     gpu = "".join(c if c.isalnum() else "-" for c in device.name)
     return f"{library.flavour}-{library.version}-{gpu}-{info.engine.key[:16]}.runtime".lower()
 
 
 def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tuple[tuple[int, int], ...]:
-    """See that inputs and outputs are the contract's.
+    """Check inputs and outputs against the contract.
 
     Returns:
         Smallest and largest batch of each profile.
 
     Raises:
-        FileFormatError: other inputs and outputs, which are named.
+        FileFormatError: they differ; the note names them.
     """
     trt, image = library.trt, list(spec.shape)
     inside, outside = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
@@ -403,13 +404,13 @@ def _check_io(path: Path, library: Library, engine: Any, spec: ModelSpec) -> tup
 
 
 def _demand(library: Library, granted: bool, what: str) -> None:
-    """TensorRT's setters answer False, and say why to the logger."""
+    """Raise if one of TensorRT's setters returned False; it logs the reason."""
     if not granted:
         raise BackendError(f"{library} does not take {what}", note=library.last_words() or None)
 
 
 def _content(file: Path) -> bytes:
-    """What stands in a file, or nothing."""
+    """The content of a file; empty if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError:

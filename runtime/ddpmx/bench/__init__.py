@@ -1,1 +1,1 @@
-"""What a chain costs here: milliseconds per step, beside the bare network."""
+"""Measures the speed of a chain on this machine, next to the speed of its network alone."""

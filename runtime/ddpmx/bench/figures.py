@@ -1,4 +1,4 @@
-"""What a measurement gives: from durations to the figures of one line of the table. No clock in here."""
+"""From measured durations to the figures of one line of the table. There is no clock in here."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ WARM_UP_STEPS = 10
 
 @dataclass(frozen=True)
 class Settings:
-    """How long is measured.
+    """How long to measure.
 
     Attributes:
-        seconds: for one batch size and executor, about; the chain and the bare network share them.
-        steps: of each chain; None for as many as fit.
+        seconds: approximate time for one batch size and executor, shared by the chain and the bare network.
+        steps: length of each chain; None for as many steps as fit.
     """
 
     seconds: float = 5.0
     steps: int | None = None
 
     def plan(self, step: float, timesteps: int) -> tuple[int, int]:
-        """How to spend the seconds.
+        """Divide the time into chains.
 
         Args:
-            step: seconds that one step takes, roughly; a bare run of the network is taken to last as long.
-            timesteps: T; no chain is longer.
+            step: rough duration of one step in seconds; a bare run of the network is assumed to take as long.
+            timesteps: T, the longest possible chain.
 
         Returns:
-            (steps of each chain, chains). Slow networks take longer than :attr:`seconds`: 3 chains of 3 steps
-            are always made.
+            (steps of each chain, number of chains): at least 3 chains of 3 steps, so slow networks take longer than
+            :attr:`seconds`.
         """
         pairs = self.seconds / (2 * max(step, 1e-9))
         steps = self.steps or int(min(timesteps, max(LEAST_STEPS, pairs / LEAST_ROUNDS)))
@@ -48,25 +48,25 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One batch size by one executor. Where it did not work ``failed`` says why, and there are no figures.
+    """The figures of one batch size and executor: one line of the table.
 
     Attributes:
         batch: images at once.
         executor: ``host``, ``plain``, ``graph`` or ``while``.
-        failed: why there are no figures.
-        warm_up: steps that were made before, and not measured.
-        steps: of each measured chain.
-        rounds: measured chains.
-        p50_ms, p95_ms: percentiles of a step's time; None by ``while``, whose steps cannot be told apart.
-        mean_ms: a step's time.
-        host_us: per step, the host's part: beside the network on a CPU; this thread's CPU time with a GPU.
-        bare_ms: the network's own time, alone.
-        ratio: step ÷ network, the median of what was measured in turns.
-        chain_s: the whole chain of T steps, from noise to uint8.
-        extrapolated: whether ``chain_s`` comes from a part of the chain.
+        failed: why there are no figures, or None.
+        warm_up: steps run before the measurement.
+        steps: steps of each measured chain.
+        rounds: number of measured chains.
+        p50_ms, p95_ms: percentiles of the duration of a step; None for ``while``, which has no separate steps.
+        mean_ms: mean duration of a step.
+        host_us: host time per step: everything but the network on a CPU; this thread's CPU time with a GPU.
+        bare_ms: mean duration of the network alone.
+        ratio: step ÷ network, median over the chains.
+        chain_s: duration of the whole chain of T steps, from noise to uint8.
+        extrapolated: whether ``chain_s`` was computed from a part of the chain.
         images_per_s: batch ÷ chain_s.
-        memory: bytes; whose, :class:`ddpmx.bench.measure.Report` says.
-        notes: what else there is to say.
+        memory: bytes: the peak of the process on a CPU, the memory taken on the device with a GPU; None if unknown.
+        notes: remarks on this line.
     """
 
     batch: int
@@ -88,21 +88,21 @@ class Cell:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The cell as plain JSON values."""
         return dataclasses.asdict(self) | {"notes": list(self.notes)}
 
 
 @dataclass(frozen=True)
 class Durations:
-    """What was measured, in seconds.
+    """Measured durations, in seconds.
 
     Attributes:
-        rounds: measured chains.
-        steps: one per step, over all chains; or one per chain, its mean, where steps cannot be told apart.
-        bare: beside each of ``steps``, or each chain, the network alone.
-        ratios: one per chain: its steps ÷ the network alone as often, measured in turns.
-        host: the host's part of all of the chains together.
-        around: what a chain takes before its first step and after its last, on average.
+        rounds: number of measured chains.
+        steps: of each step of all chains; or the mean step of each chain if there are no separate steps.
+        bare: of the network alone, run after each step or after each chain.
+        ratios: one per chain: its steps ÷ as many runs of the network alone.
+        host: host time of all chains together.
+        around: mean time of a chain before its first step and after its last.
     """
 
     rounds: int
@@ -125,14 +125,14 @@ def cell(
     memory: int | None = None,
     notes: tuple[str, ...] = (),
 ) -> Cell:
-    """The figures of one line.
+    """Compute the figures of one line.
 
     Args:
         batch, executor, warm_up, memory, notes: as in :class:`Cell`.
         measured: the durations.
-        steps: of each chain.
+        steps: steps of each chain.
         timesteps: T.
-        apart: whether ``measured.steps`` are single steps.
+        apart: whether ``measured.steps`` are single steps rather than means of chains.
     """
     mean = statistics.fmean(measured.steps)
     p50, p95 = (1e3 * float(np.percentile(measured.steps, q)) for q in (50, 95)) if apart else (None, None)
@@ -158,7 +158,7 @@ def cell(
 
 
 def beginning(table: Table, steps: int) -> Table:
-    """The first steps of a chain. They cost what the others do, noise included, which only the chain's last one lacks."""
+    """The first steps of a chain. Each costs as much as any other; only the last step of a chain adds no noise."""
     return dataclasses.replace(
         table,
         timesteps=table.timesteps[:steps],

@@ -1,4 +1,4 @@
-"""Measuring a chain that runs on the device: by events in the chain's own stream, and the network alone in that stream."""
+"""Measures a chain on a GPU by events in the chain's stream, and the network alone in the same stream."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from ddpmx.sampling.conditioning import example
 Clock = Callable[[], float]
 
 _ALONE = (
-    "generate is slower: an image's answer depends on its place in this batch, so it runs each one alone, as batch 1"
+    "generate is slower: an image's output depends on its place in this batch, so it runs each one alone, as batch 1"
 )
 
 
 class DeviceBench:
-    """Measures one file's network. It keeps nothing on the device from one line of the table to the next.
+    """Measures the network of one file. Nothing stays on the device from one line of the table to the next.
 
     Args:
         device: the network.
-        spec: what it is.
-        settings: how long.
-        backend: the same network for arrays on the host, or None. It is asked whether images may run side by side.
+        spec: its description.
+        settings: how long to measure.
+        backend: the same network for arrays on the host, or None. It tells whether images may run side by side.
         free_before: bytes that were free on the device before the file was opened, or None.
-        clock: in seconds.
-        thread_clock: CPU time of the thread that asks, in seconds.
+        clock: the current time in seconds.
+        thread_clock: the CPU time of the calling thread in seconds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class DeviceBench:
         self._step: dict[int, float] = {}
 
     def measure(self, batch: int, executor: str) -> Cell:
-        """One line of the table.
+        """Measure one line of the table.
 
         Args:
             batch: images at once.
@@ -70,11 +70,11 @@ class DeviceBench:
             The figures, or why this executor does not work with this batch.
 
         Raises:
-            NumericError: the network's answer was not finite.
-            InputError: no such executor or batch.
+            NumericError: the network's output was not finite.
+            InputError: there is no such executor, or the network does not take this batch.
         """
-        if executor not in ("auto", *self._device.executors):  # not even tried: it may spoil more than this line
-            return Cell(batch, executor, failed=f"{self._device.description} does not run by it")
+        if executor not in ("auto", *self._device.executors):  # not tried: a failure may affect other lines too
+            return Cell(batch, executor, failed=f"{self._device.description} does not support it")
         try:
             if batch not in self._alone:
                 self._alone[batch] = self._run_alone(batch)
@@ -86,7 +86,7 @@ class DeviceBench:
             return Cell(batch, executor, failed=": ".join(filter(None, (error.fact, error.note))))
 
     def _run_alone(self, batch: int) -> bool:
-        """Whether the pipeline gives each image to the network alone."""
+        """Whether the pipeline would run each image of this batch alone."""
         if self._backend is None:
             return False
         try:
@@ -95,7 +95,7 @@ class DeviceBench:
             self._backend.release()
 
     def _rehearse(self, batch: int) -> float:
-        """Warm up, and see how many seconds a step takes."""
+        """Warm up, and return the rough duration of a step in seconds."""
         table = beginning(self._table, WARM_UP_STEPS)
         with self._chain(batch, "plain", table) as (chain, _), self._marks(2) as (begin, end):
             driver = self._device.driver
@@ -150,7 +150,7 @@ class DeviceBench:
 
     @contextlib.contextmanager
     def _chain(self, batch: int, executor: str, table: Table) -> Iterator[tuple[DeviceChain, tuple[str, ...]]]:
-        """A chain that is ready to run, and what there is to say about it. Afterwards all of it is freed."""
+        """Yield (a chain that is ready to run, notes on its executor), and free the chain afterwards."""
         device = self._device
         with DeviceChain(
             device.driver,
@@ -176,20 +176,20 @@ class DeviceBench:
 
     @contextlib.contextmanager
     def _bare(self, batch: int, chain: DeviceChain) -> Iterator[tuple[Callable[[int], float], tuple[str, ...]]]:
-        """What runs the network so many times and nothing else, and gives the seconds that the device took.
+        """Yield (a function that runs the network alone ``n`` times and returns the seconds on the device, notes).
 
-        It is a network of its own on the chain's memory, in the chain's stream: what a captured one needs is its graph's.
+        It uses a second network on the chain's memory and stream, since a captured network belongs to its graph.
         """
         driver, stream = self._device.driver, chain.stream
         network = self._network(batch, chain)
         executable: Handle | None = None
         notes: tuple[str, ...] = ()
         try:
-            network.enqueue(stream)  # what it does at its first run only must not be captured
+            network.enqueue(stream)  # the set-up of its first run must not be captured
             driver.wait_for_stream(stream, "running the network for the first time")
             try:
                 if "graph" not in self._device.executors:
-                    raise BackendError("it is not to be captured")
+                    raise BackendError("the network cannot be captured")
                 executable = _captured(driver, network, stream)
             except BackendError as error:
                 notes = (f"the network alone was enqueued step by step, not by a graph: {error.fact}",)
@@ -208,7 +208,7 @@ class DeviceBench:
 
                 yield run, notes
         finally:
-            with contextlib.suppress(BackendError):  # Ctrl-C may come while it runs
+            with contextlib.suppress(BackendError):  # it may still run after Ctrl-C
                 driver.wait_for_stream(stream)
             if executable is not None:
                 executable.close()
@@ -224,6 +224,6 @@ def _captured(driver: Driver, network: DeviceNetwork, stream: int) -> Handle:
     with driver.capture(stream) as graphs:
         network.enqueue(stream)
     if not graphs:
-        raise BackendError("its capture gave no graph")
+        raise BackendError("the capture produced no graph")
     with graphs[0]:
         return driver.instantiate(graphs[0], "the network's graph")

@@ -1,4 +1,4 @@
-"""Measuring the chain in NumPy around a network on the CPU, as :func:`ddpmx.pipeline.load` runs it."""
+"""Measures the chain in NumPy with a network on the CPU, as :func:`ddpmx.pipeline.load` runs it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 
 
 class _Watched:
-    """A backend that notes when it was bound, and how long it computes."""
+    """A backend that records when it was bound, and how long its last run took."""
 
     def __init__(self, backend: Backend, clock: Clock) -> None:
         self._backend, self._clock = backend, clock
@@ -49,24 +49,24 @@ class _Watched:
 def measure_host(
     backend: Backend, spec: ModelSpec, batch: int, settings: Settings, *, clock: Clock = time.perf_counter
 ) -> Cell:
-    """One line of the table. After each step of the chain the network runs once more, alone and on the same arrays.
+    """Measure one line of the table. After each step of the chain the network runs once alone, on the same arrays.
 
     Args:
         backend: the network.
-        spec: what it is.
+        spec: its description.
         batch: images at once.
-        settings: how long.
-        clock: in seconds.
+        settings: how long to measure.
+        clock: the current time in seconds.
 
     Raises:
-        NumericError, BackendError: as the chain.
+        NumericError, BackendError: as :func:`ddpmx.sampling.chain.run`.
     """
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     notes: tuple[str, ...] = ()
-    # as the pipeline asks before it runs a chain
+    # as the pipeline does before it runs a chain
     if chain.executed_batch(backend, spec, batch, batch) < batch:
         backend = RowByRow(backend)
-        notes = ("each image alone: an image's answer depends on its place in the batch here",)
+        notes = ("each image alone: an image's output depends on its place in the batch here",)
     step, warm_up = _warm_up(backend, spec, batch, table, settings.seconds / 5, clock)
     steps, rounds = settings.plan(step, len(table))
     chains = [_chain(backend, spec, batch, beginning(table, steps), clock) for _ in range(rounds)]
@@ -91,10 +91,9 @@ def measure_host(
 
 
 def peak_memory(root: Path = Path("/")) -> int | None:
-    """The most memory that this process has had so far, in bytes."""
-    with contextlib.suppress(
-        OSError, ValueError, StopIteration
-    ):  # this, and not getrusage, forgets the parent's at exec
+    """The peak memory of this process so far, in bytes."""
+    # unlike getrusage, this does not count the parent's peak before exec
+    with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
     try:
@@ -107,7 +106,7 @@ def peak_memory(root: Path = Path("/")) -> int | None:
 def _warm_up(
     backend: Backend, spec: ModelSpec, batch: int, table: Table, seconds: float, clock: Clock
 ) -> tuple[float, int]:
-    """(how long a step takes after the first, steps made): ten, or fewer slow ones, but never less than two."""
+    """Run ten steps, or fewer if they are slow, but at least two. (seconds per step after the first, steps run)"""
     begun = clock()
     indices = np.arange(batch)
     first = beginning(table, WARM_UP_STEPS)
@@ -120,7 +119,7 @@ def _warm_up(
 
 
 def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: Clock) -> Durations:
-    """One chain, step and bare network in turns."""
+    """Measure one chain: a step and the bare network in turns."""
     watched = _Watched(backend, clock)
     indices = np.arange(batch)
     steps, bare, host = [], [], 0.0
@@ -128,7 +127,7 @@ def _chain(backend: Backend, spec: ModelSpec, batch: int, table: Table, clock: C
     last = None
     for step in _walk(watched, spec, table, indices):
         ended = clock()
-        if last is None:  # what comes before the first step is no part of it
+        if last is None:  # the time before the first step is not part of it
             around, begun = watched.bound - around, watched.bound
         steps.append(ended - begun)
         host += steps[-1] - watched.computing

@@ -1,4 +1,4 @@
-"""How fast is a file here? Steps, chains and the network alone, measured in turns, with the machine's state beside them."""
+"""Measures a model file on this machine: steps, whole chains and the network alone, with the machine's state."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import ddpmx
-from ddpmx import pipeline
 from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend, DeviceBackend
-from ddpmx.backends.open import open_model
+from ddpmx.backends.open import OpenOptions, open_model
 from ddpmx.bench.figures import LEAST_STEPS, Cell, Settings, beginning
 from ddpmx.bench.host import measure_host
 from ddpmx.device.discovery import gpus
@@ -25,28 +24,32 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx.formats import model_file, plan_file
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
+from ddpmx.sampling import request as requests
 from ddpmx.sampling.conditioning import example
 from ddpmx.system import machine
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 DEFAULT_BATCHES = (1, 4, 16, 64)
 DEFAULT_BATCHES_CPU = (1, 4)
 MAX_SECONDS = 3600.0
 
 ALL_EXECUTORS = EXECUTORS[::-1]
-"""The slowest first, as the table has them."""
+"""In the order of the table: the slowest first."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """The result of :func:`bench`.
 
     Attributes:
-        file: the model, what it says about itself, and how long it took to open and to build.
-        machine: what it ran on. ``gpu`` is None for a file that runs on the CPU.
-        settings: what was asked for.
+        file: the file's name, kind and spec, and how long it took to open and to build.
+        machine: the machine. ``gpu`` is None for a file that runs on the CPU.
+        settings: the arguments of the measurement.
         cells: the table, line by line.
-        left_out: batch sizes that were not measured, and why.
-        method: sentences on what the figures are, and are not.
+        left_out: batch sizes that were not measured, with the reason.
+        method: sentences that explain the figures.
     """
 
     file: dict[str, Any]
@@ -57,7 +60,7 @@ class Report:
     method: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The report as plain JSON values."""
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         return {"ddpmx": ddpmx.__version__, **values, "cells": [cell.to_json() for cell in self.cells]}
 
@@ -70,39 +73,39 @@ def bench(
     steps: int | None = None,
     seconds: float = 5.0,
     progress: Callable[[str, int, int], None] | None = None,
-    **opening: Any,
+    **options: Unpack[OpenOptions],
 ) -> Report:
     """Measure a model file.
 
     Args:
         path: an ONNX file or a plan.
-        batches: batch sizes; by default 1, 4, 16 and 64, on a CPU 1 and 4, as far as they fit.
-        executor: of a chain on a GPU: ``auto``, ``all``, or one of :data:`ddpmx.backends.base.EXECUTORS`.
-            On a CPU there is only ``host``.
-        steps: of each chain, 3…T; by default as many as fit into ``seconds``.
-        seconds: for each batch size and executor, about.
+        batches: batch sizes; by default those of 1, 4, 16 and 64 that fit, on a CPU 1 and 4.
+        executor: for a chain on a GPU ``auto``, ``all``, or one of :data:`ddpmx.backends.base.EXECUTORS`; on a CPU there is
+            only ``host``.
+        steps: length of each chain, 3…T; by default as many steps as fit into ``seconds``.
+        seconds: approximate time for each batch size and executor.
         progress: called with (what is being measured, lines done, lines in all).
-        **opening: see :func:`ddpmx.backends.open.open_model`.
+        **options: see :func:`ddpmx.backends.open.open_model`.
 
     Raises:
-        InputError: a number out of its range, a batch that the file does not take, or no such executor.
+        InputError: a number is out of range, the file does not take a batch size, or there is no such executor.
         BackendError: nothing could be measured.
-        FileFormatError, SpecError, NumericError: as for :func:`ddpmx.pipeline.load`, and the chain.
+        FileFormatError, SpecError, NumericError: as for :func:`ddpmx.pipeline.load` and its ``generate``.
     """
     path = Path(path)
     _check(path, batches, executor, steps, seconds)
-    on_gpu = model_file.identify(path) == "plan" or list(opening.get("providers", ("cpu",))) != ["cpu"]
+    on_gpu = model_file.identify(path) == "plan" or list(options.get("providers", ("cpu",))) != ["cpu"]
     with contextlib.ExitStack() as stack:
         begun = time.perf_counter()
         free_before = stack.enter_context(_context()) if on_gpu else None
-        spec, backend = open_model(path, **opening)
+        spec, backend = open_model(path, **options)
         stack.callback(backend.close)
         device = backend.device if isinstance(backend, CopyingBackend) else None
         names = _executors(executor, device)
         chosen, left_out = _choose(batches, spec, device)
         if steps is not None and steps > spec.timesteps:
             raise InputError(f"the chain has {spec.timesteps} steps, not {steps}", hint=f"--steps {spec.timesteps}")
-        _first_answer(backend, spec, chosen[0])
+        _first_step(backend, spec, chosen[0])
         load_s = time.perf_counter() - begun
         if isinstance(backend, CopyingBackend):
             backend.release()
@@ -128,11 +131,11 @@ def bench(
         raise BackendError(
             f"{path}: nothing could be measured",
             note="; ".join(dict.fromkeys(str(cell.failed) for cell in cells)),
-            hint="--executor all says for each whether it works; `ddpmx doctor` what is here",
+            hint="--executor all tries each executor; `ddpmx doctor` shows what is installed",
         )
     return Report(
         file=_file(path, spec, description, load_s),
-        machine=_machine(ordinal, before, after, int(opening.get("threads", 0))),
+        machine=_machine(ordinal, before, after, options.get("threads", 0)),
         settings={"executor": executor, "seconds": seconds, "steps": steps},
         cells=cells,
         left_out=left_out,
@@ -141,7 +144,7 @@ def bench(
 
 
 def _check(path: Path, batches: Sequence[int] | None, executor: str, steps: int | None, seconds: float) -> None:
-    """See what can be known before a file is opened."""
+    """Check the arguments before the file is opened."""
     names = ("auto", "all", "host", *ALL_EXECUTORS)
     if executor not in names:
         raise InputError(f"there is no executor {executor!r}", hint=f"one of {', '.join(names)}")
@@ -150,26 +153,26 @@ def _check(path: Path, batches: Sequence[int] | None, executor: str, steps: int 
     if batches is not None and (not batches or any(type(n) is not int or n < 1 for n in batches)):
         raise InputError(f"batch sizes are whole numbers from 1, not {list(batches)}", hint="--batch 1,4,16")
     if steps is not None and not (type(steps) is int and steps >= LEAST_STEPS):
-        raise InputError(f"{steps!r} steps tell nothing", hint=f"--steps {LEAST_STEPS}, or more")
+        raise InputError(f"{steps!r} steps are too few to measure", hint=f"--steps {LEAST_STEPS}, or more")
     if not 0 < seconds <= MAX_SECONDS:
-        raise InputError(f"{seconds!r} is no length of time to measure", hint=f"0 < seconds ≤ {MAX_SECONDS:g}")
+        raise InputError(f"cannot measure for {seconds!r} seconds", hint=f"0 < seconds ≤ {MAX_SECONDS:g}")
 
 
 def _executors(executor: str, device: DeviceBackend | None) -> tuple[str, ...]:
     if device is None:
         if executor not in ("auto", "all", "host"):
             raise InputError(
-                f"the executor {executor!r} is for a chain on a GPU, and this file runs on the CPU here",
+                f"executor {executor!r} is for chains on a GPU, and this file runs on the CPU here",
                 hint="--executor host; or a plan, or --provider cuda",
             )
         return ("host",)
     if executor == "host":
         raise InputError(
-            "the executor 'host' is for files that run on the CPU", hint=f"one of auto, all, {', '.join(ALL_EXECUTORS)}"
+            "executor 'host' is for files that run on the CPU", hint=f"one of auto, all, {', '.join(ALL_EXECUTORS)}"
         )
     if executor not in ("auto", "all", *device.executors):
         raise InputError(
-            f"{device.description} does not run by executor {executor!r}", hint=f"auto, {', '.join(device.executors)}"
+            f"{device.description} does not support executor {executor!r}", hint=f"auto, {', '.join(device.executors)}"
         )
     return ALL_EXECUTORS if executor == "all" else (executor,)
 
@@ -177,9 +180,8 @@ def _executors(executor: str, device: DeviceBackend | None) -> tuple[str, ...]:
 def _choose(
     batches: Sequence[int] | None, spec: ModelSpec, device: DeviceBackend | None
 ) -> tuple[list[int], list[str]]:
-    """(batch sizes, what was left out and why)."""
-    elements = int(np.prod(spec.shape))
-    most = max(1, pipeline.MAX_BATCH_ELEMENTS // elements)
+    """(batch sizes to measure, those left out with the reason)."""
+    most = requests.largest_batch(spec)
     if batches is not None:
         for batch in batches:
             if batch > most:
@@ -190,9 +192,9 @@ def _choose(
     if device is None:
         wanted = [n for n in DEFAULT_BATCHES_CPU if n <= most]
         rest = ",".join(str(n) for n in DEFAULT_BATCHES if n not in DEFAULT_BATCHES_CPU)
-        return wanted, [f"batches {rest.replace(',', ' and ')}: they take long on a CPU; --batch {rest} measures them"]
+        return wanted, [f"batches {rest.replace(',', ' and ')}: slow on a CPU; --batch {rest} measures them"]
     taken = [n for n in DEFAULT_BATCHES if n <= most and any(low <= n <= high for low, high in device.batches)]
-    if not taken:  # a plan for one unusual batch, say
+    if not taken:  # for example, a plan for one unusual batch size
         taken = sorted({min(high, most) for low, high in device.batches if low <= most})
     ranges = ", ".join(f"{low}…{high}" if low < high else f"{low}" for low, high in device.batches)
     left_out = [
@@ -205,10 +207,10 @@ def _choose(
 
 @contextlib.contextmanager
 def _context() -> Iterator[int | None]:
-    """Hold the GPU's context, and yield how much memory is free before anything of the file is there.
+    """Hold the GPU's context, and yield the bytes of memory that are free before the file is opened.
 
-    Without it the memory of a plan's weights would come and go unseen. None where no driver answers: opening the file
-    says better what is missing.
+    Without it the memory of a plan's weights would not be counted. Without a driver it yields None: opening the file then
+    reports more clearly what is missing.
     """
     from ddpmx.device.driver import Driver
 
@@ -221,7 +223,7 @@ def _context() -> Iterator[int | None]:
         yield free
 
 
-def _first_answer(backend: Backend, spec: ModelSpec, batch: int) -> None:
+def _first_step(backend: Backend, spec: ModelSpec, batch: int) -> None:
     table = beginning(make_table(spec.make_schedule(), spec.prediction, spec.variance), 1)
     images = np.arange(batch)
     start, conditioning = chain.initial(0, images, spec.shape), example(spec, images)
@@ -240,7 +242,7 @@ def _first_answer(backend: Backend, spec: ModelSpec, batch: int) -> None:
 
 def _file(path: Path, spec: ModelSpec, description: str, load_s: float) -> dict[str, Any]:
     kind = model_file.identify(path)
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "name": path.name,
         "kind": kind,
         "bytes": path.stat().st_size,
@@ -250,19 +252,19 @@ def _file(path: Path, spec: ModelSpec, description: str, load_s: float) -> dict[
         "build_s": None,
         "engine": None,
     }
-    if kind == "plan":  # it was opened, so host code was agreed to, if there is any
+    if kind == "plan":  # it has been opened, so any host code in it is trusted
         info = plan_file.read_plan(path, trust_host_code=True)
         seconds = ((info.sidecar or {}).get("build") or {}).get("seconds")
-        told["build_s"] = seconds if isinstance(seconds, int | float) else None
-        told["engine"] = info.engine.to_json()
-    return told
+        values["build_s"] = seconds if isinstance(seconds, int | float) else None
+        values["engine"] = info.engine.to_json()
+    return values
 
 
 def _machine(
     ordinal: int | None, before: machine.GpuState | None, after: machine.GpuState | None, threads: int
 ) -> dict[str, Any]:
     jetson = machine.jetson()
-    told: dict[str, Any] = {
+    values: dict[str, Any] = {
         "cpu": dataclasses.asdict(machine.cpu()) | {"asked_threads": threads},
         "jetson": None if jetson is None else {"mode": jetson.mode, "clocks_fixed": jetson.clocks_fixed},
         "gpu": None,
@@ -270,7 +272,7 @@ def _machine(
     if ordinal is not None:
         found = gpus()
         device = found.devices[ordinal] if ordinal < len(found.devices) else None
-        told["gpu"] = {
+        values["gpu"] = {
             "name": device.name if device else None,
             "sm": device.sm if device else None,
             "memory": device.memory if device else None,
@@ -278,7 +280,7 @@ def _machine(
             "before": None if before is None else _plain(before),
             "after": None if after is None else _plain(after),
         }
-    return told
+    return values
 
 
 def _plain(state: machine.GpuState) -> dict[str, Any]:
@@ -286,35 +288,32 @@ def _plain(state: machine.GpuState) -> dict[str, Any]:
 
 
 def _method(cells: Sequence[Cell], *, on_gpu: bool) -> list[str]:
-    """What the figures are. Only what holds for these cells."""
+    """Sentences that explain the figures of these cells."""
     measured = [cell for cell in cells if not cell.failed]
-    said = [
-        "A step is the network, its noise and the update. A chain is also x_T's noise before, and uint8 after"
-        + (", copied to the host." if on_gpu else ".")
-        + " PNG and loading are not included.",
+    lines = [
+        "A step is the network, the step's noise and the update. A chain also includes the noise x_T and the conversion to "
+        "uint8" + (", copied to the host." if on_gpu else ".") + " PNG and loading are not included.",
     ]
     if on_gpu:
-        said += [
+        lines += [
             "Steps are timed by events in the chain's stream. Host: this thread's CPU time per step.",
-            "Chain ÷ net: against the same network captured alone in a graph and launched as often in the same stream, in "
+            "Chain ÷ net: against the same network, captured alone in a graph and launched as often in the same stream, in "
             "turns with the chain; median over the chains.",
-            "Memory: what is less free on the whole device than before the file was opened, CUDA's own context not "
-            "counted; other processes on it count.",
+            "Memory: the decrease of free memory on the whole device since before the file was opened, without CUDA's own "
+            "context; it includes other processes.",
         ]
         if any(cell.executor == "while" for cell in measured):
-            said.append(
-                "By while a chain is one launch, so that its steps cannot be told apart: only their mean is known."
-            )
+            lines.append("With while a chain is one launch without separate steps: only their mean is known.")
     else:
-        said += [
-            "Host: what a step takes beside the network. Small images' noise is drawn for several steps at once, so steps "
-            "are uneven. Chain ÷ net: against the network alone on the same arrays, in turns step by step; median over "
-            "the chains.",
-            "Memory: the most that the process has had so far.",
+        lines += [
+            "Host: the part of a step that is not the network. Noise of small images is drawn for several steps at once, "
+            "so steps are uneven. Chain ÷ net: against the network alone on the same arrays, in turns step by step; median "
+            "over the chains.",
+            "Memory: the peak of the process so far.",
         ]
     if any(cell.extrapolated for cell in measured):
-        said.append(
-            "*: extrapolated. The first steps of the full chain were measured, as many as the table says, and T of them "
-            "are taken to cost the same."
+        lines.append(
+            "*: extrapolated. Only the first steps of the full chain were measured, as many as the table shows; all T are "
+            "assumed to cost the same."
         )
-    return said
+    return lines

@@ -1,1 +1,1 @@
-"""The same chain on an NVIDIA GPU: its kernels, and three executors that launch them with equal results."""
+"""The reverse chain on an NVIDIA GPU: its kernels, and three executors that launch them with equal results."""

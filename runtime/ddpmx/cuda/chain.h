@@ -1,7 +1,7 @@
-/* What the host and the kernels tell each other about one chain: two structs, read by C, C++, NVRTC and Python's ctypes.
+/* The two structs through which the host and the kernels share one chain, for C, C++, NVRTC and Python's ctypes.
  *
- * Addresses travel as 64-bit numbers, so that the layout is the same everywhere. There is no padding, and the assertions
- * below say so; cuda/__init__.py mirrors the layout, and a test compares the two.
+ * Addresses are 64-bit numbers, so that the layout is the same everywhere. There is no padding, which the assertions
+ * below check; layout.py mirrors the structs, and a test compares the two.
  */
 #ifndef DDPMX_CHAIN_H
 #define DDPMX_CHAIN_H
@@ -21,31 +21,31 @@
 #endif
 #define DDPMX_AT(type, field, offset) DDPMX_ASSERT(DDPMX_OFFSET(type, field) == (offset))
 
-/* The largest block that the kernels may be launched with. Grid and block are one-dimensional, any grid will do. */
+/* The largest block that the kernels may be launched with. Grid and block are one-dimensional, the grid of any size. */
 #define DDPMX_THREADS 256
 
-/* ddpmx_control.done: why a chain has come to its end. */
+/* ddpmx_control.done: why a chain has ended. */
 enum {
   DDPMX_RUNNING = 0,
   DDPMX_FINISHED = 1,   /* all S steps */
-  DDPMX_STOPPED = 2,    /* the host asked for it */
-  DDPMX_NOT_FINITE = 3, /* the network's answer at bad_step */
-  DDPMX_REFUSED = 4     /* ddpmx_begin was given numbers that make no chain */
+  DDPMX_STOPPED = 2,    /* the host stopped it */
+  DDPMX_NOT_FINITE = 3, /* the network's output at bad_step */
+  DDPMX_REFUSED = 4     /* ddpmx_begin refused the chain's numbers */
 };
 
 /* ddpmx_chain.flags */
 enum {
-  DDPMX_X_IS_GIVEN = 1 /* ddpmx_begin leaves x alone: a chain from somebody's own state */
+  DDPMX_KEEP_X = 1 /* ddpmx_begin leaves x as it is: the chain starts from the caller's own state */
 };
 
-/* In pinned, mapped host memory: the host looks on and may ask for an end while the device runs. Each word has one
- * writer. Before ddpmx_begin is launched the host sets stop and done to 0; what is there afterwards is this chain's.
- * done is written last, so whoever sees it sees the rest. */
+/* In pinned, mapped host memory, so that the host can follow and stop a chain while the device runs. Each word has one
+ * writer. Before ddpmx_begin is launched the host sets stop and done to 0; later values belong to this chain. done is
+ * written last: whoever sees it sees the other words too. */
 typedef struct {
-  ddpmx_i32 stop;     /* host: not 0 to end the chain after the step that is under way */
+  ddpmx_i32 stop;     /* host: not 0 to end the chain after the running step */
   ddpmx_i32 step;     /* device: steps finished */
-  ddpmx_i32 bad_step; /* device: the step, from 0, at which the network's answer was not finite; -1 for none */
-  ddpmx_i32 done;     /* device: why the chain has ended, DDPMX_RUNNING before */
+  ddpmx_i32 bad_step; /* device: the step, from 0, at which the network's output was not finite; -1 for none */
+  ddpmx_i32 done;     /* device: why the chain has ended; DDPMX_RUNNING until then */
 } ddpmx_control;
 
 DDPMX_AT(ddpmx_control, stop, 0);
@@ -54,30 +54,30 @@ DDPMX_AT(ddpmx_control, bad_step, 8);
 DDPMX_AT(ddpmx_control, done, 12);
 DDPMX_ASSERT(sizeof(ddpmx_control) == 16);
 
-/* In device memory. The host fills in everything up to the counters, the counters are the kernels' own. N = C H W. */
+/* In device memory. The host fills in everything up to the counters, which belong to the kernels. N = C H W. */
 typedef struct {
-  ddpmx_u64 x;         /* float32 [B, N], x_t: the engine's input, updated in place */
-  ddpmx_u64 out;       /* float32 [B, N]: the engine's answer */
-  ddpmx_u64 var;       /* float32 [B, N]: its second answer, where sigma is learned, or 0 */
-  ddpmx_u64 t;         /* int32 [B]: the engine's other input */
-  ddpmx_u64 x0;        /* float32 [B, N], where each step leaves x0, or 0 */
-  ddpmx_u64 image_bytes;    /* uint8 [B, H, W, C], where the last step leaves the images, or 0 */
-  ddpmx_u64 rows;      /* ddpmx_row [S] */
-  ddpmx_u64 learned;   /* ddpmx_learned [S], or 0; either there is var and this, or neither */
-  ddpmx_u64 timesteps; /* int32 [S], what the network is told at each step */
-  ddpmx_u64 images;    /* uint32 [B], with the seed they fix each image's noise */
-  ddpmx_u64 control;   /* ddpmx_control, as the device sees it */
+  ddpmx_u64 x;           /* float32 [B, N], x_t: the engine's input, updated in place */
+  ddpmx_u64 out;         /* float32 [B, N]: the engine's output */
+  ddpmx_u64 var;         /* float32 [B, N]: its output var, where sigma is learned, or 0 */
+  ddpmx_u64 t;           /* int32 [B]: the engine's timestep input */
+  ddpmx_u64 x0;          /* float32 [B, N], where each step writes x0, or 0 */
+  ddpmx_u64 image_bytes; /* uint8 [B, H, W, C], where the last step writes the images, or 0 */
+  ddpmx_u64 rows;        /* ddpmx_row [S] */
+  ddpmx_u64 learned;     /* ddpmx_learned [S], or 0; var and learned are both set or both 0 */
+  ddpmx_u64 timesteps;   /* int32 [S], the network's t at each step */
+  ddpmx_u64 images;      /* uint32 [B], the images' indices; with the seed they fix each image's noise */
+  ddpmx_u64 control;     /* ddpmx_control, its device address */
   ddpmx_u64 seed;
   ddpmx_i32 B;
   ddpmx_i32 channels; /* C */
   ddpmx_i32 pixels;   /* H W */
   ddpmx_i32 S;        /* steps */
-  float limit;        /* the largest |x0|, or an infinity for no clipping */
+  float limit;        /* the largest |x0|, or infinity for no clipping */
   ddpmx_u32 flags;
   /* the counters */
-  ddpmx_i32 step;    /* the step that is next, or under way */
-  ddpmx_u32 arrived; /* blocks that have done their part of it */
-  ddpmx_i32 bad;     /* whether any thread has met a number that is not finite */
+  ddpmx_i32 step;    /* the next step, or the running one */
+  ddpmx_u32 arrived; /* blocks that have finished their part of it */
+  ddpmx_i32 bad;     /* whether any thread has seen a number that is not finite */
   ddpmx_i32 halted;  /* whether the chain has ended: from then on ddpmx_step does nothing */
 } ddpmx_chain;
 

@@ -2,8 +2,8 @@
 
 ``plain`` launches the engine and ``ddpmx_step`` S times from the host; ``graph`` captures the two once and launches that S
 times; ``while`` makes them the body of a CUDA graph's WHILE node, so that a chain is one launch. The kernels count the
-steps themselves, so what is launched is the same for every step, and the host has nothing to say while it runs. It looks
-on, and may ask for an end, through :class:`ddpmx.cuda.layout.Control` in pinned memory.
+steps themselves, so what is launched is the same for every step, and the host does not take part. It follows the chain,
+and may stop it, through :class:`ddpmx.cuda.layout.Control` in pinned memory.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from ddpmx.sampling.chain import Step
 from ddpmx.sampling.conditioning import check_conditioning
 
 Enqueue = Callable[[int], None]
-"""Puts the network into a stream: reads its inputs, writes out. Raises BackendError; waits for nothing."""
+"""Enqueues the network into a stream: it reads its inputs and writes out. Raises BackendError; waits for nothing."""
 
 LOOK_AHEAD = 8
 """Steps that ``plain`` and ``graph`` put into the stream ahead of the one that runs: enough that the device never waits
-for the host, and what it does in vain after a stop."""
+for the host. After a stop these steps are launched in vain."""
 
 BLOCKS_PER_MULTIPROCESSOR = 4
 """As many as step.cu is compiled for; each thread then takes several fours."""
 
-_LOOK_EVERY = 0.001  # seconds; what a chain's end is noticed late, once, and at which Ctrl-C is heard
+_POLL_EVERY = 0.001  # seconds: how late a chain's end, or Ctrl-C, is noticed
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which executor it is, and why not another.
+    """The executor of a chain, and why not another.
 
     Attributes:
         executor: one of :data:`ddpmx.backends.base.EXECUTORS`.
@@ -59,17 +59,17 @@ class Choice:
     rejected: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """For people."""
+        """``graph; not while: …``."""
         return "; ".join([self.executor, *(f"not {name}: {why}" for name, why in self.rejected)])
 
 
 class DeviceChain:
-    """The memory of one chain on the device, for one batch size and one table, and what runs it again and again.
+    """One chain's memory on the device, for one batch size and one table, which may run any number of times.
 
-    Everything is allocated here and nothing later but the arrays that are returned. Bind the engine to what :attr:`at`
-    and :attr:`conditioning` name, give what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or
-    :meth:`prepare`, then :meth:`run`. A context manager. For one thread at a time; two chains of one
-    driver may run in two threads.
+    Everything is allocated here, and nothing later but the arrays that are returned. Bind the engine to the addresses in
+    :attr:`at` and :attr:`conditioning`, pass what enqueues it to :func:`ddpmx.cuda.executors.choose_executor` or
+    :meth:`prepare`, then :meth:`run`. A context manager. Not thread-safe, but two chains of one driver may run in two
+    threads.
 
     Args:
         driver: the GPU.
@@ -78,28 +78,28 @@ class DeviceChain:
         batch: images at once. Fewer are filled up, so that the engine always sees this many.
         table: the sampler.
         clip: the largest |x̂_0|, or None.
-        conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`.
+        conditioning_shapes: the conditioning inputs: :attr:`ModelSpec.conditioning_shapes`.
         with_x0: keep x̂_0 of each step, for :meth:`steps`.
-        description: of what computes the network, for messages.
-        stream: the stream to run in, if the network insists on one; by default one of the chain's own.
+        description: of what runs the network, for messages.
+        stream: the stream to run in, if the network requires one; by default one of the chain's own.
 
     Attributes:
         x: address of x_t, float32 [batch, C, H, W]: the engine's input, and after a run the sample.
         t: address of the timesteps, int32 [batch]: its other input.
-        out: address of its answer, float32 [batch, C, H, W].
-        var: address of its second answer, float32 [batch, C, H, W]; 0 unless the table learns its variance.
-        conditioning: the addresses of the engine's other inputs, by name. ``x0_prev`` is where the chain keeps x̂_0: 0 when
-            it begins, and then what each step leaves there for the next.
+        out: address of its output, float32 [batch, C, H, W].
+        var: address of its output ``var``, float32 [batch, C, H, W]; 0 unless the table learns its variance.
+        conditioning: the addresses of the engine's conditioning inputs, by name. ``x0_prev`` is where the chain keeps x̂_0:
+            0 at its beginning, and then what each step writes there for the next.
         pixels: address of the images, uint8 [batch, H, W, C].
         stream: the chain's stream.
-        control: what the device says and may be asked; in pinned memory.
+        control: the chain's progress, and the flag that stops it; in pinned memory.
         choice: the executor, once there is one.
-        driver, kernels: as given.
-        lost: whether it was given up in the middle, and may still run. Nothing of it can be freed then.
+        driver, kernels: as passed.
+        lost: whether it was abandoned and may still be running. Nothing of it can be freed then.
 
     Raises:
         BackendError: the memory does not suffice, or the driver refuses. Nothing stays allocated then.
-        InputError: no such batch.
+        InputError: an empty chain, or one whose elements exceed 32 bits.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class DeviceChain:
         elements = channels * height * width
         fours = batch * -(-elements // 4)
         if batch < 1 or len(table) < 1 or not 0 < fours < 1 << 31:
-            raise InputError(f"{batch} images of {shape} in {len(table)} steps make no chain on a GPU")
+            raise InputError(f"{batch} images of {shape} in {len(table)} steps cannot run as a chain on a GPU")
         self.driver, self.kernels, self._description = driver, kernels, description
         self._shape, self._batch, self._table, self._conditioning_shapes = (
             shape,
@@ -148,7 +148,7 @@ class DeviceChain:
                 self._chain.control = self._pinned.device
                 self._chain.B, self._chain.channels, self._chain.pixels = batch, channels, height * width
                 self._chain.S, self._chain.limit = len(table), math.inf if clip is None else clip
-                # of the host's memory nothing may go while a copy from it is under way
+                # the host's arrays must live until the copies from them are done
                 self._images = np.zeros(batch, np.uint32)
                 self._chain.images = self._memory(self._images.nbytes, "the images' indices")
                 self._at = self._memory(ctypes.sizeof(Chain), "the chain")
@@ -173,7 +173,7 @@ class DeviceChain:
         self.control = Control.from_address(self._pinned.value)
         self._events = [self._keep(driver.event()) for _ in range(LOOK_AHEAD)]
         self.x = self._memory(4 * elements, "x")
-        self.out = self._memory(4 * elements, "the network's answer")
+        self.out = self._memory(4 * elements, "the network's output")
         self.var = self._memory(4 * elements, "its variance") if learned else 0
         self.t = self._memory(4 * self._batch, "t")
         self._x0 = self._memory(4 * elements, "x0") if with_x0 else 0
@@ -181,7 +181,8 @@ class DeviceChain:
         for name, dims in self._conditioning_shapes.items():
             size = 4 * self._batch * math.prod(dims)
             self.conditioning[name] = self._x0 if name == "x0_prev" else self._memory(size, name)
-            driver.zero(self.conditioning[name], size, self.stream)  # a class is an index into the engine's tables
+            # a class is an index into the engine's tables, so it must be a legal one before any run
+            driver.zero(self.conditioning[name], size, self.stream)
         self.pixels = self._memory(elements, "the images")
 
     @property
@@ -197,7 +198,7 @@ class DeviceChain:
         return self._keep(self.driver.allocate(size, what)).value
 
     def _upload(self, array: NDArray[Any], what: str) -> tuple[int, NDArray[Any]]:
-        """(address, what has to be kept until the stream was waited for)."""
+        """(address, the array, to be kept until the stream was waited for)."""
         address = self._memory(array.nbytes, what)
         self.driver.copy_in(address, array, self.stream)
         return address, array
@@ -211,22 +212,22 @@ class DeviceChain:
         self.close()
 
     def close(self) -> None:
-        """Free everything, the engine's enqueue included, once the device has done with it. Again is harmless."""
-        if self.lost:  # freeing would wait for the device as well, and for ever
+        """Free everything, the engine's enqueue included, once the device is done with it. Safe to call again."""
+        if self.lost:  # freeing would wait for the device, possibly for ever
             for handle in (*self._own, *filter(None, [self._executable, self._graph])):
                 handle.abandon()
         elif self._own and self.settle():
-            self.control = Control.from_buffer_copy(self.control)  # it may still be read, its memory not
+            self.control = Control.from_buffer_copy(self.control)  # still readable after its memory is freed
         self._drop_executable()
         self._enqueue = self.choice = None
         while self._own:
             self._own.pop().close()
 
     def settle(self) -> bool:
-        """Wait until the device has done with the chain, before which its engine's memory must not go.
+        """Wait until the device is done with the chain. Before that its engine's memory must not be freed.
 
         Returns:
-            Whether that has worked.
+            Whether the wait succeeded.
         """
         if not self.lost:
             with contextlib.suppress(BackendError), self.driver.current():
@@ -234,22 +235,22 @@ class DeviceChain:
                 return True
         return False
 
-    # --- which executor ----------------------------------------------------------------------------------------------
+    # --- executors ---------------------------------------------------------------------------------------------------
 
     def prepare(self, enqueue: Enqueue, executor: str, *, timeout: float = 120.0) -> None:
-        """Get ready to run the engine by one executor.
+        """Prepare the chain to run an engine by one executor.
 
-        The engine is run once: what it does at its first run only (it allocates, compiles and measures) must not be
-        captured. What was captured then is run once as well, and has to give the bits that launching it gives.
+        The engine is run once first: what it does only at its first run (allocating, compiling, measuring) must not be
+        captured. The captured step is then run once as well, and has to give the same bits as a plain launch.
 
         Args:
             enqueue: puts the engine, bound to ``x``, ``t``, ``out`` and ``var``, into a stream.
             executor: ``plain``, ``graph`` or ``while``.
-            timeout: seconds after which what was captured is given up: a WHILE node may never end.
+            timeout: seconds after which the captured step is abandoned: a WHILE node may never end.
 
         Raises:
             BackendError: the engine or the driver refuses. The chain has no executor then, and another one may be tried.
-            InputError: no such executor.
+            InputError: there is no such executor.
         """
         if executor not in EXECUTORS:
             raise InputError(f"there is no executor {executor!r}", hint=f"one of {', '.join(EXECUTORS)}")
@@ -273,7 +274,7 @@ class DeviceChain:
                 elif executor == "while":
                     self._instantiate(self._while_graph(enqueue), "the WHILE node's graph")
                 if self._executable is not None:
-                    self._see_that_it_is_the_same(enqueue, timeout)
+                    self._check_capture(enqueue, timeout)
         except BaseException:
             self._drop_executable()
             raise
@@ -296,7 +297,7 @@ class DeviceChain:
     def _instantiate(self, graph: Handle | None, what: str) -> None:
         if graph is None:
             raise BackendError("the capture of a step gave no graph")
-        self._graph = graph  # to which a WHILE node's condition belongs
+        self._graph = graph  # kept: a WHILE node's condition belongs to it
         self._executable = self.driver.instantiate(graph, what)
 
     def _drop_executable(self) -> None:
@@ -306,10 +307,10 @@ class DeviceChain:
         self._executable = self._graph = None
 
     def unprepare(self) -> bool:
-        """Let go of the engine and of what was captured of it, once the device has done with them.
+        """Release the engine and what was captured of it, once the device is done with them.
 
         Returns:
-            Whether that has worked; if not, the engine's memory must stay as well.
+            Whether that succeeded; if not, the engine's memory must stay as well.
         """
         settled = self.settle()
         if settled:
@@ -319,13 +320,15 @@ class DeviceChain:
 
     def _check_lost(self) -> None:
         if self.lost:
-            raise BackendError("the chain was given up, and may still run", hint="end the process and start again")
+            raise BackendError(
+                "the chain was abandoned and may still be running", hint="end the process and start again"
+            )
 
-    def _see_that_it_is_the_same(self, enqueue: Enqueue, timeout: float) -> None:
-        """Hold the captured step against the plain one.
+    def _check_capture(self, enqueue: Enqueue, timeout: float) -> None:
+        """Compare the captured step with the plain one.
 
-        A library may do part of its work while it enqueues: on the host, or in memory that it takes back. A capture of
-        that succeeds, and repeats old answers.
+        A library may do part of its work while it enqueues: on the host, or in memory that it takes back. Capturing that
+        succeeds, and replays old outputs.
         """
 
         def plain() -> None:
@@ -337,20 +340,20 @@ class DeviceChain:
                 self.driver.launch_graph(self._executable, self.stream, "the captured step")
 
         wanted, got = self._one_step(plain, timeout), self._one_step(captured, timeout)
-        # a network that answers itself differently from run to run cannot be held against anything
+        # a network whose output differs from run to run cannot be compared with anything
         if got != wanted and self._one_step(plain, timeout) == wanted:
             raise BackendError(
-                "the captured step gives another answer than the plain one",
+                "the captured step gives another output than the plain one",
                 note=self._description or None,
                 hint="--executor plain gives the right images",
             )
 
     def _one_step(self, launch: Callable[[], None], timeout: float) -> bytes:
-        """What the network answers to x_T, and where its first step leads."""
+        """The network's output at x_T, and the state after the first step, as bytes."""
         driver = self.driver
         out, x = (np.full((self._batch, *self._shape), np.nan, np.float32) for _ in range(2))
-        self._begin(1, self._batch, None)  # another noise than what it was captured with
-        driver.copy_in(self.out, out, self.stream)  # an answer that is not given shows
+        self._begin(1, self._batch, None)  # other noise than it was captured with
+        driver.copy_in(self.out, out, self.stream)  # NaN shows an output that is not written
         driver.wait_for_stream(self.stream, "beginning a step")
         self.control.stop = 1
         launch()
@@ -358,14 +361,14 @@ class DeviceChain:
         until = time.monotonic() + timeout
         while not driver.has_come(self._events[0], "running a step"):
             if time.monotonic() > until:
-                raise Timeout("the captured step does not come to its end")
-            time.sleep(_LOOK_EVERY / 10)
+                raise Timeout("the captured step did not finish in time")
+            time.sleep(_POLL_EVERY / 10)
         driver.copy_out(out, self.out, self.stream)
         driver.copy_out(x, self.x, self.stream)
         driver.wait_for_stream(self.stream, "fetching a step")
         return out.tobytes() + x.tobytes()
 
-    # --- a chain -----------------------------------------------------------------------------------------------------
+    # --- running -----------------------------------------------------------------------------------------------------
 
     def run(
         self,
@@ -387,24 +390,24 @@ class DeviceChain:
             seed: of the noise, 0…2⁶⁴−1.
             images: the index of each image, 1…batch of them.
             x: float32 [n, C, H, W], the state to begin with instead of x_T ~ N(0, I), or its device address.
-            pixels: where the images go: uint8 [n, H, W, C], or its device address. By default a new array.
-            conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the device
-                address of such an array.
-            after: streams whose work so far has to be done before its arrays are read or ``pixels`` written.
+            pixels: uint8 [n, H, W, C] for the images, or its device address. By default a new array.
+            conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the device address of such an
+                array.
+            after: streams whose work so far has to finish before the arrays are read or ``pixels`` is written.
             progress: called with (steps done, steps in all). The numbers rise and end with S; some may be left out.
-            cancel: asked again and again until the chain is through; True ends it after the step that is under way.
-            timeout: seconds after which the chain is given up.
-            marks: S + 1 events with timing; one comes when the first step begins, then one after each step. By ``while``
-                only the first and the last.
+            cancel: polled until the chain ends; True stops it after the step that is running.
+            timeout: seconds after which the chain is abandoned.
+            marks: S + 1 events with timing: one is recorded when the first step begins, then one after each step. By
+                ``while`` only the first and the last.
 
         Returns:
             uint8 [n, H, W, C], or None if ``pixels`` is an address.
 
         Raises:
-            NumericError: the network's answer was not finite. It names step, t and executor.
-            Cancelled: ``cancel`` said so, even if it was the last step that was under way.
+            NumericError: the network's output was not finite. It names step, t and executor.
+            Cancelled: ``cancel`` returned True, even if the last step was running by then.
             BackendError: the engine or the device failed.
-            InputError: no such seed, images or arrays.
+            InputError: an invalid seed, image index or array.
         """
         name, n = self._ready(), self._set_images(seed, images)
         check_conditioning(self._conditioning_shapes, conditioning, n)
@@ -426,8 +429,8 @@ class DeviceChain:
             else:
                 self._run_steps(name, watch, marks)
             driver.wait_for_stream(self.stream, f"running the chain by {name}")
-            watch.look()
-            judge(self.control, self._table, self._where(name), cancelled=watch.cancelled, given=x is not None)
+            watch.poll()
+            judge(self.control, self._table, self._where(name), cancelled=watch.cancelled, own_x=x is not None)
             if isinstance(result, np.ndarray):
                 driver.copy_out(result, self.pixels, self.stream)
             elif result != self.pixels:
@@ -446,8 +449,8 @@ class DeviceChain:
     ) -> Generator[Step, None, None]:
         """The chain step by step, as :func:`ddpmx.sampling.chain.run` gives it.
 
-        By ``plain`` or ``graph``, and the device waits. The arrays are the chain's own: copy what must outlive the next
-        step. To stop, stop asking.
+        By ``plain`` or ``graph``; the device waits between steps. The arrays belong to the chain: copy what must outlive
+        the next step. To stop early, close the generator.
 
         Args:
             seed, images, x, conditioning, after: as for :meth:`run`.
@@ -456,11 +459,11 @@ class DeviceChain:
             Each step, with arrays [n, C, H, W] on the host.
 
         Raises:
-            As :meth:`run`. InputError also if the chain was made without ``with_x0``, or is to run by ``while``.
+            As :meth:`run`. InputError also if the chain was made without ``with_x0``, or runs by ``while``.
         """
         name, n = self._ready(), self._set_images(seed, images)
         if name == "while" or not self._x0:
-            raise InputError("only a chain that keeps x0, by plain or graph, can be watched step by step")
+            raise InputError("only a chain with x0, by plain or graph, runs step by step")
         check_conditioning(self._conditioning_shapes, conditioning, n)
         driver = self.driver
         now, x0, following = (np.empty((n, *self._shape), np.float32) for _ in range(3))
@@ -479,7 +482,7 @@ class DeviceChain:
                 driver.copy_out(following, self.x, self.stream)
                 driver.wait_for_stream(self.stream, f"running the chain by {name}")
                 if self.control.done != Done.RUNNING or index + 1 == len(self._table):
-                    judge(self.control, self._table, self._where(name), given=x is not None)
+                    judge(self.control, self._table, self._where(name), own_x=x is not None)
             yield Step(t, now, x0, following)
             now, following = following, now
 
@@ -493,30 +496,30 @@ class DeviceChain:
         return self.choice.executor
 
     def _set_images(self, seed: int, images: ArrayLike) -> int:
-        """How many there are. The last one fills up what the batch has left."""
+        """Write the images' indices, the last one repeated up to the batch size. Returns how many there are."""
         check_seed(seed)
-        given = np.asarray(images)
+        indices = np.asarray(images)
         if (
-            given.ndim != 1
-            or not 1 <= len(given) <= self._batch
-            or given.dtype.kind not in "iu"
-            or given.min() < 0
-            or given.max() > MAX_IMAGE
+            indices.ndim != 1
+            or not 1 <= len(indices) <= self._batch
+            or indices.dtype.kind not in "iu"
+            or indices.min() < 0
+            or indices.max() > MAX_IMAGE
         ):
             raise InputError(
-                f"1…{self._batch} images from 0 to 2**32 - 1 are needed, not {np.array2string(given)[:100]}"
+                f"1…{self._batch} images from 0 to 2**32 - 1 are needed, not {np.array2string(indices)[:100]}"
             )
-        self._images[: len(given)] = given
-        self._images[len(given) :] = given[-1]
-        return len(given)
+        self._images[: len(indices)] = indices
+        self._images[len(indices) :] = indices[-1]
+        return len(indices)
 
     @contextlib.contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Work on the device. Whatever goes wrong, Ctrl-C too, ends the chain and waits for that."""
+        """Work on the device. Any error, Ctrl-C included, stops the chain and waits for its end."""
         with self.driver.current():
             try:
                 yield
-            except Timeout:  # waiting is what has failed
+            except Timeout:  # waiting has failed already
                 self.lost = True
                 raise
             except BaseException:
@@ -527,7 +530,7 @@ class DeviceChain:
 
     def _begin(self, seed: int, n: int, x: NDArray[np.float32] | int | None, *, stop: int = 0) -> None:
         driver, chain, control = self.driver, self._chain, self.control
-        chain.seed, chain.flags = seed, 0 if x is None else layout.X_IS_GIVEN
+        chain.seed, chain.flags = seed, 0 if x is None else layout.KEEP_X
         if x is not None:
             self._fill(self.x, n, x, self._shape, "x")
         if "x0_prev" in self._conditioning_shapes:
@@ -538,12 +541,12 @@ class DeviceChain:
         driver.launch(self.kernels.begin, self._grid, layout.THREADS, self.stream, (self._at,), "ddpmx_begin")
 
     def _set_conditioning(self, n: int, conditioning: Mapping[str, NDArray[Any] | int]) -> None:
-        """Copy the conditioning of the images, which stays where it is through the chain."""
+        """Copy the conditioning of the images. It stays in place through the chain."""
         for name, array in conditioning.items():
             self._fill(self.conditioning[name], n, array, self._conditioning_shapes[name], name)
 
     def _fill(self, to: int, n: int, source: NDArray[Any] | int, dims: tuple[int, ...], what: str) -> None:
-        """Copy ``n`` images' numbers, of four bytes each; the last image fills up what the batch has left."""
+        """Copy ``n`` images' numbers, of four bytes each; the last image is repeated up to the batch size."""
         driver, image = self.driver, 4 * math.prod(dims)
         if isinstance(source, int):
             driver.copy(to, source, n * image, self.stream)
@@ -562,7 +565,7 @@ class DeviceChain:
         self.driver.launch(step, self._grid, layout.THREADS, self.stream, (self._at,), "ddpmx_step")
 
     def _launch_one(self, name: str) -> None:
-        """One step into the stream."""
+        """Put one step into the stream."""
         if name == "graph" and self._executable is not None:
             self.driver.launch_graph(self._executable, self.stream, "the graph of a step")
         elif self._enqueue is not None:
@@ -575,7 +578,7 @@ class DeviceChain:
             driver.record(marks[0], self.stream)
         launched = waited = 0
         while waited < launched or (launched < total and watch.goes_on()):
-            # after an end what is in the stream is still waited for, and nothing is added
+            # after the chain's end the rest of the stream is waited for, and nothing is added
             if launched < total and launched - waited < LOOK_AHEAD and watch.goes_on():
                 self._launch_one(name)
                 driver.record(self._events[launched % LOOK_AHEAD], self.stream)
@@ -585,7 +588,7 @@ class DeviceChain:
             else:
                 driver.wait_for(self._events[waited % LOOK_AHEAD], doing)
                 waited += 1
-            watch.look()
+            watch.poll()
 
     def _run_whole(self, watch: Watch, marks: Sequence[Handle]) -> None:
         driver = self.driver
@@ -597,5 +600,5 @@ class DeviceChain:
             driver.record(marks[-1], self.stream)
         driver.record(self._events[0], self.stream)
         while not driver.has_come(self._events[0], "running the chain by while"):
-            watch.look()
-            time.sleep(_LOOK_EVERY)
+            watch.poll()
+            time.sleep(_POLL_EVERY)

@@ -1,4 +1,4 @@
-"""Chains of one network on its GPU: what :class:`ddpmx.pipeline.Pipeline` runs where there is one."""
+"""Runs a network's chains on its GPU, for :class:`ddpmx.pipeline.Pipeline`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ddpmx.sampling.runner import Job, rows
 
 
 class DeviceRunner:
-    """Runs a :class:`ddpmx.sampling.runner.Job` on the device. The last chain's memory is kept for the next like it.
+    """Runs a :class:`ddpmx.sampling.runner.Job` on the device. The last chain is kept, for the next job of the same kind.
 
     Args:
         backend: the network; closed with the runner.
@@ -33,14 +33,14 @@ class DeviceRunner:
         executor: ``auto``, or one of :data:`ddpmx.backends.base.EXECUTORS`.
 
     Raises:
-        InputError: the network does not run by that executor.
+        InputError: the network does not support that executor.
     """
 
     def __init__(self, backend: CopyingBackend, spec: ModelSpec, executor: str = "auto") -> None:
         self._backend, self._device, self._spec, self._executor = backend, backend.device, spec, executor
         if executor not in ("auto", *self._device.executors):
             raise InputError(
-                f"{self._device.description} does not run by executor {executor!r}",
+                f"{self._device.description} does not support executor {executor!r}",
                 hint=f"auto, {', '.join(self._device.executors)}",
             )
         self._key: Any = None
@@ -53,12 +53,12 @@ class DeviceRunner:
     @property
     def description(self) -> str:
         """Library, device and, once a chain was prepared, its executor."""
-        told = [self._device.description, *(["one image at a time"] if self._alone else [])]
-        return ", ".join(told + ([f"executor {self._choice}"] if self._choice is not None else []))
+        parts = [self._device.description, *(["one image at a time"] if self._alone else [])]
+        return ", ".join(parts + ([f"executor {self._choice}"] if self._choice is not None else []))
 
     @property
     def driver(self) -> Driver:
-        """The network's."""
+        """The network's GPU."""
         return self._device.driver
 
     @property
@@ -71,7 +71,7 @@ class DeviceRunner:
         n, alone = len(job.images), self._is_alone(job)
         size, shapes = math.prod(self._spec.shape), self._spec.conditioning_shapes
         prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
-        told = [0]
+        reported = [0]
         for first in range(0, n, 1 if alone else n):
             part = slice(first, first + 1 if alone else n)
             prepared.run(
@@ -81,7 +81,7 @@ class DeviceRunner:
                 conditioning={name: rows(array, part, shapes[name]) for name, array in job.conditioning.items()},
                 pixels=pixels + size * first if isinstance(pixels, int) else pixels[part],
                 after=job.after if first == 0 else (),
-                progress=_share(job.progress, first, n, told) if alone else job.progress,
+                progress=_share(job.progress, first, n, reported) if alone else job.progress,
                 cancel=job.cancel,
             )
 
@@ -89,7 +89,8 @@ class DeviceRunner:
         """Run a chain step by step, see :meth:`ddpmx.sampling.runner.Runner.steps`."""
         if self._is_alone(job) and len(job.images) > 1:
             raise InputError(
-                f"{self._device.description} gives an image other bits beside others, so only one can be watched at a time",
+                f"{self._device.description} gives an image other bits in a batch than alone, so only one can be watched "
+                "at a time",
                 hint="batch = 1 (--batch 1)",
             )
         return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
@@ -105,22 +106,22 @@ class DeviceRunner:
         return DeviceRunner(self._backend.share(), self._spec, self._executor)
 
     def close(self) -> None:
-        """Free everything. Again is harmless."""
+        """Free everything. Safe to call again."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._backend.close)
             self._release()
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- internals ---------------------------------------------------------------------------------------------------
 
     def _is_alone(self, job: Job) -> bool:
-        """Whether neighbours would make a difference."""
+        """Whether images have to run one by one, since neighbours make a difference."""
         self._alone = self._measured(job.batch, job.batch) == 1 < job.batch
         return self._alone
 
     def _batch_of(self, job: Job, *, with_x0: bool) -> int:
-        """At which batch size the network runs the job's images."""
+        """The batch size at which the network runs the job's images."""
         if self._chain is not None and self._key == self._key_of(job.table, job.batch, with_x0):
-            return job.batch  # filling up costs less than another chain
+            return job.batch  # padding costs less than another chain
         measured = self._measured(len(job.images), job.batch)
         return max(measured, min(low for low, _ in self.batches))
 
@@ -128,7 +129,7 @@ class DeviceRunner:
         """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
         if (n, batch) not in self._executed:
             fewer = n if any(low <= n <= high for low, high in self.batches) else batch
-            self._release()  # on a small device there is no room for both
+            self._release()  # a small device has no room for both
             self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, fewer, batch)
             self._backend.release()
         return self._executed[n, batch]
@@ -166,19 +167,19 @@ class DeviceRunner:
 
     @staticmethod
     def _key_of(table: Table, batch: int, with_x0: bool) -> tuple[Any, ...]:
-        """What two chains have to have in common to be the same one."""
+        """What identifies a chain: a job with the same key can use it."""
         learned = b"" if table.learned is None else table.learned.tobytes()
         return batch, with_x0, table.timesteps.tobytes(), table.rows.tobytes(), learned
 
     def _wanted(self, stepwise: bool) -> str:
-        """Step by step the host has its say after every step, which WHILE does not let it."""
+        """Step by step the host acts after every step, which a WHILE node does not allow."""
         return "auto" if stepwise and self._executor == "while" else self._executor
 
     def _among(self, stepwise: bool) -> tuple[str, ...]:
         return tuple(name for name in self._device.executors if not (stepwise and name == "while"))
 
     def _release(self) -> None:
-        """Free the last chain, whose network comes first."""
+        """Free the last chain, after its network."""
         chain, network = self._chain, self._network
         self._network = self._chain = self._key = None
         with contextlib.ExitStack() as stack:
@@ -189,20 +190,20 @@ class DeviceRunner:
 
 
 def _share(
-    progress: Callable[[int, int], None] | None, done: int, n: int, told: list[int]
+    progress: Callable[[int, int], None] | None, done: int, n: int, reported: list[int]
 ) -> Callable[[int, int], None] | None:
     """The progress of image ``done`` of ``n``, which run one after the other, as that of one chain.
 
-    ``told`` holds the last number that was told.
+    ``reported`` holds the last number that was reported.
     """
     if progress is None:
         return None
-    tell = progress  # for mypy: it is not None in there either
+    report = progress  # for mypy: not None inside the function either
 
     def share(step: int, total: int) -> None:
         now = (done * total + step) // n
-        if now > told[0]:
-            told[0] = now
-            tell(now, total)
+        if now > reported[0]:
+            reported[0] = now
+            report(now, total)
 
     return share

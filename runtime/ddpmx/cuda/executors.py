@@ -1,4 +1,4 @@
-"""Which executor runs a chain: the fastest that really works here."""
+"""Chooses a chain's executor: the fastest that really works here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PROBE_STEPS, _PROBE_SECONDS = 3, 10.0
 
 
 def why_no_while(driver: Driver, kernels: Kernels) -> str | None:
-    """Why WHILE nodes do not work here, or None if they do: one of three steps is really run, once per driver.
+    """Why WHILE nodes do not work here, or None if they do. Once per driver a chain of three steps is really run.
 
-    Version numbers do not tell: a driver may export the functions, and a platform still refuse the node. The probe's body
-    is the chain's own without an engine, on one pixel.
+    Version numbers do not suffice: a driver may export the functions on a platform that refuses the node. The probe's body
+    is that of a real chain without an engine, on one pixel.
     """
     with kernels.lock:
         if kernels.why_no_while is None:
@@ -30,15 +30,15 @@ def why_no_while(driver: Driver, kernels: Kernels) -> str | None:
 
 
 def _probe(driver: Driver, kernels: Kernels) -> str:
-    """The reason, or nothing."""
+    """The reason, or an empty text if they work."""
     rows = np.tile(np.array([1, 0, 1, 0, 0], np.float64), (_PROBE_STEPS, 1))
     table = Table(np.arange(_PROBE_STEPS)[::-1].copy(), rows)
     try:
         with DeviceChain(driver, kernels, (1, 1, 1), 1, table) as chain:
             chain.prepare(lambda stream: None, "while", timeout=_PROBE_SECONDS)
-            answer = np.zeros(1, np.float32)  # nobody else gives one
+            output = np.zeros(1, np.float32)  # there is no engine to write it
             with driver.current():
-                driver.copy_in(chain.out, answer, chain.stream)
+                driver.copy_in(chain.out, output, chain.stream)
                 driver.wait_for_stream(chain.stream)
             chain.run(seed=0, images=[0], timeout=_PROBE_SECONDS)
     except BackendError as error:
@@ -49,20 +49,20 @@ def _probe(driver: Driver, kernels: Kernels) -> str:
 def choose_executor(
     chain: DeviceChain, enqueue: Enqueue, executor: str = "auto", *, among: Sequence[str] = EXECUTORS
 ) -> Choice:
-    """Give a chain its engine, and the fastest executor that works here with it.
+    """Prepare a chain with its engine and the fastest executor that works with it here.
 
     Args:
         chain: the chain; it is ready to run afterwards.
         enqueue: as for :meth:`DeviceChain.prepare`.
-        executor: ``auto``, or one to insist on.
-        among: what ``auto`` may choose from, the last of which has to work.
+        executor: ``auto``, or the one to use.
+        among: what ``auto`` may choose from, in this order; the last one has to work.
 
     Returns:
-        Which one it is, and why those before it are not.
+        The executor, and why those before it were rejected.
 
     Raises:
-        BackendError: the one that was asked for does not work, or, of ``auto``, none.
-        InputError: no such executor.
+        BackendError: the requested executor does not work, or, with ``auto``, none does.
+        InputError: there is no such executor.
     """
     rejected: list[tuple[str, str]] = []
     chain.choice = None
@@ -74,7 +74,7 @@ def choose_executor(
                     "WHILE nodes do not work here", note=why, hint="--executor graph gives the same images"
                 )
             chain.prepare(enqueue, name)
-        except Timeout:  # it may run for ever, and nothing else can in its stream
+        except Timeout:  # it may run for ever, and blocks its stream
             raise
         except BackendError as error:
             if name == names[-1]:
@@ -83,7 +83,7 @@ def choose_executor(
             continue
         chain.choice = Choice(name, tuple(rejected))
         return chain.choice
-    raise InputError("no executor is allowed")
+    raise InputError("there is no executor to choose from")
 
 
 def _reason(error: BackendError) -> str:

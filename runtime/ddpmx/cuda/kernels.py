@@ -9,15 +9,15 @@ from ddpmx.device.driver import Driver
 
 
 class Kernels:
-    """The kernels of ``step.ptx``, and of ``while.ptx`` when asked for. Closing them is the driver's.
+    """The kernels of ``step.ptx``, and of ``while.ptx`` on demand. The driver closes them.
 
     Attributes:
         begin, step: the functions.
-        why_no_while: what :func:`ddpmx.cuda.executors.why_no_while` found, or None before it was asked.
-        lock: for what is found out once.
+        why_no_while: the result of :func:`ddpmx.cuda.executors.why_no_while`, or None before its first call.
+        lock: guards what is loaded or measured once.
 
     Raises:
-        BackendError: the driver does not compile them.
+        BackendError: the driver cannot compile them.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -31,7 +31,7 @@ class Kernels:
 
     @classmethod
     def of(cls, driver: Driver) -> Kernels:
-        """Those of a driver: loaded once, for all chains and threads."""
+        """The kernels of a driver: loaded once, for all chains and threads."""
         with driver.lock:
             kernels = driver.shared.get("kernels")
             if not isinstance(kernels, cls):
@@ -39,10 +39,10 @@ class Kernels:
             return kernels
 
     def condition(self) -> int:
-        """``ddpmx_condition``.
+        """The kernel ``ddpmx_condition``.
 
         Raises:
-            BackendError: the driver is older than CUDA 12.4 and does not know what it calls.
+            BackendError: the driver is older than CUDA 12.4 and lacks a function that it calls.
         """
         with self.lock:
             if self._condition is None:

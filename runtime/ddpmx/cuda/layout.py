@@ -1,7 +1,7 @@
-"""The reverse step on a GPU: its kernels as CUDA source and as PTX, and the structs that they share with the host.
+"""The structs that the kernels share with the host, and the kernels' PTX.
 
-``step.h`` states noise and update, ``chain.h`` the structs, ``step.cu`` and ``while.cu`` the kernels, and ``make_ptx.py``
-makes the ``.ptx`` files from them, which a driver compiles for whatever GPU it has.
+``step.h`` holds noise and update, ``chain.h`` the structs, ``step.cu`` and ``while.cu`` the kernels. ``make_ptx.py`` makes
+the ``.ptx`` files from them, which a driver compiles for its GPU.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from pathlib import Path
 THREADS = 256
 """The largest block that the kernels may be launched with."""
 
-X_IS_GIVEN = 1
-""":attr:`Chain.flags`: ``ddpmx_begin`` leaves x alone."""
+KEEP_X = 1
+""":attr:`Chain.flags`: ``ddpmx_begin`` leaves x as it is."""
 
 
 class Done(IntEnum):
-    """:attr:`Control.done`: why a chain has come to its end."""
+    """:attr:`Control.done`: why a chain has ended."""
 
     RUNNING = 0
-    """It has not."""
+    """It has not ended."""
     FINISHED = 1
     """All steps were made."""
     STOPPED = 2
-    """The host asked for it."""
+    """The host stopped it."""
     NOT_FINITE = 3
-    """So was the network's answer, at :attr:`Control.bad_step`."""
+    """The network's output at :attr:`Control.bad_step` was not finite."""
     REFUSED = 4
-    """``ddpmx_begin`` was given numbers that make no chain."""
+    """``ddpmx_begin`` refused the chain's numbers."""
 
 
 class Control(ctypes.Structure):
-    """``ddpmx_control``: what the host may see and ask while the device runs. What each field is stands in chain.h."""
+    """``ddpmx_control``: progress of the device, and the flag that stops it. chain.h describes the fields."""
 
     stop: int
     step: int
@@ -44,7 +44,7 @@ class Control(ctypes.Structure):
 
 
 class Chain(ctypes.Structure):
-    """``ddpmx_chain``: one chain, as the kernels read it. What each field is stands in chain.h."""
+    """``ddpmx_chain``: one chain, as the kernels read it. chain.h describes the fields."""
 
     x: int
     out: int

@@ -1,8 +1,8 @@
-"""Compile step.cu and while.cu to PTX, with the oldest compiler that will do: ``python -m ddpmx.cuda.make_ptx [--check]``.
+"""Compile step.cu and while.cu to PTX, with the oldest suitable compiler: ``python -m ddpmx.cuda.make_ptx [--check]``.
 
 PTX runs on every later GPU and driver, and is refused by every driver older than its compiler. NVRTC 11.8 writes PTX 7.8,
-which every driver since 2022 takes, JetPack 6's among them. It is a library of one pip wheel and needs neither a GPU nor
-a driver, so a test compiles anew what is committed. Only Linux on x86-64 has the wheel; nobody needs it to run ddpmx.
+which every driver since 2022 takes, JetPack 6's among them. It is a library in one pip wheel and needs neither a GPU nor
+a driver, so a test recompiles what is committed. Only Linux on x86-64 has the wheel; running ddpmx does not need it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPTIONS = ("--gpu-architecture=compute_75", "--std=c++17", "--fmad=false")
 
 
 class Unavailable(RuntimeError):  # noqa: N818 - no fault of the sources
-    """The compiler cannot be had here: no wheel for this platform, no pip, or no network."""
+    """The compiler is not available here: no wheel for this platform, no pip, or no network."""
 
 
 def fetch(requirement: str, folder: Path) -> Path:
@@ -45,7 +45,7 @@ def fetch(requirement: str, folder: Path) -> Path:
         done = subprocess.run(pip, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
-            reason = (done.stderr.splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
+            reason = (done.stderr.splitlines() or ["unknown reason"])[-1].removeprefix("ERROR: ")
             raise Unavailable(f"pip cannot get {requirement}: {reason}")
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extractall(Path(scratch) / "unpacked")
@@ -58,12 +58,12 @@ def fetch(requirement: str, folder: Path) -> Path:
 
 
 def sources(name: str) -> dict[str, bytes]:
-    """What ``name``.ptx is made from, by file name."""
+    """The sources of ``name``.ptx, by file name."""
     return {file: (HERE / file).read_bytes().replace(b"\r\n", b"\n") for file in (f"{name}.cu", *HEADERS)}
 
 
 def digest(name: str) -> str:
-    """The SHA-256 of the sources' own, in hexadecimal: what ``name``.ptx says that it was made from."""
+    """The SHA-256 of the sources' own SHA-256, in hexadecimal, which the first line of ``name``.ptx holds."""
     whole = hashlib.sha256()
     for content in sources(name).values():
         whole.update(hashlib.sha256(content).digest())
@@ -71,11 +71,11 @@ def digest(name: str) -> str:
 
 
 def compile_ptx(name: str, cache: Path = CACHE) -> bytes:
-    """What ``name``.ptx should hold: the compiler's answer after one line of where it comes from.
+    """The content of ``name``.ptx: one line with its origin, then the compiler's output.
 
     Raises:
-        Unavailable: the compiler cannot be had here.
-        RuntimeError: it refused; the text is its log.
+        Unavailable: the compiler is not available here.
+        RuntimeError: it failed; the text is its log.
     """
     code = sources(name)
     nvrtc = _load(fetch(REQUIREMENT, cache))
@@ -100,7 +100,7 @@ def compile_ptx(name: str, cache: Path = CACHE) -> bytes:
 def _load(wheel: Path) -> ctypes.CDLL:
     folder = wheel / "nvidia" / "cuda_nvrtc" / "lib"
     try:
-        # NVRTC looks for this one by its bare name, which finds what is loaded already
+        # NVRTC loads this library by its bare name, which finds the one loaded here
         ctypes.CDLL(str(folder / "libnvrtc-builtins.so.11.8"), mode=ctypes.RTLD_GLOBAL)
         return ctypes.CDLL(str(folder / "libnvrtc.so.11.2"))
     except OSError as error:
@@ -118,11 +118,9 @@ def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 1 if ``--check`` finds another text than it should, or 3 if the compiler cannot be had here."""
+    """Exit status: 0, 1 if ``--check`` finds a stale file, or 3 if the compiler is not available here."""
     parser = argparse.ArgumentParser(prog="python -m ddpmx.cuda.make_ptx", description=(__doc__ or "").split(":")[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; say whether the files are what they should be"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; check whether the files are up to date")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where the compiler's wheel is kept (%(default)s)")
     chosen = parser.parse_args(arguments)
     stale = False
@@ -137,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             path.write_bytes(ptx)
             print(f"{path}: {len(ptx)} bytes")
         elif not path.is_file() or path.read_bytes().replace(b"\r\n", b"\n") != ptx:
-            print(f"{path}: not what its sources give; run python -m ddpmx.cuda.make_ptx", file=sys.stderr)
+            print(f"{path}: stale: its sources have changed; run python -m ddpmx.cuda.make_ptx", file=sys.stderr)
             stale = True
     return int(stale)
 

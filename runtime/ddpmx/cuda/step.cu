@@ -1,23 +1,23 @@
-/* The kernels of the reverse chain: ddpmx_begin once, then per step the engine and ddpmx_step.
+/* The kernels of the reverse chain: ddpmx_begin once, then for each step the engine and ddpmx_step.
  *
- * The kernels themselves count the steps, so one captured step (engine, ddpmx_step) is the same for all of them and can
- * be replayed S times, or be the body of a WHILE node (while.cu). All arithmetic is step.h's, so every bit is NumPy's.
+ * The kernels count the steps themselves, so one captured step (engine, ddpmx_step) serves for all of them: it can be
+ * replayed S times, or be the body of a WHILE node (while.cu). All arithmetic is in step.h: every bit equals NumPy's.
  *
- * step.ptx is made from this file by make_ptx.py, and no other compiler is needed to use it.
+ * make_ptx.py makes step.ptx from this file; using it needs no other compiler.
  */
 #include "chain.h"
 
-/* Blocks of that size that a multiprocessor is to hold at once: 64 registers per thread. */
+/* How many such blocks a multiprocessor should hold at once: 64 registers per thread. */
 #define DDPMX_BLOCKS 4
 
-/* Four neighbouring elements of one image: what one call of ddpmx_normal4 serves. */
+/* Four neighbouring elements of one image, as one call of ddpmx_normal4 yields them. */
 typedef struct {
   ddpmx_u32 image, block; /* elements 4*block .. 4*block+3 of image */
   ddpmx_u64 at;           /* where they begin in float32 [B, N] */
   int count;              /* 4, or less at an image's end */
 } ddpmx_four;
 
-/* The first four of this thread, and how far it is to its next one: any grid will do. */
+/* The first four of this thread, and the stride to its next one, for a grid of any size. */
 DDPMX_FN ddpmx_u64 ddpmx_thread(void) { return (ddpmx_u64)blockIdx.x * blockDim.x + threadIdx.x; }
 DDPMX_FN ddpmx_u64 ddpmx_threads(void) { return (ddpmx_u64)gridDim.x * blockDim.x; }
 
@@ -37,7 +37,7 @@ DDPMX_FN ddpmx_four ddpmx_locate(ddpmx_u32 index, ddpmx_u32 elements) {
   return four;
 }
 
-/* Whether fours can be moved as one: all there, and 16 bytes aligned. The address 0 of what is not wanted is aligned. */
+/* Whether fours can be moved as one: complete, and 16-byte aligned. An absent array's address, 0, counts as aligned. */
 DDPMX_FN int ddpmx_is_wide(ddpmx_u32 elements, ddpmx_u64 addresses) {
   return elements % 4 == 0 && (addresses & 15) == 0;
 }
@@ -72,7 +72,7 @@ DDPMX_FN int ddpmx_is_refused(const ddpmx_chain *chain) {
   return elements > most || (ddpmx_u64)chain->B * ((elements + 3) / 4) > most;
 }
 
-/* By one thread, when every block has done its part of the step. */
+/* Called by one thread, when every block has finished its part of the step. */
 DDPMX_FN void ddpmx_close(ddpmx_chain *chain, ddpmx_i32 step) {
   volatile ddpmx_control *control = (volatile ddpmx_control *)chain->control;
   const int bad = atomicOr(&chain->bad, 0); /* not from a cache */
@@ -90,7 +90,7 @@ DDPMX_FN void ddpmx_close(ddpmx_chain *chain, ddpmx_i32 step) {
   control->done = done;
 }
 
-/* x_T ~ N(0, I), unless x is given; the first t; the counters. A chain that is refused, or stopped already, halts. */
+/* x_T ~ N(0, I), unless DDPMX_KEEP_X is set; the first t; the counters. A chain that is refused or stopped halts. */
 extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_begin(ddpmx_chain *chain) {
   const int refused = ddpmx_is_refused(chain);
   if (ddpmx_thread() == 0) {
@@ -110,25 +110,25 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements);
   const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
   const ddpmx_i32 first = ((const ddpmx_i32 *)chain->timesteps)[0];
-  const int given = (chain->flags & DDPMX_X_IS_GIVEN) != 0, wide = ddpmx_is_wide(elements, chain->x);
+  const int keep_x = (chain->flags & DDPMX_KEEP_X) != 0, wide = ddpmx_is_wide(elements, chain->x);
   const ddpmx_u64 seed = chain->seed;
   float *x = (float *)chain->x;
   ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
   for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
     const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
     if (four.block == 0) t[four.image] = first;
-    if (given) continue;
+    if (keep_x) continue;
     float z[4];
     ddpmx_normal4(seed, four.block, images[four.image], 0, DDPMX_PURPOSE_INITIAL, 0, z);
     ddpmx_store(z, four.count, wide, x + four.at);
   }
 }
 
-/* x_t and the network's answer, or both of its answers, to x_{t-1}, in place, and t to the next timestep.
+/* Turns x_t and the network's output, with var if there is one, into x_{t-1}, in place, and t into the next timestep.
  *
- * Where the answer is not finite x keeps its value. No block can know what the others have met, so the rest of x goes on:
- * after a bad step x holds elements of two steps, and x0, image_bytes and t are nothing to go on from either. After a
- * stop x and t are those of the step that would have been next.
+ * Where the output is not finite x keeps its value. No block knows what the others have seen, so the rest of x moves
+ * on: after a bad step x holds elements of two steps, and x0, image_bytes and t cannot be used either. After a stop x
+ * and t are those of the step that would have been next.
  */
 extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_step(ddpmx_chain *chain) {
   /* Both are written when all blocks have arrived, and none arrives before its threads have read them. */
@@ -154,17 +154,17 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   int bad = 0;
   for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
     const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
-    float here[4], answer[4], lead[4], v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float here[4], output[4], lead[4], v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     ddpmx_load(x + four.at, four.count, wide, here);
-    ddpmx_load(out + four.at, four.count, wide, answer);
+    ddpmx_load(out + four.at, four.count, wide, output);
     if (var) ddpmx_load(var + four.at, four.count, wide, v);
     if (row.sigma != 0.0f)
       ddpmx_normal4(seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
     for (int k = 0; k < 4; ++k) {
-      /* asked here: behind the clip an infinity looks like any number, and so does it behind the exponential */
-      const int finite = ddpmx_is_finite(answer[k]) && ddpmx_is_finite(v[k]);
+      /* checked here: after the clip, or the exponential, an infinity looks like any number */
+      const int finite = ddpmx_is_finite(output[k]) && ddpmx_is_finite(v[k]);
       const ddpmx_row mine = var ? ddpmx_learn(row, learned, v[k]) : row;
-      const float there = ddpmx_update(mine, limit, here[k], answer[k], z[k], &lead[k]);
+      const float there = ddpmx_update(mine, limit, here[k], output[k], z[k], &lead[k]);
       here[k] = finite ? there : here[k];
       bad |= !finite;
     }
@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
         image_bytes[(ddpmx_u64)four.image * elements + pixel * channels + channel] = ddpmx_uint8(lead[k]);
       }
     }
-    if (four.block == 0) t[four.image] = next; /* the network has done with it */
+    if (four.block == 0) t[four.image] = next; /* the network is done with it */
   }
   /* The last block to arrive closes the step. */
   if (bad) atomicOr(&chain->bad, 1);

@@ -1,8 +1,8 @@
-/* The noise and the update of one reverse step, stated once in C.
+/* The noise and the update of one reverse step, the only C version of them.
  *
- * Compiles as C99, C++ and CUDA (NVRTC included: no header is needed there). noise.py and chain.py state the same in
- * NumPy, and a test demands equality of every bit. So: IEEE + - * sqrt alone, in this order, and no fused multiply-add.
- * A host compiler must be told -ffp-contract=off; on the device the _rn intrinsics see to it.
+ * Compiles as C99, C++ and CUDA (NVRTC included: no header is needed there). noise.py and chain.py do the same in
+ * NumPy, and a test demands that every bit is equal. So: IEEE + - * sqrt alone, in this order, and no fused
+ * multiply-add. A host compiler needs -ffp-contract=off; on the device the _rn intrinsics prevent it.
  */
 #ifndef DDPMX_STEP_H
 #define DDPMX_STEP_H
@@ -122,18 +122,18 @@ typedef struct {
   float p, q, a, b, sigma;
 } ddpmx_row;
 
-/* What stands beside it where the variance is learned. sigma = exp(c + d v), v the network's second answer. */
+/* The coefficients beside a row where the variance is learned: sigma = exp(c + d v), v the network's output var. */
 typedef struct {
   float c, d;
 } ddpmx_learned;
 
-/* e^x. x is held in -87..88, where the result is a normal number. x = k ln 2 + r, and e^x = 2^k (1 + r + r^2 P(r)).
- * A NaN gives no number at all, and nothing undefined. */
+/* e^x. x is clamped to -87..88, where the result is a normal number. x = k ln 2 + r, and e^x = 2^k (1 + r + r^2 P(r)).
+ * For NaN the result is meaningless, but nothing is undefined behaviour. */
 DDPMX_FN float ddpmx_exp(float x) {
   const float poly[6] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                          4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
   x = x > 88.0f ? 88.0f : (x < -87.0f ? -87.0f : x);
-  /* a sum with 1.5 2^23 ends at the point, and its lowest bits are the whole number */
+  /* adding 1.5 2^23 rounds to an integer, which is then in the lowest bits */
   const float rounded = DDPMX_ADD(DDPMX_MUL(x, 1.44269504f), 0x1.8p+23f), k = DDPMX_ADD(rounded, -0x1.8p+23f);
   float r = DDPMX_ADD(x, -DDPMX_MUL(k, 0.693359375f));
   r = DDPMX_ADD(r, -DDPMX_MUL(k, -2.12194440e-4f));
@@ -144,23 +144,23 @@ DDPMX_FN float ddpmx_exp(float x) {
   return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power));
 }
 
-/* The row of one element whose sigma is learned. A sigma of 0 stays: no noise there. */
+/* The row of one element whose sigma is learned. A sigma of 0 stays 0: that step adds no noise. */
 DDPMX_FN ddpmx_row ddpmx_learn(ddpmx_row row, ddpmx_learned learned, float v) {
   if (row.sigma != 0.0f) row.sigma = ddpmx_exp(DDPMX_ADD(learned.c, DDPMX_MUL(learned.d, v)));
   return row;
 }
 
-/* NaN passes through: whether the network's answer was finite is asked before. */
+/* NaN passes through: whether the network's output is finite is checked before. */
 DDPMX_FN float ddpmx_clip(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
 
-/* limit: the largest |x0|, or an infinity for no clipping. z is not looked at where sigma is 0. */
+/* limit: the largest |x0|, or infinity for no clipping. z is not used where sigma is 0. */
 DDPMX_FN float ddpmx_update(ddpmx_row row, float limit, float x, float out, float z, float *x0) {
   *x0 = ddpmx_clip(DDPMX_ADD(DDPMX_MUL(row.p, x), DDPMX_MUL(row.q, out)), limit);
   const float mean = DDPMX_ADD(DDPMX_MUL(row.a, *x0), DDPMX_MUL(row.b, x));
   return row.sigma != 0.0f ? DDPMX_ADD(mean, DDPMX_MUL(row.sigma, z)) : mean;
 }
 
-/* [-1, 1] to 0..255: floor(127.5 x + 128), clipped. Each of the 256 levels comes back as itself. NaN gives 0. */
+/* [-1, 1] to 0..255: floor(127.5 x + 128), clipped. Each of the 256 levels round-trips. NaN gives 0. */
 DDPMX_FN unsigned char ddpmx_uint8(float x) {
   const float scaled = DDPMX_ADD(DDPMX_MUL(x, 127.5f), 128.0f);
   return (unsigned char)(scaled >= 255.0f ? 255.0f : (scaled > 0.0f ? scaled : 0.0f));

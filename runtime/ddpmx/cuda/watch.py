@@ -1,4 +1,4 @@
-"""The host's side of a chain that runs on the device: it looks on, may ask for an end, and says how it ended."""
+"""The host's side of a chain on the device: reports its progress, stops it, and raises the error that it ended with."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ddpmx.errors import BackendError, Cancelled, NumericError
 
 
 class Timeout(BackendError):  # noqa: N818 - between these modules only
-    """The chain did not end in its time, and may never."""
+    """The chain did not finish in time, and may never."""
 
 
 class Watch:
-    """What the host does while a chain runs: it tells about progress, and asks whether to go on.
+    """What the host does while a chain runs: it calls ``progress`` and ``cancel``.
 
     Args:
-        control: the chain's.
-        total: how many steps there are.
+        control: the chain's control block.
+        total: the number of steps.
         progress, cancel, timeout: as for :meth:`ddpmx.cuda.device_chain.DeviceChain.run`.
         aside: a context in which ``progress`` and ``cancel`` are called.
 
     Attributes:
-        cancelled: whether ``cancel`` has said so.
+        cancelled: whether ``cancel`` has returned True.
     """
 
     def __init__(
@@ -49,8 +49,12 @@ class Watch:
         """Whether more steps are wanted, as far as the host knows."""
         return not self.cancelled and self._control.done == Done.RUNNING
 
-    def look(self) -> None:
-        """Once in a while."""
+    def poll(self) -> None:
+        """Read the control block and call the callbacks. Called repeatedly.
+
+        Raises:
+            Timeout: the chain's time is over.
+        """
         if self._cancel is not None and self.goes_on():
             with self._aside():
                 self.cancelled = bool(self._cancel())
@@ -63,42 +67,42 @@ class Watch:
                 with self._aside():
                     self._progress(step, self._total)
         if time.monotonic() > self._until:
-            raise Timeout("the chain does not come to its end")
+            raise Timeout("the chain did not finish in time")
 
 
-def judge(control: Control, table: Table, where: str, *, cancelled: bool = False, given: bool = False) -> None:
-    """How a chain has ended.
+def judge(control: Control, table: Table, where: str, *, cancelled: bool = False, own_x: bool = False) -> None:
+    """Raise the error with which a chain has ended, if any.
 
     Args:
-        control: what the device says.
-        table: what it was to run.
-        where: on what and by which executor, for messages.
-        cancelled: whether the host has asked for an end.
-        given: whether it began with a state of the caller's.
+        control: the chain's control block.
+        table: its sampler.
+        where: backend and executor, for messages.
+        cancelled: whether the host has stopped it.
+        own_x: whether it began with the caller's own state.
 
     Raises:
-        NumericError: the network's answer was not finite.
-        Cancelled: it was asked to stop, even if it was the last step that was under way.
-        BackendError: the kernels refused it, or it ended without a reason.
+        NumericError: the network's output was not finite.
+        Cancelled: it was stopped, even if the last step was running by then.
+        BackendError: the kernels refused it, or it ended without giving a reason.
     """
     total = len(table)
     done = control.done
     if done == Done.NOT_FINITE:
         step = control.bad_step
         raise NumericError(
-            f"the network's answer at t = {table.timesteps[step]} is not finite",
+            f"the network's output at t = {table.timesteps[step]} is not finite",
             note=f"step {step + 1} of {total}; {where}",
-            hint="look at the x that was given: it may hold NaN or infinities"
-            if given and step == 0
+            hint="check the x that was passed: it may hold NaN or infinities"
+            if own_x and step == 0
             else "if the file is fp16, try fp32: an activation may exceed 65504",
         )
     if cancelled or done == Done.STOPPED:
-        raise Cancelled("stopped before the chain was through", note=f"after {control.step} of {total} steps")
+        raise Cancelled("cancelled before the chain finished", note=f"after {control.step} of {total} steps")
     if done == Done.REFUSED:
         raise BackendError("the kernels refuse this chain", note=where)
     if done != Done.FINISHED or control.step != total:
         raise BackendError(
-            f"the chain ended after {control.step} of {total} steps, and does not say why",
+            f"the chain ended after {control.step} of {total} steps without giving a reason",
             note=where,
             hint="--executor plain; and report this",
         )

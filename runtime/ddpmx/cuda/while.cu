@@ -1,11 +1,11 @@
-/* Ends a CUDA graph's WHILE node (CUDA 12.4 and later) with its chain: the last kernel of the node's body.
+/* Ends a CUDA graph's WHILE node (CUDA 12.4 and later) when its chain ends: the last kernel of the node's body.
  *
- * It has a PTX of its own, because a driver that does not know cudaGraphSetConditional cannot load it and need not.
+ * It has a PTX file of its own, since a driver that lacks cudaGraphSetConditional cannot load it, and does not have to.
  */
 #include "chain.h"
 
-/* Of CUDA's device runtime, as cuda_device_runtime_api.h declares it, which NVRTC 11.8 does not know yet. The assemblers
- * that know it want no library for it. */
+/* Part of CUDA's device runtime, as cuda_device_runtime_api.h declares it; NVRTC 11.8 does not have it yet. Assemblers
+ * that have it need no library for it. */
 extern "C" __device__ void cudaGraphSetConditional(unsigned long long handle, unsigned int value);
 
 /* One thread is enough: racing calls are undefined. handle: a cudaGraphConditionalHandle. */

@@ -1,4 +1,4 @@
-"""Which NVIDIA GPUs are here: asked of the driver itself, with no CUDA toolkit and no package."""
+"""Lists the NVIDIA GPUs by the driver itself, with no CUDA toolkit and no package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Device:
     """One GPU.
 
     Attributes:
-        name: as the driver calls it.
+        name: the driver's name for it.
         sm: its compute capability, "8.7".
         memory: bytes; on a Jetson it is shared with the CPU.
     """
@@ -29,12 +29,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What the driver says.
+    """The driver's report.
 
     Attributes:
-        devices: all that this process may use, in CUDA's order.
-        cuda: the newest CUDA that the driver runs, "12.6", or None without one.
-        trouble: why there are none.
+        devices: the GPUs that this process may use, in CUDA's order.
+        cuda: the newest CUDA that the driver supports, "12.6", or None without a driver.
+        trouble: why there are no devices, or None.
     """
 
     devices: tuple[Device, ...] = ()
@@ -43,28 +43,28 @@ class Gpus:
 
 
 def ask_for_lazy_loading() -> None:
-    """Have CUDA load kernels when they are first used: on a Jetson that is hundreds of megabytes.
+    """Have CUDA load kernels when they are first used, which saves hundreds of megabytes on a Jetson.
 
-    It is read when CUDA starts, so this has to come before anything that asks the driver. What the user has set stays.
+    CUDA reads the setting when it starts, so this must run before any call of the driver. The user's setting is kept.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 
 @functools.lru_cache(maxsize=1)
 def gpus() -> Gpus:
-    """Ask the driver, once per process. Never raises: what is wrong stands in ``trouble``."""
+    """The GPUs, read once per process. Never raises: ``trouble`` holds what is wrong."""
     ask_for_lazy_loading()
     try:
         driver = ctypes.CDLL(DRIVER)
     except OSError as error:
         return Gpus(trouble=f"there is no NVIDIA driver: {error}"[:300])
     try:
-        return _ask(driver)
+        return _query(driver)
     except AttributeError as error:  # a function that every driver has
-        return Gpus(trouble=f"what is called {DRIVER} is no NVIDIA driver: {error}"[:300])
+        return Gpus(trouble=f"{DRIVER} is not an NVIDIA driver: {error}"[:300])
 
 
-def _ask(driver: ctypes.CDLL) -> Gpus:
+def _query(driver: ctypes.CDLL) -> Gpus:
     version = ctypes.c_int()
     cuda = None
     if driver.cuDriverGetVersion(ctypes.byref(version)) == 0:

@@ -1,9 +1,9 @@
-"""The CUDA driver by ctypes: as much of it as a chain needs, with no toolkit, no package and no version of either.
+"""The part of the CUDA driver API that a chain needs, by ctypes, with no toolkit or package of any version.
 
-Functions are looked up by the names that the driver exports (``cuMemAlloc_v2``), whose meaning never changes; what they
-take stands in :data:`FUNCTIONS`, and a test holds it against ``cuda.h``. Importing this module touches no driver.
+Functions are looked up by the names that the driver exports (``cuMemAlloc_v2``), whose meaning never changes; their
+arguments are in :data:`FUNCTIONS`, and a test compares them with ``cuda.h``. Importing this module loads no driver.
 
-Every function that allocates or launches wants the context to be current in the thread that calls it: work inside
+Every function that allocates or launches needs the context to be current in the calling thread: work inside
 ``with driver.current():``.
 """
 
@@ -40,7 +40,7 @@ class _AnyNodeParams(ctypes.Union):
 
 
 class GraphNodeParams(ctypes.Structure):
-    """``CUgraphNodeParams``, of whose kinds of nodes only the conditional one is spelt out."""
+    """``CUgraphNodeParams``, with the fields of conditional nodes only."""
 
     _anonymous_ = ("any",)
     _fields_ = [("type", c_int), ("reserved0", c_int * 3), ("any", _AnyNodeParams), ("reserved2", c_longlong)]
@@ -63,7 +63,7 @@ ENUMS = {
     "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1,
     "CU_STREAM_NON_BLOCKING": 1,
 }
-"""What cuda.h calls these numbers."""
+"""The numbers of cuda.h's constants."""
 
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -110,12 +110,12 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
     "cuGraphExecDestroy": (c_void_p,),
     "cuGraphLaunch": (c_void_p, c_void_p),
-    # CUDA 12.3 and 12.4: a driver without them runs everything but a WHILE node
+    # since CUDA 12.3 and 12.4: a driver without them runs everything but a WHILE node
     "cuGraphConditionalHandleCreate": (POINTER(c_uint64), c_void_p, c_void_p, c_uint, c_uint),
     "cuGraphAddNode_v2": (POINTER(c_void_p), c_void_p, c_void_p, c_void_p, c_size_t, POINTER(GraphNodeParams)),
     "cuStreamBeginCaptureToGraph": (c_void_p, c_void_p, c_void_p, c_void_p, c_size_t, c_int),
 }
-"""What the functions take. All of them give a CUresult."""
+"""The arguments of the functions. All of them return a CUresult."""
 
 _LOG = 4096
 _LOST = "the process has lost the GPU: end it and start again; `dmesg` names the fault as an Xid"
@@ -131,9 +131,9 @@ _HINTS = {
 
 
 class Handle:
-    """Something of the driver's, and what frees it. A context manager; closing it again is harmless.
+    """A resource of the driver, and the function that frees it. A context manager; closing it again is safe.
 
-    Freeing never raises: the errors that it could report are those of work that was waited for, and reported, before.
+    Freeing never raises: the errors that it could report belong to work whose errors were reported before.
     """
 
     def __init__(self, driver: Driver, value: int, free: str, what: str) -> None:
@@ -142,7 +142,7 @@ class Handle:
 
     @property
     def value(self) -> int:
-        """The driver's own number for it: an address, or a handle.
+        """The driver's number for it: an address, or a handle.
 
         Raises:
             BackendError: it was freed.
@@ -158,7 +158,7 @@ class Handle:
                 self._driver.call(self._free, self._value, doing=f"freeing {self._what}")
 
     def abandon(self) -> None:
-        """Leave it to the end of the process, since freeing it would wait for a device that does not answer."""
+        """Never free it before the process ends, since freeing would wait for a device that does not respond."""
         self._driver._live.pop(id(self), None)
 
     def __enter__(self: _H) -> _H:
@@ -172,33 +172,33 @@ _H = TypeVar("_H", bound=Handle)
 
 
 class Pinned(Handle):
-    """Memory of the host's that the device sees as well.
+    """Host memory that the device accesses as well.
 
     Attributes:
-        device: its address as the device knows it; ``value`` is the host's.
+        device: its address on the device; ``value`` is its address on the host.
     """
 
     device: int = 0
 
 
 class Driver:
-    """One GPU through the driver API, with the context that TensorRT and torch use as well: the primary one.
+    """One GPU through the driver API, in its primary context, which TensorRT and torch use as well.
 
-    A context manager; closing frees everything that was made with it and not freed yet. It may be used from several
-    threads, each inside its own ``with driver.current():``; what is made with it is for one thread at a time.
+    A context manager; closing frees everything made with it that was not freed yet. Several threads may use it, each
+    inside its own ``with driver.current():``; what is made with it is not thread-safe.
 
     Args:
         ordinal: which GPU, in CUDA's order.
-        library: the loaded driver, for those who bring their own.
+        library: the loaded driver; by default it is loaded here.
 
     Attributes:
         ordinal: which GPU it is.
-        lock, shared: what all who use it have in common, and the lock for that.
-        cuda: the newest CUDA that the driver runs, "12.6".
-        multiprocessors: of the GPU.
+        lock, shared: objects shared by all users of the driver, and the lock for them.
+        cuda: the newest CUDA that the driver supports, "12.6".
+        multiprocessors: how many the GPU has.
 
     Raises:
-        BackendError: no driver, no such GPU, or the driver refuses.
+        BackendError: there is no driver or no such GPU, or the driver refuses.
     """
 
     def __init__(self, ordinal: int = 0, *, library: Any = None) -> None:
@@ -210,7 +210,7 @@ class Driver:
                 raise BackendError(
                     "there is no NVIDIA driver here",
                     note=str(error),
-                    hint="`ddpmx doctor` says what is here; the ONNX file runs on the CPU",
+                    hint="`ddpmx doctor` lists what is here; the ONNX file runs on the CPU",
                 ) from error
         self._library = library
         self._functions: dict[str, Any] = {}
@@ -239,7 +239,7 @@ class Driver:
         self.close()
 
     def close(self) -> None:
-        """Free everything that is left, the youngest first, and let go of the context. Again is harmless."""
+        """Free everything that is left, the newest first, and release the context. Safe to call again."""
         if self._context is None:
             return
         for handle in reversed(list(self._live.values())):
@@ -247,35 +247,35 @@ class Driver:
         self.shared.clear()
         self._context = None
         with contextlib.suppress(BackendError):
-            self.call("cuDevicePrimaryCtxRelease_v2", self._device, doing="letting go of the GPU")
+            self.call("cuDevicePrimaryCtxRelease_v2", self._device, doing="releasing the GPU")
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """The context is this thread's inside; before and after it is whatever it was.
+        """Inside, the context is current in this thread; afterwards the previous one is again.
 
         Raises:
             BackendError: the driver is closed.
         """
         if self._context is None:
-            raise BackendError("the GPU was let go of already", hint="load the file again")
-        self.call("cuCtxPushCurrent_v2", self._context, doing="turning to the GPU")
+            raise BackendError("the driver was closed", hint="load the file again")
+        self.call("cuCtxPushCurrent_v2", self._context, doing="entering the GPU's context")
         try:
             yield
         finally:
-            with contextlib.suppress(BackendError):  # it would stand before what went wrong inside
-                self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+            with contextlib.suppress(BackendError):  # it would hide the error from inside
+                self._made("cuCtxPopCurrent_v2", doing="leaving the GPU's context")
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Within :meth:`current`, for code of others: the context is whatever it was outside.
+        """Inside :meth:`current`, for foreign code: the previous context is current again.
 
-        They may turn to another GPU meanwhile.
+        That code may switch to another GPU meanwhile.
         """
-        self._made("cuCtxPopCurrent_v2", doing="turning away from the GPU")
+        self._made("cuCtxPopCurrent_v2", doing="leaving the GPU's context")
         try:
             yield
         finally:
-            self.call("cuCtxPushCurrent_v2", self._context, doing="turning to the GPU")
+            self.call("cuCtxPushCurrent_v2", self._context, doing="entering the GPU's context")
 
     def has(self, name: str) -> bool:
         """Whether the driver exports a function."""
@@ -286,27 +286,27 @@ class Driver:
         return True
 
     def call(self, name: str, *arguments: Any, doing: str, log: Any = None, ready: bool = True) -> bool:
-        """Call a function of the driver's.
+        """Call a function of the driver.
 
         Args:
             name: of the function, as in :data:`FUNCTIONS`.
-            *arguments: for it.
-            doing: what for, as in "while …".
-            log: a buffer in which it leaves more about an error.
-            ready: False if CUDA_ERROR_NOT_READY is an answer and no error.
+            *arguments: its arguments.
+            doing: the purpose, which follows "while" in error messages.
+            log: a buffer in which the driver explains an error.
+            ready: False if CUDA_ERROR_NOT_READY is a result and not an error.
 
         Returns:
-            Whether the answer was CUDA_SUCCESS: True unless ``ready`` is False.
+            Whether the result was CUDA_SUCCESS: always True unless ``ready`` is False.
 
         Raises:
-            BackendError: it names the error, the function and what was being done.
+            BackendError: it names the error, the function and the purpose.
         """
         try:
             function = self._function(name)
         except AttributeError as error:
             raise BackendError(
                 f"the NVIDIA driver has no {name}, needed for {doing}",
-                note=f"it is one of CUDA {self.cuda}" if hasattr(self, "cuda") else str(error),
+                note=f"it supports CUDA {self.cuda}" if hasattr(self, "cuda") else str(error),
                 hint="update the driver",
             ) from error
         code = function(*arguments)
@@ -315,10 +315,10 @@ class Driver:
         if code == ENUMS["CUDA_ERROR_NOT_READY"] and not ready:
             return False
         error_name = self._text("cuGetErrorName", code) or f"CUDA error {code}"
-        said = [self._text("cuGetErrorString", code), log.value.decode(errors="replace").strip() if log else ""]
+        details = [self._text("cuGetErrorString", code), log.value.decode(errors="replace").strip() if log else ""]
         raise BackendError(
             f"{error_name} while {doing}",
-            note=": ".join([name, *filter(None, said)]),
+            note=": ".join([name, *filter(None, details)]),
             hint=_HINTS.get(error_name),
         )
 
@@ -331,7 +331,7 @@ class Driver:
         return function
 
     def _text(self, name: str, code: int) -> str:
-        """What the driver calls an error; nothing if it does not know it either."""
+        """The driver's name or text for an error; empty if it has none."""
         text = c_char_p()
         try:
             self._function(name)(code, ctypes.byref(text))
@@ -340,7 +340,7 @@ class Driver:
         return (text.value or b"").decode(errors="replace")
 
     def _made(self, name: str, *arguments: Any, doing: str) -> int:
-        """The handle that a function leaves in its first argument."""
+        """The handle that a function writes to its first argument."""
         made = c_void_p()
         self.call(name, ctypes.byref(made), *arguments, doing=doing)
         return made.value or 0
@@ -348,13 +348,13 @@ class Driver:
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def allocate(self, size: int, what: str) -> Handle:
-        """``size`` bytes of device memory, 256-byte aligned, of any content. ``what`` is for error messages."""
+        """``size`` bytes of device memory, 256-byte aligned, with undefined content. ``what`` is for error messages."""
         address = c_uint64()
         self.call("cuMemAlloc_v2", ctypes.byref(address), size, doing=f"allocating {size} bytes for {what}")
         return Handle(self, address.value, "cuMemFree_v2", what)
 
     def allocate_pinned(self, size: int, what: str) -> Pinned:
-        """``size`` bytes of host memory that the device sees as well."""
+        """``size`` bytes of host memory that the device accesses as well."""
         doing = f"allocating {size} bytes of pinned memory for {what}"
         flags = ENUMS["CU_MEMHOSTALLOC_PORTABLE"] | ENUMS["CU_MEMHOSTALLOC_DEVICEMAP"]
         pinned = Pinned(self, self._made("cuMemHostAlloc", size, flags, doing=doing), "cuMemFreeHost", what)
@@ -368,73 +368,73 @@ class Driver:
         return pinned
 
     def free_memory(self) -> tuple[int, int]:
-        """(free, in all): bytes of the GPU's memory, whoever uses it."""
+        """(free, total): bytes of the GPU's memory, for all processes."""
         free, total = c_size_t(), c_size_t()
-        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total), doing="asking for free memory")
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total), doing="reading the free memory")
         return free.value, total.value
 
     def ordinal_of(self, address: int) -> int:
-        """Which GPU's memory an address is.
+        """The GPU in whose memory an address is.
 
         Raises:
-            BackendError: no GPU's.
+            BackendError: it is in no GPU's memory.
         """
         ordinal, attribute = c_int(), ENUMS["CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL"]
         with self.current():
-            doing = "looking where an array lies"
+            doing = "locating an array"
             self.call("cuPointerGetAttribute", ctypes.byref(ordinal), attribute, address, doing=doing)
         return ordinal.value
 
     def copy_in(self, address: int, source: NDArray[Any] | ctypes.Structure, stream: int) -> None:
-        """Copy from the host in the stream's turn. ``source`` has to stay as it is until that has come."""
+        """Copy from the host, in stream order. ``source`` must not change until the copy is done."""
         at, size = _memory(source)
         self.call("cuMemcpyHtoDAsync_v2", address, at, size, stream, doing=f"copying {size} bytes to the GPU")
 
     def copy_out(self, target: NDArray[Any] | ctypes.Structure, address: int, stream: int) -> None:
-        """Copy to the host in the stream's turn. ``target`` has its content once the stream was waited for."""
+        """Copy to the host, in stream order. ``target`` is complete once the stream was waited for."""
         at, size = _memory(target)
         self.call("cuMemcpyDtoHAsync_v2", at, address, size, stream, doing=f"copying {size} bytes from the GPU")
 
     def copy(self, to: int, source: int, size: int, stream: int) -> None:
-        """Copy within the GPU's memory in the stream's turn. The two places must not overlap."""
+        """Copy within the GPU's memory, in stream order. Source and target must not overlap."""
         self.call("cuMemcpyDtoDAsync_v2", to, source, size, stream, doing=f"copying {size} bytes on the GPU")
 
     def zero(self, address: int, size: int, stream: int) -> None:
-        """Fill with zeros, in the stream's turn, ``size`` bytes, of which four make one."""
+        """Fill ``size`` bytes with zeros, in stream order. ``size`` is a multiple of 4."""
         self.call("cuMemsetD32Async", address, 0, size // 4, stream, doing=f"zeroing {size} bytes on the GPU")
 
     # --- streams and events ------------------------------------------------------------------------------------------
 
     def stream(self) -> Handle:
-        """A stream that waits for no other, the default one included."""
+        """A stream that waits for no other stream, not even the default one."""
         flags = ENUMS["CU_STREAM_NON_BLOCKING"]
         return Handle(
             self, self._made("cuStreamCreate", flags, doing="making a stream"), "cuStreamDestroy_v2", "a stream"
         )
 
     def wait_for_stream(self, stream: int, doing: str = "waiting for the GPU") -> None:
-        """Wait until everything in a stream is done. Errors of what was launched before come up here."""
+        """Wait until everything in a stream is done. Errors of earlier launches are raised here."""
         self.call("cuStreamSynchronize", stream, doing=doing)
 
     def follow(self, stream: int, other: int) -> None:
-        """Have what is put into ``stream`` from now on wait for what is in ``other`` by now. The host does not wait."""
-        with self.event() as event:  # the driver keeps it as long as somebody waits for it
+        """Have later work in ``stream`` wait for the present work in ``other``. The host does not wait."""
+        with self.event() as event:  # the driver keeps it alive as long as a stream waits for it
             self.record(event, other)
             self.call("cuStreamWaitEvent", stream, event.value, 0, doing="waiting for another stream")
 
     def event(self, *, timing: bool = False) -> Handle:
-        """An event; whoever waits for it sleeps."""
+        """An event; the host sleeps while it waits for it."""
         flags = ENUMS["CU_EVENT_BLOCKING_SYNC"] | (0 if timing else ENUMS["CU_EVENT_DISABLE_TIMING"])
         return Handle(
             self, self._made("cuEventCreate", flags, doing="making an event"), "cuEventDestroy_v2", "an event"
         )
 
     def record(self, event: Handle, stream: int) -> None:
-        """Have the event come when everything that is in the stream by now is done."""
+        """Record the event in a stream: it completes when the present work in the stream is done."""
         self.call("cuEventRecord", event.value, stream, doing="recording an event")
 
-    def has_come(self, event: Handle, doing: str = "looking after the GPU") -> bool:
-        """Whether a recorded event has come."""
+    def has_come(self, event: Handle, doing: str = "querying the GPU") -> bool:
+        """Whether a recorded event has completed."""
         return self.call("cuEventQuery", event.value, doing=doing, ready=False)
 
     def wait_for(self, event: Handle, doing: str = "waiting for the GPU") -> None:
@@ -442,7 +442,7 @@ class Driver:
         self.call("cuEventSynchronize", event.value, doing=doing)
 
     def milliseconds(self, begin: Handle, end: Handle) -> float:
-        """The time between two events that were made with ``timing``, and have come."""
+        """The time between two events that were made with ``timing`` and have completed."""
         elapsed = c_float()
         doing = "reading the time between two events"
         self.call("cuEventElapsedTime", ctypes.byref(elapsed), begin.value, end.value, doing=doing)
@@ -451,24 +451,24 @@ class Driver:
     # --- kernels -----------------------------------------------------------------------------------------------------
 
     def module(self, ptx: bytes, what: str) -> Handle:
-        """PTX (with a zero at its end), compiled by the driver for this GPU.
+        """PTX, zero-terminated, compiled by the driver for this GPU.
 
         Raises:
-            BackendError: with what the driver's compiler says.
+            BackendError: with the log of the driver's compiler.
         """
         log = ctypes.create_string_buffer(_LOG)
         options = (c_int * 2)(ENUMS["CU_JIT_ERROR_LOG_BUFFER"], ENUMS["CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES"])
-        values = (c_void_p * 2)(ctypes.addressof(log), _LOG)  # a number is passed as if it were a pointer
+        values = (c_void_p * 2)(ctypes.addressof(log), _LOG)  # the size is passed in place of a pointer
         made = c_void_p()
         doing = f"compiling {what} for this GPU"
         self.call("cuModuleLoadDataEx", ctypes.byref(made), ptx, 2, options, values, doing=doing, log=log)
         return Handle(self, made.value or 0, "cuModuleUnload", what)
 
     def function(self, module: Handle, name: str) -> int:
-        """A kernel of a module's, loaded. It lives as long as the module."""
+        """A kernel of a module, loaded. It lives as long as the module."""
         doing = f"loading the kernel {name}"
         function = self._made("cuModuleGetFunction", module.value, name.encode(), doing=doing)
-        # What is loaded lazily may be loaded at its first launch, and that may be in a capture, which takes no loading
+        # Lazy loading may happen at the first launch, which may be in a capture, and a capture forbids loading
         registers, attribute = c_int(), ENUMS["CU_FUNC_ATTRIBUTE_NUM_REGS"]
         self.call("cuFuncGetAttribute", ctypes.byref(registers), attribute, function, doing=doing)
         return function
@@ -485,14 +485,14 @@ class Driver:
 
     @contextlib.contextmanager
     def capture(self, stream: int, into: int | None = None) -> Iterator[list[Handle]]:
-        """Record what is put into the stream inside, instead of running it.
+        """Inside, what is put into the stream is recorded instead of run.
 
-        In thread-local mode: what other threads do meanwhile does not end it. An exception inside ends the capture, and
-        frees what was recorded.
+        In thread-local mode: other threads do not disturb it. An exception inside ends the capture and frees what was
+        recorded.
 
         Args:
-            stream: not the default one.
-            into: a graph to record into, the body of a WHILE node; by default a new one.
+            stream: any but the default stream.
+            into: a graph to record into, the body of a WHILE node; by default a new graph.
 
         Yields:
             An empty list. After the block it holds the new graph; with ``into`` it stays empty.
@@ -514,7 +514,7 @@ class Driver:
         except BaseException as error:
             if not begun and isinstance(error, BackendError):
                 raise
-            with contextlib.suppress(BackendError):  # that it was spoilt is known
+            with contextlib.suppress(BackendError):  # the capture is invalid anyway
                 self._end_capture(stream, captured, own=into is None)
             for graph in captured:
                 graph.close()
@@ -528,9 +528,9 @@ class Driver:
             captured.append(Handle(self, graph.value, "cuGraphDestroy", "a captured graph"))
 
     def is_capturing(self, stream: int) -> bool:
-        """Whether what is put into a stream is recorded instead of run."""
+        """Whether a stream is being captured."""
         status = c_int()
-        self.call("cuStreamIsCapturing", stream, ctypes.byref(status), doing="asking for a capture")
+        self.call("cuStreamIsCapturing", stream, ctypes.byref(status), doing="querying a capture")
         return status.value != 0
 
     def graph(self) -> Handle:
@@ -538,13 +538,13 @@ class Driver:
         return Handle(self, self._made("cuGraphCreate", 0, doing="making a graph"), "cuGraphDestroy", "a graph")
 
     def add_while(self, graph: Handle) -> tuple[int, int]:
-        """Add a WHILE node whose condition is true at every launch, and then what its body sets.
+        """Add a WHILE node whose condition is true at each launch, and then set by its body.
 
         Returns:
-            The condition's handle, for ``cudaGraphSetConditional``, and the body, an empty graph of the node's own.
+            The condition's handle, for ``cudaGraphSetConditional``, and the node's body, an empty graph.
 
         Raises:
-            BackendError: the driver is older than CUDA 12.4, or the platform has no such nodes.
+            BackendError: the driver is older than CUDA 12.4, or the platform does not support such nodes.
         """
         handle = c_uint64()
         flags, doing = ENUMS["CU_GRAPH_COND_ASSIGN_DEFAULT"], "making the condition of a WHILE node"
@@ -564,7 +564,7 @@ class Driver:
         return handle.value, params.conditional.phGraph_out[0] or 0
 
     def instantiate(self, graph: Handle, what: str) -> Handle:
-        """The graph, ready to be launched. The graph itself is not needed any more."""
+        """An executable graph. The graph itself is not needed any more."""
         made = self._made("cuGraphInstantiateWithFlags", graph.value, 0, doing=f"instantiating {what}")
         return Handle(self, made, "cuGraphExecDestroy", what)
 
@@ -577,5 +577,5 @@ def _memory(thing: NDArray[Any] | ctypes.Structure) -> tuple[int, int]:
     """(address, bytes) of an array or a struct."""
     if isinstance(thing, ctypes.Structure):
         return ctypes.addressof(thing), ctypes.sizeof(thing)
-    assert thing.flags.c_contiguous, "only whole arrays are copied"
+    assert thing.flags.c_contiguous, "only contiguous arrays are copied"
     return thing.ctypes.data, thing.nbytes

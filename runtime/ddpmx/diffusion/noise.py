@@ -1,4 +1,4 @@
-"""Gaussian noise as a pure function of (seed, image, t, purpose, element): equal on every machine and in any batch.
+"""Gaussian noise as a pure function of (seed, image, t, purpose, element): the same on every machine and in any batch.
 
 Philox4x32-10 (Salmon et al. 2011) turns a key and a counter into four 32-bit words; a Box–Muller transform made of
 IEEE + − × √ alone turns them into four normals. No libm, no fused multiply-add, a fixed order: NumPy here and C in
@@ -34,11 +34,11 @@ class Purpose(IntEnum):
     DIFFUSE = 2
     """ε of q(x_t | x_0)."""
     CONDITION = 3
-    """What stands in for a condition where a network is tried out."""
+    """A random condition image, with which a network is tried out."""
 
 
 def check_seed(seed: int) -> int:
-    """``seed``, if it is one.
+    """``seed`` as an int, checked.
 
     Raises:
         InputError: not a whole number of 64 bits.
@@ -158,10 +158,10 @@ def normal(
 
     Args:
         seed: 0…2⁶⁴−1.
-        images: [n], the index of each image, 0…2³²−1. What else is in the batch makes no difference to an image.
-        t: the timestep, 0…T−1, or [k] of them, whose draws are made at once.
+        images: [n], the index of each image, 0…2³²−1. The noise of an image does not depend on the others.
+        t: the timestep, 0…T−1, or [k] of them at once.
         purpose: what the draw is for.
-        elements: how many numbers an image takes, C·H·W.
+        elements: numbers per image, C·H·W.
         repeat: 0…2²⁴−1, a further draw for the same purpose.
 
     Returns:

@@ -1,12 +1,12 @@
-"""A linear sampler is a table: for every step five numbers, and one update serves them all.
+"""A linear sampler is a table: five numbers for every step, and one update for all samplers.
 
     x̂_0    = clip(p·x_t + q·out)
     x_next = A·x̂_0 + B·x_t + σ·z,   z ~ N(0, I)
 
-``out`` is what the network gives (ε, x_0 or v), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are made
-in float64 and rounded to float32 once, by whoever runs them.
+``out`` is the network's output (ε, x_0 or v), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are float64
+and rounded to float32 once, by the chain that runs them.
 
-A network that learns its variance has a second answer, v, and two more numbers give σ = exp(c + d·v) for every element.
+A network that learns its variance has a second output, v, and two more numbers give σ = exp(c + d·v) for every element.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Spacing = Literal["linspace", "leading", "trailing", "quad"]
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
 FIXED_VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
-"""Those that every network has: they need no second answer."""
+"""The variances that need no second output of the network."""
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
@@ -39,10 +39,10 @@ class Table:
     """A chain to run, first step first.
 
     Attributes:
-        timesteps: int64 [S], falling: what the network is told.
+        timesteps: int64 [S], falling: the network's input t in each step.
         rows: float64 [S, 5], the columns p, q, A, B, σ. A step draws noise where σ is not 0.
-        learned: float64 [S, 2], the columns c and d of σ = exp(c + d·v), or None if σ is that of ``rows``. With them σ
-            stands in ``rows`` only to say where there is noise: 1, or 0 for none.
+        learned: float64 [S, 2], the columns c and d of σ = exp(c + d·v), or None if σ is that of ``rows``. With them, σ
+            in ``rows`` only marks the steps with noise: 1, or 0 for none.
     """
 
     timesteps: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Table:
 
     @property
     def coefficients(self) -> Float64:
-        """float64 [S, 5], or [S, 7] with ``learned`` behind: every number that the chain computes with."""
+        """float64 [S, 5], or [S, 7] with ``learned`` appended: every number that the chain computes with."""
         return self.rows if self.learned is None else np.concatenate([self.rows, self.learned], axis=1)
 
 
@@ -68,7 +68,7 @@ def timestep_grid(T: int, steps: int, spacing: Spacing = "linspace") -> NDArray[
     - ``quad``: dense near t = 0, up to 0.8·T (DDIM's CIFAR-10 figures).
 
     Raises:
-        InputError: ``steps`` outside 1…T, an unknown spacing, or a spacing that cannot make that many distinct steps.
+        InputError: ``steps`` outside 1…T, an unknown spacing, or one that cannot make that many distinct steps.
     """
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= T:
         raise InputError(f"steps must be a whole number from 1 to {T}, not {steps!r}", note=f"the model has T = {T}")
@@ -106,7 +106,7 @@ def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64
     if prediction == "eps":
         if alpha_bar[-1] <= 0:
             raise SpecError(
-                "this schedule ends at ᾱ = 0, from where ε does not lead back to x_0",
+                "this schedule ends at ᾱ = 0, where x_0 does not follow from ε",
                 hint="predict x0 or v, or choose a schedule that keeps some signal",
             )
         return np.sqrt(1 / alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar / alpha_bar)
@@ -136,7 +136,7 @@ def learned_range(schedule: Schedule) -> Float64:
     """The columns c and d of σ = exp(c + d·v), float64 [S, 2], by t.
 
     Nichol & Dhariwal 2021, equation 15: log σ² = f·log β + (1−f)·log β̃ with f = (v + 1)/2, so that v runs from −1 (β̃)
-    to 1 (β); nothing holds it there. β̃_0 = 0 has no logarithm and is β̃_1. β_0 stays itself, unlike ``fixed_large``'s.
+    to 1 (β), but is not clipped. β̃_0 = 0 has no logarithm and is replaced by β̃_1. β_0 stays, unlike in ``fixed_large``.
     """
     small, large = schedule.log_variance_small, elementary.log(schedule.betas)
     return np.stack([(large + small) / 4, (large - small) / 4], axis=1)
@@ -156,7 +156,7 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
     alpha_bar, previous = schedule.alpha_bar, schedule.alpha_bar_prev
     noise, noise_previous = schedule.one_minus_alpha_bar, schedule.one_minus_alpha_bar_prev
     sigma = eta * np.sqrt(noise_previous / noise) * np.sqrt(schedule.betas)  # β = 1 − ᾱ/ᾱ_prev
-    # 1−ᾱ_prev−σ² written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β: as it stands it may round below 0
+    # 1−ᾱ_prev−σ² written without a difference, by 1−ᾱ = α·(1−ᾱ_prev) + β: the difference may round below 0
     direction = np.sqrt(
         noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta * eta) * schedule.betas) / noise
     )
@@ -177,21 +177,21 @@ def make_table(
 ) -> Table:
     """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
 
-    ``learned_range`` is for networks that answer a variance; whether this one does the caller has to see to. The ddim
-    sampler has a σ of its own and looks at no ``variance``.
+    ``learned_range`` is for networks with a second output ``var``, which the caller has to check. The ddim sampler has
+    its own σ and ignores ``variance``.
 
-    With ``start`` the chain begins at this timestep, one of those that it visits, and not at the last of them: x is
-    then x_t at that t, and the rows before it are left out.
+    With ``start`` the chain begins at this timestep, which must be one that it visits: x is then x_t at that t, and the
+    rows before it are left out.
 
     Raises:
-        InputError: an unknown sampler, a count of steps outside 1…T, η outside 0…1 or given to the ancestral sampler, or
-            a ``start`` that is not visited.
-        SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is no finite float32.
+        InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with the ancestral sampler, or a
+            ``start`` that is not visited.
+        SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is not a finite float32.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}", hint=f"one of: {', '.join(SAMPLERS)}")
     if sampler == "ancestral" and eta:
-        raise InputError("η belongs to the ddim sampler", hint="sampler ddim, or leave η away")
+        raise InputError("η is for the ddim sampler only", hint="sampler ddim, or leave out η")
     T = len(schedule)
     timesteps = timestep_grid(T, T if steps is None else steps, spacing)
     with np.errstate(all="ignore"):
@@ -199,19 +199,19 @@ def make_table(
         table = ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
         if not np.isfinite(table.coefficients.astype(np.float32)).all():
             raise SpecError(
-                "this schedule leaves no signal, or adds no noise, somewhere on its way",
+                "this schedule leaves no signal or adds no noise at some timestep",
                 note="the chain would compute with NaN or infinities",
                 hint="other β, or fewer timesteps",
             )
-    return table if start is None else _begun_at(table, start)
+    return table if start is None else _starting_at(table, start)
 
 
-def _begun_at(table: Table, start: int) -> Table:
-    """The end of a table, from the timestep ``start`` on."""
+def _starting_at(table: Table, start: int) -> Table:
+    """The rows of a table from the timestep ``start`` on."""
     if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
         raise InputError(f"start must be a timestep that the chain visits, not {start!r}")
     visited = table.timesteps
-    at = int(np.sum(visited > start))  # how many come before it
+    at = int(np.sum(visited > start))  # the rows before it
     if at == len(visited) or visited[at] != start:
         nearest = " and ".join(str(t) for t in visited[at - 1 if at else 0 : at + 1][::-1])
         raise InputError(

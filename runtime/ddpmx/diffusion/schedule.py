@@ -1,7 +1,7 @@
 """β_t, and every coefficient that follows from it. The only place in ddpmx with schedule mathematics.
 
-Everything is float64, by IEEE operations alone (:mod:`ddpmx.diffusion.elementary` makes the others of them), so that it
-has the same bits everywhere. The paper (Ho, Jain, Abbeel 2020) counts t = 1…T; code here and everywhere in ddpmx counts
+Everything is float64, from IEEE operations alone (:mod:`ddpmx.diffusion.elementary` builds the others from them), so that
+it has the same bits everywhere. The paper (Ho, Jain, Abbeel 2020) counts t = 1…T; code here and everywhere in ddpmx counts
 t = 0…T−1, so t = 0 is an image with one step of noise, and ᾱ_{−1} = 1 is the clean image.
 """
 
@@ -22,17 +22,17 @@ from ddpmx.errors import InputError
 Float64 = NDArray[np.float64]
 
 MAX_TIMESTEPS = 1_000_000
-"""More steps than any published schedule by a factor of 250; a larger T is a mistake, not a wish."""
+"""250 times the steps of any published schedule; a larger T is a mistake."""
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A variance schedule: what q(x_t | x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t) needs to know.
+    """A variance schedule: the coefficients of q(x_t | x_{t−1}) = N(√(1−β_t)·x_{t−1}, β_t) and its posterior.
 
     Attributes:
         alpha_bar: ᾱ_t = Π_{s≤t} (1 − β_s), float64 [S], falling.
         betas: β_t = 1 − ᾱ_t/ᾱ_{t−1}, float64 [S], in (0, 1].
-        timesteps: the t that the network is asked at, int64 [S], rising. 0…T−1, or a part of it once respaced.
+        timesteps: the network's input t at each step, int64 [S], rising. 0…T−1, or a part of it once respaced.
     """
 
     alpha_bar: Float64
@@ -51,7 +51,7 @@ class Schedule:
             raise InputError(f"a schedule has one β for each of 1…{MAX_TIMESTEPS} steps, not the shape {betas.shape}")
         if not (np.all(betas > 0) and np.all(betas <= 1)):
             raise InputError(
-                "β_t has to lie in (0, 1] at every t",
+                "β_t must lie in (0, 1] at every t",
                 note=f"it runs from {betas.min():g} to {betas.max():g}",
             )
         alpha_bar = np.cumprod(1.0 - betas, dtype=np.float64)
@@ -59,10 +59,10 @@ class Schedule:
 
     @classmethod
     def from_alpha_bar(cls, alpha_bar: Float64) -> Schedule:
-        """The schedule of the given ᾱ_t, float64 [T], by β_t = 1 − ᾱ_t/ᾱ_{t−1}. ᾱ follows anew from these β.
+        """The schedule of the given ᾱ_t, float64 [T], by β_t = 1 − ᾱ_t/ᾱ_{t−1}. ᾱ is recomputed from these β.
 
         Raises:
-            InputError: ᾱ is empty, too long, does not fall strictly, or leaves [0, 1).
+            InputError: ᾱ is empty, too long, not strictly decreasing, or leaves [0, 1).
         """
         alpha_bar = np.asarray(alpha_bar, np.float64)
         if alpha_bar.ndim != 1 or not 1 <= len(alpha_bar) <= MAX_TIMESTEPS:
@@ -72,7 +72,7 @@ class Schedule:
         previous = np.concatenate([[1.0], alpha_bar[:-1]])
         if not (np.all(alpha_bar >= 0) and np.all(alpha_bar < previous)):
             raise InputError(
-                "ᾱ_t has to fall at every t, from below 1 to 0 or above",
+                "ᾱ_t must decrease at every t, from below 1 to 0 or above",
                 note=f"it runs from {alpha_bar[0]:g} to {alpha_bar[-1]:g}",
             )
         return cls.from_betas(1.0 - alpha_bar / previous)
@@ -108,12 +108,12 @@ class Schedule:
 
     @cached_property
     def posterior_mean_coef_x0(self) -> Float64:
-        """What x_0 is multiplied by in μ̃_t, equation 7: β_t·√ᾱ_{t−1} / (1 − ᾱ_t)."""
+        """The coefficient of x_0 in μ̃_t, equation 7: β_t·√ᾱ_{t−1} / (1 − ᾱ_t)."""
         return self.betas * np.sqrt(self.alpha_bar_prev) / self.one_minus_alpha_bar
 
     @cached_property
     def posterior_mean_coef_xt(self) -> Float64:
-        """What x_t is multiplied by in μ̃_t, equation 7: √α_t·(1 − ᾱ_{t−1}) / (1 − ᾱ_t)."""
+        """The coefficient of x_t in μ̃_t, equation 7: √α_t·(1 − ᾱ_{t−1}) / (1 − ᾱ_t)."""
         return np.sqrt(1.0 - self.betas) * self.one_minus_alpha_bar_prev / self.one_minus_alpha_bar
 
     @cached_property
@@ -182,7 +182,7 @@ def warmup50(T: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> Flo
 
 
 def jsd(T: int) -> Float64:
-    """Ho et al.: β_t = 1/T, 1/(T−1), …, 1. It ends at ᾱ = 0, from where ε alone cannot lead back to x_0."""
+    """Ho et al.: β_t = 1/T, 1/(T−1), …, 1. It ends at ᾱ = 0, where x_0 does not follow from ε."""
     return 1.0 / np.arange(T, 0, -1, dtype=np.float64)
 
 
@@ -210,14 +210,14 @@ SCHEDULES: Mapping[str, Callable[..., Float64]] = {
     function.__name__: function
     for function in (linear, quad, const, warmup10, warmup50, jsd, cosine, sigmoid_alpha_bar, sigmoid_beta)
 }
-"""Every schedule that a model file can name. The two sigmoids differ; neither is called just "sigmoid"."""
+"""Every schedule that a model file can name. There are two sigmoids, so neither is called just "sigmoid"."""
 
 
 def schedule_params(name: str, params: Mapping[str, float] | None = None) -> dict[str, float]:
     """The parameters of a named schedule, defaults filled in.
 
     Raises:
-        InputError: no such schedule, or a parameter that it does not have or that is no finite number.
+        InputError: no such schedule, or a parameter that it does not have or that is not a finite number.
     """
     if name not in SCHEDULES:
         raise InputError(f"there is no schedule {name!r}", hint=f"one of: {', '.join(SCHEDULES)}")
@@ -247,7 +247,7 @@ def make_schedule(name: str, T: int, params: Mapping[str, float] | None = None) 
         raise InputError(f"T must be a whole number from 1 to {MAX_TIMESTEPS}, not {T!r}")
     filled = schedule_params(name, params)
     try:
-        with np.errstate(all="ignore"):  # absurd parameters give NaN, which from_betas refuses by its range
+        with np.errstate(all="ignore"):  # absurd parameters give NaN, which from_betas refuses as out of range
             return Schedule.from_betas(SCHEDULES[name](T, **filled))
     except ArithmeticError as error:
         raise InputError(f"schedule {name!r} cannot be computed with {filled}", note=str(error)) from error
@@ -269,7 +269,7 @@ def _warmup(T: int, beta_start: float, beta_end: float, fraction: float) -> Floa
 
 
 def _betas_of(alpha_bar: Float64, beta_max: float) -> Float64:
-    """β_t of ᾱ given at the T + 1 points u = 0…1, capped so that ᾱ never reaches 0."""
+    """β_t from ᾱ at the T + 1 points u = 0…1, capped so that ᾱ never reaches 0."""
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], beta_max)
 
 

@@ -1,1 +1,1 @@
-"""From bytes to checked values, with nothing executed: model files, what they say about themselves, writing whole files."""
+"""From bytes to checked values, with nothing executed: model files, their metadata, and atomic writes."""

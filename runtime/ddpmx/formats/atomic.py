@@ -1,4 +1,4 @@
-"""Writing without ever leaving half a file: a temporary name in the same folder, then one rename."""
+"""Atomic writes: a temporary file in the same folder, then one rename."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ddpmx.errors import OutputError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing; it appears under its name only once the block has ended without an exception.
+    """Open ``path`` for writing; the file gets its name only once the block has ended without an exception.
 
     A reader therefore sees the old content or the new one, never a part. The data are on disk before the rename.
 
     Raises:
-        OutputError: the folder cannot be written, or the disk is full. ``path`` is then as it was before.
+        OutputError: the folder cannot be written, or the disk is full. ``path`` is then unchanged.
     """
-    path = Path(os.path.realpath(path))  # a link stays one; what it points to is replaced
+    path = Path(os.path.realpath(path))  # a link stays a link; its target is replaced
     if os.path.exists(path) and not path.is_file():
-        raise OutputError(f"{path}: stands in the way, and is no file", hint="choose another name")
+        raise OutputError(f"{path}: exists and is not a regular file", hint="choose another name")
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -43,10 +43,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begins: tuple[bytes, ...]) -> None:
-    """See that writing ``path`` replaces nothing but something of its own kind, told by its name or its first bytes.
+    """Refuse to overwrite a file of another kind.
+
+    Args:
+        path: the file to be written.
+        what: the kind of file, for the message: "a plan".
+        suffixes: lower-case suffixes; a file with one of them may be replaced.
+        begins: the first bytes of files of this kind, which may be replaced whatever their name. So may an empty file.
 
     Raises:
-        OutputError: another file stands there.
+        OutputError: there is a file of another kind.
     """
     if path.suffix.lower() in suffixes or not path.is_file():
         return
@@ -54,11 +60,11 @@ def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begin
         head = stream.read(16)
         if not head or head.startswith(begins):
             return
-    raise OutputError(f"{path}: a file that is no such thing would be replaced by {what}", hint=f"-o NAME{suffixes[0]}")
+    raise OutputError(f"refusing to overwrite {path}: not {what}", hint=f"-o NAME{suffixes[0]}")
 
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    """The :class:`OutputError` for an ``OSError`` met while writing ``path``."""
+    """The :class:`OutputError` for an ``OSError`` raised while writing ``path``."""
     return OutputError(
         f"{path}: cannot be written",
         note=f"{error.strerror or error}; nothing was left behind",
@@ -67,10 +73,10 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Make a folder and its parents, and see that it can be written to.
+    """Make a folder and its parents, and check that it is writable.
 
     Raises:
-        OutputError: a file stands there, or it cannot be made or written to.
+        OutputError: there is a file of that name, or the folder cannot be made or written to.
     """
     path = Path(path)
     try:
@@ -81,7 +87,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         raise OutputError(
             f"{path}: cannot be used as a folder to write to",
             note=str(error.strerror or error),
-            hint="choose another folder, or see who owns this one",
+            hint="choose another folder, or check the permissions of this one",
         ) from error
     return path
 

@@ -1,9 +1,9 @@
-"""A schedule that is an array of β and no formula: how it travels beside a spec, which has no room for it.
+"""The array of a schedule ``betas``, which has no formula, as text that is stored beside the spec.
 
     betas1 LENGTH CRC32 BASE64
 
-of the float64, lowest byte first. In an ONNX file it is the metadata "ddpmx.betas", in a plan's sidecar "betas"; a
-``spec.json`` has the numbers themselves.
+of the float64, little-endian. A spec has no room for the array: an ONNX file holds this text as metadata "ddpmx.betas", a
+plan's sidecar as "betas"; a ``spec.json`` holds the numbers themselves.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError, SpecError
 
 MAX_BETAS = 1 << 14
-"""More steps than any published chain by a factor of 4, and as many as fit into the JSON files where they may lie."""
+"""Four times the steps of any published chain, and as many as fit into the JSON files that may hold them."""
 
 _TEXT = re.compile(r"betas1 (\d{1,5}) ([0-9a-f]{8}) ([A-Za-z0-9+/]*={0,2})", re.ASCII)
 
 
 def as_betas(values: Any) -> NDArray[np.float64]:
-    """β_t as a read-only float64 array of its own.
+    """β_t as a read-only float64 array, a copy.
 
     Args:
         values: real numbers [T].
 
     Raises:
-        InputError: no numbers, not 1…:data:`MAX_BETAS` of them in a row, or outside (0, 1].
+        InputError: not numbers, not one-dimensional, not 1…:data:`MAX_BETAS` of them, or outside (0, 1].
     """
     try:
         betas = np.array(values)
@@ -50,20 +50,20 @@ def as_betas(values: Any) -> NDArray[np.float64]:
 
 
 def checksum(betas: NDArray[np.float64]) -> str:
-    """CRC32 of the float64, lowest byte first, in hexadecimal."""
+    """CRC32 of the float64, little-endian, in hexadecimal."""
     return f"{zlib.crc32(betas.astype('<f8').tobytes()):08x}"
 
 
 def to_text(betas: NDArray[np.float64]) -> str:
-    """One line of ASCII."""
+    """The array as one line of ASCII, ``betas1 LENGTH CRC32 BASE64``."""
     return f"betas1 {len(betas)} {checksum(betas)} {base64.b64encode(betas.astype('<f8').tobytes()).decode()}"
 
 
 def from_text(text: object) -> NDArray[np.float64]:
-    """The array that :func:`to_text` was given.
+    """The array in a text of :func:`to_text`.
 
     Raises:
-        SpecError: foreign, shortened or changed, or no β.
+        SpecError: not such a text, truncated or changed; or the numbers are not valid β.
     """
     found = _TEXT.fullmatch(text) if isinstance(text, str) else None
     if found is None:

@@ -1,4 +1,4 @@
-"""All that a checkpoint, an ONNX file or a plan says about itself, as plain JSON values. Nothing is loaded or run."""
+"""The metadata of a checkpoint, an ONNX file or a plan, as plain JSON values. Nothing is loaded or run."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ _MAX_HEADER = 16 << 20
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is known about a file or a checkpoint's folder.
+    """The metadata of a model file or a checkpoint folder.
 
     Returns:
         ``path``, ``kind`` (checkpoint, onnx or plan), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it, or None
-        for a file of someone else's), ``note`` (what is missing, or None), and what only this kind has.
+        if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
 
     Raises:
-        FileFormatError, SpecError: it is none of these, cut off, damaged, or contradicts itself.
+        FileFormatError, SpecError: none of these kinds, truncated, damaged, or contradicts itself.
     """
     path = Path(path)
     kind = model_file.identify(path)
-    told = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan}[kind](path)
-    return {"path": os.fspath(path), "kind": kind, **told}
+    values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan}[kind](path)
+    return {"path": os.fspath(path), "kind": kind, **values}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     folder = path if (path / model_file.SPEC_FILE).is_file() else next(reversed(model_file.checkpoints(path)), None)
     if folder is None:
-        raise FileFormatError(f"{path}: a run that has no checkpoint yet")
+        raise FileFormatError(f"{path}: this run has no checkpoint yet")
     values = model_file.read_spec_json(folder / model_file.SPEC_FILE)
     spec = model_file.model_spec(folder / model_file.SPEC_FILE, values)
     files = sorted(folder.glob("*.safetensors"))
@@ -60,10 +60,10 @@ def _onnx(path: Path) -> dict[str, Any]:
             raise
         note = error.fact.removeprefix(f"{path}: ")
 
-    def tensors(all_of_them: dict[str, onnx_file.TensorInfo]) -> dict[str, str]:
+    def shown(tensors: dict[str, onnx_file.TensorInfo]) -> dict[str, str]:
         return {
             name: f"{_ELEMENT_TYPES.get(tensor.element_type, f'type {tensor.element_type}')} {list(tensor.dims or ())}"
-            for name, tensor in all_of_them.items()
+            for name, tensor in tensors.items()
         }
 
     return {
@@ -71,8 +71,8 @@ def _onnx(path: Path) -> dict[str, Any]:
         "spec": spec,
         "note": note,
         "opset": info.opset,
-        "inputs": tensors(info.inputs),
-        "outputs": tensors(info.outputs),
+        "inputs": shown(info.inputs),
+        "outputs": shown(info.outputs),
         "weights": {_ELEMENT_TYPES.get(key, f"type {key}"): size for key, size in sorted(info.weights.items())},
         "external": [file.name for file in beside],
     }
@@ -80,15 +80,15 @@ def _onnx(path: Path) -> dict[str, Any]:
 
 def _plan(path: Path) -> dict[str, Any]:
     flavour, version = plan_file.plan_flavour(path)
-    told: dict[str, Any] = {"bytes": path.stat().st_size, "flavour": flavour, "version": version}
+    header: dict[str, Any] = {"bytes": path.stat().st_size, "flavour": flavour, "version": version}
     try:
         info = plan_file.read_plan(path, trust_host_code=True)
     except SpecError as error:
         if "does not say" not in error.fact:
             raise
-        return told | {"spec": None, "note": error.fact.removeprefix(f"{path}: ")}
+        return header | {"spec": None, "note": error.fact.removeprefix(f"{path}: ")}
     sidecar = info.sidecar or {}
-    return told | {
+    return header | {
         "spec": info.spec.to_json(),
         "note": None,
         "engine": info.engine.to_json(),
@@ -97,10 +97,10 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def safetensors_elements(path: Path) -> int:
-    """How many numbers a safetensors file says it holds.
+    """How many numbers a safetensors file holds, by its header.
 
     Raises:
-        FileFormatError: it is cut off or no such file.
+        FileFormatError: truncated, or not a safetensors file.
     """
     try:
         if path.exists() and not path.is_file():
@@ -112,18 +112,18 @@ def safetensors_elements(path: Path) -> int:
         header = json.loads(head)
         tensors = [value for name, value in header.items() if name != "__metadata__"]
         if tensors and 8 + length + max(tensor["data_offsets"][1] for tensor in tensors) != size:
-            raise ValueError(f"{size} bytes, and its header asks for others")
+            raise ValueError(f"{size} bytes, and its header declares another size")
         total = 0
         for tensor in tensors:
             elements = 1
             for dim in tensor["shape"]:
                 if type(dim) is not int or dim < 0:
-                    raise ValueError(f"a dimension of {str(dim)[:40]}")
+                    raise ValueError(f"invalid dimension {str(dim)[:40]}")
                 elements = min(elements * dim, 1 << 62)
             total += elements
     except (OSError, ArithmeticError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise FileFormatError(
-            f"{path}: not a whole safetensors file",
+            f"{path}: not a valid safetensors file",
             note=str(error)[:200],
             hint="use an earlier checkpoint of the run, or copy it again",
         ) from error

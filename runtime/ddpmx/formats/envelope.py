@@ -1,9 +1,9 @@
-"""Short JSON that travels inside files of other formats: a prefix, its length, its CRC, and the object itself.
+"""An envelope: a short JSON object inside a file of another format, as a prefix, its length, its CRC and the object.
 
     ddpmx1 LENGTH CRC32 {"shape":[3,32,32],…}
 
-It is ASCII, so it survives as a value of ONNX metadata and as the name of a TensorRT network, and it can be found again
-in the bytes of a file whose format is not public.
+It is ASCII, so it survives as a value of ONNX metadata and as the name of a TensorRT network, and it can be found
+in the bytes of a file whose format is not public. The CRC finds damage; nothing protects against tampering.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ MAX_DEPTH = 64
 
 
 def wrap(prefix: str, values: Mapping[str, Any]) -> str:
-    """One line of ASCII.
+    """The envelope of ``values``, one line of ASCII.
 
     Raises:
-        SpecError: it would be longer than :data:`MAX_BYTES`.
+        SpecError: the JSON is longer than :data:`MAX_BYTES`.
     """
     body = json.dumps(values, separators=(",", ":"), sort_keys=True).encode()
     if len(body) > MAX_BYTES:
-        raise SpecError(f"what a file says about itself takes {len(body)} bytes, and {MAX_BYTES} is the most")
+        raise SpecError(f"the metadata takes {len(body)} bytes, and the most is {MAX_BYTES}")
     return f"{prefix} {len(body)} {zlib.crc32(body):08x} {body.decode()}"
 
 
 def unwrap(prefix: str, text: str) -> object:
-    """The object that :func:`wrap` was given.
+    """The object in an envelope.
 
     Raises:
-        SpecError: foreign, shortened or changed.
+        SpecError: not an envelope, truncated or changed.
     """
-    raw = text.encode(errors="replace")  # what is no text cannot have the right CRC
+    raw = text.encode(errors="replace")  # text with surrogates cannot have the right CRC
     header = _header(prefix).match(raw)
     if header is None:
         raise SpecError("the text is not a ddpmx spec", note=f"it begins with {text[:24]!r}")
@@ -54,7 +54,7 @@ def unwrap(prefix: str, text: str) -> object:
 
 
 def search(prefix: str, data: Any) -> Iterator[tuple[str, int]]:
-    """Every whole envelope in ``data`` (bytes, or a map of a file) and where it ends. Damaged ones are passed over."""
+    """Every intact envelope in ``data`` (bytes, or a mapped file) and where it ends. Damaged ones are skipped."""
     for header in _header(prefix).finditer(data):
         end = header.end() + int(header[1])
         body = bytes(data[header.end() : end])
@@ -63,10 +63,10 @@ def search(prefix: str, data: Any) -> Iterator[tuple[str, int]]:
 
 
 def parse_json(text: bytes | str) -> object:
-    """JSON to Python values, with NaN and infinities refused.
+    """JSON to Python values; NaN and infinities are refused.
 
     Raises:
-        SpecError: not JSON, or nested absurdly deep.
+        SpecError: not JSON, or nested deeper than :data:`MAX_DEPTH`.
     """
 
     def refuse(name: str) -> NoReturn:
@@ -85,7 +85,7 @@ def parse_json(text: bytes | str) -> object:
 
 
 def _refuse_depth(values: object) -> None:
-    """What json reads it cannot always write, nor repr() show: each has a limit of its own, by the version of Python."""
+    """json cannot always write what it reads, nor can repr() show it: each has its own limit, by the version of Python."""
     level = [values]
     for _ in range(MAX_DEPTH):
         level = [

@@ -1,7 +1,6 @@
-"""What is this file? Told from its bytes alone: no onnx, no TensorRT, no GPU, nothing executed.
+"""What kind of file this is, from its bytes alone: no onnx, no TensorRT, no GPU, nothing executed.
 
-What the different kinds say about themselves is read by ``onnxfile.py``, ``planfile.py`` and, for a checkpoint's
-``spec.json``, here.
+The metadata are read by ``onnx_file.py`` and ``plan_file.py``; a checkpoint's ``spec.json`` is read here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
     """Whether ``path`` is an ONNX file, a TensorRT plan or a ddpmx checkpoint.
 
     Raises:
-        FileFormatError: it is missing, empty, or none of these.
+        FileFormatError: missing, empty, or none of these.
     """
     path = Path(path)
     try:
@@ -37,7 +36,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
             if (path / SPEC_FILE).is_file() or (path / "checkpoints").is_dir():
                 return "checkpoint"
             raise FileFormatError(
-                f"{path}: a folder, but no ddpmx checkpoint",
+                f"{path}: a folder, but not a ddpmx checkpoint",
                 note=f"there is no {SPEC_FILE} and no checkpoints folder in it",
             )
         if os.path.exists(path) and not path.is_file():
@@ -61,7 +60,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
         return "onnx"
     if path.name.endswith(".parity.npz"):
         raise FileFormatError(
-            f"{path}: a record of what PyTorch answered, and no model file",
+            f"{path}: a parity record, not a model file",
             hint=f"ddpmx parity model.onnx --against {path}",
         )
     raise FileFormatError(
@@ -72,7 +71,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     with contextlib.suppress(OSError):
         found = [p for p in (run / "checkpoints").iterdir() if p.name.isdecimal() and (p / SPEC_FILE).is_file()]
         return sorted(found, key=lambda p: int(p.name))
@@ -83,18 +82,18 @@ def read_spec(path: str | os.PathLike[str]) -> ModelSpec:
     """The :class:`ModelSpec` in a ``spec.json``: the object itself, or its "model" part as in a checkpoint.
 
     Raises:
-        SpecError: missing, too large, not JSON, or not a spec.
+        SpecError: missing, too large, not JSON, or not a valid spec.
     """
     return model_spec(path, read_spec_json(path))
 
 
 def model_spec(path: str | os.PathLike[str], values: Mapping[str, object]) -> ModelSpec:
-    """The :class:`ModelSpec` in what :func:`read_spec_json` read from ``path``.
+    """The :class:`ModelSpec` in ``values``, which :func:`read_spec_json` read from ``path``.
 
-    The numbers of a schedule ``betas`` may stand in the spec itself, or as "betas" beside it.
+    The numbers of a schedule ``betas`` may be in the spec itself, or in "betas" beside it.
 
     Raises:
-        SpecError: it is none.
+        SpecError: not a valid spec.
     """
     beside = values.get("betas")
     try:
@@ -105,7 +104,7 @@ def model_spec(path: str | os.PathLike[str], values: Mapping[str, object]) -> Mo
 
 
 def read_spec_json(path: str | os.PathLike[str]) -> dict[str, object]:
-    """A whole ``spec.json``; a bare ModelSpec comes back as ``{"model": …}``.
+    """The content of a ``spec.json``; a bare ModelSpec is returned as ``{"model": …}``.
 
     Raises:
         SpecError: missing, too large or not a JSON object.
@@ -124,7 +123,7 @@ def read_spec_json(path: str | os.PathLike[str]) -> dict[str, object]:
     except SpecError as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
     if not isinstance(values, dict):
-        raise SpecError(f"{path}: a spec is a JSON object", note=f"this is {type(values).__name__}")
+        raise SpecError(f"{path}: a spec must be a JSON object", note=f"this is {type(values).__name__}")
     return values if "model" in values else {"model": values}
 
 

@@ -1,4 +1,4 @@
-""".npz files of unknown origin: nothing is unpickled, and nothing is allocated that the archive does not really hold."""
+""".npz files of unknown origin: nothing is unpickled, and no more is allocated than the archive really holds."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MAX_MEMBERS = 256
 
 
 def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biufc") -> dict[str, NDArray[Any]]:
-    """Every array of an .npz.
+    """Every array of an .npz, by name.
 
     Args:
         path: the archive.
-        max_bytes: what it may unpack to.
-        kinds: of NumPy's types that it may hold; objects never.
+        max_bytes: the most that it may unpack to.
+        kinds: the kinds of dtype that it may hold (``dtype.kind``); objects are always refused.
 
     Raises:
-        FileFormatError: damaged, too large, or something else than arrays of plain numbers.
+        FileFormatError: damaged, too large, or holds anything but arrays of these kinds.
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+        if path.exists() and not path.is_file():  # reading a pipe would block, reading a device might never end
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if not entry.is_dir()]
@@ -39,29 +39,31 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biuf
                     f"{path}: unpacks to {size / 2**20:.0f} MiB in {len(entries)} parts",
                     note=f"the limits are {max_bytes / 2**20:.0f} MiB and {MAX_MEMBERS}",
                 )
-            arrays = [entry for entry in entries if entry.filename.endswith(".npy")]  # a LICENSE may lie beside them
+            arrays = [
+                entry for entry in entries if entry.filename.endswith(".npy")
+            ]  # there may be others, such as a LICENSE
             return {entry.filename.removesuffix(".npy"): _member(archive, entry, kinds) for entry in arrays}
     except FileFormatError:
         raise
-    except Exception as error:  # a damaged archive raises whatever zipfile, zlib or numpy's header parser meets
-        raise FileFormatError(f"{path}: not an .npz that can be read", note=str(error)[:200] or None) from error
+    except Exception as error:  # a damaged archive raises anything that zipfile, zlib or numpy's header parser may
+        raise FileFormatError(f"{path}: not a valid .npz file", note=str(error)[:200] or None) from error
 
 
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> NDArray[Any]:
     with archive.open(entry) as stream:
         version = npy.read_magic(stream)
         if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"{entry.filename} is of the unknown version {version}")
+            raise ValueError(f"{entry.filename} has the unknown version {version}")
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, fortran, dtype = read_header(stream, max_header_size=10_000)
         if dtype.hasobject or dtype.kind not in kinds:
-            raise ValueError(f"{entry.filename} holds {dtype}, and not plain numbers")
+            raise ValueError(f"{entry.filename} holds {dtype}, not plain numbers")
         wanted = dtype.itemsize
         for side in shape:
             wanted *= int(side)
         if wanted > entry.file_size:
-            raise ValueError(f"{entry.filename} is cut off: {list(shape)} of {dtype} do not fit into it")
-        data = bytearray()  # grows by what is really there; the array on it can be written to
+            raise ValueError(f"{entry.filename} is truncated: it is too small for {list(shape)} of {dtype}")
+        data = bytearray()  # grows with what is really there; an array on it is writable
         while chunk := stream.read(max(0, min(1 << 20, wanted - len(data)))):
             data += chunk
         if len(data) != wanted or stream.read(1):

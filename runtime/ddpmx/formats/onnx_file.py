@@ -1,7 +1,7 @@
-"""What an ONNX file says about itself, read without the onnx package, and whether it is one that ddpmx can run.
+"""The metadata, inputs and outputs of an ONNX file, read without the onnx package, and whether ddpmx can run it.
 
 An ONNX file is a protobuf message. Only the few fields that matter here are read (names and numbers as in onnx.proto):
-metadata, inputs and outputs, how many bytes of weights of which type, and every place where it points to another file.
+metadata, inputs and outputs, how many bytes of weights of which type, and every reference to another file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ METADATA_KEY = "ddpmx"
 """The key of ``metadata_props`` under which an ONNX file carries its spec."""
 
 BETAS_KEY = "ddpmx.betas"
-"""The key under which it carries the array of a schedule ``betas``, see :mod:`ddpmx.formats.betas`."""
+"""The key of the array of a schedule ``betas``, see :mod:`ddpmx.formats.betas`."""
 
 FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 """ONNX element types."""
@@ -34,15 +35,14 @@ _MAX_DEPTH = 32  # subgraphs within subgraphs; real models have a handful
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What an ONNX file says about itself.
+    """What is read from an ONNX file.
 
     Attributes:
-        inputs: the name of each graph input that is no weight, with its ONNX element type and its dimensions
-            (a name where it is dynamic, None where nothing is said).
-        outputs: the same of the graph outputs.
+        inputs: the graph inputs that are not weights, by name.
+        outputs: the graph outputs, by name.
         metadata: ``metadata_props``.
-        opset: of the default operator domain, 0 if none is stated.
-        external: every other file that it wants to read, as written there.
+        opset: of the default operator domain, 0 if the file declares none.
+        external: every other file that the model refers to, as written there.
         weights: how many bytes its constants take, by ONNX element type.
     """
 
@@ -56,28 +56,33 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An ONNX element type (1 = float32, 6 = int32, 7 = int64, 10 = float16) and dimensions."""
+    """The type of a graph input or output.
+
+    Attributes:
+        element_type: of ONNX: 1 = float32, 6 = int32, 7 = int64, 10 = float16.
+        dims: each a number, a name where it is dynamic, or None where it has neither; None if the file declares no shape.
+    """
 
     element_type: int
     dims: tuple[int | str | None, ...] | None
 
 
 def read_onnx(path: str | os.PathLike[str]) -> GraphInfo:
-    """Read :class:`GraphInfo` from an ONNX file. Tensors are skipped over, not loaded.
+    """Read :class:`GraphInfo` from an ONNX file. Tensors are skipped, not loaded.
 
     Raises:
-        FileFormatError: it cannot be read, is cut off or damaged.
+        FileFormatError: unreadable, truncated or damaged.
     """
     path = Path(path)
     try:
         with path.open("rb") as stream:
-            # not closed by hand: while an exception passes, its traceback still holds views of the map
+            # not closed here: while an exception propagates, its traceback still holds views of the map
             return _read_model(memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)))
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     except (MalformedError, ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path}: not a whole ONNX file",
+            f"{path}: not a valid ONNX file",
             note=f"{path.stat().st_size} bytes; {error}",
             hint="export or download it again",
         ) from error
@@ -87,8 +92,8 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
     """The files beside ``path`` that hold its weights.
 
     Raises:
-        FileFormatError: one is missing, or lies outside the model's own folder. A model that can name any file on the
-            machine could read what its user did not mean to hand over.
+        FileFormatError: one is missing, or outside the model's own folder. A model that can name any file on the
+            machine could read what its user did not mean to disclose.
     """
     folder = Path(path).resolve().parent
     found = []
@@ -97,28 +102,28 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
             target = (folder / location).resolve()
             present = target.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL byte, a loop of links
-            raise FileFormatError(f"{path}: its weights are in a file that cannot be", note=str(error)[:200]) from error
-        # to ONNX Runtime "*/_ORT_MEM_ADDR_/*" is a place in memory
+            raise FileFormatError(f"{path}: invalid path of a weights file", note=str(error)[:200]) from error
+        # to ONNX Runtime "*/_ORT_MEM_ADDR_/*" is an address in memory
         if not location or os.path.isabs(location) or set(location) & {"\\", "*"} or not target.is_relative_to(folder):
             raise FileFormatError(
-                f"{path}: its weights point outside its own folder",
+                f"{path}: weights file outside its own folder",
                 note=f"external data at {location!r}",
                 hint="do not run this file unless you know who made it; re-export it otherwise",
             )
         if not present:
             raise FileFormatError(
-                f"{path}: its weights are in another file, which is missing",
-                note=f"{location!r} should lie beside it",
+                f"{path}: missing weights file",
+                note=f"{location!r} should be beside it",
             )
         found.append(target)
     return found
 
 
 def metadata(spec: ModelSpec) -> dict[str, str]:
-    """What an ONNX file of this model has to carry as ``metadata_props``.
+    """The ``metadata_props`` of an ONNX file of this model.
 
     Raises:
-        SpecError: it would be too long.
+        SpecError: the spec is too long.
     """
     beside = {} if spec.betas is None else {BETAS_KEY: free_betas.to_text(spec.betas)}
     return {METADATA_KEY: spec.to_text(), **beside}
@@ -128,15 +133,15 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
     """The spec of an ONNX file: its own, or ``override`` for a file that has none.
 
     Raises:
-        SpecError: it has none and no override was given, it is damaged, the two contradict each other, or the graph's
-            inputs and outputs are not those of the contract.
+        SpecError: the file has none and there is no override, it is damaged, the two contradict each other, or the
+            graph's inputs and outputs do not match it.
     """
     text = info.metadata.get(METADATA_KEY)
     if text is None and override is None:
         raise SpecError(
             f"{path}: the file does not say which diffusion model it is",
             note=f"an ONNX file, but without the metadata {METADATA_KEY!r} that `ddpmx export` writes",
-            hint="if you know its schedule and prediction, say so with --spec spec.json",
+            hint="if you know its schedule and prediction, pass them with --spec spec.json",
         )
     try:
         beside = info.metadata.get(BETAS_KEY) if text is not None else None
@@ -146,12 +151,12 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
     except SpecError as error:
         raise SpecError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from error
     assert spec is not None
-    told = {"ddpmx": "", "weights": None}  # where a file comes from, and not what it computes
-    if override is not None and override.replace(**told) != spec.replace(**told):
+    origin: dict[str, Any] = {"ddpmx": "", "weights": None}  # where a file comes from, not what it computes
+    if override is not None and override.replace(**origin) != spec.replace(**origin):
         raise SpecError(
             f"{path}: the given spec contradicts the one in the file",
-            note="a file that describes itself is believed",
-            hint="leave --spec away",
+            note="a spec in the file takes precedence",
+            hint="leave out --spec",
         )
     _check_contract(path, info, spec)
     return spec
@@ -160,20 +165,20 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
 def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSpec) -> None:
     """x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W].
 
-    With a learned variance there is one more of that shape, ``var``. What the spec says decides over further inputs:
+    With a learned variance there is one more of that shape, ``var``. The spec declares the conditioning inputs:
     y: int32 [batch], x0_prev: float32 [batch, C, H, W], cond: float32 [batch, K, H, W].
     """
     types = {name: INT32 if input_type(name) is np.int32 else FLOAT for name in spec.inputs}
     wanted = (
-        *((name, info.inputs, types[name], dims) for name, dims in spec.inputs.items()),
-        *((output, info.outputs, FLOAT, spec.shape) for output in spec.outputs),
+        *(("input", name, info.inputs, types[name], dims) for name, dims in spec.inputs.items()),
+        *(("output", name, info.outputs, FLOAT, spec.shape) for name in spec.outputs),
     )
-    faults = [f"an input {name!r} too many" for name in info.inputs if name not in spec.inputs]
-    faults += [f"an output {name!r} too many" for name in info.outputs if name not in spec.outputs]
-    for name, tensors, element_type, dims in wanted:
+    faults = [f"unexpected input {name!r}" for name in info.inputs if name not in spec.inputs]
+    faults += [f"unexpected output {name!r}" for name in info.outputs if name not in spec.outputs]
+    for kind, name, tensors, element_type, dims in wanted:
         tensor = tensors.get(name)
         if tensor is None:
-            faults.append(f"no {name!r}")
+            faults.append(f"missing {kind} {name!r}")
             continue
         if tensor.element_type != element_type:
             faults.append(f"{name!r} has element type {tensor.element_type}, not {element_type}")
@@ -185,20 +190,20 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
             faults.append(f"{name!r} has the shape {list(tensor.dims)}, not {['batch', *dims]}")
     if faults:
         raise SpecError(
-            f"{path}: the graph is not what the spec describes",
+            f"{path}: the graph does not match the spec",
             note="; ".join(faults)[:400],
-            hint=f"the graph needs {_listed(spec)}, and gives " + " and ".join(map(repr, spec.outputs)),
+            hint=f"by the spec it takes {_listed(spec)}, and returns " + " and ".join(map(repr, spec.outputs)),
         )
 
 
 def _listed(spec: ModelSpec) -> str:
-    """The inputs, for people."""
+    """The inputs of a spec, as in "x float32 [batch, C, H, W] and t int32 [batch]"."""
     dims = {"t": "", "y": "", "cond": ", K, H, W"}
     *most, last = [f"{name} {input_type(name).__name__} [batch{dims.get(name, ', C, H, W')}]" for name in spec.inputs]
     return f"{', '.join(most)} and {last}"
 
 
-# --- as much of onnx.proto as is needed -------------------------------------------------------------------------------
+# --- the parts of onnx.proto that are needed --------------------------------------------------------------------------
 
 
 @dataclass
@@ -242,7 +247,7 @@ def _read_model(view: memoryview) -> GraphInfo:
                 elif part == 11:  # an attribute's default
                     _walk_attribute(as_message(node), found, 1)
     if graphs != 1:
-        raise MalformedError(f"{graphs} graphs in it")
+        raise MalformedError(f"{graphs} graphs in the file")
     inputs = {name: tensor for name, tensor in inputs.items() if name not in initializers}
     return GraphInfo(inputs, outputs, metadata, opset, tuple(found.external), dict(found.weights))
 
@@ -294,7 +299,7 @@ def _walk_tensor(view: memoryview, found: _Found) -> None:
 
 
 def _tensor_bytes(view: memoryview) -> tuple[int, int]:
-    """(element type, bytes that its dimensions ask for); sub-byte types count as a byte each."""
+    """(element type, bytes by its dimensions); types of less than a byte count as one."""
     element_type, elements = 0, 1
     for number, value in fields(view):
         if number == 1:  # dims, packed or one by one

@@ -1,10 +1,10 @@
-"""What a TensorRT plan says about itself, read from its bytes: no TensorRT, no GPU, nothing deserialised.
+"""The metadata of a TensorRT plan, read from its bytes: no TensorRT, no GPU, nothing deserialised.
 
-The format is not public. What is known of it: bytes 0–3 tell the flavour ("ftrt", "vtrt"), bytes 16–23 the length of the
-whole, bytes 24–27 the version, and the network's name stands in it as it was given. ``ddpmx build`` makes that name of
-two envelopes, the ModelSpec and an :class:`PlanRecord`. A sidecar ``model.plan.json`` repeats both, with what only
-the builder knew; it may be missing, but it may not contradict. Only where the schedule is an array of β it may not be
-missing either, since that lies there.
+The format is not public. Known are: bytes 0–3, the flavour ("ftrt", "vtrt"); bytes 16–23, the length of the file; bytes
+24–27, the version; and that the file contains the network's name verbatim. ``ddpmx build`` makes that name of two
+envelopes, the ModelSpec and a :class:`PlanRecord`. A sidecar ``model.plan.json`` repeats both and adds what only the
+builder knew; it may be missing, but must not contradict the plan. If the schedule is an array of β, the sidecar holds the
+array and is required.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ _ELF_MACHINE_AT = 18
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """How a plan was built.
+    """How a plan was built; the JSON key "engine" of a sidecar.
 
     Attributes:
         flavour: ``TensorRT`` or ``TensorRT-RTX``.
         version: of the library that built it.
-        targets: compute capabilities that it was built for; "8.0+" means 8.0 and what came after it.
+        targets: compute capabilities that it was built for; "8.0+" means 8.0 and later.
         platform: operating system and machine, "linux x86_64".
-        batch: the profile: smallest, best and largest batch.
-        onnx: sha256 over the ONNX file and the weights beside it.
+        batch: the optimization profile: smallest, optimal and largest batch.
+        onnx: sha256 of the ONNX file and the weights beside it.
         source: the ONNX file's name, without its folder.
         options: every other setting of the builder.
-        key: sha256 over all of the above but ``source``: two plans with one key do the same.
+        key: sha256 of all of the above but ``source``: plans with the same key are equivalent.
     """
 
     flavour: str
@@ -79,7 +79,7 @@ class PlanRecord:
         """
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, dict) or sorted(values) != sorted(names):
-            raise SpecError("the engine's record has not the fields that this ddpmx knows", note=ascii(values)[:200])
+            raise SpecError("the plan's record has missing or unknown fields", note=ascii(values)[:200])
         options, batch, targets = values["options"], values["batch"], values["targets"]
         good = (
             values["flavour"] in FLAVOURS
@@ -101,21 +101,21 @@ class PlanRecord:
             and all(value is None or type(value) in (bool, int) for value in options.values())
         )
         if not good:
-            raise SpecError("the engine's record is damaged", note=ascii(values)[:200])
+            raise SpecError("the plan's record is damaged", note=ascii(values)[:200])
         return cls(**values | {"batch": tuple(batch), "targets": tuple(targets)})
 
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """What a plan says about itself.
+    """The metadata of a plan.
 
     Attributes:
-        flavour: ``TensorRT`` or ``TensorRT-RTX``, from its first bytes.
-        version: of the library, from its header.
+        flavour: ``TensorRT`` or ``TensorRT-RTX``, from the first bytes.
+        version: of the library, from the header.
         size: bytes.
         spec: the model.
-        engine: how it was built.
-        sidecar: what ``model.plan.json`` adds, if it is there.
+        engine: how the plan was built.
+        sidecar: the content of ``model.plan.json``, or None without one.
     """
 
     flavour: str
@@ -127,16 +127,16 @@ class PlanInfo:
 
 
 def sidecar_path(path: str | os.PathLike[str]) -> Path:
-    """Where a plan's sidecar lies."""
+    """The path of a plan's sidecar: ``model.plan.json`` for ``model.plan``."""
     path = Path(path)
     return path.with_name(path.name + ".json")
 
 
 def plan_flavour(path: str | os.PathLike[str]) -> tuple[str, str]:
-    """What a plan was built with: ("TensorRT" or "TensorRT-RTX", its version).
+    """What a plan was built with: ("TensorRT" or "TensorRT-RTX", version).
 
     Raises:
-        FileFormatError: not a plan, or cut off.
+        FileFormatError: not a plan, or truncated.
     """
     path = Path(path)
     try:
@@ -146,28 +146,28 @@ def plan_flavour(path: str | os.PathLike[str]) -> tuple[str, str]:
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     if len(head) < _HEADER or head[:4] not in MAGIC:
-        raise FileFormatError(f"{path}: not a whole TensorRT plan", note=f"{len(head)} bytes of header")
-    told = int.from_bytes(head[_SIZE_AT:_VERSION_AT], "little")
-    # Seen in TensorRT-RTX. TensorRT's field at this place is not documented: it is believed where it can be a length
-    if size < told < 1 << 40 or (head[:4] == b"vtrt" and told != size):
+        raise FileFormatError(f"{path}: not a valid TensorRT plan", note=f"{len(head)} bytes of header")
+    declared = int.from_bytes(head[_SIZE_AT:_VERSION_AT], "little")
+    # Observed in TensorRT-RTX. TensorRT does not document its field at this place: it is checked only if it can be a length
+    if size < declared < 1 << 40 or (head[:4] == b"vtrt" and declared != size):
         raise FileFormatError(
-            f"{path}: not a whole TensorRT plan",
-            note=f"{size} bytes, and its header says {told}",
+            f"{path}: not a valid TensorRT plan",
+            note=f"{size} bytes, and its header declares {declared}",
             hint="build or copy it again",
         )
     return MAGIC[head[:4]], ".".join(map(str, head[_VERSION_AT:_HEADER]))
 
 
 def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) -> PlanInfo:
-    """All that a plan says about itself, its parts checked against each other.
+    """All metadata of a plan, its parts checked against each other.
 
     Args:
         path: the plan.
-        trust_host_code: accept a plan that holds code for the CPU. Such a file is a program: loading it runs it.
+        trust_host_code: accept a plan that contains code for the CPU. Such a file is a program: loading runs it.
 
     Raises:
-        FileFormatError: cut off, of host code, or its parts contradict each other.
-        SpecError: it does not say which model it is, or the sidecar says something else.
+        FileFormatError: truncated, with host code, or its parts contradict each other.
+        SpecError: the plan has no spec or a damaged one, or the sidecar contradicts it.
     """
     path = Path(path)
     flavour, version = plan_flavour(path)
@@ -176,9 +176,9 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
         texts = _texts(path, data, f"{flavour} {version}")
         if not trust_host_code and (machine := _host_code(data)):
             raise FileFormatError(
-                f"{path}: the plan holds code for the CPU, which loading it would run",
-                note=f"a library for {machine}; version-compatible plans carry one",
-                hint="build a plan of your own from the ONNX file, or trust its maker with --trust-host-code",
+                f"{path}: the plan contains code for the CPU, which loading it would run",
+                note=f"a library for {machine}; version-compatible plans contain one",
+                hint="build your own plan from the ONNX file, or accept this one with --trust-host-code",
             )
     try:
         engine = PlanRecord.from_json(unwrap(RECORD_PREFIX, texts[1]))
@@ -204,7 +204,7 @@ def read_plan(path: str | os.PathLike[str], *, trust_host_code: bool = False) ->
 
 
 def sidecar_json(size: int, spec: ModelSpec, engine: PlanRecord, build: Mapping[str, Any]) -> dict[str, Any]:
-    """What a plan's sidecar says, as plain JSON values.
+    """The content of a plan's sidecar, as plain JSON values.
 
     Args:
         size: bytes of the plan.
@@ -217,7 +217,7 @@ def sidecar_json(size: int, spec: ModelSpec, engine: PlanRecord, build: Mapping[
 
 
 def rebuild_command(path: str | os.PathLike[str], engine: PlanRecord) -> str:
-    """The command that builds this plan anew, here, and for what is here."""
+    """The command that rebuilds this plan on this machine, for its GPU and library."""
     options = dict(engine.options)
     if options.get("workspace"):
         options["workspace"] = int(options["workspace"] or 0) >> 20
@@ -231,7 +231,7 @@ def rebuild_command(path: str | os.PathLike[str], engine: PlanRecord) -> str:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a file's name can be shown, and put into a command, as it stands."""
+    """Whether a file's name is safe to show and to put into a command: printable, without slashes, no leading hyphen."""
     return name.isprintable() and name != "" and not name.startswith("-") and not set(name) & set("/\\")
 
 
@@ -243,24 +243,24 @@ def _texts(path: Path, data: mmap.mmap, built: str) -> tuple[str, str]:
             found.add((text, record))
             break
         if len(found) > 1:
-            raise FileFormatError(f"{path}: two descriptions stand in the plan, and they differ")
+            raise FileFormatError(f"{path}: two descriptions in the plan contradict each other")
     if not found:
         if data.find(f"{PREFIX} ".encode()) >= 0:
             raise SpecError(
-                f"{path}: what the plan of {built} says about itself is damaged",
+                f"{path}: the description in this plan of {built} is damaged",
                 hint="build or copy it again",
             )
         raise SpecError(
             f"{path}: the plan does not say which diffusion model it is",
-            note=f"a plan of {built}; `ddpmx build` writes that into the network's name, and this one was built by "
-            "something else, or lost it",
+            note=f"a plan of {built}; `ddpmx build` writes a description into the network's name: another program built "
+            "this plan, or the name was lost",
             hint="ddpmx build model.onnx -o model.plan",
         )
     return found.pop()
 
 
 def _sidecar(path: Path, file: Path, engine: PlanRecord) -> Mapping[str, Any] | None:
-    """What the sidecar says, if it is there."""
+    """The content of the sidecar; None without one, {} if it is not an object."""
     if not os.path.lexists(file):
         return None
     again = f"remove it, or build again: {rebuild_command(path, engine)}"
@@ -279,15 +279,15 @@ def _sidecar(path: Path, file: Path, engine: PlanRecord) -> Mapping[str, Any] | 
 
 
 def _check_sidecar(
-    path: Path, file: Path, told: Mapping[str, Any] | None, size: int, spec: ModelSpec, engine: PlanRecord
+    path: Path, file: Path, sidecar: Mapping[str, Any] | None, size: int, spec: ModelSpec, engine: PlanRecord
 ) -> None:
-    """See that it does not contradict its plan."""
+    """Refuse a sidecar that contradicts its plan."""
     for name, mine in (("spec", spec.to_json()), ("engine", engine.to_json()), ("bytes", size)):
-        if told is not None and told.get(name) != mine:
+        if sidecar is not None and sidecar.get(name) != mine:
             raise SpecError(
                 f"{file}: the sidecar contradicts its plan",
-                note=_difference(name, told.get(name), mine, path.name),
-                # a plan whose β lie in its sidecar is nothing without
+                note=_difference(name, sidecar.get(name), mine, path.name),
+                # a plan whose β are in its sidecar is useless without it
                 hint=("" if spec.schedule == "betas" else "remove it, or build again: ")
                 + rebuild_command(path, engine),
             )
@@ -302,7 +302,7 @@ def _difference(name: str, theirs: object, mine: object, plan: str) -> str:
 
 
 def _host_code(data: mmap.mmap) -> str | None:
-    """The processor of the first library in ``data`` that is for a CPU; GPU code comes in the same containers."""
+    """The processor of the first library in ``data`` that is for a CPU; GPU code is in the same containers."""
     for match in re.finditer(rb"\x7fELF[\x01\x02]\x01\x01|PE\x00\x00(?:\x64\x86|\x64\xaa|\x4c\x01)", data):
         if match[0].startswith(b"PE"):
             return "Windows"
@@ -314,5 +314,5 @@ def _host_code(data: mmap.mmap) -> str | None:
 
 
 def release(version: str) -> list[str]:
-    """Major, minor and patch. The build number is the library's own business."""
+    """Major, minor and patch of a version. Build numbers are not compared."""
     return version.split(".")[:3]

@@ -1,4 +1,4 @@
-"""Protobuf's wire format, read field by field: nothing is copied, and every length is checked before it is believed."""
+"""Protobuf's wire format, read field by field: nothing is copied, and every length is checked before it is used."""
 
 from __future__ import annotations
 
@@ -6,49 +6,49 @@ from collections.abc import Iterator
 
 
 class MalformedError(Exception):
-    """The bytes are no such message."""
+    """Not a protobuf message."""
 
 
 def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Each field of a message: (its number, an int for varints and the bytes for everything else).
+    """Each field of a message: (number, an int for varints and the bytes for everything else).
 
     Raises:
-        MalformedError: it is cut off, or no protobuf message.
+        MalformedError: truncated, or not a protobuf message.
     """
     position, end = 0, len(view)
     while position < end:
         key, position = varint(view, position)
-        number, wire = key >> 3, key & 7
+        number, wire_type = key >> 3, key & 7
         if number == 0:
             raise MalformedError("a field numbered 0")
-        if number >= 1 << 29:  # others take a key modulo 2³², and would see another field than this one
+        if number >= 1 << 29:  # other readers take a key modulo 2³², and would see a different field
             raise MalformedError("a field numbered beyond 2^29 - 1")
-        if wire == 0:
+        if wire_type == 0:
             value, position = varint(view, position)
             yield number, value
             continue
-        if wire == 2:
+        if wire_type == 2:
             length, position = varint(view, position)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
+        elif wire_type in (1, 5):
+            length = 8 if wire_type == 1 else 4
         else:
-            raise MalformedError(f"a field of wire type {wire}")
+            raise MalformedError(f"a field of wire type {wire_type}")
         if position + length > end:
-            raise MalformedError(f"it ends {position + length - end} bytes too early")
+            raise MalformedError(f"{position + length - end} bytes are missing at the end")
         yield number, view[position : position + length]
         position += length
 
 
 def varint(view: memoryview, position: int) -> tuple[int, int]:
-    """A number at ``position``, and where it ends.
+    """The number at ``position``, and the position after it.
 
     Raises:
-        MalformedError: it does not end.
+        MalformedError: truncated, or longer than ten bytes.
     """
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(view):
-            raise MalformedError("it ends inside a number")
+            raise MalformedError("the end is inside a number")
         byte = view[position]
         position += 1
         value |= (byte & 0x7F) << shift
@@ -61,7 +61,7 @@ def packed(view: memoryview) -> Iterator[int]:
     """The numbers of a packed repeated field.
 
     Raises:
-        MalformedError: it is cut off.
+        MalformedError: truncated.
     """
     position = 0
     while position < len(view):
@@ -72,17 +72,17 @@ def packed(view: memoryview) -> Iterator[int]:
 def as_message(value: int | memoryview) -> memoryview:
     """The bytes of a field that should hold a message."""
     if isinstance(value, int):
-        raise MalformedError("a number where a message belongs")
+        raise MalformedError("a number in place of a message")
     return value
 
 
 def as_text(value: int | memoryview) -> str:
-    """The text of a field; what is not UTF-8 is kept as surrogates."""
+    """The text of a field; bytes that are not UTF-8 become surrogates."""
     return bytes(as_message(value)).decode("utf-8", errors="surrogateescape")
 
 
 def as_number(value: int | memoryview) -> int:
     """The value of a field that should hold a number."""
     if not isinstance(value, int):
-        raise MalformedError("a message where a number belongs")
+        raise MalformedError("a message in place of a number")
     return value

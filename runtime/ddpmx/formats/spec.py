@@ -1,4 +1,4 @@
-"""ModelSpec: all that a model file says about itself, as one short text that survives in every kind of file."""
+"""ModelSpec: the description of a model, as one short text that survives in every kind of model file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ddpmx.formats.envelope import unwrap, wrap
 PREFIX = "ddpmx1"
 
 MAX_TEXT = 4095
-"""Bytes. A TensorRT plan carries its network's name, which holds this much and no more."""
+"""Bytes: the longest name of a network in a TensorRT plan."""
 
 MAX_ELEMENTS = 2**28
 """C·H·W: 1 GiB of float32 for one image. A larger shape is a damaged file."""
@@ -31,45 +31,45 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 MAX_CLASSES = 1 << 20
 MAX_CONDITION = 1 << 12
-"""Channels. More of either than anybody has by a factor of 50; a larger number is a damaged file."""
+"""Channels. Both limits are 50 times what is in use; a larger number is a damaged file."""
 
 BETAS = "betas"
-"""The schedule that is an array of β, and no formula."""
+"""The schedule that is an array of β, not a formula."""
 
 ConditioningShapes = Mapping[str, tuple[int, ...]]
-"""The inputs that a network has beside x and t, each with its dimensions for one image."""
+"""The inputs of a network besides x and t, each with its dimensions for one image."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNLESS_SET: dict[str, object] = {"classes": None, "self_condition": False, "condition": None, "betas": None}
-"""What a file says nothing of where it is so: what was written before there were these fields stays as it is."""
+"""Fields that are not written at these values, so that the text of models from before these fields stays the same."""
 
 
 def input_type(name: str) -> type[np.int32] | type[np.float32]:
-    """What an input holds: t and y whole numbers, all others float32."""
+    """The element type of an input: int32 for t and y, float32 for all others."""
     return np.int32 if name in ("t", "y") else np.float32
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a network is, apart from its weights.
+    """The description of a network: everything but its weights.
 
     Attributes:
         shape: (C, H, W) of one image.
-        timesteps: T. The network is asked at t = 0…T−1.
+        timesteps: T. The network is evaluated at t = 0…T−1.
         schedule: name of the variance schedule, see :data:`ddpmx.diffusion.schedule.SCHEDULES`, or ``betas``.
         schedule_params: its parameters, defaults filled in.
-        prediction: what the network answers: ``eps``, ``x0`` or ``v``.
+        prediction: the network's output: ``eps``, ``x0`` or ``v``.
         variance: σ² of the ancestral chain, ``fixed_small`` (β̃), ``fixed_large`` (β), or ``learned_range``: between the
-            two, as the network's second answer ``var`` says.
+            two, by the network's second output ``var``.
         clip: the largest |x̂_0| that the chain keeps, or None for no clipping.
-        precision: of the numbers inside the graph; its inputs and outputs are float32 and int32 whatever this says.
-        weights: sha256 of the weights that it was exported from, or None.
+        precision: of the numbers inside the graph; its inputs and outputs are float32 and int32 in every precision.
+        weights: sha256 of the weights that were exported, or None.
         ddpmx: the version that wrote this.
-        classes: of how many classes the network draws images; it is told one of 0…classes−1 as ``y``. None for no ``y``.
-        self_condition: whether it is told as ``x0_prev`` what x̂_0 was in the step before, or 0 in the first.
-        condition: how many channels ``cond`` has, an image of the same size that it is told. None for no ``cond``.
-        betas: with the schedule ``betas``, β_t, float64 [T], read-only. It is too long for the text, which holds its
-            checksum alone; where the array lies is the file's business.
+        classes: number of classes of a class-conditional network, which takes a label 0…classes−1 as ``y``; None without.
+        self_condition: whether it takes x̂_0 of the step before as ``x0_prev``, which is 0 in the first step.
+        condition: number of channels of the condition image ``cond``, of the same size as the images; None without.
+        betas: with the schedule ``betas``, β_t, float64 [T], read-only. It is too long for the text, which holds only its
+            checksum; each kind of file stores the array elsewhere.
 
     Images are in [−1, 1], t is the whole number 0…T−1.
     """
@@ -88,15 +88,15 @@ class ModelSpec:
     self_condition: bool = False
     condition: int | None = None
     betas: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
-    _betas: str = field(init=False, repr=False)  # the checksum of the array, which is compared in its place
+    _betas: str = field(init=False, repr=False)  # the checksum of the array, compared in place of it
     _schedule: Schedule = field(init=False, repr=False, compare=False)
     _coefficients: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Check every field, and that they fit together.
+        """Check every field, and that they are consistent.
 
         Raises:
-            SpecError: they do not.
+            SpecError: they are not.
         """
         shape = self.shape
         if not (isinstance(shape, (tuple, list)) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
@@ -109,7 +109,7 @@ class ModelSpec:
             ("precision", self.precision, PRECISIONS),
         ):
             if value not in choices:
-                raise SpecError(f"{name} is {value!r}", hint=f"one of: {', '.join(choices)}")
+                raise SpecError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         clip = self.clip
         if clip is not None and not (is_number(clip) and clip > 0):
             raise SpecError(f"clip must be a number above 0, or null for none, not {clip!r}")
@@ -118,7 +118,7 @@ class ModelSpec:
         if not isinstance(self.ddpmx, str) or not isinstance(self.schedule, str):
             raise SpecError("ddpmx and schedule must be text")
         if not self.ddpmx.isprintable():
-            raise SpecError("ddpmx must be a version, and this cannot be printed")
+            raise SpecError("ddpmx must be a printable version")
         if not isinstance(self.schedule_params, Mapping):
             raise SpecError("schedule_params must be an object")
         if type(self.self_condition) is not bool:
@@ -152,11 +152,11 @@ class ModelSpec:
         set_once(self, "_coefficients", f"{zlib.crc32(coefficients.tobytes()):08x}")
 
     def _free_betas(self) -> NDArray[np.float64]:
-        """The array of the schedule ``betas``, seen to be one."""
+        """The checked array of the schedule ``betas``."""
         if self.schedule != BETAS:
             raise InputError(f"betas belong to the schedule {BETAS!r}, and this is {self.schedule!r}")
         if self.betas is None:
-            raise InputError(f"the schedule {BETAS!r} is an array of β, and there is none")
+            raise InputError(f"the schedule {BETAS!r} needs an array of β")
         if self.schedule_params:
             raise InputError(f"the schedule {BETAS!r} has no parameters", note=str(dict(self.schedule_params))[:200])
         betas = free_betas.as_betas(self.betas)
@@ -170,7 +170,7 @@ class ModelSpec:
 
     @property
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The network's inputs beside x and t, each with its dimensions for one image: ``y``, ``x0_prev``, ``cond``."""
+        """The network's inputs besides x and t, each with its dimensions for one image: ``y``, ``x0_prev``, ``cond``."""
         found: dict[str, tuple[int, ...]] = {}
         if self.classes is not None:
             found["y"] = ()
@@ -182,19 +182,19 @@ class ModelSpec:
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
-        """All inputs, each with its dimensions for one image. See :func:`input_type` for what they hold."""
+        """All inputs, each with its dimensions for one image. See :func:`input_type` for their element types."""
         return {"x": self.shape, "t": (), **self.conditioning_shapes}
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The network's answers, each float32 [batch, C, H, W]: what it predicts, and ``var`` if it learns that."""
+        """The network's outputs, each float32 [batch, C, H, W]: its prediction, and ``var`` with a learned variance."""
         return (self.prediction, "var") if self.variance == "learned_range" else (self.prediction,)
 
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed.
 
         Raises:
-            SpecError: the result does not fit together.
+            SpecError: the result is not consistent.
         """
         return dataclasses.replace(self, **changes)
 
@@ -202,11 +202,11 @@ class ModelSpec:
         """Plain JSON values, with a checksum of the float32 coefficients of the whole chain.
 
         Args:
-            whole: with the array of the schedule ``betas``, and not its checksum alone.
+            whole: with the array of the schedule ``betas``, not only its checksum.
         """
         values: dict[str, Any] = {name: getattr(self, name) for name in _field_names()}
-        for name, usual in _UNLESS_SET.items():
-            if values[name] is usual:
+        for name, default in _UNLESS_SET.items():
+            if values[name] is default:
                 del values[name]
         if self.betas is not None:
             values["betas"] = self.betas.tolist() if whole else self._betas
@@ -226,56 +226,56 @@ class ModelSpec:
 
         Args:
             values: the object.
-            betas: the array of the schedule ``betas``, where the object holds its checksum alone.
-            where: in what place that array should lie, for people.
+            betas: the array of the schedule ``betas``, if the object holds only its checksum.
+            where: the place where that array should be, for the message.
 
         Raises:
-            SpecError: not such an object, an unknown or a missing field, values out of range, or another checksum; or
-                it needs an array of β, and there is none, or it is another one.
+            SpecError: not such an object, an unknown or missing field, values out of range, another checksum, or the
+                array of β is missing or does not match.
         """
         if not isinstance(values, dict):
-            raise SpecError("a spec is a JSON object", note=f"this is {type(values).__name__}")
+            raise SpecError("a spec must be a JSON object", note=f"this is {type(values).__name__}")
         values = dict(values)
         checksum = values.pop("coefficients", None)
         if unknown := sorted(set(map(str, values)) - set(_field_names())):
             raise SpecError(
                 f"the spec has fields that this ddpmx does not know: {', '.join(unknown)[:200]}",
-                note=f"it was written by ddpmx {values.get('ddpmx') or 'of no stated version'}"[:200],
+                note=f"it was written by ddpmx {values.get('ddpmx') or 'of an unstated version'}"[:200],
                 hint="a newer ddpmx may read it" if values.get("ddpmx") else f"it knows: {', '.join(_field_names())}",
             )
         if "shape" not in values:
-            raise SpecError("the spec does not say the shape of an image", hint='"shape": [C, H, W]')
-        said = values.get("betas")
-        if values.get("schedule") == BETAS and (said is None or isinstance(said, str)):
+            raise SpecError("the spec has no shape of an image", hint='"shape": [C, H, W]')
+        declared = values.get("betas")
+        if values.get("schedule") == BETAS and (declared is None or isinstance(declared, str)):
             if betas is None:
                 raise SpecError(
-                    "the schedule is an array of β, and the array is missing", hint=f"it should lie in {where}"
+                    "the schedule is an array of β, and the array is missing", hint=f"it should be in {where}"
                 )
             values["betas"] = betas
         spec = cls(**values)
-        if isinstance(said, str) and said != spec._betas:
+        if isinstance(declared, str) and declared != spec._betas:
             raise SpecError(
-                f"the array of β in {where} is another than the spec's",
-                note=f"checksum {ascii(said)[:40]} in the spec, {spec._betas!r} there",
-                hint="the file is damaged, or was put together from two",
+                f"the array of β in {where} does not match the spec",
+                note=f"checksum {ascii(declared)[:40]} in the spec, {spec._betas!r} there",
+                hint="the file is damaged, or was assembled from two",
             )
         if checksum is not None and checksum != spec.to_json()["coefficients"]:
             raise SpecError(
-                f"the schedule {spec.schedule!r} gives other coefficients here than where the file was written",
+                f"the schedule {spec.schedule!r} gives other coefficients here than in the file",
                 note=f"checksum {checksum!r} in the file, {spec.to_json()['coefficients']!r} here",
-                hint='the file is damaged, or was edited by hand: then leave "coefficients" out',
+                hint='the file is damaged, or was edited by hand: then remove "coefficients"',
             )
         return spec
 
     def to_text(self) -> str:
-        """One line of text: a prefix, its length, its CRC and compact JSON.
+        """The spec as an envelope, one line of ASCII.
 
         Raises:
-            SpecError: it would be longer than :data:`MAX_TEXT` bytes.
+            SpecError: longer than :data:`MAX_TEXT` bytes.
         """
         text = wrap(PREFIX, self.to_json())
         if len(text) > MAX_TEXT:
-            raise SpecError(f"the spec takes {len(text)} bytes, and a model file holds {MAX_TEXT}")
+            raise SpecError(f"the spec takes {len(text)} bytes, and the most is {MAX_TEXT}")
         return text
 
     @classmethod
@@ -283,7 +283,7 @@ class ModelSpec:
         """The spec that :meth:`to_text` made.
 
         Raises:
-            SpecError: a foreign, shortened or changed text, or what :meth:`from_json` refuses.
+            SpecError: not such a text, truncated or changed, or refused by :meth:`from_json`.
         """
         return cls.from_json(unwrap(PREFIX, text), betas=betas, where=where)
 

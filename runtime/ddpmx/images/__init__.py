@@ -1,1 +1,1 @@
-"""Files that people look at: pictures, grids, animations, a folder of generated images."""
+"""Image files: pictures, grids, animations, and the folder of generated images."""

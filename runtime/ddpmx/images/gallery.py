@@ -1,4 +1,4 @@
-"""A folder of generated images: 00000.png, 00001.png, …, a grid, an animation. All of it appears, or nothing."""
+"""Writes a folder of generated images: 00000.png, 00001.png, …, a grid, an animation. All of it, or nothing."""
 
 from __future__ import annotations
 
@@ -18,29 +18,33 @@ from ddpmx.images import writers
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.pixels import to_nhwc
 
-FRAMES, SHOWN = 48, 64
+FRAMES = 48
+"""Most frames of an animation."""
+
+SHOWN = 64
+"""Most images in an animation."""
 
 
 def check_drawable(spec: ModelSpec) -> None:
-    """See that the model's images can be PNGs, before an hour is spent on making them.
+    """Check that the model's images can be saved as PNGs, before time is spent on generating them.
 
     Raises:
-        InputError: they have neither 1, 3 nor 4 channels.
+        InputError: they do not have 1, 3 or 4 channels.
     """
     if spec.shape[0] not in (1, 3, 4):
         raise InputError(
-            f"the model's images have {spec.shape[0]} channels, and a picture has 1, 3 or 4",
+            f"the model's images have {spec.shape[0]} channels, and a PNG has 1, 3 or 4",
             hint="ddpmx.load(path).generate(n) returns them as an array",
         )
 
 
 class Animation:
-    """Collects x̂_0 of the first images at some of the chain's steps. Pass it to ``generate`` as ``preview``.
+    """Collects x̂_0 of the first images at up to :data:`FRAMES` steps of the chain. Pass it to ``generate`` as ``preview``.
 
     Args:
         spec: the model.
-        table: the chain, as ``Pipeline.table`` gives it.
-        n: how many images are drawn; the first :data:`SHOWN` of them are shown.
+        table: the chain's table, from ``Pipeline.table``.
+        n: how many images are generated; the first :data:`SHOWN` of them are shown.
     """
 
     def __init__(self, spec: ModelSpec, table: Table, n: int) -> None:
@@ -50,14 +54,14 @@ class Animation:
         self._frames = np.zeros((len(picked), min(n, SHOWN), height, width, channels), np.uint8)
 
     def __call__(self, start: int, step: Preview) -> None:
-        """Keep the step if it is one of those to show."""
+        """Keep the step if it is one of the frames."""
         slot, room = self._slots.get(step.t), self._frames.shape[1] - start
         if slot is not None and room > 0:
             shown = to_nhwc(step.x0[:room])
             self._frames[slot, start : start + len(shown)] = shown
 
     def sheets(self) -> list[NDArray[np.uint8]]:
-        """A grid for every frame."""
+        """One grid per frame, uint8 [H', W', C] each."""
         return [writers.grid(frame) for frame in self._frames]
 
 
@@ -69,28 +73,28 @@ def save_gallery(
     grid: bool = False,
     animation: Animation | None = None,
 ) -> list[Path]:
-    """Write images and what else is asked for. Files of the same names are replaced.
+    """Write images and, on request, a grid and an animation. Files of the same names are replaced.
 
     Args:
-        folder: made if it does not exist.
+        folder: created if it does not exist.
         drawn: uint8 [n, H, W, C].
-        first: the index, and so the name, of the first image.
-        grid: also ``grid.png``, all images on one sheet.
-        animation: also ``x0.gif``.
+        first: index of the first image, which is its file name.
+        grid: also write ``grid.png``, all images on one sheet.
+        animation: also write ``x0.gif``.
 
     Returns:
-        What was written: the images in order, then the rest.
+        The files written: the images in order, then the rest.
 
     Raises:
-        OutputError: something could not be written; then nothing was.
-        InputError: images that no picture can hold.
+        OutputError: a file could not be written; then none was.
+        InputError: the images do not have 1, 3 or 4 channels.
     """
     folder = make_folder(folder)
-    wanted = [writers.image_path(folder, index).name for index in range(first, first + len(drawn))]
-    wanted += ["grid.png"] * grid + ["x0.gif"] * (animation is not None)
-    for target in (folder / name for name in wanted):
+    targets = [writers.image_path(folder, index).name for index in range(first, first + len(drawn))]
+    targets += ["grid.png"] * grid + ["x0.gif"] * (animation is not None)
+    for target in (folder / name for name in targets):
         if target.is_dir():
-            raise OutputError(f"{target}: a folder stands in the way", hint="choose another folder to write to")
+            raise OutputError(f"{target}: is a folder, and a file is to be written there", hint="choose another folder")
     try:
         staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     except OSError as error:
@@ -111,7 +115,7 @@ def save_gallery(
         for name in names:
             os.replace(name, folder / name.name)
         return [folder / name.name for name in names]
-    except OutputError as error:  # it names the place where the files were gathered
+    except OutputError as error:  # it names the temporary folder
         raise OutputError(f"{folder}: cannot be written", note=error.note, hint=error.hint) from error
     except OSError as error:
         raise write_error(folder, error) from error

@@ -1,4 +1,4 @@
-"""Pixels as files that people look at: PNG, grids, animations."""
+"""Writes pixels as PNGs and animations, and lays images out as a grid."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def grid(images: UInt8, *, columns: int | None = None, gap: int = 1) -> UInt8:
-    """Lay images side by side, row after row, on a white ground.
+    """Lay images out in rows on a white background.
 
     Args:
         images: uint8 [n, H, W, C], n ≥ 1.
-        columns: how many in a row; about √n by default.
-        gap: white pixels between and around them.
+        columns: images per row; about √n by default.
+        gap: white pixels between and around the images.
 
     Returns:
         uint8 [H', W', C].
@@ -40,11 +40,11 @@ def grid(images: UInt8, *, columns: int | None = None, gap: int = 1) -> UInt8:
 
 
 def save_png(path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1) -> None:
-    """Write one uint8 [H, W, C] image, C = 1 (grey), 3 (RGB) or 4 (RGBA), each pixel ``zoom`` pixels wide.
+    """Write one uint8 [H, W, C] image, C = 1 (grey), 3 (RGB) or 4 (RGBA), enlarged ``zoom`` times.
 
     Raises:
-        InputError: C is none of those.
-        OutputError: it could not be written.
+        InputError: C is not 1, 3 or 4.
+        OutputError: the file could not be written.
     """
     picture = _pil(image, zoom)
     with atomic_write(path) as stream:
@@ -52,11 +52,11 @@ def save_png(path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1) -> No
 
 
 def save_gif(path: str | os.PathLike[str], frames: Sequence[UInt8], *, zoom: int = 1, milliseconds: int = 60) -> None:
-    """Write uint8 [H, W, C] frames as an animation that repeats, resting for a second on the last one.
+    """Write uint8 [H, W, C] frames as a GIF that repeats, with the last frame shown for a second.
 
     Raises:
         InputError: there is no frame, or C is not 1, 3 or 4.
-        OutputError: it could not be written.
+        OutputError: the file could not be written.
     """
     if not frames:
         raise InputError("an animation needs at least one frame")
@@ -73,7 +73,7 @@ def save_gif(path: str | os.PathLike[str], frames: Sequence[UInt8], *, zoom: int
 
 
 def zoom_for(side: int, *, at_least: int = 512) -> int:
-    """A whole factor that makes a picture of ``side`` pixels about ``at_least`` pixels wide on a screen."""
+    """The whole factor that enlarges ``side`` pixels to about ``at_least``; at least 1."""
     return max(1, round(at_least / side))
 
 
@@ -83,8 +83,8 @@ def _pil(image: UInt8, zoom: int) -> Image:
     channels = image.shape[-1]
     if channels not in (1, 3, 4):
         raise InputError(
-            f"images of {channels} channels cannot be shown as a picture",
-            note="grey, RGB and RGBA can",
+            f"images of {channels} channels cannot be saved as a picture",
+            note="grey, RGB and RGBA images can",
             hint="Pipeline.generate returns the array",
         )
     if zoom > 1:
@@ -93,5 +93,5 @@ def _pil(image: UInt8, zoom: int) -> Image:
 
 
 def image_path(folder: Path, index: int) -> Path:
-    """Where image ``index`` belongs: five digits, more when it needs them."""
+    """The path of image ``index``: five digits, or more if needed."""
     return folder / f"{index:05d}.png"

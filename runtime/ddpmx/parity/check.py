@@ -1,4 +1,4 @@
-"""One figure of the ladder, and what it may be."""
+"""One figure of the parity ladder and its bound."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ddpmx.formats.spec import Precision
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a file of one precision has to keep.
+    """The bounds for files of one precision.
 
     Attributes:
-        eps: RMS of the answer's error at the worst t.
-        eps_pixel: the largest error of a single number.
-        step: RMS of x_{t−1}'s error at the worst t.
-        pixels: share of a free chain's uint8 values within one level of PyTorch's.
+        eps: RMS error of the output at the worst t, in units of the RMS of PyTorch's output.
+        eps_pixel: largest error of a single element of the output, in the same unit.
+        step: RMS error of x_{t−1} at the worst t.
+        pixels: share of a free chain's uint8 values that are within one level of PyTorch's.
         bits: change of the variational bound, in bits per dimension.
     """
 
@@ -35,19 +35,19 @@ BOUNDS: dict[Precision, Bounds] = {
 BOUNDS_ON_GPU: dict[Precision, Bounds] = BOUNDS | {
     "fp32": Bounds(eps=1e-4, eps_pixel=1e-3, step=2e-6, pixels=0.99, bits=1e-4),
 }
-"""TensorRT's float32 convolutions may be Winograd's, which round more often; TF32 is off in what ``ddpmx build`` makes."""
+"""TensorRT may use Winograd convolutions for float32, which round more often. ``ddpmx build`` turns TF32 off."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One figure.
+    """One measured figure and its bound.
 
     Attributes:
-        name: which.
-        value: measured; NaN if it was not.
-        bound: what it may be.
-        at_least: whether the bound is one from below.
-        worst: where it was worst, for people.
+        name: what was measured.
+        value: the measured value; NaN if it was not measured.
+        bound: the largest value allowed, or the smallest one if ``at_least``.
+        at_least: whether ``bound`` is a lower bound.
+        worst: where the value was worst, as text for the reader.
         skipped: why it was not measured, or None.
     """
 
@@ -60,12 +60,12 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it holds. What was not measured does not fail."""
+        """Whether the bound holds. A check that was skipped counts as passed."""
         holds = self.value >= self.bound if self.at_least else self.value <= self.bound
         return self.skipped is not None or bool(holds)
 
     def __str__(self) -> str:
-        """ "ε: 1.2e-06 ≤ 2e-05 (worst at t = 999)"."""
+        """One line: ``ε, RMS: 1.2e-06 ≤ 2e-05 (worst at t = 999)``."""
         if self.skipped is not None:
             return f"{self.name}: not judged, {self.skipped}"
         sign = ("≥" if self.at_least else "≤") if self.passed else ("<" if self.at_least else ">")

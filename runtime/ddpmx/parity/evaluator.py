@@ -1,4 +1,4 @@
-"""The network's answers for any number of rows."""
+"""Runs a network on any number of rows, in batches of one size."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.chain import Float32
 
 
-class Answers(NamedTuple):
-    """What a network answered.
+class Outputs(NamedTuple):
+    """A network's outputs.
 
     Attributes:
-        out: float32 [n, C, H, W].
-        var: float32 [n, C, H, W], its second answer, or None if it has none.
+        out: float32 [n, C, H, W], the first output.
+        var: float32 [n, C, H, W], the second output, or None if the network has none.
     """
 
     out: Float32
@@ -27,14 +27,14 @@ class Answers(NamedTuple):
 
 
 class Evaluator:
-    """Asks a network in batches of one size.
+    """Runs a network in batches of one size.
 
     Args:
         backend: the network.
-        spec: what it is.
-        batch: rows at once.
+        spec: its description.
+        batch: rows per network call.
         progress: called with (network calls done, network calls in all).
-        total: how many there will be.
+        total: how many network calls there will be in all.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class Evaluator:
         self,
         x: Float32,
         t: NDArray[np.integer],
-        told: Mapping[str, NDArray[Any]] = NO_CONDITIONING,
+        conditioning: Mapping[str, NDArray[Any]] = NO_CONDITIONING,
         *,
         batch: int | None = None,
-    ) -> Answers:
-        """Answers for n rows.
+    ) -> Outputs:
+        """Compute the outputs for n rows.
 
         Args:
             x: float32 [n, C, H, W].
             t: [n].
-            told: the network's other inputs, [n, …] each.
-            batch: rows at once, if not as many as usual.
+            conditioning: the network's conditioning inputs by name, [n, …] each.
+            batch: rows per network call; by default the evaluator's own.
 
         Raises:
-            NumericError: an answer is not finite.
+            NumericError: an output is not finite.
             BackendError: the network could not be run.
         """
         size, learned = batch or self.batch, self._spec.variance == "learned_range"
         buffers = Buffers.of(size, self._spec.shape, var=learned, conditioning_shapes=self._spec.conditioning_shapes)
         self._backend.bind(buffers)
         out, var = np.empty_like(x), np.empty_like(x) if learned else None
-        inputs = {"x": x, "t": t, **told}
+        inputs = {"x": x, "t": t, **conditioning}
         for start in range(0, len(x), size):
             rows = slice(start, min(start + size, len(x)))
             n = rows.stop - rows.start
@@ -79,18 +79,18 @@ class Evaluator:
             if var is not None and buffers.var is not None:
                 var[rows] = buffers.var[:n]
             self.tick()
-        for answer in (out, var):
-            if answer is not None and not np.isfinite(answer).all():
-                bad = int(t[int(np.argmin(np.isfinite(answer).reshape(len(answer), -1).all(axis=1)))])
+        for output in (out, var):
+            if output is not None and not np.isfinite(output).all():
+                bad = int(t[int(np.argmin(np.isfinite(output).reshape(len(output), -1).all(axis=1)))])
                 raise NumericError(
-                    f"the network's answer at t = {bad} is not finite",
+                    f"the network's output at t = {bad} is not finite",
                     note=self._backend.description,
                     hint="if the file is fp16, try fp32: an activation may exceed 65504",
                 )
-        return Answers(out, var)
+        return Outputs(out, var)
 
     def tick(self) -> None:
-        """One more run of the network is done."""
+        """Count one network call that is done."""
         self._done += 1
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)

@@ -1,15 +1,15 @@
-"""The ladder: from one answer of the network to whole chains, each check a figure with a bound.
+"""The parity ladder: ordered checks, from one output of the network to whole chains, each a figure with a bound.
 
-1. itself — identical rows give identical answers, and neighbours make no difference (needs no reference)
-2. ε — the answers over all of 0…T−1, at x_t = q(x_t | x_0)
+1. self-consistency — identical rows give identical outputs, and neighbours make no difference (needs no reference)
+2. ε — the outputs over all of 0…T−1, at x_t drawn from q(x_t | x_0)
 3. one step — x_{t−1} from the same x_t
-4. teacher-forced chain — every step starts where PyTorch's chain was
-5. free-running chain — same x_T and noise, nobody corrects: the pixels that come out
-6. distribution — what the errors change of the variational bound
-7. on a GPU, the chain that runs there — equal to NumPy's, by every executor
+4. distribution — how much the errors change the variational bound
+5. teacher-forced chain — every step starts at the state of PyTorch's chain
+6. free-running chain — the same x_T and noise, without correction: the pixels of the final images
+7. on a GPU, the chain that runs there — equal to NumPy's with every executor (needs no reference)
 
-Errors are given in units of the RMS of PyTorch's answers (1 for a network that predicts ε). Where the network learns its
-variance, its second answer v is judged like the first, in units of its own: −1…1 is from the smallest σ² to the largest.
+Errors are in units of the RMS of PyTorch's outputs (1 for a network that predicts ε). If the network learns its variance,
+the second output v is judged like the first, in its own unit: −1…1 spans the smallest σ² to the largest.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from ddpmx.sampling.pixels import from_uint8, to_nhwc
 from ddpmx.sampling.runner import fitting_batch
 
 SILENT = 1e-3
-"""RMS. A network below it answers nothing: its last layers are as they were initialised (Ho et al.: almost zero), so what
-lies before them could be wrong unseen. ε, x_0 and v all have an RMS of about 1."""
+"""An RMS of the outputs below this means an untrained network: its last layers still have their initial weights (almost
+zero in Ho et al.), so a fault in the layers before them would not show. ε, x_0 and v all have an RMS of about 1."""
 
-MOST = 16  # rows at once
+MOST = 16  # rows per network call
 
 
 @dataclass(frozen=True, eq=False)
 class ParityReport:
-    """What came of it.
+    """The result of :func:`run_ladder`.
 
     Attributes:
-        spec: the file's.
-        ran_on: what computed it.
-        reference: what it was held against, or None for the first check alone.
+        spec: of the file.
+        ran_on: description of the backend that ran the file.
+        reference: the record that the file was compared with, or None if only self-consistency was checked.
         checks: in the order in which they were made.
         curves: figures over t and over the chain, for plots; see :func:`run_ladder`.
-        finals: uint8 [m, H, W, C], the free chain's images, or None.
+        finals: uint8 [m, H, W, C], the images of the free chain, or None.
     """
 
     spec: ModelSpec
@@ -70,7 +70,7 @@ class ParityReport:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The result in one line."""
         if failed := [check for check in self.checks if not check.passed]:
             what = "this is not the PyTorch model" if self.reference is not None else "it does not agree with itself"
             return f"FAILED: {what}: {failed[0]}" + (f"; and {len(failed) - 1} more" if len(failed) > 1 else "")
@@ -87,15 +87,15 @@ class ParityReport:
 
 
 def check_same_model(spec: ModelSpec, reference: Reference) -> None:
-    """See that a record is one of this model.
+    """Check that a record was made from this model.
 
     Raises:
-        SpecError: it is another one's.
+        SpecError: it was made from another one.
     """
     mine, theirs = spec.to_json(), reference.spec.to_json()
     ignored = {"precision", "ddpmx"}
     if spec.weights is None:
-        ignored.add("weights")  # a file of someone else's does not know
+        ignored.add("weights")  # a file made by other software does not state them
     nothing = "nothing"
     names = (mine.keys() | theirs.keys()) - ignored
     if differing := sorted(name for name in names if mine.get(name, nothing) != theirs.get(name, nothing)):
@@ -104,7 +104,7 @@ def check_same_model(spec: ModelSpec, reference: Reference) -> None:
             "the record is another model's",
             note=f"{', '.join(differing)} differ; {name}: {str(theirs.get(name, nothing))[:70]} there, "
             f"{str(mine.get(name, nothing))[:70]} here",
-            hint="use the .parity.npz that the same export wrote, or the checkpoint and --weights that it is of",
+            hint="use the .parity.npz that the same export wrote, or --checkpoint and --weights of the same network",
         )
 
 
@@ -116,23 +116,25 @@ def run_ladder(
     batch: int = MOST,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """Hold a backend against a record.
+    """Compare a backend with a record of PyTorch's outputs.
 
     Args:
-        backend: computes the file's answers.
-        spec: the file's.
-        reference: what PyTorch answered; without it only the first checks can be made.
-        batch: how many rows at once, at most, where the network takes so few.
+        backend: runs the file.
+        spec: of the file.
+        reference: the record; without it only the checks that need no reference are made.
+        batch: most rows per network call, if the network accepts batches that small.
         progress: called with (network calls done, network calls in all).
 
     Returns:
-        The checks; ``curves`` holds ``t``, ``eps`` (RMS error over t), ``eps_pixel``, ``step``, and over the recorded
-        states of the chain ``chain_t``, ``forced`` (of the answers), ``forced_step`` and ``free`` (of x_t). With a
-        learned variance ``var``, ``var_pixel`` and ``forced_var`` as well.
+        The report. Its ``curves`` are, over t: ``t``, ``eps`` (RMS error), ``eps_pixel`` (largest error), ``step``; over
+        the recorded states of the chain: ``chain_t``, ``forced`` (error of the output), ``forced_step`` and ``free``
+        (error of x_t); after a free chain ``levels_apart`` (how many pixels are 0, 1, 2, … levels apart); with a learned
+        variance also ``var``, ``var_pixel`` and ``forced_var``.
 
     Raises:
-        SpecError: the record is another model's, or the reference network answers nothing.
-        NumericError: the answers are not finite.
+        InputError: the batch is out of range.
+        SpecError: the record was made from another model, or its outputs are almost zero.
+        NumericError: an output of the network is not finite.
         BackendError: the network could not be run.
     """
     if not 1 <= batch <= 1 << 16:
@@ -141,9 +143,9 @@ def run_ladder(
         check_same_model(spec, reference)
         if reference.scale < SILENT:
             raise SpecError(
-                "the recorded network answers nothing, so that any file would pass",
-                note=f"RMS of its answers: {reference.scale:.1g}",
-                hint="train it first",
+                "the recorded outputs are almost zero, so any file would pass",
+                note=f"their RMS is {reference.scale:.1g}",
+                hint="train the network first",
             )
     on_gpu = isinstance(backend, CopyingBackend)
     least = 1
@@ -151,50 +153,52 @@ def run_ladder(
         batch, least = (fitting_batch(backend.device.batches, wanted) for wanted in (batch, 1))
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
-    ask = Evaluator(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
+    evaluate = Evaluator(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
     bounds = (BOUNDS_ON_GPU if on_gpu else BOUNDS)[spec.precision]
-    checks = _itself(ask, spec, bounds, reference, least)
+    checks = _self_consistency(evaluate, spec, bounds, reference, least)
     if isinstance(backend, CopyingBackend):
         checks += on_device.checks(backend, spec)
     if reference is None:
         return ParityReport(spec, backend.description, None, tuple(checks))
     curves: dict[str, NDArray[Any]] = {}
-    checks += _teacher(ask, spec, bounds, reference, curves)
-    more, finals = _chains(ask, backend, bounds, reference, curves)
+    checks += _over_timesteps(evaluate, spec, bounds, reference, curves)
+    more, finals = _chains(evaluate, backend, bounds, reference, curves)
     return ParityReport(spec, backend.description, reference, tuple(checks + more), curves, finals)
 
 
 def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError) -> ParityReport:
-    """What comes of a climb that ended in NaN or infinities: one check, and it does not hold."""
+    """The report of a ladder that ended in NaN or infinities: one check, which fails."""
     return ParityReport(
         spec, backend.description, reference, (Check("answers that are not finite", 1, 0, worst=error.fact),)
     )
 
 
-def _itself(ask: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int) -> list[Check]:
-    """What needs no reference: some TensorRT versions compute only the first row of a batch rightly.
+def _self_consistency(
+    evaluate: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int
+) -> list[Check]:
+    """Checks without a reference: some TensorRT versions compute only the first row of a batch correctly.
 
     ``least`` is the smallest batch that the network takes.
     """
-    n = ask.batch
+    n = evaluate.batch
     x = chain.initial(0, np.arange(n), spec.shape)
     t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32) if n > 1 else np.array([spec.timesteps // 2])
-    told = example(spec, np.arange(n))
+    conditioning = example(spec, np.arange(n))
     if spec.self_condition:
-        told["x0_prev"] = np.clip(x[::-1], -1, 1)
-    whole = ask(x, t, told)
+        conditioning["x0_prev"] = np.clip(x[::-1], -1, 1)
+    whole = evaluate(x, t, conditioning)
     unit = max(_rms(whole.out), 1e-12) if reference is None else reference.scale
     middle = np.full(n, spec.timesteps // 2, np.int32)
-    first = {name: np.repeat(array[:1], n, axis=0) for name, array in {"x": x, **told}.items()}
-    same = ask(first.pop("x"), middle, first)
-    alone = ask(x, t, told, batch=least)
+    first = {name: np.repeat(array[:1], n, axis=0) for name, array in {"x": x, **conditioning}.items()}
+    same = evaluate(first.pop("x"), middle, first)
+    alone = evaluate(x, t, conditioning, batch=least)
     rows, neighbours = float(np.abs(same.out - same.out[:1]).max()), float(np.abs(alone.out - whole.out).max())
     rows, neighbours = rows / unit, neighbours / unit
     if same.var is not None and alone.var is not None and whole.var is not None:
         rows = max(rows, float(np.abs(same.var - same.var[:1]).max()))
         neighbours = max(neighbours, float(np.abs(alone.var - whole.var).max()))
     one = "a batch of one" if n == 1 else None
-    few = one or (None if least < n else f"only batches of {n} and more are taken")
+    few = one or (None if least < n else f"the network takes only batches of {n} and more")
     return [
         Check("identical rows, largest difference", rows, bounds.eps_pixel, skipped=one, worst=_exact(rows)),
         Check(
@@ -207,22 +211,22 @@ def _itself(ask: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Referenc
     ]
 
 
-def _teacher(
-    ask: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+def _over_timesteps(
+    evaluate: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> list[Check]:
-    """ε and one step over t, and what that does to the bound."""
+    """ε and one step over t, and how much they change the variational bound."""
     kept, unit = elements(spec.shape), reference.scale
     k, n = reference.out.shape[:2]
     x = np.stack([reference.inputs(i) for i in range(k)])
     t = np.repeat(reference.t, n)
-    each = [reference.told(i) for i in range(k)]
-    told = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-    both = ask(x.reshape(k * n, *spec.shape), t, told)
-    answers = both.out.reshape(k, n, -1)[:, :, kept]
-    v = None if both.var is None else both.var.reshape(k, n, -1)[:, :, kept]
+    each = [reference.conditioning_at(i) for i in range(k)]
+    conditioning = {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+    outputs = evaluate(x.reshape(k * n, *spec.shape), t, conditioning)
+    out = outputs.out.reshape(k, n, -1)[:, :, kept]
+    var = None if outputs.var is None else outputs.var.reshape(k, n, -1)[:, :, kept]
     x = x.reshape(k, n, -1)[:, :, kept]
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
-    error = answers - reference.out
+    error = out - reference.out
     curves["t"] = reference.t
     curves["eps"] = np.array([_rms(e) for e in error]) / unit
     curves["eps_pixel"] = np.abs(error).reshape(k, -1).max(axis=1) / unit
@@ -230,17 +234,17 @@ def _teacher(
         [
             _rms(_step(table, spec, ti, xi, *mine) - _step(table, spec, ti, xi, *theirs))
             for ti, xi, mine, theirs in zip(
-                reference.t, x, _pairs(answers, v), _pairs(reference.out, reference.var), strict=True
+                reference.t, x, _pairs(out, var), _pairs(reference.out, reference.var), strict=True
             )
         ]
     )
     x0 = from_uint8(reference.x0).reshape(n, -1)[:, kept]
-    bits = [_bits(spec, reference.t, x0, x, out, var) for out, var in ((answers, v), (reference.out, reference.var))]
+    bits = [_bits(spec, reference.t, x0, x, *both) for both in ((out, var), (reference.out, reference.var))]
     second = []
-    if v is not None and reference.var is not None:
-        apart = v - reference.var
-        curves["var"] = np.array([_rms(e) for e in apart])
-        curves["var_pixel"] = np.abs(apart).reshape(k, -1).max(axis=1)
+    if var is not None and reference.var is not None:
+        difference = var - reference.var
+        curves["var"] = np.array([_rms(e) for e in difference])
+        curves["var_pixel"] = np.abs(difference).reshape(k, -1).max(axis=1)
         second = [
             _worst("v, RMS", curves["var"], bounds.eps, reference.t),
             _worst("v, largest error", curves["var_pixel"], bounds.eps_pixel, reference.t),
@@ -260,24 +264,24 @@ def _teacher(
 
 
 def _chains(
-    ask: Evaluator, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+    evaluate: Evaluator, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> tuple[list[Check], NDArray[np.uint8] | None]:
-    """The recorded chain, teacher-forced and free."""
+    """The recorded chain, teacher-forced and free. (checks, images of the free chain)"""
     spec, kept, unit = reference.spec, elements(reference.spec.shape), reference.scale
     table = reference.table()
     t = table.timesteps[reference.at].astype(np.int32)
-    both = ask(reference.state, t, reference.told_states())
-    answers = both.out.reshape(len(t), -1)[:, kept]
-    var = None if both.var is None else both.var.reshape(len(t), -1)[:, kept]
+    outputs = evaluate(reference.state, t, reference.state_conditioning())
+    out = outputs.out.reshape(len(t), -1)[:, kept]
+    var = None if outputs.var is None else outputs.var.reshape(len(t), -1)[:, kept]
     states = reference.state.reshape(len(t), -1)[:, kept]
     curves["chain_t"] = t
-    curves["forced"] = np.array([_rms(a - b) for a, b in zip(answers, reference.state_out, strict=True)]) / unit
+    curves["forced"] = np.array([_rms(a - b) for a, b in zip(out, reference.state_out, strict=True)]) / unit
     full = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     curves["forced_step"] = np.array(
         [
             _rms(_step(full, spec, ti, xi, *mine) - _step(full, spec, ti, xi, *theirs))
             for ti, xi, mine, theirs in zip(
-                t, states, _pairs(answers, var), _pairs(reference.state_out, reference.state_var), strict=True
+                t, states, _pairs(out, var), _pairs(reference.state_out, reference.state_var), strict=True
             )
         ]
     )
@@ -306,13 +310,13 @@ def _chains(
         images=indices,
         clip=spec.clip,
         conditioning_shapes=spec.conditioning_shapes,
-        conditioning=reference.conditioning(),
+        conditioning=reference.chain_conditioning(),
     )
     for number, step in enumerate(free):
         if number in at:
             states_free[at[number]] = step.x[0]
         sample = step.x0
-        ask.tick()
+        evaluate.tick()
     curves["free"] = np.array([_rms(a - b) for a, b in zip(states_free, reference.state, strict=True)])
     finals = to_nhwc(sample)
     apart = np.abs(finals.astype(np.int16) - reference.final.transpose(0, 2, 3, 1))
@@ -324,12 +328,12 @@ def _chains(
 
 
 def _pairs(out: Float32, var: Float32 | None) -> list[tuple[Float32, Float32 | None]]:
-    """First and second answer, row by row."""
+    """(first output, second output) of each row."""
     return [(a, None if var is None else var[i]) for i, a in enumerate(out)]
 
 
 def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32, var: Float32 | None) -> Float32:
-    """x_{t−1} without its noise, which is the same on both sides; where σ is learned, with z = 1 for it."""
+    """x_{t−1} without its noise, which is the same on both sides; with a learned σ, z = 1 makes its error count."""
     index = len(table) - 1 - int(t)
     row = table.rows[index].astype(np.float32)
     x0, x_next = np.empty_like(x), np.empty_like(x)
@@ -344,8 +348,8 @@ def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32, var: 
 def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: Float32, var: Float32 | None) -> float:
     """Σ_{t≥1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) in bits per dimension, from the recorded t.
 
-    With the file's σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction),
-    and, if it learns σ², (log(σ²/β̃) + β̃/σ² − 1)/2 as well; each recorded t stands for the timesteps that are nearest to it.
+    With a fixed σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction); with a
+    learned σ², (log(σ²/β̃) + β̃/σ² − 1)/2 is added. Each recorded t stands for the timesteps that are nearest to it.
     """
     schedule = spec.make_schedule()
     table = make_table(schedule, spec.prediction, spec.variance)

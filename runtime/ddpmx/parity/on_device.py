@@ -1,4 +1,4 @@
-"""What only a GPU can get wrong: the chain that runs there, held against the same network's chain in NumPy."""
+"""Compares the chain on the GPU with the chain of the same network in NumPy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ IMAGES, STEPS, SEED = 3, 20, 0
 
 
 def checks(backend: CopyingBackend, spec: ModelSpec) -> list[Check]:
-    """One for each executor: the uint8 values that differ from NumPy's, of which there must be none.
+    """One check per executor: the share of uint8 values that differ from NumPy's, which must be zero.
 
-    The network need not be trained for that. An executor that does not work here is not judged, and says why.
+    The network need not be trained for this. An executor that does not work here is skipped, with the reason.
 
     Args:
-        backend: the network. What it had bound is let go of.
-        spec: the model.
+        backend: the network. Its bound buffers are released.
+        spec: its description.
 
     Raises:
         BackendError: the network could not be run.
@@ -48,7 +48,7 @@ def checks(backend: CopyingBackend, spec: ModelSpec) -> list[Check]:
         conditioning_shapes=spec.conditioning_shapes,
         conditioning=conditioning,
     )
-    wanted = to_nhwc(last.x0)[: len(indices)]
+    expected = to_nhwc(last.x0)[: len(indices)]
     backend.release()
     device = backend.device
     found: list[Check] = []
@@ -66,19 +66,21 @@ def checks(backend: CopyingBackend, spec: ModelSpec) -> list[Check]:
             conditioning_shapes=spec.conditioning_shapes,
             description=device.description,
             stream=device.stream,
-        ) as made:
-            network = device.network(batch, **made.at, conditioning=made.conditioning, stream=made.stream)
+        ) as device_chain:
+            network = device.network(
+                batch, **device_chain.at, conditioning=device_chain.conditioning, stream=device_chain.stream
+            )
             try:
-                choose_executor(made, network.enqueue, executor)
-                got = made.run(seed=SEED, images=indices, conditioning=example(spec, indices))
+                choose_executor(device_chain, network.enqueue, executor)
+                images = device_chain.run(seed=SEED, images=indices, conditioning=example(spec, indices))
             except BackendError as error:
                 if executor == "plain":
                     raise
                 found.append(Check(name, float("nan"), 0.0, skipped=": ".join(filter(None, (error.fact, error.note)))))
             else:
-                differing = float(np.mean(np.asarray(got) != wanted))
+                differing = float(np.mean(np.asarray(images) != expected))
                 found.append(Check(name, differing, 0.0, worst="" if differing else "equal bit for bit"))
             finally:
-                made.unprepare()
+                device_chain.unprepare()
                 network.close()
     return found

@@ -1,4 +1,4 @@
-"""The report's plots. Needs matplotlib: importing this module without it is an ImportError."""
+"""The plots of a parity report. Importing this module needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 
 
 def draw(report: ParityReport, folder: Path) -> dict[str, str]:
-    """error.png, chain.png and, where a free chain was run, levels.png. {file name: caption}"""
+    """Write error.png, chain.png and, if there was a free chain, levels.png. {file name: caption}"""
     if "eps" not in report.curves:
         return {}
     made = {
-        "error.png": "Error of the network's answer over the timesteps, in units of the RMS of PyTorch's answers. "
-        "Below its red line each curve is what it has to be.",
-        "chain.png": "Along the chain, from noise (left) to image (right): the error of every step that starts where "
-        "PyTorch was, and how far a chain that nobody corrects has drifted from PyTorch's. Nothing below 6e-8 is drawn.",
+        "error.png": "Error of the network's output over the timesteps, in units of the RMS of PyTorch's output. "
+        "Each curve must stay below its red line.",
+        "chain.png": "Along the chain, from noise (left) to image (right): the error of single steps from PyTorch's "
+        "states, and the drift of a free-running chain from PyTorch's. Values below 6e-8 are drawn at 6e-8.",
     }
     with rc_context():
-        rcdefaults()  # a matplotlibrc in the current folder has no say in this
+        rcdefaults()  # ignore a matplotlibrc in the current folder
         _save(_error(report), folder / "error.png")
         _save(_chain(report), folder / "chain.png")
         if "levels_apart" in report.curves:
             _save(_levels(report), folder / "levels.png")
     if "levels_apart" in report.curves:
-        made["levels.png"] = "The free chain's pixels: how many uint8 values are how many of the 256 levels apart."
+        made["levels.png"] = "The pixels of the free chain: share of uint8 values that differ by 0, 1, 2, … levels."
     return made
 
 
@@ -46,7 +46,7 @@ def _error(report: ParityReport) -> Figure:
     axes.axhline(bounds.eps_pixel, color=_BOUND, linewidth=1, linestyle=":", label=f"its bound, {bounds.eps_pixel:g}")
     axes.axhline(bounds.eps, color=_BOUND, linewidth=1, label=f"bound of the RMS, {bounds.eps:g}")
     axes.set_xlabel("timestep t   (0: almost an image; T−1: noise)")
-    axes.set_ylabel("error of the answer")
+    axes.set_ylabel("error of the output")
     axes.set_title(f"{report.spec.precision} against PyTorch float32")
     _legend(figure, axes)
     return figure
@@ -85,12 +85,12 @@ def _levels(report: ParityReport) -> Figure:
     axes.set_ylabel("share of pixel values")
     axes.grid(visible=False)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_title("the images that came out")
+    axes.set_title("the images of the free chain")
     return figure
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """Below the plot, where it hides nothing."""
+    """Add a legend below the plot, where it hides nothing."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
@@ -103,7 +103,7 @@ def _new() -> tuple[Figure, Axes]:
 
 
 def _shown(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[float]:
-    """On a logarithmic axis a difference of 0 has no place; it is drawn at the smallest float32 step below 1."""
+    """``values`` for a logarithmic axis, which has no 0: at least 2⁻²⁴, the spacing of float32 just below 1."""
     return [max(float(v), 2.0**-24) for v in values]
 
 

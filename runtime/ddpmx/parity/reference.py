@@ -1,7 +1,8 @@
-"""model.parity.npz: what PyTorch answered in float32, so that any file can be held against it where there is no torch.
+"""model.parity.npz: PyTorch's float32 outputs, so that any file can be compared with them where there is no torch.
 
-Inputs are not stored but made again from the images and the seed, bit for bit: noise is a function here. Answers are
-stored at up to :data:`ELEMENTS` of an image's numbers, spread over all of it, which keeps large images small.
+Inputs are not stored but recomputed from the images and the seed, bit for bit: noise is a function of its index here.
+Outputs are stored at up to :data:`ELEMENTS` elements of an image, spread over all of it, so that records of large images
+stay small.
 """
 
 from __future__ import annotations
@@ -30,44 +31,45 @@ from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import from_uint8
 
 ELEMENTS = 4096
-"""Numbers of one answer that are kept: all of a 32×32 image in colour."""
+"""Most elements of one output that are stored: all of a 32×32 image in colour."""
 
 MAX_BYTES = 64 << 20
 TRAINED = 0.5
-"""Of a target of variance 1 a network that learnt anything explains half; one that did not is off by 1 or more."""
+"""A network with a loss below this is trained: it explains half of the target's variance of 1. Untrained, the loss is 1 or
+more."""
 
 FORMAT = "ddpmx-parity1"
 _MOST = {"t": 4096, "x0": 16, "at": 64, "final": 16}
-_TOLD = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # as JSON; everything else is an array
-_OPTIONAL = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # there if the network has what they are of
+_JSON_FIELDS = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # all other fields are arrays
+_OPTIONAL = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # if the network has such an input or output
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What PyTorch answered.
+    """A record of PyTorch's outputs. E is the number of elements stored of each output.
 
     Attributes:
         spec: of the float32 network.
-        made_with: "torch 2.13.0, cpu".
-        seed: of every noise in it.
-        real: whether the images are the user's, and not the network's own.
+        made_with: the backend that computed the outputs, "torch 2.13.0, cpu".
+        seed: of all noise in the record.
+        real: whether the images are the user's rather than the network's own.
         loss: L_simple of the network on these inputs, in units of the target's variance.
-        t: int32 [K], the timesteps of the first check.
+        t: int32 [K], the recorded timesteps.
         x0: uint8 [n, C, H, W], images.
-        out: float32 [K, n, E], the answers at x_t = q(x_t | x_0).
+        out: float32 [K, n, E], the outputs at x_t drawn from q(x_t | x_0).
         steps: of the recorded chain, S.
         at: int64 [M], after how many of these steps a state is recorded.
-        state: float32 [M, C, H, W], x_t of the chain's first image there.
-        state_out: float32 [M, E], the answers to them.
-        final: uint8 [m, C, H, W], where the chain of m images ended.
-        y: int32 [K, n], of a network with classes: the class it was told with each of ``out``.
-        final_y: int32 [m], the class of each image of the chain.
-        var: float32 [K, n, E], of a network that learns its variance: its second answers, beside ``out``.
-        state_var: float32 [M, E], those beside ``state_out``.
-        state_x0: uint8 [M, C, H, W], of a network that conditions itself: the x̂_0 that it was told with each of ``state``,
-            rounded to 256 levels for that. With ``out`` it was told 0.
+        state: float32 [M, C, H, W], the recorded states x_t of the chain's first image.
+        state_out: float32 [M, E], the outputs for ``state``.
+        final: uint8 [m, C, H, W], the m images at the end of the chain.
+        y: int32 [K, n], the class for each of ``out``; only if the network has classes.
+        final_y: int32 [m], the class of each image of the chain; only if the network has classes.
+        var: float32 [K, n, E], the second outputs that belong to ``out``; only if the network learns its variance.
+        state_var: float32 [M, E], the second outputs that belong to ``state_out``; only if it learns its variance.
+        state_x0: uint8 [M, C, H, W], the input x0_prev for each of ``state``, rounded to 256 levels beforehand; only if the
+            network is self-conditioned. For ``out`` x0_prev is 0.
 
-    A condition is not stored: it is noise, see :func:`ddpmx.sampling.conditioning.example`.
+    A condition image is not stored: it is noise, see :func:`ddpmx.sampling.conditioning.example`.
     """
 
     spec: ModelSpec
@@ -90,18 +92,18 @@ class Reference:
     state_x0: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together.
+        """Check types, shapes and ranges of all fields.
 
         Raises:
-            FileFormatError: they do not.
+            FileFormatError: a field is missing, or does not fit the others.
         """
         spec, shape = self.spec, self.spec.shape
         for name in ("t", "x0", "at", "final"):
             if getattr(self, name).ndim < 1:
-                raise FileFormatError(f"the record's {name!r} is a single number")
+                raise FileFormatError(f"the record's {name!r} is a single number, not an array")
         for name, most in _MOST.items():
             if len(getattr(self, name)) > most:
-                raise FileFormatError(f"the record's {name!r} has too many entries, {most} is the most")
+                raise FileFormatError(f"the record's {name!r} has more than {most} entries")
         k, n, m, kept = len(self.t), len(self.x0), len(self.at), len(elements(shape))
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {
             "t": (np.int32, (k,)),
@@ -119,7 +121,7 @@ class Reference:
         if spec.self_condition:
             expected["state_x0"] = (np.uint8, (m, *shape))
         if surplus := [name for name in sorted(_OPTIONAL - expected.keys()) if getattr(self, name) is not None]:
-            raise FileFormatError(f"the record's {surplus[0]!r} is of something that its network has not")
+            raise FileFormatError(f"the record holds {surplus[0]!r}, which its network does not have")
         for name, (dtype, dims) in expected.items():
             array = getattr(self, name)
             if array is None:
@@ -150,84 +152,85 @@ class Reference:
 
     @property
     def trained(self) -> bool:
-        """Whether a free-running chain of this network means anything. On random weights it saturates."""
+        """Whether a free-running chain of this network is meaningful. With random weights it saturates."""
         return self.loss < TRAINED
 
     @property
     def scale(self) -> float:
-        """RMS of all recorded answers: the unit in which errors are given."""
+        """RMS of all recorded outputs: the unit of errors."""
         return float(np.sqrt(np.mean(np.square(self.out, dtype=np.float64))))
 
     def table(self) -> Table:
-        """The recorded chain's."""
+        """The coefficient table of the recorded chain."""
         return chain_table(self.spec, self.steps)
 
     def inputs(self, k: int) -> Float32:
         """x_t of each image at ``t[k]``, float32 [n, C, H, W]."""
         return diffuse(self.spec.make_schedule(), from_uint8(self.x0), int(self.t[k]), self.seed)
 
-    def told(self, k: int) -> dict[str, NDArray[Any]]:
-        """What the network was told at ``t[k]`` beside x and t, by the names of its inputs, [n, …] each."""
+    def conditioning_at(self, k: int) -> dict[str, NDArray[Any]]:
+        """The conditioning inputs for ``out[k]``, by name, [n, …] each."""
         n = len(self.x0)
-        found = example(self.spec, np.arange(n), seed=self.seed)
+        conditioning = example(self.spec, np.arange(n), seed=self.seed)
         if self.y is not None:
-            found["y"] = self.y[k]
+            conditioning["y"] = self.y[k]
         if self.spec.self_condition:
-            found["x0_prev"] = np.zeros((n, *self.spec.shape), np.float32)
-        return found
+            conditioning["x0_prev"] = np.zeros((n, *self.spec.shape), np.float32)
+        return conditioning
 
-    def told_states(self) -> dict[str, NDArray[Any]]:
-        """What it was told with each of ``state``, [M, …] each: of one image, the chain's first."""
+    def state_conditioning(self) -> dict[str, NDArray[Any]]:
+        """The conditioning inputs for ``state``, by name, [M, …] each: those of the chain's first image."""
         m = len(self.at)
-        found = {name: np.repeat(array[:1], m, axis=0) for name, array in self.conditioning().items()}
+        conditioning = {name: np.repeat(array[:1], m, axis=0) for name, array in self.chain_conditioning().items()}
         if self.state_x0 is not None:
-            found["x0_prev"] = from_uint8(self.state_x0)
-        return found
+            conditioning["x0_prev"] = from_uint8(self.state_x0)
+        return conditioning
 
-    def conditioning(self) -> dict[str, NDArray[Any]]:
-        """What it was told of each image of the chain, all the way."""
-        found = example(self.spec, np.arange(len(self.final)), seed=self.seed)
+    def chain_conditioning(self) -> dict[str, NDArray[Any]]:
+        """The class and the condition image of each image of the chain, by the names of the inputs, [m, …] each."""
+        conditioning = example(self.spec, np.arange(len(self.final)), seed=self.seed)
         if self.final_y is not None:
-            found["y"] = self.final_y
-        return found
+            conditioning["y"] = self.final_y
+        return conditioning
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record.
 
         Raises:
-            OutputError: it could not be written; what was there before is untouched.
+            OutputError: it could not be written; an earlier file is untouched.
         """
-        told = {
+        values = {
             "format": FORMAT,
             "spec": self.spec.to_json(whole=True),
-            **{name: getattr(self, name) for name in sorted(_TOLD - {"spec"})},
+            **{name: getattr(self, name) for name in sorted(_JSON_FIELDS - {"spec"})},
         }
-        text = np.frombuffer(json.dumps(told).encode(), np.uint8)
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in told}
+        text = np.frombuffer(json.dumps(values).encode(), np.uint8)
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in values}
         arrays = {name: array for name, array in parts.items() if array is not None}
         with atomic_write(path) as stream:
             np.savez_compressed(stream, about=text, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:
-        """The record that :meth:`save` wrote.
+        """Read a record that :meth:`save` wrote.
 
         Raises:
-            FileFormatError, SpecError: missing, damaged, or no such record.
+            FileFormatError, SpecError: the file is missing, damaged, or not a parity record.
         """
         path = Path(path)
         arrays = read_npz(path, max_bytes=MAX_BYTES)
         try:
             about = arrays.pop("about", None)
             if about is None or about.dtype != np.uint8:
-                raise FileFormatError("not a record of ddpmx", note=f"it holds {', '.join(arrays)[:200] or 'nothing'}")
-            told = parse_json(about.tobytes())
-            if not isinstance(told, dict) or told.pop("format", None) != FORMAT:
-                raise FileFormatError("a record of another version of ddpmx")
-            told["spec"] = ModelSpec.from_json(told.get("spec"))
-            if set(told) != _TOLD or set(arrays) - _OPTIONAL != {f.name for f in fields(cls)} - _TOLD - _OPTIONAL:
-                raise FileFormatError("the record has not the parts that this ddpmx knows")
-            parts: dict[str, Any] = {**told, **arrays}
+                raise FileFormatError("not a parity record", note=f"it holds {', '.join(arrays)[:200] or 'nothing'}")
+            values = parse_json(about.tobytes())
+            if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+                raise FileFormatError("a parity record of another version of ddpmx")
+            values["spec"] = ModelSpec.from_json(values.get("spec"))
+            needed = {f.name for f in fields(cls)} - _JSON_FIELDS - _OPTIONAL
+            if set(values) != _JSON_FIELDS or set(arrays) - _OPTIONAL != needed:
+                raise FileFormatError("a parity record with other fields than this ddpmx expects")
+            parts: dict[str, Any] = {**values, **arrays}
             return cls(**parts)
         except (FileFormatError, SpecError) as error:
             raise type(error)(
@@ -236,12 +239,12 @@ class Reference:
 
 
 def chain_table(spec: ModelSpec, steps: int) -> Table:
-    """The recorded chain: ancestral, ``steps`` of the T timesteps."""
+    """The table of a recorded chain: ancestral, over ``steps`` of the T timesteps."""
     return make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=steps)
 
 
 def elements(shape: tuple[int, int, int]) -> NDArray[np.int64]:
-    """Which numbers of a flat image are kept: all, or :data:`ELEMENTS` spread over it by the golden ratio."""
+    """Indices of the stored elements of a flat image: all, or :data:`ELEMENTS` of them spread by the golden ratio."""
     size = math.prod(shape)
     if size <= ELEMENTS:
         return np.arange(size)
@@ -265,6 +268,6 @@ def diffusion_noise(x0: Float32, t: int, seed: int) -> Float32:
 def recorded_steps(
     steps: int, shape: tuple[int, int, int], *, budget: int = 3 << 19, most: int = 32
 ) -> NDArray[np.int64]:
-    """After which steps of a chain its state is recorded: evenly, the last included, as many as 1.5 MiB hold, 2…32."""
+    """After which steps of a chain its state is recorded: 2…32, evenly spaced, that fit into 1.5 MiB; always the last."""
     count = int(np.clip(budget // (4 * math.prod(shape)), 2, most))
     return np.unique(np.round(np.linspace(0, steps - 1, min(count, steps))).astype(np.int64))

@@ -1,4 +1,4 @@
-"""A climb as something to read and keep: report.json, report.md, and pictures."""
+"""Writes a parity report: report.json, report.md, and pictures."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ddpmx.parity.ladder import ParityReport
 _FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
 
 _MEANING = {
-    "identical rows": "One image in every row of a batch: all rows must give one answer.",
-    "batch against one by one": "Images together, then each alone: neighbours must not matter.",
-    "ε, RMS": "The network's answer at noised images x_t over all of 0…T−1, against PyTorch's float32.",
-    "ε, largest error": "The same, the worst single number: a fault in one corner cannot hide in an average.",
-    "v, RMS": "The second answer, which says how much noise each step adds: −1 for the least, 1 for the most.",
-    "v, largest error": "The same, the worst single number.",
-    "one step": "What that error does to x_{t−1}.",
-    "variational bound": "What it does to the likelihood that the model gives to the images.",
-    "teacher-forced chain, RMS of ε": "Along PyTorch's own chain, every step started where PyTorch was.",
-    "teacher-forced chain, RMS of v": "The same, of the second answer.",
+    "identical rows": "The same image in every row of a batch: all rows must give the same output.",
+    "batch against one by one": "Images together, then each alone: the other images of a batch must not matter.",
+    "ε, RMS": "The network's output at noised images x_t over all of 0…T−1, against PyTorch's float32.",
+    "ε, largest error": "The same, for the worst single value: a fault in one corner cannot hide in an average.",
+    "v, RMS": "The second output, which sets how much noise each step adds: from −1, the least, to 1, the most.",
+    "v, largest error": "The same, for the worst single value.",
+    "one step": "The error of x_{t−1} that follows from the error of ε.",
+    "variational bound": "The change of the likelihood that the model assigns to the images.",
+    "teacher-forced chain, RMS of ε": "Along PyTorch's own chain: every step starts at PyTorch's state.",
+    "teacher-forced chain, RMS of v": "The same, for the second output.",
     "teacher-forced chain, RMS of x": "The same, after the step.",
-    "executor": "The chain on the GPU and the same in NumPy, with the same network: every value must be equal.",
-    "free chain": "The same x_T and the same noise, and nobody corrects: the pixels that come out.",
+    "executor": "The chain on the GPU against the chain in NumPy, with the same network: every value must be equal.",
+    "free chain": "From the same x_T and with the same noise, without correction: the pixels of the final images.",
 }
 
 
 def to_json(report: ParityReport, file: str | os.PathLike[str], extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Plain JSON values: everything but the images."""
+    """The report as plain JSON values, without the images."""
     reference = report.reference
     return {
         "ddpmx": ddpmx.__version__,
@@ -61,7 +61,7 @@ def to_json(report: ParityReport, file: str | os.PathLike[str], extra: dict[str,
             "chain_images": len(reference.final),
             "chain_states": len(reference.at),
         },
-        "rungs": [_rung(check) for check in report.checks],
+        "rungs": [_check(check) for check in report.checks],
         "curves": {name: [_number(v) for v in values] for name, values in report.curves.items()},
         **(extra or {}),
     }
@@ -77,8 +77,15 @@ def write(
 ) -> list[Path]:
     """Write the report about ``file`` into ``folder``: all of it, or nothing.
 
+    Args:
+        report: the result of :func:`ddpmx.parity.ladder.run_ladder`.
+        file: the model file; its name appears in the report.
+        folder: see :func:`check_folder`.
+        extra: more entries for report.json; ``engine`` and ``polygraphy`` also appear in report.md.
+        attachments: more files for the folder, name → content.
+
     Returns:
-        The files written, report.md first. Plots need matplotlib, and are left out, and missed in the text, without it.
+        The files written, report.md first. Plots need matplotlib; without it they are left out, and the text says so.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -102,16 +109,17 @@ def write(
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
-    """Make a folder for a report, and see that it replaces nothing but another report.
+    """Create the folder of a report, and check that only an earlier report would be replaced.
 
     Raises:
-        OutputError: it cannot be made or written to, or files with a report's names stand there that are of none.
+        OutputError: it cannot be created or written to, or holds files with a report's names that are not of a report.
     """
     folder = make_folder(folder)
     there = [name for name in _FILES if os.path.lexists(folder / name)]
     if there and not _is_report(folder / "report.json"):
         raise OutputError(
-            f"{folder / there[0]}: stands there, and is not of a report", hint="another folder for --report"
+            f"refusing to overwrite {folder / there[0]}: not part of a report",
+            hint="choose another folder with --report",
         )
     return folder
 
@@ -119,7 +127,7 @@ def check_folder(folder: str | os.PathLike[str]) -> Path:
 def to_markdown(
     report: ParityReport, file: str | os.PathLike[str], pictures: dict[str, str], extra: dict[str, Any] | None = None
 ) -> str:
-    """The report as text, with the pictures' names in it."""
+    """The report as Markdown. ``pictures``: {file name: caption}."""
     reference, spec = report.reference, report.spec
     c, height, width = spec.shape
     lines = [
@@ -137,13 +145,13 @@ def to_markdown(
             f"TF32 {'on' if engine['options'].get('tf32') else 'off'}, plan sha256 {engine['sha256']}"
         )
     if reference is None:
-        lines.append("- held against: **nothing but itself**; whether it is the PyTorch model is NOT VERIFIED")
+        lines.append("- compared with: **nothing but itself**; whether it is the PyTorch model is NOT VERIFIED")
     else:
         images = "real images" if reference.real else "the network's own images"
         lines += [
-            f"- held against: float32 of {reference.made_with}, on {images}, {len(reference.t)} timesteps from 0 to "
+            f"- compared with: float32 of {reference.made_with}, on {images}, {len(reference.t)} timesteps from 0 to "
             f"{spec.timesteps - 1}, a chain of {reference.steps} steps",
-            f"- unit of error: the RMS of PyTorch's answers, {reference.scale:.3f}",
+            f"- unit of error: the RMS of PyTorch's outputs, {reference.scale:.3f}",
         ]
     lines += ["", "| | measured | bound | |", "|---|---|---|---|"]
     for check in report.checks:
@@ -152,8 +160,8 @@ def to_markdown(
         mark = "not judged" if check.skipped else "holds" if check.passed else "**FAILS**"
         lines.append(f"| {check.name} | {figure} | {bound} | {mark} |")
     if extra is not None and "polygraphy" in extra:
-        lines += ["", f"Polygraphy on ε: {extra['polygraphy']['verdict']}; its runs are in polygraphy.json."]
-    lines += ["", "## What these mean", ""]
+        lines += ["", f"Polygraphy on ε: {extra['polygraphy']['verdict']}; its results are in polygraphy.json."]
+    lines += ["", "## What the checks mean", ""]
     for check in report.checks:
         meaning = next((text for start, text in _MEANING.items() if check.name.startswith(start)), "")
         detail = check.skipped or check.worst
@@ -161,14 +169,14 @@ def to_markdown(
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
     if reference is not None and "error.png" not in pictures:
-        lines += ["", "*No plots: matplotlib is missing (`pip install matplotlib`), or cannot draw here.*"]
+        lines += ["", "*No plots: matplotlib is not installed (`pip install matplotlib`), or cannot draw here.*"]
     lines += [
         "",
         "## What this does not show",
         "",
-        "- Other devices, other batch sizes than those run here, and other builds of the same engine: parity belongs to "
+        "- Other devices, other batch sizes than those run here, and other builds of the same engine: parity holds for "
         "one file on one machine.",
-        "- Whether the images are good: that is the training's business. FID needs thousands of images.",
+        "- Whether the images are good: that depends on the training. FID needs thousands of images.",
         "",
         f"*ddpmx {ddpmx.__version__}*",
         "",
@@ -177,7 +185,7 @@ def to_markdown(
 
 
 def _exchange(folder: Path, part: Path, names: list[str]) -> None:
-    """Put the new report in the old one's place; on a failure, the old one back."""
+    """Replace the old report by the new one; on a failure, restore the old one."""
     aside = part / "old"
     aside.mkdir()
     done: list[Path] = []
@@ -210,7 +218,7 @@ def _title(report: ParityReport) -> str:
     return "passed" if report.reference is not None else "consistent with itself"
 
 
-def _rung(check: Check) -> dict[str, Any]:
+def _check(check: Check) -> dict[str, Any]:
     return {
         "name": check.name,
         "value": _number(check.value),
@@ -223,12 +231,12 @@ def _rung(check: Check) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """As JSON knows it, which has neither NaN nor infinities."""
+    """``value``, or None for NaN and infinities, which JSON does not have."""
     return float(value) if math.isfinite(value) else None
 
 
 def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
-    """Draw what can be drawn. {file name: caption}"""
+    """Draw the pictures that can be drawn here. {file name: caption}"""
     if report.reference is None:
         return {}
     made: dict[str, str] = {}
@@ -240,12 +248,12 @@ def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
         shown = np.clip(apart * 64, 0, 255).astype(np.uint8)
         if theirs.shape[-1] in (1, 3, 4):
             if theirs.shape[-1] == 4:
-                shown[..., 3] = 255  # differences of transparency cannot be seen this way
+                shown[..., 3] = 255  # opaque: differences of transparency are not shown
             sheet = grid(np.concatenate([theirs, report.finals, shown]), columns=len(theirs))
             save_png(folder / "images.png", sheet, zoom=zoom_for(min(sheet.shape[:2]), at_least=256))
             made["images.png"] = (
-                "The free chain's images. Above PyTorch's, in the middle the file's, below how far they are apart, "
-                "64 times as bright: black is equal."
+                "The images of the free chain: PyTorch's above, the file's in the middle, their difference below, "
+                "64 times brighter. Black is equal."
             )
     try:
         from ddpmx.parity import plots
@@ -253,5 +261,5 @@ def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
         return {**plots.draw(report, folder), **made}
     except OSError:
         raise
-    except Exception:  # not there, or set up so that it cannot draw: the judgement stands all the same
+    except Exception:  # matplotlib is missing or cannot draw: the report is valid without plots
         return made

@@ -1,1 +1,1 @@
-"""A sampler's table, run over a batch of images on the host: the update, the loop, conditioning, pixels."""
+"""Runs a sampler's table over a batch of images on the host: the update, the loop, conditioning, pixels."""

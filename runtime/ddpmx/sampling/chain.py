@@ -1,4 +1,4 @@
-"""One update, one loop: runs a sampler's table over a batch.
+"""The reverse chain in NumPy: one update, and the loop that runs a sampler's table over a batch.
 
 The update is float32 whatever the precision of the network: x̂_0 multiplies the network's error by up to 157 at t = 999,
 and x_{t−1} must feel no more than 0.02 of it.
@@ -23,17 +23,17 @@ from ddpmx.sampling.conditioning import check_conditioning, example
 Float32 = NDArray[np.float32]
 
 NOISE_AT_ONCE = 1 << 13
-"""Numbers: with fewer, NumPy spends its time on being called."""
+"""Elements of noise drawn in one call, at least: below that, NumPy's overhead per call dominates."""
 
 
 class Step(NamedTuple):
-    """One reverse step. The arrays are the chain's own: copy what must outlive the next step.
+    """One reverse step. The arrays belong to the chain: copy what must outlive the next step.
 
     Attributes:
-        t: what the network was told.
-        x: float32 [B, C, H, W], x_t, that the network saw.
+        t: the timestep that the network was run at.
+        x: float32 [B, C, H, W], x_t, the network's input.
         x0: float32 [B, C, H, W], x̂_0.
-        x_next: float32 [B, C, H, W], the state that the step leads to; after the last one, the sample.
+        x_next: float32 [B, C, H, W], the state after the step; after the last step, the sample.
     """
 
     t: int
@@ -43,12 +43,12 @@ class Step(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """The chain in motion, for one batch of images.
+    """A running chain, for one batch of images.
 
     Attributes:
         t: the timestep, falling to 0.
         x: float32 [n, C, H, W], x_t.
-        x0: float32 [n, C, H, W], x̂_0: where the network thinks it leads. In the last one, the sample itself.
+        x0: float32 [n, C, H, W], x̂_0, the network's current estimate of the image. In the last one, the sample itself.
     """
 
     t: int
@@ -62,13 +62,14 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # hig
 _EXP_POLY = np.array(
     [1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1], np.float32
 )
-_ROUND = np.float32(1.5 * 2**23)  # a sum with it ends at the point, and its lowest bits are the whole number
+_ROUND = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which is then in the lowest bits
 
 
 def exp(x: Float32) -> Float32:
-    """eˣ by IEEE + − × alone, so that NumPy here and C in ``cuda/step.h`` have the same bits. NaN gives no number at all.
+    """eˣ by IEEE + − × alone, so that NumPy here and C in ``cuda/step.h`` give the same bits.
 
-    Within 1 ulp. x is held in −87…88, where the result is a normal float32: beyond, it stays at 1.6e−38 and 1.7e38.
+    Within 1 ulp; meaningless for NaN. x is clamped to −87…88, where the result is a normal float32: beyond, it stays at
+    1.6e−38 and 1.7e38.
 
     x = k·ln 2 + r with k = round(x·log₂e) (Cody & Waite 1980), and eˣ = 2ᵏ·(1 + r + r²·P(r)).
     """
@@ -86,7 +87,7 @@ def exp(x: Float32) -> Float32:
 
 
 def learned_sigma(learned: Float32, var: Float32) -> Float32:
-    """σ = exp(c + d·v), float32, of the network's second answer v.
+    """σ = exp(c + d·v), float32, of the network's output ``var``, v.
 
     Args:
         learned: float32 [2], c and d, see :func:`ddpmx.diffusion.samplers.learned_range`.
@@ -113,11 +114,11 @@ def update(
         row: float32 [5], p, q, A, B, σ.
         limit: the largest |x̂_0|; infinity for no clipping. NaN passes through.
         x: x_t.
-        out: the network's answer.
+        out: the network's output.
         z: N(0, I), or None where σ = 0.
-        x0: where x̂_0 goes. Any shape, the same for all arrays.
-        x_next: where the result goes.
-        sigma: a σ for every element, where it is learned; else None for the row's.
+        x0: x̂_0 is written here. Any shape, the same for all arrays.
+        x_next: the result is written here.
+        sigma: σ of every element, where it is learned; None for the row's σ.
     """
     p, q, a, b, fixed = row
     np.multiply(x, p, out=x0)
@@ -137,46 +138,46 @@ def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -
 
 
 def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int:
-    """At which batch size to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
+    """The batch size at which to run ``n`` ≤ ``batch`` images, so that how images are grouped changes no bit of them.
 
-    Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. What
-    they pick depends on the shape alone, so random images tell:
+    Libraries pick other instructions for other shapes, and threads may split a batch in the middle of an image. Their
+    choice depends on the shape alone, so it can be measured with random images:
 
-    - 1, if an image's answer depends on its place among ``batch``: then each has to run alone;
+    - 1, if an image's output depends on its place among ``batch``: then each has to run alone;
     - ``n``, if that gives the same bits as a batch of ``batch``;
     - ``batch`` otherwise: the rest has to be filled up. So too if the same batch gives other bits every time, where nothing
       helps.
 
-    It takes three runs of ``batch`` images, and one of ``n`` if that is less. Where the network has a second answer, that
-    has to be the same as well.
+    It takes three runs of ``batch`` images, and one of ``n`` if that is less. An output ``var`` has to be the same
+    as well.
     """
     if batch == 1:
         return 1
     images, var = np.arange(batch), spec.variance == "learned_range"
-    told = {"x": initial(0, images, spec.shape), **example(spec, images)}
-    told["t"] = np.linspace(0, spec.timesteps - 1, batch).round().astype(np.int32)
+    inputs = {"x": initial(0, images, spec.shape), **example(spec, images)}
+    inputs["t"] = np.linspace(0, spec.timesteps - 1, batch).round().astype(np.int32)
     if spec.self_condition:
-        told["x0_prev"] = np.clip(told["x"][::-1], -1, 1)
+        inputs["x0_prev"] = np.clip(inputs["x"][::-1], -1, 1)
 
-    def answer(rows: NDArray[np.int64]) -> Float32:
+    def output(rows: NDArray[np.int64]) -> Float32:
         buffers = Buffers.of(len(rows), spec.shape, var=var, conditioning_shapes=spec.conditioning_shapes)
         for name, array in buffers.inputs().items():
-            array[...] = told[name][rows]
+            array[...] = inputs[name][rows]
         backend.bind(buffers)
         backend.enqueue()
         return buffers.out if buffers.var is None else np.stack([buffers.out, buffers.var], axis=1)
 
-    whole, moved = answer(images), np.roll(images, 1)
-    if not np.array_equal(answer(images), whole, equal_nan=True):
+    whole, moved = output(images), np.roll(images, 1)
+    if not np.array_equal(output(images), whole, equal_nan=True):
         return batch
-    if not np.array_equal(answer(moved), whole[moved], equal_nan=True):
+    if not np.array_equal(output(moved), whole[moved], equal_nan=True):
         return 1
     last = images[batch - n :]
-    return n if n == batch or np.array_equal(answer(last), whole[last], equal_nan=True) else batch
+    return n if n == batch or np.array_equal(output(last), whole[last], equal_nan=True) else batch
 
 
 def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) -> Iterator[Float32]:
-    """z of every step that has one. Of small images several steps' are drawn at once, which costs hardly more."""
+    """z of every step that has one. For small images the noise of several steps is drawn at once, at hardly more cost."""
     timesteps = table.timesteps[table.rows[:, 4].astype(np.float32) != 0]
     steps = max(1, NOISE_AT_ONCE // (len(images) * elements))
     for start in range(0, len(timesteps), steps):
@@ -194,22 +195,22 @@ def run(
     conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
     conditioning: Mapping[str, NDArray[Any]] = NO_CONDITIONING,
 ) -> Iterator[Step]:
-    """Walk the table from ``x_start``, one :class:`Step` at a time. To stop, stop asking.
+    """Run the table from ``x_start``, one :class:`Step` at a time. To stop early, close the iterator.
 
     Args:
-        backend: computes the network's answer.
-        table: the sampler. One with a learned σ is for a network that answers ``var``.
+        backend: runs the network.
+        table: the sampler. One with a learned σ needs a network with the output ``var``.
         x_start: float32 [B, C, H, W], the state at the table's first timestep.
         seed: of the noise.
         images: int64 [B], the index of each image: with the seed it fixes the image's noise.
         clip: the largest |x̂_0|, or None.
-        conditioning_shapes: the inputs beside x and t: :attr:`ModelSpec.conditioning_shapes`. ``x0_prev`` is x̂_0 of
-            the step before, as the chain keeps it, and 0 in the first (Chen et al. 2022, "Analog bits").
-        conditioning: the rest of them, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
+        conditioning_shapes: the conditioning inputs: :attr:`ModelSpec.conditioning_shapes`. ``x0_prev`` is x̂_0 of the
+            step before, which the chain provides, and 0 in the first (Chen et al. 2022, "Analog bits").
+        conditioning: the other conditioning inputs, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
 
     Raises:
         InputError: ``conditioning`` does not fit ``conditioning_shapes``.
-        NumericError: the network's answer was not finite, or its second one was not.
+        NumericError: an output of the network was not finite.
         BackendError: the network could not be run.
     """
     batch, *chw = x_start.shape
@@ -234,14 +235,14 @@ def run(
         backend.enqueue()
         if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
             raise NumericError(
-                f"the network's answer at t = {t} is not finite",
+                f"the network's output at t = {t} is not finite",
                 note=f"step {index + 1} of {len(table)}; {backend.description}",
                 hint="if the file is fp16, try fp32: an activation may exceed 65504",
             )
         z = sigma = None
         if row[4] != 0:
             z = next(draws).reshape(x.shape)
-        # the finite check says it better; not across the yield, where these settings would be the caller's
+        # the check above has the better message; not across the yield, where these settings would be the caller's
         with np.errstate(over="ignore", invalid="ignore"):
             if z is not None and learned is not None and var is not None:
                 sigma = learned_sigma(learned[index], var)

@@ -1,4 +1,4 @@
-"""Conditioning: the class of an image, its condition, and x̂_0 of the step before, as a network takes them."""
+"""Conditioning inputs of a network: the class of an image, its condition, and x̂_0 of the step before."""
 
 from __future__ import annotations
 
@@ -22,32 +22,30 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
     Args:
         spec: the model.
         n: images.
-        labels: one whole number for all of them, or n, in a list or in an array on the host; None if nothing was said.
+        labels: one whole number for all of them, or n, in a list or in an array on the host; None if missing.
 
     Raises:
-        InputError: the model has no classes, or they are not such numbers, or one is no class of the model's, or nothing
-            was said.
+        InputError: the model has no classes, labels are missing or of another type or shape, or the model has no such
+            class.
     """
     classes = spec.classes
     if classes is None:
-        raise InputError("the model has no classes, and labels name some")
+        raise InputError("the model has no classes, but labels were passed")
     if labels is None:
-        raise InputError(
-            f"the model draws images of {classes} classes, and none is named", hint=f"labels: 0…{classes - 1}"
-        )
-    with ExitStack() as seen:
+        raise InputError(f"missing labels: the model has {classes} classes", hint=f"labels: 0…{classes - 1}")
+    with ExitStack() as stack:
         if not isinstance(labels, (int, float, list, tuple, np.generic)):
-            where = seen.enter_context(view(labels))
+            where = stack.enter_context(view(labels))
             if where.on_device:
-                raise InputError("labels lie on a GPU, and are looked at on the host", hint="labels.cpu() in PyTorch")
+                raise InputError("labels are in GPU memory, and must be on the host", hint="labels.cpu() in PyTorch")
             labels = where.numpy()
         try:
             array = np.asarray(labels)
         except (ValueError, OverflowError) as error:
-            raise InputError(f"labels must be one whole number, or {n}", note=str(error)[:200]) from error
+            raise InputError(f"labels must be one whole number, or {n} of them", note=str(error)[:200]) from error
         if array.dtype.kind not in "iu" or array.shape not in ((), (n,)):
             raise InputError(
-                f"labels must be one whole number, or {n}", note=f"they are {array.dtype} {[*array.shape]}"
+                f"labels must be one whole number, or {n} of them", note=f"they are {array.dtype} {[*array.shape]}"
             )
         wrong = array[(array < 0) | (array >= classes)]
         if wrong.size:
@@ -56,31 +54,32 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
 
 
 def example(spec: ModelSpec, images: NDArray[np.int64], *, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """What to tell a network of images nobody has said anything about: ``y`` int32 [n] and ``cond`` float32 [n, K, H, W].
+    """Conditioning for measurements: ``y`` int32 [n] and ``cond`` float32 [n, K, H, W], as far as the model takes them.
 
-    Classes in turns, and noise in −1…1, as a function of the image's index and the seed. Empty for a network that is told
-    nothing.
+    Classes in turns, and noise in −1…1, as a function of the image's index and the seed.
     """
-    found: dict[str, NDArray[Any]] = {}
+    conditioning: dict[str, NDArray[Any]] = {}
     if spec.classes is not None:
-        found["y"] = (images % spec.classes).astype(np.int32)
+        conditioning["y"] = (images % spec.classes).astype(np.int32)
     if (dims := spec.conditioning_shapes.get("cond")) is not None:
         z = noise.normal(seed, images, 0, Purpose.CONDITION, int(np.prod(dims)))
-        found["cond"] = np.clip(z, -1, 1).reshape(len(images), *dims)
-    return found
+        conditioning["cond"] = np.clip(z, -1, 1).reshape(len(images), *dims)
+    return conditioning
 
 
 def check_conditioning(shapes: ConditioningShapes, conditioning: Mapping[str, NDArray[Any] | int], n: int) -> None:
-    """See that ``n`` images are told what their network asks for, and nothing else. Addresses are believed.
+    """Check that the conditioning of ``n`` images has the inputs that their network takes, and no others.
+
+    An address, an int, is not checked.
 
     Raises:
-        InputError: something is missing, too much, or of another type or shape.
+        InputError: an input is missing, unknown, or of another type or shape.
     """
     for name in shapes.keys() - conditioning.keys() - {"x0_prev"}:
-        raise InputError(f"the network is told {name} as well, and there is none")
+        raise InputError(f"missing model input {name!r}")
     for name, array in conditioning.items():
         dims, dtype = shapes.get(name), np.dtype(input_type(name))
         if dims is None or name == "x0_prev":
-            raise InputError(f"the network is told no {name}")
+            raise InputError(f"the model has no input {name!r}")
         if not isinstance(array, int) and (array.dtype != dtype or array.shape != (n, *dims)):
             raise InputError(f"{name} must be {dtype.name} {[n, *dims]}", note=f"it is {array.dtype} {[*array.shape]}")

@@ -1,4 +1,4 @@
-"""Between the model's [−1, 1] and pixels: uint8 images, channels last, as files and screens have them."""
+"""Conversion between the model's [−1, 1] and pixels: uint8 images, channels last, as in files and on screens."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ UInt8 = NDArray[np.uint8]
 def to_uint8(x: NDArray[np.float32]) -> UInt8:
     """[−1, 1] to 0…255: floor(127.5·x + 128), clipped, computed in float32.
 
-    Each of the 256 levels comes back as itself. Truncating (x + 1)·127.5, as is often done, puts 63 of them one too
+    Each of the 256 levels round-trips. Truncating (x + 1)·127.5, as is often done, puts 63 of them one too
     low. NaN gives 0.
     """
     scaled = np.asarray(x, np.float32) * np.float32(127.5) + np.float32(128)
-    levels: UInt8 = np.nan_to_num(np.clip(scaled, np.float32(0), np.float32(255)), nan=0.0).astype(np.uint8)
-    return levels
+    pixels: UInt8 = np.nan_to_num(np.clip(scaled, np.float32(0), np.float32(255)), nan=0.0).astype(np.uint8)
+    return pixels
 
 
 def from_uint8(images: UInt8) -> NDArray[np.float32]:

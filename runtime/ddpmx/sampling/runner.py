@@ -1,4 +1,4 @@
-"""Who runs the chain of one batch: the host in NumPy, here, or a GPU, in :mod:`ddpmx.cuda.device_runner`."""
+"""Runs the chain of one batch: on the host in NumPy, here, or on a GPU, in :mod:`ddpmx.cuda.device_runner`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Job:
         table: the sampler.
         seed: of the noise.
         images: int64 [n], the index of each image.
-        batch: at how many images at once the network is to run, if neighbours make a difference; n or more.
+        batch: the batch size at which the network is to run if neighbours make a difference; n or more.
         progress: called with (steps done, steps in all).
-        cancel: asked again and again; True stops the chain.
-        after: streams of the GPU whose work so far has to be done before what the user gave is touched.
-        conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of
-            such an array where the chain runs.
+        cancel: polled; True stops the chain.
+        after: CUDA streams whose work so far has to finish before the caller's arrays are read or written.
+        conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of such an array on
+            the device where the chain runs.
     """
 
     table: Table
@@ -54,7 +54,7 @@ def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
     """The largest batch up to ``wanted`` that a network takes, or else its smallest.
 
     Args:
-        ranges: the smallest and the largest batch of each range that it takes.
+        ranges: the smallest and the largest batch of each range that the network takes.
         wanted: images at once.
     """
     fewer = [min(high, wanted) for low, high in ranges if low <= wanted]
@@ -62,55 +62,55 @@ def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
 
 
 def rows(array: NDArray[Any] | int, part: slice, dims: tuple[int, ...]) -> NDArray[Any] | int:
-    """Some images' rows of an array, or of one at an address, with ``dims`` numbers of four bytes for each image."""
+    """Some images' rows of an array, or of an array at an address, with ``dims`` numbers of four bytes for each image."""
     return array + 4 * math.prod(dims) * int(part.start) if isinstance(array, int) else array[part]
 
 
 class Runner(Protocol):
-    """Runs chains. For one thread at a time."""
+    """Runs chains. Not thread-safe."""
 
     @property
     def description(self) -> str:
-        """What really computes, for people."""
+        """What really computes: library, version and device."""
 
     @property
     def driver(self) -> Driver | None:
-        """The GPU it runs on, whose addresses may be given for arrays; None on the host."""
+        """The GPU it runs on, whose addresses may be passed for arrays; None on the host."""
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
         """Smallest and largest batch of each range that the network takes."""
 
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, pixels: NDArray[np.uint8] | int) -> None:
-        """Run a chain to its end. Images beside an image make no difference to it.
+        """Run a chain to its end. An image does not depend on its neighbours.
 
         Args:
-            job: which.
+            job: the chain.
             x: float32 [n, C, H, W], the state to begin with; by default x_T ~ N(0, I).
-            pixels: uint8 [n, H, W, C], where the images go.
+            pixels: uint8 [n, H, W, C], the images are written here.
 
         Raises:
-            NumericError: the network's answer was not finite.
-            Cancelled: ``cancel`` said so.
+            NumericError: the network's output was not finite.
+            Cancelled: ``cancel`` returned True.
             BackendError: the network could not be run.
         """
 
     def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
-        """The same chain step by step; ``progress`` and ``cancel`` are not asked. The arrays are the runner's own."""
+        """The same chain step by step, without ``progress`` and ``cancel``. The arrays belong to the runner."""
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
         """A new uint8 array on the GPU.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no GPU.
             BackendError: its memory does not suffice.
         """
 
     def share(self) -> Runner:
-        """Another runner of the same network, for another thread. The network is closed with the last of them."""
+        """Another runner of the same network, for another thread. The network is closed with the last runner."""
 
     def close(self) -> None:
-        """Free everything. Again is harmless."""
+        """Free everything. Safe to call again."""
 
 
 class HostRunner:
@@ -127,27 +127,27 @@ class HostRunner:
 
     @property
     def description(self) -> str:
-        """The backend's."""
+        """The backend's description."""
         return self._backend.description
 
     @property
     def driver(self) -> Driver | None:
-        """None."""
+        """None: the chain runs on the host."""
         return None
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Any."""
+        """Any batch."""
         return ((1, 1 << 32),)
 
     def run(self, job: Job, *, x: NDArray[np.float32] | int | None, pixels: NDArray[np.uint8] | int) -> None:
         """See :meth:`Runner.run`."""
         if isinstance(pixels, int):
-            raise InputError("the chain runs on the CPU, and the images were to go to a GPU")
+            raise InputError("the chain runs on the CPU and cannot write images to GPU memory")
         with contextlib.closing(self.steps(job, x=x)) as steps:
             for done in range(len(job.table)):
                 if job.cancel is not None and job.cancel():
-                    raise Cancelled("stopped before the chain was through")
+                    raise Cancelled("cancelled before the chain finished")
                 step = next(steps)
                 if job.progress is not None:
                     job.progress(done + 1, len(job.table))
@@ -158,14 +158,14 @@ class HostRunner:
     def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """See :meth:`Runner.steps`."""
         if isinstance(x, int):
-            raise InputError("the chain runs on the CPU, and its first state lies on a GPU")
+            raise InputError("the chain runs on the CPU, but its first state is in GPU memory")
         n, indices = len(job.images), job.images
         executed = self._measured(n, job.batch)
         backend = RowByRow(self._backend) if executed < n else self._backend
         conditioning: dict[str, NDArray[Any]] = {}
         for name, array in job.conditioning.items():
             if isinstance(array, int):
-                raise InputError(f"the chain runs on the CPU, and its {name} lies on a GPU")
+                raise InputError(f"the chain runs on the CPU, but its {name} is in GPU memory")
             conditioning[name] = _filled(array, executed)
         indices = _filled(indices, executed)
         x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _filled(x, executed)
@@ -184,15 +184,13 @@ class HostRunner:
         )
 
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
-        """None: see :meth:`Runner.array`."""
-        raise InputError(
-            "the chain runs on the CPU, and its images are there", hint="on_device needs an engine on a GPU"
-        )
+        """Refused: see :meth:`Runner.array`."""
+        raise InputError("the chain runs on the CPU, and so are its images", hint="on_device needs an engine on a GPU")
 
     def share(self) -> HostRunner:
         """See :meth:`Runner.share`."""
         if not isinstance(self._backend, SharedBackend):
-            raise BackendError(f"{self.description} serves one thread", hint="load the file again for another")
+            raise BackendError(f"{self.description} runs in one thread only", hint="load the file again for another")
         return HostRunner(self._backend.share(), self._spec)
 
     def close(self) -> None:
@@ -200,12 +198,12 @@ class HostRunner:
         self._backend.close()
 
     def _measured(self, n: int, batch: int) -> int:
-        """At which batch size to run n images; measured once for every size."""
+        """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
         if (n, batch) not in self._executed:
             self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, n, batch)
         return self._executed[n, batch]
 
 
 def _filled(array: NDArray[Any], executed: int) -> NDArray[Any]:
-    """As many rows as the network runs: the last one fills up."""
+    """The array with its last row repeated, up to as many rows as the network runs."""
     return np.concatenate([array, np.repeat(array[-1:], max(0, executed - len(array)), axis=0)])

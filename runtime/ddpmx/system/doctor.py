@@ -1,4 +1,6 @@
-"""What is here, and what is missing for what. Every library is tried in a process of its own: a broken one may crash."""
+"""What is installed, and what is missing for which command. Each library is tried in its own process: a broken one may
+crash it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ import ddpmx
 from ddpmx.device.discovery import gpus
 from ddpmx.trt.compat import install_hint
 
-# With -c the current folder is searched first, and whatever lies there would be run.
+# With -c Python searches the current folder first, and would import modules that happen to lie there.
 _ALONE = "import sys; sys.path[:] = [p for p in sys.path if p]; import json"
 _TIMEOUT = 120  # seconds; importing torch on a cold Jetson takes one
 
@@ -36,10 +38,10 @@ from ddpmx.cuda.executors import why_no_while
 from ddpmx.cuda.kernels import Kernels
 try:
     with Driver() as driver:
-        said = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels.of(driver))}
+        values = {"version": f"by CUDA {driver.cuda}", "why_no_while": why_no_while(driver, Kernels.of(driver))}
 except errors.BackendError as error:
-    said = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
-print(json.dumps(said))
+    values = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
+print(json.dumps(values))
 """,
     **{
         flavour: f"""
@@ -47,10 +49,10 @@ from ddpmx import errors
 from ddpmx.trt import library as tensorrt_library
 try:
     library = tensorrt_library.load({flavour!r})
-    said = {{"version": library.version, "libraries": tensorrt_library.loaded_from()}}
+    values = {{"version": library.version, "libraries": tensorrt_library.loaded_from()}}
 except errors.BackendError as error:
-    said = {{"missing": error.note}}
-print(json.dumps(said))
+    values = {{"missing": error.note}}
+print(json.dumps(values))
 """
         for flavour in ("TensorRT", "TensorRT-RTX")
     },
@@ -59,13 +61,13 @@ print(json.dumps(said))
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that somebody may want to do.
+    """Whether some commands work here.
 
     Attributes:
         what: the commands.
-        works: whether all that they need is here.
+        works: whether everything they need is here.
         why: what they would use, or what is missing.
-        fix: what to install.
+        fix: what to install, or None.
     """
 
     what: str
@@ -76,11 +78,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found.
+    """The result of :func:`examine`.
 
     Attributes:
         machine: facts about Python, the system and the GPUs.
-        libraries: what each probe said; ``{"missing": why}`` where it failed.
+        libraries: the result of each probe; ``{"missing": why}`` where it failed.
         findings: what works, and what does not.
     """
 
@@ -89,12 +91,12 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The report as plain JSON values."""
         return asdict(self)
 
 
 def examine() -> Report:
-    """Look around. Takes some seconds; never raises for what it finds."""
+    """Try every library and list what works. Takes some seconds; a missing or broken library is a finding, not an error."""
     found = gpus()
     machine = {
         "ddpmx": ddpmx.__version__,
@@ -152,7 +154,7 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
         if "missing" in library:
             findings.append(Finding(f"build with {flavour}", False, library["missing"], install_hint(flavour)))
             continue
-        here = f"{flavour} {library['version']} from {', '.join(library['libraries']) or 'a place that is not shown'}"
+        here = f"{flavour} {library['version']} from {', '.join(library['libraries']) or 'an unknown place'}"
         works = gpu or flavour == "TensorRT-RTX"
         findings.append(Finding(f"build with {flavour}", works, here if works else f"{here}, but {no_gpu}"))
         if len(library["libraries"]) > 1:
@@ -163,7 +165,7 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
 
 
 def _chains(libraries: dict[str, dict[str, Any]]) -> Finding:
-    """Whether plans run here, and by which executor."""
+    """Whether plans run here, and with which executor."""
     what, chains = "generate, parity, bench with a .plan", libraries["chains on the GPU"]
     if "missing" in chains:
         return Finding(what, False, chains["missing"])
@@ -176,7 +178,7 @@ def _chains(libraries: dict[str, dict[str, Any]]) -> Finding:
 
 
 def _probe(code: str) -> dict[str, Any]:
-    """What ``code`` prints as JSON on its last line, run by a Python of its own."""
+    """Run ``code`` in its own Python process, and return the JSON object that it prints on its last line."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _ALONE + code],
@@ -187,13 +189,13 @@ def _probe(code: str) -> dict[str, Any]:
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"missing": f"it does not come back: {error}"[:300]}
+        return {"missing": f"the probe did not finish: {error}"[:300]}
     if done.returncode == 0:
         try:
             values = json.loads(done.stdout.strip().splitlines()[-1])
             assert isinstance(values, dict)
         except (ValueError, IndexError, AssertionError):
-            return {"missing": f"it says {done.stdout.strip()[-200:]!r}"}
+            return {"missing": f"the probe printed {done.stdout.strip()[-200:]!r}"}
         return values
     if done.returncode < 0:
         return {"missing": f"importing it crashes Python (signal {-done.returncode})"}
@@ -208,7 +210,7 @@ def _package(name: str) -> dict[str, Any]:
 
 
 def _jetson() -> str | None:
-    """Which Jetson this is, and its L4T, if it is one."""
+    """The Jetson's model and L4T release, or None on other machines."""
     facts = []
     for file in ("/proc/device-tree/model", "/etc/nv_tegra_release"):
         try:

@@ -1,7 +1,7 @@
-"""The machine's state, without which a figure of speed says little: clocks, heat, power, and how many threads there are.
+"""The machine's state, without which a speed means little: clocks, temperature, power, and the number of threads.
 
-NVIDIA's management library (NVML) comes with the driver, and is asked by ctypes. A Jetson before Thor has none, or one
-that answers little; there the kernel's files tell. Nothing here raises: what does not answer is None.
+NVIDIA's management library (NVML) comes with the driver and is called through ctypes. A Jetson before Thor has none, or
+one with few functions; there the values come from the kernel's files. Nothing here raises: an unknown value is None.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NVML_FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "nvmlDeviceGetEnforcedPowerLimit": (c_void_p, POINTER(c_uint)),
     "nvmlDeviceGetCurrentClocksThrottleReasons": (c_void_p, POINTER(c_ulonglong)),
 }
-"""What the functions take. All of them give an nvmlReturn_t, and 0 is success."""
+"""The functions' argument types. All of them return an nvmlReturn_t, which is 0 on success."""
 
 _CLOCK_SM, _CLOCK_MEMORY, _TEMPERATURE_GPU = 1, 2, 0
 _SLOWED_BY = {
@@ -44,23 +44,23 @@ _SLOWED_BY = {
     0x40: "heat (hardware)",
     0x80: "power brake",
 }
-"""NVML's reasons for a lowered clock, without those that are a choice: idle, set clocks, a display."""
+"""NVML's reasons for a lowered clock, without deliberate ones: idle, set clocks, a display."""
 
 _IGPU = re.compile(r"gv11b|gp10b|ga10b|gpu.*|.*\.gpu|.*-gpc-\d+")
-"""What the kernel calls a Jetson's GPU among the devices whose clock it scales."""
+"""The kernel's names for a Jetson's GPU among the devices whose clock it scales."""
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """A GPU at one moment. None is what did not answer.
+    """The state of a GPU at one moment. An unknown value is None.
 
     Attributes:
-        driver: NVIDIA's driver, "580.65.06".
+        driver: version of NVIDIA's driver, "580.65.06".
         sm_clock, sm_clock_max: MHz.
         memory_clock, memory_clock_max: MHz.
         temperature: °C.
         power, power_limit: watts.
-        slowed_by: what holds the clocks down.
+        slowed_by: reasons why the clocks are lowered.
     """
 
     driver: str | None = None
@@ -76,12 +76,12 @@ class GpuState:
 
 @dataclass(frozen=True)
 class Jetson:
-    """How a Jetson is set.
+    """The settings of a Jetson.
 
     Attributes:
-        mode: nvpmodel's power mode, "MAXN_SUPER", or its number where the name is not known.
-        clocks_fixed: whether the GPU's lowest clock is its highest, as ``jetson_clocks`` leaves it.
-        gpu: the GPU's clocks and temperature, as the kernel tells them.
+        mode: nvpmodel's power mode, "MAXN_SUPER", or its number if the name is not known.
+        clocks_fixed: whether the GPU's lowest clock equals its highest, as after ``jetson_clocks``.
+        gpu: the GPU's clocks and temperature, from the kernel's files.
     """
 
     mode: str | None
@@ -96,7 +96,7 @@ class Cpu:
     Attributes:
         model: its name.
         threads: hardware threads that this process may use.
-        load: how many processes wanted to run in the last minute, on average; this one counts.
+        load: the load average of the last minute; it includes this process.
     """
 
     model: str
@@ -105,32 +105,32 @@ class Cpu:
 
 
 def gpu_state(ordinal: int = 0, *, nvml: Any = None, cuda: Any = None, root: Path = Path("/")) -> GpuState | None:
-    """A GPU now: from NVML, and what that leaves open from the files of a Jetson.
+    """The current state of a GPU: from NVML, with missing values filled in from a Jetson's files.
 
     Args:
-        ordinal: which one, in CUDA's order. NVML's own order is another: the PCI address leads from one to the other.
-        nvml: the loaded library, for those who bring their own.
-        cuda: the loaded driver, likewise.
-        root: where the system's files are.
+        ordinal: index of the GPU in CUDA's order. NVML has its own order, so the GPU is found by its PCI address.
+        nvml: the loaded NVML, instead of the system's.
+        cuda: the loaded driver, instead of the system's.
+        root: root folder of the system's files.
 
     Returns:
-        None if nothing answers.
+        The state, or None if nothing is known.
     """
     state = None
     with contextlib.suppress(OSError, AttributeError):  # no library, or none of its first functions
         nvml = nvml or ctypes.CDLL(NVML)
         bus = _bus(cuda or ctypes.CDLL(CUDA), ordinal)
         with _started(nvml):
-            state = _ask(nvml, bus)
-    told = jetson(root)
-    if told is None:
+            state = _query(nvml, bus)
+    board = jetson(root)
+    if board is None:
         return state
     filled = {name: value for name, value in vars(state or GpuState()).items() if value not in (None, ())}
-    return GpuState(**{**vars(told.gpu), **filled})
+    return GpuState(**{**vars(board.gpu), **filled})
 
 
 def jetson(root: Path = Path("/")) -> Jetson | None:
-    """How this Jetson is set, or None if it is none."""
+    """The settings of this Jetson, or None on other machines."""
     status = _read(root / "var/lib/nvpmodel/status")
     mode = re.search(r"pmode:\s*(\d+)", status)
     gpu = next(_igpus(root), None)
@@ -175,7 +175,7 @@ def cpu(root: Path = Path("/")) -> Cpu:
 @contextlib.contextmanager
 def _started(nvml: Any) -> Iterator[None]:
     if error := _function(nvml, "nvmlInit_v2")():
-        raise OSError(f"NVML does not start: {error}")
+        raise OSError(f"NVML does not start: error {error}")
     try:
         yield
     finally:
@@ -189,24 +189,25 @@ def _function(nvml: Any, name: str) -> Any:
 
 
 def _bus(cuda: Any, ordinal: int) -> bytes:
-    """A GPU's PCI address, which CUDA and NVML agree on."""
+    """The PCI address of a GPU, by which both CUDA and NVML know it."""
     device, text = c_int(), ctypes.create_string_buffer(32)
     if (
         cuda.cuInit(0)
         or cuda.cuDeviceGet(ctypes.byref(device), ordinal)
         or cuda.cuDeviceGetPCIBusId(text, len(text), device)
     ):
-        raise OSError("the driver does not say where this GPU is")
+        raise OSError("the driver does not report the PCI address of this GPU")
     return text.value
 
 
-def _ask(nvml: Any, bus: bytes) -> GpuState | None:
+def _query(nvml: Any, bus: bytes) -> GpuState | None:
+    """The state of the GPU at a PCI address, or None if NVML does not know it."""
     handle = c_void_p()
     if _function(nvml, "nvmlDeviceGetHandleByPciBusId_v2")(bus, ctypes.byref(handle)):
         return None
 
-    def ask(name: str, *which: int, kind: Any = c_uint) -> int | None:
-        """One number. Older libraries lack a function, and many GPUs an answer."""
+    def value_of(name: str, *which: int, kind: Any = c_uint) -> int | None:
+        """One number, or None: older libraries lack some functions, and many GPUs do not support all of them."""
         value = kind()
         try:
             error = _function(nvml, name)(handle, *which, ctypes.byref(value))
@@ -216,15 +217,15 @@ def _ask(nvml: Any, bus: bytes) -> GpuState | None:
 
     version = ctypes.create_string_buffer(96)
     refused = _function(nvml, "nvmlSystemGetDriverVersion")(version, len(version))
-    power, limit = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetEnforcedPowerLimit")
-    reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons", kind=c_ulonglong) or 0
+    power, limit = value_of("nvmlDeviceGetPowerUsage"), value_of("nvmlDeviceGetEnforcedPowerLimit")
+    reasons = value_of("nvmlDeviceGetCurrentClocksThrottleReasons", kind=c_ulonglong) or 0
     return GpuState(
         driver=None if refused else version.value.decode(errors="replace"),
-        sm_clock=ask("nvmlDeviceGetClockInfo", _CLOCK_SM),
-        sm_clock_max=ask("nvmlDeviceGetMaxClockInfo", _CLOCK_SM),
-        memory_clock=ask("nvmlDeviceGetClockInfo", _CLOCK_MEMORY),
-        memory_clock_max=ask("nvmlDeviceGetMaxClockInfo", _CLOCK_MEMORY),
-        temperature=ask("nvmlDeviceGetTemperature", _TEMPERATURE_GPU),
+        sm_clock=value_of("nvmlDeviceGetClockInfo", _CLOCK_SM),
+        sm_clock_max=value_of("nvmlDeviceGetMaxClockInfo", _CLOCK_SM),
+        memory_clock=value_of("nvmlDeviceGetClockInfo", _CLOCK_MEMORY),
+        memory_clock_max=value_of("nvmlDeviceGetMaxClockInfo", _CLOCK_MEMORY),
+        temperature=value_of("nvmlDeviceGetTemperature", _TEMPERATURE_GPU),
         power=None if power is None else power / 1000,
         power_limit=None if limit is None else limit / 1000,
         slowed_by=tuple(why for bit, why in _SLOWED_BY.items() if reasons & bit),
@@ -235,7 +236,7 @@ def _ask(nvml: Any, bus: bytes) -> GpuState | None:
 
 
 def _igpus(root: Path) -> Iterator[Path]:
-    """The folders of the kernel's that hold the clocks of a GPU on the chip."""
+    """The kernel's folders with the clocks of an integrated GPU."""
     if not _read(root / "proc/device-tree/model").startswith("NVIDIA"):
         return
     folder = root / "sys/class/devfreq"
@@ -254,7 +255,7 @@ def _igpu_temperature(root: Path) -> float | None:
 
 
 def _read(file: Path) -> str:
-    """What stands in a file, or nothing."""
+    """The text of a file, or "" if it cannot be read."""
     try:
         return file.read_text(errors="replace")
     except OSError:

@@ -1,1 +1,1 @@
-"""TensorRT as a tool: which one is here, building a plan, its precision, and whether a plan fits this machine."""
+"""TensorRT as a tool: loading it, building plans, checking their precision, and whether a plan fits this machine."""

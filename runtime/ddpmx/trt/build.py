@@ -1,7 +1,7 @@
-"""model.onnx → model.plan: TensorRT's builder, of either flavour and of any version from 10.3 on, in one code path.
+"""model.onnx → model.plan: one code path for TensorRT and TensorRT-RTX, in any version from 10.3 on.
 
-It lives in the runtime because engines do not travel: a Jetson builds its own, and has neither torch nor onnx. Precision
-stands in the graph (the network is strongly typed), so the builder has no say in it, and is checked all the same.
+It is part of the runtime because engines do not travel: a Jetson builds its own, and has neither torch nor onnx. The
+network is strongly typed, so its precision is that of the graph and not the builder's choice; it is checked all the same.
 """
 
 from __future__ import annotations
@@ -71,31 +71,31 @@ USED = {
     "ILogger": ("log", "Severity"),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
 }
-"""Every name of TensorRT that this module touches; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
+"""Every name of TensorRT that this module uses; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
 
-_TURING_HINT = "TensorRT-RTX multiplies no float32 matrices on 7.5: `ddpmx export --fp16 --time-table` leaves none"
+_TURING_HINT = "TensorRT-RTX cannot multiply float32 matrices on 7.5: `ddpmx export --fp16 --time-table` avoids them"
 
 SMALLEST_BF16 = (10, 13)
-"""The first release that takes bfloat16 through InstanceNormalization. JetPack 6 has 10.3."""
+"""The first release whose InstanceNormalization takes bfloat16. JetPack 6 has 10.3."""
 
-_LONGEST_NAME = 230  # bytes: what is added while it is written has to fit into 255
+_LONGEST_NAME = 230  # bytes: with the additions of its temporary name it must fit into 255
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How to build.
+    """How to build a plan.
 
     Attributes:
-        batch: smallest, best and largest batch; by default 1 and what :func:`default_batch` says.
+        batch: smallest, best and largest batch; by default that of :func:`default_batch`.
         targets: compute capabilities to build for, TensorRT-RTX only: ("8.6", "8.9"). By default one plan for 8.0 and
-            everything after it. TensorRT builds for the GPU that is here.
-        workspace: bytes of scratch memory that the builder may plan with; None leaves it to the library.
-        level: the builder's effort, 0…5; None leaves it to the library.
-        tf32: let float32 products be rounded to 10 bits of mantissa. Off, since it is on in TensorRT by default and
-            costs the precision that an fp32 file promises.
-        refit: weights can be exchanged later.
-        strip: a plan without weights, to be filled from the ONNX file when it is loaded.
-        timing_cache: a folder for what the builder measured, so that the next build is faster; None for none.
+            later. TensorRT builds for the GPU of this machine.
+        workspace: limit of the engine's scratch memory in bytes; None for the library's default.
+        level: the builder's effort, 0…5; None for the library's default.
+        tf32: allow float32 products to be rounded to 10 bits of mantissa. TensorRT allows it by default; here it is off,
+            since it costs the precision that an fp32 file promises.
+        refit: make a plan whose weights can be replaced later.
+        strip: make a plan without weights, to be filled from the ONNX file when it is loaded.
+        timing_cache: folder for the builder's measurements, which make the next build faster; None for none.
     """
 
     batch: tuple[int, int, int] | None = None
@@ -120,27 +120,27 @@ class BuildOptions:
             and 1 <= batch[0] <= batch[1] <= batch[2] <= MAX_BATCH
         ):
             raise InputError(
-                f"the batch must be three rising whole numbers from 1 to {MAX_BATCH}, not {batch!r}",
+                f"the batch must be three ascending whole numbers from 1 to {MAX_BATCH}, not {batch!r}",
                 hint="smallest, best, largest: 1,16,64",
             )
         for target in self.targets:
             if not re.fullmatch(r"\d{1,2}\.\d", target):
-                raise InputError(f"{target!r} is no compute capability", hint="one like 8.6")
+                raise InputError(f"{target!r} is not a compute capability", hint="for example 8.6")
         if self.workspace is not None and not 1 << 20 <= self.workspace <= 1 << 40:
-            raise InputError(f"a workspace of {self.workspace} bytes cannot be", hint="1 MB … 1 TB")
+            raise InputError(f"the workspace must be 1 MB … 1 TB, not {self.workspace} bytes")
         if self.level is not None and not 0 <= self.level <= 5:
-            raise InputError(f"the builder's level is 0…5, not {self.level}")
+            raise InputError(f"the builder's level must be 0…5, not {self.level}")
 
 
 @dataclass(frozen=True)
 class Built:
-    """What came of it.
+    """The result of :func:`build`.
 
     Attributes:
-        info: what the plan says about itself.
-        seconds: how long parsing and building took; 0 if the plan was already there.
-        reused: whether it was.
-        precision: how its precision was ascertained, for people.
+        info: the plan's description.
+        seconds: how long parsing and building took; 0 if the plan was reused.
+        reused: whether the plan already existed and was left as it is.
+        precision: how the precision was checked, as text for the reader.
     """
 
     info: PlanInfo
@@ -150,7 +150,7 @@ class Built:
 
 
 def default_batch(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """1, what a pipeline runs at once by default, and up to 64: fewer of large images, whose activations fill memory."""
+    """(1, the default batch of a pipeline, up to 64): smaller for large images, whose activations take more memory."""
     largest = int(np.clip((1 << 22) // np.prod(shape), 1, 64))
     return 1, min(16, largest), largest
 
@@ -166,32 +166,35 @@ def build(
     progress: Callable[[str, int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Built:
-    """Build a plan from an ONNX file that describes itself.
+    """Build a plan from an ONNX file that contains its model's description.
 
     Args:
         path: the ONNX file.
-        output: the plan to write; by default beside the ONNX file. It appears only when it is whole.
-        options: how.
-        library: which TensorRT; by default the one that is here.
-        devices: the GPUs, for those who know better than the driver.
-        force: build even if the plan is there and would come out the same.
-        progress: called with (what is being done, steps done, steps in all).
-        cancel: asked at every step; True stops the build.
+        output: the plan to write; by default beside the ONNX file. It appears only when it is complete.
+        options: how to build.
+        library: the TensorRT to use; by default the installed one.
+        devices: the GPUs; by default those that the driver lists.
+        force: build even if the same plan already exists.
+        progress: called with (phase, steps done, steps in all).
+        cancel: called at every step; the build stops if it returns True.
 
     Raises:
-        FileFormatError, SpecError: the file is damaged, foreign, or TensorRT's parser refuses it.
-        BackendError: there is no TensorRT, or it cannot build this here, or did not keep the precision.
+        InputError: an option cannot be used with this library.
+        FileFormatError, SpecError: the file is damaged, is not an ONNX file of ddpmx, or TensorRT's parser refuses it.
+        BackendError: there is no TensorRT, it cannot build this plan here, or it did not keep the precision.
         OutputError: the plan cannot be written.
-        Cancelled: ``cancel`` said so.
+        Cancelled: ``cancel`` returned True.
     """
     options = options or BuildOptions()
     path = Path(path)
     if model_file.identify(path) != "onnx":
-        raise FileFormatError(f"{path}: not an ONNX file", hint="engines are built from what `ddpmx export` writes")
-    real = path.resolve()  # weights lie beside the file itself, not beside a link to it
+        raise FileFormatError(
+            f"{path}: not an ONNX file", hint="`ddpmx export` writes the ONNX file from which a plan is built"
+        )
+    real = path.resolve()  # external weights lie beside the file itself, not beside a link to it
     info = onnx_file.read_onnx(real)
     weights = onnx_file.check_external(real, info)
-    # a link to a plan stays one; the sidecar lies beside what it leads to
+    # a link to a plan stays a link; the sidecar lies beside its target
     output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
     _check_output(output, [real, *weights])
     spec = onnx_file.onnx_spec(path, info)
@@ -205,7 +208,7 @@ def build(
     begun = time.monotonic()
     name = f"{spec.to_text()} {wrap(RECORD_PREFIX, record.to_json())}"
     if len(name) > MAX_TEXT:
-        raise SpecError(f"{path}: what its plan has to say takes {len(name)} bytes, and a name holds {MAX_TEXT}")
+        raise SpecError(f"{path}: the plan's description takes {len(name)} bytes, and a name holds {MAX_TEXT}")
     plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
     precision = assert_precision(plan, spec, info, library, stripped=options.strip)
     seconds = time.monotonic() - begun
@@ -224,7 +227,7 @@ def _build(
     progress: Callable[[str, int, int], None] | None,
     cancel: Callable[[], bool] | None,
 ) -> tuple[Any, int]:
-    """Parse and build. (the plan's bytes, how many layers it had before fusion)"""
+    """Parse and build. (the plan's bytes, number of layers before fusion)"""
     trt = library.trt
     library.logger.lines.clear()
     builder = library.made("builder", lambda: trt.Builder(library.logger))
@@ -235,12 +238,14 @@ def _build(
         with _signals_held():
             parsed = parser.parse_from_file(os.fspath(path))
     except (TypeError, UnicodeError) as error:
-        raise FileFormatError(f"{str(path)!a}: {library} takes file names in UTF-8 only", hint="rename it") from error
+        raise FileFormatError(
+            f"{str(path)!a}: {library} takes file names in UTF-8 only", hint="rename the file"
+        ) from error
     if not parsed:
         raise FileFormatError(
             f"{path}: {library}'s parser refuses this file",
             note=_parser_errors(parser) or library.last_words(),
-            hint="export it again with this ddpmx, which keeps to operators that TensorRT 10.3 knows",
+            hint="export it again with this ddpmx, which uses only operators that TensorRT 10.3 has",
         )
     network.name = name
     _check_network(path, network, spec, trt)
@@ -269,7 +274,7 @@ def _build(
             note=library.last_words(),
             hint=_TURING_HINT
             if "7.5" in record.targets
-            else "`ddpmx doctor` shows what is here; where memory is short, a smaller --batch or another --workspace",
+            else "`ddpmx doctor` shows what is installed; if memory is short, try a smaller --batch or another --workspace",
         )
     cache.save(config)
     return plan, network.num_layers
@@ -277,10 +282,10 @@ def _build(
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[list[int]]:
-    """Keep SIGINT and SIGTERM until C++ has come back, and raise them then.
+    """Hold back SIGINT and SIGTERM while C++ code runs, and raise them afterwards.
 
-    Python runs a signal's handler at the first instruction of whatever it does next, which may be a callback: TensorRT
-    would print the handler's exception and go on.
+    Python runs a signal's handler at the next Python instruction, which may be in a callback: TensorRT would print the
+    handler's exception and continue.
     """
     held: list[int] = []
     before: dict[int, Any] = {}
@@ -302,33 +307,33 @@ def _signals_held() -> Iterator[list[int]]:
 
 def _check_output(output: Path, inputs: list[Path]) -> None:
     if output.is_dir():
-        raise OutputError(f"{output}: a folder stands there", hint=f"-o {output / 'model.plan'}")
+        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.plan'}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}")
     for written in (output, sidecar_path(output)):
         if written.exists() and not written.is_file():
-            raise OutputError(f"{written}: stands in the way, and is no file", hint="another -o")
+            raise OutputError(f"{written}: exists and is not a regular file", hint="another -o")
         if len(os.fsencode(written.name)) > _LONGEST_NAME:
-            raise OutputError(f"{written.name[:40]}…: too long for a file's name", hint="another -o")
+            raise OutputError(f"{written.name[:40]}…: too long for a file name", hint="another -o")
         for path in inputs:
             if written.exists() and written.samefile(path):
-                raise OutputError(f"{written}: would replace what the plan is built from", hint="another -o")
+                raise OutputError(f"refusing to overwrite {written}: the plan is built from it", hint="another -o")
     check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(plan_file.MAGIC))
     check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(".json",), begins=(b"{",))
 
 
 def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, devices: Gpus) -> None:
-    """See what can be known before minutes are spent on it."""
+    """Refuse what cannot work, before minutes are spent on it."""
     if not library.is_rtx and not devices.devices:
         raise BackendError(
-            f"{library} builds an engine on the GPU that is to run it, and there is none here",
+            f"{library} builds an engine on the GPU that will run it, and there is none here",
             note=devices.trouble,
             hint="run `ddpmx build` on the device; TensorRT-RTX builds for RTX cards without one: "
             "pip install tensorrt-rtx-cu13",
         )
     if not library.is_rtx and options.targets:
         raise InputError(
-            f"{library} builds for the GPU that is here only", hint="leave --target away; TensorRT-RTX has it"
+            f"{library} builds only for the GPU of this machine", hint="omit --target; TensorRT-RTX supports it"
         )
     if spec.precision == "bf16" and not library.is_rtx and library.release < SMALLEST_BF16:
         raise BackendError(
@@ -339,22 +344,22 @@ def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, de
         )
     if (options.refit or options.strip) and not devices.devices:
         raise BackendError(
-            f"{library} makes {'stripped' if options.strip else 'refittable'} plans only where there is a GPU",
-            note=f"it compiles the code that puts weights in place on the device itself; here {devices.trouble}",
-            hint="build a plan with its weights inside, or run this on the device",
+            f"{library} needs a GPU to build {'stripped' if options.strip else 'refittable'} plans",
+            note=f"it compiles the code that fills in the weights on the device itself; here {devices.trouble}",
+            hint="build a plan with its weights, or run this command on the device",
         )
 
 
 def _record(
     path: Path, files: list[Path], spec: ModelSpec, library: Library, options: BuildOptions, devices: Gpus
 ) -> PlanRecord:
-    """What the plan will say about how it was built; its key covers everything that the plan depends on."""
+    """The record of how the plan is built; its key covers everything that the plan depends on."""
     batch = options.batch or default_batch(spec.shape)
     if library.is_rtx:
         targets = tuple(sorted(set(options.targets), key=float)) or ("8.0+",)
     else:
         targets = (devices.devices[0].sm,)
-    # where the files are called what is part of the graph only for those beside it
+    # the names of the external files are part of the graph, that of the ONNX file is not
     digests = [model_file.sha256(files[0]), *(f"{f.name} {model_file.sha256(f)}" for f in sorted(files[1:]))]
     settings = dataclasses.asdict(options)
     record = PlanRecord(
@@ -368,23 +373,23 @@ def _record(
         options={name: settings[name] for name in ("workspace", "level", "tf32", "refit", "strip")},
         key="",
     )
-    told = {name: value for name, value in record.to_json().items() if name not in ("key", "source")}
-    # the device's name too: two GPUs of one SM may get other kernels
-    told["device"] = devices.devices[0].name if devices.devices and not library.is_rtx else None
-    told["spec"] = spec.to_json()
-    key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    values = {name: value for name, value in record.to_json().items() if name not in ("key", "source")}
+    # the device's name too: two GPUs of one SM may get different kernels
+    values["device"] = devices.devices[0].name if devices.devices and not library.is_rtx else None
+    values["spec"] = spec.to_json()
+    key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return dataclasses.replace(record, key=key)
 
 
 def _full_version(library: Library) -> str:
     version = re.match(r"\d+(\.\d+){1,3}", library.version)
     if version is None:
-        raise BackendError(f"{library.flavour} says that its version is {library.version!r}")
+        raise BackendError(f"{library.flavour} reports the version {library.version!r}, which is not a version number")
     return version[0]
 
 
 def _already(output: Path, record: PlanRecord) -> PlanInfo | None:
-    """The plan that is there, if it is what would be built."""
+    """The existing plan, if it is the one that would be built."""
     if not output.is_file():
         return None
     try:
@@ -395,7 +400,7 @@ def _already(output: Path, record: PlanRecord) -> PlanInfo | None:
 
 
 def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
-    """What the parser understood: the contract's inputs of the right types, float32 out, and only the batch left open."""
+    """Check what the parser read: the contract's inputs with their types, float32 outputs, and only the batch dynamic."""
     faults = []
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -409,7 +414,7 @@ def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
             faults.append(f"{tensor.name}: {tensor.dtype}")
     if faults or network.num_inputs != len(spec.inputs) or network.num_outputs != len(spec.outputs):
         raise FileFormatError(
-            f"{path}: TensorRT reads other inputs and outputs from this file than the contract asks for",
+            f"{path}: TensorRT reads inputs and outputs from this file that do not match its spec",
             note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",
         )
 
@@ -417,13 +422,13 @@ def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
 def _dims(tensor: Any) -> list[int]:
     try:
         return [int(dim) for dim in tensor.shape]
-    except ValueError:  # of unknown rank: its length is negative
+    except ValueError:  # unknown rank: its length is negative
         return []
 
 
 def _set_flags(config: Any, trt: Any, options: BuildOptions) -> None:
     flags = trt.BuilderFlag
-    # TensorRT has it on by default; TensorRT-RTX has the flag too
+    # on by default in TensorRT; TensorRT-RTX has the flag too
     (config.set_flag if options.tf32 else config.clear_flag)(flags.TF32)
     if options.refit:
         config.set_flag(flags.REFIT)
@@ -442,9 +447,9 @@ def _set_targets(config: Any, trt: Any, options: BuildOptions) -> None:
     names = ["SM" + target.replace(".", "") for target in options.targets]
     if unknown := [target for target, name in zip(options.targets, names, strict=True) if name not in known]:
         raise InputError(
-            f"TensorRT-RTX builds nothing for compute capability {unknown[0]}",
+            f"TensorRT-RTX does not build for compute capability {unknown[0]}",
             note=f"it knows {', '.join(f'{name[2:-1]}.{name[-1]}' for name in known)}",
-            hint="without --target the plan is for 8.0 and everything after it",
+            hint="without --target the plan is for 8.0 and later",
         )
     if names:
         config.num_compute_capabilities = len(names)
@@ -453,12 +458,12 @@ def _set_targets(config: Any, trt: Any, options: BuildOptions) -> None:
 
 
 def timing_cache_name(library: Library, devices: Gpus) -> str:
-    """What was measured with one version on one architecture says nothing about others."""
+    """The file name of a timing cache: measurements hold for one version and one architecture only."""
     return f"{library.flavour}-{library.version}-sm{devices.devices[0].sm}.timing".lower()
 
 
 class _TimingCache:
-    """What the builder measured earlier, in a file per library version and SM. TensorRT-RTX measures nothing."""
+    """The builder's earlier measurements, in one file per library version and SM. TensorRT-RTX measures nothing."""
 
     def __init__(self, folder: Path | None, library: Library, devices: Gpus, config: Any) -> None:
         self._file = self._cache = None
@@ -467,25 +472,25 @@ class _TimingCache:
         try:
             self._file = make_folder(folder) / timing_cache_name(library, devices)
         except OutputError:
-            return  # it only saves time
+            return  # a cache only saves time
         data = b""
         with contextlib.suppress(OSError):
             data = self._file.read_bytes()
-        for content in (data, b""):  # one that it refuses is as good as none
+        for content in (data, b""):  # an empty one if the builder refuses the old one
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, False):
-                self._cache = cache  # the configuration knows it by address only
+                self._cache = cache  # keep it alive: the configuration holds only its address
                 break
 
     def save(self, config: Any) -> None:
-        """Keep what is known now."""
+        """Write the cache with the new measurements."""
         if self._file is not None and (cache := config.get_timing_cache()) is not None:
             with contextlib.suppress(OutputError), atomic_write(self._file) as stream:
                 stream.write(memoryview(cache.serialize()))
 
 
 def _monitor(trt: Any, progress: Callable[[str, int, int], None] | None, cancel: Callable[[], bool] | None) -> Any:
-    """An IProgressMonitor. An exception must not leave a callback: C++ stands behind it."""
+    """An IProgressMonitor. No exception may leave its callbacks, which are called from C++."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -514,17 +519,17 @@ def _monitor(trt: Any, progress: Callable[[str, int, int], None] | None, cancel:
 
 
 def _parser_errors(parser: Any) -> str:
-    """Everything that the parser has to say, which is a list, and not its last line."""
-    said = []
+    """All errors of the parser: it keeps a list, not only the last one."""
+    lines = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         where = f"node {error.node()} {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "model"
-        said.append(f"{where}: {error.desc()}")
-    return "; ".join(said)
+        lines.append(f"{where}: {error.desc()}")
+    return "; ".join(lines)
 
 
 def _write(output: Path, plan: Any, spec: ModelSpec, record: PlanRecord, extra: dict[str, Any]) -> None:
-    """The plan and its sidecar, never one with another's: without a sidecar a plan is good, with a wrong one it is not."""
+    """Write the plan, then its sidecar, with none in between: a plan is valid without a sidecar, not with a wrong one."""
     view = memoryview(plan)
     values = plan_file.sidecar_json(view.nbytes, spec, record, extra)
     with atomic_write(output) as stream:

@@ -1,4 +1,4 @@
-"""Whether a plan can run here, and, if it cannot, the command that makes one that can."""
+"""Whether a plan can run on this machine, and if not, the command that builds one that can."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ddpmx.formats.plan_file import PlanInfo, rebuild_command, release
 
 
 def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | None, platform: str, gpus: Gpus) -> None:
-    """See that a plan can run here, before anything is deserialised.
+    """Check that a plan can run here, before it is deserialised.
 
     Args:
-        path: the plan, for the message.
-        info: what it says.
-        version: of the library of its flavour that is here, or None.
+        path: the plan's path, for the message.
+        info: the plan's description.
+        version: of the installed library of the plan's flavour, or None.
         platform: operating system and machine, as in :attr:`PlanRecord.platform`.
-        gpus: the GPUs that are here. The first one counts.
+        gpus: the GPUs of this machine. The first one is used.
 
     Raises:
-        BackendError: it cannot: a :class:`~ddpmx.errors.PlanMismatchError` if it has to be built anew. Both sides and the
-            command that does it are named.
+        BackendError: it cannot run here; a :class:`~ddpmx.errors.PlanMismatchError` if it has to be rebuilt. The message
+            says what the plan was built for, what is here, and which command rebuilds it.
     """
     engine = info.engine
     built = f"{info.flavour} {info.version} for SM {', '.join(engine.targets)} on {engine.platform}"
@@ -63,7 +63,7 @@ def check_fits(path: str | os.PathLike[str], info: PlanInfo, *, version: str | N
 
 
 def install_hint(flavour: str | None) -> str:
-    """How a TensorRT is installed."""
+    """How to install a flavour of TensorRT; None stands for TensorRT."""
     if flavour == "TensorRT-RTX":
         return "pip install tensorrt-rtx-cu13"
     return (

@@ -1,6 +1,6 @@
-"""The TensorRT that is here: either flavour behind one face, and a logger that remembers what it was told.
+"""Loads TensorRT or TensorRT-RTX behind one interface, with a logger that keeps the library's messages.
 
-TensorRT and TensorRT-RTX are two libraries with the same classes. Never both in one process.
+They are two libraries with the same classes. Never load both in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddpmx.formats.plan_file import FLAVOURS
 from ddpmx.trt.compat import install_hint
 
 MODULES = {"TensorRT": ("tensorrt",), "TensorRT-RTX": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
-"""By which names Python finds each flavour, in the order in which they are tried."""
+"""The names of each flavour's Python module, in the order in which they are tried."""
 
 _REMEMBERED = 200
 _LIBRARY = re.compile(r"/.*/lib(nvinfer|tensorrt_rtx)\.so[^\s/]*")
@@ -29,13 +29,13 @@ _LIBRARY = re.compile(r"/.*/lib(nvinfer|tensorrt_rtx)\.so[^\s/]*")
 
 @dataclass(frozen=True)
 class Library:
-    """One TensorRT.
+    """A loaded TensorRT.
 
     Attributes:
         trt: its Python module.
         flavour: ``TensorRT`` or ``TensorRT-RTX``.
-        version: as it says itself.
-        logger: give it to everything that wants one.
+        version: the version that the module reports.
+        logger: the logger for all of its objects.
     """
 
     trt: Any
@@ -54,19 +54,23 @@ class Library:
         return tuple(int(n) for n in re.findall(r"\d+", self.version)[:2])
 
     def __str__(self) -> str:
-        """For people."""
+        """For messages: "TensorRT 10.3.0"."""
         return f"{self.flavour} {self.version}"
 
     def made(self, what: str, make: Callable[[], Any]) -> Any:
-        """``make()``.
+        """Create one of TensorRT's objects with ``make()``.
+
+        Args:
+            what: the object's name, for the message.
+            make: creates it; None or an exception means that TensorRT refused.
 
         Raises:
-            BackendError: it came back with nothing, and these are TensorRT's own words on why.
+            BackendError: the object could not be created. Its note is TensorRT's own message.
         """
         trouble = ""
         try:
             made = make()
-        except (TypeError, RuntimeError) as error:  # pybind: the factory function returned nullptr
+        except (TypeError, RuntimeError) as error:  # pybind11, if the factory function returned nullptr
             made, trouble = None, str(error)
         if made is None:
             raise BackendError(
@@ -77,7 +81,7 @@ class Library:
         return made
 
     def last_words(self, limit: int = 600) -> str:
-        """What the library itself said about what went wrong, and forget it."""
+        """Return the library's own error messages, and clear them."""
         lines = [text for severity, text in self.logger.lines if severity <= self.trt.ILogger.Severity.ERROR]
         lines = lines or [text for _, text in list(self.logger.lines)[-3:]]
         self.logger.lines.clear()
@@ -90,7 +94,7 @@ def load(flavour: str | None = None) -> Library:
     """Import a TensorRT.
 
     Args:
-        flavour: which one; by default the first that is here, TensorRT before TensorRT-RTX.
+        flavour: the one to load; by default the first that is installed, TensorRT before TensorRT-RTX.
 
     Raises:
         BackendError: it is not installed, or does not load.
@@ -104,7 +108,7 @@ def load(flavour: str | None = None) -> Library:
             except ModuleNotFoundError as error:
                 if error.name != module:
                     troubles.append(f"{module}: {error}")
-            except Exception as error:  # a library that it needs is missing, or its version does not fit
+            except Exception as error:  # a library that it needs is missing or has another version
                 troubles.append(f"{module}: {str(error).strip()[:300]}")
     raise BackendError(
         f"{flavour or 'TensorRT'} is not installed here",
@@ -114,7 +118,7 @@ def load(flavour: str | None = None) -> Library:
 
 
 def loaded_from() -> list[str]:
-    """The files of the TensorRT libraries in this process. Two of them are a common cause of odd failures."""
+    """Paths of the TensorRT libraries in this process. Two of one flavour are a common cause of odd failures."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -128,14 +132,14 @@ def host_platform() -> str:
 
 
 def _make_logger(trt: Any) -> Any:
-    """A logger that keeps the last lines instead of printing them.
+    """A logger that keeps the last messages instead of printing them.
 
-    TensorRT takes one logger per process; whoever comes second is ignored. So there is one per library, for good.
+    TensorRT takes one logger per process and ignores later ones. So each library has one logger for the whole process.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]  # the base is known at run time only
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)  # the bindings ask for the base's own, not for super()
+            trt.ILogger.__init__(self)  # the bindings need the base's own __init__, not super()
             self.lines: deque[tuple[Any, str]] = deque(maxlen=_REMEMBERED)
 
         def log(self, severity: Any, msg: str) -> None:

@@ -1,6 +1,6 @@
-"""Whether an engine still computes in the precision of the graph that it was built from: asserted, not believed.
+"""Checks that an engine computes in the precision of its graph, by the size of its weights.
 
-Builders have widened half precision to float32 without a word before. A weight that is widened takes twice the bytes.
+Builders have widened half precision to float32 silently before. A widened weight takes twice the bytes.
 """
 
 from __future__ import annotations
@@ -14,35 +14,45 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.trt.library import Library
 
 _SHARE, _SLACK = (0.9, 1.15), 1 << 16
-"""How far a plan's weights may be from the graph's: constants are folded and tensors aligned, nothing more."""
+"""How much the size of a plan's weights may differ from the graph's, by folded constants and alignment."""
 _LEAST_WEIGHTS, _LEAST_HALVES = 1 << 18, 1 << 23
 
 
 def check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
-    """A file that says fp16 and holds float32 is a mistake that would only show as a slow engine."""
+    """Check that the weights have the precision that the file declares; a wrong one would only show as a slow engine.
+
+    Raises:
+        SpecError: they have another one.
+    """
     low = {"fp16": FLOAT16, "bf16": BFLOAT16}.get(spec.precision)
     halves, floats = info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0), info.weights.get(FLOAT, 0)
     if (low is None and halves > floats) or (low is not None and floats and info.weights.get(low, 0) == 0):
         raise SpecError(
-            f"{path}: the file says {spec.precision}, and its weights say something else",
+            f"{path}: the file declares {spec.precision}, but its weights have another precision",
             note=f"{floats} bytes of float32, {halves} bytes of 16-bit floats",
             hint="export it again",
         )
 
 
 def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Library, *, stripped: bool) -> str:
-    """See that the plan's weights take as many bytes as the graph's: a builder that widens halves doubles them.
+    """Check that the plan's weights take as many bytes as the graph's: a builder that widens 16-bit weights doubles them.
 
-    TensorRT-RTX states in its header how long its section of weights is. TensorRT's format is not public; its plan as a
-    whole must not be near the size that the widened weights would have.
+    The header of a TensorRT-RTX plan states the size of its weights. TensorRT's format is not public, so there the whole
+    plan must be smaller than widened weights would be.
+
+    Returns:
+        How the precision was checked, as text for the reader.
+
+    Raises:
+        BackendError: the weights have another size.
     """
     weights = sum(info.weights.values())
     if stripped:
-        return "not ascertained: the plan holds no weights"
+        return "not verified: the plan holds no weights"
     if library.is_rtx:
         stored = _rtx_weights(memoryview(plan))
         if stored is None:
-            return "not ascertained: this version's header does not tell the size of the weights"
+            return "not verified: the header of this version does not state the size of the weights"
         if not _SHARE[0] * weights - _SLACK <= stored <= _SHARE[1] * weights + _SLACK:
             raise BackendError(
                 f"{library} did not keep the precision of the graph",
@@ -50,11 +60,11 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
                 hint="use the ONNX file, or another version of TensorRT, and report this",
             )
         if weights < _LEAST_WEIGHTS:
-            return "not ascertained: too few weights to tell by their size"
+            return "not verified: too few weights to judge by their size"
         return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
     size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
     if halves < _LEAST_HALVES:
-        return "not ascertained: too few 16-bit weights to tell by the plan's size"
+        return "not verified: too few 16-bit weights to judge by the size of the plan"
     if size > weights + 0.75 * halves:
         raise BackendError(
             f"{library} seems to have widened the {spec.precision} weights to float32",
@@ -65,7 +75,7 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
 
 
 def _rtx_weights(plan: memoryview) -> int | None:
-    """The length of the section "WGHT" in a TensorRT-RTX plan: found in 1.7, in the table that follows the header."""
+    """The size of the section "WGHT" of a TensorRT-RTX plan, from the table after the header; seen in 1.7."""
     at = bytes(plan[:256]).find(b"THGW")
     if at < 0:
         return None

@@ -1,4 +1,4 @@
-# The bytes of FROM, and a zero behind them, as the array NAME in the header TO.
+# Writes the bytes of FROM, with a zero at the end, as the array NAME into the header TO.
 file(READ "${FROM}" bytes HEX)
 string(REGEX REPLACE "(..)" "0x\\1," bytes "${bytes}")
 string(REGEX REPLACE "(0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,0x..,)" "\\1\n" bytes "${bytes}")

@@ -1,5 +1,5 @@
-# What `cmake --install` puts where: the libraries, the headers, and how CMake and pkg-config find them. Everything is found
-# from where these files lie, so that a prefix may be moved.
+# `cmake --install`: the libraries, the headers, and the files for CMake and pkg-config. All paths are relative to these
+# files, so that a prefix may be moved.
 option(DDPMX_INSTALL "Install libddpmx with this project" ${top_level})
 if(NOT DDPMX_INSTALL)
   return()
@@ -9,7 +9,7 @@ set(package "${CMAKE_INSTALL_LIBDIR}/cmake/ddpmx")
 set(made "${PROJECT_BINARY_DIR}/generated")
 
 install(TARGETS ddpmx EXPORT ddpmx LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
-if(TARGET ddpmx_trt) # opened at run time, from where libddpmx is
+if(TARGET ddpmx_trt) # opened at run time, from the folder of libddpmx
   install(TARGETS ddpmx_trt LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 endif()
 install(FILES include/ddpmx/ddpmx.h include/ddpmx/ddpmx.hpp DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/ddpmx")

@@ -1,9 +1,9 @@
 # onnxruntime_c_api.h, as the target OnnxRuntimeHeaders. Only the header: the library is opened at run time.
 #
-# Looked for in ORT_HOME (a variable of CMake or of the environment: an unpacked release), then in the system. Where there is
-# none it is taken out of Debian's package, whose SHA-256 stands here, unless DDPMX_FETCH_DEPS is OFF.
+# It is looked for in ORT_HOME (a variable of CMake or of the environment: an unpacked release), then in the system. If there
+# is none, it is taken from Debian's package, whose SHA-256 is checked, unless DDPMX_FETCH_DEPS is OFF.
 set(ORT_HOME "$ENV{ORT_HOME}" CACHE PATH "An unpacked release of ONNX Runtime, for its headers")
-if(DEFINED DDPMX_ORT_HOME_SEEN AND NOT "${ORT_HOME}" STREQUAL "${DDPMX_ORT_HOME_SEEN}") # what was found for another one is not wanted any more
+if(DEFINED DDPMX_ORT_HOME_SEEN AND NOT "${ORT_HOME}" STREQUAL "${DDPMX_ORT_HOME_SEEN}") # forget what was found for another one
   unset(ORT_INCLUDE CACHE)
 endif()
 set(DDPMX_ORT_HOME_SEEN "${ORT_HOME}" CACHE INTERNAL "")
@@ -16,7 +16,7 @@ if(ORT_HOME)
 endif()
 find_path(ORT_INCLUDE onnxruntime_c_api.h PATH_SUFFIXES onnxruntime onnxruntime/core/session)
 if(NOT ORT_INCLUDE AND DDPMX_FETCH_DEPS)
-  # The mirror that apt knows, unless another one is given. The hash says whether it is the right file.
+  # apt's mirror, unless DDPMX_DEBIAN_MIRROR is set. The hash makes sure that it is the right file.
   set(DDPMX_DEBIAN_MIRROR "" CACHE STRING "A mirror of Debian, http://…/debian, where apt knows none")
   set(urls "${DDPMX_DEBIAN_MIRROR}")
   foreach(list /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list)

@@ -1,8 +1,8 @@
-# libddpmx_trt, the module that runs plans: the only part that is compiled against TensorRT, and it is not linked to it.
+# libddpmx_trt, the module that runs plans: the only part that is compiled with TensorRT's headers. It is not linked to it.
 #
 # Its headers are looked for in TENSORRT_ROOT (a variable of CMake or of the environment), then in the system; CUDA's
 # cuda_runtime_api.h, which they include, in CUDAToolkit_ROOT, beside them, and where CUDA is installed. They may be of
-# TensorRT 10.3 and later, or of TensorRT-RTX: each wants a module of its own, and libddpmx takes the one that it is told.
+# TensorRT 10.3 and later, or of TensorRT-RTX: each needs a module of its own, and the option trt_module chooses one.
 if(NOT DDPMX_TENSORRT MATCHES "^(ON|OFF|AUTO)$")
   message(FATAL_ERROR "DDPMX_TENSORRT is ${DDPMX_TENSORRT}: ON, OFF or AUTO is needed")
 endif()
@@ -13,7 +13,7 @@ endif()
 set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "An unpacked TensorRT or TensorRT-RTX, for its headers")
 set(CUDAToolkit_ROOT "$ENV{CUDAToolkit_ROOT}" CACHE PATH "An installed CUDA toolkit, for its headers")
 set(roots "${TENSORRT_ROOT}:${CUDAToolkit_ROOT}")
-if(NOT roots STREQUAL DDPMX_TENSORRT_ROOTS) # what was found in others is not wanted any more
+if(NOT roots STREQUAL DDPMX_TENSORRT_ROOTS) # forget what was found in others
   unset(TENSORRT_INCLUDE CACHE)
   unset(CUDA_INCLUDE CACHE)
 endif()
@@ -81,5 +81,5 @@ target_include_directories(ddpmx_trt SYSTEM PRIVATE "${TENSORRT_INCLUDE}" "${CUD
 target_link_libraries(ddpmx_trt PRIVATE ddpmx_flags ${CMAKE_DL_LIBS})
 set(trt_map "${PROJECT_SOURCE_DIR}/cmake/ddpmx_trt.map")
 target_link_options(ddpmx_trt PRIVATE "LINKER:--version-script=${trt_map}" LINKER:--no-undefined)
-# beside libddpmx, where that looks for it
+# beside libddpmx, which looks for it there
 set_target_properties(ddpmx_trt PROPERTIES LINK_DEPENDS "${trt_map}" LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}")

@@ -1,4 +1,4 @@
-# Debian's and Ubuntu's cross-compiler for aarch64, and QEMU to run the tests if there is one:
+# Debian's and Ubuntu's cross-compiler for aarch64, and QEMU to run the tests if it is installed:
 #
 #   cmake -S runtime/native -B build-aarch64 -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake
 set(CMAKE_SYSTEM_NAME Linux)
@@ -6,8 +6,8 @@ set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_C_COMPILER aarch64-linux-gnu-gcc)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
 
-# Libraries are this compiler's own. Headers may be the build machine's: the only ones that are looked for, ONNX Runtime's and
-# TensorRT's, are the same on every processor.
+# Libraries are this compiler's own. Headers may be the build machine's: the only ones needed, ONNX Runtime's and TensorRT's,
+# are the same on every processor.
 set(CMAKE_FIND_ROOT_PATH /usr/aarch64-linux-gnu)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

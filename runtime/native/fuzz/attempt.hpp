@@ -1,5 +1,5 @@
-// What fuzzing demands of a reader: it reads, or it fails with a Failure that says something. Anything else that is
-// thrown ends the program, and so does what the sanitizers find.
+// The condition that fuzzing checks: a reader succeeds, or throws a Failure with a text. Any other exception ends the
+// program, and so does an error that the sanitizers find.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace ddpmx_fuzz {
 
-// Whether `action` went through.
+// Whether `action` succeeded.
 template <class Action>
 bool attempt(Action action) {
   try {

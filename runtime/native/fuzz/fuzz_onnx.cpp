@@ -1,4 +1,4 @@
-// All that is done with the bytes of an ONNX file before ONNX Runtime sees them.
+// Everything that reads the bytes of an ONNX file before ONNX Runtime opens it.
 #include <cstdint>
 
 #include "attempt.hpp"
@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   attempt([&] { ddpmx::check_external(path, info); });
   attempt([&] { ddpmx::onnx_spec(path, info, ""); });
   attempt([&] { ddpmx::onnx_spec(path, info, R"({"shape":[3,8,8],"timesteps":20})"); });
-  // a file that describes itself as it is, so that the contract is reached whatever became of its checksum
+  // without metadata, so that the contract is checked even if the CRC is wrong
   info.metadata.clear();
   attempt([&] {
     ddpmx::onnx_spec(path, info,

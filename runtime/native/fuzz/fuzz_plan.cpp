@@ -1,9 +1,9 @@
-// All that is done with the bytes of a plan and its sidecar before TensorRT sees them.
+// Everything that reads the bytes of a plan and its sidecar before TensorRT opens it.
 //
-// The first byte of an input says what the rest is. Bit 0: host code is trusted. Bit 1: it is no plan, but what a
-// plan's two envelopes hold, and then the sidecar, with a zero byte after each of the first two; sealing them here
-// leads behind the checksums. Bit 2, of a plan: what follows its last line break is the sidecar. Bit 3: the length in
-// its header is put right.
+// The first byte of an input says what the rest is. Bit 0: host code is trusted. Bit 1: not a plan, but the content of a
+// plan's two envelopes, and then the sidecar, with a zero byte after each of the first two; the envelopes are made here,
+// so that the fuzzer gets past the checksums. Bit 2, of a plan: the sidecar follows its last line break. Bit 3: the length
+// in its header is corrected.
 #include <cstdint>
 #include <optional>
 
@@ -13,7 +13,7 @@
 
 namespace {
 
-// Takes what comes before the first `end`, and the end; all of it where there is none.
+// Takes the text before the first `end`, and the end itself; everything if there is none.
 std::string take(std::string_view &rest, char end) {
   const size_t size = rest.find(end);
   const std::string part(rest.substr(0, size));

@@ -1,4 +1,4 @@
-// JSON and everything that is made of it: what a caller gives as a spec, what an envelope holds, arrays of β.
+// JSON and what it holds: specs of callers, envelopes, and arrays of β.
 #include <cstdint>
 
 #include "attempt.hpp"
@@ -16,7 +16,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   attempt([&] { ddpmx::spec_from_text(ddpmx_test::envelope("ddpmx1", text), &betas, "the file"); });
   ddpmx::Json json;
   if (!attempt([&] { json = ddpmx::parse_json(text); })) return 0;
-  // what is shown is what was read, but for half surrogate pairs and the order of members, and it stays as it is
+  // shown() prints what was read, except for half surrogate pairs and the order of members, and its output is stable
   const std::string shown = ddpmx::shown(json, SIZE_MAX);
   if (ddpmx::shown(ddpmx::parse_json(shown), SIZE_MAX) != shown || ddpmx::parse_json(shown) != json) std::abort();
   return 0;

@@ -1,8 +1,8 @@
-"""Seeds for the fuzzers: good files and some that are wrong in one way, and the words of each format.
+"""Seeds for the fuzzers: good files, files with one fault, and the words of each format.
 
     python runtime/native/fuzz/seeds.py FOLDER
 
-writes FOLDER/{onnx,plan,spec}/ and a dictionary FOLDER/{onnx,plan,spec}.dict for each. Needs ddpmx and numpy alone.
+writes FOLDER/{onnx,plan,spec}/ and a dictionary FOLDER/{onnx,plan,spec}.dict for each. Needs only ddpmx and numpy.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(plan_file.Pla
 
 
 def onnx_seeds() -> list[bytes]:
-    """Files with every place that is read, and with every spec."""
+    """Files with every field that is read, and with every spec."""
     seeds = onnx_files()
     for spec in SPECS:
         inputs = INPUTS | {
@@ -79,7 +79,7 @@ def onnx_seeds() -> list[bytes]:
 
 
 def plan_seeds() -> list[bytes]:
-    """Inputs of fuzz_plan.cpp: a byte that says what follows, and then a plan, or what its envelopes hold."""
+    """Inputs of fuzz_plan.cpp: a byte that says what follows, then a plan, or the content of its envelopes."""
     seeds = []
     for spec in SPECS:
         for record in (plans.RECORD, dataclasses.replace(plans.RECORD, options={"workspace": 1 << 30, "tf32": True})):
@@ -95,7 +95,7 @@ def plan_seeds() -> list[bytes]:
 
 
 def spec_seeds() -> list[bytes]:
-    """What a caller may give, envelopes, and arrays of β."""
+    """Specs of callers, envelopes, and arrays of β."""
     seeds = []
     for spec in SPECS:
         seeds += [json.dumps(spec.to_json(whole=whole)).encode() for whole in (False, True)]
@@ -107,13 +107,13 @@ def spec_seeds() -> list[bytes]:
 
 
 def dictionary(words: list[str | bytes]) -> str:
-    """Words in the form that libFuzzer reads."""
+    """Words in the format of libFuzzer's dictionaries."""
     raws = [word.encode() if isinstance(word, str) else word for word in words]
     return "".join('"' + "".join(f"\\x{byte:02x}" for byte in raw) + '"\n' for raw in raws)
 
 
 def main(folder: Path) -> None:
-    """Write it all."""
+    """Write the seeds and dictionaries into ``folder``."""
     onnx_words: list[str | bytes] = ["ddpmx", "ddpmx.betas", "location", "ai.onnx", "batch", "eps", "var", "x0_prev"]
     onnx_words += [protobuf.varint(number << 3 | 2) for number in (1, 5, 6, 7, 11, 12, 13, 14, 15, 20, 22, 23, 25)]
     onnx_words += [b"\xff" * 9 + b"\x01", b"\xff" * 9 + b"\x7f"]

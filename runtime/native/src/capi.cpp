@@ -1,4 +1,4 @@
-// The border: no exception crosses it, and every pointer and size of the caller's is looked at here.
+// The C API: no exception crosses it, and every pointer and size from the caller is checked here.
 
 #include <cxxabi.h>
 
@@ -19,21 +19,21 @@ struct ddpmx_pipeline {
 
 namespace {
 
-constexpr size_t kLargestStruct = 4096;  // what no version of a struct will reach
+constexpr size_t kLargestStruct = 4096;  // no version of a struct will be larger
 
-// Of a fixed size, so that telling of a lack of memory takes none; and not a string, whose memory later calls would move.
+// Of a fixed size, so that reporting a lack of memory needs none; and not a string, whose memory later calls would move.
 thread_local char last_error[2048];
 
 void remember(const char *text) {
   size_t size = std::min(std::strlen(text), sizeof last_error - 1);
   if (text[size]) {
-    while (size && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;  // no half of a character
+    while (size && (static_cast<unsigned char>(text[size]) & 0xC0) == 0x80) --size;  // do not cut a character
   }
   std::memcpy(last_error, text, size);
   last_error[size] = 0;
 }
 
-// The status of `action`; whatever it throws becomes text.
+// Runs `action` and returns its status; what it throws becomes the text of ddpmx_last_error().
 template <class Action>
 __attribute__((no_sanitize("null"))) // a forced unwind carries no object to refer to
 ddpmx_status guarded(Action action) {
@@ -41,18 +41,18 @@ ddpmx_status guarded(Action action) {
     action();
     return DDPMX_OK;
   } catch (const abi::__forced_unwind &) {
-    throw;  // a thread that is cancelled, or ended by the callback: glibc allows nobody to stop that
+    throw;  // the thread is cancelled, or ended by the callback: glibc does not allow this to be caught
   } catch (const Failure &failure) {
     remember(failure.what());
     return failure.status;
   } catch (const std::bad_alloc &) {
-    remember("the memory does not suffice\nHint: a smaller batch, or fewer images at once");
+    remember("out of memory\nHint: a smaller batch, or fewer images at once");
     return DDPMX_MEMORY;
   } catch (const std::exception &error) {
     remember(error.what());
     return DDPMX_INTERNAL;
   } catch (...) {
-    remember("something was thrown that is no std::exception");
+    remember("an exception of unknown type was thrown");
     return DDPMX_INTERNAL;
   }
 }
@@ -64,33 +64,33 @@ void check_pointer(const void *pointer, const char *name) {
 void check_size(size_t size, size_t own, const char *name) {
   if (size < own || size > kLargestStruct) {
     throw Failure(DDPMX_INPUT, "no version of " + std::string(name) + " has " + std::to_string(size) + " bytes",
-                  "here it has " + std::to_string(own), "sizeof, where the program is compiled; an _init function sets struct_size");
+                  "here it has " + std::to_string(own), "use sizeof in the program; an _init function sets struct_size");
   }
 }
 
 // The caller's struct as this version knows it. A program that was compiled with a later header may have set fields that
-// nobody here would heed: then it has to be told.
+// would be ignored here: that is an error.
 template <class Struct>
-Struct whole(const Struct *given, const char *name) {
-  check_pointer(given, name);
-  const size_t size = given->struct_size;
+Struct whole(const Struct *argument, const char *name) {
+  check_pointer(argument, name);
+  const size_t size = argument->struct_size;
   check_size(size, sizeof(Struct), name);
-  const auto *bytes = reinterpret_cast<const unsigned char *>(given);
+  const auto *bytes = reinterpret_cast<const unsigned char *>(argument);
   if (std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
     throw Failure(DDPMX_INPUT, std::string(name) + " has fields set that this version does not know",
-                  "it is libddpmx " DDPMX_VERSION_TEXT, "a newer libddpmx");
+                  "it is libddpmx " DDPMX_VERSION_TEXT, "use a newer libddpmx");
   }
-  return *given;
+  return *argument;
 }
 
-// The usual values, and zeros in what later versions have appended.
+// Sets the default values, and zeros in what later versions have appended.
 template <class Struct>
-void initialise(Struct *given, size_t size, const Struct &usual, const char *name) {
-  check_pointer(given, name);
+void initialise(Struct *argument, size_t size, const Struct &defaults, const char *name) {
+  check_pointer(argument, name);
   check_size(size, sizeof(Struct), name);
-  std::memset(given, 0, size);
-  std::memcpy(given, &usual, sizeof usual);
-  given->struct_size = static_cast<uint32_t>(size);
+  std::memset(argument, 0, size);
+  std::memcpy(argument, &defaults, sizeof defaults);
+  argument->struct_size = static_cast<uint32_t>(size);
 }
 
 void copy_name(char *to, size_t size, std::string_view name) {
@@ -98,10 +98,10 @@ void copy_name(char *to, size_t size, std::string_view name) {
   std::memcpy(to, name.data(), std::min(size - 1, name.size()));
 }
 
-// One chain more, for as long as it lives.
-struct AtWork {
-  explicit AtWork(std::atomic<int> &count) : count(count) { ++count; }
-  ~AtWork() { --count; }
+// Counts a running chain for as long as it lives.
+struct Running {
+  explicit Running(std::atomic<int> &count) : count(count) { ++count; }
+  ~Running() { --count; }
   std::atomic<int> &count;
 };
 
@@ -138,10 +138,10 @@ ddpmx_status ddpmx_open_options_init(ddpmx_open_options *options, size_t size) D
 
 ddpmx_status ddpmx_request_init(ddpmx_request *request, size_t size) DDPMX_NOEXCEPT {
   return guarded([&] {
-    ddpmx_request usual{};
-    usual.n = 1;
-    usual.start = -1;
-    initialise(request, size, usual, "ddpmx_request");
+    ddpmx_request defaults{};
+    defaults.n = 1;
+    defaults.start = -1;
+    initialise(request, size, defaults, "ddpmx_request");
   });
 }
 
@@ -151,16 +151,16 @@ ddpmx_status ddpmx_open(const char *path, const ddpmx_open_options *options, ddp
     check_pointer(path, "path");
     if (!*path) throw Failure(DDPMX_INPUT, "path is empty");
     check_pointer(pipeline, "pipeline");
-    const ddpmx_open_options asked = options ? whole(options, "ddpmx_open_options") : ddpmx_open_options{};
+    const ddpmx_open_options checked = options ? whole(options, "ddpmx_open_options") : ddpmx_open_options{};
     auto opened = std::make_unique<ddpmx_pipeline>();
-    opened->inside = ddpmx::open_pipeline(path, asked);
+    opened->inside = ddpmx::open_pipeline(path, checked);
     *pipeline = opened.release();
   });
 }
 
 ddpmx_status ddpmx_close(ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
   return guarded([&] {
-    if (pipeline && pipeline->inside->at_work != 0) {
+    if (pipeline && pipeline->inside->running != 0) {
       throw Failure(DDPMX_BUSY, "the pipeline is at work", "", "close it when it is done; the callback ends a chain");
     }
     delete pipeline;
@@ -171,19 +171,19 @@ ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, 
   return guarded([&] {
     check_pointer(pipeline, "pipeline");
     const ddpmx::Spec &spec = pipeline->inside->spec();
-    ddpmx_model told{};
-    told.channels = static_cast<int32_t>(spec.channels);
-    told.height = static_cast<int32_t>(spec.height);
-    told.width = static_cast<int32_t>(spec.width);
-    told.timesteps = static_cast<int32_t>(spec.timesteps);
-    told.classes = static_cast<int32_t>(spec.classes.value_or(0));
-    told.condition = static_cast<int32_t>(spec.condition.value_or(0));
-    told.self_condition = spec.self_condition;
-    told.default_batch = static_cast<int32_t>(pipeline->inside->default_batch());
-    copy_name(told.prediction, sizeof told.prediction, name_of(spec.prediction));
-    copy_name(told.variance, sizeof told.variance, name_of(spec.variance));
-    copy_name(told.precision, sizeof told.precision, spec.precision);
-    initialise(model, size, told, "ddpmx_model");
+    ddpmx_model values{};
+    values.channels = static_cast<int32_t>(spec.channels);
+    values.height = static_cast<int32_t>(spec.height);
+    values.width = static_cast<int32_t>(spec.width);
+    values.timesteps = static_cast<int32_t>(spec.timesteps);
+    values.classes = static_cast<int32_t>(spec.classes.value_or(0));
+    values.condition = static_cast<int32_t>(spec.condition.value_or(0));
+    values.self_condition = spec.self_condition;
+    values.default_batch = static_cast<int32_t>(pipeline->inside->default_batch());
+    copy_name(values.prediction, sizeof values.prediction, name_of(spec.prediction));
+    copy_name(values.variance, sizeof values.variance, name_of(spec.variance));
+    copy_name(values.precision, sizeof values.precision, spec.precision);
+    initialise(model, size, values, "ddpmx_model");
   });
 }
 
@@ -204,9 +204,9 @@ ddpmx_status ddpmx_generate(ddpmx_pipeline *pipeline, const ddpmx_request *reque
                             float *samples, uint64_t samples_size) {
   return guarded([&] {
     check_pointer(pipeline, "pipeline");
-    const ddpmx_request asked = whole(request, "ddpmx_request");
-    const AtWork here(pipeline->inside->at_work);
-    pipeline->inside->generate(asked, images, images_size, samples, samples_size);
+    const ddpmx_request checked = whole(request, "ddpmx_request");
+    const Running here(pipeline->inside->running);
+    pipeline->inside->generate(checked, images, images_size, samples, samples_size);
   });
 }
 

@@ -12,7 +12,7 @@ struct Pair {
   double high, low;
 };
 
-// In parts that a whole number of 11 or of 20 bits can be multiplied with exactly, and a last one that is rounded.
+// In parts whose product with a whole number of 11 or 20 bits is exact, and a last one that is rounded.
 constexpr double kLn2[] = {0x1.62e42fefa38p-1, 0x1.ef35793c76p-45, 0x1.cc01f97b57a08p-87};
 constexpr double kHalfPi[] = {0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2ep-69, 0x1.b839a252049c1p-104};
 constexpr double kSqrtHalf = 0x1.6a09e667f3bcdp-1;
@@ -26,8 +26,8 @@ Pair two_sum(double a, double b) {
   return {s, (a - (s - t)) + (b - t)};
 }
 
-// high + low exactly, where high is the larger (Dekker).
-Pair settle(double high, double low) {
+// high + low exactly, if |high| ≥ |low| (Dekker).
+Pair fast_two_sum(double high, double low) {
   const double s = high + low;
   return {s, low - (s - high)};
 }
@@ -48,18 +48,18 @@ Pair two_product(double a, double b) {
 
 Pair add(Pair a, Pair b) {
   const Pair s = two_sum(a.high, b.high);
-  return settle(s.high, s.low + (a.low + b.low));
+  return fast_two_sum(s.high, s.low + (a.low + b.low));
 }
 
 Pair multiply(Pair a, Pair b) {
   const Pair p = two_product(a.high, b.high);
-  return settle(p.high, p.low + (a.high * b.low + a.low * b.high));
+  return fast_two_sum(p.high, p.low + (a.high * b.low + a.low * b.high));
 }
 
 Pair divide(Pair a, Pair b) {
   const double q = a.high / b.high;
   const Pair p = two_product(q, b.high);
-  return settle(q, (((a.high - p.high) - p.low) + (a.low - q * b.low)) / b.high);
+  return fast_two_sum(q, (((a.high - p.high) - p.low) + (a.low - q * b.low)) / b.high);
 }
 
 Pair one_over(int n) { return divide({1.0, 0.0}, {static_cast<double>(n), 0.0}); }

@@ -75,10 +75,10 @@ Json unwrap(std::string_view prefix, std::string_view text) {
   return parse_json(body);
 }
 
-SealedTexts::SealedTexts(std::string_view prefix, std::string_view data, size_t &budget)
+EnvelopeSearch::EnvelopeSearch(std::string_view prefix, std::string_view data, size_t &budget)
     : start_(std::string(prefix) + " "), data_(data), budget_(budget) {}
 
-std::optional<std::string_view> SealedTexts::next() {
+std::optional<std::string_view> EnvelopeSearch::next() {
   while (budget_ > 0 && at_ < data_.size()) {
     const size_t begin = find(data_, start_, at_);
     if (begin == data_.npos) break;

@@ -8,7 +8,7 @@
 namespace ddpmx {
 namespace {
 
-// Bytes of a fact, a note or a hint: what a file says may be as long as its author likes.
+// Bytes of a fact, a note or a hint: text from a file may have any length.
 constexpr size_t kMaxPart = 600, kEnd = 150, kBeginning = kMaxPart - kEnd - 3;
 
 void append_hexadecimal(std::string &out, std::string_view bytes) {
@@ -20,8 +20,8 @@ void append_hexadecimal(std::string &out, std::string_view bytes) {
   }
 }
 
-// What control characters and broken UTF-8 do in a text (a path may hold them): nothing, once they are spelt out.
-std::string spelt_out(std::string_view text) {
+// The text with control characters and invalid UTF-8, which a path may hold, written as \xNN.
+std::string escaped(std::string_view text) {
   std::string out;
   for (size_t at = 0; at < text.size();) {
     const CodePoint point = code_point(text, at);
@@ -36,9 +36,9 @@ std::string spelt_out(std::string_view text) {
   return out;
 }
 
-// `text`, or its beginning and its end.
+// The text, or its beginning and its end if it is too long.
 std::string shortened(const std::string &given) {
-  const std::string text = spelt_out(given);
+  const std::string text = escaped(given);
   if (text.size() <= kMaxPart) return text;
   size_t beginning = kBeginning, end = text.size() - kEnd;
   while (beginning > 0 && is_continuation(text[beginning])) --beginning;

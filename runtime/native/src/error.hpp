@@ -1,4 +1,4 @@
-// What goes wrong inside: one exception, with the status that the border makes of it.
+// The one exception of the library, with the status that the C API returns for it.
 #pragma once
 
 #include <exception>
@@ -9,13 +9,13 @@
 
 namespace ddpmx {
 
-// A failure that the caller can do something about: a fact, what was seen, and what to do. Texts may hold what a file
-// says; they are shortened here, and made printable ASCII or UTF-8 by whoever quotes foreign bytes (see in_quotes()).
+// A failure that the caller can do something about: a fact, what was seen, and what to do. Texts may contain text from a
+// file: they are shortened here, and foreign bytes are made printable by in_quotes().
 class Failure : public std::exception {
  public:
   Failure(ddpmx_status status, std::string fact, std::string note = "", std::string hint = "");
 
-  // "fact\nNote: note\nHint: hint", without the lines that are empty.
+  // "fact\nNote: note\nHint: hint", without empty lines.
   const char *what() const noexcept override { return text_.c_str(); }
 
   const ddpmx_status status;
@@ -28,10 +28,10 @@ class Failure : public std::exception {
 // The same failure with "where: " before its fact.
 Failure at(const std::string &where, const Failure &failure);
 
-// Foreign text between quotes, with what cannot be printed as \xNN, and at most `most` bytes of it.
+// Foreign text in quotes, unprintable bytes as \xNN, and at most `most` bytes of it.
 std::string in_quotes(std::string_view text, size_t most = 200);
 
-// Whether text can be shown as it stands: UTF-8 without control and format characters, as str.isprintable() in Python.
+// Whether a text is UTF-8 without control and format characters, as str.isprintable() in Python.
 bool printable(std::string_view text);
 
 }  // namespace ddpmx

@@ -5,22 +5,22 @@
 
 namespace ddpmx {
 
-// The usual one as long as it lives: rounding to nearest, subnormal numbers as they are. A program may have set another
-// for itself, in which every image would be another too.
-class UsualFloats {
+// Sets the default environment as long as it lives: rounding to nearest, with subnormal numbers. A program may have set
+// another one, which would change every image.
+class DefaultFloats {
  public:
-  UsualFloats() {
-    std::fegetenv(&theirs_);
+  DefaultFloats() {
+    std::fegetenv(&saved_);
     std::fesetenv(FE_DFL_ENV);
   }
-  ~UsualFloats() { std::fesetenv(&theirs_); }
-  UsualFloats(const UsualFloats &) = delete;
-  UsualFloats &operator=(const UsualFloats &) = delete;
+  ~DefaultFloats() { std::fesetenv(&saved_); }
+  DefaultFloats(const DefaultFloats &) = delete;
+  DefaultFloats &operator=(const DefaultFloats &) = delete;
 
-  // What `action` gives in the program's own environment.
+  // The result of `action` in the program's own environment.
   template <class Action>
   auto aside(Action action) const {
-    std::fesetenv(&theirs_);
+    std::fesetenv(&saved_);
     struct Back {
       ~Back() { std::fesetenv(FE_DFL_ENV); }
     } back;
@@ -28,7 +28,7 @@ class UsualFloats {
   }
 
  private:
-  std::fenv_t theirs_;
+  std::fenv_t saved_;
 };
 
 }  // namespace ddpmx

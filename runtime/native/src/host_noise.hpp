@@ -7,7 +7,7 @@
 
 namespace ddpmx {
 
-// What stands in for a condition where a network is tried out; the other purposes are step.h's.
+// A random condition image, with which a network is tried out; the other purposes are in step.h.
 constexpr uint32_t kPurposeCondition = 3;
 
 // N(0, 1) for one image, float [elements].

@@ -13,7 +13,7 @@ namespace ddpmx {
 
 namespace {
 
-// float [size], at the start of a cache line, all 0.
+// float [size], aligned to a cache line, all 0.
 class Floats {
  public:
   explicit Floats(int64_t size) : size_(static_cast<size_t>(size)) {
@@ -31,12 +31,12 @@ class Floats {
 };
 
 bool all_finite(const float *values, int64_t size) {
-  bool finite = true;  // without a way out, so that it is vectorised
+  bool finite = true;  // without an early return, so that it is vectorised
   for (int64_t k = 0; k < size; ++k) finite &= std::isfinite(values[k]);
   return finite;
 }
 
-// Equal numbers, or both none.
+// Equal numbers, or both NaN.
 bool same(const float *a, const float *b, int64_t size) {
   for (int64_t k = 0; k < size; ++k) {
     if (!(a[k] == b[k] || (std::isnan(a[k]) && std::isnan(b[k])))) return false;
@@ -44,14 +44,14 @@ bool same(const float *a, const float *b, int64_t size) {
   return true;
 }
 
-// Rows of `elements` numbers: n of them given, and the last one fills up.
+// Copies n rows of `elements` numbers, and repeats the last one up to `rows`.
 template <class T>
 void fill_up(T *to, const T *from, int64_t n, int64_t rows, int64_t elements) {
   std::copy(from, from + n * elements, to);
   for (int64_t row = n; row < rows; ++row) std::copy(from + (n - 1) * elements, from + n * elements, to + row * elements);
 }
 
-// Images beside each other as the network sees them: x in float [C, H, W] to uint8 [H, W, C].
+// Each image from float [C, H, W] to uint8 [H, W, C].
 void to_pixels(const float *x, int64_t n, const Spec &spec, uint8_t *to) {
   const int64_t channels = spec.channels, pixels = spec.height * spec.width;
   for (int64_t image = 0; image < n; ++image) {
@@ -63,7 +63,7 @@ void to_pixels(const float *x, int64_t n, const Spec &spec, uint8_t *to) {
   }
 }
 
-// What one chain computes with. rows ≥ n images; the last of the n fills up.
+// The memory of one chain. rows ≥ n images; the last of the n is repeated.
 class Chain {
  public:
   Chain(const Network &network, const Spec &spec, const Job &job, uint64_t executed)
@@ -86,7 +86,7 @@ class Chain {
     all.x = x_.get(), all.t = t_.data(), all.out = out_.get(), all.cond = cond_.get();
     all.x0_prev = spec.self_condition ? x0_.get() : nullptr;  // where each step leaves x0 for the next
     all.y = spec.classes ? y_.data() : nullptr;
-    // a network that learns its variance has a second answer, wanted or not
+    // a network that learns its variance has a second output, used or not
     std::optional<Floats> &unwanted = unwanted_;
     all.var = var_.get();
     if (!all.var && spec.variance == Variance::learned_range) all.var = unwanted.emplace(rows_ * N_).get();
@@ -105,14 +105,14 @@ class Chain {
       std::fill(t_.begin(), t_.end(), table.timesteps[step]);
       for (const auto &bound : bound_) bound->run();
       if (!all_finite(out_.get(), rows_ * N_) || (var_.get() && !all_finite(var_.get(), rows_ * N_))) {
-        throw Failure(DDPMX_NUMERIC, "the network's answer at t = " + std::to_string(table.timesteps[step]) + " is not finite",
+        throw Failure(DDPMX_NUMERIC, "the network's output at t = " + std::to_string(table.timesteps[step]) + " is not finite",
                       "step " + std::to_string(step + 1) + " of " + std::to_string(table.rows.size()) + "; " + description,
                       "if the file is fp16, try fp32: an activation may exceed 65504");
       }
       if (job_.previews) std::copy(x_.get(), x_.get() + n_ * N_, seen_.get());
       for (int64_t row = 0; row < rows_; ++row) update(step, row, limit);
       if (job_.report && !job_.report(table.timesteps[step], step + 1, seen_.get(), job_.previews ? x0_.get() : nullptr)) {
-        throw Failure(DDPMX_CANCELLED, "stopped before the chain was through",
+        throw Failure(DDPMX_CANCELLED, "cancelled before the chain finished",
                       "after " + std::to_string(step + 1) + " of " + std::to_string(table.rows.size()) + " steps");
       }
     }
@@ -177,59 +177,59 @@ class Chain {
   std::vector<std::unique_ptr<Bound>> bound_;
 };
 
-// The images `which` out of a batch of `batch`: each with a t of its own, and as the network is told about them.
+// The inputs of the images `which` of a batch of `batch`: each has its own t and conditioning.
 Example example_of(const Spec &spec, const std::vector<uint64_t> &which, uint64_t batch) {
   const int64_t N = spec.elements(), K = spec.condition.value_or(0) * spec.height * spec.width;
   const auto n = static_cast<int64_t>(which.size());
-  Example told;
-  told.x.resize(static_cast<size_t>(n * N));
-  told.out.resize(told.x.size());
-  told.cond.resize(static_cast<size_t>(n * K));
-  if (spec.variance == Variance::learned_range) told.var.resize(told.x.size());
-  if (spec.self_condition) told.x0_prev.resize(told.x.size());
+  Example example;
+  example.x.resize(static_cast<size_t>(n * N));
+  example.out.resize(example.x.size());
+  example.cond.resize(static_cast<size_t>(n * K));
+  if (spec.variance == Variance::learned_range) example.var.resize(example.x.size());
+  if (spec.self_condition) example.x0_prev.resize(example.x.size());
   for (int64_t row = 0; row < n; ++row) {
     const auto image = static_cast<uint32_t>(which[static_cast<size_t>(row)]);
-    normal(0, image, 0, DDPMX_PURPOSE_INITIAL, N, told.x.data() + row * N);
-    if (spec.self_condition) {  // another image, as a network is told of what came before
-      float *x0 = told.x0_prev.data() + row * N;
+    normal(0, image, 0, DDPMX_PURPOSE_INITIAL, N, example.x.data() + row * N);
+    if (spec.self_condition) {  // another image than x, as x0 of the step before is
+      float *x0 = example.x0_prev.data() + row * N;
       normal(0, static_cast<uint32_t>(batch - 1) - image, 0, DDPMX_PURPOSE_INITIAL, N, x0);
       for (int64_t k = 0; k < N; ++k) x0[k] = ddpmx_clip(x0[k], 1.0f);
     }
     if (K) {
-      float *cond = told.cond.data() + row * K;
+      float *cond = example.cond.data() + row * K;
       normal(0, image, 0, kPurposeCondition, K, cond);
       for (int64_t k = 0; k < K; ++k) cond[k] = ddpmx_clip(cond[k], 1.0f);
     }
-    if (spec.classes) told.y.push_back(static_cast<int32_t>(image % *spec.classes));
+    if (spec.classes) example.y.push_back(static_cast<int32_t>(image % *spec.classes));
     // rint rounds halves to even, as NumPy does
     const double step = static_cast<double>(spec.timesteps - 1) / static_cast<double>(batch - 1);
-    told.t.push_back(image == batch - 1 ? static_cast<int32_t>(spec.timesteps - 1)
+    example.t.push_back(image == batch - 1 ? static_cast<int32_t>(spec.timesteps - 1)
                                         : static_cast<int32_t>(std::rint(static_cast<double>(image) * step)));
   }
-  return told;
+  return example;
 }
 
 }  // namespace
 
-uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std::function<void(Example &)> &answer) {
+uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std::function<void(Example &)> &evaluate) {
   if (batch == 1) return 1;
   const int64_t N = spec.elements();
   std::vector<uint64_t> images(batch);
   for (uint64_t i = 0; i < batch; ++i) images[i] = i;
-  // Whether the images `which` get the answers that they have in `whole`.
+  // Whether the images `which` get the outputs that they have in `whole`.
   const auto agrees = [&](const std::vector<uint64_t> &which, const Example &whole) {
-    Example told = example_of(spec, which, batch);
-    answer(told);
+    Example part = example_of(spec, which, batch);
+    evaluate(part);
     for (size_t row = 0; row < which.size(); ++row) {
       const auto here = static_cast<int64_t>(row) * N, there = static_cast<int64_t>(which[row]) * N;
-      if (!same(told.out.data() + here, whole.out.data() + there, N)) return false;
-      if (!told.var.empty() && !same(told.var.data() + here, whole.var.data() + there, N)) return false;
+      if (!same(part.out.data() + here, whole.out.data() + there, N)) return false;
+      if (!part.var.empty() && !same(part.var.data() + here, whole.var.data() + there, N)) return false;
     }
     return true;
   };
   Example whole = example_of(spec, images, batch);
-  answer(whole);
-  if (!agrees(images, whole)) return batch;  // other bits every time, where nothing helps
+  evaluate(whole);
+  if (!agrees(images, whole)) return batch;  // every run gives other bits, and nothing helps
   std::vector<uint64_t> moved(images);
   std::rotate(moved.begin(), moved.end() - 1, moved.end());
   if (!agrees(moved, whole)) return 1;
@@ -250,13 +250,13 @@ uint64_t HostRunner::measured(uint64_t n, uint64_t batch) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = executed_.find(key); found != executed_.end()) return found->second;
   }
-  // Not under the mutex: it takes as long as a few steps, and two threads that measure find the same.
-  const uint64_t executed = executed_batch(spec_, n, batch, [this](Example &told) {
+  // Not under the mutex: it takes as long as a few steps, and two threads that measure get the same result.
+  const uint64_t executed = executed_batch(spec_, n, batch, [this](Example &example) {
     const auto data = [](auto &array) { return array.empty() ? nullptr : array.data(); };
     Buffers buffers;
-    buffers.batch = static_cast<int64_t>(told.t.size());
-    buffers.x = data(told.x), buffers.t = data(told.t), buffers.out = data(told.out), buffers.var = data(told.var);
-    buffers.y = data(told.y), buffers.x0_prev = data(told.x0_prev), buffers.cond = data(told.cond);
+    buffers.batch = static_cast<int64_t>(example.t.size());
+    buffers.x = data(example.x), buffers.t = data(example.t), buffers.out = data(example.out), buffers.var = data(example.var);
+    buffers.y = data(example.y), buffers.x0_prev = data(example.x0_prev), buffers.cond = data(example.cond);
     network_->bind(buffers)->run();
   });
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -14,17 +14,17 @@
 
 namespace ddpmx {
 
-// Random images, and what a network is told of them, for n images whose numbers are `images`; and its answers.
+// Random inputs of a network for n images, and its outputs.
 struct Example {
   std::vector<float> x, x0_prev, cond, out, var;
   std::vector<int32_t> t, y;
 };
 
-// At which batch size to run n ≤ batch images, so that how images are grouped changes no bit of them: see
-// ddpmx.sampling.chain.executed_batch, which this is.
+// At which batch size to run n ≤ batch images, so that how images are grouped changes no bit of them: the same as
+// ddpmx.sampling.chain.executed_batch.
 //
-// answer: fills in `out`, and `var` if there is one, for as many images as there are in t.
-uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std::function<void(Example &)> &answer);
+// evaluate: sets `out`, and `var` if there is one, for as many images as there are in t.
+uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std::function<void(Example &)> &evaluate);
 
 class HostRunner : public Runner {
  public:

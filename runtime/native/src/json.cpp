@@ -21,7 +21,7 @@ class Parser {
     if (text_.substr(0, 3) == "\xEF\xBB\xBF") at_ = 3;  // a byte order mark
     Json value = parse(0);
     skip_space();
-    if (at_ < text_.size()) refuse("more after its end");
+    if (at_ < text_.size()) refuse("text after the end");
     return value;
   }
 
@@ -70,7 +70,7 @@ class Parser {
     if (take("}")) return members;
     do {
       skip_space();
-      if (!take("\"")) refuse("no name of a member");
+      if (!take("\"")) refuse("a member without a name");
       std::string name = string();
       skip_space();
       if (!take(":")) refuse("no ':'");
@@ -96,13 +96,13 @@ class Parser {
   std::string string() {
     std::string out;
     while (!take("\"")) {
-      if (!more()) refuse("a text without end");
+      if (!more()) refuse("a text that does not end");
       if (take("\\")) {
         escape(out);
         continue;
       }
       const CodePoint point = code_point(text_, at_);
-      if (point.value == kNoCodePoint) refuse("no UTF-8");
+      if (point.value == kNoCodePoint) refuse("not UTF-8");
       if (point.value < 0x20) refuse("a control character");
       out += text_.substr(at_, point.size);
       at_ += point.size;
@@ -127,7 +127,7 @@ class Parser {
       return;
     }
     const size_t which = more() ? names.find(text_[at_]) : names.npos;
-    if (which == names.npos) refuse("an escape that JSON has not");
+    if (which == names.npos) refuse("an escape that is not in JSON");
     out += values[which];
     ++at_;
   }
@@ -136,7 +136,7 @@ class Parser {
     uint32_t value = 0;
     const std::string_view digits = text_.substr(at_, 4);
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value, 16);
-    if (digits.size() != 4 || error != std::errc() || end != digits.data() + 4) refuse("no four hexadecimal digits");
+    if (digits.size() != 4 || error != std::errc() || end != digits.data() + 4) refuse("not four hexadecimal digits");
     at_ += 4;
     return value;
   }
@@ -147,7 +147,7 @@ class Parser {
     return at_ - start;
   }
 
-  // Takes ".5" or "e-5". Where no digits follow, nothing: the number ends before it, and what comes then is refused.
+  // Takes ".5" or "e-5". Without digits nothing is taken: the number ends before it, and the rest is refused later.
   bool take_with_digits(std::string_view start) {
     const size_t before = at_;
     if (!take(start)) return false;
@@ -187,10 +187,10 @@ class Parser {
     const std::errc error = std::from_chars(text.data(), text.data() + text.size(), value).ec;
     if (error == std::errc()) return value;
     if (error == std::errc::result_out_of_range && is_tiny(text)) return text[0] == '-' ? -0.0 : 0.0;
-    refuse("a number beyond all doubles");
+    refuse("a number that does not fit into a double");
   }
 
-  // Whether the number is out of range because it is near zero. It is one or the other, by hundreds of powers of ten.
+  // Whether the number is out of range because it is near zero. It is too small or too large by hundreds of powers of ten.
   static bool is_tiny(std::string_view text) {
     const size_t e = std::min(text.find_first_of("eE"), text.size());
     const size_t first = text.find_first_of("123456789");  // there is one: zero is not out of range

@@ -1,4 +1,4 @@
-// JSON, as little of it as a spec needs.
+// A JSON reader for specs.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 namespace ddpmx {
 
 // A value. Numbers that are written without a point and fit are int64; all others are finite doubles, rounded correctly
-// whatever the locale.
+// in every locale.
 struct Json {
   using Array = std::vector<Json>;
   using Object = std::map<std::string, Json>;

@@ -24,11 +24,11 @@ Library::Library(const std::string &what, const std::vector<Place> &places, cons
 void *Library::find(const char *symbol) const { return dlsym(handle_, symbol); }
 
 std::vector<Library::Place> places(const char *option, const char *option_name, const char *variable,
-                                   const std::vector<std::string> &usual) {
+                                   const std::vector<std::string> &defaults) {
   if (option && *option) return {{option, std::string("option ") + option_name}};
-  if (const char *said = secure_getenv(variable); said && *said) return {{said, std::string("$") + variable}};
+  if (const char *value = secure_getenv(variable); value && *value) return {{value, std::string("$") + variable}};
   std::vector<Library::Place> found;
-  for (const std::string &name : usual) found.push_back({name, ""});
+  for (const std::string &name : defaults) found.push_back({name, ""});
   return found;
 }
 

@@ -24,17 +24,17 @@ Failure unreadable(const std::string &path, const std::string &note, const std::
 class File {
  public:
   explicit File(const std::string &path) : path_(path) {
-    struct stat told;
-    if (stat(path.c_str(), &told) != 0) throw failed();
-    // before it is opened: opening a pipe waits for a writer, and opening a device may do anything
-    if (!S_ISREG(told.st_mode)) throw unreadable(path, S_ISDIR(told.st_mode) ? reason(EISDIR) : "not a file");
+    struct stat info;
+    if (stat(path.c_str(), &info) != 0) throw failed();
+    // before it is opened: opening a pipe blocks until there is a writer, and opening a device may do anything
+    if (!S_ISREG(info.st_mode)) throw unreadable(path, S_ISDIR(info.st_mode) ? reason(EISDIR) : "not a file");
     descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     if (descriptor_ < 0) throw failed();
-    if (fstat(descriptor_, &told) != 0 || !S_ISREG(told.st_mode)) {  // another file by now
+    if (fstat(descriptor_, &info) != 0 || !S_ISREG(info.st_mode)) {  // replaced meanwhile
       close(descriptor_);
       throw unreadable(path, "not a file");
     }
-    size_ = static_cast<size_t>(told.st_size);
+    size_ = static_cast<size_t>(info.st_size);
   }
   ~File() { close(descriptor_); }
   File(const File &) = delete;
@@ -54,17 +54,17 @@ class File {
 };
 
 bool is_folder(const std::string &path) {
-  struct stat told;
-  return stat(path.c_str(), &told) == 0 && S_ISDIR(told.st_mode);
+  struct stat info;
+  return stat(path.c_str(), &info) == 0 && S_ISDIR(info.st_mode);
 }
 
 [[noreturn]] void refuse_folder(const std::string &path) {
   int error = 0;
   if (is_file(path + "/spec.json", error) || is_folder(path + "/checkpoints")) {
-    throw Failure(DDPMX_FILE_FORMAT, path + ": a ddpmx checkpoint, and no model file", "",
+    throw Failure(DDPMX_FILE_FORMAT, path + ": a ddpmx checkpoint, not a model file", "",
                   "`ddpmx export RUN -o model.onnx` writes a model file from a checkpoint");
   }
-  throw Failure(DDPMX_FILE_FORMAT, path + ": a folder, but no ddpmx checkpoint",
+  throw Failure(DDPMX_FILE_FORMAT, path + ": a folder, but not a ddpmx checkpoint",
                 "there is no spec.json and no checkpoints folder in it");
 }
 
@@ -77,13 +77,13 @@ bool ends_with(const std::string &text, const std::string &end) {
 std::string reason(int error) { return std::generic_category().message(error); }
 
 bool is_file(const std::string &path, int &error) {
-  struct stat told;
-  error = stat(path.c_str(), &told) == 0 ? 0 : errno;
+  struct stat info;
+  error = stat(path.c_str(), &info) == 0 ? 0 : errno;
   if (error != 0) {
     if (error == ENOENT || error == ENOTDIR || error == EBADF || error == ELOOP) error = 0;
     return false;
   }
-  return S_ISREG(told.st_mode);
+  return S_ISREG(info.st_mode);
 }
 
 std::string resolved(const std::string &path, int &error) {
@@ -122,7 +122,7 @@ std::string resolved(const std::string &path, int &error) {
 
 MappedFile::MappedFile(const std::string &path) {
   const File file(path);
-  if (file.size() == 0) return;  // nothing can be mapped, and nothing needs to be
+  if (file.size() == 0) return;  // an empty file cannot be mapped, and need not be
   void *data = mmap(nullptr, file.size(), PROT_READ, MAP_PRIVATE, file.descriptor(), 0);
   if (data == MAP_FAILED) throw file.failed();
   data_ = data;
@@ -148,7 +148,7 @@ Kind identify(const std::string &path) {
   // A ModelProto begins with ir_version (field 1, a number): every writer puts the lowest field first.
   if (head[0] == 0x08) return Kind::onnx;
   if (ends_with(path, ".parity.npz")) {
-    throw Failure(DDPMX_FILE_FORMAT, path + ": a record of what PyTorch answered, and no model file", "",
+    throw Failure(DDPMX_FILE_FORMAT, path + ": a parity record, not a model file", "",
                   "ddpmx parity model.onnx --against " + path);
   }
   throw Failure(DDPMX_FILE_FORMAT, path + ": neither an ONNX file nor a TensorRT plan",

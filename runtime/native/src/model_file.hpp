@@ -1,5 +1,5 @@
-// A model file: what it is, read from its bytes before any library sees it. See modelfile.py, onnxfile.py and planfile.py in
-// runtime/ddpmx.
+// Model files, read from their bytes before any library opens them. See model_file.py, onnx_file.py and plan_file.py in
+// runtime/ddpmx/formats.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace ddpmx {
 
-// A file's bytes, mapped. Failure(DDPMX_FILE_FORMAT): it cannot be read, or is no file.
+// A file's bytes, mapped. Failure(DDPMX_FILE_FORMAT): unreadable, or not a regular file.
 class MappedFile {
  public:
   explicit MappedFile(const std::string &path);
@@ -37,7 +37,7 @@ Kind identify(const std::string &path);
 // A path without links, "." and ".." in it, as far as it exists. error: ELOOP, or 0.
 std::string resolved(const std::string &path, int &error);
 
-// Whether a file is there. error: what stat() says other than that it is not there, or 0.
+// Whether there is a regular file. error: of stat(), unless it means that there is none; or 0.
 bool is_file(const std::string &path, int &error);
 
 // The text of an error number.
@@ -45,68 +45,68 @@ std::string reason(int error);
 
 // --- ONNX (onnx_file.cpp) ---
 
-// A dimension: a number, or -1 where it is dynamic, and has a name or none.
+// A dimension: a number, or -1 where it is dynamic, and then perhaps a name.
 struct Dim {
-  int64_t size = -1;  // what fits no int64 is the largest
+  int64_t size = -1;  // capped at the largest int64
   std::string name;
 };
 
-// An ONNX element type (1 = float32, 6 = int32) and dimensions, where there is a word about them.
+// An ONNX element type (1 = float32, 6 = int32), and dimensions if the file declares them.
 struct TensorInfo {
   uint64_t element_type = 0;
   std::optional<std::vector<Dim>> dims;
 };
 
 struct GraphInfo {
-  std::map<std::string, TensorInfo, std::less<>> inputs, outputs;  // graph inputs that are no weights
+  std::map<std::string, TensorInfo, std::less<>> inputs, outputs;  // inputs without weights
   std::map<std::string, std::string> metadata;
-  std::vector<std::string> external;  // every other file that it wants to read, as written there, each once
+  std::vector<std::string> external;  // every other file that the model refers to, as written there, each once
 };
 
-// Failure(DDPMX_FILE_FORMAT): cut off or damaged. The bytes may be anyone's. `path` is for messages.
+// Failure(DDPMX_FILE_FORMAT): truncated or damaged. The bytes may be hostile. `path` is for messages.
 GraphInfo read_onnx(const std::string &path, std::string_view bytes);
 
-// See that the files beside `path` that hold its weights are there, and within its own folder.
+// Checks that the files with its weights exist, and are within the folder of `path`.
 void check_external(const std::string &path, const GraphInfo &info);
 
-// The spec of an ONNX file, seen to fit its graph: its own, or `override_json` (may be empty) for a file that has none.
+// The spec of an ONNX file, checked against its graph: its own, or `override_json` (may be empty) for a file without one.
 Spec onnx_spec(const std::string &path, const GraphInfo &info, const std::string &override_json);
 
-// The spec in JSON that a caller gives: the object itself, or the "model" part of what lies in a checkpoint.
+// The spec in JSON of ddpmx_open_options.spec: the object itself, or its "model" part as in a checkpoint.
 Spec given_spec(const std::string &json);
 
 // --- plans (plan_file.cpp, plan_record.cpp) ---
 
 struct PlanRecord {
-  std::string flavour, version;       // "TensorRT" or "TensorRT-RTX"
+  std::string flavour, version;       // "TensorRT" or "TensorRT-RTX"; of the library
   std::vector<std::string> targets;   // compute capabilities: "8.6", or "8.0+"
   std::string platform;               // "linux x86_64"
-  int64_t batch[3] = {1, 1, 1};       // smallest, best, largest
+  int64_t batch[3] = {1, 1, 1};       // smallest, optimal, largest
   std::string source;                 // the ONNX file's name
-  std::string key;                    // sha256 of everything that makes a difference
+  std::string key;                    // sha256 of everything that distinguishes two plans
   bool stripped = false;              // built without weights
-  std::string rebuild;                // the command that builds it anew: "ddpmx build …"
+  std::string rebuild;                // the command that rebuilds it: "ddpmx build …"
 };
 
 struct PlanInfo {
   std::string flavour, version;  // of the header
   Spec spec;
   PlanRecord engine;
-  std::string name;  // of the network, as it was given: the two envelopes
+  std::string name;  // of the network: the two envelopes
 };
 
-// All that a plan says about itself, its parts and its sidecar checked against each other, as read_plan in Python.
+// All metadata of a plan, its parts and its sidecar checked against each other, as read_plan in Python.
 PlanInfo read_plan(const std::string &path, std::string_view bytes, bool trust_host_code);
 
-// The same from bytes alone: no sidecar is looked for. sidecar: its text, or nullptr.
+// The same from bytes alone. sidecar: the text of the sidecar, or nullptr for none.
 PlanInfo parse_plan(const std::string &path, std::string_view bytes, const std::string *sidecar, bool trust_host_code);
 
-// What is here, for check_fits.
+// This machine, for check_fits.
 struct Here {
   std::string version;      // of the TensorRT of the plan's flavour, or empty
   std::string platform;     // "linux x86_64"
   std::string gpu, sm;      // name and compute capability ("8.7") of the GPU; empty if there is none
-  std::string trouble;      // why there is none
+  std::string trouble;      // why there is no GPU
 };
 
 // Failure(DDPMX_PLAN_MISMATCH): another platform, version or GPU; (DDPMX_BACKEND): no GPU, or no TensorRT.

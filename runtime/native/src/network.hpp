@@ -1,4 +1,4 @@
-// How ε is computed: a file's network on the host. See runtime/ddpmx/backends.
+// A network on the host, which computes ε. See runtime/ddpmx/backends.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace ddpmx {
 
-// The arrays that a network reads and writes. B images; nullptr for what it does not have.
+// The arrays that a network reads and writes, for B images; nullptr for those that it does not have.
 struct Buffers {
   int64_t batch = 0;
   float *x = nullptr;        // [B, C, H, W]
@@ -19,15 +19,15 @@ struct Buffers {
   float *cond = nullptr;     // [B, K, H, W]
 };
 
-// A network with buffers. For one thread at a time.
+// A network bound to buffers. For one thread at a time.
 class Bound {
  public:
   virtual ~Bound() = default;
-  // out, and var if there is one, from everything else. Failure(DDPMX_BACKEND): the library refused.
+  // Computes out, and var if there is one, from everything else. Failure(DDPMX_BACKEND): the library failed.
   virtual void run() = 0;
 };
 
-// Any number of threads may use it, each with something bound of its own.
+// Any number of threads may use it, each with a Bound of its own.
 class Network {
  public:
   virtual ~Network() = default;

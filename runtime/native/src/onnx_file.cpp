@@ -1,5 +1,5 @@
-// What an ONNX file says about itself. An ONNX file is a protobuf message: only the few fields that matter here are
-// read, names and numbers as in onnx.proto. See runtime/ddpmx/formats/onnx_file.py.
+// The metadata, inputs and outputs of an ONNX file. An ONNX file is a protobuf message: only the few fields that matter
+// here are read, names and numbers as in onnx.proto. See runtime/ddpmx/formats/onnx_file.py.
 #include <algorithm>
 #include <cerrno>
 #include <set>
@@ -13,14 +13,14 @@ namespace {
 
 constexpr char kMetadataKey[] = "ddpmx", kBetasKey[] = "ddpmx.betas";
 constexpr uint64_t kFloat = 1, kInt32 = 6;  // ONNX element types
-constexpr int kMaxGraphDepth = 32;               // subgraphs within subgraphs; real models have a handful
-constexpr size_t kMaxDims = 64;             // more than any library computes with
-constexpr size_t kMaxNames = 1 << 16;       // inputs, files and so on: each takes more memory than it has bytes
+constexpr int kMaxGraphDepth = 32;          // subgraphs within subgraphs; real models have a handful
+constexpr size_t kMaxDims = 64;             // more than any library supports
+constexpr size_t kMaxNames = 1 << 16;       // inputs, files and so on: each takes more memory than bytes in the file
 constexpr size_t kMaxPath = 4096;           // bytes, as Linux has it
-constexpr size_t kMaxSpec = 1 << 20;        // bytes of a spec that the caller gives
+constexpr size_t kMaxSpec = 1 << 20;        // bytes of ddpmx_open_options.spec
 constexpr size_t kMaxNote = 400;
 
-// The two fields of a message that is a key and a value; of several with one number the last counts.
+// The two fields of a message that is a key and a value. If a field is repeated, the last one counts.
 std::pair<Field, Field> entry(std::string_view message) {
   std::pair<Field, Field> found;
   Fields fields(message);
@@ -31,7 +31,7 @@ std::pair<Field, Field> entry(std::string_view message) {
   return found;
 }
 
-// --- the walk through all graphs, for places where the file points to another one ------------------------------------
+// --- the walk through all graphs, for references to other files ------------------------------------------------------
 
 class Walk {
  public:
@@ -164,7 +164,7 @@ std::string_view tensor_name(std::string_view message) {
   return "";
 }
 
-// --- the whole -------------------------------------------------------------------------------------------------------
+// --- the model -------------------------------------------------------------------------------------------------------
 
 void read_graph(std::string_view message, GraphInfo &info) {
   Fields fields(message);
@@ -189,7 +189,7 @@ GraphInfo read_model(std::string_view message) {
   Fields fields(message);
   for (Field field; fields.next(field);) {
     if (field.number == 7) {  // graph
-      if (++graphs > 1) throw Malformed{"more than one graph in it"};
+      if (++graphs > 1) throw Malformed{"more than one graph in the file"};
       read_graph(field.as_message(), info);
       walk.graph(field.as_message(), 0);
     } else if (field.number == 8) {  // opset_import: domain, version
@@ -212,7 +212,7 @@ GraphInfo read_model(std::string_view message) {
       }
     }
   }
-  if (graphs == 0) throw Malformed{"no graph in it"};
+  if (graphs == 0) throw Malformed{"no graph in the file"};
   info.external = walk.external();
   return info;
 }
@@ -234,7 +234,7 @@ std::string wanted_shape(const std::vector<int64_t> &dims) {
   return out + "]";
 }
 
-// Whether a tensor can be [batch, *wanted]: what the graph leaves open fits.
+// Whether a tensor can be [batch, *wanted]: dynamic dimensions fit.
 bool fits(const std::vector<Dim> &dims, const std::vector<int64_t> &wanted) {
   if (dims.size() != 1 + wanted.size() || dims[0].size >= 0) return false;
   for (size_t i = 0; i < wanted.size(); ++i) {
@@ -256,17 +256,18 @@ std::string listed(const std::vector<Input> &inputs) {
   return out;
 }
 
-// Collects what is wrong, as much of it as is shown.
+// Collects faults, as many as are shown.
 class Faults {
  public:
   void add(const std::string &fault) {
     if (note_.size() < kMaxNote) note_ += (note_.empty() ? "" : "; ") + fault;
   }
 
-  void check(const std::map<std::string, TensorInfo, std::less<>> &tensors, const std::string &name, bool is_int,
-             const std::vector<int64_t> &dims) {
+  // kind: "input" or "output".
+  void check(const std::map<std::string, TensorInfo, std::less<>> &tensors, const std::string &kind,
+             const std::string &name, bool is_int, const std::vector<int64_t> &dims) {
     const auto found = tensors.find(name);
-    if (found == tensors.end()) return add("no '" + name + "'");
+    if (found == tensors.end()) return add("missing " + kind + " '" + name + "'");
     const TensorInfo &tensor = found->second;
     const uint64_t type = is_int ? kInt32 : kFloat;
     if (tensor.element_type != type) {
@@ -285,7 +286,7 @@ class Faults {
 
 // x: float32 [batch, C, H, W], t: int32 [batch] → one output, named by what it predicts, float32 [batch, C, H, W].
 //
-// With a learned variance there is one more of that shape, var. What the spec says decides over further inputs:
+// With a learned variance there is one more of that shape, var. The spec declares the conditioning inputs:
 // y: int32 [batch], x0_prev: float32 [batch, C, H, W], cond: float32 [batch, K, H, W].
 void check_contract(const std::string &path, const GraphInfo &info, const Spec &spec) {
   const std::vector<Input> inputs = spec.inputs();
@@ -293,22 +294,22 @@ void check_contract(const std::string &path, const GraphInfo &info, const Spec &
   Faults faults;
   for (const auto &[name, tensor] : info.inputs) {
     const auto is_it = [&name = name](const Input &input) { return input.name == name; };
-    if (std::none_of(inputs.begin(), inputs.end(), is_it)) faults.add("an input " + in_quotes(name) + " too many");
+    if (std::none_of(inputs.begin(), inputs.end(), is_it)) faults.add("unexpected input " + in_quotes(name));
   }
   for (const auto &[name, tensor] : info.outputs) {
     if (std::find(outputs.begin(), outputs.end(), name) == outputs.end()) {
-      faults.add("an output " + in_quotes(name) + " too many");
+      faults.add("unexpected output " + in_quotes(name));
     }
   }
-  for (const Input &input : inputs) faults.check(info.inputs, input.name, input.is_int, input.dims);
+  for (const Input &input : inputs) faults.check(info.inputs, "input", input.name, input.is_int, input.dims);
   for (const std::string &output : outputs) {
-    faults.check(info.outputs, output, false, {spec.channels, spec.height, spec.width});
+    faults.check(info.outputs, "output", output, false, {spec.channels, spec.height, spec.width});
   }
   if (faults.note().empty()) return;
-  std::string gives;
-  for (const std::string &output : outputs) gives += (gives.empty() ? "'" : " and '") + output + "'";
-  throw Failure(DDPMX_SPEC, path + ": the graph is not what the spec describes", faults.note().substr(0, kMaxNote),
-                "the graph needs " + listed(inputs) + ", and gives " + gives);
+  std::string returns;
+  for (const std::string &output : outputs) returns += (returns.empty() ? "'" : " and '") + output + "'";
+  throw Failure(DDPMX_SPEC, path + ": the graph does not match the spec", faults.note().substr(0, kMaxNote),
+                "by the spec it takes " + listed(inputs) + ", and returns " + returns);
 }
 
 // Whether `path` is `folder` or lies within it; neither ends with a slash.
@@ -323,7 +324,7 @@ GraphInfo read_onnx(const std::string &path, std::string_view bytes) {
   try {
     return read_model(bytes);
   } catch (const Malformed &error) {
-    throw Failure(DDPMX_FILE_FORMAT, path + ": not a whole ONNX file",
+    throw Failure(DDPMX_FILE_FORMAT, path + ": not a valid ONNX file",
                   std::to_string(bytes.size()) + " bytes; " + error.why, "export or download it again");
   }
 }
@@ -340,26 +341,26 @@ void check_external(const std::string &path, const GraphInfo &info) {
     if (error == 0) target = resolved(absolute ? location : folder + "/" + location, error);
     if (error == 0) present = is_file(target, error);
     if (error != 0) {
-      throw Failure(DDPMX_FILE_FORMAT, path + ": its weights are in a file that cannot be",
+      throw Failure(DDPMX_FILE_FORMAT, path + ": invalid path of a weights file",
                     in_quotes(location) + ": " + reason(error));
     }
-    // A model that can name any file on the machine could read what its user did not mean to hand over.
-    // To ONNX Runtime "*/_ORT_MEM_ADDR_/*" is a place in memory.
+    // A model that can name any file on the machine could read what its user did not mean to disclose.
+    // To ONNX Runtime "*/_ORT_MEM_ADDR_/*" is an address in memory.
     if (location.empty() || absolute || location.find_first_of("\\*") != location.npos || !within(target, folder)) {
-      throw Failure(DDPMX_FILE_FORMAT, path + ": its weights point outside its own folder",
+      throw Failure(DDPMX_FILE_FORMAT, path + ": weights file outside its own folder",
                     "external data at " + in_quotes(location),
                     "do not run this file unless you know who made it; re-export it otherwise");
     }
     if (!present) {
-      throw Failure(DDPMX_FILE_FORMAT, path + ": its weights are in another file, which is missing",
-                    in_quotes(location) + " should lie beside it");
+      throw Failure(DDPMX_FILE_FORMAT, path + ": missing weights file",
+                    in_quotes(location) + " should be beside it");
     }
   }
 }
 
 // --- the spec --------------------------------------------------------------------------------------------------------
 
-// The numbers of a schedule "betas" may stand in the spec itself, or as "betas" beside it.
+// The numbers of a schedule "betas" may be in the spec itself, or in "betas" beside it.
 Spec given_spec(const std::string &text) {
   try {
     if (text.size() > kMaxSpec) {
@@ -367,7 +368,7 @@ Spec given_spec(const std::string &text) {
     }
     const Json values = parse_json(text);
     if (values.as<Json::Object>() == nullptr) {
-      throw Failure(DDPMX_SPEC, "a spec is a JSON object", "this is " + shown(values, 100));
+      throw Failure(DDPMX_SPEC, "a spec must be a JSON object", "this is " + shown(values, 100));
     }
     const Json *model = values.get("model");
     const Json *beside = model != nullptr ? values.get("betas") : nullptr;
@@ -376,24 +377,24 @@ Spec given_spec(const std::string &text) {
     return spec_from_json(model != nullptr ? *model : values, betas.empty() ? nullptr : &betas,
                           "\"betas\": [β, …] of the given spec");
   } catch (const Failure &failure) {
-    const bool is_name = text.find('{') == std::string::npos;
+    const bool is_path = text.find('{') == std::string::npos;
     throw Failure(DDPMX_SPEC, "ddpmx_open_options.spec: " + failure.fact, failure.note,
-                  is_name ? "the JSON itself is wanted, and not the name of a file" : failure.hint);
+                  is_path ? "pass the JSON itself, not the name of a file" : failure.hint);
   }
 }
 
 Spec onnx_spec(const std::string &path, const GraphInfo &info, const std::string &override_json) {
   const auto text = info.metadata.find(kMetadataKey), beside = info.metadata.find(kBetasKey);
-  const bool told = text != info.metadata.end();
-  if (!told && override_json.empty()) {
+  const bool has_own = text != info.metadata.end();
+  if (!has_own && override_json.empty()) {
     throw Failure(DDPMX_SPEC, path + ": the file does not say which diffusion model it is",
                   "an ONNX file, but without the metadata 'ddpmx' that `ddpmx export` writes",
-                  "if you know its schedule and prediction, say so with ddpmx_open_options.spec");
+                  "if you know its schedule and prediction, pass them in ddpmx_open_options.spec");
   }
   std::optional<Spec> given;
   if (!override_json.empty()) given = given_spec(override_json);
   Spec spec;
-  if (told) {
+  if (has_own) {
     try {
       std::vector<double> betas;
       if (beside != info.metadata.end()) betas = betas_from_text(beside->second);
@@ -403,7 +404,7 @@ Spec onnx_spec(const std::string &path, const GraphInfo &info, const std::string
     }
     if (given && !same_model(*given, spec)) {
       throw Failure(DDPMX_SPEC, path + ": the given spec contradicts the one in the file",
-                    "a file that describes itself is believed", "leave ddpmx_open_options.spec away");
+                    "a spec in the file takes precedence", "leave out ddpmx_open_options.spec");
     }
   } else {
     spec = *given;

@@ -12,12 +12,12 @@ namespace ddpmx {
 
 namespace {
 
-// Every function that is used here has stood in its place since long before ONNX Runtime 1.16, and stays there.
+// Every function that is used here has had its place in OrtApi since long before ONNX Runtime 1.16, and keeps it.
 constexpr uint32_t kApi = 16;
 static_assert(ORT_API_VERSION >= kApi, "onnxruntime_c_api.h is older than ONNX Runtime 1.16");
 
-// The end of what it says tells most: the beginning names source files of its own.
-std::string last_words(const std::string &text) {
+// The end of an error message is the most useful part: the beginning names source files of ONNX Runtime.
+std::string end_of(const std::string &text) {
   const size_t most = 300;
   return in_quotes(text.size() > most ? text.substr(text.size() - most) : text, most);
 }
@@ -27,22 +27,22 @@ struct Runtime {
   const OrtApi *api = nullptr;
   std::string version = "";
 
-  // Failure(status) with ONNX Runtime's own words, if there was an error. Frees the OrtStatus.
-  void check(OrtStatus *said, ddpmx_status status, const std::string &fact, const std::string &hint = "") const {
-    if (!said) return;
+  // Failure(kind) with ONNX Runtime's message, if there was an error. Frees the OrtStatus.
+  void check(OrtStatus *status, ddpmx_status kind, const std::string &fact, const std::string &hint = "") const {
+    if (!status) return;
     std::string text;
     try {
-      text = last_words(api->GetErrorMessage(said));
+      text = end_of(api->GetErrorMessage(status));
     } catch (...) {
-      api->ReleaseStatus(said);
+      api->ReleaseStatus(status);
       throw;
     }
-    api->ReleaseStatus(said);
-    throw Failure(status, fact, text, hint);
+    api->ReleaseStatus(status);
+    throw Failure(kind, fact, text, hint);
   }
 };
 
-// One of ONNX Runtime's objects, and what frees it.
+// One of ONNX Runtime's objects, freed by `release`.
 template <class T>
 class Owned {
  public:
@@ -70,16 +70,16 @@ Runtime open_runtime(const char *option) {
   const auto base = reinterpret_cast<GetBase>(runtime.library.find("OrtGetApiBase"));
   const OrtApiBase *found = base ? base() : nullptr;
   if (!found) {
-    throw Failure(DDPMX_BACKEND, in_quotes(runtime.library.name()) + " is no ONNX Runtime", "it has no OrtGetApiBase");
+    throw Failure(DDPMX_BACKEND, in_quotes(runtime.library.name()) + " is not ONNX Runtime", "it has no OrtGetApiBase");
   }
   runtime.version = in_quotes(found->GetVersionString(), 40);
   runtime.version = runtime.version.substr(1, runtime.version.size() - 2);
   int major = 0, minor = 0;
   std::sscanf(found->GetVersionString(), "%d.%d", &major, &minor);
-  // asked first, since GetApi prints something if it has no such version
+  // checked first, since GetApi prints an error if it does not have the version
   if (major > 1 || (major == 1 && minor >= static_cast<int>(kApi))) runtime.api = found->GetApi(kApi);
   if (!runtime.api) {
-    throw Failure(DDPMX_BACKEND, "ONNX Runtime " + runtime.version + " is too old", "1.16 is the oldest that serves");
+    throw Failure(DDPMX_BACKEND, "ONNX Runtime " + runtime.version + " is too old", "version 1.16 or later is needed");
   }
   return runtime;
 }
@@ -96,21 +96,21 @@ class OrtNetwork : public Network {
         session_(runtime_.api->ReleaseSession) {
     const OrtApi &api = *runtime_.api;
     const std::string own = "ONNX Runtime " + runtime_.version + " does not start";
-    // No logger of ours: it would be the whole process's, and stay when this library has gone. Errors come back anyway.
+    // No logger of our own: it would be global to the process, and outlive this library. Errors are returned anyway.
     runtime_.check(api.CreateEnv(ORT_LOGGING_LEVEL_FATAL, "ddpmx", env_.out()), DDPMX_BACKEND, own);
     runtime_.check(api.CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, memory_.out()), DDPMX_BACKEND, own);
     Owned<OrtSessionOptions> options(api.ReleaseSessionOptions);
     runtime_.check(api.CreateSessionOptions(options.out()), DDPMX_BACKEND, own);
     runtime_.check(api.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL), DDPMX_BACKEND, own);
-    // or the file's name would decide, and a checked ONNX file might be something else as well
+    // otherwise the file's name decides its format, and a checked ONNX file might be valid in another one too
     runtime_.check(api.AddSessionConfigEntry(options.get(), "session.load_model_format", "ONNX"), DDPMX_BACKEND, own);
     if (threads) runtime_.check(api.SetIntraOpNumThreads(options.get(), threads), DDPMX_BACKEND, own);
-    OrtStatus *said = api.CreateSession(env_.get(), path.c_str(), options.get(), session_.out());
+    OrtStatus *status = api.CreateSession(env_.get(), path.c_str(), options.get(), session_.out());
     if (spec.precision == "bf16") {
-      runtime_.check(said, DDPMX_BACKEND, path + ": ONNX Runtime cannot run this bfloat16 file here",
+      runtime_.check(status, DDPMX_BACKEND, path + ": ONNX Runtime cannot run this bfloat16 file here",
                      "it is made for TensorRT 10.13 and later: ddpmx build; fp16 and fp32 files run here");
     } else {
-      runtime_.check(said, DDPMX_FILE_FORMAT, path + ": ONNX Runtime " + runtime_.version + " refuses this file");
+      runtime_.check(status, DDPMX_FILE_FORMAT, path + ": ONNX Runtime " + runtime_.version + " refuses this file");
     }
   }
 
@@ -129,7 +129,7 @@ class OrtNetwork : public Network {
   Owned<OrtSession> session_;
 };
 
-// The session reads and writes the buffers where they are: no copy and no allocation of ours per step.
+// The session reads and writes the buffers in place: we neither copy nor allocate in a step.
 class OrtBound : public Bound {
  public:
   OrtBound(const OrtNetwork &network, const Buffers &buffers) : network_(network) {
@@ -169,7 +169,7 @@ class OrtBound : public Bound {
                                 network_.memory_.get(), data, bytes, dims.data(), dims.size(),
                                 is_int ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT,
                                 values_.back().out()),
-                            DDPMX_BACKEND, "ONNX Runtime does not take these buffers");
+                            DDPMX_BACKEND, "ONNX Runtime refuses these buffers");
   }
 
   const OrtNetwork &network_;

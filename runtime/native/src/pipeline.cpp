@@ -20,8 +20,8 @@ constexpr uint64_t kResultBytes = uint64_t{1} << 36;    // 64 GiB in one request
 constexpr uint64_t kBatchElements = uint64_t{1} << 25;  // 128 MiB of float, and several times that inside the network
 constexpr uint64_t kDefaultBatch = 16, kDefaultBatchElements = uint64_t{1} << 22;
 
-// A text of the caller's, or what NULL stands for.
-std::string text_or(const char *text, const char *usual) { return text ? text : usual; }
+// A text from the caller, or the default for NULL.
+std::string text_or(const char *text, const char *fallback) { return text ? text : fallback; }
 
 std::string sides(const Spec &spec) { return std::to_string(spec.height) + "×" + std::to_string(spec.width); }
 
@@ -30,7 +30,7 @@ uint64_t largest_image(const Spec &spec) {
   return static_cast<uint64_t>(std::max(spec.channels, spec.condition.value_or(0)) * spec.height * spec.width);
 }
 
-// The largest batch up to `wanted` that a network takes, or else its smallest.
+// The largest batch up to `wanted` that a network takes, or else its smallest batch.
 uint64_t fitting_batch(const std::vector<std::pair<uint64_t, uint64_t>> &ranges, uint64_t wanted) {
   uint64_t most = 0, least = ranges.front().first;
   for (const auto &[low, high] : ranges) {
@@ -46,16 +46,16 @@ void check_finite(const float *values, uint64_t size, const char *what) {
   }
 }
 
-// An array of the caller's.
+// An array from the caller.
 struct Region {
   const char *name;
   const void *begin;
   uint64_t bytes;
 };
 
-// See that what is written meets nothing else. Regions of NULL are none.
-void check_apart(const std::vector<Region> &read, const std::vector<Region> &written) {
-  const auto meet = [](const Region &a, const Region &b) {
+// Checks that arrays that are written overlap no other array. Regions of NULL are ignored.
+void check_no_overlap(const std::vector<Region> &read, const std::vector<Region> &written) {
+  const auto overlap = [](const Region &a, const Region &b) {
     const auto a0 = reinterpret_cast<uintptr_t>(a.begin), b0 = reinterpret_cast<uintptr_t>(b.begin);
     return a.begin && b.begin && a0 < b0 + b.bytes && b0 < a0 + a.bytes;
   };
@@ -63,7 +63,7 @@ void check_apart(const std::vector<Region> &read, const std::vector<Region> &wri
     std::vector<Region> others(read);
     others.insert(others.end(), written.begin(), written.begin() + static_cast<std::ptrdiff_t>(i));
     for (const Region &other : others) {
-      if (meet(written[i], other)) {
+      if (overlap(written[i], other)) {
         throw Failure(DDPMX_INPUT, std::string(other.name) + " and " + written[i].name + " share memory", "",
                       std::string("an array of its own for ") + written[i].name);
       }
@@ -84,16 +84,16 @@ std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
     throw Failure(DDPMX_INPUT, "labels is NULL, and labels_count is " + std::to_string(request.labels_count));
   }
   if (!spec.classes) {
-    if (request.labels) throw Failure(DDPMX_INPUT, "the model has no classes, and labels name some");
+    if (request.labels) throw Failure(DDPMX_INPUT, "the model has no classes, but labels were passed");
     return {};
   }
   const std::string range = "0…" + std::to_string(*spec.classes - 1);
   if (!request.labels) {
-    throw Failure(DDPMX_INPUT, "the model draws images of " + std::to_string(*spec.classes) + " classes, and none is named", "",
+    throw Failure(DDPMX_INPUT, "missing labels: the model has " + std::to_string(*spec.classes) + " classes", "",
                   "labels: " + range);
   }
   if (request.labels_count != 1 && request.labels_count != request.n) {
-    throw Failure(DDPMX_INPUT, "labels must be one whole number, or " + std::to_string(request.n),
+    throw Failure(DDPMX_INPUT, "labels must be one whole number, or " + std::to_string(request.n) + " of them",
                   "labels_count is " + std::to_string(request.labels_count));
   }
   std::vector<int32_t> labels(request.labels, request.labels + request.labels_count);
@@ -108,7 +108,7 @@ std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
 
 }  // namespace
 
-// The numbers of a request, whose products do not overflow.
+// The checked numbers of a request, whose products do not overflow.
 struct Pipeline::Numbers {
   uint64_t n, first, batch;
 };
@@ -171,17 +171,17 @@ Table Pipeline::table(const ddpmx_request &request) const {
 
 void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t images_size, float *samples,
                         uint64_t samples_size) {
-  const UsualFloats floats;
+  const DefaultFloats floats;
   if (request.flags & ~(DDPMX_PREVIEWS | DDPMX_ON_DEVICE)) {
-    throw Failure(DDPMX_INPUT, "flags " + std::to_string(request.flags) + " are none of this version's");
+    throw Failure(DDPMX_INPUT, "unknown flags in " + std::to_string(request.flags));
   }
   const bool on_device = request.flags & DDPMX_ON_DEVICE, previews = request.flags & DDPMX_PREVIEWS;
   if (on_device && !runner_->on_device()) {
-    throw Failure(DDPMX_INPUT, "the chain runs on the CPU, and the arrays are to lie on a GPU", description_,
+    throw Failure(DDPMX_INPUT, "the chain runs on the CPU, but the arrays are in GPU memory", description_,
                   "DDPMX_ON_DEVICE is for plans");
   }
   if (request.stream && !runner_->on_device()) {
-    throw Failure(DDPMX_INPUT, "the chain runs on the CPU, and waits for no stream of a GPU's", description_);
+    throw Failure(DDPMX_INPUT, "the chain runs on the CPU and cannot wait for a CUDA stream", description_);
   }
   const Table table = this->table(request);
   const Numbers numbers = checked(request);
@@ -195,13 +195,13 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
                   "x: the states x_t at t = " + std::to_string(request.start));
   }
   if (K && !request.cond) {
-    throw Failure(DDPMX_INPUT, "the model draws images by a condition, and there is none", "",
+    throw Failure(DDPMX_INPUT, "missing cond: the model takes a condition image", "",
                   "cond: float [n, " + std::to_string(*spec_.condition) + ", " + std::to_string(spec_.height) + ", " +
                       std::to_string(spec_.width) + "]");
   }
-  if (!K && request.cond) throw Failure(DDPMX_INPUT, "the model takes no condition, and cond gives one");
-  check_apart({{"x", request.x, numbers.n * N * sizeof(float)}, {"cond", request.cond, numbers.n * K * sizeof(float)}},
-              {{"images", images, numbers.n * N}, {"samples", samples, numbers.n * N * sizeof(float)}});
+  if (!K && request.cond) throw Failure(DDPMX_INPUT, "the model takes no condition, but cond was passed");
+  check_no_overlap({{"x", request.x, numbers.n * N * sizeof(float)}, {"cond", request.cond, numbers.n * K * sizeof(float)}},
+                   {{"images", images, numbers.n * N}, {"samples", samples, numbers.n * N * sizeof(float)}});
   if (!on_device) {
     if (request.x) check_finite(request.x, numbers.n * N, "x");
     if (request.cond) check_finite(request.cond, numbers.n * K, "cond");
@@ -230,9 +230,9 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
 }
 
 std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_open_options &options) {
-  const UsualFloats floats;
+  const DefaultFloats floats;
   if (options.flags & ~DDPMX_TRUST_HOST_CODE) {
-    throw Failure(DDPMX_INPUT, "flags " + std::to_string(options.flags) + " are none of this version's");
+    throw Failure(DDPMX_INPUT, "unknown flags in " + std::to_string(options.flags));
   }
   if (options.threads < 0 || options.threads > 256) {
     throw Failure(DDPMX_INPUT, "threads must be a whole number from 0 to 256, not " + std::to_string(options.threads));
@@ -244,13 +244,13 @@ std::unique_ptr<Pipeline> open_pipeline(const std::string &path, const ddpmx_ope
   }
   if (identify(path) == Kind::plan) {
     if (!spec_json.empty()) {
-      throw Failure(DDPMX_INPUT, path + ": a plan says itself what it is", "", "spec is for ONNX files that do not");
+      throw Failure(DDPMX_INPUT, path + ": a plan carries its own spec", "", "spec is for ONNX files that carry none");
     }
     const MappedFile file(path);
     const PlanInfo info = read_plan(path, file.bytes(), options.flags & DDPMX_TRUST_HOST_CODE);
     return std::make_unique<Pipeline>(info.spec, open_plan(path, file, info, options));
   }
-  // A link is followed once and for all: weights lie beside the file that it leads to, and those are checked.
+  // A link is resolved once: the weights are beside its target, and those are checked.
   const std::unique_ptr<char, void (*)(void *)> resolved(realpath(path.c_str(), nullptr), std::free);
   const std::string real = resolved ? resolved.get() : path;
   Spec spec;

@@ -1,4 +1,4 @@
-// A model file, ready to run: what stands behind ddpmx_pipeline. See runtime/ddpmx/pipeline.py, whose checks these are.
+// A model file, ready to run: the inside of ddpmx_pipeline. It makes the checks of runtime/ddpmx/pipeline.py.
 #pragma once
 
 #include <atomic>
@@ -17,18 +17,18 @@ class Pipeline {
   Pipeline(Spec spec, std::unique_ptr<Runner> runner);
 
   const Spec &spec() const { return spec_; }
-  // What computes the network, as it was found at the beginning.
+  // The library and device that compute the network, as they were when the file was opened.
   const std::string &description() const { return description_; }
   uint64_t default_batch() const;
 
-  // Bytes of the images of a request. Failure(DDPMX_INPUT): they would not fit into any memory.
+  // Bytes of the images of a request. Failure(DDPMX_INPUT): too many for any memory.
   uint64_t output_size(uint64_t n) const;
 
   // See ddpmx_generate. request: whole, of this version.
   void generate(const ddpmx_request &request, uint8_t *images, uint64_t images_size, float *samples, uint64_t samples_size);
 
-  // How many chains are under way.
-  std::atomic<int> at_work{0};
+  // The number of chains that are running.
+  std::atomic<int> running{0};
 
  private:
   struct Numbers;

@@ -1,6 +1,6 @@
-// What a TensorRT plan says about itself, read from its bytes: no TensorRT, no GPU, nothing deserialised. The format is
-// not public. What is known of it: bytes 0–3 tell the flavour, bytes 16–23 the length of the whole, bytes 24–27 the
-// version, and the network's name stands in it as it was given. See runtime/ddpmx/formats/plan_file.py.
+// The metadata of a TensorRT plan, read from its bytes: no TensorRT, no GPU, nothing deserialised. The format is not
+// public. Known are: bytes 0–3, the flavour; bytes 16–23, the length of the file; bytes 24–27, the version; and that the
+// file contains the network's name verbatim. See runtime/ddpmx/formats/plan_file.py.
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
@@ -23,7 +23,7 @@ constexpr size_t kMaxSidecar = 1 << 20;
 constexpr size_t kRecordWithin = 4096;      // bytes behind the spec
 constexpr size_t kMaxCandidates = 1 << 14;  // places that look like an envelope; a plan has two
 
-constexpr size_t kElfMachineAt = 18, kCudaMachine = 190;  // e_machine, and what it is of a GPU's own code
+constexpr size_t kElfMachineAt = 18, kCudaMachine = 190;  // e_machine, and its value for GPU code
 
 uint64_t little_endian(std::string_view bytes) {
   uint64_t value = 0;
@@ -39,15 +39,15 @@ struct Flavour {
 Flavour plan_flavour(const std::string &path, std::string_view bytes) {
   const std::string_view magic = bytes.substr(0, 4);
   if (bytes.size() < kHeader || (magic != "ftrt" && magic != "vtrt")) {
-    throw Failure(DDPMX_FILE_FORMAT, path + ": not a whole TensorRT plan",
+    throw Failure(DDPMX_FILE_FORMAT, path + ": not a valid TensorRT plan",
                   std::to_string(std::min(bytes.size(), kHeader)) + " bytes of header");
   }
   const bool rtx = magic == "vtrt";
-  const uint64_t told = little_endian(bytes.substr(kSizeAt, 8)), size = bytes.size();
-  // Seen in TensorRT-RTX. TensorRT's field at this place is not documented: it is believed where it can be a length
-  if ((told > size && told < uint64_t{1} << 40) || (rtx && told != size)) {
-    throw Failure(DDPMX_FILE_FORMAT, path + ": not a whole TensorRT plan",
-                  std::to_string(size) + " bytes, and its header says " + std::to_string(told),
+  const uint64_t declared = little_endian(bytes.substr(kSizeAt, 8)), size = bytes.size();
+  // Observed in TensorRT-RTX. TensorRT does not document its field at this place: it is checked only if it can be a length
+  if ((declared > size && declared < uint64_t{1} << 40) || (rtx && declared != size)) {
+    throw Failure(DDPMX_FILE_FORMAT, path + ": not a valid TensorRT plan",
+                  std::to_string(size) + " bytes, and its header declares " + std::to_string(declared),
                   "build or copy it again");
   }
   std::string version;
@@ -65,13 +65,13 @@ struct Texts {
 Texts texts_of(const std::string &path, std::string_view bytes, const Flavour &flavour) {
   std::optional<Texts> found;
   size_t budget = kMaxCandidates;
-  SealedTexts specs(kSpecPrefix, bytes, budget);
+  EnvelopeSearch specs(kSpecPrefix, bytes, budget);
   while (const std::optional<std::string_view> spec = specs.next()) {
     const std::optional<std::string_view> record =
-        SealedTexts(kRecordPrefix, bytes.substr(specs.end(), kRecordWithin), budget).next();
+        EnvelopeSearch(kRecordPrefix, bytes.substr(specs.end(), kRecordWithin), budget).next();
     if (!record) continue;
     if (found && (found->spec != *spec || found->record != *record)) {
-      throw Failure(DDPMX_FILE_FORMAT, path + ": two descriptions stand in the plan, and they differ");
+      throw Failure(DDPMX_FILE_FORMAT, path + ": two descriptions in the plan contradict each other");
     }
     found = Texts{*spec, *record};
   }
@@ -81,13 +81,13 @@ Texts texts_of(const std::string &path, std::string_view bytes, const Flavour &f
   }
   if (found) return *found;
   if (find(bytes, "ddpmx1 ", 0) != bytes.npos) {
-    throw Failure(DDPMX_SPEC, path + ": what the plan of " + flavour.both() + " says about itself is damaged", "",
+    throw Failure(DDPMX_SPEC, path + ": the description in this plan of " + flavour.both() + " is damaged", "",
                   "build or copy it again");
   }
   throw Failure(DDPMX_SPEC, path + ": the plan does not say which diffusion model it is",
                 "a plan of " + flavour.both() +
-                    "; `ddpmx build` writes that into the network's name, and this one was built by something else, or "
-                    "lost it",
+                    "; `ddpmx build` writes a description into the network's name: another program built this plan, or the "
+                    "name was lost",
                 "ddpmx build model.onnx -o model.plan");
 }
 
@@ -102,7 +102,7 @@ std::string machine_name(uint64_t machine) {
   return "machine " + std::to_string(machine);
 }
 
-// The processor of the first library in `bytes` that is for a CPU, or nothing; GPU code comes in the same containers.
+// The processor of the first library in `bytes` that is for a CPU, or nothing; GPU code is in the same containers.
 std::string host_code(std::string_view bytes) {
   size_t elf = 0, pe = 0;
   std::string machine;
@@ -132,9 +132,9 @@ std::optional<std::string> read_sidecar(const std::string &file, const std::stri
     return Failure(DDPMX_SPEC, file + ": the plan's sidecar cannot be read", note,
                    "remove it, or build again: " + again);
   };
-  struct stat told;
-  if (lstat(file.c_str(), &told) != 0) return std::nullopt;
-  if (stat(file.c_str(), &told) != 0 || !S_ISREG(told.st_mode)) throw refuse("not a file");
+  struct stat info;
+  if (lstat(file.c_str(), &info) != 0) return std::nullopt;
+  if (stat(file.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) throw refuse("not a file");
   const std::unique_ptr<FILE, int (*)(FILE *)> stream(std::fopen(file.c_str(), "rbe"), std::fclose);
   if (!stream) throw refuse(reason(errno));
   std::string text(kMaxSidecar + 1, '\0');
@@ -144,12 +144,12 @@ std::optional<std::string> read_sidecar(const std::string &file, const std::stri
   return text;
 }
 
-// What a sidecar says of the model, as ModelSpec.to_json() has it in Python.
+// The spec as a sidecar holds it: as ModelSpec.to_json() in Python.
 Json spec_json(const Spec &spec) {
   const auto text = [](std::string_view value) { return Json{std::string(value)}; };
   Json::Object params;
   for (const auto &[name, value] : spec.schedule_params) params[name] = Json{value};
-  Json::Object told = {
+  Json::Object values = {
       {"shape", Json{Json::Array{Json{spec.channels}, Json{spec.height}, Json{spec.width}}}},
       {"timesteps", Json{spec.timesteps}},
       {"schedule", text(spec.schedule_name)},
@@ -162,18 +162,18 @@ Json spec_json(const Spec &spec) {
       {"ddpmx", text(spec.ddpmx)},
       {"coefficients", text(checksum(make_table(spec.schedule, spec.prediction, spec.variance)))},
   };
-  if (spec.classes) told["classes"] = Json{*spec.classes};
-  if (spec.self_condition) told["self_condition"] = Json{true};
-  if (spec.condition) told["condition"] = Json{*spec.condition};
+  if (spec.classes) values["classes"] = Json{*spec.classes};
+  if (spec.self_condition) values["self_condition"] = Json{true};
+  if (spec.condition) values["condition"] = Json{*spec.condition};
   if (!spec.betas.empty()) {
     char crc[9];
     std::snprintf(crc, sizeof crc, "%08x", crc32(spec.betas.data(), spec.betas.size() * sizeof(double)));
-    told["betas"] = text(crc);
+    values["betas"] = text(crc);
   }
-  return Json{told};
+  return Json{values};
 }
 
-// A number, or nothing. Like Python's, true is 1.
+// A number, or nothing. As in Python, true is 1.
 std::optional<double> real(const Json &json) {
   if (const bool *value = json.as<bool>()) return *value;
   if (const int64_t *value = json.as<int64_t>()) return static_cast<double>(*value);
@@ -197,7 +197,7 @@ bool same(const Json &a, const Json &b) {
 
 bool same(const Json *a, const Json *b) { return a == nullptr || b == nullptr ? a == b : same(*a, *b); }
 
-// The first thing in which the two differ. nullptr: not there.
+// The first difference of the two. nullptr: missing.
 std::string difference(const std::string &name, const Json *theirs, const Json *mine, const std::string &plan) {
   if (theirs && mine && theirs->as<Json::Object>() && mine->as<Json::Object>()) {
     for (const Json *side : {mine, theirs}) {
@@ -212,7 +212,7 @@ std::string difference(const std::string &name, const Json *theirs, const Json *
   return name + ": " + text(theirs) + " there, " + text(mine) + " in " + plan;
 }
 
-// --- the whole -------------------------------------------------------------------------------------------------------
+// --- the plan --------------------------------------------------------------------------------------------------------
 
 // A plan whose sidecar has not been read yet.
 struct Parts {
@@ -229,9 +229,9 @@ Parts parts_of(const std::string &path, std::string_view bytes, bool trust_host_
   if (!trust_host_code) {
     const std::string machine = host_code(bytes);
     if (!machine.empty()) {
-      throw Failure(DDPMX_FILE_FORMAT, path + ": the plan holds code for the CPU, which loading it would run",
-                    "a library for " + machine + "; version-compatible plans carry one",
-                    "build a plan of your own from the ONNX file, or trust its maker with DDPMX_TRUST_HOST_CODE");
+      throw Failure(DDPMX_FILE_FORMAT, path + ": the plan contains code for the CPU, which loading it would run",
+                    "a library for " + machine + "; version-compatible plans contain one",
+                    "build your own plan from the ONNX file, or accept this one with DDPMX_TRUST_HOST_CODE");
     }
   }
   try {
@@ -250,39 +250,39 @@ Parts parts_of(const std::string &path, std::string_view bytes, bool trust_host_
   return parts;
 }
 
-// file: the sidecar's path; sidecar: its text, or nothing.
+// file: the sidecar's path; text: its content, or nullptr.
 PlanInfo finish(const std::string &path, size_t size, const Parts &parts, const std::string &file,
-                const std::string *sidecar) {
+                const std::string *text) {
   const std::string &again = parts.engine.rebuild;
-  std::optional<Json> told;
-  if (sidecar != nullptr) {
+  std::optional<Json> sidecar;
+  if (text != nullptr) {
     try {
-      told = parse_json(*sidecar);
+      sidecar = parse_json(*text);
     } catch (const Failure &failure) {
       throw Failure(DDPMX_SPEC, file + ": the plan's sidecar cannot be read", failure.fact + "; " + failure.note,
                     "remove it, or build again: " + again);
     }
   }
-  const Json *beside = told ? told->get("betas") : nullptr;
+  const Json *beside = sidecar ? sidecar->get("betas") : nullptr;
   PlanInfo info;
   try {
     std::vector<double> betas;
     if (beside != nullptr && !beside->as<std::nullptr_t>()) {
-      const std::string *text = beside->as<std::string>();
-      if (!text) throw Failure(DDPMX_SPEC, "the array of β is damaged", "it begins with " + shown(*beside, 24));
-      betas = betas_from_text(*text);
+      const std::string *array = beside->as<std::string>();
+      if (!array) throw Failure(DDPMX_SPEC, "the array of β is damaged", "it begins with " + shown(*beside, 24));
+      betas = betas_from_text(*array);
     }
     info.spec = spec_from_json(parts.spec, betas.empty() ? nullptr : &betas,
                                "the plan's sidecar, " + file_name(file) + ", as \"betas\"");
   } catch (const Failure &failure) {
     throw at(path, failure);
   }
-  if (told) {
+  if (sidecar) {
     const Json spec = spec_json(info.spec), bytes{static_cast<int64_t>(size)};
     for (const auto &[name, mine] : {std::pair{"spec", &spec}, {"engine", &parts.record}, {"bytes", &bytes}}) {
-      const Json *theirs = told->get(name);
+      const Json *theirs = sidecar->get(name);
       if (same(theirs, mine)) continue;
-      // a plan whose β lie in its sidecar is nothing without
+      // a plan whose β are in its sidecar is useless without it
       throw Failure(DDPMX_SPEC, file + ": the sidecar contradicts its plan",
                     difference(name, theirs, mine, file_name(path)),
                     (info.spec.betas.empty() ? "remove it, or build again: " : "") + again);

@@ -37,7 +37,7 @@ bool is_version(std::string_view text) {
   return text.empty() && parts >= 1 && parts <= 3;
 }
 
-// "8.7", or "8.0+" for 8.0 and what came after it.
+// "8.7", or "8.0+" for 8.0 and later.
 bool is_target(std::string_view text) {
   if (!take_digits(text, 1, 2) || !take(text, '.') || !take_digits(text, 1, 1)) return false;
   take(text, '+');
@@ -56,14 +56,14 @@ bool is_identifier(std::string_view text) {
          std::all_of(text.begin(), text.end(), [](char c) { return is_letter(c) || is_digit(c); });
 }
 
-// Whether a file's name can be shown, and put into a command, as it stands.
+// Whether a file's name is safe to show and to put into a command: printable, without slashes, no leading hyphen.
 bool is_plain_name(std::string_view name) {
   return !name.empty() && printable(name) && name[0] != '-' && name.find_first_of("/\\") == name.npos;
 }
 
 // --- the fields ------------------------------------------------------------------------------------------------------
 
-// A text that `fits`, or nullptr.
+// The text of a member if it `fits`, else nullptr.
 template <class Fits>
 const std::string *text_of(const Json &values, const char *name, Fits fits) {
   const std::string *text = values.get(name)->as<std::string>();
@@ -101,7 +101,7 @@ bool are_options(const Json &values) {
   });
 }
 
-// A word as a shell takes it.
+// A word quoted for a shell.
 std::string shell_word(const std::string &word) {
   const auto plain = [](char c) {
     return is_letter(c) || is_digit(c) || std::string_view("@%+=:,./-").find(c) != std::string_view::npos;
@@ -112,7 +112,7 @@ std::string shell_word(const std::string &word) {
   return out + "'";
 }
 
-// The command that builds this plan anew, here, and for what is here.
+// The command that rebuilds this plan on this machine, for its GPU and library.
 std::string rebuild_command(const std::string &path, const PlanRecord &engine, const Json::Object &options) {
   std::string out = "ddpmx build " + shell_word(engine.source) + " -o " + shell_word(path) + " --batch ";
   for (size_t i = 0; i < 3; ++i) out += (i > 0 ? "," : "") + std::to_string(engine.batch[i]);
@@ -160,7 +160,7 @@ PlanRecord engine_record(const std::string &path, const Json &values) {
                                    "platform", "source",  "targets", "version"};
   const auto is_it = [](const auto &member, const char *name) { return member.first == name; };
   if (!members || !std::equal(members->begin(), members->end(), std::begin(names), std::end(names), is_it)) {
-    throw Failure(DDPMX_SPEC, "the engine's record has not the fields that this ddpmx knows", shown(values));
+    throw Failure(DDPMX_SPEC, "the plan's record has missing or unknown fields", shown(values));
   }
   const auto is_flavour = [](const std::string &text) { return text == "TensorRT" || text == "TensorRT-RTX"; };
   const std::string *flavour = text_of(values, "flavour", is_flavour);
@@ -171,7 +171,7 @@ PlanRecord engine_record(const std::string &path, const Json &values) {
   PlanRecord engine;
   if (!flavour || !version || !platform || !source || !onnx || !key || !read_batch(values, engine.batch) ||
       !read_targets(values, engine.targets) || !are_options(values)) {
-    throw Failure(DDPMX_SPEC, "the engine's record is damaged", shown(values));
+    throw Failure(DDPMX_SPEC, "the plan's record is damaged", shown(values));
   }
   engine.flavour = *flavour;
   engine.version = *version;

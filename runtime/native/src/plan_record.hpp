@@ -1,4 +1,5 @@
-// How a plan was built, and whether it can run here. See PlanRecord and check_fits in runtime/ddpmx/formats/plan_file.py.
+// How a plan was built, and whether it can run here. See PlanRecord in runtime/ddpmx/formats/plan_file.py, and
+// runtime/ddpmx/trt/compat.py.
 #pragma once
 
 #include <string>
@@ -8,10 +9,10 @@
 
 namespace ddpmx {
 
-// The record in a JSON object. path: of the plan, for the command that builds it anew. Failure(DDPMX_SPEC): it is none.
+// The record in a JSON object. path: of the plan, for the command that rebuilds it. Failure(DDPMX_SPEC): not a record.
 PlanRecord engine_record(const std::string &path, const Json &values);
 
-// Major, minor and patch of a version. The build number is the library's own business.
+// Major, minor and patch of a version. Build numbers are not compared.
 std::string release(const std::string &version);
 
 }  // namespace ddpmx

@@ -37,8 +37,8 @@ void set_x0_coefficients(const Schedule &schedule, Prediction prediction, size_t
   }
 }
 
-// Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0. With a learned variance σ only says whether
-// there is noise.
+// Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0. With a learned variance σ only marks the steps
+// with noise.
 void set_ancestral(const Schedule &schedule, Variance variance, size_t t, Row &row) {
   row.a = schedule.posterior_mean_coef_x0(t);
   row.b = schedule.posterior_mean_coef_xt(t);
@@ -80,9 +80,9 @@ bool finite(const ddpmx_row &row) {
          std::isfinite(row.sigma);
 }
 
-// Leave out what comes before `start`.
-void begin_at(Table &table, int64_t start) {
-  // the first row, from above, whose timestep is not larger
+// Removes the rows before `start`.
+void start_at(Table &table, int64_t start) {
+  // the first row whose timestep is not larger; timesteps fall
   const auto found = std::lower_bound(table.timesteps.begin(), table.timesteps.end(), start, std::greater<int64_t>());
   if (found == table.timesteps.end() || *found != start) {
     std::string nearest = found == table.timesteps.end() ? "" : std::to_string(*found);
@@ -143,7 +143,7 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
     throw Failure(DDPMX_INPUT, "there is no sampler " + in_quotes(sampling.sampler), "", "one of: ancestral, ddim");
   }
   if (!ddim && sampling.eta != 0) {
-    throw Failure(DDPMX_INPUT, "η belongs to the ddim sampler", "", "sampler ddim, or leave η away");
+    throw Failure(DDPMX_INPUT, "η is for the ddim sampler only", "", "sampler ddim, or leave out η");
   }
   const auto T = static_cast<int64_t>(schedule.size());
   const Schedule part = respace(schedule, timestep_grid(T, sampling.steps.value_or(T), sampling.spacing));
@@ -152,7 +152,7 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
                                    shown(sampling.eta));
   }
   if (prediction == Prediction::eps && part.alpha_bar.back() <= 0) {
-    throw Failure(DDPMX_SPEC, "this schedule ends at ᾱ = 0, from where ε does not lead back to x_0", "",
+    throw Failure(DDPMX_SPEC, "this schedule ends at ᾱ = 0, where x_0 does not follow from ε", "",
                   "predict x0 or v, or choose a schedule that keeps some signal");
   }
   const size_t S = part.size();
@@ -179,10 +179,10 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
     }
   }
   if (!numbers) {
-    throw Failure(DDPMX_SPEC, "this schedule leaves no signal, or adds no noise, somewhere on its way",
+    throw Failure(DDPMX_SPEC, "this schedule leaves no signal or adds no noise at some timestep",
                   "the chain would compute with NaN or infinities", "other β, or fewer timesteps");
   }
-  if (sampling.start) begin_at(table, *sampling.start);
+  if (sampling.start) start_at(table, *sampling.start);
   return table;
 }
 

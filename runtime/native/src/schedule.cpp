@@ -14,7 +14,7 @@ namespace {
 
 using Params = std::map<std::string, double>;
 
-constexpr int64_t kMaxTimesteps = 1'000'000;  // a larger T is a mistake, not a wish
+constexpr int64_t kMaxTimesteps = 1'000'000;  // a larger T is a mistake
 constexpr double kPi = 0x1.921fb54442d18p+1;
 
 double square(double x) { return x * x; }
@@ -35,7 +35,7 @@ Schedule with(std::vector<double> alpha_bar, std::vector<double> betas, std::vec
   return schedule;
 }
 
-// --- the named schedules: β_t, see schedule.py for where each is from ------------------------------------------------
+// --- the named schedules: β_t, see schedule.py for their sources -----------------------------------------------------
 
 std::vector<double> linear(int64_t T, const Params &p) { return linspace(p.at("beta_start"), p.at("beta_end"), T); }
 
@@ -66,7 +66,7 @@ std::vector<double> jsd(int64_t T, const Params &) {
   return betas;
 }
 
-// β_t of ᾱ(u) at the T + 1 points u = 0…1, capped so that ᾱ never reaches 0. A NaN stays one.
+// β_t from ᾱ(u) at the T + 1 points u = 0…1, capped so that ᾱ never reaches 0. A NaN stays NaN.
 template <class AlphaBar>
 std::vector<double> betas_of(int64_t T, AlphaBar alpha_bar, double beta_max) {
   std::vector<double> betas(static_cast<size_t>(T));
@@ -103,7 +103,7 @@ std::vector<double> sigmoid_beta(int64_t T, const Params &p) {
 }
 
 struct Default {
-  std::string_view name;  // empty behind the last one
+  std::string_view name;  // empty after the last one
   double value;
 };
 
@@ -196,7 +196,7 @@ Schedule schedule_from_betas(std::vector<double> betas) {
     if (std::isnan(beta) || beta > most) most = beta;
   }
   if (!within) {
-    throw Failure(DDPMX_INPUT, "β_t has to lie in (0, 1] at every t",
+    throw Failure(DDPMX_INPUT, "β_t must lie in (0, 1] at every t",
                   "it runs from " + shown(least) + " to " + shown(most));
   }
   std::vector<double> alpha_bar(T);
@@ -246,14 +246,14 @@ Schedule respace(const Schedule &schedule, const std::vector<int64_t> &timesteps
   if (timesteps.size() == schedule.size()) return schedule;
   const size_t S = timesteps.size();
   std::vector<double> alpha_bar(S), betas(S);
-  std::vector<int64_t> told(S);
+  std::vector<int64_t> inputs(S);
   for (size_t i = 0; i < S; ++i) {
     const auto at = static_cast<size_t>(timesteps[i]);
     alpha_bar[i] = schedule.alpha_bar[at];
     betas[i] = 1.0 - alpha_bar[i] / (i == 0 ? 1.0 : alpha_bar[i - 1]);  // β'_i = 1 − ᾱ_{τ_i}/ᾱ_{τ_{i−1}}
-    told[i] = schedule.timesteps[at];
+    inputs[i] = schedule.timesteps[at];
   }
-  return with(std::move(alpha_bar), std::move(betas), std::move(told));
+  return with(std::move(alpha_bar), std::move(betas), std::move(inputs));
 }
 
 }  // namespace ddpmx

@@ -13,9 +13,9 @@ namespace ddpmx {
 namespace {
 
 constexpr std::string_view kPrefix = "ddpmx1";
-constexpr std::string_view kBetas = "betas";      // the schedule that is an array of β, and no formula
+constexpr std::string_view kBetas = "betas";      // the schedule that is an array of β, not a formula
 constexpr int64_t kMaxElements = 1 << 28;         // C·H·W: 1 GiB of float32 for one image
-constexpr int64_t kMaxClasses = 1 << 20;          // of more, as of more condition channels, nobody has a use
+constexpr int64_t kMaxClasses = 1 << 20;          // 50 times what is in use, as kMaxCondition is
 constexpr int64_t kMaxCondition = 1 << 12;
 constexpr size_t kMaxBetas = 1 << 14;
 
@@ -23,7 +23,7 @@ constexpr std::string_view kPredictions[] = {"eps", "x0", "v"};
 constexpr std::string_view kVariances[] = {"fixed_small", "fixed_large", "learned_range"};
 constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16"};
 
-// What a spec may say. "coefficients" is no field of its own, but a checksum of what the others mean.
+// The fields of a spec. "coefficients" is not a field of its own, but a checksum of what the others mean.
 constexpr std::string_view kFields[] = {"shape",    "timesteps", "schedule",  "schedule_params", "prediction",
                                         "variance", "clip",      "precision", "weights",         "ddpmx",
                                         "classes",  "condition", "betas",     "self_condition",  "coefficients"};
@@ -36,7 +36,7 @@ constexpr std::string_view kFields[] = {"shape",    "timesteps", "schedule",  "s
 
 bool is_null(const Json &value) { return value.as<std::nullptr_t>() != nullptr; }
 
-// A number that is finite, or nothing for whatever else. true is none.
+// A finite number; nothing for anything else, also for true.
 std::optional<double> number(const Json &value) {
   if (const int64_t *whole = value.as<int64_t>()) return static_cast<double>(*whole);
   const double *real = value.as<double>();
@@ -54,7 +54,7 @@ void set_shape(Spec &spec, const Json &value) {
   }
   if (!fits) refuse("shape must be three whole numbers above 0, [C, H, W], not " + shown(value));
   int64_t elements = 1;
-  for (const int64_t n : dims) {  // one factor after the other: neither is more than 2²⁸ when they are multiplied
+  for (const int64_t n : dims) {  // one after the other: neither factor is more than 2²⁸ when they are multiplied
     if (n > kMaxElements || (elements *= n) > kMaxElements) {
       refuse("shape " + shown(value) + " is more than " + std::to_string(kMaxElements) + " numbers for one image");
     }
@@ -73,7 +73,7 @@ size_t choice(const std::string &name, const Json &value, const std::string_view
     if (text && *text == choices[i]) return i;
     all.append(all.empty() ? "" : ", ").append(choices[i]);
   }
-  refuse(name + " is " + shown(value), "", "one of: " + all);
+  refuse(name + " must be one of " + all + ", not " + shown(value));
 }
 
 void set_clip(Spec &spec, const Json &value) {
@@ -123,9 +123,9 @@ std::vector<double> as_betas(const Json &value) {
   return as_betas(std::move(betas));
 }
 
-// CRC32 of the float64, lowest byte first, in hexadecimal.
+// CRC32 of the float64, little-endian, in hexadecimal.
 std::string checksum_of(const std::vector<double> &betas) {
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files hold the lowest byte first");
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "files are little-endian");
   char text[9];
   std::snprintf(text, sizeof text, "%08x", static_cast<unsigned>(crc32(betas.data(), betas.size() * sizeof(double))));
   return text;
@@ -135,7 +135,7 @@ std::map<std::string, double> params_of(const std::string &schedule, const Json:
   std::map<std::string, double> params;
   for (const auto &[key, value] : given) {
     const std::optional<double> real = number(value);
-    // a parameter of that name there may not be, which is the greater fault
+    // an unknown parameter is refused first
     if (!real) schedule_params(schedule, {{key, 0.0}});
     if (!real) refuse("schedule " + in_quotes(schedule) + ": " + in_quotes(key) + " is " + shown(value) + ", which is not a number");
     params.emplace(key, *real);
@@ -150,7 +150,7 @@ void set_schedule(Spec &spec, const std::vector<double> *betas, const Json &time
     if (spec.schedule_name != kBetas) {
       refuse("betas belong to the schedule 'betas', and this is " + in_quotes(spec.schedule_name));
     }
-    if (!betas) refuse("the schedule 'betas' is an array of β, and there is none");
+    if (!betas) refuse("the schedule 'betas' needs an array of β");
     if (!params.empty()) refuse("the schedule 'betas' has no parameters");
     spec.betas = as_betas(*betas);
     spec.schedule = schedule_from_betas(spec.betas);
@@ -165,7 +165,7 @@ void set_schedule(Spec &spec, const std::vector<double> *betas, const Json &time
   spec.timesteps = *T;
 }
 
-// --- the whole -------------------------------------------------------------------------------------------------------
+// --- the spec --------------------------------------------------------------------------------------------------------
 
 void refuse_unknown(const Json::Object &values) {
   std::string unknown;
@@ -181,7 +181,7 @@ void refuse_unknown(const Json::Object &values) {
   std::string known;
   for (const std::string_view field : kFields) known += (known.empty() ? "it knows: " : ", ") + std::string(field);
   refuse("the spec has fields that this ddpmx does not know: " + unknown,
-         "it was written by ddpmx " + (by_ddpmx ? in_quotes(*by, 60) : "of no stated version"),
+         "it was written by ddpmx " + (by_ddpmx ? in_quotes(*by, 60) : "of an unstated version"),
          by_ddpmx ? "a newer ddpmx may read it" : known);
 }
 
@@ -192,7 +192,7 @@ void set_fields(Spec &spec, const Json::Object &values) {
     return found == values.end() ? nullptr : &found->second;
   };
   const Json *shape = given("shape");
-  if (!shape) refuse("the spec does not say the shape of an image", "", "\"shape\": [C, H, W]");
+  if (!shape) refuse("the spec has no shape of an image", "", "\"shape\": [C, H, W]");
   set_shape(spec, *shape);
   if (const Json *value = given("prediction")) {
     spec.prediction = static_cast<Prediction>(choice("prediction", *value, kPredictions));
@@ -210,7 +210,7 @@ void set_fields(Spec &spec, const Json::Object &values) {
     if (!value->as<std::string>()) refuse("ddpmx and schedule must be text");
     *text = *value->as<std::string>();
   }
-  if (!printable(spec.ddpmx)) refuse("ddpmx must be a version, and this cannot be printed");
+  if (!printable(spec.ddpmx)) refuse("ddpmx must be a printable version");
   if (const Json *value = given("self_condition")) {
     if (!value->as<bool>()) refuse("self_condition must be true or false, not " + shown(*value));
     spec.self_condition = *value->as<bool>();
@@ -257,47 +257,47 @@ std::optional<Variance> variance_named(std::string_view name) {
 
 Spec spec_from_json(const Json &values, const std::vector<double> *betas, const std::string &where) {
   const Json::Object *fields = values.as<Json::Object>();
-  if (!fields) refuse("a spec is a JSON object", "this is " + shown(values, 80));
+  if (!fields) refuse("a spec must be a JSON object", "this is " + shown(values, 80));
   refuse_unknown(*fields);
   Spec spec;
   set_fields(spec, *fields);
 
-  // where the array of β is: in the object itself, or beside it with its checksum here, or nowhere
-  const Json *said = values.get("betas");
-  const std::string *checksum_said = said ? said->as<std::string>() : nullptr;
-  const bool beside = spec.schedule_name == kBetas && (!said || is_null(*said) || checksum_said);
+  // the array of β is in the object itself, or beside it with its checksum here, or missing
+  const Json *declared = values.get("betas");
+  const std::string *declared_checksum = declared ? declared->as<std::string>() : nullptr;
+  const bool beside = spec.schedule_name == kBetas && (!declared || is_null(*declared) || declared_checksum);
   if (beside && !betas) {
-    refuse("the schedule is an array of β, and the array is missing", "", "it should lie in " + where);
+    refuse("the schedule is an array of β, and the array is missing", "", "it should be in " + where);
   }
   std::vector<double> own;
-  if (!beside && said && !is_null(*said)) {
+  if (!beside && declared && !is_null(*declared)) {
     if (spec.schedule_name != kBetas) {
       refuse("betas belong to the schedule 'betas', and this is " + in_quotes(spec.schedule_name));
     }
-    own = as_betas(*said);
+    own = as_betas(*declared);
   }
-  const Json usual_timesteps{spec.timesteps}, no_params{Json::Object()};
+  const Json default_timesteps{spec.timesteps}, no_params{Json::Object()};
   const Json *timesteps = values.get("timesteps"), *params = values.get("schedule_params");
-  if (!timesteps) timesteps = &usual_timesteps;
+  if (!timesteps) timesteps = &default_timesteps;
   if (!params) params = &no_params;
   if (!params->as<Json::Object>()) refuse("schedule_params must be an object");
   try {
     set_schedule(spec, beside ? betas : own.empty() ? nullptr : &own, *timesteps, *params->as<Json::Object>());
   } catch (const Failure &failure) {
-    refuse(failure.fact, failure.note, failure.hint);  // in a file it is no input of the caller's
+    refuse(failure.fact, failure.note, failure.hint);  // DDPMX_SPEC, since it is in a file
   }
-  if (checksum_said && *checksum_said != checksum_of(spec.betas)) {
-    refuse("the array of β in " + where + " is another than the spec's",
-           "checksum " + in_quotes(*checksum_said, 40) + " in the spec, '" + checksum_of(spec.betas) + "' there",
-           "the file is damaged, or was put together from two");
+  if (declared_checksum && *declared_checksum != checksum_of(spec.betas)) {
+    refuse("the array of β in " + where + " does not match the spec",
+           "checksum " + in_quotes(*declared_checksum, 40) + " in the spec, '" + checksum_of(spec.betas) + "' there",
+           "the file is damaged, or was assembled from two");
   }
   // a schedule that means something else here than where the file was written would give wrong images without an error
   const std::string coefficients = checksum(make_table(spec.schedule, spec.prediction, spec.variance));
   const Json *written = values.get("coefficients");
   if (written && !is_null(*written) && (!written->as<std::string>() || *written->as<std::string>() != coefficients)) {
-    refuse("the schedule " + in_quotes(spec.schedule_name) + " gives other coefficients here than where the file was written",
+    refuse("the schedule " + in_quotes(spec.schedule_name) + " gives other coefficients here than in the file",
            "checksum " + shown(*written, 40) + " in the file, '" + coefficients + "' here",
-           "the file is damaged, or was edited by hand: then leave \"coefficients\" out");
+           "the file is damaged, or was edited by hand: then remove \"coefficients\"");
   }
   return spec;
 }
@@ -334,8 +334,8 @@ std::vector<double> betas_from_text(std::string_view text) {
       !consists_of(rest.substr(0, 8), hexadecimal)) {
     damaged(begins);
   }
-  size_t said = 0;
-  for (const char digit : length) said = 10 * said + static_cast<size_t>(digit - '0');
+  size_t count = 0;
+  for (const char digit : length) count = 10 * count + static_cast<size_t>(digit - '0');
   std::string raw;
   try {
     raw = base64_decode(rest.substr(9));
@@ -344,13 +344,13 @@ std::vector<double> betas_from_text(std::string_view text) {
   }
   char crc[9];
   std::snprintf(crc, sizeof crc, "%08x", static_cast<unsigned>(crc32(raw.data(), raw.size())));
-  if (raw.size() != 8 * said || rest.substr(0, 8) != crc) {
-    damaged(std::to_string(raw.size()) + " bytes where it says " + std::to_string(said) +
+  if (raw.size() != 8 * count || rest.substr(0, 8) != crc) {
+    damaged(std::to_string(raw.size()) + " bytes where it says " + std::to_string(count) +
                 " numbers of 8, or another CRC",
             "export the model again");
   }
-  std::vector<double> betas(said);
-  if (said > 0) std::memcpy(betas.data(), raw.data(), raw.size());
+  std::vector<double> betas(count);
+  if (count > 0) std::memcpy(betas.data(), raw.data(), raw.size());
   try {
     betas = as_betas(std::move(betas));
     schedule_from_betas(betas);

@@ -1,4 +1,4 @@
-// ModelSpec: all that a model file says about itself. See runtime/ddpmx/formats/spec.py, whose checks these are.
+// ModelSpec: the description of a model. It makes the checks of runtime/ddpmx/formats/spec.py.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ namespace ddpmx {
 enum class Prediction { eps, x0, v };
 enum class Variance { fixed_small, fixed_large, learned_range };
 
-// An input of the network: its name in the graph, whether it holds int32 (else float32), and its dimensions for one image.
+// An input of the network: its name in the graph, whether it is int32 (else float32), and its dimensions for one image.
 struct Input {
   std::string name;
   bool is_int;
@@ -33,29 +33,29 @@ struct Spec {
   std::optional<double> clip = 1.0;  // the largest |x0|
   std::string precision = "fp32";
   std::optional<std::string> weights;
-  std::string ddpmx;  // the version that wrote it
+  std::string ddpmx;  // the version that wrote the spec
   std::optional<int64_t> classes, condition;
   bool self_condition = false;
-  std::vector<double> betas;  // of the schedule "betas" alone
+  std::vector<double> betas;  // only with the schedule "betas"
   Schedule schedule;
 
   int64_t elements() const { return channels * height * width; }  // N
-  std::vector<Input> inputs() const;                              // x, t, and then y, x0_prev, cond where there are any
-  std::vector<std::string> outputs() const;                       // what it predicts, and "var" if it learns that
+  std::vector<Input> inputs() const;                              // x and t, then y, x0_prev and cond if it takes them
+  std::vector<std::string> outputs() const;                       // its prediction, and "var" with a learned variance
 };
 
-// The two say the same network: everything is equal but where it comes from (ddpmx, weights).
+// Whether two specs describe the same network: everything is equal but its origin (ddpmx, weights).
 bool same_model(const Spec &a, const Spec &b);
 
 std::string_view name_of(Prediction prediction);
 std::string_view name_of(Variance variance);
 std::optional<Variance> variance_named(std::string_view name);
 
-// The spec in a JSON object. betas: the array of the schedule "betas", where the object holds its checksum alone, or
-// nullptr; where: in what place that array should lie, for people. DDPMX_SPEC for whatever ModelSpec.from_json refuses.
+// The spec in a JSON object. betas: the array of the schedule "betas", if the object holds only its checksum, or nullptr;
+// where: the place where that array should be, for the message. DDPMX_SPEC for everything that ModelSpec.from_json refuses.
 Spec spec_from_json(const Json &values, const std::vector<double> *betas, const std::string &where);
 
-// The spec in a envelope line of text, "ddpmx1 LENGTH CRC32 {…}".
+// The spec in an envelope, "ddpmx1 LENGTH CRC32 {…}".
 Spec spec_from_text(std::string_view text, const std::vector<double> *betas, const std::string &where);
 
 // The array of β in a JSON array.

@@ -10,7 +10,7 @@ namespace ddpmx {
 
 inline bool is_continuation(char byte) { return (static_cast<uint8_t>(byte) & 0xC0) == 0x80; }
 
-// What no code point is: the value of a byte that belongs to no whole sequence.
+// The value for a byte that is not part of a valid sequence.
 constexpr uint32_t kNoCodePoint = 0xFFFFFFFF;
 
 struct CodePoint {
@@ -20,8 +20,8 @@ struct CodePoint {
 
 inline bool is_surrogate(uint32_t value) { return value >= 0xD800 && value <= 0xDFFF; }
 
-// The code point at `at`, which lies within `text`. Surrogates, which are no text, are decoded all the same: JSON can
-// spell them. Overlong sequences and what lies beyond U+10FFFF are none.
+// The code point at `at`, which is within `text`. Surrogates are decoded although they are not text: JSON can spell them.
+// Overlong sequences and values beyond U+10FFFF are not code points.
 inline CodePoint code_point(std::string_view text, size_t at) {
   const uint8_t lead = static_cast<uint8_t>(text[at]);
   if (lead < 0x80) return {lead, 1};
@@ -46,9 +46,8 @@ inline void append_utf8(std::string &out, uint32_t value) {
   for (int i = more - 1; i >= 0; --i) out += static_cast<char>(0x80 | (value >> 6 * i & 0x3F));
 }
 
-// Whether a code point can be shown as it is: neither control nor format character, separator (but for the space),
-// surrogate, nor of private use. Unicode's general categories C and Z, as str.isprintable() has it; what Unicode has
-// not assigned yet counts as printable.
+// Whether a code point is printable: not a control or format character, separator (but for the space), surrogate or of
+// private use. These are Unicode's general categories C and Z, as in str.isprintable(); unassigned ones count as printable.
 inline bool is_printable(uint32_t value) {
   constexpr struct {
     uint32_t first, last;

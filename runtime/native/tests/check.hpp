@@ -1,4 +1,4 @@
-// What the tests here are made of: CHECK says where it failed and goes on, and finish() tells ctest.
+// The test framework: CHECK prints where it failed and continues, and finish() returns the exit code for ctest.
 #pragma once
 
 #include <cstdio>
@@ -17,7 +17,7 @@ inline void check(bool holds, const char *what, const char *file, int line) {
   std::fprintf(stderr, "%s:%d: %s\n", file, line, what);
 }
 
-// Whether action fails with that status, and its text holds `part`. The text is shown if not.
+// Whether action fails with that status and a text that contains `part`. Otherwise the text is printed.
 template <class Action>
 bool fails(ddpmx_status status, const std::string &part, Action action) {
   try {

@@ -1,4 +1,4 @@
-// A plan on a GPU and a TensorRT in name only, and the chain that it has to give.
+// A plan on a fake GPU with a fake TensorRT, and the chain that it has to compute.
 #pragma once
 
 #include <dlfcn.h>
@@ -28,7 +28,7 @@ using ddpmx::Failure;
 
 inline const std::string kSmall = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0"})";
 inline const std::string kOdd = R"({"shape":[1,3,3],"timesteps":20,"ddpmx":"0.1.0","clip":null})";
-inline const std::string kTold = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","prediction":"v",)"
+inline const std::string kConditioned = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","prediction":"v",)"
                                  R"("classes":10,"condition":2,"self_condition":true})";
 inline const std::string kLearned = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","variance":"learned_range"})";
 
@@ -55,7 +55,7 @@ inline std::string here() {
   return std::string("linux ") + names.machine;
 }
 
-// A record of a plan for what the fakes are, with one member in place of the usual one.
+// A plan's record that fits the fakes, with one member replaced.
 inline std::string record_here(const std::string &name = "", const std::string &value = "") {
   std::string text = record("flavour", R"("TensorRT")");
   text.pop_back();
@@ -64,7 +64,7 @@ inline std::string record_here(const std::string &name = "", const std::string &
   return text + "}";
 }
 
-// A plan in a file, and fakes that are as it asks for.
+// A plan in a file, and the fakes set up for it.
 class Rig {
  public:
   explicit Rig(const std::string &spec_json = kSmall, const std::string &engine = record_here()) {
@@ -98,9 +98,9 @@ class Rig {
   Rig &operator=(const Rig &) = delete;
 
   static ddpmx::Sampling sampling(int64_t steps) {
-    ddpmx::Sampling asked;
-    asked.steps = steps;
-    return asked;
+    ddpmx::Sampling sampling;
+    sampling.steps = steps;
+    return sampling;
   }
 
   std::unique_ptr<ddpmx::Runner> open(const char *executor = nullptr) {
@@ -109,7 +109,7 @@ class Rig {
     return ddpmx::open_plan(path, file, ddpmx::read_plan(path, file.bytes(), false), options);
   }
 
-  // The inside, for what a Runner has no words for.
+  // A DeviceRunner, for options that open_plan does not have.
   std::unique_ptr<ddpmx::cuda::DeviceRunner> open_inside(const char *executor, double patience) {
     const ddpmx::MappedFile file(path);
     const ddpmx::PlanInfo info = ddpmx::read_plan(path, file.bytes(), false);
@@ -143,7 +143,7 @@ class Rig {
   std::vector<std::string> outputs_;
 };
 
-// What a chain gives. x and x0: of each step.
+// The results of a chain. x and x0: of each step.
 struct Images {
   std::vector<uint8_t> pixels;
   std::vector<float> samples;
@@ -158,21 +158,21 @@ bool same(const std::vector<T> &a, const std::vector<T> &b) {
 
 inline bool same(const Images &a, const Images &b) { return same(a.pixels, b.pixels) && same(a.samples, b.samples); }
 
-// What is asked of a chain, with arrays of its own.
-struct Asked {
+// The request of a chain, which owns its arrays.
+struct Request {
   uint64_t seed = 5, batch = 4;
   std::vector<uint32_t> images{7, 0, 2};
   std::vector<float> x, cond;
   std::vector<int32_t> y;
 
-  // Something for all that the network is told.
-  static Asked of(const Rig &rig) {
-    Asked asked;
-    for (size_t i = 0; i < asked.images.size(); ++i) {
-      if (rig.spec.classes) asked.y.push_back(static_cast<int32_t>(3 * i + 1));
-      for (int64_t k = 0; k < rig.K(); ++k) asked.cond.push_back(static_cast<float>(static_cast<int64_t>(i) + k) / 32);
+  // With a value for every conditioning input of the network.
+  static Request of(const Rig &rig) {
+    Request request;
+    for (size_t i = 0; i < request.images.size(); ++i) {
+      if (rig.spec.classes) request.y.push_back(static_cast<int32_t>(3 * i + 1));
+      for (int64_t k = 0; k < rig.K(); ++k) request.cond.push_back(static_cast<float>(static_cast<int64_t>(i) + k) / 32);
     }
-    return asked;
+    return request;
   }
 
   ddpmx::Job job(const ddpmx::Table &table) const {
@@ -184,11 +184,11 @@ struct Asked {
   }
 };
 
-// The chain, image by image and number by number, by step.h and nothing else of the library's.
-inline Images expected(const Rig &rig, const Asked &asked) {
+// The chain, image by image and number by number, by step.h and nothing else of the library.
+inline Images expected(const Rig &rig, const Request &request) {
   const ddpmx::Table &table = rig.table;
   const int64_t N = rig.N(), C = rig.spec.channels, pixels = N / C;
-  const auto size = asked.images.size() * static_cast<size_t>(N);
+  const auto size = request.images.size() * static_cast<size_t>(N);
   FakeNetwork network = trt().network;
   network.by_place = network.by_size = network.by_run = false;
   const float limit = rig.spec.clip ? static_cast<float>(*rig.spec.clip) : std::numeric_limits<float>::infinity();
@@ -196,21 +196,21 @@ inline Images expected(const Rig &rig, const Asked &asked) {
   made.pixels.resize(size), made.samples.resize(size);
   made.x.assign(table.rows.size(), std::vector<float>(size)), made.x0 = made.x;
   made.t = table.timesteps;
-  for (size_t i = 0; i < asked.images.size(); ++i) {
+  for (size_t i = 0; i < request.images.size(); ++i) {
     std::vector<float> x(static_cast<size_t>(N)), out(x), var(x), x0(x), z(x);
-    if (asked.x.empty()) {
-      ddpmx::normal(asked.seed, asked.images[i], 0, DDPMX_PURPOSE_INITIAL, N, x.data());
+    if (request.x.empty()) {
+      ddpmx::normal(request.seed, request.images[i], 0, DDPMX_PURPOSE_INITIAL, N, x.data());
     } else {
-      std::memcpy(x.data(), asked.x.data() + i * x.size(), x.size() * sizeof(float));
+      std::memcpy(x.data(), request.x.data() + i * x.size(), x.size() * sizeof(float));
     }
     for (size_t step = 0; step < table.rows.size(); ++step) {
       const int32_t t = table.timesteps[step];
       FakeArrays arrays;
       arrays.batch = 1, arrays.x = x.data(), arrays.t = &t, arrays.out = out.data(), arrays.var = var.data();
-      arrays.y = asked.y.empty() ? nullptr : asked.y.data() + i, arrays.x0_prev = x0.data();
-      arrays.cond = asked.cond.empty() ? nullptr : asked.cond.data() + i * static_cast<size_t>(rig.K());
-      fake_answer(network, arrays);
-      ddpmx::normal(asked.seed, asked.images[i], static_cast<uint32_t>(t), DDPMX_PURPOSE_STEP, N, z.data());
+      arrays.y = request.y.empty() ? nullptr : request.y.data() + i, arrays.x0_prev = x0.data();
+      arrays.cond = request.cond.empty() ? nullptr : request.cond.data() + i * static_cast<size_t>(rig.K());
+      fake_output(network, arrays);
+      ddpmx::normal(request.seed, request.images[i], static_cast<uint32_t>(t), DDPMX_PURPOSE_STEP, N, z.data());
       std::memcpy(made.x[step].data() + i * x.size(), x.data(), x.size() * sizeof(float));
       for (size_t k = 0; k < x.size(); ++k) {
         ddpmx_row row = table.rows[step];
@@ -230,12 +230,12 @@ inline Images expected(const Rig &rig, const Asked &asked) {
   return made;
 }
 
-// Run a chain, with its arrays on the host.
-inline Images drawn(ddpmx::Runner &runner, const Rig &rig, const Asked &asked, bool previews = false) {
+// Runs a chain with its arrays on the host.
+inline Images drawn(ddpmx::Runner &runner, const Rig &rig, const Request &request, bool previews = false) {
   Images made;
-  made.pixels.assign(asked.images.size() * static_cast<size_t>(rig.N()), 0xEE);
+  made.pixels.assign(request.images.size() * static_cast<size_t>(rig.N()), 0xEE);
   made.samples.assign(made.pixels.size(), -7.0f);
-  ddpmx::Job job = asked.job(rig.table);
+  ddpmx::Job job = request.job(rig.table);
   job.pixels = made.pixels.data(), job.samples = made.samples.data(), job.previews = previews;
   if (previews) {
     job.report = [&](int32_t t, uint64_t, const float *x, const float *x0) {
@@ -249,8 +249,7 @@ inline Images drawn(ddpmx::Runner &runner, const Rig &rig, const Asked &asked, b
   return made;
 }
 
-// Whether nothing is left of what was made, and nothing was done that a real driver would not forgive. Says what, if
-// not.
+// Whether everything has been freed, and nothing was done that is an error for a real driver. Prints the faults.
 inline bool clean() {
   bool good = cuda().faults.empty() && cuda().retained == 0 && cuda().depth() == 0;
   for (const std::string &fault : cuda().faults) std::fprintf(stderr, "fault: %s\n", fault.c_str());

@@ -1,9 +1,9 @@
-// Answers questions of tests/native/test_tables.py, one JSON object a line, so that it can compare bit for bit:
+// Computes what tests/native/test_tables.py requests, one JSON object a line, so that it can compare bit for bit:
 //
 //   {"function": "log", "x": [1.5, …]}                                           float64 [n]
 //   {"spec": {…}, "betas": [β…], "sampling": {"steps": 50, "start": 90, …}}      the table of a spec
 //
-// Each answer is a line "0 SIZE COLUMNS" and SIZE rows: first all timesteps, int32, and then COLUMNS float32 each; or
+// Each reply is a line "0 SIZE COLUMNS" and SIZE rows: first all timesteps, int32, and then COLUMNS float32 each; or
 // "0 n 0" and n float64; or "STATUS SIZE 0" and SIZE bytes of text.
 #include <cstdio>
 #include <string>
@@ -28,7 +28,7 @@ void header(int status, size_t size, int columns) { std::printf("%d %zu %d\n", s
 double number(const Json &value) {
   if (const int64_t *whole = value.as<int64_t>()) return static_cast<double>(*whole);
   if (const double *real = value.as<double>()) return *real;
-  throw Failure(DDPMX_INPUT, "no number: " + shown(value));
+  throw Failure(DDPMX_INPUT, "not a number: " + shown(value));
 }
 
 std::vector<double> numbers(const Json *values) {
@@ -39,7 +39,7 @@ std::vector<double> numbers(const Json *values) {
   return found;
 }
 
-void answer_function(const std::string &name, const Json &request) {
+void reply_function(const std::string &name, const Json &request) {
   std::vector<double> x = numbers(request.get("x"));
   for (double &value : x) {
     value = name == "exp"   ? ddpmx::elementary::exp(value)
@@ -63,13 +63,13 @@ ddpmx::Sampling sampling_of(const Json &values, ddpmx::Variance &variance) {
   return sampling;
 }
 
-void answer_table(const Json &request) {
+void reply_table(const Json &request) {
   const Json *beside = request.get("betas");
   const std::vector<double> betas = numbers(beside);
   const ddpmx::Spec spec = ddpmx::spec_from_json(*request.get("spec"), beside ? &betas : nullptr, "\"betas\"");
   ddpmx::Variance variance = spec.variance;
   ddpmx::Sampling sampling;
-  if (const Json *said = request.get("sampling")) sampling = sampling_of(*said, variance);
+  if (const Json *values = request.get("sampling")) sampling = sampling_of(*values, variance);
   const ddpmx::Table table = make_table(spec.schedule, spec.prediction, variance, sampling);
   header(0, table.rows.size(), table.learned.empty() ? 5 : 7);
   write(table.timesteps);
@@ -96,9 +96,9 @@ int main() {
       const Json request = ddpmx::parse_json(line);
       const Json *function = request.get("function");
       if (function) {
-        answer_function(*function->as<std::string>(), request);
+        reply_function(*function->as<std::string>(), request);
       } else {
-        answer_table(request);
+        reply_table(request);
       }
     } catch (const Failure &failure) {
       const std::string text = failure.what();

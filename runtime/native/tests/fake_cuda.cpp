@@ -1,18 +1,18 @@
 // A CUDA driver without a GPU: a library with the functions of libcuda.so.1 that src/cuda/driver.hpp names.
 //
-// "Device memory" is the host's, and the kernels are step.cu, compiled for the host: each block has one thread here,
-// one runs after the other, and the kernels take any grid. (How they behave in other orders is tested in
-// tests/ddpmx/test_cuda.py.) What is put into a stream runs when it is waited for and not before, one kernel for each
-// glance at an event, so that a missing wait shows. It is strict where CUDA is: a context has to be current, a capture
-// is not to be disturbed, nothing is freed twice or while it may be used. It knows nothing of time, weak memory or what
-// a real driver compiles, and stands for control flow only.
+// "Device memory" is host memory, and the kernels are step.cu, compiled for the host: each block has one thread here, the
+// blocks run one after the other, and the kernels take any grid. (Other orders are tested in
+// tests/ddpmx/cuda/test_kernels.py.) Work in a stream runs when it is waited for and not before, one kernel for each query
+// of an event, so that a missing wait is noticed. It is strict where CUDA is: a context has to be current, a capture must
+// not be disturbed, nothing is freed twice or while it may be used. Time, weak memory order and compilation are not
+// modelled: it tests control flow only.
 #include "fake_cuda_world.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT FakeCuda *fake_cuda() {
-  if (!world->told.reset) reset();
-  return &world->told;
+  if (!world->panel.reset) reset();
+  return &world->panel;
 }
 
 // --- the functions ---
@@ -35,7 +35,7 @@ EXPORT int cuGetErrorName(int code, const char **text) { return error_text(code,
 EXPORT int cuGetErrorString(int code, const char **text) { return error_text(code, text, 1); }
 
 EXPORT int cuDeviceGetCount(int *count) {
-  return called("cuDeviceGetCount", [&] { *count = world->told.devices; });
+  return called("cuDeviceGetCount", [&] { *count = world->panel.devices; });
 }
 
 EXPORT int cuDeviceGet(int *device, int ordinal) {
@@ -51,25 +51,25 @@ EXPORT int cuDeviceGetName(char *name, int size, int) {
 
 EXPORT int cuDeviceGetAttribute(int *value, int attribute, int) {
   return called("cuDeviceGetAttribute", [&] {
-    const std::map<int, int> known{{16, 2}, {75, world->told.major}, {76, world->told.minor}};
+    const std::map<int, int> known{{16, 2}, {75, world->panel.major}, {76, world->panel.minor}};
     if (!known.count(attribute)) throw Refused{1};
     *value = known.at(attribute);
   });
 }
 
 EXPORT int cuDevicePrimaryCtxRetain(void **context, int) {
-  return called("cuDevicePrimaryCtxRetain", [&] { *context = kContext, ++world->told.retained; });
+  return called("cuDevicePrimaryCtxRetain", [&] { *context = kContext, ++world->panel.retained; });
 }
 
 EXPORT int cuDevicePrimaryCtxRelease_v2(int) {
   return called("cuDevicePrimaryCtxRelease_v2", [] {
-    if (--world->told.retained < 0) fault("the context is let go of once too often");
+    if (--world->panel.retained < 0) fault("the context is released once too often");
   });
 }
 
 EXPORT int cuCtxPushCurrent_v2(void *context) {
   return called("cuCtxPushCurrent_v2", [&] {
-    if (context != kContext || world->told.retained < 1) {
+    if (context != kContext || world->panel.retained < 1) {
       fault("no context");
       throw Refused{201};
     }
@@ -96,7 +96,7 @@ EXPORT int cuMemAlloc_v2(uint64_t *address, size_t size) {
     std::memset(base, 0xFF, size);
     *address = reinterpret_cast<uint64_t>(base);
     world->memory[*address] = {base, size};
-    ++world->told.alive["memory"];
+    ++world->panel.alive["memory"];
   });
 }
 
@@ -112,7 +112,7 @@ EXPORT int cuMemFree_v2(uint64_t address) {
     }
     std::free(found->second.base);
     world->memory.erase(found);
-    --world->told.alive["memory"];
+    --world->panel.alive["memory"];
   });
 }
 
@@ -121,7 +121,7 @@ EXPORT int cuMemHostAlloc(void **address, size_t size, unsigned flags) {
     if (flags != 3) throw Refused{1};
     *address = std::calloc(1, size);
     world->pinned.insert(*address);
-    ++world->told.alive["pinned"];
+    ++world->panel.alive["pinned"];
   });
 }
 
@@ -130,7 +130,7 @@ EXPORT int cuMemFreeHost(void *address) {
     known(world->pinned, address, "pinned memory");
     world->pinned.erase(address);
     std::free(address);
-    --world->told.alive["pinned"];
+    --world->panel.alive["pinned"];
   });
 }
 
@@ -159,7 +159,7 @@ EXPORT int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void *str
     if (value != 0) throw Refused{1};
     const auto zeros = std::make_shared<std::vector<char>>(4 * count);
     move(stream, reinterpret_cast<void *>(to), zeros->data(), zeros->size(), to);
-    put(stream, {[zeros] {}});  // they stay until then
+    put(stream, {[zeros] {}});  // keeps them alive until then
   });
 }
 
@@ -169,7 +169,7 @@ EXPORT int cuStreamCreate(void **stream, unsigned flags) {
     auto *made = new Stream;
     world->streams.insert(made);
     *stream = made;
-    ++world->told.alive["stream"];
+    ++world->panel.alive["stream"];
   });
 }
 
@@ -182,7 +182,7 @@ EXPORT int cuStreamDestroy_v2(void *handle) {
       if (event->stream == stream) event->came.reset(), event->stream = nullptr;
     }
     delete stream;
-    --world->told.alive["stream"];
+    --world->panel.alive["stream"];
   });
 }
 
@@ -192,7 +192,7 @@ EXPORT int cuStreamSynchronize(void *handle) {
     Stream *stream = stream_of(handle);
     advance(stream, kNever, kAll);
     if (stream->queue.empty()) return;
-    fault("somebody waits for ever");
+    fault("a wait that never ends");
     throw Refused{700};
   });
 }
@@ -220,7 +220,7 @@ EXPORT int cuStreamEndCapture(void *handle, void **graph) {
   bool spoilt = false;
   *graph = nullptr;
   {
-    const std::lock_guard<std::recursive_mutex> lock(world->mutex);  // it ends, whatever the answer is
+    const std::lock_guard<std::recursive_mutex> lock(world->mutex);  // it ends, whatever the result is
     auto *stream = static_cast<Stream *>(handle);
     if (world->streams.count(stream)) {
       spoilt = stream->spoilt || !stream->capturing;
@@ -232,7 +232,7 @@ EXPORT int cuStreamEndCapture(void *handle, void **graph) {
     if (spoilt) throw Refused{901};
     *graph = new char;
     world->graphs[*graph] = nodes;
-    ++world->told.alive["graph"];
+    ++world->panel.alive["graph"];
   });
 }
 
@@ -241,7 +241,7 @@ EXPORT int cuEventCreate(void **event, unsigned) {
     auto *made = new Event;
     world->events.insert(made);
     *event = made;
-    ++world->told.alive["event"];
+    ++world->panel.alive["event"];
   });
 }
 
@@ -250,7 +250,7 @@ EXPORT int cuEventDestroy_v2(void *handle) {
     Event *event = known(world->events, static_cast<Event *>(handle), "event");
     world->events.erase(event);
     delete event;
-    --world->told.alive["event"];
+    --world->panel.alive["event"];
   });
 }
 
@@ -280,7 +280,7 @@ EXPORT int cuEventSynchronize(void *handle) {
     if (!event.came) return;
     advance(event.stream, [&] { return *event.came; }, kAll);
     if (*event.came) return;
-    fault("somebody waits for ever");
+    fault("a wait that never ends");
     throw Refused{700};
   });
 }
@@ -295,7 +295,7 @@ EXPORT int cuModuleLoadDataEx(void **module, const void *image, unsigned count, 
     }
     *module = new char;
     world->modules.insert(*module);
-    ++world->told.alive["module"];
+    ++world->panel.alive["module"];
   });
 }
 
@@ -304,7 +304,7 @@ EXPORT int cuModuleUnload(void *module) {
     known(world->modules, module, "module");
     world->modules.erase(module);
     delete static_cast<char *>(module);
-    --world->told.alive["module"];
+    --world->panel.alive["module"];
   });
 }
 
@@ -328,11 +328,11 @@ EXPORT int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz,
                           unsigned shared, void *stream, void **arguments, void **extra) {
   return called("cuLaunchKernel", [&] {
     if (gx < 1 || bx < 1 || bx > DDPMX_THREADS || gy * gz * by * bz != 1 || shared || extra) {
-      fault("a launch that is none");
+      fault("invalid launch parameters");
       throw Refused{1};
     }
     const std::string name = static_cast<Function *>(function)->name;
-    const uint64_t argument = *static_cast<uint64_t *>(arguments[0]);  // now: the caller's go
+    const uint64_t argument = *static_cast<uint64_t *>(arguments[0]);  // read now: the caller's arguments do not stay
     put_kernel(stream, name, [=] { run_kernel(name, argument, gx); });
   });
 }
@@ -341,7 +341,7 @@ EXPORT int cuGraphDestroy(void *graph) {
   return called("cuGraphDestroy", [&] {
     if (!world->graphs.erase(graph)) fault("no graph, or freed already");
     delete static_cast<char *>(graph);
-    --world->told.alive["graph"];
+    --world->panel.alive["graph"];
   });
 }
 
@@ -350,7 +350,7 @@ EXPORT int cuGraphInstantiateWithFlags(void **executable, void *graph, unsigned 
     if (!world->graphs.count(graph)) fault("no graph");
     *executable = new char;
     world->executables[*executable] = world->graphs[graph];
-    ++world->told.alive["executable"];
+    ++world->panel.alive["executable"];
   });
 }
 
@@ -358,7 +358,7 @@ EXPORT int cuGraphExecDestroy(void *executable) {
   return called("cuGraphExecDestroy", [&] {
     if (!world->executables.erase(executable)) fault("no executable, or freed already");
     delete static_cast<char *>(executable);
-    --world->told.alive["executable"];
+    --world->panel.alive["executable"];
   });
 }
 
@@ -370,7 +370,7 @@ EXPORT int cuGraphLaunch(void *executable, void *stream) {
       throw Refused{400};
     }
     for (Entry entry : found->second) {
-      entry.is_stuck = world->told.graphs_hang;
+      entry.is_stuck = world->panel.graphs_hang;
       put(stream, std::move(entry));
     }
   });

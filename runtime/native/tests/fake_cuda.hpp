@@ -1,4 +1,4 @@
-// What a test may order of the CUDA driver of fake_cuda.cpp, and see of it.
+// The control panel of fake_cuda.cpp: what tests set, and what they observe.
 #pragma once
 
 #include <cstdint>
@@ -9,28 +9,28 @@
 #include <vector>
 
 struct FakeCuda {
-  // orders
+  // set by tests
   int devices = 1, major = 8, minor = 9;
-  int fail_at = 0;           // the number, from 1, of the call that gives CUDA_ERROR_ILLEGAL_ADDRESS
+  int fail_at = 0;           // the number, from 1, of the call that returns CUDA_ERROR_ILLEGAL_ADDRESS
   bool count_frees = false;  // whether calls that free, push and pop are numbered as well
   std::map<std::string, std::pair<int, int>> fail;  // name: which call of it, from 1, 0 for all; which error
-  int broken = 0;                                   // the error that everything gives from now on that runs kernels
-  bool graphs_hang = false;                         // what a graph launches never ends
+  int broken = 0;                                   // the error of every call that runs kernels from now on
+  bool graphs_hang = false;                         // graphs never finish
   std::function<void(const std::string &kernel)> on_kernel = [](const std::string &) {};
 
-  // seen
+  // observed
   int counted = 0, retained = 0;
   std::vector<std::string> calls, faults, launches;
   std::map<std::string, int> alive;  // how many of each kind are not freed
 
-  // What a library such as TensorRT does: put a kernel of its own into a stream.
+  // Puts a kernel into a stream, as a library such as TensorRT does.
   void (*enqueue)(void *stream, const std::string &name, std::function<void()> work) = nullptr;
-  // Whether what is put into a stream is recorded instead of run, and whether an address is of the device's memory.
+  // Whether a stream is capturing, and whether an address is the start of device memory.
   bool (*capturing)(void *stream) = nullptr;
   bool (*allocated)(uint64_t address) = nullptr;
-  // How many contexts are on this thread's stack.
+  // The number of contexts on this thread's stack.
   int (*depth)() = nullptr;
-  // Everything as it was at first. Leaks what was alive.
+  // Resets everything. Leaks what was alive.
   void (*reset)() = nullptr;
 
   int count(const std::string &name) const {

@@ -1,4 +1,4 @@
-// What the driver of fake_cuda.cpp is made of: kernels, streams and what they hold.
+// The parts of the driver in fake_cuda.cpp: kernels, streams and their queues.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 #include "fake_cuda.hpp"
 
-// --- as much of CUDA as step.cu needs ---
+// --- the parts of CUDA that step.cu needs ---
 
 #define __global__
 #define __device__
@@ -88,9 +88,9 @@ const char *const kErrors[][2] = {{"CUDA_ERROR_INVALID_VALUE", "invalid argument
                                   {"CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"}};
 const int kCodes[] = {1, 2, 201, 222, 400, 600, 700, 900, 901, 100};
 
-// All that it remembers, for one thread at a time.
+// The state of the driver, for one thread at a time.
 struct World {
-  FakeCuda told;
+  FakeCuda panel;
   std::recursive_mutex mutex;
   std::set<Stream *> streams;
   std::set<Event *> events;
@@ -100,12 +100,12 @@ struct World {
   std::vector<std::unique_ptr<Function>> functions;
 };
 
-World *world = new World;  // for good: the library stays in the process
+World *world = new World;  // never deleted: the library stays in the process
 thread_local std::vector<void *> contexts;
 int context_mark;
 void *const kContext = &context_mark;
 
-void fault(const std::string &what) { world->told.faults.push_back(what); }
+void fault(const std::string &what) { world->panel.faults.push_back(what); }
 
 bool is_free(const std::string &name) {
   for (const char *part : {"Free", "Destroy", "Unload", "Release", "Pop", "Push"}) {
@@ -121,23 +121,23 @@ bool needs_context(const std::string &name) {
   return true;
 }
 
-// The answer of a function: 0, what was ordered, or what work() throws.
+// The return value of a function: 0, the error that a test has set, or the one that work() throws.
 template <class Work>
 int called(const std::string &name, Work work) {
   const std::lock_guard<std::recursive_mutex> lock(world->mutex);
-  FakeCuda &told = world->told;
+  FakeCuda &panel = world->panel;
   try {
-    told.calls.push_back(name);
+    panel.calls.push_back(name);
     if (needs_context(name) && contexts.empty()) {
       fault(name + " without a context");
       throw Refused{201};
     }
-    if (!is_free(name) || told.count_frees) {
-      if (++told.counted == told.fail_at) throw Refused{700};
+    if (!is_free(name) || panel.count_frees) {
+      if (++panel.counted == panel.fail_at) throw Refused{700};
     }
-    if (const auto found = told.fail.find(name); found != told.fail.end()) {
+    if (const auto found = panel.fail.find(name); found != panel.fail.end()) {
       const auto [at, code] = found->second;
-      if (at == 0 || at == told.count(name)) throw Refused{code};
+      if (at == 0 || at == panel.count(name)) throw Refused{code};
     }
     work();
     return 0;
@@ -173,10 +173,10 @@ void put(void *handle, Entry entry) {
   }
 }
 
-// Run what is in the stream, up to so many kernels.
+// Runs the stream, up to a number of kernels.
 void advance(Stream *stream, const std::function<bool()> &until, int kernels) {
   while (!stream->queue.empty() && kernels > 0 && !until()) {
-    if (world->told.broken) throw Refused{world->told.broken};
+    if (world->panel.broken) throw Refused{world->panel.broken};
     if (stream->queue.front().is_stuck) return;
     const Entry entry = std::move(stream->queue.front());
     stream->queue.pop_front();
@@ -190,9 +190,9 @@ const auto kNever = [] { return false; };
 
 void put_kernel(void *stream, const std::string &name, std::function<void()> work) {
   put(stream, {[name, work = std::move(work)] {
-                 world->told.launches.push_back(name);
+                 world->panel.launches.push_back(name);
                  work();
-                 world->told.on_kernel(name);
+                 world->panel.on_kernel(name);
                },
                true});
 }
@@ -227,7 +227,7 @@ void run_kernel(const std::string &name, uint64_t argument, unsigned grid) {
 
 int depth() { return static_cast<int>(contexts.size()); }
 
-// What was left is kept where leak checkers find it: it may have been left on purpose.
+// Leftovers are kept where leak checkers find them: they may have been left on purpose.
 void reset() {
   static auto *const left = new std::vector<World *>;
   const std::lock_guard<std::recursive_mutex> lock(world->mutex);
@@ -237,10 +237,10 @@ void reset() {
   old.modules.swap(world->modules), old.memory.swap(world->memory), old.functions.swap(world->functions);
   old.graphs.swap(world->graphs), old.executables.swap(world->executables);
   for (Stream *stream : old.streams) stream->queue.clear();
-  world->told = FakeCuda();
-  world->told.enqueue = enqueue, world->told.depth = depth, world->told.reset = reset;
-  world->told.capturing = [](void *stream) { return static_cast<Stream *>(stream)->capturing; };
-  world->told.allocated = [](uint64_t address) { return world->memory.count(address) != 0; };
+  world->panel = FakeCuda();
+  world->panel.enqueue = enqueue, world->panel.depth = depth, world->panel.reset = reset;
+  world->panel.capturing = [](void *stream) { return static_cast<Stream *>(stream)->capturing; };
+  world->panel.allocated = [](uint64_t address) { return world->memory.count(address) != 0; };
   contexts.clear();
 }
 

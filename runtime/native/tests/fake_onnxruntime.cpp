@@ -1,12 +1,12 @@
-// An ONNX Runtime without ONNX: a library with the few functions that ort.cpp calls, and a network that is a formula. It can
-// be compiled with any sanitizer and for any processor, and what it does wrong stands in the name of the model file:
+// A fake ONNX Runtime: a library with the few functions that ort.cpp calls, and a network that is a formula. It can be
+// compiled with any sanitizer and for any processor. The name of the model file selects a fault:
 //
-//   fail-open  the session is refused          fail-run  the third run is
-//   nan        the third answer is NaN         var-nan   the third variance is
-//   place      an image's answer depends on its place in the batch
-//   size       … on how many there are         flaky     … on how often was asked
+//   fail-open  creating the session fails      fail-run  the third run fails
+//   nan        the third output holds a NaN    var-nan   the third variance does
+//   place      an image's output depends on its place in the batch
+//   size       … on the size of the batch      flaky     … on the number of the run
 //
-// It takes its memory from malloc, since tests let operator new fail.
+// Its memory is from malloc, since tests let operator new fail.
 // out = 0.3 x + t/1024 + 0.1 (y − 1) + 0.25 x0_prev − 0.2 (the last channel of cond),  var = 0.5 x
 #include <onnxruntime_c_api.h>
 
@@ -94,13 +94,13 @@ OrtStatus *ORT_API_CALL create_memory(OrtAllocatorType, OrtMemType, OrtMemoryInf
 
 OrtStatus *ORT_API_CALL create_session(const OrtEnv *, const ORTCHAR_T *path, const OrtSessionOptions *options,
                                        OrtSession **out) noexcept {
-  if (!options->is_onnx) return error("the file's name decides what it is");
+  if (!options->is_onnx) return error("the file's name decides its format");
   auto *session = new OrtSession;
   const char *slash = std::strrchr(path, '/');
   std::snprintf(session->name, sizeof session->name, "%s", slash ? slash + 1 : path);
   if (session->is("fail-open")) {
     delete session;
-    return error("this session was told to fail, with %d threads", options->threads);
+    return error("this session is set to fail, with %d threads", options->threads);
   }
   *out = made(session);
   return nullptr;
@@ -125,7 +125,7 @@ OrtStatus *ORT_API_CALL run(OrtSession *session, const OrtRunOptions *, const ch
                             const OrtValue *const *inputs, size_t inputs_count, const char *const *,
                             size_t outputs_count, OrtValue **outputs) noexcept {
   const int count = ++session->runs;
-  if (session->is("fail-run") && count == 3) return error("this run was told to fail");
+  if (session->is("fail-run") && count == 3) return error("this run is set to fail");
   const auto input = [&](const char *name) -> const OrtValue * {
     for (size_t i = 0; i < inputs_count; ++i)
       if (!std::strcmp(input_names[i], name)) return inputs[i];
@@ -138,15 +138,15 @@ OrtStatus *ORT_API_CALL run(OrtSession *session, const OrtRunOptions *, const ch
   const auto *labels = y ? reinterpret_cast<const int32_t *>(y->data) : nullptr;
   for (int64_t row = 0; row < batch; ++row) {
     for (int64_t k = 0; k < N; ++k) {
-      float answer = 0.3f * x->data[row * N + k];
-      answer = answer + static_cast<float>(steps[row]) / 1024.0f;
-      if (labels) answer = answer + 0.1f * (static_cast<float>(labels[row]) - 1.0f);
-      if (x0) answer = answer + 0.25f * x0->data[row * N + k];
-      if (cond) answer = answer - 0.2f * cond->data[((row + 1) * cond->dims[1] - 1) * pixels + k % pixels];
-      if (session->is("place") && row) answer = answer * 1.0000001f;
-      if (session->is("size") && batch > 2) answer = answer * 1.0000001f;
-      if (session->is("flaky")) answer = answer + static_cast<float>(count) * 0.001f;
-      outputs[0]->data[row * N + k] = answer;
+      float output = 0.3f * x->data[row * N + k];
+      output = output + static_cast<float>(steps[row]) / 1024.0f;
+      if (labels) output = output + 0.1f * (static_cast<float>(labels[row]) - 1.0f);
+      if (x0) output = output + 0.25f * x0->data[row * N + k];
+      if (cond) output = output - 0.2f * cond->data[((row + 1) * cond->dims[1] - 1) * pixels + k % pixels];
+      if (session->is("place") && row) output = output * 1.0000001f;
+      if (session->is("size") && batch > 2) output = output * 1.0000001f;
+      if (session->is("flaky")) output = output + static_cast<float>(count) * 0.001f;
+      outputs[0]->data[row * N + k] = output;
       if (outputs_count > 1) outputs[1]->data[row * N + k] = 0.5f * x->data[row * N + k];
     }
   }
@@ -195,6 +195,6 @@ const OrtApiBase base{get_api, get_version};
 
 extern "C" {
 __attribute__((visibility("default"))) const OrtApiBase *ORT_API_CALL OrtGetApiBase(void) noexcept { return &base; }
-// How many objects were made and not released.
+// The number of objects that have not been released.
 __attribute__((visibility("default"))) int fake_ort_live() { return live; }
 }

@@ -1,10 +1,9 @@
-// What the readers make of files, one line of JSON for each, so that a test can hold it against what Python makes of
-// them:
+// Prints what the readers find in each file, as a line of JSON, so that a test can compare it with Python:
 //
 //     read_model PATH…
 //
-// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds an envelope, spec.json what a caller can give
-// as a spec; all others are model files.
+// {"ok": true, …}, or {"status": …, "text": …}. A file spec.txt holds an envelope, spec.json a value of
+// ddpmx_open_options.spec; all others are model files.
 #include <cstdio>
 #include <string>
 
@@ -59,7 +58,7 @@ Json facts_of(const PlanRecord &engine) {
 
 template <class Tensors>
 Json facts_of(const Tensors &tensors) {
-  Json::Object told;
+  Json::Object facts;
   for (const auto &[name, tensor] : tensors) {
     Json dims;
     if (tensor.dims) {
@@ -69,9 +68,9 @@ Json facts_of(const Tensors &tensors) {
       }
       dims = Json{items};
     }
-    told[name] = Json{Json::Array{Json{static_cast<int64_t>(tensor.element_type)}, dims}};
+    facts[name] = Json{Json::Array{Json{static_cast<int64_t>(tensor.element_type)}, dims}};
   }
-  return Json{told};
+  return Json{facts};
 }
 
 bool ends_with(const std::string &path, std::string_view end) {
@@ -108,14 +107,14 @@ Json::Object read(const std::string &path) {
 
 int main(int count, char **paths) {
   for (int i = 1; i < count; ++i) {
-    Json::Object told;
+    Json::Object facts;
     try {
-      told = read(paths[i]);
-      told["ok"] = Json{true};
+      facts = read(paths[i]);
+      facts["ok"] = Json{true};
     } catch (const Failure &failure) {
-      told = {{"status", Json{int64_t{failure.status}}}, {"text", text(failure.what())}};
+      facts = {{"status", Json{int64_t{failure.status}}}, {"text", text(failure.what())}};
     }
-    std::printf("%s\n", shown(Json{told}, SIZE_MAX).c_str());
+    std::printf("%s\n", shown(Json{facts}, SIZE_MAX).c_str());
   }
   return 0;
 }

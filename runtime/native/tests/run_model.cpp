@@ -1,11 +1,11 @@
-// Runs requests that come line by line, and writes what comes of them to files: for tests that must run in another process,
-// such as an emulator's, and for measurements. It knows the public header alone.
+// Runs requests that it reads line by line, and writes the results to files: for tests that must run in another process,
+// such as an emulator's, and for measurements. It uses only the public header.
 //
 //   run_model MODEL [threads=1] [ort=LIBRARY] [spec=JSON] <<< 'n=4 seed=5 steps=25 images=out.u8'
 //
 // Words of a line: n, seed, first, batch, steps, start, eta, sampler, spacing, variance, labels (numbers with commas), and
 // files: x and cond (float, read), images (uint8), samples (float) and seen (of each step: int32 t, x and x0 of the batch).
-// stop=2 ends the chain after its second step. For each line one is answered: the seconds that it took.
+// stop=2 ends the chain after its second step. For each request it prints a line: the seconds that it took.
 #include <ddpmx/ddpmx.h>
 
 #include <algorithm>
@@ -37,22 +37,22 @@ double now() {
 
 std::pair<std::string, std::string> split(const std::string &word) {
   const size_t at = word.find('=');
-  if (at == std::string::npos) fail("'" + word + "' is no name=value");
+  if (at == std::string::npos) fail("'" + word + "' is not name=value");
   return {word.substr(0, at), word.substr(at + 1)};
 }
 
-// The word's value, which is then known; NULL if there is none.
+// The value of a word, which is removed from `unknown`; NULL if there is none.
 const char *take(const Words &words, Words &unknown, const char *name) {
   unknown.erase(name);
   const auto found = words.find(name);
   return found == words.end() ? nullptr : found->second.c_str();
 }
 
-uint64_t number(const char *text, uint64_t usual) {
-  if (!text) return usual;
+uint64_t number(const char *text, uint64_t fallback) {
+  if (!text) return fallback;
   char *end = nullptr;
   const uint64_t value = std::strtoull(text, &end, 10);
-  if (end == text || *end) fail(std::string("'") + text + "' is no number");
+  if (end == text || *end) fail(std::string("'") + text + "' is not a number");
   return value;
 }
 
@@ -83,7 +83,7 @@ struct Watcher {
   std::FILE *seen;
   uint64_t calls = 0;
 
-  static int32_t told(const ddpmx_progress *progress, void *user) {
+  static int32_t watch(const ddpmx_progress *progress, void *user) {
     auto &self = *static_cast<Watcher *>(user);
     if (self.seen) {
       write(self.seen, &progress->t, sizeof progress->t);
@@ -137,7 +137,7 @@ void serve(ddpmx_pipeline *pipeline, const ddpmx_model &model, const Words &word
     if (!watcher.seen) fail(std::string(path) + " cannot be written");
     request.flags = DDPMX_PREVIEWS;
   }
-  if (watcher.seen || watcher.stop) request.callback = Watcher::told, request.user = &watcher;
+  if (watcher.seen || watcher.stop) request.callback = Watcher::watch, request.user = &watcher;
   uint64_t bytes = 0;
   check(ddpmx_output_size(pipeline, &request, &bytes));
   std::vector<uint8_t> images(bytes);

@@ -1,4 +1,4 @@
-// Files written byte by byte, good and wrong, as tests/oracles/{wire,plans}.py write them.
+// Files made byte by byte, good and wrong, as in tests/oracles/{protobuf,plans}.py.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +32,7 @@ inline std::string value_info(const std::string &name, uint64_t type, const std:
   return field(1, name) + field(2, field(1, field(1, type) + field(2, shape)));
 }
 
-// TensorProto: one float32 whose bytes lie in the file `location`.
+// TensorProto: one float32 whose bytes are in the file `location`.
 inline std::string external_tensor(const std::string &location) {
   return field(1, 1) + field(2, 1) + field(8, "w") + field(13, field(1, "location") + field(2, location)) +
          field(14, 1);
@@ -62,7 +62,7 @@ inline std::string envelope(const std::string &prefix, const std::string &body) 
 inline const std::string kSpec = R"({"shape":[3,8,8],"timesteps":20,"ddpmx":"0.1.0"})";
 inline const std::string kOptions = R"({"level":3,"refit":false,"strip":false,"tf32":false,"workspace":null})";
 
-// A record in JSON with one member in place of the usual one, or beside it.
+// A record in JSON with one member replaced or added.
 inline std::string record(const std::string &name = "", const std::string &value = "") {
   const std::string members[][2] = {{"batch", "[1,4,8]"},
                                     {"flavour", R"("TensorRT-RTX")"},
@@ -74,8 +74,8 @@ inline std::string record(const std::string &name = "", const std::string &value
                                     {"targets", R"(["8.0+"])"},
                                     {"version", R"("1.7.1.116")"}};
   std::string out;
-  for (const auto &[key, usual] : members) out += (out.empty() ? "{\"" : ",\"") + key + "\":" + usual;
-  if (!name.empty()) out += ",\"" + name + "\":" + value;  // of two members with one name the last counts
+  for (const auto &[key, member] : members) out += (out.empty() ? "{\"" : ",\"") + key + "\":" + member;
+  if (!name.empty()) out += ",\"" + name + "\":" + value;  // of two members with the same name the last counts
   return out + "}";
 }
 
@@ -89,7 +89,7 @@ inline std::string bytes_of(uint64_t number, size_t size) {
   return out;
 }
 
-// A plan: a header, the network's name and filler, which is all that is read of it.
+// A plan: a header, the network's name, and filler; nothing else of it is read.
 inline std::string plan(const std::string &name = plan_name(), const std::string &tail = "",
                         const std::string &magic = "vtrt", const std::string &version = std::string("\1\7\1\x74", 4)) {
   const std::string body = std::string(36, '\0') + name + std::string(64, '\0') + tail + std::string(64, '\0');

@@ -1,4 +1,4 @@
-// The border as a program sees it, on an ONNX Runtime that is a formula: what it gives, and every way in which it refuses.
+// The C API as a program sees it, on a fake ONNX Runtime: its results, and every error.
 #include <atomic>
 #include <dlfcn.h>
 #include <pthread.h>
@@ -29,14 +29,14 @@ int failures = 0, checks = 0;
     }                                                                          \
   } while (0)
 
-// Whether a call gave that status and a text with `part` in it.
-bool said(ddpmx_status got, ddpmx_status wanted, const char *part) {
+// Whether a call returned that status, and the error text contains `part`.
+bool returned(ddpmx_status got, ddpmx_status wanted, const char *part) {
   if (got == wanted && std::strstr(ddpmx_last_error(), part)) return true;
   std::fprintf(stderr, "%s, not %s: %s\n", ddpmx_status_name(got), ddpmx_status_name(wanted), ddpmx_last_error());
   return false;
 }
 
-constexpr uint64_t N = 3 * 8 * 8;  // of the model in GAUSSIAN, whose spec is all that is used of it
+constexpr uint64_t N = 3 * 8 * 8;  // of the model in GAUSSIAN, of which only the spec is used
 constexpr int kSteps = 12;
 
 std::filesystem::path folder;
@@ -72,7 +72,7 @@ ddpmx_request request(uint64_t n, uint64_t seed = 7) {
 
 std::vector<uint8_t> drawn(ddpmx_pipeline *pipeline, const ddpmx_request &asked) {
   std::vector<uint8_t> images(asked.n * N);
-  CHECK(said(ddpmx_generate(pipeline, &asked, images.data(), images.size(), nullptr, 0), DDPMX_OK, ""));
+  CHECK(returned(ddpmx_generate(pipeline, &asked, images.data(), images.size(), nullptr, 0), DDPMX_OK, ""));
   return images;
 }
 
@@ -96,20 +96,20 @@ void images_do_not_depend_on_how_they_are_grouped() {
 }
 
 struct Seen {
-  std::vector<ddpmx_progress> told;
+  std::vector<ddpmx_progress> steps;
   std::vector<std::vector<float>> x, x0;
   uint64_t until = UINT64_MAX;
 };
 
 int32_t watch(const ddpmx_progress *progress, void *user) {
   Seen &seen = *static_cast<Seen *>(user);
-  seen.told.push_back(*progress);
+  seen.steps.push_back(*progress);
   if (progress->x) seen.x.emplace_back(progress->x, progress->x + progress->n * N);
   if (progress->x0) seen.x0.emplace_back(progress->x0, progress->x0 + progress->n * N);
   return progress->done >= seen.until;
 }
 
-void what_a_callback_is_told() {
+void what_a_callback_gets() {
   ddpmx_pipeline *pipeline = opened("model");
   Seen seen;
   ddpmx_request asked = request(5);
@@ -117,13 +117,13 @@ void what_a_callback_is_told() {
   std::vector<uint8_t> images(5 * N);
   std::vector<float> samples(5 * N);
   CHECK(ddpmx_generate(pipeline, &asked, images.data(), images.size(), samples.data(), 4 * samples.size()) == DDPMX_OK);
-  CHECK(seen.told.size() == 3 * kSteps && seen.x.size() == seen.told.size() && seen.x0.size() == seen.told.size());
-  for (uint64_t k = 0; k < seen.told.size(); ++k) {
-    const ddpmx_progress &told = seen.told[k];
-    CHECK(told.struct_size == sizeof told && told.done == k + 1 && told.total == 3 * kSteps);
-    CHECK(told.first == k / kSteps * 2 && told.n == (k / kSteps == 2 ? 1 : 2));
-    CHECK(k % kSteps == 0 ? told.t == 999 : told.t < seen.told[k - 1].t);
-    CHECK((k + 1) % kSteps != 0 || told.t == 0);
+  CHECK(seen.steps.size() == 3 * kSteps && seen.x.size() == seen.steps.size() && seen.x0.size() == seen.steps.size());
+  for (uint64_t k = 0; k < seen.steps.size(); ++k) {
+    const ddpmx_progress &now = seen.steps[k];
+    CHECK(now.struct_size == sizeof now && now.done == k + 1 && now.total == 3 * kSteps);
+    CHECK(now.first == k / kSteps * 2 && now.n == (k / kSteps == 2 ? 1 : 2));
+    CHECK(k % kSteps == 0 ? now.t == 999 : now.t < seen.steps[k - 1].t);
+    CHECK((k + 1) % kSteps != 0 || now.t == 0);
   }
   // the last x0 of each batch are its images, and those are what was rounded
   for (uint64_t batch = 0; batch < 3; ++batch) {
@@ -136,15 +136,15 @@ void what_a_callback_is_told() {
         const float x = samples[image * N + channel * 64 + pixel] * 127.5f + 128.0f;
         CHECK(images[image * N + pixel * 3 + channel] == static_cast<uint8_t>(std::fmin(std::fmax(x, 0.0f), 255.0f)));
       }
-  // from a state in the middle to the same images
+  // from a state in the middle of the chain to the same images
   ddpmx_request rest = request(2);
-  rest.x = seen.x[5].data(), rest.start = seen.told[5].t;
+  rest.x = seen.x[5].data(), rest.start = seen.steps[5].t;
   CHECK(drawn(pipeline, rest) == std::vector<uint8_t>(images.begin(), images.begin() + 2 * N));
   // and none of it without previews
   Seen plain;
   asked.flags = 0, asked.user = &plain;
-  CHECK(drawn(pipeline, asked) == images && plain.told.size() == 3 * kSteps && plain.x.empty() && plain.x0.empty());
-  // samples alone, into a buffer of their own
+  CHECK(drawn(pipeline, asked) == images && plain.steps.size() == 3 * kSteps && plain.x.empty() && plain.x0.empty());
+  // samples alone
   std::vector<float> alone(5 * N);
   CHECK(ddpmx_generate(pipeline, &asked, nullptr, 0, alone.data(), 4 * alone.size()) == DDPMX_OK && alone == samples);
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
@@ -158,9 +158,9 @@ void a_callback_ends_a_chain() {
     ddpmx_request asked = request(4);
     asked.batch = 2, asked.callback = watch, asked.user = &seen;
     std::vector<uint8_t> images(4 * N);
-    CHECK(said(ddpmx_generate(pipeline, &asked, images.data(), images.size(), nullptr, 0), DDPMX_CANCELLED,
-               "stopped before the chain was through"));
-    CHECK(seen.told.size() == until);
+    CHECK(returned(ddpmx_generate(pipeline, &asked, images.data(), images.size(), nullptr, 0), DDPMX_CANCELLED,
+               "cancelled before the chain finished"));
+    CHECK(seen.steps.size() == until);
   }
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
@@ -178,7 +178,7 @@ int32_t use(const ddpmx_progress *, void *user) {
   return 0;
 }
 
-void a_pipeline_at_work_is_not_closed_and_may_be_used_again() {
+void a_running_pipeline_is_not_closed_and_may_be_used_again() {
   ddpmx_pipeline *pipeline = opened("model");
   Inside inside{pipeline, DDPMX_OK, {}};
   ddpmx_request asked = request(2);
@@ -204,7 +204,7 @@ void threads_share_a_pipeline() {
       asked.n = 3, asked.seed = seed, asked.steps = kSteps;
       parallel[seed].resize(3 * N);
       faults += ddpmx_generate(pipeline, &asked, parallel[seed].data(), 3 * N, nullptr, 0) != DDPMX_OK;
-      asked.n = 0;  // an error is its thread's own
+      asked.n = 0;  // each thread has its own error
       faults += ddpmx_generate(pipeline, &asked, parallel[seed].data(), 3 * N, nullptr, 0) != DDPMX_INPUT;
       asked.n = 3, asked.labels = &label, asked.labels_count = 1;
       faults += ddpmx_generate(pipeline, &asked, parallel[seed].data(), 3 * N, nullptr, 0) != DDPMX_INPUT;
@@ -224,7 +224,7 @@ void what_is_refused() {
     ddpmx_request asked = request(2);
     uint64_t images_size = images.size(), samples_size = 4 * samples.size();
     change(asked, images_size, samples_size);
-    CHECK(said(ddpmx_generate(pipeline, &asked, images.data(), images_size, samples.data(), samples_size), status, part));
+    CHECK(returned(ddpmx_generate(pipeline, &asked, images.data(), images_size, samples.data(), samples_size), status, part));
     CHECK(images == std::vector<uint8_t>(4 * N, 17) && samples == std::vector<float>(4 * N, 0.5f));
   };
   using R = ddpmx_request &;
@@ -235,9 +235,9 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "samples needs 1536 bytes, and samples_size is 1535", [](R, S, S size) { size = 8 * N - 1; });
   refused(DDPMX_INPUT, "no version of ddpmx_request has 8 bytes", [](R r, S, S) { r.struct_size = 8; });
   refused(DDPMX_INPUT, "no version of ddpmx_request has 4294967295", [](R r, S, S) { r.struct_size = UINT32_MAX; });
-  refused(DDPMX_INPUT, "flags 8", [](R r, S, S) { r.flags = 8; });
+  refused(DDPMX_INPUT, "unknown flags in 8", [](R r, S, S) { r.flags = 8; });
   refused(DDPMX_INPUT, "the chain runs on the CPU", [](R r, S, S) { r.flags = DDPMX_ON_DEVICE; });
-  refused(DDPMX_INPUT, "waits for no stream", [](R r, S, S) { r.stream = &r; });
+  refused(DDPMX_INPUT, "cannot wait for a CUDA stream", [](R r, S, S) { r.stream = &r; });
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = 0; });
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = UINT64_MAX; });
   refused(DDPMX_INPUT, "do not fit into memory", [](R r, S, S) { r.n = uint64_t{1} << 32; });
@@ -261,21 +261,21 @@ void what_is_refused() {
   x[5] = INFINITY;
   refused(DDPMX_INPUT, "x holds NaN or infinities", [&](R r, S, S) { r.x = x.data(); });
   const ddpmx_request asked = request(2);
-  CHECK(said(ddpmx_generate(pipeline, &asked, nullptr, 0, nullptr, 0), DDPMX_INPUT, "no place for the images"));
-  CHECK(said(ddpmx_generate(pipeline, nullptr, images.data(), images.size(), nullptr, 0), DDPMX_INPUT, "is NULL"));
+  CHECK(returned(ddpmx_generate(pipeline, &asked, nullptr, 0, nullptr, 0), DDPMX_INPUT, "no place for the images"));
+  CHECK(returned(ddpmx_generate(pipeline, nullptr, images.data(), images.size(), nullptr, 0), DDPMX_INPUT, "is NULL"));
   auto *inner = reinterpret_cast<float *>(images.data());
-  CHECK(said(ddpmx_generate(pipeline, &asked, images.data(), images.size(), inner, images.size() * 4), DDPMX_INPUT,
+  CHECK(returned(ddpmx_generate(pipeline, &asked, images.data(), images.size(), inner, images.size() * 4), DDPMX_INPUT,
              "images and samples share memory"));
   uint64_t bytes = 0;
   CHECK(ddpmx_output_size(pipeline, &asked, &bytes) == DDPMX_OK && bytes == 2 * N);
-  CHECK(said(ddpmx_output_size(pipeline, &asked, nullptr), DDPMX_INPUT, "bytes is NULL"));
+  CHECK(returned(ddpmx_output_size(pipeline, &asked, nullptr), DDPMX_INPUT, "bytes is NULL"));
   ddpmx_model small;
-  CHECK(said(ddpmx_describe(pipeline, &small, 8), DDPMX_INPUT, "no version of ddpmx_model has 8 bytes"));
-  ddpmx_model told;
-  CHECK(ddpmx_describe(pipeline, &told, sizeof told) == DDPMX_OK && told.channels == 3 && told.height == 8 && told.width == 8);
-  CHECK(told.timesteps == 1000 && told.classes == 0 && told.default_batch == 16 && told.struct_size == sizeof told);
-  CHECK(!std::strcmp(told.prediction, "eps") && !std::strcmp(told.precision, "fp32"));
-  CHECK(!std::strcmp(told.variance, "fixed_large"));
+  CHECK(returned(ddpmx_describe(pipeline, &small, 8), DDPMX_INPUT, "no version of ddpmx_model has 8 bytes"));
+  ddpmx_model described;
+  CHECK(ddpmx_describe(pipeline, &described, sizeof described) == DDPMX_OK && described.channels == 3 && described.height == 8 && described.width == 8);
+  CHECK(described.timesteps == 1000 && described.classes == 0 && described.default_batch == 16 && described.struct_size == sizeof described);
+  CHECK(!std::strcmp(described.prediction, "eps") && !std::strcmp(described.precision, "fp32"));
+  CHECK(!std::strcmp(described.variance, "fixed_large"));
   CHECK(std::strstr(ddpmx_backend(pipeline), "onnxruntime 1.99.fake"));
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
@@ -285,7 +285,7 @@ int32_t looks(const ddpmx_progress *, void *user) {
   return 0;
 }
 
-// A program that rounds in its own way gets the images that everybody gets, and its own way back.
+// A program with another rounding mode gets the same images, and its own mode back.
 void rounding_is_the_library_s_own() {
   ddpmx_pipeline *pipeline = opened("model");
   const std::vector<uint8_t> wanted = drawn(pipeline, request(3));
@@ -308,28 +308,28 @@ int32_t leaves(const ddpmx_progress *progress, void *) {
   return 0;
 }
 
-// A thread that is ended in the middle of a chain takes nothing with it.
+// A thread that ends in the middle of a chain leaks nothing.
 void a_thread_ends_in_its_callback() {
   ddpmx_pipeline *pipeline = opened("model");
   const std::vector<uint8_t> wanted = drawn(pipeline, request(2));
-  struct Given {
+  struct Passed {
     ddpmx_pipeline *pipeline;
     ddpmx_request request;
     std::vector<uint8_t> images;
-  } given{pipeline, request(2), std::vector<uint8_t>(2 * N)};
-  given.request.callback = leaves;
+  } passed{pipeline, request(2), std::vector<uint8_t>(2 * N)};
+  passed.request.callback = leaves;
   pthread_t thread;
   const auto run = [](void *user) -> void * {
-    Given &given = *static_cast<Given *>(user);
-    ddpmx_generate(given.pipeline, &given.request, given.images.data(), given.images.size(), nullptr, 0);
-    std::abort();  // nobody comes back here
+    Passed &passed = *static_cast<Passed *>(user);
+    ddpmx_generate(passed.pipeline, &passed.request, passed.images.data(), passed.images.size(), nullptr, 0);
+    std::abort();  // never reached
   };
-  CHECK(pthread_create(&thread, nullptr, run, &given) == 0 && pthread_join(thread, nullptr) == 0);
+  CHECK(pthread_create(&thread, nullptr, run, &passed) == 0 && pthread_join(thread, nullptr) == 0);
   CHECK(drawn(pipeline, request(2)) == wanted);
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
 
-// A program of a later version, whose structs are longer.
+// A program that was compiled with a later version, whose structs are longer.
 void longer_structs() {
   struct Longer {
     ddpmx_request request;
@@ -342,7 +342,7 @@ void longer_structs() {
   asked.request.steps = kSteps;
   CHECK(ddpmx_generate(pipeline, &asked.request, images.data(), N, nullptr, 0) == DDPMX_OK);
   asked.more = 1;
-  CHECK(said(ddpmx_generate(pipeline, &asked.request, images.data(), N, nullptr, 0), DDPMX_INPUT,
+  CHECK(returned(ddpmx_generate(pipeline, &asked.request, images.data(), N, nullptr, 0), DDPMX_INPUT,
              "fields set that this version does not know"));
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
@@ -352,7 +352,7 @@ void models_that_do_not_open() {
     ddpmx_open_options asked = options();
     change(asked);
     ddpmx_pipeline *pipeline = reinterpret_cast<ddpmx_pipeline *>(&asked);
-    CHECK(said(ddpmx_open(path.c_str(), &asked, &pipeline), status, part));
+    CHECK(returned(ddpmx_open(path.c_str(), &asked, &pipeline), status, part));
     CHECK(pipeline == nullptr);
   };
   using O = ddpmx_open_options &;
@@ -367,24 +367,24 @@ void models_that_do_not_open() {
   refused(folder / "text.onnx", DDPMX_FILE_FORMAT, "neither an ONNX file nor a TensorRT plan", nothing);
   std::filesystem::copy_file(good, folder / "cut.onnx");
   std::filesystem::resize_file(folder / "cut.onnx", 500);
-  refused(folder / "cut.onnx", DDPMX_FILE_FORMAT, "not a whole ONNX file", nothing);
+  refused(folder / "cut.onnx", DDPMX_FILE_FORMAT, "not a valid ONNX file", nothing);
   std::ofstream(folder / "cut.plan") << "ftrt and not much more";
-  refused(folder / "cut.plan", DDPMX_FILE_FORMAT, "not a whole TensorRT plan", nothing);
+  refused(folder / "cut.plan", DDPMX_FILE_FORMAT, "not a valid TensorRT plan", nothing);
   refused(good, DDPMX_BACKEND, "tried '/nowhere/libonnxruntime.so' (option ort_library): ",
           [](O o) { o.ort_library = "/nowhere/libonnxruntime.so"; });
-  refused(good, DDPMX_BACKEND, "is no ONNX Runtime", [](O o) { o.ort_library = "libm.so.6"; });
+  refused(good, DDPMX_BACKEND, "is not ONNX Runtime", [](O o) { o.ort_library = "libm.so.6"; });
   refused(good, DDPMX_BACKEND, "ONNX Runtime 1.15.0 is too old", [](O o) { o.ort_library = FAKE_ORT_OLD; });
-  refused(model("fail-open"), DDPMX_FILE_FORMAT, "told to fail, with 3 threads", [](O o) { o.threads = 3; });
+  refused(model("fail-open"), DDPMX_FILE_FORMAT, "set to fail, with 3 threads", [](O o) { o.threads = 3; });
   refused(good, DDPMX_INPUT, "threads must be", [](O o) { o.threads = 257; });
   refused(good, DDPMX_INPUT, "threads must be", [](O o) { o.threads = -1; });
   refused(good, DDPMX_INPUT, "there is no GPU -1", [](O o) { o.device = -1; });
   refused(good, DDPMX_INPUT, "there is no executor", [](O o) { o.executor = "while"; });
   refused(good, DDPMX_INPUT, "runs a chain on a GPU", [](O o) { o.executor = "graph"; });
-  refused(good, DDPMX_INPUT, "flags 2", [](O o) { o.flags = 2; });
+  refused(good, DDPMX_INPUT, "unknown flags in 2", [](O o) { o.flags = 2; });
   refused(good, DDPMX_INPUT, "no version of ddpmx_open_options has 3 bytes", [](O o) { o.struct_size = 3; });
   refused(good, DDPMX_SPEC, "contradicts", [](O o) { o.spec = "{\"shape\": [1, 8, 8]}"; });
   refused(good, DDPMX_SPEC, "", [](O o) { o.spec = "{"; });
-  refused(good, DDPMX_SPEC, "and not the name of a file", [](O o) { o.spec = "spec.json"; });
+  refused(good, DDPMX_SPEC, "not the name of a file", [](O o) { o.spec = "spec.json"; });
   refused(folder / "a\nNote: forged\xff.onnx", DDPMX_FILE_FORMAT, "a\\x0aNote: forged\\xff.onnx: cannot be read", nothing);
   setenv("DDPMX_ORT_LIBRARY", "/elsewhere.so", 1);
   refused(good, DDPMX_BACKEND, "'/elsewhere.so' ($DDPMX_ORT_LIBRARY)", [](O o) { o.ort_library = nullptr; });
@@ -401,12 +401,12 @@ void networks_that_fail() {
     ddpmx_pipeline *pipeline = opened(name);
     ddpmx_request asked = request(1);
     asked.batch = 1;  // nothing is measured, and the third run is the third step
-    CHECK(said(ddpmx_generate(pipeline, &asked, images.data(), N, nullptr, 0), status, part));
-    CHECK(ddpmx_generate(pipeline, &asked, images.data(), N, nullptr, 0) == DDPMX_OK);  // and goes on
+    CHECK(returned(ddpmx_generate(pipeline, &asked, images.data(), N, nullptr, 0), status, part));
+    CHECK(ddpmx_generate(pipeline, &asked, images.data(), N, nullptr, 0) == DDPMX_OK);  // and the next one works
     CHECK(ddpmx_close(pipeline) == DDPMX_OK);
   };
-  fails("fail-run", DDPMX_BACKEND, "this run was told to fail");
-  fails("nan", DDPMX_NUMERIC, "the network's answer at t = 817 is not finite\nNote: step 3 of 12; onnxruntime");
+  fails("fail-run", DDPMX_BACKEND, "this run is set to fail");
+  fails("nan", DDPMX_NUMERIC, "the network's output at t = 817 is not finite\nNote: step 3 of 12; onnxruntime");
   ddpmx_pipeline *pipeline = opened("flaky");  // nothing helps, and nothing hangs
   CHECK(!drawn(pipeline, request(3)).empty());
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
@@ -419,9 +419,9 @@ int main() {
   if (!mkdtemp(pattern.data())) return 2;
   folder = pattern;
   images_do_not_depend_on_how_they_are_grouped();
-  what_a_callback_is_told();
+  what_a_callback_gets();
   a_callback_ends_a_chain();
-  a_pipeline_at_work_is_not_closed_and_may_be_used_again();
+  a_running_pipeline_is_not_closed_and_may_be_used_again();
   threads_share_a_pipeline();
   what_is_refused();
   rounding_is_the_library_s_own();
@@ -432,7 +432,7 @@ int main() {
   std::filesystem::remove_all(folder);
   void *fake = dlopen(FAKE_ORT, RTLD_NOW | RTLD_NOLOAD);
   const auto live = fake ? reinterpret_cast<int (*)()>(dlsym(fake, "fake_ort_live")) : nullptr;
-  CHECK(live && live() == 0);  // nothing of ONNX Runtime's is left
+  CHECK(live && live() == 0);  // every object of ONNX Runtime has been released
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures != 0;
 }

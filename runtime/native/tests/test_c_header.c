@@ -1,4 +1,4 @@
-/* The header in C99: layouts that other languages restate, and what every function does with nothing. */
+/* The header in C99: the layouts that bindings in other languages rely on, and every function with NULL. */
 #include <stdio.h>
 #include <string.h>
 
@@ -15,7 +15,7 @@ static int failures;
   } while (0)
 #define AT(type, field, offset) CHECK(offsetof(type, field) == (offset))
 
-/* On 64-bit machines, which are those that ddpmx is for. A change here breaks everybody's bindings: append instead. */
+/* On 64-bit machines, which ddpmx is for. A change here breaks all bindings: append fields instead. */
 static void layouts(void) {
   CHECK(sizeof(ddpmx_open_options) == 64);
   AT(ddpmx_open_options, flags, 4);
@@ -66,7 +66,7 @@ static void layouts(void) {
   AT(ddpmx_request, user, 128);
 }
 
-static void nothing(void) {
+static void null_arguments(void) {
   ddpmx_pipeline *pipeline = (ddpmx_pipeline *)&failures;
   ddpmx_request request;
   ddpmx_open_options options;
@@ -100,6 +100,6 @@ int main(void) {
   } else {
     printf("NOT VERIFIED: the layouts, which are those of 64-bit machines\n");
   }
-  nothing();
+  null_arguments();
   return failures != 0;
 }

@@ -1,5 +1,5 @@
-// Out of memory, everywhere: one allocation after the other fails, and each time the answer is DDPMX_MEMORY, nothing is
-// left behind (the sanitizers see to that), and the next call works.
+// Out of memory, everywhere: one allocation after the other fails, and each time the status is DDPMX_MEMORY, nothing leaks
+// (the sanitizers check that), and the next call works.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -26,7 +26,7 @@ void *take(size_t size, size_t alignment) {
 
 }  // namespace
 
-// The library has none of its own, so these are everybody's.
+// The library has none of its own, so it uses these.
 void *operator new(size_t size) { return take(size, 0); }
 void *operator new[](size_t size) { return take(size, 0); }
 void *operator new(size_t size, std::align_val_t alignment) { return take(size, static_cast<size_t>(alignment)); }
@@ -48,15 +48,15 @@ int main() {
   request.n = 3, request.steps = 4, request.batch = 2;
   static uint8_t images[3 * 192], wanted[3 * 192];
   static float samples[3 * 192];
-  bool through = false;
-  for (long which = 1; !through && which < 100000; ++which) {
+  bool finished = false;
+  for (long which = 1; !finished && which < 100000; ++which) {
     ddpmx_pipeline *pipeline = nullptr;
     left = which;
     ddpmx_status status = ddpmx_open(GAUSSIAN, &options, &pipeline);
     if (status == DDPMX_OK) status = ddpmx_generate(pipeline, &request, images, sizeof images, samples, sizeof samples);
-    through = left > 0;
+    finished = left > 0;
     left = 0;
-    if (through) {
+    if (finished) {
       std::memcpy(wanted, images, sizeof wanted);
       faults += status != DDPMX_OK;
     } else {
@@ -66,9 +66,9 @@ int main() {
         ++faults;
       }
     }
-    if (pipeline) {  // it is as good as new
+    if (pipeline) {  // it still works
       faults += ddpmx_generate(pipeline, &request, images, sizeof images, nullptr, 0) != DDPMX_OK;
-      if (through) faults += std::memcmp(wanted, images, sizeof wanted) != 0;
+      if (finished) faults += std::memcmp(wanted, images, sizeof wanted) != 0;
     }
     faults += ddpmx_close(pipeline) != DDPMX_OK;
   }
@@ -76,5 +76,5 @@ int main() {
   const auto live = fake ? reinterpret_cast<int (*)()>(dlsym(fake, "fake_ort_live")) : nullptr;
   if (!live || live() != 0) ++faults;
   std::printf("%ld allocations failed, %ld faults\n", failed, faults);
-  return faults || failed < 100 || !through;
+  return faults || failed < 100 || !finished;
 }

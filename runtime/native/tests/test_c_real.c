@@ -1,5 +1,5 @@
-/* A real ONNX Runtime, where there is one: a tiny model whose images are known. Every pixel of the model in GAUSSIAN is
- * N(mu, 0.1^2) with mu from -0.5 to 0.5 over the image, and its network answers exactly what the best one would. */
+/* A real ONNX Runtime, where there is one, on a tiny model whose distribution is known. Every pixel of the model in GAUSSIAN
+ * is N(mu, 0.1^2) with mu from -0.5 to 0.5 over the image, and its network is the exact optimum. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -33,7 +33,7 @@ int main(void) {
     }
   }
   const double n = kImages * kElements, mean = sum / n, deviation = sqrt(squares / n - mean * mean);
-  /* 1/sqrt(n) = 0.013 and 1/sqrt(2 n) = 0.009 are one standard deviation of what is measured */
+  /* 1/sqrt(n) = 0.013 and 1/sqrt(2 n) = 0.009 are one standard deviation of the measured values */
   printf("%s: mean %.4f, standard deviation %.4f\n", ddpmx_backend(pipeline), mean, deviation);
   const int holds = fabs(mean) < 0.06 && fabs(deviation - 1) < 0.05;
   return ddpmx_close(pipeline) || !holds;

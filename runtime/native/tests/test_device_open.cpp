@@ -1,5 +1,4 @@
-// Opening a plan, without a GPU: what is asked of driver, module and TensorRT, and what is said where one of them does
-// not fit.
+// Opening a plan, without a GPU: the calls to driver, module and TensorRT, and the errors if one of them does not fit.
 #include <fstream>
 #include <iterator>
 
@@ -78,11 +77,11 @@ void libraries() {
   CHECK(rig.open() && trt().library == "the usual");
   trt().version = "10.4.0.1";
   CHECK(refused(rig, DDPMX_PLAN_MISMATCH, "the plan was built with TensorRT 10.3.0.26, and here is TensorRT 10.4.0.1"));
-  trt().version = "10.3.0.99";  // the build number is the library's own business
+  trt().version = "10.3.0.99";  // build numbers are not compared
   CHECK(rig.open() != nullptr);
   cuda().minor = 7;
   CHECK(refused(rig, DDPMX_PLAN_MISMATCH, "built for SM 8.9, and this GPU is Fake GPU, SM 8.7"));
-  setenv("DDPMX_TRT_MODULE", "/nowhere/module.so", 1);  // what no TensorRT can help is said first
+  setenv("DDPMX_TRT_MODULE", "/nowhere/module.so", 1);  // what no other TensorRT helps is reported first
   CHECK(refused(rig, DDPMX_PLAN_MISMATCH, "built for SM 8.9"));
 }
 
@@ -106,14 +105,14 @@ void plans() {
     CHECK(refused(rig, DDPMX_BACKEND, "[open_engine] refused\\x01"));
     trt().refuse.clear();
     trt().name += "\n";
-    CHECK(refused(rig, DDPMX_FILE_FORMAT, "reads another name from this plan than stands in it"));
+    CHECK(refused(rig, DDPMX_FILE_FORMAT, "reads another network name from this plan than the file holds"));
   }
 }
 
-// What TensorRT says about inputs and outputs, one fault at a time.
+// Wrong inputs and outputs, one fault at a time.
 void contracts() {
   const auto with = [](const char *part, auto change) {
-    Rig rig(kTold);
+    Rig rig(kConditioned);
     change(trt().tensors);
     const bool first = refused(rig, DDPMX_FILE_FORMAT, "other inputs and outputs than the contract asks for");
     return refused(rig, DDPMX_FILE_FORMAT, part) && first;
@@ -133,26 +132,26 @@ void contracts() {
   CHECK(with("no range of batches for x", [](Tensors &) { trt().refuse.insert("batches"); }));
   CHECK(with("no batch that all inputs take", [](Tensors &) { trt().profiles = {{3, 2}}; }));
   {
-    Rig rig;  // a batch is what the network is prepared for, and a fixed one is a range as well
+    Rig rig;  // a plan for one batch size
     trt().profiles = {{2, 2}};
     const auto runner = rig.open();
-    Asked asked;
-    asked.images = {1}, asked.batch = 3;
-    CHECK(fails(DDPMX_INPUT, "the plan takes batches of 2…2, not 3", [&] { drawn(*runner, rig, asked); }));
-    CHECK(fails(DDPMX_INPUT, "ddpmx build model.onnx --batch 1,3,3", [&] { drawn(*runner, rig, asked); }));
-    asked.batch = 2;
-    CHECK(same(drawn(*runner, rig, asked), expected(rig, asked)));
+    Request request;
+    request.images = {1}, request.batch = 3;
+    CHECK(fails(DDPMX_INPUT, "the plan takes batches of 2…2, not 3", [&] { drawn(*runner, rig, request); }));
+    CHECK(fails(DDPMX_INPUT, "ddpmx build model.onnx --batch 1,3,3", [&] { drawn(*runner, rig, request); }));
+    request.batch = 2;
+    CHECK(same(drawn(*runner, rig, request), expected(rig, request)));
   }
   CHECK(clean());
 }
 
-// What TensorRT-RTX compiles is kept in a folder, and given to it the next time.
+// What TensorRT-RTX compiles is kept in a folder, and passed to it the next time.
 void caches() {
   const std::filesystem::path folder =
       std::filesystem::temp_directory_path() / ("ddpmx-cache-" + std::to_string(getpid()));
   {
     Rig rig(kSmall, record_here("flavour", R"("TensorRT-RTX","version":"1.7.1.116")"));
-    std::ofstream(rig.path, std::ios::binary) << plan(trt().name);  // whose header is one of TensorRT-RTX
+    std::ofstream(rig.path, std::ios::binary) << plan(trt().name);  // with a header of TensorRT-RTX
     trt().flavour = "TensorRT-RTX", trt().version = "1.7.1.116";
     const std::string inner = (folder / "deeper").string();
     rig.options.cache = inner.c_str();
@@ -169,7 +168,7 @@ void caches() {
     CHECK(rig.open() && trt().cache == "more");
     CHECK(std::distance(std::filesystem::directory_iterator(folder / "deeper"), {}) == 1);
     const std::string in_the_way = file.string();
-    rig.options.cache = in_the_way.c_str();  // no folder: it goes without
+    rig.options.cache = in_the_way.c_str();  // not a folder: no cache
     CHECK(rig.open() && trt().cache == "none wanted");
   }
   {

@@ -1,4 +1,4 @@
-// Sealed texts, their checksums, and base64.
+// Envelopes, their checksums, and base64.
 #include "envelope.hpp"
 
 #include "check.hpp"
@@ -6,14 +6,14 @@
 
 namespace {
 
-using ddpmx::SealedTexts;
+using ddpmx::EnvelopeSearch;
 using ddpmx::unwrap;
 using ddpmx_test::fails;
 using ddpmx_test::envelope;
 
 std::vector<std::string> all(const std::string &data, size_t budget = 1000) {
   std::vector<std::string> found;
-  SealedTexts texts("p1", data, budget);
+  EnvelopeSearch texts("p1", data, budget);
   while (const auto text = texts.next()) found.emplace_back(*text);
   return found;
 }
@@ -23,7 +23,7 @@ void checksums() {
   CHECK(ddpmx::crc32("", 0) == 0);
 }
 
-void unsealing() {
+void unwrapping() {
   CHECK(*unwrap("p1", envelope("p1", R"({"a":1})")).get("a") == ddpmx::Json{int64_t{1}});
   for (const char *text : {"", "p1", "p1 ", "p1 2", "p1 2 00000000", "p2 2 00000000 {}", "xp1 2 00000000 {}",
                            "p1 12345 00000000 {}", "p1 -2 00000000 {}", "p1 2 0000000g {}", "p1 2 0000000A {}",
@@ -47,7 +47,7 @@ void searching() {
   const std::string a = envelope("p1", "{}"), b = envelope("p1", R"({"a":"p1 "})");
   CHECK(all("").empty() && all("p1").empty() && all("p1 ").empty() && all("p1 2 00000000 {}").empty());
   CHECK((all(a) == std::vector{a}) && (all("xx" + a + "yy" + b + "p1 ") == std::vector{a, b}));
-  CHECK((all("p1 9999 00000000 " + a) == std::vector{a}));  // what looks like one does not hide one
+  CHECK((all("p1 9999 00000000 " + a) == std::vector{a}));  // a false start does not hide the next one
   CHECK((all("p1 p1 2 p1 2 00000000" + a) == std::vector{a}));
   CHECK(all(a.substr(0, a.size() - 1)).empty());
   const std::string inner = envelope("p1", "[]"), outer = envelope("p1", "\"" + inner + "\"");
@@ -63,7 +63,7 @@ void base64() {
   CHECK(decoded("").empty() && decoded("Zg==") == "f" && decoded("Zm8=") == "fo" && decoded("Zm9v") == "foo");
   CHECK(decoded("Zm9vYg==") == "foob" && decoded("Zm9vYmE=") == "fooba" && decoded("Zm9vYmFy") == "foobar");
   CHECK(decoded("+/+/") == "\xFB\xFF\xBF");
-  CHECK(decoded("Zm9v==") == "foo" && decoded("Zm8==") == "fo");  // as Python has it
+  CHECK(decoded("Zm9v==") == "foo" && decoded("Zm8==") == "fo");  // as in Python
   for (const char *text : {"Z", "Zg", "Zg=", "Zm8", "Zm9vY===", "Zg==Zg==", "Zm 9v", "Zm9v\n", "Zm-_", "Zm9v==="}) {
     CHECK(fails(DDPMX_SPEC, "not base64", [&] { decoded(text); }));
   }
@@ -73,7 +73,7 @@ void base64() {
 
 int main() {
   checksums();
-  unsealing();
+  unwrapping();
   searching();
   base64();
   return ddpmx_test::finish();

@@ -1,4 +1,4 @@
-// JSON as Python's json module reads it, without NaN, infinities and depth; and the texts of errors.
+// JSON as Python's json module reads it, but without NaN, infinities and deep nesting; and error texts.
 #include "json.hpp"
 
 #include <clocale>
@@ -46,17 +46,17 @@ void numbers() {
   CHECK(real("0.1") == 0.1 && real("2.2250738585072011e-308") == 2.2250738585072011e-308);
   CHECK(real("1e-320") == 1e-320 && real("1.7976931348623157e308") == std::numeric_limits<double>::max());
   CHECK(std::signbit(real("-0.0")));
-  // near zero is zero, as in Python; so is a long way there
+  // near zero is zero, as in Python; also with many digits
   for (const char *text : {"1e-400", "-1e-400", "1e-99999999999999999999", "0.1e-400"}) CHECK(real(text) == 0);
   CHECK(std::signbit(real("-1e-400")));
   CHECK(real("0." + std::string(400, '0') + "1") == 0);
   CHECK(real("0." + std::string(400, '0') + "1e401") == 1);
   CHECK(real("1" + std::string(400, '0') + "e-400") == 1);
   CHECK(real("0e999999999999999999999") == 0);
-  check_refused("1e400", "a number beyond all doubles");
-  check_refused("-1e999", "a number beyond all doubles");
-  check_refused("1e99999999999999999999", "a number beyond all doubles");
-  check_refused(std::string(310, '9'), "a number beyond all doubles");
+  check_refused("1e400", "a number that does not fit into a double");
+  check_refused("-1e999", "a number that does not fit into a double");
+  check_refused("1e99999999999999999999", "a number that does not fit into a double");
+  check_refused(std::string(310, '9'), "a number that does not fit into a double");
   check_refused(std::string(4301, '0').replace(0, 1, "1"), "a whole number of more than 4300 digits");
   for (const char *text : {"NaN", "Infinity", "-Infinity", "-", "+1", "01", "1.", ".5", "1.e5", "1e", "1e+", "0x10",
                            "1_0", "--1", "1,5"}) {
@@ -78,10 +78,10 @@ void texts() {
                            R"("\u-123")", R"("\u 123")", R"("\ud800\u12")", "\"\n\"", "\"\t\"", "\"\x01\""}) {
     check_refused(json, "");
   }
-  // no UTF-8: a lone byte, cut off, overlong, beyond U+10FFFF
+  // not UTF-8: a lone byte, truncated, overlong, beyond U+10FFFF
   for (const char *bytes : {"\x80", "\xFF", "\xC3", "\xE2\x82", "\xF0\x9F\x98", "\xC0\x80", "\xE0\x80\x80",
                             "\xF0\x80\x80\x80", "\xF4\x90\x80\x80", "\xF5\x80\x80\x80"}) {
-    check_refused("\"" + std::string(bytes) + "\"", "no UTF-8 at byte 1");
+    check_refused("\"" + std::string(bytes) + "\"", "not UTF-8 at byte 1");
   }
   check_refused(std::string("\"\0\"", 3), "a control character at byte 1");
 }
@@ -101,7 +101,7 @@ void depth() {
 }
 
 void locales() {
-  // where one is there in which 1.5 is written 1,5
+  // in a locale in which 1.5 is written 1,5, if there is one
   for (const char *name : {"de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8", "C"}) {
     if (std::setlocale(LC_ALL, name) == nullptr) continue;
     CHECK(*parse_json("1.5").as<double>() == 1.5);
@@ -127,7 +127,7 @@ void errors() {
   const Failure located = at("file", Failure(DDPMX_SPEC, "fact", "note", "hint"));
   CHECK(located.status == DDPMX_SPEC && std::string(located.what()) == "file: fact\nNote: note\nHint: hint");
   CHECK(Failure(DDPMX_INPUT, std::string(600, 'x')).fact == std::string(600, 'x'));
-  // the beginning and the end, and no character in two halves
+  // the beginning and the end, without cutting a character
   for (size_t n = 600; n < 606; ++n) {
     std::string text(n % 3, 'a');
     while (text.size() < 3 * n) text += "€";
@@ -139,7 +139,7 @@ void errors() {
   CHECK(ddpmx::in_quotes("it's") == "\"it's\"" && ddpmx::in_quotes("\"") == "'\"'" && ddpmx::in_quotes("'\"") == "'\\'\"'");
   CHECK(ddpmx::in_quotes(std::string("\0\n\xFF\x7F\\", 5)) == R"('\x00\x0a\xff\x7f\\')");
   CHECK(ddpmx::in_quotes("a\u202E\uFEFF") ==
-        R"('a\xe2\x80\xae\xef\xbb\xbf')");  // what turns the text around, and what hides
+        R"('a\xe2\x80\xae\xef\xbb\xbf')");  // a right-to-left override, and an invisible character
   CHECK(ddpmx::in_quotes("€€", 4) == "'€'" && ddpmx::in_quotes("abc", 0) == "''");
   CHECK(ddpmx::printable("") && ddpmx::printable("linux x86_64 é 模型 😀"));
   for (const char *text :

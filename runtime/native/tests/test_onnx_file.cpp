@@ -1,5 +1,4 @@
-// What is read from ONNX files: good, damaged and hostile ones. The bytes are made here, as tests/oracles/wire.py makes
-// them.
+// Reading ONNX files: good, damaged and hostile ones. The bytes are made here, as in tests/oracles/protobuf.py.
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -34,11 +33,11 @@ const std::string kText = envelope("ddpmx1", ddpmx_test::kSpec);
 
 GraphInfo read(const std::string &bytes) { return ddpmx::read_onnx("m.onnx", bytes); }
 
-ddpmx::Spec spec_of(const std::string &bytes, const std::string &given = "") {
-  return ddpmx::onnx_spec("m.onnx", read(bytes), given);
+ddpmx::Spec spec_of(const std::string &bytes, const std::string &override_json = "") {
+  return ddpmx::onnx_spec("m.onnx", read(bytes), override_json);
 }
 
-// A folder that is gone at the end.
+// A temporary folder, removed at the end.
 class Folder {
  public:
   Folder() {
@@ -82,31 +81,31 @@ void numbers() {
 
 void check_damaged(const std::string &bytes, const std::string &why) {
   CHECK(fails(DDPMX_FILE_FORMAT,
-              "m.onnx: not a whole ONNX file\nNote: " + std::to_string(bytes.size()) + " bytes; " + why,
+              "m.onnx: not a valid ONNX file\nNote: " + std::to_string(bytes.size()) + " bytes; " + why,
               [&] { read(bytes); }));
 }
 
 void damage() {
-  check_damaged("", "no graph in it\nHint: export or download it again");
-  check_damaged("\x08", "it ends inside a number");
-  check_damaged("\x08\x08", "no graph in it");
-  check_damaged(model("") + field(7, ""), "more than one graph in it");
-  check_damaged(field(1, 8) + field(7, 5), "a number where a message belongs");
+  check_damaged("", "no graph in the file\nHint: export or download it again");
+  check_damaged("\x08", "the end is inside a number");
+  check_damaged("\x08\x08", "no graph in the file");
+  check_damaged(model("") + field(7, ""), "more than one graph in the file");
+  check_damaged(field(1, 8) + field(7, 5), "a number in place of a message");
   check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(uint64_t{1} << 60),
-                "it ends 1152921504606846976 bytes too early");
-  check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(UINT64_MAX), "it ends 18446744073709551615 bytes too early");
-  check_damaged(model("") + varint(3 << 3 | 2) + varint(2) + "a", "it ends 1 bytes too early");
-  check_damaged(model("") + varint(3 << 3 | 1) + "1234567", "it ends 1 bytes too early");
-  check_damaged(model("") + varint(3 << 3 | 5) + "123", "it ends 1 bytes too early");
+                "1152921504606846976 bytes are missing at the end");
+  check_damaged(field(1, 8) + varint(7 << 3 | 2) + varint(UINT64_MAX), "18446744073709551615 bytes are missing at the end");
+  check_damaged(model("") + varint(3 << 3 | 2) + varint(2) + "a", "1 bytes are missing at the end");
+  check_damaged(model("") + varint(3 << 3 | 1) + "1234567", "1 bytes are missing at the end");
+  check_damaged(model("") + varint(3 << 3 | 5) + "123", "1 bytes are missing at the end");
   for (const char *wire : {"\x1B", "\x1C", "\x1E", "\x1F"}) check_damaged(model("") + wire, "a field of wire type ");
   check_damaged("\x08\x08" + std::string(20, '\xFF'), "a number of more than ten bytes");
   check_damaged(model("") + field(0, 1), "a field numbered 0");
-  check_damaged(model(field(11, field(2, 3))), "a number where a message belongs");
-  check_damaged(model(field(11, field(2, field(1, field(1, "text"))))), "a message where a number belongs");
-  check_damaged(model(field(5, field(2, "text"))), "a message where a number belongs");
-  check_damaged(model(field(5, field(1, "\x02\x83"))), "it ends inside a number");
-  check_damaged(model("", field(8, field(2, "text"))), "a message where a number belongs");
-  check_damaged(model("", field(14, field(1, 3))), "a number where a message belongs");
+  check_damaged(model(field(11, field(2, 3))), "a number in place of a message");
+  check_damaged(model(field(11, field(2, field(1, field(1, "text"))))), "a message in place of a number");
+  check_damaged(model(field(5, field(2, "text"))), "a message in place of a number");
+  check_damaged(model(field(5, field(1, "\x02\x83"))), "the end is inside a number");
+  check_damaged(model("", field(8, field(2, "text"))), "a message in place of a number");
+  check_damaged(model("", field(14, field(1, 3))), "a number in place of a message");
   check_damaged(model(field(11, value_info("x", 1, std::vector<std::string>(65, "1")))),
                 "a tensor of more than 64 dimensions");
   std::string many;
@@ -130,7 +129,7 @@ void reading() {
   // IR versions before 4 demand every initializer among the inputs
   CHECK(read(model(field(5, field(8, "w")) + kGraph + field(11, value_info("w", 1, {"1"})))).inputs.size() == 2);
   CHECK(read(model(kGraph + field(5, field(8, "eps")))).outputs.size() == 1);
-  // a dimension of -1 is a number, and none that fits
+  // a dimension of -1 is a number, but does not fit
   const std::string minus = field(1, "x") + field(2, field(1, field(1, 1) + field(2, field(1, field(1, UINT64_MAX)))));
   CHECK((*read(model(field(11, minus))).inputs.at("x").dims)[0].size == INT64_MAX);
   const ddpmx::MappedFile gaussian(GAUSSIAN);
@@ -149,7 +148,7 @@ void nesting() {
   check_damaged(model(nested(1000, "")), "graphs nested deeper than 32");
 }
 
-// Time that grows with the size of a file and not faster, whatever is in it.
+// The time is linear in the size of a file, whatever its content.
 void time_to_read() {
   const auto seconds = [](const std::string &bytes) {
     const std::clock_t start = std::clock();
@@ -194,7 +193,7 @@ void places() {
     const GraphInfo info = read(bytes);
     CHECK(info.external == std::vector<std::string>{"/etc/passwd"});
     CHECK(fails(DDPMX_FILE_FORMAT,
-                "its weights point outside its own folder\nNote: external data at '/etc/passwd'\nHint: do not run",
+                "weights file outside its own folder\nNote: external data at '/etc/passwd'\nHint: do not run",
                 [&] { ddpmx::check_external("m.onnx", info); }));
   }
 }
@@ -225,17 +224,17 @@ void external_files() {
   }
   for (const char *outside : {"/etc/passwd", "../secret", "sub/../../secret", "..\\secret", "C:\\secret", "", "out",
                               "up/secret", "./../model/../secret", "../model-not/w", "away"}) {
-    CHECK(fails(DDPMX_FILE_FORMAT, path + ": its weights point outside its own folder", [&] { check(path, outside); }));
+    CHECK(fails(DDPMX_FILE_FORMAT, path + ": weights file outside its own folder", [&] { check(path, outside); }));
   }
   for (const char *missing : {"missing.bin", ".", "sub", "dangling", "a\377b"}) {
-    CHECK(fails(DDPMX_FILE_FORMAT, "its weights are in another file, which is missing", [&] { check(path, missing); }));
+    CHECK(fails(DDPMX_FILE_FORMAT, "missing weights file", [&] { check(path, missing); }));
   }
-  CHECK(fails(DDPMX_FILE_FORMAT, "Note: 'a\\xffb' should lie beside it", [&] { check(path, "a\377b"); }));
+  CHECK(fails(DDPMX_FILE_FORMAT, "Note: 'a\\xffb' should be beside it", [&] { check(path, "a\377b"); }));
   std::string zigzag;
   for (int i = 0; i < 1'000'000; ++i) zigzag += "a/../";
   for (const std::string &impossible :
        {std::string("nul\0byte", 8), std::string("loop"), std::string(300, 'a'), zigzag + "w"}) {
-    CHECK(fails(DDPMX_FILE_FORMAT, path + ": its weights are in a file that cannot be",
+    CHECK(fails(DDPMX_FILE_FORMAT, path + ": invalid path of a weights file",
                 [&] { check(path, impossible); }));
   }
 }
@@ -243,17 +242,17 @@ void external_files() {
 // --- the spec and the contract ---------------------------------------------------------------------------------------
 
 void specs() {
-  const std::string bare = model(kGraph), told = model(kGraph, metadata("ddpmx", kText)), given = ddpmx_test::kSpec;
-  CHECK(spec_of(told).timesteps == 20 && spec_of(bare, given).timesteps == 20 && spec_of(told, given).timesteps == 20);
-  CHECK(spec_of(bare, "{\"model\":" + given + "}").timesteps == 20);
-  CHECK(spec_of(told, R"({"shape":[3,8,8],"timesteps":20,"weights":")" + std::string(64, 'a') + "\"}").timesteps == 20);
+  const std::string bare = model(kGraph), described = model(kGraph, metadata("ddpmx", kText)), spec = ddpmx_test::kSpec;
+  CHECK(spec_of(described).timesteps == 20 && spec_of(bare, spec).timesteps == 20 && spec_of(described, spec).timesteps == 20);
+  CHECK(spec_of(bare, "{\"model\":" + spec + "}").timesteps == 20);
+  CHECK(spec_of(described, R"({"shape":[3,8,8],"timesteps":20,"weights":")" + std::string(64, 'a') + "\"}").timesteps == 20);
   CHECK(fails(DDPMX_SPEC, "m.onnx: the file does not say which diffusion model it is", [&] { spec_of(bare); }));
-  CHECK(fails(DDPMX_SPEC, "Hint: if you know its schedule and prediction, say so with ddpmx_open_options.spec",
+  CHECK(fails(DDPMX_SPEC, "Hint: if you know its schedule and prediction, pass them in ddpmx_open_options.spec",
               [&] { spec_of(bare); }));
   CHECK(fails(DDPMX_SPEC, "m.onnx: the given spec contradicts the one in the file",
-              [&] { spec_of(told, R"({"shape":[3,8,8],"timesteps":20,"variance":"fixed_small"})"); }));
+              [&] { spec_of(described, R"({"shape":[3,8,8],"timesteps":20,"variance":"fixed_small"})"); }));
   for (const std::string &bad : {std::string(), std::string("ddpmx1"), kText.substr(0, kText.size() - 2)}) {
-    CHECK(fails(DDPMX_SPEC, "m.onnx: the ", [&] { spec_of(model(kGraph, metadata("ddpmx", bad)), given); }));
+    CHECK(fails(DDPMX_SPEC, "m.onnx: the ", [&] { spec_of(model(kGraph, metadata("ddpmx", bad)), spec); }));
   }
   for (const char *bad : {"{", "3", "[]", "{}", R"({"model":3})", R"({"shape":[NaN]})"}) {
     CHECK(fails(DDPMX_SPEC, "ddpmx_open_options.spec: ", [&] { spec_of(bare, bad); }));
@@ -272,7 +271,7 @@ void arrays_of_betas() {
     return model(kGraph, metadata("ddpmx", enveloped) + metadata("ddpmx.betas", beside));
   };
   CHECK((spec_of(file(betas)).betas == std::vector{0.5, 0.5}));
-  CHECK(fails(DDPMX_SPEC, "Hint: it should lie in the file's metadata 'ddpmx.betas'",
+  CHECK(fails(DDPMX_SPEC, "Hint: it should be in the file's metadata 'ddpmx.betas'",
               [&] { spec_of(model(kGraph, metadata("ddpmx", enveloped))); }));
   for (const std::string &bad :
        {std::string(), betas.substr(1), betas.substr(0, betas.size() - 1), "betas1 3" + betas.substr(8)}) {
@@ -291,7 +290,7 @@ void arrays_of_betas() {
 }
 
 void contract() {
-  const std::string wrong = "m.onnx: the graph is not what the spec describes\nNote: ";
+  const std::string wrong = "m.onnx: the graph does not match the spec\nNote: ";
   const auto refused = [&](const std::string &graph, const std::string &note,
                            const std::string &spec = ddpmx_test::kSpec) {
     CHECK(fails(DDPMX_SPEC, wrong + note, [&] { spec_of(model(graph), spec); }));
@@ -299,36 +298,37 @@ void contract() {
   const auto input = [](const char *name, uint64_t type, const std::vector<std::string> &dims) {
     return field(11, value_info(name, type, dims));
   };
-  refused(kX + kEps, "no 't'\nHint: the graph needs x float32 [batch, C, H, W] and t int32 [batch], and gives 'eps'");
-  refused(kX + kT, "no 'eps'");
-  refused("", "no 'x'; no 't'; no 'eps'");
+  refused(kX + kEps, "missing input 't'\nHint: by the spec it takes x float32 [batch, C, H, W] and t int32 [batch], and "
+                     "returns 'eps'");
+  refused(kX + kT, "missing output 'eps'");
+  refused("", "missing input 'x'; missing input 't'; missing output 'eps'");
   refused(kX + kEps + input("t", 7, {"batch"}), "'t' has element type 7, not 6");
   refused(kX + kEps + input("t", 6, {"batch", "1"}), "'t' has the shape ['batch', 1], not ['batch']");
   refused(kX + kEps + input("t", 6, {}), "'t' has the shape [], not ['batch']");
   refused(kX + kEps + input("t", 6, {"4"}), "'t' has the shape [4], not ['batch']");
   refused(kT + kEps + input("x", 10, {"b", "3", "8", "8"}), "'x' has element type 10, not 1");
   refused(kT + kEps + input("x", 1, {"", "3", "8", "9"}), "'x' has the shape [?, 3, 8, 9], not ['batch', 3, 8, 8]");
-  refused(kGraph + input("labels\n", 6, {"batch"}), "an input 'labels\\x0a' too many");
-  refused(kGraph + field(12, value_info("x0", 1, {"b", "3", "8", "8"})), "an output 'x0' too many");
+  refused(kGraph + input("labels\n", 6, {"batch"}), "unexpected input 'labels\\x0a'");
+  refused(kGraph + field(12, value_info("x0", 1, {"b", "3", "8", "8"})), "unexpected output 'x0'");
   CHECK(spec_of(model(kEps + input("x", 1, {"N", "", "h", "8"}) + input("t", 6, {""})), ddpmx_test::kSpec).height == 8);
   CHECK(
       spec_of(model(kEps + field(11, field(1, "x") + field(2, field(1, field(1, 1)))) + kT), ddpmx_test::kSpec).width ==
       8);
   std::string many = kGraph;
   for (int i = 0; i < 1000; ++i) many += input(("more" + std::to_string(i)).c_str(), 1, {});
-  refused(many, "an input 'more0' too many; ");
+  refused(many, "unexpected input 'more0'; ");
 
-  const std::string extras =
+  const std::string conditioned =
       R"({"shape":[3,8,8],"classes":5,"self_condition":true,"condition":2,"variance":"learned_range"})";
   const std::string var = field(12, value_info("var", 1, {"b", "3", "8", "8"}));
   const std::string y = input("y", 6, {"b"}), before = input("x0_prev", 1, {"b", "3", "8", "8"}),
                     cond = input("cond", 1, {"b", "2", "8", "8"});
-  CHECK(spec_of(model(kGraph + y + before + cond + var), extras).classes == 5);
+  CHECK(spec_of(model(kGraph + y + before + cond + var), conditioned).classes == 5);
   refused(kGraph + before + cond + var,
-          "no 'y'\nHint: the graph needs x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], x0_prev float32 "
-          "[batch, C, H, W] and cond float32 [batch, K, H, W], and gives 'eps' and 'var'",
-          extras);
-  refused(kGraph + y + before + var + input("cond", 1, {"b", "3", "8", "8"}), "'cond' has the shape ", extras);
+          "missing input 'y'\nHint: by the spec it takes x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], "
+          "x0_prev float32 [batch, C, H, W] and cond float32 [batch, K, H, W], and returns 'eps' and 'var'",
+          conditioned);
+  refused(kGraph + y + before + var + input("cond", 1, {"b", "3", "8", "8"}), "'cond' has the shape ", conditioned);
 }
 
 // --- which kind ------------------------------------------------------------------------------------------------------
@@ -360,13 +360,13 @@ void kinds() {
   unreadable("/dev/zero", "not a file");
   unreadable("", "No such file or directory");
   CHECK(mkfifo((folder / "pipe").c_str(), 0600) == 0);
-  unreadable(folder / "pipe", "not a file");  // and nobody waits for a writer
+  unreadable(folder / "pipe", "not a file");  // without waiting for a writer
   CHECK(symlink("loop", (folder / "loop").c_str()) == 0);
-  unreadable(folder / "loop", "Too many pixels of symbolic links");
-  CHECK(fails(DDPMX_FILE_FORMAT, ": a folder, but no ddpmx checkpoint\nNote: ", [&] { ddpmx::identify(folder / ""); }));
+  unreadable(folder / "loop", "Too many levels of symbolic links");
+  CHECK(fails(DDPMX_FILE_FORMAT, ": a folder, but not a ddpmx checkpoint\nNote: ", [&] { ddpmx::identify(folder / ""); }));
   CHECK(fails(DDPMX_FILE_FORMAT, "Note: Is a directory", [&] { ddpmx::MappedFile file(folder / ""); }));
   write(folder / "spec.json", "{}");
-  CHECK(fails(DDPMX_FILE_FORMAT, ": a ddpmx checkpoint, and no model file\nHint: `ddpmx export ",
+  CHECK(fails(DDPMX_FILE_FORMAT, ": a ddpmx checkpoint, not a model file\nHint: `ddpmx export ",
               [&] { ddpmx::identify(folder / ""); }));
   write(folder / "empty", "");
   CHECK(ddpmx::MappedFile(folder / "empty").bytes().empty());

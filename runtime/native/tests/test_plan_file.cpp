@@ -1,4 +1,4 @@
-// What is read from TensorRT plans and their sidecars, and where a plan can run. The bytes are made here.
+// Reading TensorRT plans and their sidecars, and where a plan can run. The bytes are made here.
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
@@ -35,27 +35,27 @@ void check_refused(ddpmx_status status, const std::string &bytes, const std::str
   CHECK(fails(status, "m.plan: " + text, [&] { parse(bytes); }));
 }
 
-std::string resized(std::string bytes, uint64_t told) { return bytes.replace(16, 8, ddpmx_test::bytes_of(told, 8)); }
+std::string resized(std::string bytes, uint64_t size) { return bytes.replace(16, 8, ddpmx_test::bytes_of(size, 8)); }
 
 void headers() {
   for (const std::string &cut :
        {std::string(), std::string("ftrt"), "ftrt" + std::string(23, '\0'), "\x08" + std::string(40, '\0')}) {
     check_refused(DDPMX_FILE_FORMAT, cut,
-                  "not a whole TensorRT plan\nNote: " + std::to_string(std::min<size_t>(cut.size(), 28)));
+                  "not a valid TensorRT plan\nNote: " + std::to_string(std::min<size_t>(cut.size(), 28)));
   }
   const std::string whole = plan(), size = std::to_string(whole.size());
   check_refused(DDPMX_FILE_FORMAT, whole.substr(0, whole.size() - 1),
-                "not a whole TensorRT plan\nNote: " + std::to_string(whole.size() - 1) +
-                    " bytes, and its header says " + size + "\nHint: build or copy it again");
-  check_refused(DDPMX_FILE_FORMAT, whole + "x", "not a whole TensorRT plan");
-  check_refused(DDPMX_FILE_FORMAT, resized(whole, 0), "not a whole TensorRT plan");
-  // TensorRT's length is believed only where it can be one
+                "not a valid TensorRT plan\nNote: " + std::to_string(whole.size() - 1) +
+                    " bytes, and its header declares " + size + "\nHint: build or copy it again");
+  check_refused(DDPMX_FILE_FORMAT, whole + "x", "not a valid TensorRT plan");
+  check_refused(DDPMX_FILE_FORMAT, resized(whole, 0), "not a valid TensorRT plan");
+  // TensorRT's length is checked only if it can be one
   const std::string other = plan(kTensorRT, "", "ftrt", kVersion10);
-  for (const uint64_t told : {uint64_t{0}, uint64_t{5}, uint64_t{1} << 40, uint64_t{1} << 60, UINT64_MAX}) {
-    CHECK(parse(resized(other, told)).version == "10.3.0.26");
+  for (const uint64_t declared : {uint64_t{0}, uint64_t{5}, uint64_t{1} << 40, uint64_t{1} << 60, UINT64_MAX}) {
+    CHECK(parse(resized(other, declared)).version == "10.3.0.26");
   }
-  check_refused(DDPMX_FILE_FORMAT, resized(other, other.size() + 1), "not a whole TensorRT plan");
-  check_refused(DDPMX_FILE_FORMAT, resized(other, (uint64_t{1} << 40) - 1), "not a whole TensorRT plan");
+  check_refused(DDPMX_FILE_FORMAT, resized(other, other.size() + 1), "not a valid TensorRT plan");
+  check_refused(DDPMX_FILE_FORMAT, resized(other, (uint64_t{1} << 40) - 1), "not a valid TensorRT plan");
 }
 
 void names() {
@@ -67,16 +67,16 @@ void names() {
   CHECK(info.engine.platform == "linux x86_64" && info.engine.source == "model.onnx" && info.engine.key[63] == 'b');
   CHECK(!info.engine.stripped && info.engine.rebuild == "ddpmx build model.onnx -o m.plan --batch 1,4,8 --level 3");
   CHECK(parse(plan(kTensorRT, "", "ftrt", kVersion10)).flavour == "TensorRT");
-  CHECK(parse(plan(plan_name(), plan_name())).name == plan_name());  // it may stand there twice
+  CHECK(parse(plan(plan_name(), plan_name())).name == plan_name());  // the name may occur twice
   CHECK(parse(plan("ddpmx1 9999 00000000 " + plan_name())).name == plan_name());
 
   check_refused(
       DDPMX_SPEC, plan("Unnamed Network 0"),
       "the plan does not say which diffusion model it is\nNote: a plan of TensorRT-RTX 1.7.1.116; `ddpmx build` writes "
-      "that into the network's name, and this one was built by something else, or lost it\nHint: ddpmx build "
+      "a description into the network's name: another program built this plan, or the name was lost\nHint: ddpmx build "
       "model.onnx -o model.plan");
   const std::string damaged =
-      "what the plan of TensorRT-RTX 1.7.1.116 says about itself is damaged\nHint: build or copy it again";
+      "the description in this plan of TensorRT-RTX 1.7.1.116 is damaged\nHint: build or copy it again";
   for (const char *what : {"\"timesteps\"", "\"batch\"", "engine1 "}) {
     std::string bytes = plan();
     bytes[bytes.find(what) + 3] ^= 1;
@@ -86,7 +86,7 @@ void names() {
   check_refused(DDPMX_SPEC, plan(envelope("ddpmx1", kSpec) + std::string(4096, '\0') + envelope("engine1", record())),
                 damaged);
   for (const std::string &other : {plan_name(R"({"shape":[3,8,9]})"), plan_name(kSpec, record("batch", "[1,1,1]"))}) {
-    check_refused(DDPMX_FILE_FORMAT, plan(plan_name(), other), "two descriptions stand in the plan, and they differ");
+    check_refused(DDPMX_FILE_FORMAT, plan(plan_name(), other), "two descriptions in the plan contradict each other");
   }
   check_refused(DDPMX_SPEC, plan(plan_name(R"({"shape":[3,8,8],"timesteps":-1})")), "T must be ");
   check_refused(DDPMX_SPEC, plan(plan_name("{")), "not valid JSON");
@@ -118,17 +118,17 @@ void records() {
   for (const auto &[name, values] : faults) {
     for (const std::string &value : values) {
       check_refused(DDPMX_SPEC, plan(plan_name(kSpec, record(name, value))),
-                    "the engine's record is damaged\nNote: {\"batch\"");
+                    "the plan's record is damaged\nNote: {\"batch\"");
     }
     std::string without = record();
     without.replace(without.find('"' + name + '"'), name.size() + 2, "\"other\"");
     check_refused(DDPMX_SPEC, plan(plan_name(kSpec, without)),
-                  "the engine's record has not the fields that this ddpmx knows");
+                  "the plan's record has missing or unknown fields");
   }
   for (const char *other : {"null", "3", "[]", "\"x\"", "{}"}) {
-    check_refused(DDPMX_SPEC, plan(plan_name(kSpec, other)), "the engine's record has not the fields");
+    check_refused(DDPMX_SPEC, plan(plan_name(kSpec, other)), "the plan's record has missing or unknown fields");
   }
-  check_refused(DDPMX_SPEC, plan(plan_name(kSpec, record("more", "1"))), "the engine's record has not the fields");
+  check_refused(DDPMX_SPEC, plan(plan_name(kSpec, record("more", "1"))), "the plan's record has missing or unknown fields");
 }
 
 void commands() {
@@ -148,7 +148,7 @@ void commands() {
 }
 
 void host_code() {
-  const std::string holds = "the plan holds code for the CPU, which loading it would run\nNote: a library for ";
+  const std::string holds = "the plan contains code for the CPU, which loading it would run\nNote: a library for ";
   const std::string pe("PE\0\0", 4);
   const std::vector<std::pair<std::string, std::string>> found = {
       {elf(62), "x86-64; "},
@@ -168,7 +168,7 @@ void host_code() {
   for (const auto &[tail, machine] : found) {
     const std::string bytes = plan(plan_name(), tail);
     check_refused(DDPMX_FILE_FORMAT, bytes, holds + machine);
-    CHECK(fails(DDPMX_FILE_FORMAT, "or trust its maker with DDPMX_TRUST_HOST_CODE", [&] { parse(bytes); }));
+    CHECK(fails(DDPMX_FILE_FORMAT, "or accept this one with DDPMX_TRUST_HOST_CODE", [&] { parse(bytes); }));
     CHECK(parse(bytes, {}, true).version == "1.7.1.116");
   }
   for (const std::string &tail :
@@ -187,14 +187,14 @@ void host_code() {
 
 // --- the sidecar -----------------------------------------------------------------------------------------------------
 
-const std::string kToldSpec =
+const std::string kSidecarSpec =
     R"({"shape":[3,8,8],"timesteps":20,"schedule":"linear","schedule_params":{"beta_start":0.0001,"beta_end":0.02},)"
     R"("prediction":"eps","variance":"fixed_large","clip":1.0,"precision":"fp32","weights":null,"ddpmx":"0.1.0")";
 
-// The checksum that belongs to it, from the complaint about a sidecar that has none.
+// The checksum that belongs to it, from the error about a sidecar that has none.
 std::string coefficients() {
   try {
-    parse(plan(), R"({"spec":)" + kToldSpec + "}}");
+    parse(plan(), R"({"spec":)" + kSidecarSpec + "}}");
   } catch (const Failure &failure) {
     const size_t mine = failure.note.find("coefficients: nothing there, \"");
     if (mine != std::string::npos) return failure.note.substr(mine + 30, 8);
@@ -209,11 +209,11 @@ std::string sidecar(const std::string &spec, const std::string &engine, const st
 
 void sidecars() {
   const std::string bytes = plan(), size = std::to_string(bytes.size());
-  const std::string spec = kToldSpec + ",\"coefficients\":\"" + coefficients() + "\"}";
+  const std::string spec = kSidecarSpec + ",\"coefficients\":\"" + coefficients() + "\"}";
   CHECK(parse(bytes, sidecar(spec, record(), size)).name == plan_name());
   CHECK(parse(bytes, sidecar(spec, record(), size + ".0", ",\"build\":[1]")).name == plan_name());
-  const auto refused = [&](const std::string &told, const std::string &text) {
-    CHECK(fails(DDPMX_SPEC, text, [&] { parse(bytes, told); }));
+  const auto refused = [&](const std::string &json, const std::string &text) {
+    CHECK(fails(DDPMX_SPEC, text, [&] { parse(bytes, json); }));
   };
   const std::string contradicts = "m.plan.json: the sidecar contradicts its plan\nNote: ";
   const std::string hint =
@@ -225,7 +225,7 @@ void sidecars() {
   refused(sidecar(spec, record("more", "1"), size), contradicts + "engine: more: 1 there, nothing in m.plan");
   refused(sidecar(spec, "null", size), contradicts + "engine: null there, {");
   refused(sidecar("{}", record(), size), contradicts + "spec: clip: nothing there, 1.0 in m.plan");
-  refused(sidecar(kToldSpec + "}", record(), size), contradicts + "spec: coefficients: nothing there");
+  refused(sidecar(kSidecarSpec + "}", record(), size), contradicts + "spec: coefficients: nothing there");
   refused("{}", contradicts + "spec: nothing there, {");
   refused("[]", contradicts + "spec: nothing there, {");
   refused("3", contradicts + "spec: nothing there, {");
@@ -234,9 +234,9 @@ void sidecars() {
   refused("{", unread + "not valid JSON");
   refused(sidecar(spec, record(), size, ",\"betas\":3"), "m.plan: the array of β is damaged\nNote: it begins with 3");
   refused(sidecar(spec, record(), size, ",\"betas\":\"betas1 \""), "m.plan: the array of β is damaged");
-  // the array of β lies there
+  // the array of β is in the sidecar
   const std::string free = R"({"shape":[3,8,8],"timesteps":2,"schedule":"betas"})";
-  CHECK(fails(DDPMX_SPEC, "Hint: it should lie in the plan's sidecar, m.plan.json, as \"betas\"",
+  CHECK(fails(DDPMX_SPEC, "Hint: it should be in the plan's sidecar, m.plan.json, as \"betas\"",
               [&] { parse(plan(plan_name(free))); }));
 }
 
@@ -252,12 +252,12 @@ void sidecar_files() {
   };
   write(path, plan());
   CHECK(read(path).spec.timesteps == 20);
-  const std::string spec = kToldSpec + ",\"coefficients\":\"" + coefficients() + "\"}";
+  const std::string spec = kSidecarSpec + ",\"coefficients\":\"" + coefficients() + "\"}";
   write(beside, sidecar(spec, record(), std::to_string(plan().size())));
   CHECK(read(path).spec.timesteps == 20);
   write(beside, sidecar(spec, record(), "1"));
   CHECK(fails(DDPMX_SPEC, beside + ": the sidecar contradicts its plan", [&] { read(path); }));
-  CHECK(symlink("m.plan", (folder + "/link.plan").c_str()) == 0);  // the one beside the file itself counts
+  CHECK(symlink("m.plan", (folder + "/link.plan").c_str()) == 0);  // the sidecar of the link's target counts
   CHECK(fails(DDPMX_SPEC, beside + ": the sidecar contradicts its plan", [&] { read(folder + "/link.plan"); }));
   write(beside, std::string((1 << 20) + 1, ' '));
   CHECK(fails(DDPMX_SPEC, beside + ": the plan's sidecar cannot be read\nNote: too large", [&] { read(path); }));
@@ -291,7 +291,7 @@ void fits() {
     CHECK(fails(status, "m.plan: " + text, [&] { check(where, bytes); }));
   };
   check(ada);
-  check(here([](auto &h) { h.version = "1.7.1.999"; }));  // a build number is the library's own business
+  check(here([](auto &h) { h.version = "1.7.1.999"; }));  // build numbers are not compared
   for (const char *sm : {"8.0", "8.6", "9.0", "12.0"}) check(here([&](auto &h) { h.sm = sm; }));
   const std::string again = "ddpmx build model.onnx -o m.plan --batch 1,4,8 --level 3";
   const std::string built = "TensorRT-RTX 1.7.1.116 for SM 8.0+ on linux x86_64";
@@ -332,7 +332,7 @@ void fits() {
   refused(DDPMX_PLAN_MISMATCH, ada, "the plan was built for SM 7.5, 12.0+, and this GPU is", two);
 }
 
-// Hundreds of MB, and among them what looks like descriptions.
+// Large files with many texts that look like descriptions.
 void time_to_read() {
   const auto seconds = [](const std::string &tail) {
     const std::string bytes = plan(plan_name(), tail);

@@ -1,5 +1,5 @@
-// What a model file says about itself. Which specs are refused is compared with Python in tests/native/test_tables.py;
-// here is what the struct then holds, and what travels beside a spec.
+// Reading specs. Which specs are refused is compared with Python in tests/native/test_tables.py; here are the fields of the
+// struct, and the arrays of β beside a spec.
 #include "spec.hpp"
 
 #include <cstring>
@@ -91,7 +91,7 @@ void sizes_that_no_image_has() {
   CHECK(refused("[C, H, W]", R"({"shape":[1,4,4.0]})"));
   CHECK(refused("[C, H, W]", R"({"shape":[1,true,4]})"));
   CHECK(refused("[C, H, W]", R"({"shape":[1,0,4]})"));
-  CHECK(refused("the shape of an image", "{}"));
+  CHECK(refused("the spec has no shape of an image", "{}"));
   // products that wrap around in 64 bits: 2⁶⁴ is 0, and 2⁶² + 1 times 4 is 4
   CHECK(refused("268435456 numbers", R"({"shape":[4294967296,4294967296,1]})"));
   CHECK(refused("268435456 numbers", R"({"shape":[4611686018427387905,4,1]})"));
@@ -103,9 +103,9 @@ void sizes_that_no_image_has() {
 void unknown_fields() {
   CHECK(refused("does not know: 'thresholding'\nNote: it was written by ddpmx '7.0'",
                 small(R"("thresholding":1,"ddpmx":"7.0")")));
-  CHECK(refused("of no stated version", small(R"("_schedule":1,"ddpmx":5)")));
-  CHECK(refused("'a\\x1b[2J'", small("\"a\\u001b[2J\":1")));  // shown, and not obeyed by the terminal
-  CHECK(refused("is a JSON object", "[1]"));
+  CHECK(refused("of an unstated version", small(R"("_schedule":1,"ddpmx":5)")));
+  CHECK(refused("'a\\x1b[2J'", small("\"a\\u001b[2J\":1")));  // escaped for the terminal
+  CHECK(refused("must be a JSON object", "[1]"));
 }
 
 void free_betas() {
@@ -118,15 +118,15 @@ void free_betas() {
   CHECK(same_model(spec, parsed(model + R"(,"betas":[0.25,1e-4,0.5]})")));
   CHECK(same_model(spec, parsed(model + "}", &betas)));
   CHECK(!same_model(spec, parsed(model + "}", &others)));
-  CHECK(refused("in the sidecar is another", model + R"(,"betas":")" + crc + "\"}", &others));
-  CHECK(refused("it should lie in the sidecar", model + R"(,"betas":")" + crc + "\"}"));
-  CHECK(refused("it should lie in the sidecar", model + "}"));
+  CHECK(refused("in the sidecar does not match the spec", model + R"(,"betas":")" + crc + "\"}", &others));
+  CHECK(refused("it should be in the sidecar", model + R"(,"betas":")" + crc + "\"}"));
+  CHECK(refused("it should be in the sidecar", model + "}"));
   CHECK(refused("there are 3 β, and timesteps is 1000", R"({"shape":[1,4,4],"schedule":"betas"})", &betas));
   CHECK(refused("and this is 'linear'", small(R"("betas":[0.5])")));
   CHECK(refused("has no parameters", model + R"(,"schedule_params":{"s":1}})", &betas));
   CHECK(refused("array of numbers", model + R"(,"betas":[0.25,true,0.5]})"));
   CHECK(refused("(0, 1]", model + R"(,"betas":[0.25,0,0.5]})"));
-  CHECK(parsed(R"({"shape":[1,4,4]})", &betas).betas.empty());  // not asked for, not looked at
+  CHECK(parsed(R"({"shape":[1,4,4]})", &betas).betas.empty());  // not needed, not read
 }
 
 void texts_of_betas() {
@@ -145,7 +145,7 @@ void texts_of_betas() {
   CHECK(fails(DDPMX_SPEC, "damaged", [] { betas_from_text("betas1 99999 00000000 "); }));
   CHECK(fails(DDPMX_SPEC, "damaged", [] { betas_from_text("betas1 18446744073709551617 00000000 AAAAAAAAAAA="); }));
   CHECK(fails(DDPMX_SPEC, "the array of β: betas must be 1…16384", [] { betas_from_text(betas_text({})); }));
-  CHECK(fails(DDPMX_SPEC, "the array of β: β_t has to lie in (0, 1]", [] { betas_from_text(betas_text({0.5, 1.5})); }));
+  CHECK(fails(DDPMX_SPEC, "the array of β: β_t must lie in (0, 1]", [] { betas_from_text(betas_text({0.5, 1.5})); }));
   CHECK(betas_from_text(betas_text(std::vector<double>(1 << 14, 0.5))).size() == 1 << 14);
   CHECK(fails(DDPMX_SPEC, "16385", [] { betas_from_text(betas_text(std::vector<double>((1 << 14) + 1, 0.5))); }));
 }

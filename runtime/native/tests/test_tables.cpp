@@ -1,5 +1,5 @@
-// Schedules and tables by what has to hold of them whatever they are computed with. That they have Python's bits is the
-// business of tests/native/test_tables.py.
+// Properties of schedules and tables, however they are computed. tests/native/test_tables.py checks that they have
+// Python's bits.
 #include <cmath>
 #include <limits>
 
@@ -124,7 +124,7 @@ void ancestral_is_algorithm_2() {
   }
 }
 
-// Whoever takes the sample from x̂_0 relies on A = 1, B = 0, σ = 0 to the last bit.
+// Code that takes the sample from x̂_0 relies on A = 1, B = 0, σ = 0 to the last bit.
 void the_last_step_gives_x0() {
   for (const char *name : kNames) {
     for (const int64_t T : {1, 2, 10, 1000}) {
@@ -212,7 +212,7 @@ void refusals() {
   euler.sampler = "euler";
   noisy.eta = 0.5;
   CHECK(refused(DDPMX_INPUT, "there is no sampler 'euler'", linear, euler));
-  CHECK(refused(DDPMX_INPUT, "η belongs to the ddim sampler", linear, noisy));
+  CHECK(refused(DDPMX_INPUT, "η is for the ddim sampler only", linear, noisy));
   for (const double eta : {-0.1, 1.1, static_cast<double>(NAN)}) {
     CHECK(refused(DDPMX_INPUT, "η must lie between", linear, ddim(eta)));
   }

@@ -1,5 +1,5 @@
-// libddpmx_trt.so itself, as far as it comes without a GPU: it loads where there is no TensorRT, and says what is wrong
-// with one.
+// libddpmx_trt.so itself, as far as it works without a GPU: it loads without TensorRT, and reports what is wrong with a
+// library.
 #include <dlfcn.h>
 
 #include <cstring>
@@ -14,14 +14,14 @@ namespace {
 const ddpmx_trt_module *trt;
 
 struct Opened {
-  explicit Opened(const char *path) { failed = trt->open_library(path, &library, version, words, sizeof words); }
+  explicit Opened(const char *path) { failed = trt->open_library(path, &library, version, message, sizeof message); }
   int32_t failed;
   ddpmx_trt_library *library = nullptr;
-  char version[32] = "", words[600] = "";
+  char version[32] = "", message[600] = "";
 };
 
 void loading() {
-  // every symbol at once: nothing of TensorRT is linked
+  // with RTLD_NOW, which resolves every symbol: it is not linked to TensorRT
   void *const module = dlopen(TRT_MODULE, RTLD_NOW | RTLD_LOCAL);
   CHECK(module != nullptr);
   if (!module) std::fprintf(stderr, "%s\n", dlerror());
@@ -36,35 +36,35 @@ void loading() {
 
 void libraries() {
   const Opened missing("/nowhere/libnvinfer.so.10");
-  CHECK(missing.failed && !missing.library && std::strstr(missing.words, "cannot open"));
+  CHECK(missing.failed && !missing.library && std::strstr(missing.message, "cannot open"));
   const Opened foreign(FAKE_CUDA);
-  CHECK(foreign.failed && std::strstr(foreign.words, "it has no createInferRuntime_INTERNAL"));
+  CHECK(foreign.failed && std::strstr(foreign.message, "it has no createInferRuntime_INTERNAL"));
   void *const fake = dlopen(FAKE_NVINFER, RTLD_NOW | RTLD_LOCAL);
   int &major = *static_cast<int *>(dlsym(fake, "fake_major")),
-      &answer = *static_cast<int *>(dlsym(fake, "fake_answer"));
+      &runtime = *static_cast<int *>(dlsym(fake, "fake_runtime"));
   ++major;
   const Opened newer(FAKE_NVINFER);
-  CHECK(newer.failed && !newer.library && std::strstr(newer.words, "and this module was compiled for "));
+  CHECK(newer.failed && !newer.library && std::strstr(newer.message, "and this module was compiled for "));
   --major;
   const Opened good(FAKE_NVINFER);
   CHECK(!good.failed && good.library && std::string(good.version) == std::to_string(major) + ".9.8.7");
 
-  const auto open = [&](char *words, size_t size) {
+  const auto open = [&](char *message, size_t size) {
     ddpmx_trt_engine *engine = nullptr;
-    const int32_t failed = trt->open_engine(good.library, "junk", 4, 0, nullptr, 0, 0, &engine, words, size);
+    const int32_t failed = trt->open_engine(good.library, "junk", 4, 0, nullptr, 0, 0, &engine, message, size);
     CHECK(failed == 1 && !engine);
     trt->close_engine(engine);
   };
-  char words[64] = "";
-  open(words, sizeof words);
-  CHECK(std::string(words) == "no driver; and so on");  // its last words, once each, and no warnings
+  char message[64] = "";
+  open(message, sizeof message);
+  CHECK(std::string(message) == "no driver; and so on");  // each error once, and no warnings
   char few[8] = "";
   open(few, sizeof few);
   CHECK(std::string(few) == "no driv");
   open(nullptr, 0);
-  answer = 0x228;  // as the lean runtime's library has answered
-  open(words, sizeof words);
-  CHECK(std::string(words) == "a warning");
+  runtime = 0x228;  // as the lean runtime's library has returned
+  open(message, sizeof message);
+  CHECK(std::string(message) == "a warning");
 }
 
 }  // namespace

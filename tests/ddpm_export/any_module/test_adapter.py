@@ -1,4 +1,4 @@
-"""Other people's conventions, against the diffusion in their own units done by hand."""
+"""Other conventions of a module, against the diffusion in its own units done by hand."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ SHAPE = (1, 2, 2)
 RANGES = [(0.0, 1.0), (-0.5, 0.5), (0.0, 255.0), (0.0, 2.0)]
 
 
-class Told(nn.Module):
-    """Answers a fixed tensor and remembers what it was asked."""
+class Recorder(nn.Module):
+    """Returns a fixed tensor and records its arguments."""
 
     def __init__(self, out=None) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Told(nn.Module):
 
 
 def diffused(data_range, prediction):
-    """(their spec, the adapter, x_t and t, the answer of a perfect network in our units, what it is asked in theirs)."""
+    """(their spec, the adapter, x_t, t, the output of a perfect network in our units, its input y_t in theirs)."""
     spec = ModelSpec(SHAPE, timesteps=T, schedule="cosine", prediction=prediction, variance="fixed_small")
     theirs = spec.make_schedule()
     generator = np.random.default_rng(0)
@@ -49,27 +49,27 @@ def diffused(data_range, prediction):
         s, n = (np.sqrt(v)[:, None, None, None] for v in (schedule.alpha_bar, schedule.one_minus_alpha_bar))
         return s * clean + n * eps, {"eps": eps, "x0": clean, "v": s * eps - n * clean}[prediction]
 
-    y_t, answer = mixed(theirs, y0)
-    net = Told(torch.from_numpy(answer.astype(np.float32)))
+    y_t, out = mixed(theirs, y0)
+    net = Recorder(torch.from_numpy(out.astype(np.float32)))
     adapter = Adapter(net, data_range=data_range)
-    x_t, wanted = mixed(adapter.spec_of(spec).make_schedule(), x0)
-    return spec, adapter, torch.from_numpy(x_t.astype(np.float32)), torch.from_numpy(t.astype(np.int32)), wanted, y_t
+    x_t, expected = mixed(adapter.spec_of(spec).make_schedule(), x0)
+    return spec, adapter, torch.from_numpy(x_t.astype(np.float32)), torch.from_numpy(t.astype(np.int32)), expected, y_t
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("data_range", RANGES)
-def test_a_network_of_another_range_is_asked_and_understood_in_its_units(data_range, prediction):
-    spec, adapter, x_t, t, wanted, y_t = diffused(data_range, prediction)
-    answer = adapter.network(spec)(x_t, t)
+def test_inputs_and_outputs_of_a_network_of_another_range_are_converted(data_range, prediction):
+    spec, adapter, x_t, t, expected, y_t = diffused(data_range, prediction)
+    out = adapter.network(spec)(x_t, t)
     width = data_range[1] - data_range[0]
     np.testing.assert_allclose(adapter.module.args[0], y_t, atol=2e-6 * max(1, width))
-    np.testing.assert_allclose(answer, wanted, atol=1e-5 * max(1, width / 2))
+    np.testing.assert_allclose(out, expected, atol=1e-5 * max(1, width / 2))
 
 
 @pytest.mark.parametrize("data_range", RANGES)
 def test_the_posterior_of_equation_7_is_theirs_in_other_units(data_range):
     spec = ModelSpec(SHAPE, timesteps=T, schedule="cosine", variance="fixed_small")
-    adapter = Adapter(Told(), data_range=data_range)
+    adapter = Adapter(Recorder(), data_range=data_range)
     a, b = adapter.scale
     theirs, ours = spec.make_schedule(), adapter.spec_of(spec).make_schedule()
     c = np.sqrt(a**2 * theirs.alpha_bar + theirs.one_minus_alpha_bar)
@@ -84,7 +84,7 @@ def test_the_posterior_of_equation_7_is_theirs_in_other_units(data_range):
 
 def test_in_the_range_of_minus_one_to_one_nothing_is_changed():
     spec = ModelSpec(SHAPE, timesteps=T)
-    adapter = Adapter(Told())
+    adapter = Adapter(Recorder())
     assert adapter.spec_of(spec) is spec
     x, t = torch.randn(3, *SHAPE), torch.arange(3, dtype=torch.int32)
     assert torch.equal(adapter.network(spec)(x, t), x)
@@ -93,16 +93,16 @@ def test_in_the_range_of_minus_one_to_one_nothing_is_changed():
 
 def test_where_noise_was_added_in_minus_one_to_one_the_schedule_stays():
     spec = ModelSpec(SHAPE, timesteps=T, prediction="x0")
-    adapter = Adapter(Told(), data_range=(0, 1), diffused_in_range=False)
+    adapter = Adapter(Recorder(), data_range=(0, 1), diffused_in_range=False)
     assert adapter.spec_of(spec) is spec
     x, t = torch.randn(3, *SHAPE), torch.arange(3, dtype=torch.int32)
     torch.testing.assert_close(adapter.network(spec)(x, t), x)
     torch.testing.assert_close(adapter.module.args[0], (x + 1) / 2)
 
 
-def test_what_the_network_is_told_of_itself_is_in_its_units():
+def test_the_networks_own_x0_is_in_its_units():
     spec = ModelSpec(SHAPE, timesteps=T, self_condition=True, condition=1)
-    adapter = Adapter(Told(torch.zeros(3, *SHAPE)), data_range=(-0.5, 0.5))
+    adapter = Adapter(Recorder(torch.zeros(3, *SHAPE)), data_range=(-0.5, 0.5))
     x0_prev, cond = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
     adapter.network(spec)(torch.zeros(3, *SHAPE), torch.arange(3, dtype=torch.int32), x0_prev=x0_prev, cond=cond)
     assert torch.equal(adapter.module.kwargs["x0_prev"], x0_prev / 2)
@@ -114,12 +114,12 @@ def test_what_the_network_is_told_of_itself_is_in_its_units():
     [
         ({"variance": "learned_range"}, {}, "learned variance"),
         ({"self_condition": True}, {}, "its own x̂_0"),
-        ({"prediction": "v"}, {"diffused_in_range": False}, "v could be of either"),
+        ({"prediction": "v"}, {"diffused_in_range": False}, "v could be in either range"),
     ],
 )
-def test_what_has_no_exact_counterpart_is_refused(fields, adapter, why):
+def test_combinations_without_an_exact_counterpart_are_refused(fields, adapter, why):
     with pytest.raises(InputError, match=why):
-        Adapter(Told(), data_range=(0, 1), **adapter).network(ModelSpec(SHAPE, timesteps=T, **fields))
+        Adapter(Recorder(), data_range=(0, 1), **adapter).network(ModelSpec(SHAPE, timesteps=T, **fields))
 
 
 def log_snr(t):
@@ -127,7 +127,7 @@ def log_snr(t):
 
 
 @pytest.mark.parametrize(
-    ("time", "wanted", "dtype"),
+    ("time", "expected", "dtype"),
     [
         ("index", lambda t: t, torch.int64),
         ("float", lambda t: t, torch.float32),
@@ -137,20 +137,20 @@ def log_snr(t):
         (np.linspace(3, 4, T), lambda t: torch.linspace(3, 4, T)[t], torch.float32),
     ],
 )
-def test_time_is_told_in_the_modules_way(time, wanted, dtype):
-    adapter = Adapter(Told(), time=time, time_dims=2)
+def test_time_follows_the_modules_convention(time, expected, dtype):
+    adapter = Adapter(Recorder(), time=time, time_dims=2)
     t = torch.tensor([0, 7, T - 1], dtype=torch.int32)
     adapter.network(ModelSpec(SHAPE, timesteps=T))(torch.zeros(3, *SHAPE), t)
-    told = adapter.module.args[1]
-    assert (told.dtype, told.shape) == (dtype, (3, 1))
-    torch.testing.assert_close(told[:, 0], wanted(t.long()).to(dtype))
+    passed = adapter.module.args[1]
+    assert (passed.dtype, passed.shape) == (dtype, (3, 1))
+    torch.testing.assert_close(passed[:, 0], expected(t.long()).to(dtype))
 
 
-def test_inputs_go_where_they_are_wanted():
+def test_inputs_go_to_their_arguments():
     spec = ModelSpec(SHAPE, timesteps=T, classes=4, condition=2)
     style, mask = torch.tensor([1.0, 2.0]), torch.ones(7)
     adapter = Adapter(
-        Told(torch.zeros(3, *SHAPE)),
+        Recorder(torch.zeros(3, *SHAPE)),
         inputs={"t": 0, "x": 1, "y": "label"},
         channels=("cond", "x"),
         fixed={"mode": "plain", "mask": mask},
@@ -159,9 +159,9 @@ def test_inputs_go_where_they_are_wanted():
     x, cond = torch.randn(3, *SHAPE), torch.randn(3, 2, *SHAPE[1:])
     t, y = torch.arange(3, dtype=torch.int32), torch.tensor([3, 0, 1], dtype=torch.int32)
     adapter.network(spec)(x, t, y=y, cond=cond)
-    told, kwargs = adapter.module.args, adapter.module.kwargs
-    assert torch.equal(told[0], t.long())
-    assert torch.equal(told[1], torch.cat([cond, x], dim=1))
+    args, kwargs = adapter.module.args, adapter.module.kwargs
+    assert torch.equal(args[0], t.long())
+    assert torch.equal(args[1], torch.cat([cond, x], dim=1))
     assert kwargs.keys() == {"label", "mode", "mask", "style"}
     assert kwargs["label"].dtype == torch.int64
     assert kwargs["label"].tolist() == [3, 0, 1]
@@ -176,23 +176,23 @@ def test_inputs_go_where_they_are_wanted():
         (("a", 1), 1), ({"a": 1}, "a"), ({"sample": 1}, None), ((1,), None), ((0, 1), lambda out: out[1]),
     ],
 )  # fmt: skip
-def test_the_answer_is_found_in_what_the_module_returns(output, which):
-    answer = torch.randn(3, *SHAPE)
+def test_the_output_is_found_in_what_the_module_returns(output, which):
+    tensor = torch.randn(3, *SHAPE)
 
     def real(value):
-        return answer if value == 1 else value
+        return tensor if value == 1 else value
 
     if isinstance(output, dict):
         output = {key: real(value) for key, value in output.items()}
     else:
         output = tuple(real(value) for value in output)
-    adapter = Adapter(Told(output), output=which)
+    adapter = Adapter(Recorder(output), output=which)
     t = torch.zeros(3, dtype=torch.int32)
-    assert adapter.network(ModelSpec(SHAPE, timesteps=T))(torch.zeros(3, *SHAPE), t) is answer
+    assert adapter.network(ModelSpec(SHAPE, timesteps=T))(torch.zeros(3, *SHAPE), t) is tensor
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("fields", "why"),
     [
         ({"time": "hours"}, "no time 'hours'"),
         ({"time_dims": 0}, "time_dims"),
@@ -201,37 +201,37 @@ def test_the_answer_is_found_in_what_the_module_returns(output, which):
         ({"data_range": "01"}, "must rise|two numbers"),
         ({"channels": ("cond",)}, "must hold x"),
         ({"channels": ("x", "x")}, "each once"),
-        ({"channels": ("x", "cond"), "inputs": {"cond": "c"}}, "concatenated and"),
+        ({"channels": ("x", "cond"), "inputs": {"cond": "c"}}, "both concatenated and"),
         ({"inputs": {"z": 1}}, "there is no z"),
         ({"inputs": {"x": 1}}, "same place: 1"),
         ({"inputs": {"x": "a"}}, "positions"),
         ({"fixed": {"cond": 1}}, "same place: cond"),
     ],
 )
-def test_an_adapter_that_contradicts_itself_is_refused(said, why):
-    if said == {"data_range": "01"}:
-        said = {"data_range": "x"}
+def test_an_adapter_that_contradicts_itself_is_refused(fields, why):
+    if fields == {"data_range": "01"}:
+        fields = {"data_range": "x"}
     with pytest.raises(InputError, match=why):
-        Adapter(Told(), **said)
+        Adapter(Recorder(), **fields)
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("fields", "why"),
     [
         ({"time": [1.0, 2.0, 3.0]}, "one finite number"),
         ({"time": lambda t: t / 0}, "one finite number"),
-        ({"time": lambda t: 1 // 0}, "time: no numbers"),
-        ({"channels": ("x", "cond")}, "speak of cond"),
-        ({"inputs": {"y": "label"}}, "speak of y"),
+        ({"time": lambda t: 1 // 0}, "time: not numbers"),
+        ({"channels": ("x", "cond")}, "channels name cond"),
+        ({"inputs": {"y": "label"}}, "inputs name y"),
     ],
 )
-def test_an_adapter_that_does_not_fit_the_spec_is_refused(said, why):
+def test_an_adapter_that_does_not_fit_the_spec_is_refused(fields, why):
     with pytest.raises(InputError, match=why):
-        Adapter(Told(), **said).network(ModelSpec(SHAPE, timesteps=T))
+        Adapter(Recorder(), **fields).network(ModelSpec(SHAPE, timesteps=T))
 
 
 def test_the_converted_chain_is_a_chain_of_known_coefficients():
     spec = ModelSpec(SHAPE, timesteps=T, variance="fixed_small")
-    table = make_table(Adapter(Told(), data_range=(0, 1)).spec_of(spec).make_schedule(), "eps", "fixed_small")
+    table = make_table(Adapter(Recorder(), data_range=(0, 1)).spec_of(spec).make_schedule(), "eps", "fixed_small")
     assert np.isfinite(table.coefficients).all()
     assert len(table) == T

@@ -1,10 +1,11 @@
-"""Anybody's module becomes a file that answers as it does, or is refused for a reason that says where to look."""
+"""Any module becomes a file with the same outputs, or is refused with an error that says where to look."""
 
 from __future__ import annotations
 
 import copy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from oracles.onnx_types import element_types, half_precision_faults
 
 pytestmark = pytest.mark.torch
 
+HERE = Path(__file__).name
 COLOUR, GREY = (3, 8, 12), (1, 8, 8)
 ALPHA_BAR = np.cos(np.linspace(0.02, 1.5, 50)) ** 2
 
@@ -44,7 +46,7 @@ def embedding() -> Adapter:
 
 
 def case(name: str) -> tuple[Adapter, ModelSpec]:
-    """What the file is made of."""
+    """The adapter and the spec of a file."""
     return {
         "fraction": lambda: (Adapter(ready(FractionNet()), time="fraction"), ModelSpec(COLOUR, schedule="cosine")),
         "embedding": lambda: (embedding(), spec_from_arrays(GREY, alpha_bar=ALPHA_BAR, classes=3)),
@@ -60,34 +62,34 @@ def case(name: str) -> tuple[Adapter, ModelSpec]:
     }[name]()
 
 
-def in_torch(name: str, net: nn.Module, told: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The module asked as its author asks it."""
-    x, t = told["x"], told["t"].long()
+def in_torch(name: str, net: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The module called as its author calls it."""
+    x, t = inputs["x"], inputs["t"].long()
     with torch.no_grad():
         if name == "fraction":
             return [net(x, t / 1000)]
         if name == "embedding":
             style = torch.linspace(-1, 1, 12)
-            return [net(timestep=t, sample=x, gain=0.5, style=style, label=told["y"].long()).sample]
+            return [net(timestep=t, sample=x, gain=0.5, style=style, label=inputs["y"].long()).sample]
         if name == "linear attention":
-            return [net(torch.cat([told["x0_prev"], x], dim=1), t.float())]
+            return [net(torch.cat([inputs["x0_prev"], x], dim=1), t.float())]
         if name == "autograd function":
             return [net(x, t / 999 + 0.01)]
-        return list(net(torch.cat([x, told["cond"]], dim=1), t / 1000).chunk(2, dim=1))
+        return list(net(torch.cat([x, inputs["cond"]], dim=1), t / 1000).chunk(2, dim=1))
 
 
-def questions(spec: ModelSpec, n: int = 9) -> dict[str, torch.Tensor]:
+def inputs_for(spec: ModelSpec, n: int = 9) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    told = {name: torch.randn(n, *dims, generator=generator) for name, dims in spec.inputs.items()}
-    told["t"] = torch.linspace(0, spec.timesteps - 1, n).round().to(torch.int32)
+    inputs = {name: torch.randn(n, *dims, generator=generator) for name, dims in spec.inputs.items()}
+    inputs["t"] = torch.linspace(0, spec.timesteps - 1, n).round().to(torch.int32)
     if spec.classes is not None:
-        told["y"] = (torch.arange(n) % spec.classes).to(torch.int32)
-    return told
+        inputs["y"] = (torch.arange(n) % spec.classes).to(torch.int32)
+    return inputs
 
 
-def in_onnx(file, spec: ModelSpec, told: dict[str, torch.Tensor]) -> list[np.ndarray]:
+def in_onnx(file, spec: ModelSpec, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return session.run(list(spec.outputs), {name: tensor.numpy() for name, tensor in told.items()})
+    return session.run(list(spec.outputs), {name: tensor.numpy() for name, tensor in inputs.items()})
 
 
 CASES = [
@@ -114,7 +116,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "precision"), CASES)
-def test_the_file_answers_as_the_module_does_and_the_ladder_says_so(made, name, precision, figure):
+def test_the_file_computes_what_the_module_does_and_passes_the_ladder(made, name, precision, figure):
     net, exported = made(name, precision)
     assert exported.passed, exported.verdict
     assert exported.verdict.startswith("PASSED")
@@ -122,8 +124,8 @@ def test_the_file_answers_as_the_module_does_and_the_ladder_says_so(made, name, 
     spec = exported.spec
     assert (spec.precision, len(spec.weights)) == (precision, 64)
     for n in (1, 9):
-        told = questions(spec, n)
-        for mine, theirs in zip(in_onnx(exported.file, spec, told), in_torch(name, net, told), strict=True):
+        inputs = inputs_for(spec, n)
+        for mine, theirs in zip(in_onnx(exported.file, spec, inputs), in_torch(name, net, inputs), strict=True):
             error = np.sqrt(np.mean((mine - theirs.numpy()) ** 2) / np.mean(theirs.numpy() ** 2))
             figure(
                 f"{name} {precision}, batch of {n}: relative RMS error",
@@ -171,7 +173,7 @@ def test_a_schedule_by_alpha_bar_is_that_alpha_bar(made):
 
 
 @pytest.mark.parametrize("data_range", [(0.0, 1.0), (-0.5, 0.5)])
-def test_a_network_of_another_range_draws_the_images_that_it_knows(data_range, tmp_path, figure):
+def test_a_network_of_another_range_samples_the_images_that_it_models(data_range, tmp_path, figure):
     theirs = ModelSpec(GREY, timesteps=200, schedule="cosine", prediction="x0", variance="fixed_small", clip=None)
     mean, deviation = data_range[0] + 0.7, 0.05  # in units of [−1, 1]: 0.4 and 0.1
     net = GaussianNet(torch.from_numpy(theirs.make_schedule().alpha_bar).float(), mean, deviation).eval()
@@ -179,7 +181,7 @@ def test_a_network_of_another_range_draws_the_images_that_it_knows(data_range, t
     assert exported.passed, exported.verdict
     assert (exported.spec.schedule, exported.spec.prediction) == ("betas", "x0")
     images = load(exported.file).generate(32, seed=1).astype(np.float64) / 127.5 - 1
-    # What their own chain gives, in their units: it is linear in y_t, so its mean and its variance follow step by step
+    # the result of their own chain, in their units: it is linear in y_t, so mean and variance follow step by step
     schedule = theirs.make_schedule()
     m, square = 0.0, 1.0
     for t in reversed(range(200)):
@@ -190,14 +192,14 @@ def test_a_network_of_another_range_draws_the_images_that_it_knows(data_range, t
             a, b = 1.0, 0.0
         m = a * (mean + gain * (m - np.sqrt(signal) * mean)) + b * m
         square = (a * gain + b) ** 2 * square + (schedule.posterior_variance[t] if t else 0)
-    wanted = 2 * (m - data_range[0]) - 1, 2 * np.sqrt(square)
+    expected = 2 * (m - data_range[0]) - 1, 2 * np.sqrt(square)
     # 2048 pixels: four standard errors
-    figure(f"{data_range}: mean of what is drawn", abs(images.mean() - wanted[0]), at_most=4 * wanted[1] / 2048**0.5)
-    figure(f"{data_range}: its deviation", abs(images.std() - wanted[1]), at_most=4 * wanted[1] / 4096**0.5)
-    assert wanted == pytest.approx((0.4, 0.1), abs=0.02)
+    figure(f"{data_range}: mean of samples", abs(images.mean() - expected[0]), at_most=4 * expected[1] / 2048**0.5)
+    figure(f"{data_range}: their deviation", abs(images.std() - expected[1]), at_most=4 * expected[1] / 4096**0.5)
+    assert expected == pytest.approx((0.4, 0.1), abs=0.02)
 
 
-def test_bfloat16_is_judged_by_the_module_and_says_so(tmp_path):
+def test_in_place_of_a_bfloat16_file_the_module_is_checked_and_the_report_says_so(tmp_path):
     adapter, spec = case("fraction")
     exported = export(adapter, spec, tmp_path / "m.onnx", precision="bf16")
     assert exported.passed, exported.verdict
@@ -205,7 +207,7 @@ def test_bfloat16_is_judged_by_the_module_and_says_so(tmp_path):
 
 
 class _Outside(FractionNet):
-    """Uses a layer's weights where the layer is not."""
+    """Uses a layer's weights outside the layer."""
 
     def forward(self, x, t):
         h = super().forward(x, t)
@@ -219,7 +221,7 @@ class _Tied(FractionNet):
 
 
 class _Named(nn.Conv2d):
-    """A convolution by another name."""
+    """A convolution of another class name."""
 
 
 class _Renamed(FractionNet):
@@ -268,7 +270,7 @@ def test_tensorrt_rtx_builds_it(made, name, precision, tmp_path):
     assert (tmp_path / "model.plan").stat().st_size > 1000
 
 
-def test_the_package_gives_export_without_loading_torch_before():
+def test_the_package_loads_torch_only_when_export_is_used():
     code = "import sys, ddpm_export; assert 'torch' not in sys.modules; assert callable(ddpm_export.export)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -290,7 +292,7 @@ class _Small(nn.Module):
 
 class _Branch(_Small):
     def changed(self, h, t):
-        if self.conv.weight.sum() > 0:  # a value decides
+        if self.conv.weight.sum() > 0:  # depends on a value
             h = -h
         return h
 
@@ -309,23 +311,23 @@ class _Inside(nn.Module):
         return self.block(x, t)
 
 
-def test_a_module_that_goes_through_its_batch_in_python_is_refused_and_an_older_file_stays(tmp_path):
+def test_a_module_that_loops_over_its_batch_in_python_is_refused_and_an_older_file_is_kept(tmp_path):
     export(ready(_Small()), SPEC, tmp_path / "m.onnx", parity=False)
     before = (tmp_path / "m.onnx").read_bytes()
-    with pytest.raises(BackendError, match="a batch of two images alone"):
+    with pytest.raises(BackendError, match="a batch of exactly two images"):
         export(ready(_Loop()), SPEC, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 
 
 class _Forgets(nn.Identity):
-    """A layer that is made anew when it is copied, as those of einops are."""
+    """A layer that is constructed again when it is copied, as those of einops are."""
 
     def __deepcopy__(self, memo):
         return type(self)()
 
 
-def test_a_layer_that_forgets_its_mode_when_it_is_copied_is_no_trouble(tmp_path):
+def test_a_layer_that_loses_its_mode_when_it_is_copied_can_be_exported(tmp_path):
     net = ready(FractionNet())
     net.norm = nn.Sequential(net.norm, _Forgets()).eval()
     assert export(Adapter(net, time="fraction"), ModelSpec(COLOUR), tmp_path / "m.onnx").passed
@@ -340,11 +342,11 @@ def test_torchs_own_transformer_in_half(tmp_path):
 
 
 @pytest.mark.parametrize("net", [_Branch, _NoOnnx])
-def test_what_cannot_be_exported_is_said_with_its_place(net, tmp_path):
+def test_the_error_of_an_impossible_export_says_where(net, tmp_path):
     with pytest.raises(BackendError) as caught:
         export(_Inside(ready(net())).eval(), ModelSpec(GREY, timesteps=50), tmp_path / "m.onnx")
     text = str(caught.value)
-    assert "stops at block, test_any_module.py:" in text, text
+    assert f"stops at block, {HERE}:" in text, text
     assert "in changed" in text, text
     line = "if self.conv.weight.sum() > 0" if net is _Branch else "linalg.eigvals"
     assert line in text, text
@@ -456,12 +458,12 @@ REFUSED = {
     "time cut": (lambda: Adapter(ready(_Whole()), time="fraction"), SPEC, "casts its time to int64", "t.long()"),
     "time in bfloat16": (
         lambda: Adapter(ready(_HalfTime()), time="float"), ModelSpec(GREY), "time to bfloat16", "t.to(torch.bfloat16)"),
-    "random": (lambda: ready(_Random()), SPEC, "same question differently", "torch.rand_like(h)"),
+    "random": (lambda: ready(_Random()), SPEC, "differs between two calls", "torch.rand_like(h)"),
     "changes itself": (lambda: ready(_Counts()), SPEC, "changes itself", "calls"),
     "weights in a list": (lambda: ready(_Listed()), SPEC, "does not own", "nn.ModuleList"),
     "no weights": (lambda: nn.Identity().eval(), SPEC, "has no weights", "nn.ModuleList"),
     "autocast": (lambda: ready(_Autocast()), SPEC, "bfloat16 inside", "self.conv(h)"),
-    "fails": (lambda: ready(_Fails()), SPEC, "fails at the module itself, test_any_module.py", "nothing but trouble"),
+    "fails": (lambda: ready(_Fails()), SPEC, f"fails at the module itself, {HERE}", "nothing but trouble"),
     "blind to t": (lambda: ready(_Blind()), SPEC, "does not depend on t", "inputs"),
     "not a number": (nan, SPEC, "conv.weight has NaN", "checkpoint"),
     "double weights": (lambda: ready(_Small()).double(), SPEC, "is float64, not float32", "module.float()"),
@@ -470,8 +472,8 @@ REFUSED = {
         lambda: Adapter(ready(FractionNet(c_out=6)), time="float"), ModelSpec(COLOUR), "has the shape", "learned_range"),
     "time of another type": (lambda: ready(FractionNet()), ModelSpec(COLOUR), "fails at the module itself", "float"),
     "a tuple": (lambda: Adapter(ready(_Small()), output=lambda out: (out, out)), SPEC, "not a tensor", "output=0"),
-    "no such answer": (lambda: Adapter(ready(_Small()), output="sample"), SPEC, "has no 'sample'", "Tensor"),
-    "silent": (lambda: _Small().eval().apply(_zero), SPEC, "answers nothing", "train it first"),
+    "no such output": (lambda: Adapter(ready(_Small()), output="sample"), SPEC, "has no 'sample'", "Tensor"),
+    "silent": (lambda: _Small().eval().apply(_zero), SPEC, "output is nearly zero", "train it first"),
 }  # fmt: skip
 
 
@@ -481,7 +483,7 @@ def _zero(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_module_that_would_mislead_is_refused_by_name(name, tmp_path):
+def test_a_module_whose_file_would_be_wrong_is_refused(name, tmp_path):
     make, spec, fact, more = REFUSED[name]
     with pytest.raises(DdpmxError, match=fact) as caught:
         export(make(), spec, tmp_path / "m.onnx")
@@ -489,7 +491,7 @@ def test_a_module_that_would_mislead_is_refused_by_name(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_places_where_no_file_can_be(tmp_path):
+def test_impossible_outputs_are_refused(tmp_path):
     for output, error in (
         (tmp_path, OutputError),
         (tmp_path / "no" / "m.onnx", OutputError),

@@ -1,4 +1,4 @@
-"""The exported file: its contract, what it reveals, how exactly it answers, and that it is whole or not there."""
+"""The exported file: its contract, what it reveals, the error of its outputs, and that it is whole or not there."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ class Exported(NamedTuple):
 
 
 def random_network() -> UNet:
-    """Random weights in every layer, no square image, an answer of RMS 1."""
+    """Random weights in every layer, an image that is not square, an output of RMS 1."""
     network = UNet(UNetConfig(3, 3, (12, 16), 16, (1, 2), 1, (6,), 0.0, 8)).eval().requires_grad_(False)
     rerandomise(network)
     generator = torch.Generator().manual_seed(0)
-    answer = network(torch.randn(32, 3, 12, 16, generator=generator), torch.from_numpy(ALL_T))
-    rms = answer.square().mean().sqrt()
+    out = network(torch.randn(32, 3, 12, 16, generator=generator), torch.from_numpy(ALL_T))
+    rms = out.square().mean().sqrt()
     network.conv_out.weight /= rms
     network.conv_out.bias /= rms
     return network
@@ -91,13 +91,13 @@ NAMES = ["trained fp32", "trained fp16", "random fp32", "random fp16", "table fp
 every_export = pytest.mark.parametrize("name", NAMES)
 
 
-def answer(file: Path, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+def file_output(file: Path, x: np.ndarray, t: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {"x": x, "t": t})
     return out
 
 
-def torch_answer(network: UNet, x: np.ndarray, t: np.ndarray) -> np.ndarray:
+def torch_output(network: UNet, x: np.ndarray, t: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return network(torch.from_numpy(x), torch.from_numpy(t)).numpy()
 
@@ -107,7 +107,7 @@ def torch_answer(network: UNet, x: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 @every_export
 def test_inputs_and_outputs(exports, name):
-    """In every precision the same, so that files can be exchanged."""
+    """The same in every precision, so that files are interchangeable."""
     _, _, spec, model = exports[name]
     image = ["batch", *spec.shape]
 
@@ -180,7 +180,8 @@ def test_weights_are_inside_the_file(exports, name):
     assert all(tensor.data_location == TensorProto.DEFAULT for tensor in tensors)
 
 
-def test_another_process_exports_the_same_bytes_and_says_nothing(trained, tmp_path):
+@pytest.mark.traces
+def test_another_process_exports_the_same_bytes_and_prints_nothing(trained, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", f"from ddpm_export.graph.onnx_export import export; export({str(trained.run)!r})"],
         cwd=tmp_path,
@@ -206,7 +207,7 @@ def test_norms_softmax_and_time_path_stay_float32(exports, name):
 
 @pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
 @pytest.mark.parametrize("op", ["Softmax", "ReduceMean", "Sin", "Cos", "InstanceNormalization", "Gemm"])
-def test_the_walk_sees_what_it_looks_for(op, half):
+def test_the_walk_finds_what_it_looks_for(op, half):
     kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     scale = [numpy_helper.from_array(np.ones((3, 3) if op == "Gemm" else 3, np.float16 if half else np.float32), "w")]
     weights = {"InstanceNormalization": ["w", "w"], "Gemm": ["w"]}.get(op, [])
@@ -260,11 +261,11 @@ def test_only_known_precisions():
         to_precision(random_network(), "int8")
 
 
-# --- how exactly it answers ------------------------------------------------------------------------------------------
+# --- the error of its outputs ----------------------------------------------------------------------------------------
 
 
 def noisy_images(shape: tuple[int, int, int], each: int = 4) -> tuple[np.ndarray, np.ndarray]:
-    """x_t and t of ``each`` images at 32 t: real images for the trained network, what looks like noise for the other."""
+    """x_t and t of ``each`` images at 32 t: real images for the trained network, random ones for the other."""
     generator = torch.Generator().manual_seed(0)
     t = torch.from_numpy(ALL_T).repeat_interleave(each)
     if shape == (1, 16, 16):
@@ -276,13 +277,13 @@ def noisy_images(shape: tuple[int, int, int], each: int = 4) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("name", NAMES[:4])
-def test_its_answers_are_those_of_torch(exports, name, figure):
+def test_its_outputs_are_those_of_torch(exports, name, figure):
     """ε has variance 1, so an absolute error of 1e-3 is a thousandth of the noise."""
     network, file, spec, _ = exports[name]
     x, t = noisy_images(spec.shape)
-    wanted = torch_answer(network, x, t).astype(np.float64)
+    wanted = torch_output(network, x, t).astype(np.float64)
     assert 0.5 < np.sqrt(np.mean(wanted**2)) < 1.5
-    error = (answer(file, x, t) - wanted).reshape(32, -1)
+    error = (file_output(file, x, t) - wanted).reshape(32, -1)
     bound = 2e-5 if spec.precision == "fp32" else 3e-3
     worst = np.sqrt(np.mean(error**2, axis=1)).max()
     figure(f"{name} in onnxruntime against torch float32: largest RMS error over 32 t", worst, at_most=bound)
@@ -291,14 +292,14 @@ def test_its_answers_are_those_of_torch(exports, name, figure):
 
 
 @pytest.mark.parametrize("name", ["random fp32", "random fp16"])
-def test_an_answer_depends_on_no_other_image_of_the_batch(exports, name):
+def test_an_output_depends_on_no_other_image_of_the_batch(exports, name):
     _, file, spec, _ = exports[name]
     x, t = noisy_images(spec.shape)
     x, t = x[::8], t[::8]
-    together = answer(file, x, t)
+    together = file_output(file, x, t)
     assert len(together) == 16
     for size in (1, 3):
-        assert np.abs(answer(file, x[:size], t[:size]) - together[:size]).max() < 1e-5
+        assert np.abs(file_output(file, x[:size], t[:size]) - together[:size]).max() < 1e-5
 
 
 def test_a_chain_in_half_precision_gives_the_same_images(exports, figure):
@@ -347,9 +348,9 @@ def test_the_table_is_read_row_by_row():
 @pytest.mark.parametrize(
     ("table", "plain", "bound"), [("table fp32, v", "random fp32", 1e-5), ("table fp16, x0", "random fp16", 3e-3)]
 )
-def test_with_a_table_the_answers_are_the_same(exports, table, plain, bound, figure):
+def test_with_a_table_the_outputs_are_the_same(exports, table, plain, bound, figure):
     x, t = noisy_images((3, 12, 16))
-    error = (answer(exports[table].file, x, t) - answer(exports[plain].file, x, t)).reshape(32, -1)
+    error = (file_output(exports[table].file, x, t) - file_output(exports[plain].file, x, t)).reshape(32, -1)
     worst = np.sqrt(np.mean(error**2, axis=1)).max()
     figure(f"{table} against {plain}: largest RMS difference over 32 t", worst, at_most=bound)
 
@@ -416,7 +417,7 @@ def test_an_export_replaces_the_file_that_was_there(trained, tmp_path):
 
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("name", ["folder", "missing/model.onnx", "file/model.onnx"])
-def test_places_where_no_file_can_be(trained, tmp_path, name):
+def test_impossible_outputs_are_refused(trained, tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=name):
@@ -425,7 +426,7 @@ def test_places_where_no_file_can_be(trained, tmp_path, name):
 
 
 @pytest.mark.usefixtures("traced")
-def test_what_one_file_cannot_hold(trained, tmp_path, monkeypatch):
+def test_a_model_too_large_for_one_file_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "MAX_PROTOBUF_BYTES", 1000)
     with pytest.raises(OutputError, match="2 GiB"):
         export(trained.run, tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""Files of networks with classes, a learned variance and the other knobs: their contract and their answers."""
+"""Files of networks with classes, a learned variance and the other knobs: their contract and their outputs."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def spec_of(config: UNetConfig) -> ModelSpec:
     return ModelSpec((3, 8, 16), variance=variance, classes=config.classes)
 
 
-def questions(config: UNetConfig) -> dict[str, torch.Tensor]:
-    """An image for each t, of some class where there are classes."""
+def inputs_for(config: UNetConfig) -> dict[str, torch.Tensor]:
+    """An image for each t, of some class if there are classes."""
     x = torch.randn(len(T), 3, *config.size, generator=torch.Generator().manual_seed(1))
     y = torch.arange(len(T), dtype=torch.int32)
     return {"x": x, "t": T} | ({} if config.classes is None else {"y": y % config.classes})
 
 
-def asked(network: UNet, told: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The answer, and the variance behind it where there is one."""
+def output(network: UNet, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The output, with the variance behind it if there is one."""
     with torch.no_grad():
-        out = network(**told)
+        out = network(**inputs)
     return torch.cat(out, dim=1) if isinstance(out, tuple) else out
 
 
@@ -83,7 +83,7 @@ def exports(tmp_path_factory):
 
 
 @every_export
-def test_the_file_has_the_inputs_and_outputs_that_the_spec_says(exports, name, precision):
+def test_the_file_has_the_inputs_and_outputs_of_the_spec(exports, name, precision):
     _, _, file = exports[name, precision]
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
@@ -107,25 +107,25 @@ def test_the_file_has_the_inputs_and_outputs_that_the_spec_says(exports, name, p
 
 
 @every_export
-def test_the_file_answers_as_torch_does_in_every_batch(exports, name, precision, figure):
+def test_the_file_computes_what_torch_does_in_every_batch(exports, name, precision, figure):
     network, spec, file = exports[name, precision]
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    told = questions(network.config)
-    wanted = asked(network, told).numpy()
+    inputs = inputs_for(network.config)
+    wanted = output(network, inputs).numpy()
 
-    def answer(n: int) -> np.ndarray:
+    def file_output(n: int) -> np.ndarray:
         return np.concatenate(
-            session.run(list(spec.outputs), {key: value[:n].numpy() for key, value in told.items()}), axis=1
+            session.run(list(spec.outputs), {key: value[:n].numpy() for key, value in inputs.items()}), axis=1
         )
 
-    error = answer(len(T)) - wanted
+    error = file_output(len(T)) - wanted
     relative = np.sqrt(np.mean(error**2) / np.mean(wanted**2))
     bound = 1e-5 if precision == "fp32" else 5e-3
     figure(
         f"{name} {precision} in onnxruntime against torch float32: relative RMS error, 28 t", relative, at_most=bound
     )
     for n in (1, 3):
-        assert np.abs(answer(n) - answer(len(T))[:n]).max() < 1e-5
+        assert np.abs(file_output(n) - file_output(len(T))[:n]).max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["guided", "improved"])
@@ -153,9 +153,9 @@ def test_parameters_are_halved_by_kind(name, precision):
         part = key.split(".")[-2]
         full = key.startswith(("time.", "conv_in.", "conv_out.")) or part.startswith("norm")
         assert tensor.dtype == (torch.float32 if full else half), key
-    answer = asked(network, questions(NETWORKS[name]))
-    assert answer.dtype == torch.float32
-    assert torch.isfinite(answer).all()
+    out = output(network, inputs_for(NETWORKS[name]))
+    assert out.dtype == torch.float32
+    assert torch.isfinite(out).all()
 
 
 def test_a_network_that_names_no_parts_cannot_be_halved():
@@ -182,24 +182,24 @@ def test_with_classes_there_is_no_time_table(tmp_path):
 
 
 class Conditioned(torch.nn.Module):
-    """A network that is no U-Net, with every input there is."""
+    """A network other than a U-Net, with every input that the contract knows."""
 
     def forward(self, x, t, y, x0_prev, cond):
         shift = (t + y).to(torch.float32)[:, None, None, None]
         return x + 2 * x0_prev + cond.sum(dim=1, keepdim=True) + shift, x * cond[:, :1]
 
 
-def test_any_network_is_told_by_name_what_its_spec_speaks_of(tmp_path):
+def test_any_network_gets_its_conditioning_by_name(tmp_path):
     spec = ModelSpec((1, 4, 4), variance="learned_range", classes=3, self_condition=True, condition=2)
     export_network(Conditioned(), spec, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
-    told = {"t": np.array([1, 5, 9], np.int32), "y": np.array([0, 2, 1], np.int32)}
-    told |= {name: rng.random((3, c, 4, 4), np.float32) for name, c in (("x", 1), ("x0_prev", 1), ("cond", 2))}
-    assert {value.name for value in session.get_inputs()} == set(told)
-    eps, var = session.run(["eps", "var"], told)
+    inputs = {"t": np.array([1, 5, 9], np.int32), "y": np.array([0, 2, 1], np.int32)}
+    inputs |= {name: rng.random((3, c, 4, 4), np.float32) for name, c in (("x", 1), ("x0_prev", 1), ("cond", 2))}
+    assert {value.name for value in session.get_inputs()} == set(inputs)
+    eps, var = session.run(["eps", "var"], inputs)
     with torch.no_grad():
-        wanted = Conditioned()(**{name: torch.from_numpy(value) for name, value in told.items()})
+        wanted = Conditioned()(**{name: torch.from_numpy(value) for name, value in inputs.items()})
     assert np.allclose(eps, wanted[0], atol=1e-5)
     assert np.allclose(var, wanted[1], atol=1e-6)
     with pytest.raises(InputError, match="U-Net"):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ddpm_export.importers.diffusers_config import UNET_DEFAULTS, read_chain
 from ddpm_export.importers.probe import module_of
 from ddpm_export.importers.registry import Imported, Options, convert, import_checkpoint
-from ddpm_export.importers.settings import Inquiry
+from ddpm_export.importers.settings import SettingsResolver
 from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import DdpmxError, FileFormatError, InputError, OutputError
@@ -139,7 +139,7 @@ def test_old_names_of_attention_in_an_old_bin(tmp_path):
     assert error(import_checkpoint(tmp_path), model) <= 1e-5
 
 
-def test_a_missing_number_of_heads_is_diffusers_default_and_told(tmp_path):
+def test_a_missing_number_of_heads_is_diffusers_default_and_recorded(tmp_path):
     model = theirs(attention_head_dim=8)
     pipeline(tmp_path, model)
     edited(tmp_path / "unet" / "config.json", attention_head_dim=...)
@@ -185,12 +185,12 @@ def test_layouts(layout, tmp_path):
     assert error(imported, model) <= 1e-5
 
 
-def test_without_a_scheduler_the_chain_is_asked_for(tmp_path):
+def test_without_a_scheduler_the_chain_is_a_question(tmp_path):
     theirs().save_pretrained(tmp_path)
     imported = import_checkpoint(tmp_path)
     assert {question.name for question in imported.questions} >= {"schedule", "prediction", "timesteps"}
-    said = {"schedule": "linear", "prediction": "v", "timesteps": "100"}
-    spec = import_checkpoint(tmp_path, Options(said)).spec
+    values = {"schedule": "linear", "prediction": "v", "timesteps": "100"}
+    spec = import_checkpoint(tmp_path, Options(values)).spec
     assert (spec.schedule, spec.prediction, spec.timesteps) == ("linear", "v", 100)
 
 
@@ -250,7 +250,7 @@ def test_what_the_graph_cannot_express_is_refused_by_name(changes, tmp_path):
         {"prediction_type": "flow"},
         {"variance_type": "learned"},
         {"variance_type": "fixed_large_log"},  # the square root of a logarithm: NaN in diffusers itself
-        {"variance_type": "learned_range"},  # and the network has no second answer
+        {"variance_type": "learned_range"},  # and the network has no second output
         {"_class_name": "EulerDiscreteScheduler"},
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
@@ -454,11 +454,10 @@ def test_nonsense_in_a_field_is_an_error_or_harmless(file, junk, tmp_path):
     [({"predict_epsilon": False}, "x0"), ({"predict_epsilon": True}, "eps"), ({}, "eps")],
     ids=["x0", "eps", "silent"],
 )
-def test_the_first_releases_said_the_prediction_otherwise(changes, prediction):
-    ask = Inquiry(Options())
+def test_the_first_releases_had_predict_epsilon(changes, prediction):
     scheduler = {"_class_name": "DDPMScheduler", **changes}
-    found = SimpleNamespace(configs={"scheduler_config.json": scheduler})
-    spec = read_chain(ask, found, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))
+    contents = SimpleNamespace(configs={"scheduler_config.json": scheduler})
+    spec = read_chain(SettingsResolver(Options()), contents, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))
     assert spec.prediction == prediction
 
 
@@ -471,7 +470,7 @@ def test_the_first_releases_said_the_prediction_otherwise(changes, prediction):
     ],
     ids=["contradiction", "no boolean", "unknown"],
 )
-def test_a_scheduler_that_says_what_is_not_understood_is_refused(changes):
-    found = SimpleNamespace(configs={"scheduler_config.json": {"_class_name": "DDPMScheduler", **changes}})
+def test_a_scheduler_with_contradictory_or_unknown_fields_is_refused(changes):
+    contents = SimpleNamespace(configs={"scheduler_config.json": {"_class_name": "DDPMScheduler", **changes}})
     with pytest.raises(FileFormatError):
-        read_chain(Inquiry(Options()), found, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))
+        read_chain(SettingsResolver(Options()), contents, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))

@@ -14,7 +14,7 @@ import torch
 
 from ddpm_export.importers import ho_tf
 from ddpm_export.importers.keys import to_theirs, unet_shapes
-from ddpm_export.importers.reading.found import Found, open_found
+from ddpm_export.importers.reading.contents import CheckpointContents, open_checkpoint
 from ddpm_export.importers.reading.tensor_bundle import TensorBundle
 from ddpm_export.importers.settings import Imported, Options
 from ddpm_export.networks.unet import UNet, UNetConfig, cifar10, lsun256
@@ -55,23 +55,27 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(checkpoint) -> Found:
-    return open_found(checkpoint)
+def contents(checkpoint) -> CheckpointContents:
+    return open_checkpoint(checkpoint)
 
 
-def read(found: Found, **said: object) -> Imported:
-    return ho_tf.read(found, Options({"size": "[8, 8]", "variance": "fixed_large", **said}))
+def read(contents: CheckpointContents, **values: object) -> Imported:
+    return ho_tf.read(contents, Options({"size": "[8, 8]", "variance": "fixed_large", **values}))
 
 
-def with_config(found: Found, **config: object) -> Found:
-    return Found(found.path, found.kind, found.tensors, found.objects, config, {}, found.file)
+def with_config(contents: CheckpointContents, **config: object) -> CheckpointContents:
+    return CheckpointContents(
+        contents.path, contents.kind, contents.tensors, contents.objects, config, {}, contents.file
+    )
 
 
-def with_tensors(found: Found, tensors: dict) -> Found:
-    return Found(found.path, "tensor-bundle", tensors, found.objects, found.config, {}, found.file)
+def with_tensors(contents: CheckpointContents, tensors: dict) -> CheckpointContents:
+    return CheckpointContents(
+        contents.path, "tensor-bundle", tensors, contents.objects, contents.config, {}, contents.file
+    )
 
 
-def weightless(config: UNetConfig, step: int) -> Found:
+def weightless(config: UNetConfig, step: int) -> CheckpointContents:
     """A checkpoint of such a network, with averages alone: its tensors are zeros that take no memory."""
     shapes = unet_shapes(config)
     table = ho_tf.rows(config, average=True)
@@ -81,7 +85,7 @@ def weightless(config: UNetConfig, step: int) -> Found:
         for row in table
         for name, op in zip(row.theirs, row.op.theirs(*(ours[n] for n in row.ours)), strict=True)
     }
-    return Found(Path("model.ckpt"), "tensor-bundle", theirs, {"step": step})
+    return CheckpointContents(Path("model.ckpt"), "tensor-bundle", theirs, {"step": step})
 
 
 def settings(imported: Imported) -> dict[str, object]:
@@ -92,8 +96,8 @@ def settings(imported: Imported) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_epsilon_is_that_of_the_original_code(found, weights):
-    imported = ho_tf.read(found, Options({"size": [8, 8], "variance": "fixed_large"}, weights))
+def test_epsilon_is_that_of_the_original_code(contents, weights):
+    imported = ho_tf.read(contents, Options({"size": [8, 8], "variance": "fixed_large"}, weights))
     network = UNet(imported.config).eval()
     network.load_state_dict(imported.tensors)
     x = torch.from_numpy(4 * values("x", (6, 8, 8, 3)).transpose(0, 3, 1, 2).copy())
@@ -101,7 +105,7 @@ def test_epsilon_is_that_of_the_original_code(found, weights):
         out = network(x, torch.from_numpy(EPS["t"])).numpy()
     assert np.abs(out - EPS[weights]).max() <= 1e-5 * np.abs(EPS[weights]).max()
     other = EPS["raw" if weights == "ema" else "ema"]
-    assert np.abs(out - other).max() > 0.1, "the two sets of weights could be mixed up unseen"
+    assert np.abs(out - other).max() > 0.1, "swapping the two sets of weights would go unnoticed"
 
 
 def test_the_oracle_depends_on_t():
@@ -109,17 +113,17 @@ def test_the_oracle_depends_on_t():
     assert all(np.abs(EPS["ema"][i] - EPS["ema"][j]).max() > 0.1 for i in range(6) for j in range(i))
 
 
-def test_both_sets_of_weights_come_along_and_the_optimisers_do_not(found):
-    imported = read(found)
+def test_both_sets_of_weights_come_along_and_the_optimisers_do_not(contents):
+    imported = read(contents)
     assert imported.raw is not None
     assert set(imported.raw) == set(imported.tensors) == set(UNet(imported.config).state_dict())
-    raw = ho_tf.read(found, Options({"size": [8, 8], "variance": "fixed_large"}, "raw"))
+    raw = ho_tf.read(contents, Options({"size": [8, 8], "variance": "fixed_large"}, "raw"))
     assert all(torch.equal(imported.raw[name], tensor) for name, tensor in raw.tensors.items())
     assert len(ENTRIES) == 4 * len(imported.tensors) + 3
 
 
-def test_there_and_back_is_the_identity(found):
-    imported = read(found)
+def test_there_and_back_is_the_identity(contents):
+    imported = read(contents)
     back = ho_tf.variables(imported.config, imported.tensors)
     assert set(back) == {name for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
     for name, tensor in back.items():
@@ -131,16 +135,16 @@ def test_there_and_back_is_the_identity(found):
 # --- what it is ------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_recognised_by_its_names(found):
-    assert ho_tf.recognise(found) == "a TensorFlow checkpoint with model/temb/dense0/W"
-    other = open_found(FIXTURES / "types.ckpt-12")
+def test_it_is_recognised_by_its_names(contents):
+    assert ho_tf.recognise(contents) == "a TensorFlow checkpoint with model/temb/dense0/W"
+    other = open_checkpoint(FIXTURES / "types.ckpt-12")
     assert ho_tf.recognise(other) is None
-    with pytest.raises(FileFormatError, match="no TensorFlow checkpoint of Ho et al"):
+    with pytest.raises(FileFormatError, match="not a TensorFlow checkpoint of Ho et al"):
         ho_tf.read(other, Options())
 
 
-def test_the_network_follows_from_names_and_shapes(found):
-    imported = read(found)
+def test_the_network_follows_from_names_and_shapes(contents):
+    imported = read(contents)
     assert imported.config == UNetConfig(
         3, 3, (8, 8), channels=32, multipliers=(1, 2), blocks=2, attention=(4,), dropout=0.0
     )
@@ -150,8 +154,8 @@ def test_the_network_follows_from_names_and_shapes(found):
     assert imported.questions == ()
 
 
-def test_without_the_size_attention_is_taken_to_be_at_16(found):
-    imported = ho_tf.read(found, Options())
+def test_without_the_size_attention_is_taken_to_be_at_16(contents):
+    imported = ho_tf.read(contents, Options())
     assert imported.config.size == (32, 32)
     assert imported.config.attention == (16,)
     assert [fact.name for fact in imported.facts if fact.assumed and fact.name == "size"]
@@ -184,8 +188,8 @@ def test_the_published_files_need_no_flags(config, step, variance, name):
     assert imported.raw is None
 
 
-def test_kwargs_json_is_believed(tmp_path):
-    imported = ho_tf.read(open_found(tf_bundle.ho_checkpoint(tmp_path, ENTRIES, CIFAR_KWARGS)), Options())
+def test_kwargs_json_is_read(tmp_path):
+    imported = ho_tf.read(open_checkpoint(tf_bundle.ho_checkpoint(tmp_path, ENTRIES, CIFAR_KWARGS)), Options())
     spec = imported.spec
     assert (spec.timesteps, spec.schedule, spec.prediction, spec.variance) == (500, "quad", "x0", "fixed_small")
     assert spec.schedule_params == {"beta_start": 0.0002, "beta_end": 0.03}
@@ -194,32 +198,32 @@ def test_kwargs_json_is_believed(tmp_path):
     assert not [fact for fact in imported.facts if fact.assumed and fact.name != "clip"]
 
 
-def test_scripts_without_a_flag_for_the_variance_took_the_small_one(found):
-    imported = ho_tf.read(with_config(found, **LSUN_KWARGS), Options())
+def test_scripts_without_a_flag_for_the_variance_took_the_small_one(contents):
+    imported = ho_tf.read(with_config(contents, **LSUN_KWARGS), Options())
     assert imported.spec.variance == "fixed_small"
     assert imported.config.size == (256, 256)
     assert imported.questions == ()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "quad", "const", "warmup10", "warmup50", "jsd"])
-def test_each_schedule_of_hos_is_known(found, schedule):
+def test_each_schedule_of_hos_is_known(contents, schedule):
     mean = "xstart" if schedule == "jsd" else "eps"  # jsd ends at ᾱ = 0, from where ε alone cannot lead back
     kwargs = LSUN_KWARGS | {"beta_schedule": schedule, "model_mean_type": mean, "dataset": "x"}
-    imported = read(with_config(found, **kwargs))
+    imported = read(with_config(contents, **kwargs))
     assert imported.spec.schedule == schedule
 
 
-def test_what_the_user_says_goes_before_kwargs_json(found):
-    imported = read(with_config(found, **CIFAR_KWARGS), schedule="linear", timesteps="1000", prediction="eps")
+def test_the_users_options_come_before_kwargs_json(contents):
+    imported = read(with_config(contents, **CIFAR_KWARGS), schedule="linear", timesteps="1000", prediction="eps")
     spec = imported.spec
     assert (spec.timesteps, spec.schedule, spec.prediction, spec.variance) == (1000, "linear", "eps", "fixed_large")
     assert spec.shape == (3, 8, 8)
     assert spec.schedule_params == {"beta_start": 1e-4, "beta_end": 0.02}, "those of quad are not linear's"
 
 
-def test_without_attention_the_size_is_a_question(found):
-    tensors = {name: found.tensors[name] for name in ENTRIES if "/attn_" not in name or "/mid/" in name}
-    imported = ho_tf.read(with_tensors(found, tensors), Options({"variance": "fixed_large"}))
+def test_without_attention_the_size_is_a_question(contents):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if "/attn_" not in name or "/mid/" in name}
+    imported = ho_tf.read(with_tensors(contents, tensors), Options({"variance": "fixed_large"}))
     assert [question.name for question in imported.questions] == ["size"]
     assert imported.config.attention == ()
 
@@ -227,19 +231,19 @@ def test_without_attention_the_size_is_a_question(found):
 @pytest.mark.parametrize(
     ("stored", "step"), [(7, 7), (torch.nan, 790000), ([1, 2], 790000), (None, 790000), (True, 790000)]
 )
-def test_the_number_of_steps_is_that_of_global_step_or_of_the_name(found, stored, step):
-    tensors = {name: found.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
+def test_the_number_of_steps_is_that_of_global_step_or_of_the_name(contents, stored, step):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
     tensors |= {} if stored is None else {"global_step": torch.tensor(stored)}
-    assert settings(read(with_tensors(found, tensors)))["step"] == step
+    assert settings(read(with_tensors(contents, tensors)))["step"] == step
 
 
-def test_pooling_in_place_of_convolutions_is_seen(found):
+def test_pooling_in_place_of_convolutions_is_seen(contents):
     config = UNetConfig(3, 3, (8, 8), channels=32, multipliers=(1, 2), attention=(4,), average_pool=True)
     imported = read(weightless(config, 1))
     assert imported.config.average_pool
 
 
-# --- what it cannot be -----------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -247,66 +251,66 @@ def test_pooling_in_place_of_convolutions_is_seen(found):
     [
         ({"model_mean_type": "xprev"}, "model_mean_type 'xprev', which ddpmx cannot run"),
         ({"model_mean_type": ["eps"]}, "model_mean_type .*which ddpmx cannot run"),
-        ({"model_var_type": "learned"}, "answers log σ² as well"),
+        ({"model_var_type": "learned"}, "also predicts log σ²"),
         ({"model_var_type": {}}, "model_var_type .*which ddpmx cannot run"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine', which ddpmx cannot run"),
         ({"block_size": 2}, "block_size 2"),
         ({"num_diffusion_timesteps": "many"}, "num_diffusion_timesteps 'many'"),
         ({"num_diffusion_timesteps": -1}, "T must be"),
         ({"beta_end": [1]}, r"beta_end \[1\]"),
-        ({"beta_end": 7}, "β_t has to lie"),
+        ({"beta_end": 7}, "β_t must lie"),
         ({"dropout": "x"}, "dropout 'x'"),
     ],
 )
-def test_kwargs_that_cannot_be_are_refused(found, change, text):
-    config = with_config(found, **CIFAR_KWARGS | change)
+def test_impossible_kwargs_are_refused(contents, change, text):
+    config = with_config(contents, **CIFAR_KWARGS | change)
     with pytest.raises((FileFormatError, SpecError), match=text):
         ho_tf.read(config, Options())
 
 
 @pytest.mark.parametrize(
-    "said", [{"size": "[8]"}, {"size": "[]"}, {"size": "[0, 8]"}, {"size": '["a", 2]'}, {"size": "[7, 7]"}]
+    "values", [{"size": "[8]"}, {"size": "[]"}, {"size": "[0, 8]"}, {"size": '["a", 2]'}, {"size": "[7, 7]"}]
 )
-def test_sizes_that_cannot_be_are_refused(found, said):
+def test_impossible_sizes_are_refused(contents, values):
     with pytest.raises(InputError):
-        read(found, **said)
+        read(contents, **values)
 
 
-def test_a_log_variance_is_recognised_by_its_channels(found):
-    tensors = {name: found.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
+def test_a_log_variance_is_recognised_by_its_channels(contents):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
     tensors[f"model/conv_out/W{ho_tf.AVERAGE}"] = torch.zeros(3, 3, 32, 6)
-    with pytest.raises(FileFormatError, match="answers log σ²"):
-        read(with_tensors(found, tensors))
+    with pytest.raises(FileFormatError, match="also predicts log σ²"):
+        read(with_tensors(contents, tensors))
 
 
-def test_missing_averages_are_no_reason_to_take_other_weights(found):
-    tensors = {name: found.tensors[name] for name in ENTRIES if not name.endswith(ho_tf.AVERAGE)}
+def test_missing_averages_are_no_reason_to_take_other_weights(contents):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if not name.endswith(ho_tf.AVERAGE)}
     with pytest.raises(FileFormatError, match=r"it holds no averages(\n.*)*--weights raw"):
-        read(with_tensors(found, tensors))
-    raw = ho_tf.read(with_tensors(found, tensors), Options({"size": [8, 8], "variance": "fixed_large"}, "raw"))
+        read(with_tensors(contents, tensors))
+    raw = ho_tf.read(with_tensors(contents, tensors), Options({"size": [8, 8], "variance": "fixed_large"}, "raw"))
     assert raw.raw is None
 
 
-def test_everything_that_is_wrong_with_the_weights_is_one_error(found):
-    tensors = {name: found.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
+def test_everything_that_is_wrong_with_the_weights_is_one_error(contents):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
     del tensors[f"model/mid/attn_1/k/b{ho_tf.AVERAGE}"]
     tensors[f"model/mid/attn_9/k/b{ho_tf.AVERAGE}"] = torch.zeros(64)
     tensors[f"model/mid/block_1/conv1/b{ho_tf.AVERAGE}"] = torch.zeros(65)
     tensors[f"model/mid/block_1/conv2/b{ho_tf.AVERAGE}"] = torch.full((64,), torch.nan)
     tensors[f"model/mid/block_1/conv2/W{ho_tf.AVERAGE}"] = torch.zeros(3)
     with pytest.raises(FileFormatError, match="1 missing, 1 surplus, 2 of another shape, 1 with NaN") as caught:
-        read(with_tensors(found, tensors))
+        read(with_tensors(contents, tensors))
     for name in ("attn_1/k/b", "attn_9/k/b", "block_1/conv1/b", "block_1/conv2/b", "block_1/conv2/W"):
         assert name in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["conv_in/W", "conv_out/W", "down_1/block_0/conv1/W"])
 @pytest.mark.parametrize("shape", [None, (), (3,), (3, 3, 0, 0), (3, 3, 1, 7)])
-def test_shapes_that_tell_nothing_are_refused(found, name, shape):
-    tensors = {name: found.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
+def test_useless_shapes_are_refused(contents, name, shape):
+    tensors = {name: contents.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
     if shape is None:
         del tensors[f"model/{name}{ho_tf.AVERAGE}"]
     else:
         tensors[f"model/{name}{ho_tf.AVERAGE}"] = torch.zeros(shape)
     with pytest.raises((FileFormatError, InputError, SpecError)):
-        read(with_tensors(found, tensors))
+        read(with_tensors(contents, tensors))

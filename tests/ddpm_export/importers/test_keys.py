@@ -1,4 +1,4 @@
-"""Two-way tables: every layout undoes itself, every part of a network has its place, every fault is told at once."""
+"""Two-way tables: every layout undoes itself, every part of a network has its place, all faults are in one error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ddpm_export.importers import keys
 from ddpm_export.importers.keys import HWIO, NIN, SAME, SQUEEZE, TRANSPOSE, Columns, Op, Row, SplitQkv, layer
-from ddpm_export.importers.registry import Inquiry, Options
+from ddpm_export.importers.registry import Options, SettingsResolver
 from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpmx.errors import DdpmxError, FileFormatError, InputError
 
@@ -106,19 +106,19 @@ THEIRS = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2), "b.weight": tor
 SHAPES = {"x.weight": (2, 3), "x.bias": (2,), "y.weight": (2, 3), "y.bias": (2,)}
 
 
-def test_all_faults_are_told_at_once():
+def test_all_faults_are_in_one_error():
     theirs = {**THEIRS, "c": torch.ones(1), "a.bias": torch.ones(2) / 0, "b.weight": torch.ones(2, 2)}
     del theirs["b.bias"]
     theirs["a.weight"] = theirs["a.weight"].long()
     with pytest.raises(FileFormatError) as caught:
         keys.to_ours(ROWS, theirs, shapes=SHAPES)
-    said = str(caught.value)
+    message = str(caught.value)
     for fault in ("missing: b.bias", "surplus: c", "b.weight [2, 2]", "a.weight is int64", "infinities: a.bias"):
-        assert fault in said
-    assert "1 missing, 1 surplus, 1 of another shape, 1 no floats, 1 with NaN" in said
+        assert fault in message
+    assert "1 missing, 1 surplus, 1 of another shape, 1 not floats, 1 with NaN" in message
 
 
-def test_names_that_mean_nothing_may_be_there():
+def test_ignored_names_may_be_present():
     theirs = {**THEIRS, "c.num_batches": torch.ones(1)}
     assert keys.to_ours(ROWS, theirs, shapes=SHAPES, ignore=("*.num_batches",)).keys() == SHAPES.keys()
 
@@ -148,39 +148,39 @@ def test_backwards_wants_exactly_our_tensors():
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def ask(**said: object) -> Inquiry:
-    return Inquiry(Options(said))
+def resolver(**values: object) -> SettingsResolver:
+    return SettingsResolver(Options(values))
 
 
-def test_who_is_believed():
+def test_the_user_comes_before_the_file_and_the_file_before_assumptions():
     heads = (1, 4)
-    assert ask(heads="4").settle("heads", heads, known=1, source="config") == 4
-    assert ask().settle("heads", heads, known=4, source="config") == 4
-    inquiry = ask()
-    assert inquiry.settle("heads", heads, assume="always") == 1
-    assert inquiry.facts[0].assumed
-    assert inquiry.settle("order", ("old", "new")) == "old"
-    assert [question.name for question in inquiry.questions] == ["order"]
+    assert resolver(heads="4").resolve("heads", heads, known=1, source="config") == 4
+    assert resolver().resolve("heads", heads, known=4, source="config") == 4
+    settings = resolver()
+    assert settings.resolve("heads", heads, assume="always") == 1
+    assert settings.facts[0].assumed
+    assert settings.resolve("order", ("old", "new")) == "old"
+    assert [question.name for question in settings.questions] == ["order"]
 
 
-def test_a_contradiction_is_told():
-    inquiry = ask(heads="4")
-    inquiry.settle("heads", (1, 4), known=1, source="config.json")
-    assert inquiry.facts[0].source == "as said; config.json says 1"
+def test_a_contradiction_is_recorded():
+    settings = resolver(heads="4")
+    settings.resolve("heads", (1, 4), known=1, source="config.json")
+    assert settings.facts[0].source == "set by the user; config.json says 1"
 
 
 @pytest.mark.parametrize(
-    ("said", "candidates", "value"),
+    ("raw", "candidates", "value"),
     [("8", (4,), 8), ("2", (0.5,), 2.0), ("none", (1.0, None), None), ("true", (False, True), True), (7, (1,), 7)],
 )
-def test_what_is_said_is_read_as_the_candidates_are(said, candidates, value):
-    got = ask(x=said).settle("x", candidates, closed=False)
+def test_a_value_is_parsed_to_the_type_of_the_candidates(raw, candidates, value):
+    got = resolver(x=raw).resolve("x", candidates, closed=False)
     assert got == value
     assert type(got) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("said", "candidates", "closed"),
+    ("raw", "candidates", "closed"),
     [
         ("3", (1, 4), True),
         ("x", (4,), False),
@@ -191,16 +191,16 @@ def test_what_is_said_is_read_as_the_candidates_are(said, candidates, value):
         ('["a", 8]', ((32, 32),), False),
     ],
 )
-def test_what_cannot_be_is_refused(said, candidates, closed):
+def test_impossible_values_are_refused(raw, candidates, closed):
     with pytest.raises(InputError, match="x cannot be"):
-        ask(x=said).settle("x", candidates, closed=closed)
+        resolver(x=raw).resolve("x", candidates, closed=closed)
 
 
-def test_what_nobody_asked_for_is_refused():
-    inquiry = ask(heads="4", heds="4")
-    inquiry.settle("heads", (1, 4))
+def test_an_unknown_setting_is_refused():
+    settings = resolver(heads="4", heds="4")
+    settings.resolve("heads", (1, 4))
     with pytest.raises(DdpmxError, match="heds"):
-        inquiry.done("openai", None, None, {})  # type: ignore[arg-type]
+        settings.finish("openai", None, None, {})  # type: ignore[arg-type]
 
 
 def test_a_row_by_default_changes_nothing():

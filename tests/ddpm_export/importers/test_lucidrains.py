@@ -15,7 +15,7 @@ from ddpm_export.graph.onnx_export import export_network
 from ddpm_export.importers import lucidrains
 from ddpm_export.importers.keys import to_theirs
 from ddpm_export.importers.lucidrains_keys import rows
-from ddpm_export.importers.registry import Found, Options, import_checkpoint
+from ddpm_export.importers.registry import CheckpointContents, Options, import_checkpoint
 from ddpm_export.networks.lucidrains_config import LucidrainsConfig, check_spec
 from ddpm_export.networks.lucidrains_unet import LucidrainsUNet
 from ddpm_export.networks.torch_backend import TorchBackend
@@ -35,7 +35,7 @@ CHAINS = [name for name in CASES if name.startswith("chain")]
 PLAIN = CASES["2.3.4 plain"]
 CHAIN = CASES["chain 2.3.4 v, self-conditioning"]
 ALONE = {"size": SIZE, "timesteps": 1000, "schedule": "cosine", "prediction": "eps"}
-"""What a U-Net without its diffusion leaves open."""
+"""The settings that a U-Net without its diffusion leaves open."""
 
 
 def unet_state(case: Case, seed: int = 1) -> dict[str, torch.Tensor]:
@@ -49,7 +49,7 @@ def diffusion_state(case: Case, seed: int = 1, **buffers: np.ndarray) -> dict[st
 
 
 def trainer(case: Case, **changes: object) -> dict[str, object]:
-    """What a Trainer saves, with averaged weights of their own and spoilt averaged buffers."""
+    """What a Trainer saves, with different averaged weights and wrong averaged buffers."""
     online, averaged = diffusion_state(case), diffusion_state(case, seed=2, betas=case.buffers["betas"] * 0.5)
     ema = {f"online_model.{name}": tensor for name, tensor in online.items()}
     ema |= {f"ema_model.{name}": tensor for name, tensor in averaged.items()}
@@ -63,26 +63,26 @@ def trainer(case: Case, **changes: object) -> dict[str, object]:
 def read(tmp_path):
     """Saves, opens and reads a file."""
 
-    def run(content: object, said: dict | None = None, **options):
+    def run(content: object, values: dict | None = None, **options):
         torch.save(content, tmp_path / "model-1.pt")
-        return import_checkpoint(tmp_path / "model-1.pt", Options(said or {}, **options))
+        return import_checkpoint(tmp_path / "model-1.pt", Options(values or {}, **options))
 
     return run
 
 
-def said_of(case: Case) -> dict[str, object]:
-    """What nothing but the user can say of a U-Net alone."""
-    said: dict[str, object] = dict(ALONE)
+def settings_of(case: Case) -> dict[str, object]:
+    """The settings of a U-Net alone that only the user can give."""
+    values: dict[str, object] = dict(ALONE)
     unet = case.unet
     if unet.get("learned_variance"):
-        del said["prediction"]
+        del values["prediction"]
     if "sinusoidal_pos_emb_theta" in unet:
-        said["theta"] = unet["sinusoidal_pos_emb_theta"]
+        values["theta"] = unet["sinusoidal_pos_emb_theta"]
     if "resnet_block_groups" in unet:
-        said["groups"] = unet["resnet_block_groups"]
+        values["groups"] = unet["resnet_block_groups"]
     if "mid_attn.fn.fn.to_qkv.weight" in case.shapes:
-        said["release"] = case.release if case.release != "1.0.0" else "1.6.4"
-    return said
+        values["release"] = case.release if case.release != "1.0.0" else "1.6.4"
+    return values
 
 
 def network_of(imported) -> LucidrainsUNet:
@@ -91,8 +91,8 @@ def network_of(imported) -> LucidrainsUNet:
     return network.eval().requires_grad_(False)
 
 
-def answer(network: LucidrainsUNet, case: Case) -> np.ndarray:
-    x, x0_prev = map(torch.from_numpy, case.asked())
+def output(network: LucidrainsUNet, case: Case) -> np.ndarray:
+    x, x0_prev = map(torch.from_numpy, case.inputs())
     t = torch.from_numpy(TIMESTEPS).to(torch.int32)
     out = network(x, t, **({"x0_prev": x0_prev} if network.config.self_condition else {}))
     return (torch.cat(out, dim=1) if isinstance(out, tuple) else out).numpy()
@@ -102,33 +102,33 @@ def answer(network: LucidrainsUNet, case: Case) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_its_answers_are_theirs(read, name, figure):
+def test_its_outputs_are_theirs(read, name, figure):
     case = CASES[name]
-    imported = read(unet_state(case), said_of(case))
+    imported = read(unet_state(case), settings_of(case))
     assert imported.questions == ()
     assert imported.source == "lucidrains"
-    error = np.abs(answer(network_of(imported), case) - case.answers).max()
-    assert 0.5 < case.answers.std() < 4
+    error = np.abs(output(network_of(imported), case) - case.outputs).max()
+    assert 0.5 < case.outputs.std() < 4
     figure(f"{name}: largest difference to denoising-diffusion-pytorch", error, at_most=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_import_loses_nothing(read, name):
     case = CASES[name]
-    imported, theirs = read(unet_state(case), said_of(case)), unet_state(case)
-    back = to_theirs(rows(imported.config, wrapped="release" in said_of(case)), imported.tensors)
+    imported, theirs = read(unet_state(case), settings_of(case)), unet_state(case)
+    back = to_theirs(rows(imported.config, wrapped="release" in settings_of(case)), imported.tensors)
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[key], theirs[key]) for key in back)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("1.6.4 plain", "1.7.1"), ("1.7.1 plain", "1.7.3"), ("1.7.3 plain", "1.7.7")]
+    ("name", "release"), [("1.6.4 plain", "1.7.1"), ("1.7.1 plain", "1.7.3"), ("1.7.3 plain", "1.7.7")]
 )
-def test_another_release_would_be_another_network(read, name, said):
-    """The reason why it is asked for: the names are the same, the answers are not."""
+def test_another_release_would_be_another_network(read, name, release):
+    """The reason why it is a question: the names are the same, the outputs are not."""
     case = CASES[name]
-    imported = read(unet_state(case), {**said_of(case), "release": said})
-    assert np.abs(answer(network_of(imported), case) - case.answers).max() > 1e-3
+    imported = read(unet_state(case), {**settings_of(case), "release": release})
+    assert np.abs(output(network_of(imported), case) - case.outputs).max() > 1e-3
 
 
 def test_config_survives_json(read):
@@ -188,9 +188,9 @@ def test_its_chain_is_theirs(read, name, figure):
     states = len(seen) + 1  # with x_T
     error = max(
         np.abs(seen[place - 1] - theirs).max()
-        for place, theirs in zip((states // 2, len(seen)), case.answers, strict=True)
+        for place, theirs in zip((states // 2, len(seen)), case.outputs, strict=True)
     )
-    assert (np.abs(case.answers[0]) < 1).mean() > 0.3, "not all of it is clipped"
+    assert (np.abs(case.outputs[0]) < 1).mean() > 0.3, "not all of it is clipped"
     figure(f"{name}: largest difference to p_sample_loop", error, at_most=2e-5)
 
 
@@ -229,7 +229,7 @@ def test_betas_of_no_name_are_kept(read):
 @pytest.mark.parametrize("schedule", ["cosine", "sigmoid_alpha_bar"])
 @pytest.mark.parametrize("gamma", [0.5, 5.0])
 @pytest.mark.parametrize("clip", [np.minimum, np.maximum])
-def test_clipped_loss_weights_still_tell_the_objective(schedule, gamma, clip):
+def test_clipped_loss_weights_still_show_the_objective(schedule, gamma, clip):
     """min(SNR, γ) is Hang et al.'s; max was in some releases."""
     whole = make_schedule(schedule, 1000)
     clipped = clip(whole.snr, gamma)
@@ -237,14 +237,14 @@ def test_clipped_loss_weights_still_tell_the_objective(schedule, gamma, clip):
         assert list(lucidrains.objectives(whole, (clipped / factor).astype(np.float32))) == [objective]
 
 
-def test_an_unknown_loss_weight_is_asked_about(read):
+def test_an_unknown_loss_weight_leaves_the_prediction_open(read):
     odd = np.linspace(1, 2, len(CHAIN.buffers["betas"]), dtype=np.float32)
     imported = read(diffusion_state(CHAIN, loss_weight=odd), {"size": SIZE})
     assert [question.name for question in imported.questions] == ["prediction"]
     assert read(diffusion_state(CHAIN, loss_weight=odd), {"size": SIZE, "prediction": "x0"}).spec.prediction == "x0"
 
 
-def test_a_learned_variance_means_noise_whatever_the_loss_weight_says(read):
+def test_a_learned_variance_means_noise_whatever_the_loss_weight(read):
     case = CASES["chain 2.3.4 learned variance"]
     schedule = Schedule.from_betas(case.buffers["betas"].astype(np.float64))
     assert list(lucidrains.objectives(schedule, case.buffers["loss_weight"])) == ["pred_v"]
@@ -272,14 +272,14 @@ def test_an_average_alone(read):
     assert np.array_equal(imported.tensors["conv_in.weight"], weights(CHAIN.shapes, 2)["init_conv.weight"])
 
 
-def test_what_is_left_open(read):
+def test_open_settings(read):
     assert [question.name for question in read(trainer(CHAIN)).questions] == ["size"]
     case = CASES["1.6.4 plain"]
-    asked = [question.name for question in read(unet_state(case)).questions]
-    assert asked == ["release", "size", "timesteps", "schedule", "prediction"]
+    questions = [question.name for question in read(unet_state(case)).questions]
+    assert questions == ["release", "size", "timesteps", "schedule", "prediction"]
 
 
-def test_the_release_in_the_file_says_which_graph(read):
+def test_the_release_in_the_file_decides_the_graph(read):
     case = CASES["chain 1.6.4 noise, cosine"]
     for version, (standardised, norm, divided) in {
         "1.6.4": ("plus", "layer", True),
@@ -309,11 +309,11 @@ FAULTS = {
     "classes": ({**GOOD, "model.null_classes_emb": torch.zeros(2)}, "classifier-free"),
     "sequences": ({**GOOD, "model.init_conv.weight": torch.zeros(8, 3, 7)}, "dimensions"),
     "NaN": ({**GOOD, "model.final_conv.bias": torch.full((3,), torch.nan)}, "NaN"),
-    "whole numbers": ({**GOOD, "model.final_conv.bias": torch.zeros(3, dtype=torch.int32)}, "no floats"),
+    "whole numbers": ({**GOOD, "model.final_conv.bias": torch.zeros(3, dtype=torch.int32)}, "not floats"),
     "another shape": ({**GOOD, "model.mid_attn.mem_kv": torch.zeros(2, 4, 5, 32)}, "of another shape"),
     "another gain": ({**GOOD, "model.mid_attn.norm.g": torch.zeros(1, 32)}, "of another shape"),
     "odd channels": ({**GOOD, "model.init_conv.weight": torch.zeros(8, 5, 7, 7)}, "channels"),
-    "β": ({**GOOD, "betas": 1 - 2 * GOOD["betas"]}, "no schedule"),
+    "β": ({**GOOD, "betas": 1 - 2 * GOOD["betas"]}, "not a schedule"),
     "β of NaN": ({**GOOD, "betas": GOOD["betas"] * torch.nan}, "finite"),
     "β and weights": ({**GOOD, "loss_weight": GOOD["loss_weight"][1:]}, "lengths"),
     "older": (
@@ -332,7 +332,7 @@ def test_damaged_and_foreign_files(read, fault):
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("values", "message"),
     [
         ({"size": 9}, "cannot be halved"),
         ({"size": SIZE, "data_range": "[0, 1]"}, r"\[−1, 1\]"),
@@ -342,15 +342,15 @@ def test_damaged_and_foreign_files(read, fault):
     ],
     ids=str,
 )
-def test_what_cannot_be_said(read, said, message):
+def test_impossible_settings_are_refused(read, values, message):
     with pytest.raises(InputError, match=message):
-        read(GOOD, said)
+        read(GOOD, values)
 
 
-def test_anothers_file_is_not_theirs():
-    foreign = Found(Path("model.pt"), "torch", {"conv_in.weight": torch.zeros(3)})
+def test_the_file_of_another_project_is_refused():
+    foreign = CheckpointContents(Path("model.pt"), "torch", {"conv_in.weight": torch.zeros(3)})
     assert lucidrains.recognise(foreign) is None
-    with pytest.raises(FileFormatError, match="no network of denoising-diffusion-pytorch"):
+    with pytest.raises(FileFormatError, match="not a network of denoising-diffusion-pytorch"):
         lucidrains.read(foreign, Options())
 
 
@@ -367,8 +367,8 @@ def exported(tmp_path_factory):
             folder = tmp_path_factory.mktemp("lucidrains")
             alone = case.diffusion is None
             torch.save(unet_state(case) if alone else diffusion_state(case), folder / "model-1.pt")
-            said = said_of(case) if alone else {"size": SIZE}
-            imported = import_checkpoint(folder / "model-1.pt", Options(said))
+            values = settings_of(case) if alone else {"size": SIZE}
+            imported = import_checkpoint(folder / "model-1.pt", Options(values))
             spec = export_network(network_of(imported), imported.spec, folder / "model.onnx", precision=precision)
             made[case.name, precision] = folder / "model.onnx", spec, imported
         return made[case.name, precision]
@@ -377,7 +377,7 @@ def exported(tmp_path_factory):
 
 
 SELF = CASES["2.3.4 self-conditioning"]
-"""The network of :data:`CHAIN`, asked alone."""
+"""The network of :data:`CHAIN`, without a chain."""
 EXPORTED = [
     (CHAIN, SELF, "fp32"),
     (CHAIN, SELF, "fp16"),
@@ -386,18 +386,18 @@ EXPORTED = [
 ]
 
 
-@pytest.mark.parametrize(("case", "asked", "precision"), EXPORTED, ids=lambda value: getattr(value, "name", value))
-def test_its_answers_in_onnxruntime_are_theirs(exported, case, asked, precision, figure):
+@pytest.mark.parametrize(("case", "alone", "precision"), EXPORTED, ids=lambda value: getattr(value, "name", value))
+def test_its_outputs_in_onnxruntime_are_theirs(exported, case, alone, precision, figure):
     file, spec, _ = exported(case, precision)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    x, x0_prev = asked.asked()
-    told = {"x": x, "t": TIMESTEPS.astype(np.int32), **({"x0_prev": x0_prev} if spec.self_condition else {})}
-    assert [value.name for value in session.get_inputs()] == list(told)
+    x, x0_prev = alone.inputs()
+    inputs = {"x": x, "t": TIMESTEPS.astype(np.int32), **({"x0_prev": x0_prev} if spec.self_condition else {})}
+    assert [value.name for value in session.get_inputs()] == list(inputs)
     assert [value.name for value in session.get_outputs()] == list(spec.outputs)
-    out = np.concatenate(session.run(None, told), axis=1)
-    error, bound = np.abs(out - asked.answers).max(), 2e-5 if precision == "fp32" else 1e-2
+    out = np.concatenate(session.run(None, inputs), axis=1)
+    error, bound = np.abs(out - alone.outputs).max(), 2e-5 if precision == "fp32" else 1e-2
     figure(f"{case.name} in onnxruntime, {precision}: largest difference", error, at_most=bound)
-    first = np.concatenate(session.run(None, {name: array[:1] for name, array in told.items()}), axis=1)
+    first = np.concatenate(session.run(None, {name: array[:1] for name, array in inputs.items()}), axis=1)
     assert np.abs(first - out[:1]).max() < bound / 5, "it depends on no other image of the batch"
 
 
@@ -424,7 +424,7 @@ def test_its_images_in_onnxruntime_are_theirs(exported):
     file, _, _ = exported(CHAIN, "fp32")
     with load(file) as pipeline:
         seen = pipeline.generate(2, seed=0, batch=2).astype(int)
-    theirs = np.clip(np.floor(CHAIN.answers[-1] * 127.5 + 128), 0, 255).transpose(0, 2, 3, 1)
+    theirs = np.clip(np.floor(CHAIN.outputs[-1] * 127.5 + 128), 0, 255).transpose(0, 2, 3, 1)
     assert theirs.std() > 30
     assert np.abs(seen - theirs).max() <= 1
 

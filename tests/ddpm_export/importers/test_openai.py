@@ -19,9 +19,9 @@ from ddpm_export.importers.keys import to_theirs, unet_shapes
 from ddpm_export.importers.openai_flags import PUBLISHED
 from ddpm_export.importers.openai_keys import rows
 from ddpm_export.importers.probe import module_of
-from ddpm_export.importers.reading.found import Found
+from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.registry import Imported, Options, convert, import_checkpoint, save_run
-from ddpm_export.importers.settings import Inquiry
+from ddpm_export.importers.settings import SettingsResolver
 from ddpm_export.networks.unet import UNetConfig
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.diffusion.samplers import make_table
@@ -48,16 +48,16 @@ def weights(case: Case) -> dict[str, torch.Tensor]:
     return openai_unet._carried(openai_unet.network(case).state_dict(), case.config, new_order=new_order)
 
 
-def said(case: Case, **more: object) -> Options:
-    settings: dict[str, object] = {"size": (8, 8), "schedule": "cosine", "timesteps": TIMESTEPS}
-    settings["rescale_timesteps"] = case.rescale_timesteps
+def options_for(case: Case, **more: object) -> Options:
+    values: dict[str, object] = {"size": (8, 8), "schedule": "cosine", "timesteps": TIMESTEPS}
+    values["rescale_timesteps"] = case.rescale_timesteps
     if width := case.flags.get("num_head_channels"):
-        settings["head_channels"] = width
+        values["head_channels"] = width
     else:
-        settings["heads"] = case.flags["num_heads"]
+        values["heads"] = case.flags["num_heads"]
     if case.config.heads != 1 or width:
-        settings["attention_order"] = "new" if case.flags.get("use_new_attention_order") else "legacy"
-    return Options({**settings, **more})
+        values["attention_order"] = "new" if case.flags.get("use_new_attention_order") else "legacy"
+    return Options({**values, **more})
 
 
 def saved(tmp_path: Path, content: object, name: str = "ema_0.9999_500000.pt") -> Path:
@@ -66,12 +66,12 @@ def saved(tmp_path: Path, content: object, name: str = "ema_0.9999_500000.pt") -
 
 
 def imported_case(tmp_path: Path, name: str, **more: object) -> Imported:
-    return import_checkpoint(saved(tmp_path, weights(CASES[name])), said(CASES[name], **more))
+    return import_checkpoint(saved(tmp_path, weights(CASES[name])), options_for(CASES[name], **more))
 
 
-def with_tensors(tensors: dict[str, torch.Tensor], name: str = "ema_0.9999_500000.pt") -> Found:
+def with_tensors(tensors: dict[str, torch.Tensor], name: str = "ema_0.9999_500000.pt") -> CheckpointContents:
     path = Path("/nowhere") / name
-    return Found(path, "torch", tensors, file=path)
+    return CheckpointContents(path, "torch", tensors, file=path)
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
@@ -83,10 +83,10 @@ def test_the_imported_network_is_what_their_code_computes(name, tmp_path, figure
     assert (imported.source, imported.questions, imported.config) == ("openai", (), case.config)
     y = [] if case.config.classes is None else [torch.from_numpy(openai_unet.Y)]
     with torch.no_grad():
-        answer = module_of(imported)(torch.from_numpy(openai_unet.images(case)), torch.from_numpy(openai_unet.T), *y)
+        outputs = module_of(imported)(torch.from_numpy(openai_unet.images(case)), torch.from_numpy(openai_unet.T), *y)
     with np.load(openai_unet.FILE) as stored:
-        wanted = torch.from_numpy(stored[name])
-    for what, ours, theirs in zip(("ε", "var"), answer, wanted.chunk(2, dim=1), strict=True):
+        expected = torch.from_numpy(stored[name])
+    for what, ours, theirs in zip(("ε", "var"), outputs, expected.chunk(2, dim=1), strict=True):
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
         figure(f"{name}: {what} against its own code, max |Δ| / max", error, at_most=1e-5)
 
@@ -96,21 +96,21 @@ def test_the_imported_network_is_what_their_code_computes(name, tmp_path, figure
     [(UPDOWN, {"attention_order": "new"}), (RESCALED, {"rescale_timesteps": False}), (POOL, {"heads": 1})],
 )
 def test_another_answer_to_a_question_is_another_network(name, wrong, tmp_path):
-    options = {**said(CASES[name]).said, **wrong}
+    values = {**options_for(CASES[name]).values, **wrong}
     if wrong == {"heads": 1}:
-        del options["attention_order"]
-    imported = import_checkpoint(saved(tmp_path, weights(CASES[name])), Options(options))
+        del values["attention_order"]
+    imported = import_checkpoint(saved(tmp_path, weights(CASES[name])), Options(values))
     case = CASES[name]
     y = [] if case.config.classes is None else [torch.from_numpy(openai_unet.Y)]
     with torch.no_grad():
-        answer = module_of(imported)(torch.from_numpy(openai_unet.images(case)), torch.from_numpy(openai_unet.T), *y)
+        outputs = module_of(imported)(torch.from_numpy(openai_unet.images(case)), torch.from_numpy(openai_unet.T), *y)
     with np.load(openai_unet.FILE) as stored:
-        assert np.abs(torch.cat(answer, dim=1).numpy() - stored[name]).max() > 1e-3
+        assert np.abs(torch.cat(outputs, dim=1).numpy() - stored[name]).max() > 1e-3
 
 
 def test_half_precision_becomes_float32(tmp_path):
     halved = {name: tensor.half() for name, tensor in weights(CASES[CONV]).items()}
-    imported = import_checkpoint(saved(tmp_path, halved), said(CASES[CONV]))
+    imported = import_checkpoint(saved(tmp_path, halved), options_for(CASES[CONV]))
     assert {tensor.dtype for tensor in imported.tensors.values()} == {torch.float32}
     assert torch.equal(imported.tensors["conv_in.weight"], halved["input_blocks.0.0.weight"].float())
 
@@ -119,14 +119,14 @@ def test_half_precision_becomes_float32(tmp_path):
 def test_importing_and_converting_back_changes_no_bit(name, tmp_path):
     case = CASES[name]
     theirs = weights(case)
-    imported = import_checkpoint(saved(tmp_path, theirs), said(case))
+    imported = import_checkpoint(saved(tmp_path, theirs), options_for(case))
     convert(imported, "openai", tmp_path / "back")
     back = torch.load(tmp_path / "back" / "model.pt", weights_only=True)
     if name == NEW:  # given back in the order that both projects read without a flag
         theirs = weights(CASES[UPDOWN])
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[key], value) for key, value in theirs.items())
-    again = import_checkpoint(tmp_path / "back")  # the flags beside it tell everything
+    again = import_checkpoint(tmp_path / "back")  # the flags beside it have every setting
     assert (again.config, again.spec, again.questions) == (imported.config, imported.spec, ())
     assert all(torch.equal(again.tensors[key], value) for key, value in imported.tensors.items())
 
@@ -143,7 +143,7 @@ def test_settings_survive_the_way_there_and_back(more, tmp_path):
     tensors = weights(CASES[CONV])
     if "variance" in more:
         tensors |= {f"out.2.{part}": tensors[f"out.2.{part}"][:3].clone() for part in ("weight", "bias")}
-    imported = import_checkpoint(saved(tmp_path, tensors), said(CASES[CONV], **more))
+    imported = import_checkpoint(saved(tmp_path, tensors), options_for(CASES[CONV], **more))
     convert(imported, "openai", tmp_path / "back")
     again = import_checkpoint(tmp_path / "back")
     assert (again.config, again.spec, again.questions) == (imported.config, imported.spec, ())
@@ -207,12 +207,12 @@ def test_a_published_network_has_the_names_and_shapes_that_their_code_gives_it(n
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_network_is_understood_without_a_question(name, by):
     tensors = weightless(name)
-    found = with_tensors(tensors, PUBLISHED[name].files[0] if by == "the file's name" else "model.pt")
-    assert openai.recognise(found)
-    ask = Inquiry(Options({} if by == "the file's name" else {"model": name}))
-    config, spec, new_order = openai.understand(ask, found, tensors)
-    assert ask.questions == []
-    assert [fact.value for fact in ask.facts if fact.name == "model"] == [name]
+    contents = with_tensors(tensors, PUBLISHED[name].files[0] if by == "the file's name" else "model.pt")
+    assert openai.recognise(contents)
+    settings = SettingsResolver(Options({} if by == "the file's name" else {"model": name}))
+    config, spec, new_order = openai.understand(settings, contents, tensors)
+    assert settings.questions == []
+    assert [fact.value for fact in settings.facts if fact.name == "model"] == [name]
     assert config == openai_flags.network(PUBLISHED[name].flags)
     timesteps, schedule, scale = CHAINS.get(name, (1000, "linear", 1))
     assert (spec.timesteps, spec.schedule, config.time_scale) == (timesteps, schedule, scale)
@@ -221,22 +221,22 @@ def test_a_published_network_is_understood_without_a_question(name, by):
     assert new_order == (name == "guided_imagenet64")
 
 
-def test_the_structure_alone_tells_nothing_that_people_train_otherwise():
-    """Heads, the schedule and T are in no shape."""
+def test_the_structure_alone_decides_neither_schedule_nor_timesteps():
+    """No shape shows them, and people train the same networks with others."""
     for name in PUBLISHED:
         tensors = weightless(name)
-        ask = Inquiry(Options())
-        openai.understand(ask, with_tensors(tensors), tensors)
-        asked = {question.name: question for question in ask.questions}
-        assert {"schedule", "timesteps"} <= asked.keys(), name
-        assert "--model " in asked["schedule"].why
+        settings = SettingsResolver(Options())
+        openai.understand(settings, with_tensors(tensors), tensors)
+        questions = {question.name: question for question in settings.questions}
+        assert {"schedule", "timesteps"} <= questions.keys(), name
+        assert "--model " in questions["schedule"].why
 
 
-def test_another_network_than_the_one_said_is_refused(tmp_path):
+def test_another_network_than_the_named_model_is_refused(tmp_path):
     path = saved(tmp_path, weights(CASES[CONV]))
     with pytest.raises(InputError, match="not lsun_bedroom") as caught:
         import_checkpoint(path, Options({"model": "lsun_bedroom"}))
-    assert "channels 32, and 128 there" in str(caught.value)
+    assert "channels is 32, and 128 in lsun_bedroom" in str(caught.value)
 
 
 @pytest.mark.parametrize("resample", [{}, {"resample_blocks": True}, {"average_pool": True}])
@@ -260,16 +260,16 @@ def test_the_structure_is_read_from_names_and_shapes(resample, multipliers, bloc
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
+    ("name", "questions"),
     [
         (CONV, {"size", "schedule", "timesteps", "rescale_timesteps", "heads", "attention_order"}),
         (UPDOWN, {"size", "schedule", "timesteps", "heads", "attention_order"}),  # T = 1000 comes first there
     ],
 )
-def test_what_the_file_does_not_tell_is_asked_for(name, asked, tmp_path):
+def test_settings_that_the_file_does_not_have_are_questions(name, questions, tmp_path):
     imported = import_checkpoint(saved(tmp_path, weights(CASES[name])))
     candidates = {question.name: question.candidates for question in imported.questions}
-    assert candidates.keys() == asked
+    assert candidates.keys() == questions
     assert set(candidates["schedule"]) == {"linear", "cosine"}
     assert set(candidates["timesteps"]) == {1000, 4000}
     assert set(candidates["attention_order"]) == {"legacy", "new"}
@@ -281,17 +281,17 @@ def test_what_the_file_does_not_tell_is_asked_for(name, asked, tmp_path):
 
 def test_every_combination_of_candidates_that_differs_can_be_tried(tmp_path):
     """As --probe does. With one head both orders are the same, and one of them is left out."""
-    found = with_tensors(weights(CASES[CONV]))
+    contents = with_tensors(weights(CASES[CONV]))
     options = Options({"size": (8, 8), "timesteps": 4000})
-    questions = openai.read(found, options).questions
+    questions = openai.read(contents, options).questions
     assert all(question.probed for question in questions)
     tried = set()
-    for values in itertools.product(*(question.candidates for question in questions)):
-        told = {question.name: value for question, value in zip(questions, values, strict=True)}
+    for choice in itertools.product(*(question.candidates for question in questions)):
+        values = {question.name: value for question, value in zip(questions, choice, strict=True)}
         try:
-            imported = openai.read(found, options.also(told))
+            imported = openai.read(contents, options.with_values(values))
         except InputError:
-            assert (told["heads"], told["attention_order"]) == (1, "new")
+            assert (values["heads"], values["attention_order"]) == (1, "new")
             continue
         assert imported.questions == ()
         qkv = imported.tensors["middle.0.attention.q.bias"].numpy().tobytes()
@@ -301,16 +301,16 @@ def test_every_combination_of_candidates_that_differs_can_be_tried(tmp_path):
 
 def test_a_data_parallel_prefix_is_no_part_of_a_name(tmp_path):
     tensors = {f"module.{name}": tensor for name, tensor in weights(CASES[CONV]).items()}
-    imported = import_checkpoint(saved(tmp_path, tensors), said(CASES[CONV]))
+    imported = import_checkpoint(saved(tmp_path, tensors), options_for(CASES[CONV]))
     assert torch.equal(imported.tensors["conv_in.bias"], tensors["module.input_blocks.0.0.bias"])
 
 
-def test_a_fixed_variance_is_asked_for(tmp_path):
+def test_a_fixed_variance_is_a_question(tmp_path):
     tensors = weights(CASES[CONV])
     tensors |= {f"out.2.{part}": tensors[f"out.2.{part}"][:3].clone() for part in ("weight", "bias")}
     path = saved(tmp_path, tensors)
-    assert [question.name for question in import_checkpoint(path, said(CASES[CONV])).questions] == ["variance"]
-    spec = import_checkpoint(path, said(CASES[CONV], variance="fixed_small")).spec
+    assert [question.name for question in import_checkpoint(path, options_for(CASES[CONV])).questions] == ["variance"]
+    spec = import_checkpoint(path, options_for(CASES[CONV], variance="fixed_small")).spec
     assert spec.variance == "fixed_small"
 
 
@@ -332,14 +332,16 @@ def test_a_setting_that_cannot_be_is_refused(setting, value, tmp_path):
 
 def test_averaged_weights_are_not_raw_ones(tmp_path):
     with pytest.raises(InputError, match="averaged"):
-        import_checkpoint(saved(tmp_path, weights(CASES[CONV])), Options(said(CASES[CONV]).said, weights="raw"))
+        import_checkpoint(
+            saved(tmp_path, weights(CASES[CONV])), Options(options_for(CASES[CONV]).values, weights="raw")
+        )
 
 
 # --- damaged and foreign files ---------------------------------------------------------------------------------------
 
 
 def change(tensors: dict[str, torch.Tensor], kind: str) -> str:
-    """Spoil the tensors, and what the error should say."""
+    """Damage the tensors, and return what the error should say."""
     if kind == "missing":
         del tensors["middle_block.1.qkv.bias"]
         return "1 missing.*middle_block.1.qkv.bias"
@@ -358,7 +360,7 @@ def change(tensors: dict[str, torch.Tensor], kind: str) -> str:
     if kind == "classifier":
         for name in [name for name in tensors if name.startswith("output_blocks.")]:
             del tensors[name]
-        return "without a way up"
+        return "without the upward half"
     if kind == "upsampler":
         tensors["input_blocks.0.0.weight"] = torch.zeros(32, 6, 3, 3)
         return "enlarges images"
@@ -367,7 +369,7 @@ def change(tensors: dict[str, torch.Tensor], kind: str) -> str:
         return "cross-attention"
     if kind == "512":
         tensors["time_embed.0.weight"] = torch.zeros(256, 64)
-        return "32 wide, and the time embedding 64"
+        return "32 channels wide, and the time embedding 64"
     tensors["out.2.weight"] = torch.zeros(4, 32, 3, 3)
     return "channels in and out: 3 and 4"
 
@@ -380,14 +382,14 @@ def test_one_clear_error(kind, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in weights(CASES[CONV]).items()}
     message = change(tensors, kind)
     with pytest.raises(FileFormatError, match=f"(?s){message}"):
-        import_checkpoint(saved(tmp_path, tensors), said(CASES[CONV]))
+        import_checkpoint(saved(tmp_path, tensors), options_for(CASES[CONV]))
 
 
 @pytest.mark.parametrize("name", ["input_blocks.0.0.weight", "out.2.weight", "input_blocks.1.0.out_layers.3.weight",
                                   "output_blocks.0.0.in_layers.2.weight", "input_blocks.2.0.op.weight",
                                   "time_embed.0.weight", "label_emb.weight"])  # fmt: skip
 @pytest.mark.parametrize("shape", [None, (), (3,), (3, 3, 0, 0), (0, 32)])
-def test_shapes_that_tell_nothing_are_refused(name, shape):
+def test_useless_shapes_are_refused(name, shape):
     tensors = weights(CASES[CONV])
     assert name in tensors
     del tensors[name]
@@ -395,7 +397,7 @@ def test_shapes_that_tell_nothing_are_refused(name, shape):
         tensors[name] = torch.zeros(shape)
     elif name == "label_emb.weight":
         return  # a network without classes, and nothing else is wrong
-    options = Options({key: value for key, value in said(CASES[CONV]).said.items() if key != "heads"} | {"heads": 1})
+    options = options_for(CASES[CONV], heads=1)
     with pytest.raises((FileFormatError, InputError, SpecError)):
         openai.read(with_tensors(tensors), options)
 
@@ -421,7 +423,7 @@ def test_a_damaged_file_of_flags_is_refused(line, tmp_path):
         ({"size": (8, 16)}, {"shape": (3, 8, 16)}, "square"),
         ({}, {"schedule": "quad"}, "schedule"),
         ({}, {"schedule": "linear", "timesteps": 2000}, "schedule"),
-        ({}, {"prediction": "v"}, "answers v"),
+        ({}, {"prediction": "v"}, "predicts v"),
         ({}, {"schedule": "cosine", "clip": 2.0}, "±2"),
     ],
 )
@@ -477,20 +479,20 @@ def test_its_export_runs_the_chain_of_the_paper(run, precision, bound, figure):
     backend = open_onnx(file, spec)
     table = make_table(spec.make_schedule(), "eps", "learned_range")
     steps = chain.run(
-        backend, table, x, seed=7, images=images, conditioning_shapes=spec.conditioning_shapes, given={"y": y}
+        backend, table, x, seed=7, images=images, conditioning_shapes=spec.conditioning_shapes, conditioning={"y": y}
     )
     worst, walked, visited = 0.0, x.astype(np.float64), []
     for step in steps:
         z = normal(7, images, step.t, Purpose.STEP, 192).reshape(x.shape).astype(np.float64) if step.t else 0 * x
         before = step.x.astype(np.float64) if precision == "fp16" else walked
         with torch.no_grad():
-            answer = network(torch.from_numpy(before).float(), torch.full((3,), step.t), torch.from_numpy(y))
-        eps, v = (part.double().numpy() for part in answer)
+            outputs = network(torch.from_numpy(before).float(), torch.full((3,), step.t), torch.from_numpy(y))
+        eps, v = (part.double().numpy() for part in outputs)
         walked = p_sample(spec, step.t, before, eps, v, z)
         worst = max(worst, np.abs(walked - step.x_next).max())
         visited.append(step.t)
     backend.close()
     assert visited == list(range(12))[::-1]
-    # in half precision each step for itself: what an error becomes in the next ones is the network's business
+    # in half precision each step by itself: how an error grows in later steps depends on the network
     what = "the whole chain" if precision == "fp32" else "each step"
     figure(f"OpenAI's network, {precision}: {what} against float64", worst, at_most=bound)

@@ -21,12 +21,12 @@ from oracles.peer_weights import peer_weights
 pytestmark = pytest.mark.torch
 
 PEERS = Path(__file__).parents[2] / "data" / "peers"
-SAID = {"timesteps": 1000, "schedule": "linear", "variance": "fixed_large", "size": (8, 8)}
+SETTINGS = {"timesteps": 1000, "schedule": "linear", "variance": "fixed_large", "size": (8, 8)}
 SOURCES = {"pesser": "pesser", "ddim": "pesser", "pytorch_ddpm": "pytorch-ddpm", "ddpm_torch": "ddpm-torch"}
 
 
 class Peer:
-    """A committed answer, and the weights that gave it."""
+    """A committed output, and the weights that gave it."""
 
     def __init__(self, name: str) -> None:
         with np.load(PEERS / f"{name}.npz") as file:
@@ -47,11 +47,11 @@ def interleaved(timesteps: int, channels: int) -> torch.Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-def said(name: str, **more: object) -> Options:
-    settings = {**SAID, **({"prediction": "eps"} if SOURCES[name] != "pesser" else {})}
+def options_for(name: str, **more: object) -> Options:
+    values = {**SETTINGS, **({"prediction": "eps"} if SOURCES[name] != "pesser" else {})}
     if name == "pytorch_ddpm":
-        del settings["timesteps"], settings["schedule"]
-    return Options({**settings, **more})
+        del values["timesteps"], values["schedule"]
+    return Options({**values, **more})
 
 
 def saved(tmp_path: Path, content: object, name: str = "model.pt") -> Path:
@@ -62,19 +62,19 @@ def saved(tmp_path: Path, content: object, name: str = "model.pt") -> Path:
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_imported_network_is_what_their_code_computes(name, tmp_path, figure):
     peer = Peer(name)
-    imported = import_checkpoint(saved(tmp_path, peer.weights), said(name))
+    imported = import_checkpoint(saved(tmp_path, peer.weights), options_for(name))
     assert imported.source == SOURCES[name]
     assert imported.questions == ()
     figure(f"{name}: ε against its own code, t = 0…999", peer.error(imported), at_most=1e-5)
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_the_file_does_not_tell_is_asked_for(name, tmp_path):
+def test_settings_that_the_file_does_not_have_are_questions(name, tmp_path):
     imported = import_checkpoint(saved(tmp_path, Peer(name).weights))
-    asked = {question.name for question in imported.questions}
-    assert asked >= {"size", "variance"}
-    assert ("schedule" in asked) == (name != "pytorch_ddpm")  # that code has one
-    assert ("timesteps" in asked) == (name != "pytorch_ddpm")  # that file has a table over t
+    questions = {question.name for question in imported.questions}
+    assert questions >= {"size", "variance"}
+    assert ("schedule" in questions) == (name != "pytorch_ddpm")  # that code has one only
+    assert ("timesteps" in questions) == (name != "pytorch_ddpm")  # that file has a table over t
 
 
 def containers(name: str, weights: dict[str, torch.Tensor]) -> object:
@@ -107,38 +107,38 @@ def containers(name: str, weights: dict[str, torch.Tensor]) -> object:
 def test_the_average_is_chosen_and_the_raw_weights_are_kept(name, tmp_path):
     peer = Peer(name)
     path = saved(tmp_path, containers(name, peer.weights))
-    averaged = import_checkpoint(path, said(name))
+    averaged = import_checkpoint(path, options_for(name))
     assert peer.error(averaged) <= 1e-5
     if name == "pesser":
         return
     assert averaged.raw is not None
     bias = "conv_in.bias"
     torch.testing.assert_close(averaged.raw[bias], averaged.tensors[bias] + 1)
-    raw = import_checkpoint(path, Options(said(name).said, weights="raw"))
+    raw = import_checkpoint(path, Options(options_for(name).values, weights="raw"))
     torch.testing.assert_close(raw.tensors[bias], averaged.tensors[bias] + 1)
 
 
 def test_a_data_parallel_prefix_is_no_part_of_a_name(tmp_path):
     peer = Peer("pesser")
     path = saved(tmp_path, {f"module.{key}": value for key, value in peer.weights.items()})
-    assert peer.error(import_checkpoint(path, said("pesser"))) <= 1e-5
+    assert peer.error(import_checkpoint(path, options_for("pesser"))) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["pesser", "ddim"])
 def test_importing_and_converting_back_changes_no_bit(name, tmp_path):
     peer = Peer(name)
-    imported = import_checkpoint(saved(tmp_path, peer.weights), said(name))
+    imported = import_checkpoint(saved(tmp_path, peer.weights), options_for(name))
     convert(imported, "pesser", tmp_path / "back")
     back = torch.load(tmp_path / "back" / "model.ckpt", weights_only=True)
     assert back.keys() == peer.weights.keys()
     assert all(torch.equal(back[key], value) for key, value in peer.weights.items())
-    again = import_checkpoint(tmp_path / "back", said(name))
+    again = import_checkpoint(tmp_path / "back", options_for(name))
     assert again.config == imported.config
     assert all(torch.equal(again.tensors[key], value) for key, value in imported.tensors.items())
 
 
 def test_pesser_refuses_what_its_code_cannot_compute(tmp_path):
-    imported = import_checkpoint(saved(tmp_path, Peer("pytorch_ddpm").weights), said("pytorch_ddpm"))
+    imported = import_checkpoint(saved(tmp_path, Peer("pytorch_ddpm").weights), options_for("pytorch_ddpm"))
     with pytest.raises(InputError, match="norm_eps"):
         convert(imported, "pesser", tmp_path / "back")
     assert not (tmp_path / "back").exists()
@@ -168,7 +168,7 @@ def test_a_table_of_another_embedding_is_refused(tmp_path):
     weights = Peer("pytorch_ddpm").weights
     weights[pytorch_ddpm.TABLE] = weights[pytorch_ddpm.TABLE].roll(1, dims=1)  # cos before sin
     with pytest.raises(FileFormatError, match="10000"):
-        import_checkpoint(saved(tmp_path, weights), said("pytorch_ddpm"))
+        import_checkpoint(saved(tmp_path, weights), options_for("pytorch_ddpm"))
 
 
 # --- known models ----------------------------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def test_a_published_model_by_name_answers_every_question(tmp_path):
 
 def test_a_published_file_is_known_by_its_md5(tmp_path, monkeypatch):
     from ddpm_export.importers import pesser
-    from ddpm_export.importers.registry import open_found
+    from ddpm_export.importers.registry import open_checkpoint
 
     path = saved(tmp_path, Peer("pesser").weights)
-    monkeypatch.setattr(pesser, "KNOWN_FILES", {open_found(path).md5: "cifar10"})
+    monkeypatch.setattr(pesser, "KNOWN_FILES", {open_checkpoint(path).md5: "cifar10"})
     imported = import_checkpoint(path)
     assert imported.questions == ()
     assert imported.spec.variance == "fixed_large"
@@ -197,4 +197,4 @@ def test_ddpm_torch_learned_variance_is_refused(tmp_path):
     for part in ("weight", "bias"):
         weights[f"out_conv.2.{part}"] = weights[f"out_conv.2.{part}"].repeat_interleave(2, dim=0)
     with pytest.raises(FileFormatError, match="log σ²"):
-        import_checkpoint(saved(tmp_path, weights), said("ddpm_torch"))
+        import_checkpoint(saved(tmp_path, weights), options_for("ddpm_torch"))

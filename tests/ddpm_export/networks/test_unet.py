@@ -1,4 +1,4 @@
-"""The network is the paper's: its size, its order, its initial weights, and each of its answers."""
+"""The network is the paper's: its size, its order, its initial weights, and its outputs."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_initial_weights_are_xavier_and_the_last_layer_of_each_branch_is_almost_
     assert almost_zero == 8 + 4 + 1, "each block's conv2, each attention's out, conv_out"
 
 
-def test_a_fresh_network_answers_almost_zero():
+def test_the_output_of_a_fresh_network_is_almost_zero():
     torch.manual_seed(0)
     network = UNet(UNetConfig(1, 1, (8, 8), 8, (1, 2), 1, (4,), 0.0, 4)).eval()
     assert network(torch.randn(4, 1, 8, 8), torch.arange(4)).abs().max() < 1e-3
@@ -182,7 +182,7 @@ def test_embedding_of_an_odd_width_ends_in_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
-def test_embedding_does_not_care_about_the_type_of_t(dtype):
+def test_embedding_does_not_depend_on_the_type_of_t(dtype):
     t = torch.arange(1000)
     assert torch.equal(sinusoidal_embedding(t.to(dtype), 16), sinusoidal_embedding(t, 16))
 
@@ -222,14 +222,14 @@ def test_upsampling_repeats_each_pixel():
         assert np.array_equal(layer(x).numpy(), x.numpy().repeat(2, axis=2).repeat(2, axis=3))
 
 
-def test_group_norm_computes_in_float32_and_answers_in_the_type_it_was_given():
+def test_group_norm_computes_in_float32_and_returns_the_type_of_its_input():
     norm = GroupNorm32(2, 4).eval()
     x = 300 * torch.randn(2, 4, 8, 8)  # squares pass 65504, the largest half
-    answer = norm(x.half())
-    assert answer.dtype == torch.float16
+    out = norm(x.half())
+    assert out.dtype == torch.float16
     groups = x.half().double().reshape(2, 2, -1)
-    wanted = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
-    assert torch.allclose(answer.double(), wanted.reshape(x.shape), atol=2e-3)
+    expected = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-6).sqrt()
+    assert torch.allclose(out.double(), expected.reshape(x.shape), atol=2e-3)
 
 
 def test_group_norm_epsilon_is_felt_where_the_variance_is_tiny():
@@ -287,7 +287,7 @@ def test_a_config_survives_json():
 @pytest.mark.parametrize(
     "junk", [None, 3, "unet", [], {}, {"size": [16, 16]}, {**SMALL, "tails": 8}, {**SMALL, 3: 4}], ids=repr
 )
-def test_junk_is_no_config(junk):
+def test_junk_is_not_a_config(junk):
     with pytest.raises(SpecError, match="network"):
         UNetConfig.from_json(junk)
 
@@ -338,14 +338,14 @@ def compare(ours, theirs, size: tuple[int, int], t: torch.Tensor, batch: int) ->
     return worst, largest
 
 
-def test_a_narrow_network_answers_as_diffusers_does_at_all_t(figure):
+def test_a_narrow_network_computes_what_diffusers_does_at_all_t(figure):
     ours, theirs = same_network(NARROW)
     worst, largest = compare(ours, theirs, NARROW.size, torch.arange(1000), batch=50)
     assert 0.1 < largest < 100, "weights such that an error could be seen"
     figure("32 channels, all 1000 t: max |ε − diffusers| / max |ε|", worst / largest, at_most=1e-5)
 
 
-def test_the_cifar10_network_answers_as_diffusers_does(figure):
+def test_the_cifar10_network_computes_what_diffusers_does(figure):
     ours, theirs = same_network(cifar10())
     t = torch.linspace(0, 999, 32).round().long()
     worst, largest = compare(ours, theirs, (32, 32), t, batch=8)

@@ -53,8 +53,8 @@ def random_network(config: UNetConfig) -> UNet:
     return network
 
 
-def asked(network: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-    """The answer, and the variance behind it where there is one."""
+def output(network: UNet, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """The output, with the variance behind it if there is one."""
     with torch.no_grad():
         out = network(x, t) if y is None else network(x, t, y)
     return torch.cat(out, dim=1) if isinstance(out, tuple) else out
@@ -80,7 +80,7 @@ def diffusers_unet():
 
 
 def against_diffusers(diffusers_unet, config: UNetConfig, ours_config: UNetConfig) -> float:
-    """max |Δ| / max |ε| over a grid of t, our network told ``ours_config``."""
+    """max |Δ| / max |ε| over a grid of t, our network built from ``ours_config``."""
     theirs = diffusers_unet.twin(config)
     ours = UNet(ours_config).eval().requires_grad_(False)
     ours.load_state_dict(diffusers_unet.carry(theirs.state_dict(), config))  # strict: nothing is left over
@@ -88,11 +88,11 @@ def against_diffusers(diffusers_unet, config: UNetConfig, ours_config: UNetConfi
     with torch.no_grad():
         wanted = theirs(x, T, None if y is None else y.long()).sample
     assert 0.1 < wanted.abs().max() < 100, "weights such that an error could be seen"
-    return ((asked(ours, x, T.int(), y) - wanted).abs().max() / wanted.abs().max()).item()
+    return ((output(ours, x, T.int(), y) - wanted).abs().max() / wanted.abs().max()).item()
 
 
 @pytest.mark.parametrize("knob", [*KNOBS, "all that fit together"])
-def test_it_answers_as_diffusers_does(diffusers_unet, knob, figure):
+def test_it_computes_what_diffusers_does(diffusers_unet, knob, figure):
     config = with_knobs(**KNOBS.get(knob, ALL))
     figure(
         f"{knob}, 28 t: max |ε − diffusers| / max |ε|", against_diffusers(diffusers_unet, config, config), at_most=1e-5
@@ -108,26 +108,26 @@ def test_the_comparison_would_see_a_knob_that_is_off(diffusers_unet, knob):
 
 
 @pytest.fixture(scope="module")
-def openai_answers() -> dict[str, np.ndarray]:
+def openai_outputs() -> dict[str, np.ndarray]:
     with np.load(openai_unet.FILE) as stored:
         return dict(stored)
 
 
 def against_openai(case: openai_unet.Case, wanted: np.ndarray) -> float:
     y = None if case.config.classes is None else torch.from_numpy(openai_unet.Y)
-    answer = asked(
+    out = output(
         openai_unet.network(case), torch.from_numpy(openai_unet.images(case)), torch.from_numpy(openai_unet.T), y
     )
-    return float(np.abs(answer.numpy() - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(out.numpy() - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", openai_unet.CASES)
-def test_it_answers_as_openais_network_did(openai_answers, name, figure):
-    wanted = openai_answers[name]
+def test_it_computes_what_openais_network_did(openai_outputs, name, figure):
+    wanted = openai_outputs[name]
     assert wanted.shape == (8, 6, 8, 8)
     assert 0.3 < wanted.std() < 3
     error = against_openai(openai_unet.CASES[name], wanted)
-    figure(f"{name}: max |Δ| / max |answer|", error, at_most=1e-5)
+    figure(f"{name}: max |Δ| / max |output|", error, at_most=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_it_answers_as_openais_network_did(openai_answers, name, figure):
         ("guided, no convolutions between levels", {"frequency_shift": 1}),
     ],
 )
-def test_the_comparison_with_openai_would_see_a_knob_that_is_off(openai_answers, name, off):
+def test_the_comparison_with_openai_would_see_a_knob_that_is_off(openai_outputs, name, off):
     case = openai_unet.CASES[name]
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, **off))
-    assert against_openai(case, openai_answers[name]) > 1e-3
+    assert against_openai(case, openai_outputs[name]) > 1e-3
 
 
-def test_both_orders_of_openais_qkv_are_the_same_network_here(openai_answers):
-    legacy, new = (openai_answers[f"guided, resblock_updown, classes, {order} qkv"] for order in ("legacy", "new"))
+def test_both_orders_of_openais_qkv_are_the_same_network_here(openai_outputs):
+    legacy, new = (openai_outputs[f"guided, resblock_updown, classes, {order} qkv"] for order in ("legacy", "new"))
     assert np.abs(legacy - new).max() < 1e-5
 
 
@@ -182,7 +182,7 @@ def test_heads_by_number_and_by_width_are_the_same():
     x, t = images(2), torch.tensor([3, 900])
     by_width = random_network(with_knobs(head_channels=16))
     assert {m.heads for m in by_width.modules() if isinstance(m, Attention)} == {4}, "all are 64 wide here"
-    assert torch.equal(asked(by_width, x, t), asked(random_network(with_knobs(heads=4)), x, t))
+    assert torch.equal(output(by_width, x, t), output(random_network(with_knobs(heads=4)), x, t))
 
 
 def test_symmetric_padding_sees_one_pixel_on_every_side():
@@ -234,25 +234,25 @@ def test_scaled_t_is_t_times_the_scale_also_between_whole_numbers():
     scaled = random_network(with_knobs(time_scale=0.25))
     plain = random_network(BASE)
     t = torch.tensor([0, 501, 3999], dtype=torch.int32)
-    assert torch.equal(asked(scaled, x, t), asked(plain, x, t * 0.25))
-    assert not torch.allclose(asked(plain, x, t * 0.25), asked(plain, x, (t * 0.25).floor()), atol=1e-3)
+    assert torch.equal(output(scaled, x, t), output(plain, x, t * 0.25))
+    assert not torch.allclose(output(plain, x, t * 0.25), output(plain, x, (t * 0.25).floor()), atol=1e-3)
 
 
 def test_each_image_has_its_own_class_and_one_without_embedding_changes_nothing():
     network = random_network(with_knobs(classes=4))
     x, t = images(4), torch.tensor([5, 5, 700, 700])
     y = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
-    together = asked(network, x, t, y)
+    together = output(network, x, t, y)
     for i in range(4):
-        assert torch.allclose(asked(network, x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], together[i], atol=1e-5)
-    assert not torch.allclose(asked(network, x, t, y.flip(0)), together, atol=1e-2)
+        assert torch.allclose(output(network, x[i : i + 1], t[i : i + 1], y[i : i + 1])[0], together[i], atol=1e-5)
+    assert not torch.allclose(output(network, x, t, y.flip(0)), together, atol=1e-2)
     network.time.classes.weight.zero_()
     plain = UNet(BASE).eval().requires_grad_(False)
     plain.load_state_dict({k: v for k, v in network.state_dict().items() if k != "time.classes.weight"})
-    assert torch.equal(asked(network, x, t, y), asked(plain, x, t))
+    assert torch.equal(output(network, x, t, y), output(plain, x, t))
 
 
-def test_a_class_is_given_exactly_where_there_are_classes():
+def test_a_class_is_required_if_and_only_if_there_are_classes():
     x, t = images(1), torch.tensor([1])
     with pytest.raises(InputError, match="takes no class"):
         UNet(BASE)(x, t, torch.tensor([0]))
@@ -262,11 +262,11 @@ def test_a_class_is_given_exactly_where_there_are_classes():
 
 def test_a_learned_variance_is_the_second_half_of_the_channels():
     network = random_network(with_knobs(out_channels=6))
-    answer, var = network(images(2), torch.tensor([1, 2]))
-    assert answer.shape == var.shape == (2, 3, 16, 16)
+    prediction, var = network(images(2), torch.tensor([1, 2]))
+    assert prediction.shape == var.shape == (2, 3, 16, 16)
     network.conv_out.bias[3:] += 1
     moved = network(images(2), torch.tensor([1, 2]))
-    assert torch.equal(moved[0], answer)
+    assert torch.equal(moved[0], prediction)
     assert torch.allclose(moved[1], var + 1, atol=1e-5)
 
 
@@ -341,8 +341,8 @@ IMAGE = (3, 16, 16)
         ({"classes": 3}, ModelSpec(IMAGE), "classes"),
         ({}, ModelSpec(IMAGE, classes=3), "classes"),
         ({"classes": 3}, ModelSpec(IMAGE, classes=4), "classes"),
-        ({}, ModelSpec(IMAGE, self_condition=True), "second image"),
-        ({}, ModelSpec(IMAGE, condition=3), "second image"),
+        ({}, ModelSpec(IMAGE, self_condition=True), "neither x0_prev nor cond"),
+        ({}, ModelSpec(IMAGE, condition=3), "neither x0_prev nor cond"),
     ],
 )
 def test_a_spec_of_another_network_is_refused(knobs, spec, says, tmp_path):

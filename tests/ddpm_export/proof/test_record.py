@@ -1,4 +1,4 @@
-"""What is written down of a network is what the network answers, and a file that is another network does not pass."""
+"""The record holds the network's outputs, and a file of another network does not pass the ladder."""
 
 from __future__ import annotations
 
@@ -74,12 +74,14 @@ def small_network(channels: int = 1, size: tuple[int, int] = (8, 8), *, seed: in
 SMALL = ModelSpec((1, 8, 8), timesteps=40)
 
 
-# --- what is recorded ------------------------------------------------------------------------------------------------
+# --- the record ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def asked(network: UNet, spec: ModelSpec, x0: np.ndarray, t: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the network should answer, what it answers) at q(x_t | x_0), with the training's own code."""
+def target_and_output(
+    network: UNet, spec: ModelSpec, x0: np.ndarray, t: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, output) of the network at q(x_t | x_0), by the code of the training."""
     diffusion = GaussianDiffusion(spec.make_schedule(), spec.prediction)
     clean = torch.from_numpy(x0).float() / 127.5 - 1
     z = torch.from_numpy(normal(seed, range(len(x0)), t, Purpose.DIFFUSE, x0[0].size).reshape(x0.shape))
@@ -87,12 +89,12 @@ def asked(network: UNet, spec: ModelSpec, x0: np.ndarray, t: int, seed: int) -> 
     return diffusion.target(clean, steps, z), network(diffusion.q_sample(clean, steps, z), steps.int())
 
 
-def test_the_answers_are_those_of_the_network_at_diffused_images(network, spec, recorded, figure):
+def test_the_outputs_are_those_of_the_network_at_diffused_images(network, spec, recorded, figure):
     errors = []
     for k, t in enumerate(recorded.t.tolist()):
-        _, answer = asked(network, spec, recorded.x0, t, recorded.seed)
-        errors.append(np.abs(answer.numpy().reshape(recorded.out[k].shape) - recorded.out[k]).max())
-    figure("recorded answers against the training's q(x_t | x_0): largest difference", max(errors), at_most=1e-6)
+        _, out = target_and_output(network, spec, recorded.x0, t, recorded.seed)
+        errors.append(np.abs(out.numpy().reshape(recorded.out[k].shape) - recorded.out[k]).max())
+    figure("recorded outputs against the training's q(x_t | x_0): largest difference", max(errors), at_most=1e-6)
     assert len(recorded.t) == 32
     assert (recorded.t[0], recorded.t[-1]) == (0, 999)
     assert recorded.out.shape == (32, 2, 256)
@@ -107,13 +109,13 @@ def test_the_chain_is_the_pipelines(network, spec, recorded):
 
 
 @torch.no_grad()
-def test_the_states_are_those_that_the_network_saw(network, spec, recorded):
+def test_the_states_are_the_inputs_of_the_network(network, spec, recorded):
     stream = list(Pipeline(spec, TorchBackend(network)).stream(4, seed=0, steps=STEPS, batch=4))
     for i, number in enumerate(recorded.at.tolist()):
         preview = stream[number]
         assert np.array_equal(recorded.state[i], preview.x[0])
-        answer = network(torch.from_numpy(recorded.state[i : i + 1]), torch.tensor([preview.t], dtype=torch.int32))
-        assert np.abs(answer.numpy().reshape(-1) - recorded.state_out[i]).max() < 1e-6
+        out = network(torch.from_numpy(recorded.state[i : i + 1]), torch.tensor([preview.t], dtype=torch.int32))
+        assert np.abs(out.numpy().reshape(-1) - recorded.state_out[i]).max() < 1e-6
     assert recorded.at[-1] == STEPS - 1
 
 
@@ -121,8 +123,8 @@ def test_the_loss_is_that_of_the_training(network, spec, recorded):
     diffusion = GaussianDiffusion(spec.make_schedule())
     losses = []
     for t in recorded.t.tolist():
-        target, answer = asked(network, spec, recorded.x0, t, recorded.seed)
-        losses.append(float((target - answer).square().mean() / target.var(correction=0)))
+        target, out = target_and_output(network, spec, recorded.x0, t, recorded.seed)
+        losses.append(float((target - out).square().mean() / target.var(correction=0)))
     assert recorded.loss == pytest.approx(np.median(losses), rel=1e-4)
     assert diffusion.timesteps == 1000
     assert 0 < recorded.loss < 0.4
@@ -134,7 +136,7 @@ def test_progress_counts_to_its_total(recorded, progress):
     assert progress == [(i, total) for i in range(1, total + 1)]
 
 
-def test_a_record_says_what_it_is_of(network, spec, recorded):
+def test_a_record_holds_its_spec_and_settings(network, spec, recorded):
     assert recorded.spec == spec
     assert recorded.spec.precision == "fp32"
     assert recorded.made_with == f"torch {torch.__version__}, cpu"
@@ -165,16 +167,16 @@ def test_the_loss_of_every_prediction_is_relative_to_its_target(prediction):
     made = record(network, spec, data=data, steps=2)
     losses = []
     for t in made.t.tolist():
-        target, answer = asked(network, spec, made.x0, t, 0)
-        losses.append(float((target - answer).square().mean() / max(float(target.var(correction=0)), 1e-6)))
+        target, out = target_and_output(network, spec, made.x0, t, 0)
+        losses.append(float((target - out).square().mean() / max(float(target.var(correction=0)), 1e-6)))
     assert made.loss == pytest.approx(np.median(losses), rel=1e-3)
 
 
-@pytest.mark.parametrize(("asked_for", "made"), [(None, 40), (1, 1), (7, 7), (40, 40), (100, 40)])
-def test_the_chain_is_as_long_as_asked_but_no_longer_than_t(asked_for, made):
-    reference = record(small_network(), SMALL, steps=asked_for)
-    assert reference.steps == made
-    assert reference.at[-1] == made - 1
+@pytest.mark.parametrize(("steps", "recorded"), [(None, 40), (1, 1), (7, 7), (40, 40), (100, 40)])
+def test_the_chain_has_the_requested_steps_but_at_most_t(steps, recorded):
+    reference = record(small_network(), SMALL, steps=steps)
+    assert reference.steps == recorded
+    assert reference.at[-1] == recorded - 1
     assert np.all(np.diff(reference.t) > 0)
     assert len(reference.t) == 32
     assert len(record(small_network(), SMALL.replace(timesteps=20), steps=2).t) == 20
@@ -203,18 +205,18 @@ def test_images_of_another_size_are_refused(network, spec, shape):
         record(network, spec, data=np.zeros(shape, np.uint8), steps=1)
 
 
-# --- what cannot be recorded, or not judged --------------------------------------------------------------------------
+# --- networks that cannot be recorded or checked ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 12)])
 def test_a_network_that_was_never_trained_has_nothing_to_record(size):
-    """Its last layer is as good as zero: an RMS of 1e-5."""
-    with pytest.raises(InputError, match="answers nothing") as caught:
+    """Its last layer is almost zero: an RMS of 1e-5."""
+    with pytest.raises(InputError, match="output is nearly zero") as caught:
         record(small_network(3, size, seed=None), ModelSpec((3, *size), timesteps=40), steps=3)
     assert caught.value.hint == "train it first"
 
 
-def test_the_chain_of_random_weights_is_not_judged(spec):
+def test_the_chain_of_random_weights_is_not_checked(spec):
     network = small_network(1, (16, 16))
     made = record(network, spec.replace(weights=None), steps=10)
     assert made.loss > 0.5
@@ -224,7 +226,7 @@ def test_the_chain_of_random_weights_is_not_judged(spec):
     assert "not trained" in result.checks[-1].skipped
     assert [check.skipped for check in result.checks[:-1]] == [None] * 8
     other = run_ladder(TorchBackend(small_network(1, (16, 16), seed=1)), made.spec, made)
-    assert not other.passed, "its answers are judged"
+    assert not other.passed, "its outputs are checked"
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -255,14 +257,14 @@ def test_tf32_is_off_while_recording_and_then_as_it_was(monkeypatch, before, fai
     assert set(seen) == {(False, False)}
 
 
-def test_answers_that_are_no_numbers_are_not_recorded():
+def test_outputs_that_are_not_finite_are_not_recorded():
     network = small_network()
     network.conv_out.bias[0] = torch.nan
     with pytest.raises(NumericError, match="not finite"):
         record(network, SMALL, steps=2)
 
 
-def test_a_checkpoint_is_recorded_with_the_weights_that_were_asked_for(trained, spec, recorded):
+def test_a_checkpoint_is_recorded_with_the_requested_weights(trained, spec, recorded):
     def cut(*args, **kwargs):
         return record(*args, **{**kwargs, "steps": 2})
 
@@ -278,12 +280,12 @@ def test_a_checkpoint_is_recorded_with_the_weights_that_were_asked_for(trained, 
         assert "weights" in caught.value.note
 
 
-def test_a_checkpoint_has_a_short_chain_unless_it_is_to_be_full(trained, monkeypatch):
-    asked_for = []
-    monkeypatch.setattr(proof, "record", lambda *_, steps, **__: asked_for.append(steps))
+def test_a_checkpoint_has_a_short_chain_unless_a_full_one_is_requested(trained, monkeypatch):
+    requested = []
+    monkeypatch.setattr(proof, "record", lambda *_, steps, **__: requested.append(steps))
     proof.record_checkpoint(trained.run)
     proof.record_checkpoint(trained.run, full=True)
-    assert asked_for == [50, None]
+    assert requested == [50, None]
 
 
 def test_images_are_brought_to_the_models_size(trained, tmp_path):
@@ -297,7 +299,7 @@ def test_images_are_brought_to_the_models_size(trained, tmp_path):
         proof.images_for(tmp_path / "missing", trained.run)
 
 
-# --- exports against it ----------------------------------------------------------------------------------------------
+# --- exports against the record --------------------------------------------------------------------------------------
 
 
 def open_spec(file: Path) -> ModelSpec:
@@ -306,7 +308,7 @@ def open_spec(file: Path) -> ModelSpec:
     return spec
 
 
-def judged(figure, what: str, result) -> None:
+def check_report(figure, what: str, result) -> None:
     for check in result.checks:
         if check.skipped is None:
             bound = {"at_least" if check.at_least else "at_most": check.bound}
@@ -315,7 +317,7 @@ def judged(figure, what: str, result) -> None:
     assert result.verdict == "PASSED: the PyTorch model, 9 of 9 bounds hold"
 
 
-def test_the_module_itself_is_itself(network, spec, recorded):
+def test_the_module_itself_passes(network, spec, recorded):
     result = run_ladder(TorchBackend(network), spec, recorded)
     assert result.passed
     assert result.checks[-1].value == 1
@@ -326,12 +328,12 @@ def test_the_module_itself_is_itself(network, spec, recorded):
 def test_an_export_passes(trained, recorded, precision, figure):
     file = getattr(trained, precision)
     result = proof.check_export(file, open_spec(file), trained.run, recorded)
-    judged(figure, precision, result)
+    check_report(figure, precision, result)
     assert "onnxruntime" in result.ran_on
 
 
 def test_half_precision_would_not_pass_as_float32(trained, recorded):
-    """So the bounds tell them apart."""
+    """So the bounds distinguish the two."""
     _, backend = open_model(trained.fp16)
     result = run_ladder(backend, recorded.spec, recorded)
     backend.close()
@@ -340,7 +342,7 @@ def test_half_precision_would_not_pass_as_float32(trained, recorded):
 
 
 def with_changed_weights(file: Path, output: Path, change) -> Path:
-    """The file, still saying that it is the same model, with its largest initializer changed."""
+    """A copy of the file, with the same metadata, whose largest initializer is changed."""
     model = onnx.load(file)
     tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     values = numpy_helper.to_array(tensor).copy()
@@ -366,7 +368,7 @@ def transposed(values: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("precision", "change"), [("fp32", a_percent), ("fp32", one_weight), ("fp32", transposed), ("fp16", transposed)]
 )
-def test_a_file_with_other_weights_than_it_says_fails(trained, recorded, tmp_path, precision, change):
+def test_a_file_with_other_weights_than_it_declares_fails(trained, recorded, tmp_path, precision, change):
     file = with_changed_weights(getattr(trained, precision), tmp_path / "model.onnx", change)
     result = proof.check_export(file, open_spec(file), trained.run, recorded)
     assert not result.passed
@@ -447,22 +449,22 @@ def test_a_bf16_file_is_about_half_as_large(bf16, trained):
     assert 0.9 < bf16.stat().st_size / trained.fp16.stat().st_size < 1.1
 
 
-def test_a_bf16_file_does_not_run_here_and_what_it_is_for_is_said(bf16):
+def test_a_bf16_file_does_not_run_here_and_the_hint_says_where_it_does(bf16):
     with pytest.raises(BackendError, match="bfloat16") as caught:
         load(bf16)
     assert "ddpmx build" in caught.value.hint
 
 
-def test_of_a_bf16_file_the_module_is_judged_and_that_is_said(bf16, trained, spec, recorded, figure):
+def test_in_place_of_a_bf16_file_the_module_is_checked_and_the_report_says_so(bf16, trained, spec, recorded, figure):
     result = proof.check_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
     assert "NOT the file" in result.ran_on
-    judged(figure, "the bf16 module", result)
+    check_report(figure, "the bf16 module", result)
     figure("the bf16 module against the record: RMS error over 32 t", result.curves["eps"].max(), at_most=3e-2)
     assert result.curves["eps"].max() > BOUNDS["fp16"].eps / 3, "it did compute in bfloat16"
 
 
 def test_the_values_of_a_bf16_file_are_those_of_the_module(bf16, network, spec):
-    """onnx's own evaluator is the one thing here that computes in bfloat16; it is slow, so once, at one t."""
+    """Only onnx's own evaluator computes in bfloat16 here; it is slow, so it runs once, at one t."""
     from onnx.reference import ReferenceEvaluator
 
     from ddpm_export.graph.onnx_export import to_precision
@@ -486,7 +488,7 @@ def test_an_engine_is_built_from_a_bf16_file(bf16, tmp_path):
     built = trt_build.build(bf16, tmp_path / "model.plan", trt_build.BuildOptions(batch=(1, 1, 2), targets=("8.9",)))
     assert plan_file.read_plan(tmp_path / "model.plan").spec.precision == "bf16"
     assert built.info.spec == open_spec_of_onnx(bf16)
-    assert built.precision.startswith(("bf16:", "not ascertained"))
+    assert built.precision.startswith(("bf16:", "not verified"))
 
 
 def open_spec_of_onnx(file: Path) -> ModelSpec:
@@ -522,7 +524,7 @@ def test_polygraphy_agrees(trained, recorded, tmp_path, precision):
 
 @needs_polygraphy
 @pytest.mark.parametrize("change", [a_percent, transposed])
-def test_polygraphy_refuses_what_was_tampered_with(trained, recorded, tmp_path, change):
+def test_polygraphy_finds_changed_weights(trained, recorded, tmp_path, change):
     file = with_changed_weights(trained.fp32, tmp_path / "model.onnx", change)
     found = polygraphy_check.compare(file, recorded)
     assert not found["passed"]
@@ -540,13 +542,13 @@ def test_polygraphy_names_how_many_timesteps_agree(trained, recorded):
 
 
 @needs_polygraphy
-def test_polygraphy_is_not_asked_about_another_model(trained, recorded, spec):
+def test_polygraphy_is_not_run_on_another_model(trained, recorded, spec):
     other = dataclasses.replace(recorded, spec=spec.replace(weights="1" * 64))
     with pytest.raises(SpecError, match="another model"):
         polygraphy_check.compare(trained.fp32, other)
 
 
 @needs_polygraphy
-def test_polygraphy_says_when_a_file_cannot_be_run(bf16, recorded):
+def test_a_file_that_polygraphy_cannot_run_is_an_error(bf16, recorded):
     with pytest.raises(BackendError, match="cannot run"):
         polygraphy_check.compare(bf16, recorded)

@@ -1,5 +1,5 @@
-"""Records of networks that are told a class, their own x̂_0 or a condition, or that learn their variance: what passes the
-ladder, and what must not. The network is a closed form in torch, and what is judged the same one with a fault.
+"""Records of networks that take a class, their own x̂_0 or a condition, or that learn their variance: what passes the
+ladder, and what must not. The network is a closed form in torch; the one checked against it is the same with a fault.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="not verified here: records of what PyTorch answers (no torch)")
+torch = pytest.importorskip("torch", reason="not verified here: records of PyTorch's outputs (no torch)")
 
 from ddpm_export.networks.torch_backend import TorchBackend  # noqa: E402
 from ddpm_export.proof.record import record  # noqa: E402
@@ -21,7 +21,7 @@ from ddpmx.parity.reference import Reference  # noqa: E402
 from ddpmx.parity.report import to_json, to_markdown  # noqa: E402
 from ddpmx.sampling.conditioning import example  # noqa: E402
 from oracles import gaussian  # noqa: E402
-from oracles.told import ALL, KINDS  # noqa: E402
+from oracles.conditioning import ALL, KINDS  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -33,7 +33,7 @@ FREE = f"free chain of {STEPS} steps, pixels within one level"
 
 
 class Closed(torch.nn.Module):
-    """E[ε | x_t], and something small for everything that it is told."""
+    """E[ε | x_t], plus a small term for each conditioning input."""
 
     def __init__(self, spec) -> None:
         super().__init__()
@@ -44,10 +44,8 @@ class Closed(torch.nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(0.2 * torch.randn(spec.classes or 1, generator=generator))
-        self.asked = []
 
     def forward(self, x, t, y=None, x0_prev=None, cond=None):
-        self.asked.append({"y": y, "x0_prev": x0_prev, "cond": cond})
         out = self.slope[t.long()].view(-1, 1, 1, 1) * x - self.offset[t.long()].view(-1, 1, 1, 1) * self.mu
         if y is not None:
             out = out + self.table[y.long()].view(-1, 1, 1, 1)
@@ -67,7 +65,7 @@ def recorded(spec, **options):
 
 
 class Faulty(TorchBackend):
-    """The network after something has had its way with what it is told, or what it answers."""
+    """The network with a fault in its inputs or its outputs."""
 
     def __init__(self, network, fault) -> None:
         super().__init__(network)
@@ -84,8 +82,8 @@ class Faulty(TorchBackend):
         self._fault("before", self._mine)
         super().enqueue()
         self._fault("after", self._mine)
-        for name, array in self._theirs.answers().items():
-            array[...] = self._mine.answers()[name]
+        for name, array in self._theirs.outputs().items():
+            array[...] = self._mine.outputs()[name]
 
 
 def failed(spec, fault, **options):
@@ -98,7 +96,7 @@ def failed(spec, fault, **options):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_network_itself_passes(case, tmp_path):
-    """Also once the record was written and read."""
+    """Also after the record was written and read."""
     spec = spec_of(case)
     recorded(spec).save(tmp_path / "model.parity.npz")
     reference = Reference.load(tmp_path / "model.parity.npz")
@@ -108,20 +106,20 @@ def test_the_network_itself_passes(case, tmp_path):
     names = [check.name for check in result.checks]
     assert ({V, FORCED_V} <= set(names)) == (spec.variance == "learned_range")
     assert {check.name: check.value for check in result.checks}[FREE] == 1.0
-    said = to_json(result, "model.onnx")
-    assert ("var" in said["curves"]) == (spec.variance == "learned_range")
+    report = to_json(result, "model.onnx")
+    assert ("var" in report["curves"]) == (spec.variance == "learned_range")
     assert all(f"**{name}.** " in to_markdown(result, "model.onnx", {}) for name in names)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_climb_asks_as_often_as_it_says(case):
+def test_the_ladder_calls_the_network_as_often_as_its_progress_says(case):
     spec = spec_of(case)
     seen = []
     run_ladder(TorchBackend(Closed(spec)), spec, recorded(spec), progress=lambda *now: seen.append(now))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
 
 
-def test_a_class_is_told_out_of_all_that_there_are():
+def test_the_recorded_classes_are_spread_over_all():
     spec = spec_of("classes", classes=60)
     reference = recorded(spec)
     assert reference.y.shape == reference.out.shape[:2]
@@ -140,7 +138,7 @@ def test_two_classes_swapped_are_found():
 
 
 @pytest.mark.parametrize("name", ["y", "cond"])
-def test_what_is_ignored_is_found(name):
+def test_ignored_conditioning_is_found(name):
     def fault(when, buffers):
         if when == "before":
             getattr(buffers, name)[...] = 0
@@ -200,7 +198,7 @@ def test_a_variance_that_depends_on_neighbours_is_found():
     assert "identical rows, largest difference" in failed(spec_of("variance"), fault)
 
 
-def test_a_variance_that_is_no_number_is_named():
+def test_a_variance_that_is_not_finite_is_an_error():
     def fault(when, buffers):
         if when == "after" and buffers.var is not None:
             buffers.var[buffers.t == 0] = np.nan
@@ -210,19 +208,19 @@ def test_a_variance_that_is_no_number_is_named():
         run_ladder(Faulty(Closed(spec), fault), spec, recorded(spec))
 
 
-def test_a_network_without_the_variance_that_its_spec_names_is_said_so():
+def test_a_network_without_the_variance_of_its_spec_is_refused():
     with pytest.raises(BackendError, match="gives no variance"):
         record(Closed(gaussian.SPEC), spec_of("variance"), steps=STEPS)
 
 
-def test_a_chain_of_an_unconditional_network_needs_no_keyword():
+def test_an_unconditional_network_gets_no_keywords():
     network = Closed(gaussian.SPEC)
     network.forward = lambda x, t: Closed.forward(network, x, t)
     record(network, gaussian.SPEC, steps=3)
 
 
 @pytest.mark.parametrize("v", [-1.0, 0.3, 1.0])
-def test_the_bound_is_that_of_the_variance_that_the_network_says(v, figure):
+def test_the_bound_is_that_of_the_networks_variance(v, figure):
     """KL of two Gaussians in float64, pixel by pixel (equations 7 and 10)."""
     learned = gaussian.SPEC.replace(variance="learned_range")
     rng = np.random.default_rng(0)
@@ -254,7 +252,7 @@ def test_the_bound_is_that_of_the_variance_that_the_network_says(v, figure):
 
 def test_a_record_stays_small_with_everything_in_it(tmp_path):
     class Random(torch.nn.Module):
-        """Answers that no compression makes smaller."""
+        """Outputs that do not compress."""
 
         def __init__(self):
             super().__init__()
@@ -268,7 +266,7 @@ def test_a_record_stays_small_with_everything_in_it(tmp_path):
     assert (tmp_path / "record.npz").stat().st_size <= 4_000_000
 
 
-def test_a_record_knows_its_betas(tmp_path):
+def test_a_record_holds_its_betas(tmp_path):
     betas = np.linspace(1e-4, 0.03, 40)
     spec = spec_of("all", timesteps=40, schedule="betas", schedule_params={}, betas=betas)
     recorded(spec).save(tmp_path / "record.npz")
@@ -287,11 +285,11 @@ def test_a_record_without_its_parts_is_refused(name, case):
     with pytest.raises(FileFormatError, match=f"the record has no {name!r}"):
         Reference(**parts)
     plain = vars(recorded(gaussian.SPEC))
-    with pytest.raises(FileFormatError, match=f"{name!r} is of something that its network has not"):
+    with pytest.raises(FileFormatError, match=f"the record holds {name!r}, which its network does not have"):
         Reference(**{**plain, name: getattr(whole, name)})
 
 
-def test_a_class_that_there_is_not_is_refused():
+def test_a_class_out_of_range_is_refused():
     whole = vars(recorded(spec_of("classes")))
     for name in ("y", "final_y"):
         wrong = whole[name].copy()
@@ -307,7 +305,7 @@ def test_a_record_of_a_model_without_classes_is_another_model_s():
     assert "classes: nothing there, 5 here" in str(caught.value)
 
 
-def test_only_its_own_consistency_is_judged_without_a_record():
+def test_without_a_record_only_consistency_is_checked():
     spec = spec_of("everything")
     result = run_ladder(TorchBackend(Closed(spec)), spec, None)
     assert result.passed

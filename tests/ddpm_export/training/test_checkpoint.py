@@ -145,7 +145,7 @@ def test_a_run_or_one_of_its_checkpoints(run):
     assert same(load_network(run, "raw")[0].state_dict(), weights(2))
 
 
-def test_what_is_no_checkpoint_says_so(tmp_path):
+def test_paths_without_a_checkpoint_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
     for name in ("empty", "file", "missing"):
@@ -278,11 +278,11 @@ def test_damaged_training_state(run, damage):
     load_network(path)  # can still be exported
 
 
-def test_a_spec_that_asks_for_much_memory_does_not_get_it(run):
+def test_a_spec_of_a_huge_network_takes_no_memory(run):
     """The network is built without memory until the file has shown that it holds the weights."""
     path = save(run, 5)
     edit_json("spec.json", lambda values: values["network"].update(channels=65536, multipliers=[64, 64]))(path)
-    assert "not the weights of the network" in one_error(load_network, path).fact
+    assert "the weights do not match the network" in one_error(load_network, path).fact
 
 
 def test_half_precision_weights_are_taken_as_float32(run):
@@ -332,7 +332,7 @@ def test_a_failure_while_writing_leaves_all_as_it_was(run, monkeypatch, error, k
     assert same(load_network(run, "raw")[0].state_dict(), weights(10))
 
 
-def test_what_a_killed_run_left_behind_is_swept_up(run):
+def test_what_a_killed_run_left_behind_is_removed(run):
     save(run, 5)
     part = run / "checkpoints" / ".part-abc"
     part.mkdir()
@@ -343,7 +343,7 @@ def test_what_a_killed_run_left_behind_is_swept_up(run):
 
 
 def test_what_a_killed_run_was_about_to_replace_comes_back(run):
-    """Killed between the two renames: the checkpoint lies aside, whole, and nothing has its name."""
+    """Killed between the two renames: the checkpoint is aside, whole, and nothing has its name."""
     save(run, 5)
     aside = run / "checkpoints" / ".old-abc"
     aside.mkdir()
@@ -356,7 +356,7 @@ def test_what_a_killed_run_was_about_to_replace_comes_back(run):
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["an old one", "the same step"])
-def test_killed_while_it_forgets_a_checkpoint(run, monkeypatch, again):
+def test_killed_while_it_removes_a_checkpoint(run, monkeypatch, again):
     """Removing a folder takes a while, file after file: meanwhile it must not look like a checkpoint."""
     save(run, 5)
     save(run, 10)
@@ -374,7 +374,7 @@ def test_killed_while_it_forgets_a_checkpoint(run, monkeypatch, again):
         load_network(path)
 
 
-def test_a_reader_whose_checkpoint_was_forgotten_reads_the_newer_one(run, monkeypatch):
+def test_a_reader_whose_checkpoint_was_removed_reads_the_newer_one(run, monkeypatch):
     save(run, 5)
     read_tensors = checkpoint.read_tensors
 
@@ -393,9 +393,9 @@ def test_a_file_in_the_way(tmp_path):
         save(tmp_path / "run", 1)
 
 
-def test_whoever_reads_while_it_is_written_sees_only_whole_checkpoints(run):
-    """One thread saves as fast as it can and forgets old checkpoints; every read in between succeeds, and what is read
-    belongs together."""
+def test_a_reader_sees_only_whole_checkpoints_during_writing(run):
+    """One thread saves as fast as it can and removes old checkpoints; every read in between succeeds, with spec and
+    weights of one checkpoint."""
     tensors = [weights(seed) for seed in range(3)]
     steps = 40
 

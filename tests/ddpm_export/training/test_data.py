@@ -93,7 +93,7 @@ def test_grey_of_16_bits_is_scaled_to_8(folder, name, channels):
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32], ids=["I", "F"])
 def test_numbers_without_a_known_white_are_refused(folder, dtype):
-    """As for a float .npz: whether 1.0, 255 or 65535 is white cannot be told from the file."""
+    """As for a float .npz: the file does not show whether 1.0, 255 or 65535 is white."""
     put(folder / "a.tif", Image.fromarray(RAMP.astype(dtype)))
     with pytest.raises(DataError, match=r"a\.tif"):
         load_dataset(folder)
@@ -293,7 +293,7 @@ def test_damaged_npz(tmp_path, kind):
     refused(path)
 
 
-def test_what_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, images=np.zeros((4, 256, 256), np.uint8))
     monkeypatch.setattr(data, "MAX_BYTES", 200_000)
@@ -335,7 +335,7 @@ def test_a_folder_without_images(folder):
 
 @pytest.mark.parametrize("how", [{}, {"size": (16, 12), "channels": 1}], ids=["as it is", "converted"])
 @pytest.mark.parametrize("content", ["text", "empty", "cut off"])
-def test_a_file_that_only_is_called_an_image(folder, content, how):
+def test_a_file_with_only_the_name_of_an_image(folder, content, how):
     put(folder / "a.png", GREY)
     whole = (folder / "a.png").read_bytes()
     bad = folder / "sub" / "b.png"
@@ -386,7 +386,7 @@ def test_a_source_survives_json(tmp_path):
         assert Source.from_json(json.loads(json.dumps(source.to_json())), "run") == source
 
 
-def test_the_source_records_what_was_asked_for(folder):
+def test_the_source_records_the_arguments(folder):
     put(folder / "a.png", GREY)
     assert load_dataset(folder, size=(8, 8), channels=3).source == Source(folder, (8, 8), 3)
 

@@ -40,19 +40,19 @@ def column(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, 1, 1, 1)
 
 
-class Answer(torch.nn.Module):
-    """A network that gives one answer, whatever it is asked."""
+class Constant(torch.nn.Module):
+    """A network with a constant output."""
 
-    def __init__(self, answer) -> None:
+    def __init__(self, output) -> None:
         super().__init__()
-        self.answer = answer
+        self.output = output
 
     def forward(self, x, t):
-        return self.answer
+        return self.output
 
 
-def exact_answer(prediction: str, x0, eps, t) -> np.ndarray:
-    """What a perfect network says, in float64."""
+def exact_output(prediction: str, x0, eps, t) -> np.ndarray:
+    """The output of a perfect network, in float64."""
     a = column(ALPHA_BAR[t.numpy()])
     x0, eps = x0.double().numpy(), eps.double().numpy()
     return {"eps": eps, "x0": x0, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x0}[prediction]
@@ -108,41 +108,41 @@ def test_in_bfloat16_the_first_ten_timesteps_would_get_none():
 def test_a_perfect_network_has_no_loss(diffusion):
     x0, eps = draw(T)
     t = torch.arange(T)
-    answer = torch.from_numpy(exact_answer(diffusion.prediction, x0, eps, t)).float()
-    assert diffusion.loss(Answer(answer), x0, t, eps).item() < 1e-13
+    out = torch.from_numpy(exact_output(diffusion.prediction, x0, eps, t)).float()
+    assert diffusion.loss(Constant(out), x0, t, eps).item() < 1e-13
 
 
-def test_a_network_that_says_nothing_loses_the_mean_square_of_the_target(diffusion):
+def test_the_loss_of_a_zero_output_is_the_mean_square_of_the_target(diffusion):
     x0, eps = draw(20_000)
     t = torch.from_numpy(np.random.default_rng(0).integers(0, T, len(x0)))
     # x_0 uniform over ±1 has mean square 1/3, ε has 1, and in v they are mixed as ᾱ·1 + (1−ᾱ)/3
     a = ALPHA_BAR.mean()
     wanted = {"eps": 1.0, "x0": 1 / 3, "v": a + (1 - a) / 3}[diffusion.prediction]
-    loss = diffusion.loss(Answer(torch.zeros_like(x0)), x0, t, eps)
+    loss = diffusion.loss(Constant(torch.zeros_like(x0)), x0, t, eps)
     assert loss.item() == pytest.approx(wanted, rel=0.01)
 
 
-def test_the_network_is_asked_at_the_noisy_image_and_its_t(schedule):
+def test_the_network_gets_the_noisy_image_and_its_t(schedule):
     diffusion = GaussianDiffusion(schedule)
     x0, eps = draw(4)
     t = torch.tensor([0, 1, 500, 999])
-    asked = []
+    calls = []
 
     class Recorder(torch.nn.Module):
         def forward(self, x, t):
-            asked.append((x, t))
+            calls.append((x, t))
             return torch.zeros_like(x)
 
     diffusion.loss(Recorder(), x0, t, eps)
-    ((x, seen_t),) = asked
+    ((x, seen_t),) = calls
     assert torch.equal(x, diffusion.q_sample(x0, t, eps))
     assert torch.equal(seen_t, t)
 
 
-def test_the_loss_is_float32_though_the_network_answers_in_bfloat16(diffusion):
+def test_the_loss_is_float32_though_the_output_is_bfloat16(diffusion):
     x0, eps = draw(8)
     t = torch.arange(8)
-    assert diffusion.loss(Answer(eps.bfloat16()), x0, t, eps).dtype == torch.float32
+    assert diffusion.loss(Constant(eps.bfloat16()), x0, t, eps).dtype == torch.float32
 
 
 def test_t_is_uniform_from_the_first_to_the_last():
@@ -160,11 +160,11 @@ def test_t_is_uniform_from_the_first_to_the_last():
 # --- p(x_{t−1} | x_t) ------------------------------------------------------------------------------------------------
 
 
-def test_the_exact_answer_leads_back_to_the_image(diffusion):
+def test_the_exact_output_leads_back_to_the_image(diffusion):
     x0, eps = draw(T)
     t = torch.arange(T)
-    answer = torch.from_numpy(exact_answer(diffusion.prediction, x0, eps, t)).float()
-    found = diffusion.predict_x0(diffusion.q_sample(x0, t, eps), t, answer, clip=None)
+    out = torch.from_numpy(exact_output(diffusion.prediction, x0, eps, t)).float()
+    found = diffusion.predict_x0(diffusion.q_sample(x0, t, eps), t, out, clip=None)
     error = (found - x0).abs().amax((1, 2, 3)).numpy()
     # an ε-network's rounding is multiplied by 1/√ᾱ, 157 at the last t; the others' is not
     gain = 1 / np.sqrt(ALPHA_BAR) if diffusion.prediction == "eps" else 1.0

@@ -1,4 +1,4 @@
-"""The training loop: exact to the bit when it is taken up again, and what the paper says of rate, clipping and average."""
+"""The training loop: resuming is exact to the bit, and rate, clipping and average are the paper's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def resume(run: Path, images: np.ndarray = IMAGES) -> Trainer:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """All of a checkpoint that is numbers: raw weights, averaged weights, Adam's moments."""
+    """All tensors of a checkpoint: raw weights, averaged weights, Adam's moments."""
     files = {file.name: file.read_bytes() for file in path.glob("*.safetensors")}
     assert len(files) == 3
     return files
@@ -78,7 +78,7 @@ def test_what_happened_to_the_random_numbers_before_does_not_matter(tmp_path):
 
 
 def test_resuming_depends_on_adams_moments(tmp_path):
-    """Else the test above would not have needed them."""
+    """Otherwise the test above would pass without them."""
     whole = content(trainer(tmp_path / "whole").train(12))
     trainer(tmp_path / "parts").train(6)
     again = resume(tmp_path / "parts")
@@ -92,7 +92,7 @@ def test_resuming_depends_on_adams_moments(tmp_path):
     [{"seed": 1}, {"hflip": False}, {"batch": 5}, {"lr": 2e-3}, {"grad_clip": 0.01}, {"bf16": True}],
     ids=str,
 )
-def test_every_setting_is_felt(tmp_path, change):
+def test_every_setting_has_an_effect(tmp_path, change):
     once = trainer(tmp_path / "a", warmup=0).train(3)
     other = trainer(tmp_path / "b", warmup=0, **change).train(3)
     assert content(other)["weights.safetensors"] != content(once)["weights.safetensors"]
@@ -124,7 +124,7 @@ def test_nothing_to_resume(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["settings", "moments"])
-def test_a_checkpoint_that_cannot_be_taken_up(tmp_path, monkeypatch, part):
+def test_a_checkpoint_that_cannot_be_resumed(tmp_path, monkeypatch, part):
     trainer(tmp_path / "run").train(1)
     state = load_training(tmp_path / "run")
     if part == "settings":
@@ -150,7 +150,7 @@ def test_spec_network_and_images_have_to_fit(tmp_path, spec, network, images):
         Trainer(tmp_path, Dataset(images, Source(tmp_path)), spec, network, SETTINGS, device="cpu")
 
 
-# --- what the paper says ---------------------------------------------------------------------------------------------
+# --- as in the paper -------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_rises_from_zero_to_its_value_and_stays(tmp_path):
@@ -374,7 +374,7 @@ def loss_on_images(network: UNet, spec: ModelSpec) -> float:
 def test_training_reduces_the_loss(trained, figure):
     network, spec = load_network(trained.run)
     fresh = loss_on_images(UNet(network.config), spec)
-    assert fresh == pytest.approx(1, rel=0.05), "an untrained network answers zero, and ε has variance 1"
+    assert fresh == pytest.approx(1, rel=0.05), "an untrained network's output is zero, and ε has variance 1"
     figure("loss after half a minute of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
            at_most=0.2)  # fmt: skip
 
@@ -384,7 +384,7 @@ def test_training_reduces_the_loss(trained, figure):
     [({"classes": 4}, {"classes": 4}), ({"out_channels": 2}, {"variance": "learned_range"}), ({}, {"condition": 1})],
     ids=["classes", "learned variance", "a condition"],
 )
-def test_what_l_simple_does_not_teach_is_refused(tmp_path, network, spec):
+def test_what_l_simple_does_not_train_is_refused(tmp_path, network, spec):
     images = Dataset(IMAGES, Source(tmp_path))
-    with pytest.raises(SpecError, match="x and t alone"):
+    with pytest.raises(SpecError, match="only networks of x and t"):
         Trainer(tmp_path, images, SPEC.replace(**spec), dataclasses.replace(NETWORK, **network), SETTINGS, device="cpu")

@@ -1,6 +1,6 @@
-"""Arrays of ours reach NumPy and PyTorch without a copy, and their memory is freed once, when the last who has it lets go.
+"""Our arrays reach NumPy and PyTorch without a copy, and their memory is freed once, when its last user releases it.
 
-There is no GPU here: "device memory" is the host's. What is not verified here: that CUDA's consumers take them.
+There is no GPU here: "device memory" is the host's. Not verified here: that consumers on CUDA accept them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from oracles.fake_cuda import FakeCuda
 NUMPY = tuple(map(int, np.__version__.split(".")[:2]))
 
 
-# --- the layout of dlpack.h ---------------------------------------------------------------------------------------------
+# --- the layout of dlpack.h ------------------------------------------------------------------------------------------
 
 LAYOUT = {
     DLDevice: "type 0, id 4, sizeof 8",
@@ -62,12 +62,12 @@ def offsets(kind):
 
 
 @pytest.mark.parametrize("kind", LAYOUT)
-def test_structs_lie_as_dlpack_1_publishes(kind):
+def test_structs_have_the_layout_that_dlpack_1_publishes(kind):
     assert ", ".join(f"{name} {at}" for name, at in offsets(kind).items()) == LAYOUT[kind]
 
 
 @pytest.mark.parametrize("header", ["published", pytest.param("torch", marks=pytest.mark.torch)])
-def test_a_c_compiler_lays_the_structs_out_the_same(tmp_path, header):
+def test_a_c_compiler_gives_the_structs_the_same_layout(tmp_path, header):
     gcc = shutil.which("gcc") or shutil.which("cc")
     if gcc is None:
         pytest.skip("not verified here: that C lays the structs out the same (no C compiler)")
@@ -89,15 +89,15 @@ def test_a_c_compiler_lays_the_structs_out_the_same(tmp_path, header):
     prints = "".join(f'printf("%zu\\n", (size_t){line});' for line in lines)
     source.write_text(f"{text}#include <stdio.h>\nint main(void) {{ {prints} return 0; }}\n")
     subprocess.run([gcc, "-o", tmp_path / "layout", source], check=True)
-    said = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
-    assert list(map(int, said.split())) == expected
+    printed = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
+    assert list(map(int, printed.split())) == expected
 
 
-# --- arrays of ours ----------------------------------------------------------------------------------------------------
+# --- our arrays ------------------------------------------------------------------------------------------------------
 
 
 class OnHost(DeviceArray):
-    """The same for memory that NumPy and PyTorch can read."""
+    """A DeviceArray in memory that NumPy and PyTorch can read."""
 
     _device_type = dlpack.CPU
 
@@ -109,7 +109,7 @@ def gpu():
     with Driver(library=library) as driver:
         yield driver
         gc.collect()
-        assert library.alive() == {}, "somebody has kept memory"
+        assert library.alive() == {}, "memory was leaked"
     assert library.faults == []
     assert library.retained == 0
 
@@ -145,7 +145,7 @@ def test_consumers_see_the_same_memory_and_it_is_freed_once_after_the_last(gpu, 
 
 
 @pytest.mark.parametrize("options", [{}, {"max_version": (1, 0)}, {"max_version": (0, 8)}, {"stream": 1}], ids=str)
-def test_a_capsule_says_where_the_array_is_and_frees_it_if_nobody_takes_it(gpu, options):
+def test_a_capsule_names_the_device_and_frees_the_array_if_nobody_consumes_it(gpu, options):
     gpu.ordinal = 3
     array = filled(gpu, DeviceArray, VALUES)
     capsule = array.__dlpack__(**options)
@@ -163,7 +163,7 @@ def test_a_capsule_says_where_the_array_is_and_frees_it_if_nobody_takes_it(gpu, 
 
 
 class Last:
-    """Gives its last capsule away, so that dropping that frees the memory."""
+    """Hands out the last reference, so that dropping the capsule frees the memory."""
 
     def __init__(self, array):
         self.array = array
@@ -186,7 +186,7 @@ def test_a_consumer_that_refuses_keeps_its_own_error_and_no_memory(gpu):
     assert gpu._library.alive() == {}
 
 
-def test_memory_is_freed_from_whichever_thread_lets_go_last(gpu):
+def test_memory_is_freed_from_whichever_thread_releases_it_last(gpu):
     array = filled(gpu, OnHost, VALUES)
     threads = [threading.Thread(target=lambda: [np.from_dlpack(array).sum() for _ in range(100)]) for _ in range(4)]
     for thread in threads:
@@ -202,7 +202,7 @@ def test_memory_is_freed_from_whichever_thread_lets_go_last(gpu):
     assert gpu._library.alive() == {}
 
 
-def test_an_array_goes_with_its_last_name_or_with_close(gpu):
+def test_an_array_is_freed_with_its_last_reference_or_by_close(gpu):
     for end in (lambda array: None, DeviceArray.close, lambda array: array.__exit__(None, None, None)):
         array = filled(gpu, DeviceArray, VALUES)
         end(array)
@@ -225,10 +225,10 @@ def test_a_closed_array_refuses(gpu):
         view(array)
 
 
-def test_who_reads_the_array_interface_has_the_memory_as_long_as_the_array(gpu):
+def test_the_array_interface_keeps_the_memory_as_long_as_the_array_lives(gpu):
     array = filled(gpu, DeviceArray, VALUES)
-    said = array.__cuda_array_interface__
-    assert said == {
+    interface = array.__cuda_array_interface__
+    assert interface == {
         "version": 3,
         "shape": (2, 3, 4),
         "typestr": "<f4",
@@ -243,7 +243,7 @@ def test_who_reads_the_array_interface_has_the_memory_as_long_as_the_array(gpu):
 
 
 @pytest.mark.parametrize("only", [lambda array: array, Wrapped])
-def test_our_arrays_are_seen_by_ourselves(gpu, only):
+def test_our_own_arrays_can_be_viewed(gpu, only):
     array = filled(gpu, DeviceArray, VALUES)
     seen = view(only(array), stream=5, writable=True)
     assert (seen.address, seen.shape, seen.dtype) == (array.address, VALUES.shape, VALUES.dtype)
@@ -254,7 +254,7 @@ def test_our_arrays_are_seen_by_ourselves(gpu, only):
     seen.close()
 
 
-def test_a_copy_on_the_host_is_made_when_asked_for_only(gpu):
+def test_a_copy_on_the_host_is_made_on_request_only(gpu):
     array = filled(gpu, DeviceArray, VALUES)
     assert np.array_equal(array.numpy(), VALUES)
     managed, _ = dlpack.open_capsule(array.__dlpack__(dl_device=(1, 0)))
@@ -270,7 +270,7 @@ def test_a_copy_on_the_host_is_made_when_asked_for_only(gpu):
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
-def test_odd_shapes_are_handed_out(gpu, shape):
+def test_odd_shapes_are_exported(gpu, shape):
     array = OnHost.allocate(gpu, shape, np.int32, "an array")
     assert np.from_dlpack(array).shape == array.numpy().shape == view(array).shape == shape
     assert (array.__cuda_array_interface__["data"][0] == 0) == (0 in shape)
@@ -304,11 +304,11 @@ def test_an_abandoned_array_is_never_freed():
         DeviceArray.allocate(driver, (2, 3), "f4", "x").abandon()
     gc.collect()
     assert library.alive() == {"memory": 2}
-    assert library.retained == 1, "letting go of the GPU may wait for it as well"
+    assert library.retained == 1, "releasing the GPU may wait for it as well"
 
 
 def ended_well(code, *arguments):
-    """What a program of its own prints."""
+    """The output of a program in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-X", "dev", "-W", "ignore", "-c", code, *arguments]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -346,14 +346,14 @@ if "torch" in sys.argv:
 def hold(array, gone=threading.Event()):
     gone.wait()
 threading.Thread(target=hold, args=(np.from_dlpack(x),), daemon=True).start()
-print("through")
+print("done")
 """
 
 
 @pytest.mark.parametrize("who", ["numpy", pytest.param("torch", marks=pytest.mark.torch)])
-def test_whatever_is_alive_at_exit_does_no_harm(who):
+def test_arrays_alive_at_exit_do_no_harm(who):
     pytest.importorskip(who, reason=f"not verified here: {who}'s arrays at exit (not installed)")
-    assert ended_well(AT_EXIT, who) == "through\nfreed 0\n"
+    assert ended_well(AT_EXIT, who) == "done\nfreed 0\n"
 
 
 LATE = """
@@ -363,7 +363,7 @@ static void (*deleter)(void *);
 static void late(void) { deleter(managed); }
 void take(void *it, void (*its_deleter)(void *)) { managed = it; deleter = its_deleter; atexit(late); }
 """
-GIVEN_AWAY = """
+CONSUMED_LATE = """
 import ctypes, sys
 from ddpmx.arrays import device_array as arrays, dlpack
 from ddpmx.device.driver import Driver
@@ -377,10 +377,10 @@ ctypes.CDLL(sys.argv[1]).take(ctypes.c_void_p(ctypes.addressof(managed)), ctypes
 
 
 @pytest.mark.parametrize("version", [None, (1, 0)])
-def test_a_consumer_in_c_may_give_back_after_pythons_end(tmp_path, version):
+def test_a_consumer_in_c_may_free_an_array_after_pythons_end(tmp_path, version):
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None or sys.platform == "win32":
-        pytest.skip("not verified here: that memory may be given back after Python's end (no C compiler)")
+        pytest.skip("not verified here: that memory may be freed after Python's end (no C compiler)")
     (tmp_path / "late.c").write_text(LATE)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "late.so", tmp_path / "late.c"], check=True)
-    assert ended_well(GIVEN_AWAY, tmp_path / "late.so", str(version)) == ""
+    assert ended_well(CONSUMED_LATE, tmp_path / "late.so", str(version)) == ""

@@ -1,6 +1,6 @@
-"""Arrays of others are seen as they lie, or refused in words.
+"""Other libraries' arrays are viewed in place, or refused with a plain error.
 
-There is no GPU here: device memory is an address that nobody may read.
+There is no GPU here: "device memory" is an address that must not be read.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ddpmx.arrays.views import expect, view
 from ddpmx.errors import BackendError, InputError
 from oracles.dlpack import FAR, Old, Producer, Wrapped
 
-# --- NumPy's arrays ----------------------------------------------------------------------------------------------------
+# --- NumPy's arrays --------------------------------------------------------------------------------------------------
 
 
-def test_a_numpy_array_is_seen_where_it_lies():
+def test_a_numpy_array_is_viewed_in_place():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     seen = view(array)
     assert (seen.address, seen.shape, seen.dtype) == (array.ctypes.data, (2, 3), np.float32)
@@ -62,9 +62,9 @@ NOT_READ = {
     "arrays of datetime": np.zeros(3, "M8[s]"),
     "masked": np.ma.zeros(3),
     "not aligned": MISALIGNED,
-    "list is no array": [1, 2],
-    "NoneType is no array": None,
-    "str is no array": "x",
+    "list is not an array": [1, 2],
+    "NoneType is not an array": None,
+    "str is not an array": "x",
 }
 
 
@@ -74,14 +74,14 @@ def test_what_cannot_be_read_in_place_is_refused(why):
         view(NOT_READ[why])
 
 
-def test_a_read_only_array_is_seen_but_not_for_writing():
+def test_a_read_only_array_is_viewed_but_not_for_writing():
     assert not view(READ_ONLY).writable
     with pytest.raises(InputError, match="read-only"):
         view(READ_ONLY, writable=True)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1, 4, 1)])
-def test_odd_shapes_are_seen(shape):
+def test_odd_shapes_are_viewed(shape):
     array = np.zeros(shape, np.int16)
     seen = view(array)
     assert seen.shape == seen.numpy().shape == shape
@@ -93,7 +93,7 @@ def test_memory_that_belongs_to_the_interface_alone_stays():
     owners = []
 
     class Fleeting:
-        """As NumPy's scalars are."""
+        """Like NumPy's scalars."""
 
         @property
         def __array_interface__(self):
@@ -108,24 +108,24 @@ def test_memory_that_belongs_to_the_interface_alone_stays():
     assert seen.numpy().tolist() == [2.5] * 3
 
 
-# --- the array interfaces ----------------------------------------------------------------------------------------------
+# --- the array interfaces --------------------------------------------------------------------------------------------
 
 
-class Says:
-    """Something with an array interface, and whatever else."""
+class Declares:
+    """An object with an array interface; keywords replace its entries, and KeyError removes one."""
 
-    def __init__(self, name="__cuda_array_interface__", **said):
+    def __init__(self, name="__cuda_array_interface__", **entries):
         usual = {"version": 3, "shape": (2, 3), "typestr": "<f4", "data": (FAR, False), "strides": None}
-        setattr(self, name, {key: value for key, value in {**usual, **said}.items() if value is not KeyError})
+        setattr(self, name, {key: value for key, value in {**usual, **entries}.items() if value is not KeyError})
 
 
 def test_memory_by_the_cuda_array_interface_is_the_gpus():
-    thing = Says(strides=(12, 4))
+    thing = Declares(strides=(12, 4))
     there = weakref.ref(thing)
     seen = view(thing)
     del thing
     assert (seen.address, seen.shape, seen.dtype, seen.on_device) == (FAR, (2, 3), np.float32, True)
-    assert seen.ordinal is None, "it does not say"
+    assert seen.ordinal is None, "the interface does not declare it"
     with pytest.raises(InputError, match="GPU's memory"):
         seen.numpy()
     assert there() is not None
@@ -135,7 +135,7 @@ def test_memory_by_the_cuda_array_interface_is_the_gpus():
 
 
 @pytest.mark.parametrize(
-    ("said", "stream", "wait_for"),
+    ("entries", "stream", "wait_for"),
     [
         ({}, 0, None),
         ({"stream": None}, 0, None),
@@ -145,8 +145,8 @@ def test_memory_by_the_cuda_array_interface_is_the_gpus():
         ({"version": 2}, 0, 1),
     ],
 )
-def test_the_producers_stream_is_to_be_waited_for(said, stream, wait_for):
-    assert view(Says(**said), stream=stream).wait_for == wait_for
+def test_the_producers_stream_is_to_be_waited_for(entries, stream, wait_for):
+    assert view(Declares(**entries), stream=stream).wait_for == wait_for
 
 
 MALFORMED = [
@@ -171,14 +171,14 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("name", ["__cuda_array_interface__", "__array_interface__"])
-@pytest.mark.parametrize("said", MALFORMED, ids=" ".join)
-def test_a_malformed_interface_is_refused(name, said):
-    with pytest.raises(InputError, match="makes no sense"):
-        view(Says(name, **said))
+@pytest.mark.parametrize("entries", MALFORMED, ids=" ".join)
+def test_a_malformed_interface_is_refused(name, entries):
+    with pytest.raises(InputError, match="describes its memory incorrectly"):
+        view(Declares(name, **entries))
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("entries", "why"),
     [
         ({"typestr": "<f3"}, "'<f3'"),
         ({"typestr": "<V2"}, "'<V2'"),
@@ -189,30 +189,30 @@ def test_a_malformed_interface_is_refused(name, said):
         ({"strides": (4, 8)}, "not C-contiguous"),
         ({"strides": (12, "4")}, "not C-contiguous"),
         ({"data": (FAR + 2, False)}, "not aligned"),
-        ({"mask": Says()}, "masked"),
+        ({"mask": Declares()}, "masked"),
         ({"version": 1}, "version 1"),
         ({"version": 4}, "version 4"),
-        ({"stream": 0}, "makes no sense"),
-        ({"stream": "1"}, "makes no sense"),
+        ({"stream": 0}, "describes its memory incorrectly"),
+        ({"stream": "1"}, "describes its memory incorrectly"),
     ],
     ids=lambda case: (
         " ".join(case) if isinstance(case, dict) else case
     ),  # no addresses: they differ from process to process
 )
-def test_what_the_cuda_interface_says_is_refused_in_words(said, why):
+def test_an_unusable_cuda_interface_is_refused_with_the_reason(entries, why):
     with pytest.raises(InputError, match=why.replace("<", r"\<")):
-        view(Says(**said))
+        view(Declares(**entries))
 
 
 def test_a_read_only_interface_is_not_written_to():
-    assert view(Says(data=(FAR, True))).address == FAR
+    assert view(Declares(data=(FAR, True))).address == FAR
     with pytest.raises(InputError, match="read-only"):
-        view(Says(data=(FAR, True)), writable=True)
+        view(Declares(data=(FAR, True)), writable=True)
 
 
 def test_memory_by_the_array_interface_is_the_hosts():
     array = np.arange(6, dtype="<f4")
-    seen = view(Says("__array_interface__", data=(array.ctypes.data, False)))
+    seen = view(Declares("__array_interface__", data=(array.ctypes.data, False)))
     assert not seen.on_device
     assert np.shares_memory(seen.numpy(), array)
 
@@ -233,16 +233,16 @@ class UnspeakableError(Exception):
 
 @pytest.mark.parametrize("error", [RuntimeError("use tensor.detach()"), UnspeakableError(), RecursionError("deep")])
 def test_whatever_a_producer_raises_is_carried_over(error):
-    with pytest.raises(InputError, match="does not let its memory be used") as caught:
+    with pytest.raises(InputError, match="cannot use the memory of this") as caught:
         view(Raises(error))
     assert type(error).__name__ in caught.value.note
     assert "detach" in caught.value.note or "detach" not in str(error.args)
 
 
-# --- what is wanted ----------------------------------------------------------------------------------------------------
+# --- expected arrays -------------------------------------------------------------------------------------------------
 
 
-def test_another_shape_or_type_than_wanted_is_refused():
+def test_another_shape_or_type_than_expected_is_refused():
     seen = view(np.zeros((4, 1, 8, 8), np.float32))
     assert expect(seen, (None, 1, 8, 8), np.float32, "x") is seen
     for shape, dtype in [((4, 3, 8, 8), "f4"), ((4, 1, 8), "f4"), ((4, 1, 8, 8), "f8"), ((), "f4")]:
@@ -255,24 +255,27 @@ def test_an_array_on_another_gpu_is_refused():
     def unknown(address):
         raise BackendError("CUDA_ERROR_INVALID_VALUE")
 
-    silent, first = view(Says()), SimpleNamespace(ordinal=0, ordinal_of=lambda address: 0)
+    silent, first = view(Declares()), SimpleNamespace(ordinal=0, ordinal_of=lambda address: 0)
     assert expect(silent, (2, 3), "f4", "x", driver=first) is silent
-    for ask, why in [(lambda address: 1, "x is on GPU 1, and the model on GPU 0"), (unknown, "in no GPU's memory")]:
+    for ordinal_of, why in [
+        (lambda address: 1, "x is on GPU 1, but the model is on GPU 0"),
+        (unknown, "not in a GPU's memory"),
+    ]:
         with pytest.raises(InputError, match=why):
-            expect(silent, (2, 3), "f4", "x", driver=SimpleNamespace(ordinal=0, ordinal_of=ask))
-    thing = Says(version=3)
-    thing.__class__ = type("Placed", (Says,), {"__dlpack_device__": lambda self: (2, 1)})
+            expect(silent, (2, 3), "f4", "x", driver=SimpleNamespace(ordinal=0, ordinal_of=ordinal_of))
+    thing = Declares(version=3)
+    thing.__class__ = type("Placed", (Declares,), {"__dlpack_device__": lambda self: (2, 1)})
     assert view(thing).ordinal == 1
     with pytest.raises(InputError, match="GPU 1"):
         expect(view(thing), (2, 3), "f4", "x", driver=first)
 
 
-# --- DLPack ------------------------------------------------------------------------------------------------------------
+# --- DLPack ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [Producer, Old])
 @pytest.mark.parametrize("strides", [None, (3, 1)])
-def test_dlpack_on_a_gpu_is_seen_and_given_back_once(kind, strides):
+def test_dlpack_on_a_gpu_is_viewed_and_freed_once(kind, strides):
     producer = kind(strides=strides, offset=64)
     seen = view(producer)
     assert (seen.address, seen.shape, seen.dtype) == (FAR + 64, (2, 3), np.float32)
@@ -287,7 +290,7 @@ def test_dlpack_on_a_gpu_is_seen_and_given_back_once(kind, strides):
 
 
 @pytest.mark.parametrize(
-    ("device", "stream", "asked", "on_device", "wait_for"),
+    ("device", "stream", "options", "on_device", "wait_for"),
     [
         ((2, 0), 0, {"stream": 1}, True, 1),
         ((13, 0), -1, {"stream": -1}, True, None),
@@ -296,23 +299,23 @@ def test_dlpack_on_a_gpu_is_seen_and_given_back_once(kind, strides):
         ((3, 0), 0x5570, {}, False, None),
     ],
 )
-def test_streams_are_told_to_gpus_only_and_never_0(device, stream, asked, on_device, wait_for):
+def test_streams_are_passed_for_gpus_only_and_never_as_0(device, stream, options, on_device, wait_for):
     for kind, more in [(Producer, {"max_version": (1, 0)}), (Old, {})]:
         producer = kind(device)
         seen = view(producer, stream=stream)
-        assert producer.asked == [{**asked, **more}]
+        assert producer.requests == [{**options, **more}]
         assert (seen.on_device, seen.wait_for) == (on_device, wait_for)
         assert seen.ordinal == (device[1] if on_device else None)
 
 
 def test_version_2_of_the_array_interface_yields_to_dlpack():
     producer = Producer()
-    producer.__cuda_array_interface__ = Says(version=2).__cuda_array_interface__
+    producer.__cuda_array_interface__ = Declares(version=2).__cuda_array_interface__
     assert view(producer, stream=7).wait_for is None
-    assert producer.asked[0]["stream"] == 7
-    producer.__cuda_array_interface__ = Says(version=3, stream=9).__cuda_array_interface__
+    assert producer.requests[0]["stream"] == 7
+    producer.__cuda_array_interface__ = Declares(version=3, stream=9).__cuda_array_interface__
     seen = view(producer, stream=7)
-    assert (seen.wait_for, seen.ordinal, len(producer.asked)) == (9, 2, 1)
+    assert (seen.wait_for, seen.ordinal, len(producer.requests)) == (9, 2, 1)
 
 
 UNREADABLE = {
@@ -325,31 +328,31 @@ UNREADABLE = {
     "type 99": {"dtype": (99, 8, 1)},
     "not aligned": {"offset": 2},
     "DLPack 2.9": {"major": 2},
-    "makes no sense": {"shape": (-2, 3)},
-    "makes no sense: empty": {"data": None},
-    "makes no sense: beyond": {"offset": (1 << 64) - 8},
-    "makes no sense: huge": {"shape": (1 << 40, 1 << 40)},
-    "makes no sense: ndim": {"ndim": 1 << 30},
-    "makes no sense: negative": {"ndim": -1},
-    "makes no sense: no shape": {"shapeless": True},
-    "makes no sense: device": {"announced": (1, 0)},
-    "makes no sense: index": {"device": (2, -1), "announced": (2, 0)},
+    "incorrectly": {"shape": (-2, 3)},
+    "incorrectly: empty": {"data": None},
+    "incorrectly: beyond": {"offset": (1 << 64) - 8},
+    "incorrectly: huge": {"shape": (1 << 40, 1 << 40)},
+    "incorrectly: ndim": {"ndim": 1 << 30},
+    "incorrectly: negative": {"ndim": -1},
+    "incorrectly: no shape": {"shapeless": True},
+    "incorrectly: device": {"announced": (1, 0)},
+    "incorrectly: index": {"device": (2, -1), "announced": (2, 0)},
 }
 
 
 @pytest.mark.parametrize("why", UNREADABLE)
-def test_what_dlpack_cannot_say_well_is_refused_and_given_back_once(why):
+def test_an_unusable_dlpack_array_is_refused_and_freed_once(why):
     producer = Producer(**UNREADABLE[why])
     with pytest.raises(InputError, match=why.split(":")[0].strip()) as caught:
         view(producer)
-    assert producer.deleted == 1, "at once, although the error is still around"
+    assert producer.deleted == 1, "at once, although the error is still alive"
     del caught
     gc.collect()
     assert producer.deleted == 1
 
 
 @pytest.mark.parametrize(("flags", "why"), [(1, "read-only"), (2, "copy only")])
-def test_dlpacks_flags_are_heeded(flags, why):
+def test_dlpacks_flags_are_respected(flags, why):
     assert view(Producer(flags=flags)).address == FAR
     with pytest.raises(InputError, match=why):
         view(Producer(flags=flags), writable=True)
@@ -360,26 +363,26 @@ def test_other_devices_are_named(kind, name):
     producer = Producer((kind, 0))
     with pytest.raises(InputError, match=name):
         view(producer)
-    assert producer.asked == []
+    assert producer.requests == []
 
 
 @pytest.mark.parametrize("device", [(2, -1), (2,), (2.0, 0), ("cuda", 0), None, (True, 0)])
-def test_a_device_that_makes_no_sense_is_refused(device):
-    with pytest.raises(InputError, match="makes no sense") as caught:
+def test_a_malformed_device_is_refused(device):
+    with pytest.raises(InputError, match="incorrectly") as caught:
         view(SimpleNamespace(__dlpack_device__=lambda: device, __dlpack__=dict))
     assert "__dlpack_device__ gives" in caught.value.note
 
 
-def test_a_capsule_without_deleter_or_used_before_does_no_harm():
+def test_a_capsule_without_deleter_or_consumed_before_does_no_harm():
     producer = Producer()
     producer.managed.deleter = None
     view(producer).close()
     producer.__class__ = type("Again", (Producer,), {"__dlpack__": lambda self, **options: self.capsule})
-    with pytest.raises(InputError, match="used before"):
+    with pytest.raises(InputError, match="consumed before"):
         view(producer)
 
 
-def test_numpys_own_capsules_are_seen():
+def test_numpys_own_capsules_are_viewed():
     array = np.arange(6, dtype=np.int16)
     there = weakref.ref(array)
     seen = view(Wrapped(array), writable=True)
@@ -392,12 +395,12 @@ def test_numpys_own_capsules_are_seen():
     del values
     gc.collect()
     assert there() is None
-    with pytest.raises(InputError, match=r"not let its memory|read-only"):
+    with pytest.raises(InputError, match=r"cannot use the memory|read-only"):
         view(Wrapped(READ_ONLY), writable=True)
 
 
 @pytest.mark.torch
-def test_pytorchs_tensors_are_seen_or_refused_in_words():
+def test_pytorchs_tensors_are_viewed_or_refused_with_the_reason():
     torch = pytest.importorskip("torch", reason="not verified here: PyTorch's tensors (no torch)")
     tensor = torch.arange(6, dtype=torch.float32).reshape(2, 3)
     seen = view(tensor, writable=True)
@@ -412,21 +415,21 @@ def test_pytorchs_tensors_are_seen_or_refused_in_words():
     for refused, why in [
         (torch.zeros(3, dtype=torch.bfloat16), "bfloat16"),
         (torch.zeros(3, 2).T, "not C-contiguous"),
-        (torch.zeros(3, requires_grad=True), "(?s)not let its memory.*grad"),
-        (torch.zeros(3, device="meta"), "not let its memory"),
-        (torch.zeros(3).to_sparse(), "not let its memory"),
+        (torch.zeros(3, requires_grad=True), "(?s)cannot use the memory.*grad"),
+        (torch.zeros(3, device="meta"), "cannot use the memory"),
+        (torch.zeros(3).to_sparse(), "cannot use the memory"),
     ]:
         with pytest.raises(InputError, match=why):
             view(refused)
 
 
-def test_garbage_is_refused_and_never_more():
+def test_garbage_is_refused_and_does_nothing_else():
     hypothesis = pytest.importorskip("hypothesis", reason="not verified here: random garbage (no hypothesis)")
     st = hypothesis.strategies
     number = st.integers() | st.integers(-3, 40) | st.none() | st.booleans() | st.floats() | st.text(max_size=3)
     thing = number | st.tuples(number, number) | st.lists(number).map(tuple) | st.dictionaries(st.text(), number)
     keys = st.sampled_from(["version", "shape", "typestr", "data", "strides", "mask", "stream"])
-    said = st.dictionaries(keys, thing)
+    entries = st.dictionaries(keys, thing)
     axis = st.integers(-2, 5) | st.integers(-(1 << 63), (1 << 63) - 1)
 
     def tried(thing):
@@ -436,10 +439,10 @@ def test_garbage_is_refused_and_never_more():
             return None
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None)
-    @hypothesis.given(said, thing, thing, st.lists(axis, max_size=40), st.tuples(*[st.integers(0, 255)] * 3))
-    def check(said, device, capsule, axes, dtype):
-        tried(Says(**said))
-        tried(Says("__array_interface__", **said))
+    @hypothesis.given(entries, thing, thing, st.lists(axis, max_size=40), st.tuples(*[st.integers(0, 255)] * 3))
+    def check(entries, device, capsule, axes, dtype):
+        tried(Declares(**entries))
+        tried(Declares("__array_interface__", **entries))
         tried(SimpleNamespace(__cuda_array_interface__=device))
         tried(SimpleNamespace(__dlpack_device__=lambda: device, __dlpack__=lambda **options: capsule))
         tried(SimpleNamespace(__dlpack_device__=lambda: (1, 0), __dlpack__=lambda **options: capsule))

@@ -1,6 +1,6 @@
 """ONNX Runtime on a GPU, without one: whole chains through a fake ONNX Runtime on a fake driver, and its real names.
 
-Control flow is what is tested: what is asked of ONNX Runtime, when it is believed, what is refused, and that nothing leaks.
+These tests cover control flow: the options passed to ONNX Runtime, when a provider is trusted, refusals, and leaks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.sampling.pixels import to_nhwc
-from oracles import gaussian, protobuf, told
+from oracles import conditioning, gaussian, protobuf
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
 from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
@@ -33,7 +33,7 @@ from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
 
 @pytest.fixture
 def fake_ort(fake, monkeypatch):
-    """ONNX Runtime is the fake one, and so is the GPU of whoever brings none."""
+    """A fake ONNX Runtime, and a fake GPU by default."""
     ort = FakeOrt(fake)
     monkeypatch.setitem(sys.modules, "onnxruntime", ort)
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", ort)
@@ -46,8 +46,8 @@ def opened(fake_ort):
     """``opened(provider="cuda", …)``: devices that are closed at the end."""
     devices = []
 
-    def make(**given):
-        devices.append(OrtDevice("model.onnx", "eps", shape=SHAPE, **given))
+    def make(**options):
+        devices.append(OrtDevice("model.onnx", "eps", shape=SHAPE, **options))
         return devices[-1]
 
     yield make
@@ -56,7 +56,7 @@ def opened(fake_ort):
 
 
 class Chain:
-    """A chain on the device's GPU, in its stream, and its network."""
+    """A chain on the device's GPU, in its stream, with its network."""
 
     def __init__(self, device, *, batch=3):
         self.device = device
@@ -95,15 +95,15 @@ def test_a_chain_gives_numpy_s_bits(opened, provider):
     assert device.description == f"onnxruntime 1.31.1, {NAMES.get(provider, provider)}"
 
 
-@pytest.mark.parametrize("kind", told.KINDS)
-def test_a_chain_is_told_what_its_network_asks_for(opened, kind):
-    spec = gaussian.SPEC.replace(shape=SHAPE, **told.KINDS[kind])
-    given = told.given(spec)
-    wanted = expected(conditioning_shapes=spec.conditioning_shapes, conditioning=given)
+@pytest.mark.parametrize("kind", conditioning.KINDS)
+def test_a_chain_passes_the_conditioning_to_its_network(opened, kind):
+    spec = gaussian.SPEC.replace(shape=SHAPE, **conditioning.KINDS[kind])
+    mine = conditioning.conditioning_of(spec)
+    wanted = expected(conditioning_shapes=spec.conditioning_shapes, conditioning=mine)
     with Chain(opened(conditioning_shapes=spec.conditioning_shapes)) as c:
         choose_executor(c.chain, c.network.enqueue, "plain")
         for _ in range(2):
-            assert c.chain.run(seed=5, images=IMAGES, conditioning=given).tobytes() == to_nhwc(wanted.x0).tobytes()
+            assert c.chain.run(seed=5, images=IMAGES, conditioning=mine).tobytes() == to_nhwc(wanted.x0).tobytes()
 
 
 @pytest.mark.parametrize("executor", ["graph", "while"])
@@ -155,7 +155,7 @@ def test_a_chain_can_be_cancelled(opened):
             c.chain.run(seed=5, images=IMAGES, cancel=lambda: True)
 
 
-def test_on_host_arrays_it_answers_as_the_network_does_at_every_batch(opened):
+def test_on_host_arrays_it_gives_the_network_s_output_at_every_batch_size(opened):
     device = opened(variance=True)
     backend, toy = CopyingBackend(device), Toy(SHAPE)
     for batch in (1, 3, 2):
@@ -171,29 +171,29 @@ def test_on_host_arrays_it_answers_as_the_network_does_at_every_batch(opened):
     backend.release()
 
 
-# --- what is asked of ONNX Runtime -----------------------------------------------------------------------------------
+# --- ONNX Runtime's options ------------------------------------------------------------------------------------------
 
 
 def test_cuda_runs_in_our_stream_in_full_float32_and_the_same_way_tomorrow(opened, fake_ort, capsys):
     device = opened(provider="cuda")
     stream = {"device_id": "0", "user_compute_stream": str(device.stream)}
     own = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    assert fake_ort.asked == [(CUDA, {**stream, **own})]
+    assert fake_ort.requested == [(CUDA, {**stream, **own})]
     assert fake_ort.preloaded == 1
-    assert capsys.readouterr().out == "", "what preload_dlls prints is not for whoever pipes our output"
+    assert capsys.readouterr().out == "", "what preload_dlls prints must not mix with our output"
 
 
 def test_what_tensorrt_leaves_stays_on_the_gpu_in_the_same_stream(opened, fake_ort):
     device = opened(provider="tensorrt")
-    assert [name for name, _ in fake_ort.asked] == [TENSORRT, CUDA]
-    assert {given["user_compute_stream"] for _, given in fake_ort.asked} == {str(device.stream)}
+    assert [name for name, _ in fake_ort.requested] == [TENSORRT, CUDA]
+    assert {options["user_compute_stream"] for _, options in fake_ort.requested} == {str(device.stream)}
 
 
 def test_the_plugin_is_registered_once(opened, fake_ort):
     for _ in range(2):
         device = opened(provider="rtx")
-        given = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
-        assert fake_ort.asked == [(RTX, given)]
+        options = {"has_user_compute_stream": "1", "user_compute_stream": str(device.stream)}
+        assert fake_ort.requested == [(RTX, options)]
     assert fake_ort.registered == 1
 
 
@@ -201,19 +201,19 @@ def test_another_stream_is_refused(opened):
     device = opened()
     with Chain(device) as c, device.driver.current():
         other = device.driver.stream()
-        for ask in (
+        for use in (
             lambda: c.network.enqueue(other.value),
             lambda: device.network(3, x=1, t=1, out=1, stream=other.value),
         ):
             with pytest.raises(BackendError, match="its own stream"):
-                ask()
+                use()
         other.close()
 
 
-# --- believed after one run ------------------------------------------------------------------------------------------
+# --- trusted after one run -------------------------------------------------------------------------------------------
 
 
-def test_it_has_run_once_and_waited_before_it_is_believed(opened, fake, fake_ort):
+def test_it_has_run_once_and_waited_before_it_is_trusted(opened, fake, fake_ort):
     opened(variance=True)
     assert (fake_ort.runs, fake.launches) == (1, ["engine"])
     assert fake.count("cuStreamSynchronize") >= 1
@@ -225,8 +225,7 @@ def test_a_provider_that_is_listed_and_does_not_run_is_an_error(fake, fake_ort, 
     fake_ort.refuse = {what}
     with pytest.raises(BackendError, match="does not run this file by") as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider=provider)
-    told = str(caught.value)
-    assert f"model.onnx: ONNX Runtime 1.31.1 does not run this file by {NAMES[provider]} here" in told
+    assert f"model.onnx: ONNX Runtime 1.31.1 does not run this file by {NAMES[provider]} here" in str(caught.value)
     assert caught.value.note.endswith(f"{what} refused")
     assert len(caught.value.note) <= 300
     assert caught.value.hint
@@ -236,16 +235,16 @@ def test_a_provider_that_is_listed_and_does_not_run_is_an_error(fake, fake_ort, 
 
 @pytest.mark.parametrize(("provider", "instead"), [("cuda", []), ("tensorrt", [CUDA]), ("rtx", [])])
 def test_a_provider_that_is_silently_replaced_is_an_error(fake_ort, monkeypatch, provider, instead):
-    """A library that does not load is no error to ONNX Runtime: it gives a session on the CPU."""
+    """ONNX Runtime reports no error for a library that does not load: it opens a session on the CPU."""
     fake_ort.instead = instead or [CPU]
     with pytest.raises(BackendError, match=NAMES[provider]) as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider=provider)
-    assert re.search(f"it gave .*{CPU} instead", caught.value.note)
+    assert re.search(f"it uses .*{CPU} instead", caught.value.note)
     assert fake_ort.runs == 0
 
 
-def test_why_a_provider_s_library_does_not_load_is_told(fake_ort, tmp_path):
-    """ONNX Runtime writes it to stderr alone, so the loader is asked again."""
+def test_the_error_names_why_a_provider_s_library_does_not_load(fake_ort, tmp_path):
+    """ONNX Runtime writes the reason to stderr alone, so the library is loaded once more."""
     name = "onnxruntime_providers_cuda.dll" if sys.platform == "win32" else "libonnxruntime_providers_cuda.so"
     (tmp_path / "capi").mkdir()
     (tmp_path / "capi" / name).write_bytes(b"no library")
@@ -258,7 +257,7 @@ def test_why_a_provider_s_library_does_not_load_is_told(fake_ort, tmp_path):
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_the_hint_is_this_machine_s(fake_ort, monkeypatch, machine):
+def test_the_hint_suits_the_machine(fake_ort, monkeypatch, machine):
     monkeypatch.setattr(ort_device.platform, "machine", lambda: machine)
     fake_ort.refuse = {"run"}
     with pytest.raises(BackendError) as caught:
@@ -287,7 +286,7 @@ def test_a_driver_that_fails_leaves_nothing(fake, fake_ort, name, at):
         OrtDevice("model.onnx", "eps", shape=SHAPE)
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in f"{caught.value.fact} {caught.value.note}"
     if name == "cuStreamSynchronize":
-        fake.faults.clear()  # nothing can be waited for before memory is freed
+        fake.faults.clear()  # memory is freed without a wait, since no wait succeeds
     assert (fake.alive(), fake.retained) == ({}, 0)
 
 
@@ -295,7 +294,7 @@ def test_a_driver_that_fails_leaves_nothing(fake, fake_ort, name, at):
 
 
 @pytest.mark.parametrize("provider", ["cuda", TENSORRT])
-def test_a_build_without_the_provider_is_told_before_the_missing_driver(fake, fake_ort, provider):
+def test_a_build_without_the_provider_is_reported_before_the_missing_driver(fake, fake_ort, provider):
     fake_ort.listed = ["AzureExecutionProvider", CPU]
     fake.fail["cuInit"] = (0, 100)
     with pytest.raises(BackendError, match="ONNX Runtime has no") as caught:
@@ -305,56 +304,56 @@ def test_a_build_without_the_provider_is_told_before_the_missing_driver(fake, fa
     assert fake.calls == []
 
 
-def test_a_missing_plugin_is_told_with_what_to_install(fake_ort, monkeypatch):
+def test_the_error_for_a_missing_plugin_names_what_to_install(fake_ort, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
     with pytest.raises(BackendError, match="TensorRT-RTX is not installed") as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
     assert "onnxruntime-ep-nv-tensorrt-rtx" in caught.value.hint
 
 
-def test_an_onnxruntime_that_takes_no_plugins_is_told(fake_ort, monkeypatch):
+def test_an_onnxruntime_without_plugins_is_refused(fake_ort, monkeypatch):
     monkeypatch.delattr(FakeOrt, "register_execution_provider_library")
-    with pytest.raises(BackendError, match=r"takes no providers as plugins"):
+    with pytest.raises(BackendError, match=r"cannot load providers as plugins"):
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
 
 
-@pytest.mark.parametrize(("refuse", "devices", "told"), [({"register"}, 1, "register refused"), ((), 0, "no GPU")])
-def test_a_plugin_that_does_not_come_up_is_told(fake_ort, refuse, devices, told):
+@pytest.mark.parametrize(("refuse", "devices", "why"), [({"register"}, 1, "register refused"), ((), 0, "no GPU")])
+def test_the_error_names_why_a_plugin_does_not_start(fake_ort, refuse, devices, why):
     fake_ort.refuse, fake_ort.devices = set(refuse), devices
     with pytest.raises(BackendError, match=RTX) as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
-    assert told in caught.value.note
+    assert why in caught.value.note
 
 
-def test_without_a_driver_it_says_so(fake_ort, monkeypatch):
+def test_without_a_driver_the_error_names_it(fake_ort, monkeypatch):
     no_driver()
     monkeypatch.setattr(ort_device, "Driver", Driver)
     with pytest.raises(BackendError, match="there is no NVIDIA driver here"):
         OrtDevice("model.onnx", "eps", shape=SHAPE)
 
 
-def test_an_error_without_words_is_told_by_its_kind(fake_ort, monkeypatch):
+def test_an_error_without_a_message_is_named_by_its_type(fake_ort, monkeypatch):
     monkeypatch.setattr(fake_ort, "InferenceSession", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(BackendError, match="does not run this file") as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE)
     assert caught.value.note == "MemoryError"
 
 
-def test_other_providers_are_not_for_it(fake_ort):
-    with pytest.raises(InputError, match="no provider for NVIDIA GPUs"):
+def test_providers_for_other_devices_are_refused(fake_ort):
+    with pytest.raises(InputError, match="not a provider for NVIDIA GPUs"):
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider="cpu")
 
 
-def test_what_cannot_be_preloaded_is_left_to_the_session(opened, fake_ort):
+def test_a_failed_preload_is_left_to_the_session(opened, fake_ort):
     fake_ort.refuse = {"preload"}
     opened()
     assert fake_ort.runs == 1
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- closing ---------------------------------------------------------------------------------------------------------
 
 
-def test_closing_takes_the_session_before_the_stream_and_twice_is_harmless(fake, fake_ort):
+def test_closing_ends_the_session_before_the_stream_and_twice_is_harmless(fake, fake_ort):
     device = OrtDevice("model.onnx", "eps", shape=SHAPE)
     with device.driver.current():
         memory = [device.driver.allocate(4 * 3 * 5 * 7, "x") for _ in range(3)]
@@ -373,7 +372,7 @@ def test_closing_takes_the_session_before_the_stream_and_twice_is_harmless(fake,
         device.network(1, x=x, t=t, out=out, stream=stream)
 
 
-def test_a_driver_that_was_given_stays_open(fake, fake_ort):
+def test_a_driver_that_was_passed_stays_open(fake, fake_ort):
     with Driver(library=fake) as driver:
         OrtDevice("model.onnx", "eps", shape=SHAPE, driver=driver).close()
         assert (fake.alive(), fake.retained) == ({}, 1)
@@ -387,26 +386,26 @@ SPEC = gaussian.SPEC.replace(shape=SHAPE)
 
 
 @pytest.mark.parametrize("providers", ["cuda", ("cuda",), ("rtx", "cpu"), (TENSORRT,)])
-def test_a_file_gets_the_gpu_that_was_asked_for(fake_ort, providers):
+def test_a_file_runs_on_the_requested_gpu_provider(fake_ort, providers):
     backend = open_onnx(Path("model.onnx"), SPEC, providers=providers)
     assert isinstance(backend, CopyingBackend)
     backend.close()
 
 
-def test_without_leave_to_fall_back_a_provider_that_fails_is_the_end(fake_ort):
+def test_without_fallback_a_provider_that_fails_is_an_error(fake_ort):
     fake_ort.refuse = {"run"}
     with pytest.raises(BackendError, match=CUDA):
         open_onnx(Path("model.onnx"), SPEC, providers=("cuda", "cpu"))
 
 
-def test_the_next_provider_comes_where_that_is_allowed(fake_ort, monkeypatch):
+def test_with_fallback_the_next_provider_runs_the_file(fake_ort, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", None)
     backend = open_onnx(Path("model.onnx"), SPEC, providers=("rtx", "cuda"), fallback=True)
     assert CUDA in backend.description
     backend.close()
 
 
-def test_in_the_end_the_cpu_does_it(gaussian_onnx):
+def test_with_fallback_the_cpu_comes_last(gaussian_onnx):
     pytest.importorskip("onnxruntime", reason="not verified here: ONNX Runtime on the CPU (it is not installed)")
     no_driver()
     for providers in (("cuda",), ("rtx", "tensorrt", "cuda")):
@@ -415,7 +414,7 @@ def test_in_the_end_the_cpu_does_it(gaussian_onnx):
         backend.close()
 
 
-# --- the real one ----------------------------------------------------------------------------------------------------
+# --- the real ONNX Runtime -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -423,7 +422,7 @@ def real():
     return pytest.importorskip("onnxruntime", reason="not verified here: ONNX Runtime's names (it is not installed)")
 
 
-def test_every_name_of_onnxruntime_s_exists(real):
+def test_every_used_name_of_onnxruntime_exists(real):
     for kind, names in ort_device.USED.items():
         owner = getattr(real, kind) if kind else real
         assert [name for name in names if not hasattr(owner, name)] == [], kind
@@ -437,7 +436,7 @@ def test_every_name_of_onnxruntime_s_exists(real):
     ]
     assert {"sess_options", "providers", "kwargs"} <= set(inspect.signature(real.InferenceSession).parameters)
     assert all(p.default is not p.empty for p in inspect.signature(real.preload_dlls).parameters.values())
-    # what pybind takes is written in its docstrings alone
+    # the argument types of pybind's functions are in their docstrings alone
     assert "arg0: str, arg1: str" in real.register_execution_provider_library.__doc__
     assert re.search(
         r"arg0: \S*(Sequence|list)\[\S*OrtEpDevice\], arg1: \S*(Mapping|dict)\[str, str\]",
@@ -446,7 +445,7 @@ def test_every_name_of_onnxruntime_s_exists(real):
     assert all(isinstance(device.ep_name, str) for device in real.get_ep_devices())
 
 
-def test_the_list_of_names_is_what_the_source_touches():
+def test_the_list_of_names_is_what_the_source_uses():
     code = Path(ort_device.__file__).read_text(encoding="utf-8")
     code = code[code.index("class OrtDevice") :]
     shared = inspect.getsource(ort_device.session_options) + inspect.getsource(ort_device.available_providers)
@@ -455,7 +454,7 @@ def test_the_list_of_names_is_what_the_source_touches():
     assert set(re.findall(r"\bort\.([a-zA-Z]\w+)", code + shared)) <= set(ort_device.USED[""])
 
 
-def test_run_options_are_really_taken(real):
+def test_run_options_are_stored(real):
     options = real.RunOptions()
     options.add_run_config_entry("disable_synchronize_execution_providers", "1")
     assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
@@ -477,7 +476,7 @@ def learned_variance(path):
     return path
 
 
-def test_the_host_s_backend_gives_both_answers(real, tmp_path):
+def test_the_host_s_backend_gives_both_outputs(real, tmp_path):
     backend = OrtBackend(learned_variance(tmp_path / "model.onnx"), "eps")
     rng = np.random.default_rng(0)
     for batch, var in ((1, True), (3, True), (2, False)):

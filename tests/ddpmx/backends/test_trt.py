@@ -1,4 +1,4 @@
-"""TensorRT's plans without a GPU: the names of its bindings that are used, and plans that a fake TensorRT runs."""
+"""TensorRT plans without a GPU: the names of its bindings that are used, and plans run by a fake TensorRT."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("label", list(tensorrt_bindings.WHEELS))
-def test_every_name_of_tensorrt_s_exists(label):
+def test_every_used_name_of_tensorrt_exists(label):
     try:
         found = tensorrt_bindings.describe(label, CACHE)
     except tensorrt_bindings.Unavailable as why:
-        pytest.skip(f"not verified here: that TensorRT {label} has what ddpmx uses of it ({why})")
+        pytest.skip(f"not verified here: that TensorRT {label} has the names that ddpmx uses ({why})")
     names = found["names"]
     missing = [
         f"{kind}.{name}" for kind, wanted in trt.USED.items() for name in wanted if name not in names.get(kind, ())
@@ -59,7 +59,7 @@ def test_every_name_of_tensorrt_s_exists(label):
         assert wanted in tensorrt_bindings.parameters(found["signatures"][name]), name
 
 
-def test_every_name_of_tensorrt_rtx_s_exists():
+def test_every_used_name_of_tensorrt_rtx_exists():
     module = pytest.importorskip("tensorrt_rtx", reason="not verified here: TensorRT-RTX's names (it is not installed)")
     for used in (trt.USED, trt.USED_RTX):
         for kind, wanted in used.items():
@@ -68,7 +68,7 @@ def test_every_name_of_tensorrt_rtx_s_exists():
         assert getattr(module.IRuntimeConfig, name).fset is not None
 
 
-def test_the_list_is_what_the_source_touches():
+def test_the_lists_are_what_the_source_uses():
     text = Path(trt.__file__).read_text(encoding="utf-8")
     code = text[text.index("class TrtEngine") :]
     for kind, wanted in (*trt.USED.items(), *trt.USED_RTX.items()):
@@ -85,12 +85,12 @@ def test_a_plan_runs_a_whole_chain(plan, plan_driver):
     table = make_table(SPEC.make_schedule(), "eps", "fixed_small", steps=4)
     drawn = np.array([1, 2])
     *_, step = chain.run(Toy(SPEC.shape), table, chain.initial(5, drawn, SPEC.shape), seed=5, images=drawn)
-    with trt.TrtEngine(plan, library=module.library(), devices=ADA) as opened_plan:
-        assert opened_plan.description == "TensorRT-RTX 1.7.1.116 on NVIDIA RTX 4090, SM 8.9"
-        loaded = Kernels(opened_plan.driver)
-        with DeviceChain(opened_plan.driver, loaded, SPEC.shape, 2, table) as device_chain:
+    with trt.TrtEngine(plan, library=module.library(), devices=ADA) as engine:
+        assert engine.description == "TensorRT-RTX 1.7.1.116 on NVIDIA RTX 4090, SM 8.9"
+        loaded = Kernels(engine.driver)
+        with DeviceChain(engine.driver, loaded, SPEC.shape, 2, table) as device_chain:
             at = {"x": device_chain.x, "t": device_chain.t, "out": device_chain.out}
-            with opened_plan.network(2, **at, stream=device_chain.stream) as context:
+            with engine.network(2, **at, stream=device_chain.stream) as context:
                 assert choose_executor(device_chain, context.enqueue).executor == "while"
                 got = device_chain.run(seed=5, images=drawn)
     assert got.tobytes() == to_nhwc(step.x0).tobytes()
@@ -116,12 +116,12 @@ def test_a_plan_is_a_backend(plan, plan_driver):
     assert len(module.contexts) == made
     with pytest.raises(InputError, match="takes batches of 1…8, not 9"):
         backend.bind(Buffers.of(9, SPEC.shape))
-    with pytest.raises(BackendError, match="nothing is bound"):
+    with pytest.raises(BackendError, match="no buffers are bound"):
         backend.enqueue()
     for _ in range(2):
         backend.close()
-    opened_plan = backend.device
-    assert (opened_plan._engine, opened_plan._runtime, opened_plan._config) == (None, None, None)
+    engine = backend.device
+    assert (engine._engine, engine._runtime, engine._config) == (None, None, None)
 
 
 def test_a_backend_that_fails_leaves_nothing(plan, plan_driver):
@@ -133,7 +133,7 @@ def test_a_backend_that_fails_leaves_nothing(plan, plan_driver):
         backend.enqueue()
     assert caught.value.note == "[execute] refused"
     module.refuse = {"shape"}
-    module.logger.lines.append((1, "of something else, long ago"))
+    module.logger.lines.append((1, "of something else, earlier"))
     with pytest.raises(BackendError, match="does not take x of shape") as caught:
         backend.bind(Buffers.of(3, SPEC.shape))
     assert caught.value.note == "[shape] refused"
@@ -143,32 +143,32 @@ def test_a_backend_that_fails_leaves_nothing(plan, plan_driver):
 
 def test_the_profile_is_chosen_by_the_batch(plan, plan_driver):
     module = FakeTrt(plan_driver, ((1, 8, 16), (1, 1, 1), (32, 32, 64)))
-    with trt.TrtEngine(plan, library=module.library(), devices=ADA) as opened_plan:
-        assert [opened_plan.check_batch(n) for n in (1, 2, 16, 32, 64)] == [1, 0, 0, 2, 2]
-        assert opened_plan.batches == ((1, 16), (1, 1), (32, 64))
+    with trt.TrtEngine(plan, library=module.library(), devices=ADA) as engine:
+        assert [engine.check_batch(n) for n in (1, 2, 16, 32, 64)] == [1, 0, 0, 2, 2]
+        assert engine.batches == ((1, 16), (1, 1), (32, 64))
         for batch in (17, 65):
             with pytest.raises(InputError, match="takes batches of 1…16, 1…1, 32…64"):
-                opened_plan.check_batch(batch)
-        with opened_plan.driver.current(), opened_plan.driver.stream() as stream:
-            opened_plan.network(1, x=1, t=2, out=3, stream=stream.value).close()
+                engine.check_batch(batch)
+        with engine.driver.current(), engine.driver.stream() as stream:
+            engine.network(1, x=1, t=2, out=3, stream=stream.value).close()
     context = module.contexts[0]
     assert (context.profile, context.shapes) == (1, {"x": (1, *SPEC.shape), "t": (1,)})
     assert context.addresses == {"x": 1, "t": 2, "eps": 3}
 
 
 @pytest.mark.parametrize("what", ["deserialize", "context", "shape", "address", "infer", "profile"])
-def test_what_tensorrt_refuses_is_said_in_its_words(plan, plan_driver, what):
+def test_a_refusal_of_tensorrt_carries_its_own_message(plan, plan_driver, what):
     module = FakeTrt(plan_driver, ((2, 2, 2), (1, 1, 1)))
     module.refuse = {what}
     with pytest.raises(BackendError) as caught:  # noqa: PT012, SIM117
-        with trt.TrtEngine(plan, library=module.library(), devices=ADA) as opened_plan:
-            with opened_plan.driver.current(), opened_plan.driver.stream() as stream:
-                opened_plan.network(1, x=1, t=2, out=3, stream=stream.value)
+        with trt.TrtEngine(plan, library=module.library(), devices=ADA) as engine:
+            with engine.driver.current(), engine.driver.stream() as stream:
+                engine.network(1, x=1, t=2, out=3, stream=stream.value)
     assert caught.value.note == f"[{what}] refused"
 
 
 def test_another_name_is_refused(plan, plan_driver):
-    with pytest.raises(FileFormatError, match="another name"):
+    with pytest.raises(FileFormatError, match="another network name"):
         trt.TrtEngine(plan, library=FakeTrt(plan_driver, name="Unnamed").library(), devices=ADA)
 
 
@@ -194,7 +194,7 @@ def test_other_inputs_and_outputs_are_refused(plan, plan_driver, name, tensor):
             trt.TrtEngine(plan, library=module.library(), devices=ADA)
 
 
-def test_what_was_compiled_is_kept(plan, plan_driver, tmp_path):
+def test_compiled_kernels_are_cached(plan, plan_driver, tmp_path):
     folder = tmp_path / "cache"
     for loaded in ([], [b"compiled"]):
         module = FakeTrt(plan_driver)
@@ -217,7 +217,7 @@ def test_a_stripped_plan_is_refused(plan):
 
 
 def test_a_real_plan_without_a_gpu(tmp_path, gaussian_onnx):
-    """Built by TensorRT-RTX here; then, with a GPU that is not there, as far as its own runtime goes."""
+    """Built by TensorRT-RTX here, then refused: without a GPU, and with a GPU that is only claimed."""
     no_driver()
     pytest.importorskip("tensorrt_rtx", reason="not verified here: a real plan (TensorRT-RTX is not installed)")
     model = Path(shutil.copy(gaussian_onnx, tmp_path / "model.onnx"))
@@ -233,7 +233,7 @@ def test_a_real_plan_without_a_gpu(tmp_path, gaussian_onnx):
 
 @pytest.mark.slow
 def test_a_real_plan_as_far_as_tensorrt_goes_without_a_gpu(tmp_path, gaussian_onnx, fake):
-    """The driver is a fake, so TensorRT-RTX itself says what it lacks."""
+    """The driver is a fake, so TensorRT-RTX itself reports what it lacks."""
     no_driver()
     pytest.importorskip("tensorrt_rtx", reason="not verified here: a real plan (TensorRT-RTX is not installed)")
     model = Path(shutil.copy(gaussian_onnx, tmp_path / "model.onnx"))
@@ -245,8 +245,8 @@ def test_a_real_plan_as_far_as_tensorrt_goes_without_a_gpu(tmp_path, gaussian_on
     assert "cuda" in caught.value.note.lower()
 
 
-def test_a_backend_takes_room_for_another_answer(plan, plan_driver):
-    """With and without the variance at the same batch."""
+def test_a_backend_rebinds_for_another_output(plan, plan_driver):
+    """With and without the variance at the same batch size."""
     module = FakeTrt(plan_driver)
     backend = CopyingBackend(trt.TrtEngine(plan, library=module.library(), devices=ADA))
     for var in (False, True, False):

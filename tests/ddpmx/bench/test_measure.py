@@ -1,6 +1,6 @@
-"""What `ddpmx bench` measures: known durations in, known figures out, on clocks that stand still unless they are moved.
+"""What `ddpmx bench` measures: known durations in, known figures out, on clocks that only the tests advance.
 
-On a GPU there is none: chains run through the fake driver, whose clock each kernel moves by what it is said to cost.
+Chains on a GPU run on the fake driver, where each kernel advances the clock by a fixed cost.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ddpmx import pipeline
 from ddpmx.backends.base import EXECUTORS, Buffers, CopyingBackend
 from ddpmx.backends.ort import OrtBackend
 from ddpmx.bench import figures
@@ -24,7 +23,7 @@ from ddpmx.bench.measure import bench
 from ddpmx.device.driver import Driver
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError, InputError, NumericError
-from ddpmx.sampling import chain
+from ddpmx.sampling import chain, request
 from oracles import gaussian
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import array_at
@@ -91,7 +90,7 @@ def test_the_beginning_of_a_chain_is_that_of_the_full_chain(variance):
 
 
 class Clock:
-    """Stands still unless it is moved."""
+    """A clock that only the tests advance."""
 
     def __init__(self):
         self.now = 100.0
@@ -101,7 +100,7 @@ class Clock:
 
 
 class Slow(ToyBackend):
-    """Takes the next of the given milliseconds at each call."""
+    """Each run takes the next of ``durations``, in milliseconds."""
 
     def __init__(self, clock, durations, **faults):
         super().__init__(**faults)
@@ -114,7 +113,7 @@ class Slow(ToyBackend):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """An update takes 0.5 ms, drawing x_T 0.25 ms, and nothing else but the network takes any time."""
+    """An update takes 0.5 ms, drawing x_T 0.25 ms, and everything else but the network no time."""
     clock = Clock()
 
     def slowed(function, seconds):
@@ -146,12 +145,12 @@ def test_the_host_s_chain_is_measured_step_by_step_beside_the_network(clock):
     assert cell.extrapolated
 
 
-def test_the_network_alone_is_asked_what_the_chain_asks_and_leaves_no_trace(clock):
+def test_the_network_alone_runs_at_the_chain_s_timesteps_and_does_not_change_the_chain(clock):
     backend = Slow(clock, itertools.repeat(1))
     cell = measure_host(backend, SPEC, 2, QUICK, clock=clock)
     measured = backend.asked[-2 * cell.steps :]
     assert measured == [(t, 2) for t in (999, 998, 997, 996, 995) for _ in range(2)]
-    with pytest.raises(NumericError):  # the measured chain is a real one, and looks at its answers
+    with pytest.raises(NumericError):  # the measured chain is a real one, which checks the outputs
         measure_host(Slow(clock, itertools.repeat(1), poison=(997, np.nan)), SPEC, 1, QUICK, clock=clock)
 
 
@@ -161,7 +160,7 @@ def test_whole_chains_are_not_extrapolated(clock):
     assert cell.chain_s == pytest.approx((0.25 + T * 1.5) * MS)
 
 
-def test_a_network_that_has_to_run_row_by_row_is_measured_so(clock):
+def test_a_network_that_has_to_run_row_by_row_is_measured_that_way(clock):
     backend = Slow(clock, itertools.repeat(1), sways="place")
     cell = measure_host(backend, SPEC, 3, QUICK, clock=clock)
     assert cell.bare_ms == pytest.approx(3)
@@ -194,7 +193,7 @@ def test_peak_memory_is_read_from_the_kernel(tmp_path):
 
 
 class TimedCuda(FakeCuda):
-    """A fake driver whose events know the time: each kernel takes as many milliseconds as it is said to."""
+    """A fake driver with a clock for its events: each kernel takes ``cost`` milliseconds."""
 
     cost = {"engine": 2.0, "ddpmx_step": 0.5, "ddpmx_begin": 0.75, "ddpmx_condition": 0.25}
 
@@ -229,7 +228,7 @@ class ToyNetwork:
 
     def enqueue(self, stream):
         if self.device.stubborn and self.device.cuda._stream(stream).capture is not None:
-            raise BackendError("it does not let itself be captured")
+            raise BackendError("cannot be captured")
         self.device.cuda.enqueue(stream, self._compute)
 
     def _compute(self):
@@ -346,7 +345,7 @@ def test_the_network_alone_runs_as_often_as_the_chain_has_steps_after_each_chain
     assert cuda.count("cuGraphLaunch") >= (cell.rounds + 1) * cell.steps
 
 
-def test_a_network_that_is_not_to_be_captured_is_enqueued_alone_as_well(cuda):
+def test_a_network_that_cannot_be_captured_is_enqueued_step_by_step(cuda):
     for device in (ToyDevice(cuda, executors=("plain",)), ToyDevice(cuda, stubborn=True)):
         cell = measured(device, 1, "plain")
         assert cell.ratio == pytest.approx(1.25)
@@ -355,27 +354,27 @@ def test_a_network_that_is_not_to_be_captured_is_enqueued_alone_as_well(cuda):
         device.close()
 
 
-def test_an_executor_that_the_library_does_not_run_by_is_not_even_tried(cuda):
+def test_an_executor_that_the_library_does_not_support_is_not_tried(cuda):
     device = ToyDevice(cuda, executors=("plain",))
     for name in ("graph", "while"):
-        assert "does not run by it" in measured(device, 1, name).failed
+        assert "does not support it" in measured(device, 1, name).failed
     assert cuda.count("cuStreamBeginCapture_v2", "cuStreamBeginCaptureToGraph") == 0
     assert measured(device, 1, "auto").executor == "plain"
     device.close()
 
 
-@pytest.mark.parametrize(("sways", "said"), [(0.0, False), (0.01, True)])
-def test_it_says_where_generate_would_run_each_image_alone(cuda, sways, said):
+@pytest.mark.parametrize(("sways", "noted"), [(0.0, False), (0.01, True)])
+def test_a_note_says_that_generate_would_run_each_image_alone(cuda, sways, noted):
     device = ToyDevice(cuda, sways=sways)
     backend = CopyingBackend(device)
     cell = measured(device, 3, "plain", backend=backend)
-    assert any("runs each one alone" in note for note in cell.notes) is said
+    assert any("runs each one alone" in note for note in cell.notes) is noted
     assert cell.mean_ms == pytest.approx(2.5)
     assert device.open == 0
     backend.close()
 
 
-def test_an_executor_that_does_not_work_here_says_why(cuda):
+def test_a_line_says_why_its_executor_does_not_work(cuda):
     cuda.lacking = ("cuGraphConditionalHandleCreate", "cuGraphAddNode_v2", "cuStreamBeginCaptureToGraph")
     device = ToyDevice(cuda)
     cell = measured(device, 1, "while")
@@ -389,7 +388,7 @@ def test_an_executor_that_does_not_work_here_says_why(cuda):
     device.close()
 
 
-def test_memory_is_what_the_chain_and_its_network_have_taken(device):
+def test_memory_is_that_of_the_chain_and_its_network(device):
     with device.driver.current():
         free = device.driver.free_memory()[0]
     cell = measured(device, 4, "plain", free_before=free + 1000)
@@ -398,7 +397,7 @@ def test_memory_is_what_the_chain_and_its_network_have_taken(device):
     assert measured(device, 4, "plain").memory is None
 
 
-def test_out_of_memory_is_this_line_s_trouble_alone(device):
+def test_out_of_memory_fails_one_line_only(device):
     cuda = device.cuda
     cuda.fail["cuMemAlloc_v2"] = (0, 2)
     assert "CUDA_ERROR_OUT_OF_MEMORY" in measured(device, 4, "plain").failed
@@ -432,7 +431,7 @@ def on_gpu(cuda, monkeypatch, gaussian_onnx):
 
     def call(*, batches=None, executor="auto", ranges=((1, 4),), executors=EXECUTORS):
         device = ToyDevice(cuda, batches=ranges, executors=executors)
-        monkeypatch.setattr("ddpmx.bench.measure.open_model", lambda path, **opening: (SPEC, CopyingBackend(device)))
+        monkeypatch.setattr("ddpmx.bench.measure.open_model", lambda path, **options: (SPEC, CopyingBackend(device)))
         try:
             return bench(gaussian_onnx, batches=batches, executor=executor, steps=3, seconds=1e-3)
         finally:
@@ -450,7 +449,7 @@ def test_all_executors_are_lines_of_the_table(on_gpu):
     assert any("their mean is known" in line for line in report.method)
 
 
-def test_nothing_of_the_first_answer_is_left_on_the_device_while_it_is_measured(on_gpu, cuda, monkeypatch):
+def test_nothing_of_the_first_step_stays_on_the_device_during_the_measurement(on_gpu, cuda, monkeypatch):
     measure, seen = DeviceBench.measure, []
 
     def watched(*arguments):
@@ -462,20 +461,20 @@ def test_nothing_of_the_first_answer_is_left_on_the_device_while_it_is_measured(
     assert seen == [0, 0]
 
 
-def test_progress_is_told_before_each_line(gaussian_onnx):
+def test_progress_is_reported_before_each_line(gaussian_onnx):
     seen = []
     bench(gaussian_onnx, batches=[1, 2], steps=3, seconds=1e-3, progress=lambda *now: seen.append(now))
     assert seen == [("batch 1, host", 0, 2), ("batch 2, host", 1, 2)]
 
 
-def test_what_does_not_work_is_a_line_as_well(on_gpu, cuda):
+def test_an_executor_that_does_not_work_is_a_line_of_the_table_too(on_gpu, cuda):
     cuda.lacking = ("cuGraphConditionalHandleCreate", "cuGraphAddNode_v2", "cuStreamBeginCaptureToGraph")
     report = on_gpu(executor="all", batches=[1])
     assert [bool(cell.failed) for cell in report.cells] == [False, False, True]
     assert not any("their mean is known" in line for line in report.method)
 
 
-def test_where_nothing_works_that_is_an_error(on_gpu, cuda):
+def test_it_is_an_error_if_nothing_can_be_measured(on_gpu, cuda):
     cuda.lacking = ("cuGraphConditionalHandleCreate", "cuGraphAddNode_v2", "cuStreamBeginCaptureToGraph")
     with pytest.raises(BackendError, match="nothing could be measured") as caught:
         on_gpu(executor="while", batches=[1])
@@ -497,7 +496,7 @@ def test_default_batches_are_cut_to_what_the_file_takes(on_gpu, ranges, measured
 
 
 def test_batches_that_do_not_fit_into_memory_are_left_out(monkeypatch):
-    monkeypatch.setattr(pipeline, "MAX_BATCH_ELEMENTS", 4 * 3 * 8 * 8)
+    monkeypatch.setattr(request, "MAX_BATCH_ELEMENTS", 4 * 3 * 8 * 8)
     taken, left_out = package._choose(None, SPEC, SimpleNamespace(batches=((1, 1 << 16),)))
     assert (taken, left_out[0]) == ([1, 4], "batch 16: it does not fit into memory")
     with pytest.raises(InputError, match="do not fit into memory"):
@@ -511,7 +510,7 @@ def test_a_batch_outside_the_file_s_range_is_refused_before_anything_runs(on_gpu
 
 
 def test_an_executor_that_is_not_the_library_s_is_refused(on_gpu, cuda):
-    with pytest.raises(InputError, match="does not run by executor 'while'"):
+    with pytest.raises(InputError, match="does not support executor 'while'"):
         on_gpu(executor="while", executors=("plain",))
     report = on_gpu(executor="all", batches=[1], executors=("plain",))
     assert [bool(cell.failed) for cell in report.cells] == [False, True, True]

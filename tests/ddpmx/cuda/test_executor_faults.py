@@ -1,6 +1,6 @@
-"""Chains on a GPU that do not come to a good end, without one: through a fake driver with faults to order.
+"""Chains on a GPU that fail, without one: a fake driver with faults on demand.
 
-Each says what happened, nothing leaks, and where the device lives the next chain is right.
+Each error reports what happened, nothing leaks, and unless the device is lost the next chain is right.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from oracles import fake_cuda
 from oracles.device_chain import IMAGES, SHAPE, STEPS, TABLE, Setup, expected
 from oracles.fake_cuda import FakeCuda
 
-# --- ends ------------------------------------------------------------------------------------------------------------
+# --- how chains end --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("k", [0, 5, STEPS - 1])
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
-def test_an_answer_that_is_not_finite(fake, executor, k, value):
+def test_an_output_that_is_not_finite(fake, executor, k, value):
     t = int(TABLE.timesteps[k])
     with Setup(fake, poison=(t, [value])) as s:
         s.chain.prepare(s.engine, executor)
@@ -67,12 +67,12 @@ def test_cancel(fake, executor, k):
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_who_is_through_is_not_asked_whether_to_stop(fake, executor):
+def test_cancel_is_not_polled_after_the_last_step(fake, executor):
     with Setup(fake) as s:
         s.chain.prepare(s.engine, executor)
-        through = lambda: fake.launches.count("ddpmx_step") >= STEPS  # noqa: E731
+        finished = lambda: fake.launches.count("ddpmx_step") >= STEPS  # noqa: E731
         fake.launches.clear()
-        assert s.chain.run(seed=5, images=IMAGES, cancel=through) is not None
+        assert s.chain.run(seed=5, images=IMAGES, cancel=finished) is not None
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -90,23 +90,23 @@ def test_an_exception_in_a_callback_ends_the_chain(fake, executor, error):
         assert s.chain.run(seed=5, images=IMAGES).tobytes() == to_nhwc(expected().x0).tobytes()
 
 
-def test_a_chain_that_does_not_end_is_given_up(fake, monkeypatch):
-    """A platform whose condition is never heard: nothing waits for it, so nothing of it can be freed."""
+def test_a_chain_that_does_not_end_is_abandoned(fake, monkeypatch):
+    """On a platform that ignores the condition: nothing can wait for the chain, so nothing of it can be freed."""
     monkeypatch.setattr(executors, "_PROBE_SECONDS", 0.02)
     monkeypatch.setattr(fake_cuda.While, "__call__", lambda self: iter(lambda: None, 1))
     with Setup(fake) as s:
         alive = fake.alive()
         choice = choose_executor(s.chain, s.engine)
         assert choice.executor == "graph"
-        assert "does not come to its end" in dict(choice.rejected)["while"]
+        assert "did not finish in time" in dict(choice.rejected)["while"]
         left = {kind: count - alive.get(kind, 0) for kind, count in fake.alive().items()}
         assert left["stream"] == 1
     for handles in fake.live.values():
         handles.clear()
-    fake.faults.clear()  # kernels of the lost stream, which the fake believes may use any memory
+    fake.faults.clear()  # the fake assumes that kernels of the lost stream may use any memory
 
 
-def test_an_unrefused_end_is_an_error(fake, monkeypatch):
+def test_an_end_without_a_reason_is_an_error(fake, monkeypatch):
     with Setup(fake) as s:
         s.chain.prepare(s.engine, "plain")
         s.chain._chain.var = 16
@@ -114,7 +114,7 @@ def test_an_unrefused_end_is_an_error(fake, monkeypatch):
             s.chain.run(seed=0, images=[1])
         s.chain._chain.var = 0
         s.chain._chain.S = STEPS + 1
-        with pytest.raises(BackendError, match="does not say why"):
+        with pytest.raises(BackendError, match="without giving a reason"):
             s.chain.run(seed=0, images=[1])
 
 
@@ -124,7 +124,7 @@ def test_an_unrefused_end_is_an_error(fake, monkeypatch):
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("refuse_at", [1, 2])
 def test_an_engine_that_refuses(fake, executor, refuse_at):
-    """At its first run, and while it is captured or, plainly, in the chain."""
+    """At its first run, and while it is captured or, with ``plain``, in the chain."""
     with Setup(fake, refuse_at=refuse_at) as s:
         if executor == "plain" and refuse_at == 2:
             s.chain.prepare(s.engine, executor)
@@ -132,7 +132,7 @@ def test_an_engine_that_refuses(fake, executor, refuse_at):
             s.chain.run(seed=0, images=IMAGES) if s.chain.choice else s.chain.prepare(s.engine, executor)
         assert "its last words" in str(caught.value)
         assert fake.alive().get("graph", 0) == fake.alive().get("executable", 0) == 0
-        s.chain.prepare(s.engine, executor)  # and is tried again
+        s.chain.prepare(s.engine, executor)  # and works again
         assert s.chain.run(seed=5, images=IMAGES).tobytes() == to_nhwc(expected().x0).tobytes()
 
 
@@ -163,14 +163,14 @@ def attempt(fake, executor):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_whichever_call_fails_nothing_leaks(kernels, executor):
-    """All calls of a chain but those that free, one after the other."""
+    """Each call of a chain in turn, except those that free."""
     fine = FakeCuda(kernels)
     attempt(fine, executor)
     assert fine.counted > 50
     for at in range(1, fine.counted + 1):
         fake = FakeCuda(kernels)
         fake.fail_at = at
-        with contextlib.suppress(BackendError):  # a look at what is under way may go wrong unnoticed
+        with contextlib.suppress(BackendError):  # a failed query of running work may go unnoticed
             attempt(fake, executor)
         fake.live.pop("function", None)
         assert (fake.alive(), fake.retained, fake.faults) == ({}, 0, []), (at, fake.calls[-20:])
@@ -217,4 +217,4 @@ def test_a_lost_device(fake, executor):
         assert executor in str(caught.value)
         assert "end it and start again" in str(caught.value)
         for stream in fake.live["stream"].values():
-            stream.queue.clear()  # so that freeing is no fault
+            stream.queue.clear()  # so that freeing counts as no fault

@@ -1,7 +1,7 @@
 """The chain on a GPU, without one: whole chains through a fake driver, whose kernels are the real ones on the host.
 
-Control flow is what is tested: order, waits, captures, and which executor is chosen. What only a GPU can show is that its
-driver does what NVIDIA says it does.
+These tests cover control flow: order, waits, captures, and the choice of an executor. Only a GPU can show that its driver
+does what NVIDIA documents.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from oracles.device_chain import IMAGES, SHAPE, STEPS, TABLE, Setup, array_at, e
         {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "learned_range", steps=5)},
         {"x": np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)},
     ],
-    ids=["plain case", "one far image", "no clip", "tight clip", "one step", "ddim", "learned variance", "x given"],
+    ids=["plain case", "one far image", "no clip", "tight clip", "one step", "ddim", "learned variance", "own x"],
 )
 def test_every_executor_gives_numpy_s_bits(fake, executor, case):
     table, clip = case.get("table", TABLE), case.get("clip", 1.0)
@@ -67,11 +67,11 @@ def test_a_chain_is_used_again_without_allocating(fake, executor):
                 got = s.chain.run(seed=seed, images=indices)
                 assert got.tobytes() == to_nhwc(expected(indices, seed=seed).x0).tobytes()
         assert fake.alive() == alive
-        # of a captured engine the host says nothing more
+        # a captured engine is not enqueued by the host again
         assert s.engine.enqueued - enqueued == (12 * STEPS if executor == "plain" else 0)
 
 
-def test_what_a_batch_has_left_is_filled_up(fake):
+def test_a_batch_is_padded_with_its_last_image(fake):
     with Setup(fake) as s:
         s.chain.prepare(s.engine, "plain")
         for indices, filled in (([4, 5, 6], [4, 5, 6]), ([8, 9], [8, 9, 9]), ([7], [7, 7, 7])):
@@ -90,8 +90,8 @@ def test_progress_ends_with_the_last_step_however_fast_the_device_is(fake, execu
     assert seen == sorted(set(seen))
 
 
-def test_the_engine_s_first_run_is_of_a_state(fake):
-    """t is an index into its tables, and what was in the memory before is none."""
+def test_the_engine_s_first_run_gets_a_real_state(fake):
+    """t is an index into its tables, and uninitialised memory may be no legal index."""
     with Setup(fake) as s:
         seen = []
         enqueue = s.engine.toy.enqueue
@@ -108,7 +108,7 @@ def test_the_engine_s_first_run_is_of_a_state(fake):
 def test_while_is_one_launch(fake):
     with Setup(fake) as s:
         s.chain.prepare(s.engine, "while")
-        # run once before it was captured, since its first run may do what no other does; then plainly and as captured
+        # run once before the capture, since a first run may do extra work; then plainly and as captured
         assert (s.engine.enqueued, fake.launches.count("engine")) == (3, 3)
         before = fake.count("cuGraphLaunch"), fake.count("cuLaunchKernel")
         s.chain.run(seed=0, images=IMAGES)
@@ -131,7 +131,7 @@ def test_the_host_stays_ahead_of_the_device(fake, executor):
 def test_images_may_stay_on_the_device(fake):
     with Setup(fake) as s, s.driver.current():
         s.chain.prepare(s.engine, "graph")
-        with s.driver.allocate(3 * 105, "somebody's images") as memory:
+        with s.driver.allocate(3 * 105, "the caller's images") as memory:
             assert s.chain.run(seed=5, images=IMAGES, pixels=memory.value) is None
             there = array_at(memory.value, (3, 5, 7, 3), ctypes.c_uint8)
             assert there.tobytes() == to_nhwc(expected().x0).tobytes()
@@ -148,7 +148,7 @@ def test_step_by_step(fake, executor):
             assert mine.t == step.t
             for name in ("x", "x0", "x_next"):
                 assert getattr(mine, name).tobytes() == getattr(step, name).tobytes(), (name, mine.t)
-        next(s.chain.steps(seed=1, images=[1]))  # broken off
+        next(s.chain.steps(seed=1, images=[1]))  # not run to its end
         assert s.chain.run(seed=5, images=IMAGES).tobytes() == to_nhwc(expected().x0).tobytes()
 
 
@@ -184,18 +184,18 @@ def test_a_chain_without_an_engine(fake):
         s.chain.run(seed=0, images=[1])
     with Setup(fake) as s, pytest.raises(InputError, match="no executor 'fast'"):
         s.chain.prepare(s.engine, "fast")
-    with pytest.raises(InputError, match="make no chain"):
+    with pytest.raises(InputError, match="cannot run as a chain"):
         Setup(fake, batch=0)
 
 
-# --- which executor --------------------------------------------------------------------------------------------------
+# --- the choice of an executor ---------------------------------------------------------------------------------------
 
 
 def test_while_is_preferred(fake):
     with Setup(fake) as s:
         choice = choose_executor(s.chain, s.engine)
         assert (choice.executor, choice.rejected, str(choice)) == ("while", (), "while")
-        # before the engine was touched: the probe gets ready, and runs three steps
+        # before the engine is used: the probe is prepared, and runs three steps
         warm, once = ["ddpmx_begin", "ddpmx_step"], ["ddpmx_begin", "ddpmx_step", "ddpmx_condition"]
         three = ["ddpmx_begin", *["ddpmx_step", "ddpmx_condition"] * 3]
         plain, captured = ["ddpmx_begin", "engine", "ddpmx_step"], ["ddpmx_begin", "engine", *once[1:]]
@@ -207,7 +207,7 @@ def test_the_probe_runs_once_per_driver(fake):
         choose_executor(s.chain, s.engine)
         probed = fake.launches.count("ddpmx_condition")
         choose_executor(s.chain, s.engine)
-        assert probed == 1 + 3 + 1  # the probe held against itself, the probe, the chain held against itself
+        assert probed == 1 + 3 + 1  # the check of the probe's capture, the probe, the check of the chain's capture
         assert fake.launches.count("ddpmx_condition") == probed + 1
 
 
@@ -263,7 +263,7 @@ def test_an_engine_that_cannot_be_captured_is_run_plainly(fake):
 
 
 @pytest.mark.parametrize("executor", ["graph", "while"])
-def test_a_capture_that_repeats_old_answers_is_found(fake, executor):
+def test_a_capture_that_repeats_old_outputs_is_found(fake, executor):
     """A library that computes while it enqueues leaves nothing to be captured."""
     with Setup(fake) as s:
 
@@ -271,7 +271,7 @@ def test_a_capture_that_repeats_old_answers_is_found(fake, executor):
             if fake.live["stream"][stream].capture is None:
                 s.engine(stream)
 
-        with pytest.raises(BackendError, match="gives another answer than the plain one"):
+        with pytest.raises(BackendError, match="gives another output than the plain one"):
             s.chain.prepare(enqueue, executor)
         assert s.chain.choice is None
         choice = choose_executor(s.chain, enqueue)
@@ -281,8 +281,8 @@ def test_a_capture_that_repeats_old_answers_is_found(fake, executor):
 
 
 @pytest.mark.parametrize("executor", ["graph", "while"])
-def test_an_answer_that_was_worked_out_on_the_host_is_found(fake, executor):
-    """The capture then repeats the right answer to the x that it saw, and to no other."""
+def test_a_capture_of_an_output_computed_on_the_host_is_found(fake, executor):
+    """Such a capture repeats the output that is right for the x of its recording, and for no other x."""
     with Setup(fake) as s:
         toy = s.engine.toy
 
@@ -291,14 +291,14 @@ def test_an_answer_that_was_worked_out_on_the_host_is_found(fake, executor):
                 s.engine(stream)
                 return
             toy.enqueue()
-            answer = toy.buffers.out.copy()
-            fake.enqueue(stream, lambda: np.copyto(toy.buffers.out, answer))
+            output = toy.buffers.out.copy()
+            fake.enqueue(stream, lambda: np.copyto(toy.buffers.out, output))
 
-        with pytest.raises(BackendError, match="gives another answer than the plain one"):
+        with pytest.raises(BackendError, match="gives another output than the plain one"):
             s.chain.prepare(enqueue, executor)
 
 
-def test_a_network_that_differs_from_itself_is_not_held_against_itself(fake):
+def test_an_unsteady_network_is_not_compared_with_itself(fake):
     with Setup(fake) as s:
         enqueue, noise = s.engine.toy.enqueue, iter(range(100))
 
@@ -312,15 +312,15 @@ def test_a_network_that_differs_from_itself_is_not_held_against_itself(fake):
 
 
 def test_a_chain_waits_for_other_streams(fake):
-    """What somebody's kernels have still to write is what the chain begins with."""
+    """The chain begins with a state that the caller's kernels have yet to write."""
     x = np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)
     with Setup(fake) as s, s.driver.current(), s.driver.stream() as theirs:
         s.chain.prepare(s.engine, "plain")
-        with s.driver.allocate(x.nbytes, "somebody's x") as memory:
+        with s.driver.allocate(x.nbytes, "the caller's x") as memory:
             s.driver.copy_in(memory.value, x, theirs.value)  # not yet
             got = s.chain.run(seed=5, images=IMAGES, x=memory.value, after=[theirs.value])
             assert got.tobytes() == to_nhwc(expected(x=x).x0).tobytes()
-            got = s.chain.run(seed=5, images=IMAGES[:2], x=memory.value)  # the last fills up what is left
+            got = s.chain.run(seed=5, images=IMAGES[:2], x=memory.value)  # padded with the last image
             assert got.tobytes() == to_nhwc(expected(IMAGES[:2], x=x[:2]).x0).tobytes()
 
 
@@ -339,7 +339,7 @@ def test_marks_stand_between_the_steps(fake, executor):
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_callbacks_run_in_the_context_of_the_caller(fake, executor):
-    """They may turn to another GPU, and ours must not be what they find."""
+    """They may use another GPU, and our context must not be current in them."""
     contexts = []
     with Setup(fake) as s:
         s.chain.prepare(s.engine, executor)

@@ -1,7 +1,6 @@
-"""The GPU's kernels without a GPU: their source runs on the CPU and gives NumPy's bits, their PTX is of that source.
+"""The GPU's kernels without a GPU: their source runs on the CPU and gives NumPy's bits, and their PTX is of that source.
 
-What remains for a GPU to show is that it computes IEEE + − × √ and integers as its manual says, and that the driver takes
-the PTX.
+Only a GPU can show that it computes IEEE + − × √ and integers as documented, and that its driver accepts the PTX.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ddpmx.sampling import chain
 from oracles import cuda_on_host, gaussian, ptx
 from oracles.cuda_on_host import Device, Toy, first_difference, same_bits
 
-pytestmark = pytest.mark.slow  # and once is enough: nothing here depends on Python's version
+pytestmark = pytest.mark.slow  # nothing here depends on Python's version, so one run is enough
 
 SOURCES = Path(ddpmx.__file__).parent / "cuda"
 CACHE = Path(__file__).parents[3] / ".cache"
@@ -73,7 +72,7 @@ CHAINS = {
     "no clipping": {"indices": [0, 1], "clip": None},
     "tight clipping": {"indices": [0, 1], "clip": 0.25},
     "one step": {"indices": [0, 1], "steps": 1},
-    "no x0 wanted": {"indices": [0, 1], "with_x0": False},
+    "without x0": {"indices": [0, 1], "with_x0": False},
     "threads in another order": {"indices": [0, 1, 2], "order": 1, "grid": 5, "block": 16},
     "threads in yet another order": {"indices": [0, 1, 2], "order": 9**9, "grid": 2, "block": 64},
     "all 1000 steps": {"indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
@@ -83,7 +82,7 @@ CHAINS = {
     "learned, four elements, not aligned": {**LEARNED, "shape": EVEN, "indices": [3, 4], "offset": 1},
     "learned, v alone not aligned": {**LEARNED, "shape": EVEN, "indices": [3, 4], "var_offset": 2},
     "learned, less than four elements": {**LEARNED, "shape": (3, 1, 1), "indices": [3, 4, 5]},
-    "learned, no clipping, no x0 wanted": {**LEARNED, "indices": [0, 1], "clip": None, "with_x0": False},
+    "learned, no clipping, without x0": {**LEARNED, "indices": [0, 1], "clip": None, "with_x0": False},
     "learned, threads in another order": {**LEARNED, "indices": [0, 1, 2], "order": 1, "grid": 5, "block": 16},
     "learned, one step": {**LEARNED, "indices": [0, 1], "steps": 1},
     "learned, all 1000 steps": {**LEARNED, "indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
@@ -104,26 +103,26 @@ def test_a_chain_has_numpy_s_bits(kernels, case):
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_other_predictions_are_other_numbers_in_the_same_table(kernels, prediction):
+def test_other_predictions_differ_in_the_table_s_numbers_alone(kernels, prediction):
     table = make_table(SCHEDULE, prediction, "fixed_large", steps=5)
     device = Device(kernels, table, ODD, seed=1, images=[2, 3])
     assert first_difference(device, table, ODD, seed=1, indices=[2, 3]) is None
 
 
-def test_x_may_be_given(kernels):
+def test_a_chain_may_start_from_the_caller_s_x(kernels):
     table = table_of()
     device = Device(kernels, table, ODD, seed=1, images=[2, 3])
-    device.chain.flags = layout.X_IS_GIVEN
-    device.x[...] = given = np.random.default_rng(0).standard_normal(device.x.shape).astype(np.float32)
-    *_, step = chain.run(Toy(ODD), table, given, seed=1, images=np.array([2, 3]))
-    said = device.run(Toy(ODD))
-    assert next(said) == 0
-    assert same_bits(device.x, given)
-    assert list(said)[-1] == len(table)
+    device.chain.flags = layout.KEEP_X
+    device.x[...] = x = np.random.default_rng(0).standard_normal(device.x.shape).astype(np.float32)
+    *_, step = chain.run(Toy(ODD), table, x, seed=1, images=np.array([2, 3]))
+    counts = device.run(Toy(ODD))
+    assert next(counts) == 0
+    assert same_bits(device.x, x)
+    assert list(counts)[-1] == len(table)
     assert same_bits(device.x, step.x_next)
 
 
-# (file, what stands there, what a mistake would put there): the comparison above has to notice each
+# (file, the right code, the mistake in its place): the comparison above has to notice each
 MISTAKES = {
     "fused": (
         "step.h",
@@ -136,10 +135,10 @@ MISTAKES = {
         "DDPMX_ADD(DDPMX_MUL(row.a, *x0), DDPMX_ADD(DDPMX_MUL(row.b, x), DDPMX_MUL(row.sigma, z)))",
     ),
     "half the seed": ("step.cu", "seed = chain->seed", "seed = (ddpmx_u32)chain->seed"),
-    "the place for the image": ("step.cu", "images[four.image], (ddpmx_u32)now", "four.image, (ddpmx_u32)now"),
-    "the step for the timestep": ("step.cu", "(ddpmx_u32)now", "(ddpmx_u32)step"),
+    "the place instead of the image": ("step.cu", "images[four.image], (ddpmx_u32)now", "four.image, (ddpmx_u32)now"),
+    "the step instead of the timestep": ("step.cu", "(ddpmx_u32)now", "(ddpmx_u32)step"),
     "the initial noise again": ("step.cu", "DDPMX_PURPOSE_STEP", "DDPMX_PURPOSE_INITIAL"),
-    "all elements alike": ("step.cu", "answer[k], z[k]", "answer[k], z[0]"),
+    "all elements alike": ("step.cu", "output[k], z[k]", "output[k], z[0]"),
     "t stays": ("step.cu", "t[four.image] = next", "t[four.image] = now"),
     "NCHW": ("step.cu", "pixel * channels + channel", "channel * pixels + pixel"),
     "images too early": ("step.cu", "image_bytes = last ?", "image_bytes = 1 ?"),
@@ -151,20 +150,20 @@ MISTAKES = {
     "one v for four": ("step.cu", "learned, v[k]", "learned, v[0]"),
     "one range for all steps": ("step.cu", "chain->learned)[step]", "chain->learned)[0]"),
     "a fused exponent": ("step.h", "DDPMX_ADD(learned.c, DDPMX_MUL(learned.d, v))", "fmaf(learned.d, v, learned.c)"),
-    "somebody else's exponential": ("step.h", "return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power))", "return expf(x)"),
+    "another exponential": ("step.h", "return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power))", "return expf(x)"),
     "no exponential": ("step.h", "row.sigma = ddpmx_exp(", "row.sigma = ("),
 }
 NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid", "learned")
 
 
-def mistaken(folder, file, stands, instead):
-    """The sources with one mistake, made wherever it can be."""
+def mistaken(folder, file, right, wrong):
+    """The sources with one mistake, at every place where it applies."""
     for source in SOURCES.iterdir():
         if source.suffix in (".h", ".cu"):
             shutil.copy(source, folder)
     text = (folder / file).read_text()
-    assert stands in text, "the mistake cannot be made any more"
-    (folder / file).write_text(text.replace(stands, instead))
+    assert right in text, "the mistake cannot be made any more"
+    (folder / file).write_text(text.replace(right, wrong))
     return folder
 
 
@@ -182,10 +181,10 @@ def test_the_comparison_notices_contraction(tmp_path):
     assert compare(kernels) is not None
 
 
-ANSWERS = ("out", "var")
+OUTPUTS = ("out", "var")
 
 
-# --- the end ---------------------------------------------------------------------------------------------------------
+# --- how chains end --------------------------------------------------------------------------------------------------
 
 
 def everything(device):
@@ -211,10 +210,10 @@ def test_launches_after_the_end_change_nothing(kernels, order):
     assert_nothing_moves(device)
 
 
-@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in ANSWERS)])
+@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in OUTPUTS)])
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [-np.nan, 0.5], [np.inf, 1, 2, 3, 4]])
 @pytest.mark.parametrize("k", [0, 5, 11])
-def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values, variance, poisoned):
+def test_an_output_that_is_not_finite_ends_the_chain(kernels, k, values, variance, poisoned):
     table = table_of(variance=variance)
     device = Device(kernels, table, ODD, seed=0, images=[1, 2], order=3)
     toy = functools.partial(Toy, ODD, poison=(int(table.timesteps[k]), values), poisoned=poisoned)
@@ -223,13 +222,13 @@ def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values, varianc
         x.append(device.x.copy())
     assert (device.control.done, device.control.bad_step, device.control.step) == (Done.NOT_FINITE, k, k)
     assert_nothing_moves(device)
-    # NumPy says so at the same step
+    # NumPy stops at the same step
     steps, drawn = 0, np.array([1, 2])
-    with pytest.raises(NumericError):  # noqa: PT012 - how far it came is the point
+    with pytest.raises(NumericError):  # noqa: PT012 - the loop counts the steps
         for _ in chain.run(toy(), table, chain.initial(0, drawn, ODD), seed=0, images=drawn):
             steps += 1
     assert steps == k
-    # what was not finite left x alone, the rest went on
+    # x kept its value where the output was not finite, and moved on elsewhere
     stayed = np.zeros(device.x.shape, bool)
     stayed[0].reshape(-1)[-len(values) :] = ~np.isfinite(values)
     healthy = Device(kernels, table, ODD, seed=0, images=[1, 2])
@@ -243,9 +242,9 @@ def test_an_answer_that_is_not_finite_ends_the_chain(kernels, k, values, varianc
     assert np.isfinite(device.x).all()
 
 
-@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in ANSWERS)])
+@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in OUTPUTS)])
 def test_large_numbers_are_finite(kernels, variance, poisoned):
-    """An absurd v makes x absurd, and here the last step, which draws no noise, forgets it."""
+    """A huge v makes x huge, so it comes in the last step here, which draws no noise."""
     table = table_of(variance=variance)
     device = Device(kernels, table, ODD, seed=0, images=[1])
     k = 3 if poisoned == "out" else 11
@@ -256,7 +255,7 @@ def test_large_numbers_are_finite(kernels, variance, poisoned):
 
 
 @pytest.mark.parametrize("k", [1, 6, 11])
-def test_a_chain_can_be_stopped_and_holds_its_state(kernels, k):
+def test_a_stopped_chain_keeps_its_state(kernels, k):
     table = table_of()
     device = Device(kernels, table, ODD, seed=3, images=[1, 2])
     for finished in device.run(Toy(ODD)):
@@ -271,7 +270,7 @@ def test_a_chain_can_be_stopped_and_holds_its_state(kernels, k):
     assert set(device.t) == {table.timesteps[k]}
 
 
-def test_a_stop_at_the_last_step_comes_too_late(kernels):
+def test_a_stop_in_the_last_step_has_no_effect(kernels):
     device = Device(kernels, table_of(), ODD, seed=3, images=[1])
     for finished in device.run(Toy(ODD)):
         if finished == 11:
@@ -279,7 +278,7 @@ def test_a_stop_at_the_last_step_comes_too_late(kernels):
     assert (device.control.done, device.control.step) == (Done.FINISHED, 12)
 
 
-def test_a_chain_that_is_stopped_before_it_begins_makes_no_step(kernels):
+def test_a_chain_stopped_before_it_begins_makes_no_step(kernels):
     device = Device(kernels, table_of(), ODD, seed=3, images=[1])
     device.control.stop = 1
     assert list(device.run(Toy(ODD))) == [0]
@@ -311,7 +310,7 @@ def test_a_chain_can_begin_again(kernels):
     ],
     ids=str,
 )
-def test_what_makes_no_chain_is_refused(kernels, change):
+def test_numbers_that_describe_no_chain_are_refused(kernels, change):
     device = Device(kernels, table_of(), ODD, seed=3, images=[1])
     for field, value in change.items():
         setattr(device.chain, field, value)
@@ -324,8 +323,8 @@ def test_what_makes_no_chain_is_refused(kernels, change):
 
 def test_the_condition_of_a_graph_is_that_the_chain_goes_on(kernels):
     device = Device(kernels, table_of(), ODD, seed=3, images=[1])
-    said = [device.go_on() for _ in device.run(Toy(ODD))]
-    assert said == [1] * 12 + [0]
+    conditions = [device.go_on() for _ in device.run(Toy(ODD))]
+    assert conditions == [1] * 12 + [0]
 
 
 # --- the structs -----------------------------------------------------------------------------------------------------
@@ -344,13 +343,13 @@ def test_the_structs_have_c_s_layout(tmp_path, language):
             expected += [getattr(struct, field).offset, ctypes.sizeof(kind)]
         lines.append(f'printf("%zu ", sizeof({name}));')
         expected.append(ctypes.sizeof(struct))
-        # no padding: so no field of C's is missing here
+        # no padding, so no field of C is missing here
         assert sum(ctypes.sizeof(kind) for _, kind in struct._fields_) == ctypes.sizeof(struct)
     for done in Done:
         lines.append(f'printf("%d ", DDPMX_{done.name});')
         expected.append(done)
-    lines.append('printf("%d %d", DDPMX_THREADS, DDPMX_X_IS_GIVEN);')
-    expected += [layout.THREADS, layout.X_IS_GIVEN]
+    lines.append('printf("%d %d", DDPMX_THREADS, DDPMX_KEEP_X);')
+    expected += [layout.THREADS, layout.KEEP_X]
     source = tmp_path / ("layout.c" if language == "c" else "layout.cpp")
     source.write_text('#include <stdio.h>\n#include "chain.h"\nint main(void) {\n' + "\n".join(lines) + "\n}\n")
     flags = ["-std=c11" if language == "c" else "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
@@ -376,12 +375,12 @@ def committed(name):
 
 
 def code_of(name):
-    """Without comments."""
+    """The committed PTX without comments."""
     return re.sub(r"//.*", "", committed(name))
 
 
 @pytest.mark.parametrize("name", make_ptx.NAMES)
-def test_the_ptx_says_that_it_is_of_these_sources(name):
+def test_the_ptx_names_the_hash_of_these_sources(name):
     first = committed(name).splitlines()[0]
     assert f"sha256 {make_ptx.digest(name)};" in first, "run python -m ddpmx.cuda.make_ptx"
 
@@ -390,16 +389,16 @@ def make(*arguments):
     command = [sys.executable, "-m", "ddpmx.cuda.make_ptx", "--cache", str(CACHE / "nvrtc"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode == 3:
-        pytest.skip(f"not verified here: that the PTX is what its sources give ({done.stderr.strip()})")
+        pytest.skip(f"not verified here: that the PTX is compiled from its sources ({done.stderr.strip()})")
     return done
 
 
-def test_the_ptx_is_what_its_sources_give():
+def test_the_ptx_is_compiled_from_its_sources():
     done = make("--check")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_another_text_is_noticed(tmp_path):
+def test_a_changed_ptx_is_noticed(tmp_path):
     """The control: the same program, in a copy of the package whose PTX has one number changed."""
     make("--check")  # skips where there is no compiler
     copy = tmp_path / "copy"
@@ -410,12 +409,12 @@ def test_another_text_is_noticed(tmp_path):
     command = [sys.executable, str(copy / "make_ptx.py"), "--cache", str(CACHE / "nvrtc"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert "step.ptx: not what its sources give" in done.stderr
+    assert "step.ptx: stale: its sources have changed" in done.stderr
     assert "while.ptx" not in done.stderr
 
 
 @pytest.mark.parametrize("name", make_ptx.NAMES)
-def test_the_ptx_is_for_old_drivers_and_gpus(name):
+def test_the_ptx_suits_old_drivers_and_gpus(name):
     code = code_of(name)
     (version,) = re.findall(r"^\.version (\d+)\.(\d+)$", code, re.M)
     assert tuple(map(int, version)) <= (7, 8)
@@ -426,7 +425,7 @@ def test_the_ptx_is_for_old_drivers_and_gpus(name):
 
 
 @pytest.mark.parametrize("name", make_ptx.NAMES)
-def test_the_ptx_names_no_place_on_somebody_s_machine(name):
+def test_the_ptx_contains_no_paths(name):
     assert "/" not in code_of(name)
     assert ".file" not in code_of(name)
     comments = re.findall(r"//(.*)", committed(name))
@@ -442,7 +441,7 @@ ALLOWED = re.compile(
 
 def test_the_ptx_computes_with_ieee_operations_alone():
     found = set(FLOAT.findall(code_of("step")))
-    assert {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32"} <= found, "nothing was looked at"
+    assert {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32"} <= found, "nothing was checked"
     assert [operation for operation in found if not ALLOWED.fullmatch(operation)] == []
     for name in make_ptx.NAMES:
         for forbidden in ("fma", "ex2", "lg2", "sin", "cos", "approx", "ftz", ".local", "mad.rn"):
@@ -451,20 +450,20 @@ def test_the_ptx_computes_with_ieee_operations_alone():
 
 
 def test_the_end_reaches_the_host():
-    """The host's words are read and written each time, and what comes before done is there before it."""
+    """The host's words are read and written in memory each time, and done is written after the others."""
     code = code_of("step")
     assert "membar.sys" in code or "fence.sc.sys" in code
     assert "ld.volatile" in code
     assert "st.volatile" in code
 
 
-# (a case, and in it what a thread of Python can do in a second)
+# cases small enough for an interpreter in Python
 EXECUTED = {
     "ancestral": {"indices": [FAR, 2], "seed": 2**64 - 3, "steps": 4},
     "four at a time": {"indices": [1, 2, 3], "shape": EVEN, "steps": 3},
     "four elements, not aligned": {"indices": [1, 2], "shape": EVEN, "steps": 2, "offset": 3},
     "ddim, no clipping": {"indices": [1, 2], "sampler": "ddim", "steps": 4, "clip": None},
-    "no x0 wanted": {"indices": [3], "steps": 2, "with_x0": False},
+    "without x0": {"indices": [3], "steps": 2, "with_x0": False},
     "uneven grid": {"indices": [3], "steps": 3, "grid": 7, "block": 3},
     "learned": {**LEARNED, "indices": [FAR, 2], "seed": 2**64 - 3, "steps": 4},
     "learned, four at a time": {**LEARNED, "indices": [1, 2, 3], "shape": EVEN, "steps": 3},
@@ -477,30 +476,30 @@ def test_the_ptx_itself_has_numpy_s_bits(case):
     assert compare(ptx.Kernels(committed("step")), **{"grid": 3, "block": 5, **EXECUTED[case]}) is None
 
 
-@pytest.mark.parametrize("poisoned", ANSWERS)
+@pytest.mark.parametrize("poisoned", OUTPUTS)
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_the_ptx_itself_ends_the_chain(value, poisoned):
     table = table_of(steps=4, variance="learned_range" if poisoned == "var" else "fixed_small")
     device = Device(ptx.Kernels(committed("step")), table, ODD, seed=0, images=[1], grid=2, block=8)
-    said = list(device.run(Toy(ODD, poison=(int(table.timesteps[2]), [value]), poisoned=poisoned)))
-    assert said[-1] == 2
+    counts = list(device.run(Toy(ODD, poison=(int(table.timesteps[2]), [value]), poisoned=poisoned)))
+    assert counts[-1] == 2
     assert (device.control.done, device.control.bad_step, device.control.step) == (Done.NOT_FINITE, 2, 2)
     assert np.isfinite(device.x).all()
     assert_nothing_moves(device)
 
 
 @pytest.mark.parametrize(
-    ("stands", "instead"), [("0f3FC90FDB", "0f3FC90FDC"), ("mul.hi.u32", "mul.lo.s32"), ("setp.gt.f32", "setp.lt.f32")]
+    ("right", "wrong"), [("0f3FC90FDB", "0f3FC90FDC"), ("mul.hi.u32", "mul.lo.s32"), ("setp.gt.f32", "setp.lt.f32")]
 )
-def test_one_wrong_instruction_is_noticed(stands, instead):
-    """The control: the last of its kind."""
-    before, found, after = committed("step").rpartition(stands)
+def test_one_wrong_instruction_is_noticed(right, wrong):
+    """The control: the last instruction of its kind."""
+    before, found, after = committed("step").rpartition(right)
     assert found, "the mistake cannot be made any more"
-    assert compare(ptx.Kernels(before + instead + after), **EXECUTED["ancestral"], grid=3, block=5) is not None
+    assert compare(ptx.Kernels(before + wrong + after), **EXECUTED["ancestral"], grid=3, block=5) is not None
 
 
 def test_one_wrong_coefficient_of_the_exponential_is_noticed():
-    """The control. It makes no difference to chains that learn no variance."""
+    """The control. It makes no difference to chains without a learned variance."""
     text = committed("step")
     assert "0f3E2AAAAA" in text, "the mistake cannot be made any more"  # 1/6
     wrong = ptx.Kernels(text.replace("0f3E2AAAAA", "0f3E2AAA00"))
@@ -508,8 +507,8 @@ def test_one_wrong_coefficient_of_the_exponential_is_noticed():
     assert compare(wrong, **EXECUTED["ddim, no clipping"], grid=3, block=5) is None
 
 
-def test_a_wide_load_from_a_place_that_is_not_aligned_is_noticed():
-    """The control: of the condition, the last four bits of all addresses."""
+def test_a_misaligned_wide_load_is_noticed():
+    """The control: the check of the addresses' last four bits is taken out."""
     text, found = re.subn(r"(and\.b64\s+\S+, \S+), 15;", r"\1, 0;", committed("step"))
     assert found == 2, "the mistake cannot be made any more"
     with pytest.raises(AssertionError, match="misaligned"):
@@ -519,7 +518,7 @@ def test_a_wide_load_from_a_place_that_is_not_aligned_is_noticed():
 # --- the assembler ---------------------------------------------------------------------------------------------------
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 100, 110, 120)
-# the oldest that knows while.ptx, and the newest that was looked at: the machine's own, if it is as new
+# the oldest that supports while.ptx, and the newest that was tested: the machine's own, if it is as new
 ASSEMBLERS = {"12.4": "nvidia-cuda-nvcc-cu12==12.4.131", "13": "nvidia-cuda-nvcc==13.0.88"}
 
 
@@ -528,8 +527,8 @@ def installed():
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
     for folder in [*(f"{home}/bin" for home in homes if home), None, "/usr/local/cuda/bin"]:
         if found := shutil.which("ptxas", path=folder):
-            said = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60).stdout
-            release = re.search(r"release (\d+)\.", said)
+            printed = subprocess.run([found, "--version"], capture_output=True, text=True, timeout=60).stdout
+            release = re.search(r"release (\d+)\.", printed)
             if release and int(release[1]) >= 13:
                 return Path(found)
     return None
@@ -537,7 +536,7 @@ def installed():
 
 @functools.cache
 def assembler(which):
-    """A ptxas, or why there is none."""
+    """The path of a ptxas, or the reason why there is none."""
     if which == "13" and (found := installed()):
         return found
     try:
@@ -545,14 +544,14 @@ def assembler(which):
     except make_ptx.Unavailable as why:
         return str(why)
     (ptxas,) = folder.rglob("bin/ptxas")
-    ptxas.chmod(0o755)  # zipfile forgets it
+    ptxas.chmod(0o755)  # zipfile drops it
     return ptxas
 
 
 def assemble(which, name, architecture, output):
     ptxas = assembler(which)
     if isinstance(ptxas, str):
-        pytest.skip(f"not verified here: that ptxas {which} takes the PTX ({ptxas})")
+        pytest.skip(f"not verified here: that ptxas {which} accepts the PTX ({ptxas})")
     command = [str(ptxas), "-v", "--warn-on-spills", f"-arch=sm_{architecture}"]
     command += [str(SOURCES / f"{name}.ptx"), "-o", str(output)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -578,11 +577,11 @@ def test_it_assembles_for_every_gpu(which, name, tmp_path, figure):
     assert {75, 80, 86, 87, 89, 90} <= set(known)
     assert registers.keys() == ENTRIES[name]
     for kernel, used in registers.items():
-        # 64 leave room for four blocks of 256 threads on a multiprocessor
+        # with 64 a multiprocessor can hold four blocks of 256 threads
         figure(f"registers of {kernel}, ptxas {which}, sm_{known[0]}…sm_{known[-1]}", used, at_most=64)
 
 
-def test_the_assembler_refuses_what_no_gpu_takes(tmp_path):
+def test_the_assembler_refuses_an_older_architecture(tmp_path):
     """The control: an architecture older than the PTX's target."""
     done = assemble("12.4", "step", 70, tmp_path / "x.cubin")
     assert done.returncode != 0

@@ -1,4 +1,4 @@
-"""step.h and NumPy state the same arithmetic twice: here the C is compiled, and every bit must agree."""
+"""step.h and NumPy implement the same arithmetic: here the C is compiled, and every bit must agree."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def numpy_update(row, limit, x, out, z):
 
 
 def assert_same_bits(a, b):
-    """Equal to the last bit and the sign of zero. A NaN is a NaN: which one is no part of IEEE arithmetic."""
+    """Equal to the last bit and the sign of zero. Any two NaN are equal: IEEE arithmetic does not fix their bits."""
     np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
     real = ~np.isnan(a)
     np.testing.assert_array_equal(a[real].view(np.uint32), b[real].view(np.uint32))
@@ -170,7 +170,7 @@ DRAWS = [
 ]
 
 
-def test_the_draws_are_a_million():
+def test_the_draws_are_at_least_a_million_numbers():
     assert sum(len(image) * elements for _, image, _, _, elements, _ in DRAWS) >= 2**20
 
 
@@ -215,7 +215,7 @@ def test_update_agrees_on_infinities_and_nan(compiled, limit, sigma):
             assert_same_bits(a, b)
 
 
-def test_noise_is_not_looked_at_where_sigma_is_zero(compiled):
+def test_noise_is_not_used_where_sigma_is_zero(compiled):
     x = np.ones(8, np.float32)
     row = np.array([1, 0, 1, 0, 0], np.float32)
     _, x_next = c_update(compiled, row, 1.0, x, x, np.full_like(x, np.nan))
@@ -239,8 +239,8 @@ def test_the_exponential_has_the_same_bits(compiled):
         assert_same_bits(c_exp(compiled, EXPONENTS), chain.exp(EXPONENTS))
 
 
-def test_the_exponential_of_nan_harms_nobody(compiled):
-    """It is computed, and not used, where the network's answer is not finite."""
+def test_the_exponential_of_nan_does_no_harm(compiled):
+    """It is computed, and not used, where the network's output is not finite."""
     c_exp(compiled, np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32))
 
 
@@ -257,7 +257,7 @@ def test_the_update_with_a_learned_sigma_has_the_same_bits(compiled):
             assert_same_bits(a, b)
 
 
-def test_neither_noise_nor_v_is_looked_at_where_there_is_no_noise(compiled):
+def test_neither_noise_nor_v_is_used_where_sigma_is_zero(compiled):
     x = np.ones(8, np.float32)
     nan = np.full_like(x, np.nan)
     row = np.array([1, 0, 1, 0, 0], np.float32)
@@ -265,7 +265,7 @@ def test_neither_noise_nor_v_is_looked_at_where_there_is_no_noise(compiled):
     np.testing.assert_array_equal(x_next, x)
 
 
-def test_levels_have_the_same_numbers(compiled):
+def test_pixels_have_the_same_numbers(compiled):
     edges = ((np.arange(-2, 259) - 128) / 127.5).astype(np.float32)
     near = np.concatenate([np.nextafter(edges, np.float32(-9)), edges, np.nextafter(edges, np.float32(9))])
     dense = np.linspace(-1.3, 1.3, 2**20 + 1, dtype=np.float32)
@@ -280,7 +280,7 @@ def test_levels_have_the_same_numbers(compiled):
     "flags", [["-O2", "-march=native", "-ffp-contract=fast"], ["-O3", "-march=native", "-ffast-math"]]
 )
 def test_the_comparison_notices_other_arithmetic(tmp_path, flags):
-    """The control: fused or rearranged operations are the mistakes that the demand for equal bits is to catch."""
+    """The control: fused or rearranged operations are the mistakes that the comparison of bits should catch."""
     library = build(tmp_path, "c", flags)
     if not library.has_fma():
         pytest.skip("not verified here: that a fused multiply-add is noticed (the processor has none)")
@@ -297,5 +297,5 @@ def test_the_comparison_notices_other_arithmetic(tmp_path, flags):
     np.testing.assert_allclose(fused, plain, atol=1e-6)
     e = np.linspace(-30, 3, 4096, dtype=np.float32)
     assert np.any(c_exp(library, e) != chain.exp(e))
-    if "-ffast-math" not in flags:  # which takes the rounding to a whole number away
+    if "-ffast-math" not in flags:  # which optimises the rounding to a whole number away
         np.testing.assert_allclose(c_exp(library, e), chain.exp(e), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""CUDA's driver through ctypes: what cuda.h declares, its errors, what it frees, and what is said without one."""
+"""CUDA's driver through ctypes: cuda.h's declarations, errors, what is freed, and the error without a driver."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from oracles.device_chain import Setup, no_driver
 from oracles.fake_cuda import FakeCuda
 
 
-def test_the_rest_of_the_driver(fake):
+def test_version_multiprocessors_and_timed_events(fake):
     with Driver(library=fake) as gpu, gpu.current():
         assert (gpu.cuda, gpu.multiprocessors) == ("12.6", 1)
         with gpu.stream() as stream, gpu.event(timing=True) as begin, gpu.event(timing=True) as end:
@@ -31,7 +31,7 @@ def test_the_rest_of_the_driver(fake):
             assert gpu.milliseconds(begin, end) == 1.5
 
 
-def test_lazy_loading_is_asked_for_unless_the_user_has(monkeypatch):
+def test_lazy_loading_is_requested_unless_the_user_has_set_it(monkeypatch):
     monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
     discovery.ask_for_lazy_loading()
     assert os.environ["CUDA_MODULE_LOADING"] == "LAZY"
@@ -51,7 +51,7 @@ def test_closing_twice_is_harmless(fake):
     s.driver.close()
     for thing in (s.driver, s.chain, stream):
         thing.close()
-    with pytest.raises(BackendError, match="let go"), s.driver.current():
+    with pytest.raises(BackendError, match="driver was closed"), s.driver.current():
         pass
 
 
@@ -72,7 +72,7 @@ def test_an_error_without_a_name(fake):
     assert caught.value.note == "cuInit"
 
 
-def test_the_compiler_s_words_are_in_the_error(fake, monkeypatch):
+def test_the_compiler_s_log_is_in_the_error(fake, monkeypatch):
     def refuse(self, out, image, count, options, values):
         ctypes.memmove(values[0], b"ptxas: too old\0", 15)
         raise fake_cuda.Failure(222)
@@ -91,7 +91,7 @@ HEADERS = [Path("/usr/local/cuda/include"), Path("/usr/include")]
 
 
 def compile_c(folder, source, *flags):
-    """What a C program that includes cuda.h prints."""
+    """The output of a C program that includes cuda.h, or of the preprocessor."""
     include = next((path for path in HEADERS if (path / "cuda.h").is_file()), None)
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if include is None or compiler is None:
@@ -136,35 +136,35 @@ def test_structs_and_enums_are_cuda_h_s(tmp_path):
     for name, value in ENUMS.items():
         lines.append(f'printf("%d\\n", (int){name});')
         wanted.append(value)
-    told = compile_c(tmp_path, f"int main(void) {{ {' '.join(lines)} return 0; }}\n")
-    assert [int(line) for line in told.split()] == wanted
+    printed = compile_c(tmp_path, f"int main(void) {{ {' '.join(lines)} return 0; }}\n")
+    assert [int(line) for line in printed.split()] == wanted
 
 
-def test_functions_take_what_cuda_h_says(tmp_path):
-    """Size of each parameter, and whether it is a pointer; names as the preprocessor leaves them."""
+def test_functions_have_cuda_h_s_parameters(tmp_path):
+    """Size of each parameter, and whether it is a pointer; names after preprocessing."""
     text = compile_c(tmp_path, "", "-E")
     declared = dict(re.findall(r"CUresult\s+(cu\w+)\(([^)]*)\)\s*;", text))
-    # cuda.h 13 knows another one by this name; the driver exports this one as well
+    # cuda.h 13 declares another function by this name; the driver still exports this one
     declared.setdefault("cuEventElapsedTime", "float *pMilliseconds, CUevent hStart, CUevent hEnd")
     assert [name for name in FUNCTIONS if name not in declared] == []
     parameters = [(name, p.strip()) for name in FUNCTIONS for p in declared[name].split(",")]
     structs = "".join(f"struct p{i} {{ {p.replace('const', '')}; }} s{i};\n" for i, (_, p) in enumerate(parameters))
-    # a struct of one member; whether that is a pointer tells the compiler's own classification
+    # structs of one member; the compiler's own classification shows whether it is a pointer
     members = [re.search(r"(\w+)(\[\])?$", p)[1] for _, p in parameters]
     prints = "".join(
         f'printf("%zu %d\\n", sizeof(s{i}), __builtin_classify_type(s{i}.{member}) == 5);\n'
         for i, member in enumerate(members)
     )
-    told = compile_c(tmp_path, f"{structs}int main(void) {{ {prints} return 0; }}\n")
+    printed = compile_c(tmp_path, f"{structs}int main(void) {{ {prints} return 0; }}\n")
     mine = [
         (ctypes.sizeof(kind), int(kind in (ctypes.c_void_p, ctypes.c_char_p) or hasattr(kind, "contents")))
         for name in FUNCTIONS
         for kind in FUNCTIONS[name]
     ]
-    assert [tuple(map(int, line.split())) for line in told.splitlines()] == mine
+    assert [tuple(map(int, line.split())) for line in printed.splitlines()] == mine
 
 
-def test_the_driver_is_asked_only_for_what_is_declared():
+def test_only_declared_functions_of_the_driver_are_called():
     sources = "".join(
         path.read_text(encoding="utf-8") for path in sorted(Path(driver.__file__).parents[1].rglob("*.py"))
     )
@@ -175,7 +175,7 @@ def test_the_driver_is_asked_only_for_what_is_declared():
 # --- without a driver ------------------------------------------------------------------------------------------------
 
 
-def test_importing_touches_nothing():
+def test_importing_loads_nothing_heavy():
     code = """
 import sys
 import ddpmx.device.driver, ddpmx.cuda.device_runner, ddpmx.backends.trt
@@ -186,7 +186,7 @@ print([name for name in heavy if name in sys.modules])
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_without_a_driver_that_is_said():
+def test_the_error_without_a_driver_names_it():
     no_driver()
     with pytest.raises(BackendError, match="there is no NVIDIA driver here") as caught:
         Driver()

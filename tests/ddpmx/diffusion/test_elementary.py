@@ -1,4 +1,4 @@
-"""eˣ, ln x and cos x: as near as a float64 can be, and the same everywhere."""
+"""eˣ, ln x and cos x: within half an ulp, and the same everywhere."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_within_half_a_unit_in_the_last_place(function, figure):
     worst = Fraction(0)
     with localcontext() as context:
         context.prec = 70
-        for given, found in zip(x, getattr(elementary, function)(x), strict=True):
-            error = abs(Fraction(exact(function, given)) - Fraction(float(found)))
+        for value, found in zip(x, getattr(elementary, function)(x), strict=True):
+            error = abs(Fraction(exact(function, value)) - Fraction(float(found)))
             worst = max(worst, error / Fraction(math.ulp(found)))
     figure(f"elementary.{function}: ulp from the true value", float(worst), at_most=0.5001)
 
 
-def test_what_has_no_usual_value():
+def test_special_values():
     inf, nan = math.inf, math.nan
     np.testing.assert_array_equal(elementary.exp([0, -0.0, inf, -inf, nan, 1e308, -1e308]), [1, 1, inf, 0, nan, inf, 0])
     np.testing.assert_array_equal(elementary.log([1, 0, -0.0, -1, inf, -inf, nan]), [0, -inf, -inf, nan, inf, nan, nan])
@@ -63,24 +63,24 @@ def test_what_has_no_usual_value():
 
 
 @pytest.mark.parametrize("function", POINTS)
-def test_one_number_is_as_good_as_an_array(function):
+def test_a_number_gives_the_same_as_an_array(function):
     whole = getattr(elementary, function)(np.array(POINTS[function]))
-    for given, found in zip(POINTS[function][:20], whole, strict=False):
-        assert getattr(elementary, function)(given) == found
+    for value, found in zip(POINTS[function][:20], whole, strict=False):
+        assert getattr(elementary, function)(value) == found
 
 
 def test_no_instruction_set_makes_a_difference():
-    """NumPy chooses its loops by the processor. What is asked for here are float64 of a chain that tells them apart."""
+    """NumPy chooses its loops by the processor. These float64 would show a difference."""
     code = """
 import sys, zlib, numpy as np
 from ddpmx.diffusion import elementary
 x = np.random.default_rng(0).uniform(0, 3, 100_000)
 print(*(zlib.crc32(getattr(elementary, name)(x).tobytes()) for name in ("exp", "log", "cos")))
 """
-    answers = set()
+    results = set()
     for disabled in ("", "X86_V4", "X86_V4 X86_V3", "AVX512F AVX512_SKX", "AVX512F AVX512_SKX AVX2 FMA3"):
         environ = {**os.environ, "NPY_DISABLE_CPU_FEATURES": disabled}
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environ, capture_output=True, text=True)
         if done.returncode == 0:  # which names there are depends on the version
-            answers.add(done.stdout)
-    assert len(answers) == 1
+            results.add(done.stdout)
+    assert len(results) == 1

@@ -1,4 +1,4 @@
-"""The noise: Philox by its published answers, Box–Muller by its formula, and that a draw depends on nothing else."""
+"""The noise: Philox by its published test vectors, Box–Muller by its formula, and that a draw depends on nothing else."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MILLION = 1_000_000
 
 
 @pytest.mark.parametrize(
-    ("counter", "key", "answer"),
+    ("counter", "key", "expected"),
     [  # Random123, tests/kat_vectors
         ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
         ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
         ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
     ],
 )
-def test_philox_known_answers(counter, key, answer):
+def test_philox_test_vectors(counter, key, expected):
     words = noise.philox4x32_10(np.array([int(w, 16) for w in counter.split()], np.uint64), _words(key))
-    assert [f"{w:08x}" for w in words.tolist()] == answer.split()
+    assert [f"{w:08x}" for w in words.tolist()] == expected.split()
 
 
 def _words(text: str) -> tuple[int, int]:

@@ -102,7 +102,7 @@ def test_a_spacing_that_would_repeat_a_step_is_refused():
 @pytest.mark.torch
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_diffusers_walks_the_same_grid(spacing):
-    """Where a position lies exactly between two timesteps, either is right; elsewhere there is no choice."""
+    """A position exactly between two timesteps may be rounded either way; all others must be equal."""
     diffusers = pytest.importorskip("diffusers", reason="not verified here: that diffusers walks the same grids")
     scheduler = diffusers.DDPMScheduler(1000, timestep_spacing=spacing)
     for steps in (2, 4, 5, 7, 10, 16, 20, 25, 50, 64, 100, 200, 250, 333, 500, 1000):
@@ -125,10 +125,10 @@ def test_all_predictions_lead_back_to_the_same_x0(name):
     x0, eps = rng.uniform(-1, 1, 1000), rng.standard_normal(1000)
     signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
     x = signal * x0 + noise * eps
-    answers = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}
+    outputs = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}
     for prediction in PREDICTIONS:
         p, q = x0_coefficients(schedule, prediction)
-        np.testing.assert_allclose(p * x + q * answers[prediction], x0, atol=1e-10)
+        np.testing.assert_allclose(p * x + q * outputs[prediction], x0, atol=1e-10)
 
 
 def test_epsilon_cannot_lead_back_from_pure_noise():
@@ -166,7 +166,7 @@ def test_ancestral_is_algorithm_2():
 @pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "jsd"])
 @pytest.mark.parametrize("eta", [None, 0.0, 0.3, 1.0])
 @pytest.mark.parametrize("steps", [7, 1000])
-def test_a_perfect_answer_keeps_the_marginals(name, eta, steps):
+def test_a_perfect_output_keeps_the_marginals(name, eta, steps):
     """From x_t = √ᾱ·x_0 + √(1−ᾱ)·ε a step must lead to N(√ᾱ_prev·x_0, 1−ᾱ_prev). ``None`` is ancestral fixed_small."""
     full = make_schedule(name, 1000)
     schedule = respace(full, timestep_grid(1000, steps))
@@ -199,7 +199,7 @@ def _last_row(schedule, prediction, **sampling):
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("T", [1, 2, 10, 100, 1000, 10_000])
 def test_the_last_step_gives_x0_itself(name, T):
-    """Whoever takes the sample from x̂_0 relies on A = 1, B = 0, σ = 0 to the last bit."""
+    """Code that takes the sample from x̂_0 relies on A = 1, B = 0, σ = 0 to the last bit."""
     schedule = make_schedule(name, T)
     for spacing in SPACINGS if T >= 1000 else ("linspace", "leading", "trailing"):
         for steps in {1, 2, 3, 10, T // 4, T - 1, T} & set(range(1, T + 1)):

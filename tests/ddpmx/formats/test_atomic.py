@@ -1,4 +1,4 @@
-"""No half files: the old content or the new one, and nothing beside it."""
+"""Atomic writes: a file has the old content or the new one, and no temporary files stay; and refusals to overwrite."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from ddpmx.errors import OutputError
-from ddpmx.formats.atomic import atomic_write, make_folder
+from ddpmx.formats.atomic import atomic_write, check_replaceable, make_folder
 
 
 @pytest.fixture(params=["new", "replacing"])
@@ -118,3 +118,27 @@ def test_a_folder_below_a_file_is_an_output_error(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="folder"):
             make_folder(path)
+
+
+def refusal(path):
+    with pytest.raises(OutputError) as caught:
+        check_replaceable(path, what="a plan", suffixes=(".plan", ".engine"), begins=(b"ftrt", b"vtrt"))
+    return str(caught.value)
+
+
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    assert refusal(path) == f"refusing to overwrite {path}: not a plan\nHint: -o NAME.plan"
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("new", None), ("old.plan", b"anything"), ("old.ENGINE", b"x"), ("old", b"ftrt1234"), ("empty", b"")],
+)
+def test_a_file_of_the_same_kind_may_be_replaced(tmp_path, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    check_replaceable(path, what="a plan", suffixes=(".plan", ".engine"), begins=(b"ftrt", b"vtrt"))

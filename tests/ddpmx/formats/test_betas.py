@@ -1,4 +1,4 @@
-"""A schedule that is an array of β: how it travels beside a spec in every kind of file, and what if it does not."""
+"""A schedule that is an array of β: stored beside the spec in every kind of file, and missing, damaged or different."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ddpmx.formats import betas as free_betas
 from ddpmx.formats import model_file, onnx_file, plan_file
 from ddpmx.formats.describe import describe
 from ddpmx.formats.spec import ModelSpec
-from oracles import protobuf, told
+from oracles import conditioning, protobuf
 from oracles.plans import RECORD, make_plan
 
 T = 20
@@ -53,7 +53,7 @@ def test_alpha_bar_gives_its_betas():
 @pytest.mark.parametrize(
     "alpha_bar", [[], [[0.5]], [1.0, 0.5], [0.5, 0.5], [0.4, 0.5], [0.5, -0.1], [np.nan], [0.5, np.nan], [1.5, 0.5]]
 )
-def test_what_is_no_alpha_bar_is_refused(alpha_bar):
+def test_an_invalid_alpha_bar_is_refused(alpha_bar):
     with pytest.raises(InputError, match="ᾱ"):
         Schedule.from_alpha_bar(np.array(alpha_bar))
 
@@ -61,7 +61,7 @@ def test_what_is_no_alpha_bar_is_refused(alpha_bar):
 @pytest.mark.parametrize(
     ("betas", "message"),
     [
-        (None, "there is none"),
+        (None, "needs an array of β"),
         ([], "must be 1…"),
         ([[0.1]], "must be 1…"),
         (0.1, "must be 1…"),
@@ -75,7 +75,7 @@ def test_what_is_no_alpha_bar_is_refused(alpha_bar):
         ([0.1] * (free_betas.MAX_BETAS + 1), "must be 1…"),
     ],
 )
-def test_what_is_no_array_of_betas_is_refused(betas, message):
+def test_an_invalid_array_of_betas_is_refused(betas, message):
     with pytest.raises(SpecError, match=message):
         ModelSpec((1, 2, 2), timesteps=2, schedule="betas", betas=betas)
 
@@ -120,11 +120,11 @@ def test_another_array_than_the_spec_s_is_refused():
     """However small the difference."""
     other = BETAS.copy()
     other[-1] = np.nextafter(other[-1], 1)
-    with pytest.raises(SpecError, match="another than the spec's"):
+    with pytest.raises(SpecError, match="does not match the spec"):
         ModelSpec.from_text(SPEC.to_text(), betas=other, where="the file")
     with pytest.raises(SpecError, match="array is missing") as caught:
         ModelSpec.from_text(SPEC.to_text(), where="the file")
-    assert "lie in the file" in str(caught.value)
+    assert "should be in the file" in str(caught.value)
 
 
 def test_the_text_of_the_array():
@@ -135,7 +135,7 @@ def test_the_text_of_the_array():
 
 
 def broken(text):
-    """Every way in which one character, or the end, may be lost."""
+    """Texts with a changed character, or without the end."""
     yield from (
         "",
         "betas1",
@@ -200,7 +200,7 @@ def test_an_onnx_file_brings_its_betas(tmp_path):
         (lambda m: m.update({"ddpmx.betas": m["ddpmx.betas"][:-8]}), "is damaged"),
         (
             lambda m: m.update({"ddpmx.betas": free_betas.to_text(free_betas.as_betas(BETAS / 2))}),
-            "another than the spec's",
+            "does not match the spec",
         ),
     ],
 )
@@ -215,13 +215,13 @@ def test_an_onnx_file_without_its_betas_is_refused(tmp_path, change, message):
 
 def test_the_chain_runs_on_these_betas(tmp_path, figure):
     pytest.importorskip("onnxruntime", reason="not verified here: chains of files (no ONNX Runtime)")
-    spec = told.spec_of("all", schedule="betas", betas=BETAS)
+    spec = conditioning.spec_of("all", schedule="betas", betas=BETAS)
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
-    mine = told.given(spec)
-    wanted = told.chain_by_hand(spec, mine, seed=2, n=3, beta=BETAS)
+    path.write_bytes(conditioning.onnx(spec, metadata=onnx_file.metadata(spec)))
+    mine = conditioning.conditioning_of(spec)
+    wanted = conditioning.chain_by_hand(spec, mine, seed=2, n=3, beta=BETAS)
     with pipeline.load(path) as p:
-        *_, last = p.stream(3, seed=2, **told.asked(mine))
+        *_, last = p.stream(3, seed=2, **conditioning.as_arguments(mine))
     figure("a chain on an array of β against float64", np.abs(last.x0 - wanted[-1]).max(), at_most=2e-5)
 
 
@@ -260,7 +260,7 @@ def test_a_plan_that_has_lost_its_sidecar_is_refused_with_the_place(plan):
         ("betas1 20 00000000 AAAA", "is damaged"),
         (free_betas.to_text(free_betas.as_betas(BETAS)).replace(f" {T} ", " ٢٠ "), "is damaged"),
         ([0.1], "is damaged"),
-        (free_betas.to_text(free_betas.as_betas(BETAS / 2)), "another than the spec's"),
+        (free_betas.to_text(free_betas.as_betas(BETAS / 2)), "does not match the spec"),
     ],
 )
 def test_a_plan_whose_sidecar_has_other_betas_is_refused(plan, betas, message):
@@ -308,7 +308,7 @@ def test_a_spec_json_has_the_numbers(tmp_path, values):
     ("values", "message"),
     [
         ({"model": SPEC.to_json()}, "the array is missing"),
-        ({"model": SPEC.to_json(), "betas": (BETAS / 2).tolist()}, "another than the spec's"),
+        ({"model": SPEC.to_json(), "betas": (BETAS / 2).tolist()}, "does not match the spec"),
         ({"model": SPEC.to_json(), "betas": "many"}, "array of numbers"),
         ({**SPEC.to_json(whole=True), "betas": [0.1] * T}, "gives other coefficients"),
         ({"shape": [3, 8, 8], "timesteps": T, "schedule": "betas"}, "the array is missing"),

@@ -1,4 +1,4 @@
-"""What files are: nothing that is missing, broken or hostile may be more than a sentence."""
+"""Descriptions of files: a missing, broken or hostile file is an error of one sentence, never a traceback."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def run(tmp_path) -> Path:
 
 
 def test_a_run_is_described_by_its_newest_checkpoint(run):
-    told = describe(run)
-    assert (told["kind"], told["checkpoint"], told["note"]) == ("checkpoint", "100", None)
-    assert told["spec"] == SPEC.to_json()
-    assert told["network"] == {"channels": 16}
-    assert told["parameters"] == {"ema.safetensors": 7}
-    assert told["bytes"] == (run / "checkpoints" / "100" / "ema.safetensors").stat().st_size
+    description = describe(run)
+    assert (description["kind"], description["checkpoint"], description["note"]) == ("checkpoint", "100", None)
+    assert description["spec"] == SPEC.to_json()
+    assert description["network"] == {"channels": 16}
+    assert description["parameters"] == {"ema.safetensors": 7}
+    assert description["bytes"] == (run / "checkpoints" / "100" / "ema.safetensors").stat().st_size
     assert describe(run / "checkpoints" / "9")["spec"]["timesteps"] == 10
-    assert json.loads(json.dumps(told)) == told
+    assert json.loads(json.dumps(description)) == description
 
 
-def test_a_run_without_a_checkpoint_is_told(tmp_path):
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileFormatError, match="no checkpoint yet"):
         describe(tmp_path)
@@ -65,7 +65,7 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path):
 def test_a_checkpoint_with_a_cut_off_file_is_refused(run):
     file = run / "checkpoints" / "100" / "ema.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(FileFormatError, match=r"ema\.safetensors: not a whole"):
+    with pytest.raises(FileFormatError, match=r"ema\.safetensors: not a valid"):
         describe(run)
 
 
@@ -114,7 +114,7 @@ def tensor(**changes: object) -> dict[str, object]:
 def test_broken_safetensors_are_refused(tmp_path, data):
     path = tmp_path / "ema.safetensors"
     path.write_bytes(data)
-    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+    with pytest.raises(FileFormatError, match="not a valid safetensors file"):
         safetensors_elements(path)
 
 
@@ -135,13 +135,17 @@ def test_safetensors_itself_agrees(tmp_path):
 
 
 def test_an_onnx_file_is_described(gaussian_onnx):
-    told = describe(gaussian_onnx)
-    assert (told["kind"], told["bytes"], told["note"]) == ("onnx", gaussian_onnx.stat().st_size, None)
-    assert told["spec"] == gaussian.SPEC.to_json()
-    assert told["inputs"] == {"x": "float32 ['batch', 3, 8, 8]", "t": "int32 ['batch']"}
-    assert told["outputs"] == {"eps": "float32 ['batch', 3, 8, 8]"}
-    assert told["weights"] == {"float32": 4 * (1000 + 1000 + 192)}
-    assert (told["opset"], told["external"]) == (20, [])
+    description = describe(gaussian_onnx)
+    assert (description["kind"], description["bytes"], description["note"]) == (
+        "onnx",
+        gaussian_onnx.stat().st_size,
+        None,
+    )
+    assert description["spec"] == gaussian.SPEC.to_json()
+    assert description["inputs"] == {"x": "float32 ['batch', 3, 8, 8]", "t": "int32 ['batch']"}
+    assert description["outputs"] == {"eps": "float32 ['batch', 3, 8, 8]"}
+    assert description["weights"] == {"float32": 4 * (1000 + 1000 + 192)}
+    assert (description["opset"], description["external"]) == (20, [])
 
 
 def test_weights_beside_an_onnx_file_count(tmp_path):
@@ -149,19 +153,19 @@ def test_weights_beside_an_onnx_file_count(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(protobuf.model({"x": (99, ())}, {}, graph=graph))
     (tmp_path / "weights.bin").write_bytes(bytes(4))
-    told = describe(path)
-    assert (told["external"], told["bytes"]) == (["weights.bin"], path.stat().st_size + 4)
-    assert told["inputs"] == {"x": "type 99 []"}
+    description = describe(path)
+    assert (description["external"], description["bytes"]) == (["weights.bin"], path.stat().st_size + 4)
+    assert description["inputs"] == {"x": "type 99 []"}
 
 
 def test_a_foreign_onnx_file_is_described_with_what_is_missing(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(protobuf.model({"x": (1, ("N", None, 3))}, {"y": (10, (1,))}))
-    told = describe(path)
-    assert told["spec"] is None
-    assert told["note"].startswith("the file does not say which diffusion model it is")
-    assert told["inputs"] == {"x": "float32 ['N', None, 3]"}
-    assert told["outputs"] == {"y": "float16 [1]"}
+    description = describe(path)
+    assert description["spec"] is None
+    assert description["note"].startswith("the file does not say which diffusion model it is")
+    assert description["inputs"] == {"x": "float32 ['N', None, 3]"}
+    assert description["outputs"] == {"y": "float16 [1]"}
 
 
 def test_an_onnx_file_with_a_damaged_spec_is_refused(tmp_path):
@@ -177,14 +181,18 @@ def test_an_onnx_file_with_a_damaged_spec_is_refused(tmp_path):
 def test_a_plan_is_described(tmp_path):
     path = tmp_path / "model.plan"
     path.write_bytes(make_plan())
-    told = describe(path)
-    assert (told["kind"], told["flavour"], told["version"]) == ("plan", "TensorRT-RTX", "1.7.1.116")
-    assert (told["spec"], told["engine"]) == (SPEC.to_json(), RECORD.to_json())
-    assert (told["note"], told["build"]) == (None, None)
+    description = describe(path)
+    assert (description["kind"], description["flavour"], description["version"]) == (
+        "plan",
+        "TensorRT-RTX",
+        "1.7.1.116",
+    )
+    assert (description["spec"], description["engine"]) == (SPEC.to_json(), RECORD.to_json())
+    assert (description["note"], description["build"]) == (None, None)
     values = {"spec": SPEC.to_json(), "engine": RECORD.to_json(), "bytes": path.stat().st_size}
     sidecar_path(path).write_text(json.dumps(values | {"build": {"layers": 8}}))
-    told = describe(path)
-    assert told["build"] == {"layers": 8}
+    description = describe(path)
+    assert description["build"] == {"layers": 8}
 
 
 def test_a_plan_with_code_for_the_cpu_is_described_and_not_run(tmp_path):
@@ -194,9 +202,9 @@ def test_a_plan_with_code_for_the_cpu_is_described_and_not_run(tmp_path):
 
 def test_a_plan_without_a_name_is_described_with_what_is_missing(tmp_path):
     (tmp_path / "model.plan").write_bytes(make_plan(name=b"Unnamed Network 0"))
-    told = describe(tmp_path / "model.plan")
-    assert (told["spec"], told["version"]) == (None, "1.7.1.116")
-    assert told["note"].startswith("the plan does not say which diffusion model it is")
+    description = describe(tmp_path / "model.plan")
+    assert (description["spec"], description["version"]) == (None, "1.7.1.116")
+    assert description["note"].startswith("the plan does not say which diffusion model it is")
 
 
 def test_a_plan_with_a_damaged_name_or_a_foreign_sidecar_is_refused(tmp_path):
@@ -213,7 +221,7 @@ def test_a_plan_with_a_damaged_name_or_a_foreign_sidecar_is_refused(tmp_path):
 # --- envelopes ----------------------------------------------------------------------------------------------------
 
 
-def test_sealed_texts_are_found_among_anything():
+def test_envelopes_are_found_among_any_bytes():
     first, second = envelope.wrap("a1", {"n": 1}), envelope.wrap("a1", {"n": 2})
     data = b"\0\xffa1 " + first.encode() + b"\xff" + envelope.wrap("b1", {"n": 3}).encode() + second.encode() + b"a1 9"
     found = list(envelope.search("a1", data))
@@ -233,7 +241,7 @@ def test_sealed_texts_are_found_among_anything():
         lambda text: "a1 7 " + f"{int(text[5:13], 16) ^ 1:08x}" + text[13:],
     ],
 )
-def test_damaged_sealed_texts_are_passed_over(damage):
+def test_damaged_envelopes_are_skipped(damage):
     whole = envelope.wrap("a1", {"n": 1})
     assert whole.startswith("a1 7 ")
     damaged = damage(whole)
@@ -244,13 +252,13 @@ def test_damaged_sealed_texts_are_passed_over(damage):
         envelope.unwrap("a1", damaged)
 
 
-def test_sealed_texts_have_a_longest_length():
+def test_envelopes_have_a_longest_length():
     assert envelope.unwrap("a1", envelope.wrap("a1", {"n": "x" * 9991})) == {"n": "x" * 9991}
-    with pytest.raises(SpecError, match="9999 is the most"):
+    with pytest.raises(SpecError, match="the most is 9999"):
         envelope.wrap("a1", {"n": "x" * 9992})
 
 
-def test_numbers_beyond_all_measure_are_no_json():
+def test_numbers_beyond_double_are_refused():
     for text in ('{"a": 1e999}', "[-1e999]"):
         with pytest.raises(SpecError):
             envelope.parse_json(text)
@@ -270,7 +278,7 @@ def dtype(descr: object = "<f4", shape: str = "(2,)", fortran: bool = False) -> 
 
 @pytest.fixture
 def archive(tmp_path):
-    """``archive(a=bytes)`` writes an .npz of these parts."""
+    """``archive(a=bytes)`` writes an .npz with these members."""
 
     def write(compression: int = zipfile.ZIP_STORED, **parts: bytes) -> Path:
         path = tmp_path / "file.npz"
@@ -328,8 +336,8 @@ def test_arrays_come_back_as_numpy_wrote_them(tmp_path, save):
         npy(dtype(), bytes(8))[:40],
     ],
 )
-def test_arrays_that_are_not_what_they_say_are_refused(archive, data):
-    with pytest.raises(FileFormatError, match=r"file\.npz: not an \.npz that can be read"):
+def test_arrays_that_do_not_match_their_header_are_refused(archive, data):
+    with pytest.raises(FileFormatError, match=r"file\.npz: not a valid \.npz file"):
         npz.read_npz(archive(a=data), max_bytes=1 << 20)
 
 
@@ -366,7 +374,7 @@ def test_an_archive_that_lies_about_its_size_gives_no_more_than_it_says(archive)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"PK\x05\x06", b"\x80\x04K\x01."])
-def test_what_is_no_archive_is_refused(tmp_path, data):
+def test_a_file_that_is_not_an_archive_is_refused(tmp_path, data):
     (tmp_path / "file.npz").write_bytes(data)
     for path in (tmp_path / "file.npz", tmp_path / "missing.npz", tmp_path):
         with pytest.raises(FileFormatError):

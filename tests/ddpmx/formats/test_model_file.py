@@ -1,4 +1,4 @@
-"""What a file is, told from its bytes: ours, foreign, damaged or hostile."""
+"""The kind of a file, from its bytes: ours, foreign, damaged or hostile."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(tmp_path):
 
 
 def spec_of(path: Path, override: ModelSpec | None = None) -> ModelSpec:
-    """All that happens to a file before a backend sees it."""
+    """Every check of a file before a backend opens it."""
     info = onnx_file.read_onnx(path)
     onnx_file.check_external(path, info)
     return onnx_file.onnx_spec(path, info, override)
@@ -48,7 +48,7 @@ def spec_of(path: Path, override: ModelSpec | None = None) -> ModelSpec:
 # --- which kind ------------------------------------------------------------------------------------------------------
 
 
-def test_kinds_are_told_from_the_bytes(tmp_path, gaussian_onnx):
+def test_kinds_are_known_by_their_bytes(tmp_path, gaussian_onnx):
     assert model_file.identify(gaussian_onnx) == "onnx"
     renamed = tmp_path / "model.plan"
     renamed.write_bytes(gaussian_onnx.read_bytes())
@@ -59,7 +59,7 @@ def test_kinds_are_told_from_the_bytes(tmp_path, gaussian_onnx):
 
 
 def test_checkpoints_are_folders(tmp_path):
-    with pytest.raises(FileFormatError, match="no ddpmx checkpoint"):
+    with pytest.raises(FileFormatError, match="not a ddpmx checkpoint"):
         model_file.identify(tmp_path)
     (tmp_path / "spec.json").write_text("{}")
     assert model_file.identify(tmp_path) == "checkpoint"
@@ -125,7 +125,7 @@ def test_the_onnx_package_reads_the_same(gaussian_onnx):
 
 @pytest.mark.torch
 def test_the_onnx_package_reads_what_these_tests_write():
-    """The control of this file: the hand-written bytes are what they are meant to be."""
+    """The hand-written bytes of these tests are valid ONNX files."""
     onnx = pytest.importorskip("onnx", reason="not verified here: that the hand-written ONNX files are ONNX files")
     graph = protobuf.field(5, protobuf.external_tensor("weights.bin"))
     graph += protobuf.field(1, protobuf.node("Identity", ["x"], ["eps"]))
@@ -145,7 +145,7 @@ def test_the_committed_toy_model_is_the_one_that_its_source_writes(gaussian_onnx
 
 
 def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
-    """IR versions before 4 demand every initializer among the inputs."""
+    """IR versions before 4 require every initializer among the inputs."""
     inputs = {**INPUTS, "w": (FLOAT, (1,))}
     graph = protobuf.field(5, protobuf.tensor("w", FLOAT, [1], bytes(4)))
     info = onnx_file.read_onnx(write(protobuf.model(inputs, OUTPUTS, graph=graph)))
@@ -186,7 +186,7 @@ def test_absurd_nesting_is_refused_and_real_nesting_is_not(write):
 
 
 def attempt(path: Path) -> None:
-    """Reading may succeed or say what is wrong, in bounded time."""
+    """Reading succeeds or fails with a DdpmxError, in bounded time."""
     start = time.monotonic()
     with contextlib.suppress(DdpmxError):
         spec_of(path)
@@ -284,10 +284,10 @@ def test_other_places_are_refused(write, tmp_path, location):
 
 
 def test_a_field_that_others_take_for_another_one_is_refused(write):
-    """A key is a number of 32 bits: protobuf forgets what lies beyond, and would see the weights that nobody looked at."""
+    """A key is a number of 32 bits: protobuf drops the higher bits, and would see weights that have not been checked."""
     tensor = protobuf.external_tensor("/etc/passwd")
     hidden = protobuf.varint((1 << 32) + (5 << 3 | 2)) + protobuf.varint(len(tensor)) + tensor
-    with pytest.raises(FileFormatError, match="not a whole ONNX file"):
+    with pytest.raises(FileFormatError, match="not a valid ONNX file"):
         onnx_file.read_onnx(write(protobuf.model(INPUTS, OUTPUTS, graph=hidden)))
 
 
@@ -339,7 +339,7 @@ def test_a_file_without_a_spec_asks_for_one(write):
     assert spec_of(path, SPEC) == SPEC
 
 
-def test_a_file_with_a_spec_is_believed(write):
+def test_a_spec_in_the_file_takes_precedence(write):
     path = write(protobuf.model(INPUTS, OUTPUTS, metadata={"ddpmx": SPEC.to_text(), "other": "entry"}))
     assert spec_of(path) == SPEC
     assert spec_of(path, SPEC) == SPEC
@@ -362,13 +362,13 @@ def test_a_damaged_spec_names_the_file_and_is_not_replaced(write, text):
         ({"t": (FLOAT, ("batch",))}, "'t' has element type 1"),
         ({"t": (INT32, ())}, "'t' has the shape"),
         ({"t": (INT32, ("batch", 1))}, "'t' has the shape"),
-        ({"t": None}, "no 't'"),
-        ({"x": None}, "no 'x'"),
+        ({"t": None}, "missing input 't'"),
+        ({"x": None}, "missing input 'x'"),
         ({"x": (FLOAT16, ("batch", 3, 8, 8))}, "'x' has element type 10"),
         ({"x": (FLOAT, ("batch", 1, 8, 8))}, "'x' has the shape"),
         ({"x": (FLOAT, ("batch", 3, 8))}, "'x' has the shape"),
         ({"x": (FLOAT, ("batch", 3, 8, 9))}, "'x' has the shape"),
-        ({"labels": (INT32, ("batch",))}, "an input 'labels' too many"),
+        ({"labels": (INT32, ("batch",))}, "unexpected input 'labels'"),
         ({"eps": (FLOAT, ("batch", 6, 8, 8))}, "'eps' has the shape"),
         ({"eps": (FLOAT16, ("batch", 3, 8, 8))}, "'eps' has element type 10"),
     ],
@@ -377,7 +377,7 @@ def test_graphs_that_break_the_contract_are_refused(write, change, complaint):
     inputs = {**INPUTS, **{name: value for name, value in change.items() if name != "eps"}}
     outputs = {**OUTPUTS, **{name: value for name, value in change.items() if name == "eps"}}
     path = write(protobuf.model({k: v for k, v in inputs.items() if v}, outputs))
-    with pytest.raises(SpecError, match=r"not what the spec describes") as caught:
+    with pytest.raises(SpecError, match=r"does not match the spec") as caught:
         spec_of(path, SPEC)
     assert complaint in str(caught.value)
 
@@ -385,7 +385,7 @@ def test_graphs_that_break_the_contract_are_refused(write, change, complaint):
 @pytest.mark.parametrize("outputs", [{}, {"out": OUTPUTS["eps"]}, {"v": OUTPUTS["eps"]}])
 def test_the_output_is_named_by_what_it_predicts(write, outputs):
     path = write(protobuf.model(INPUTS, outputs))
-    with pytest.raises(SpecError, match="no 'eps'"):
+    with pytest.raises(SpecError, match="missing output 'eps'"):
         spec_of(path, SPEC)
     if "v" in outputs:
         assert spec_of(path, SPEC.replace(prediction="v")).prediction == "v"
@@ -405,18 +405,18 @@ def test_a_model_that_learns_its_variance_has_two_outputs(write):
 @pytest.mark.parametrize(
     ("spec", "outputs", "complaint"),
     [
-        (LEARNING, OUTPUTS, "no 'var'"),
-        (LEARNING, VAR, "no 'eps'"),
+        (LEARNING, OUTPUTS, "missing output 'var'"),
+        (LEARNING, VAR, "missing output 'eps'"),
         (LEARNING, {**OUTPUTS, "var": (FLOAT16, ("batch", 3, 8, 8))}, "'var' has element type 10"),
         (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch", 6, 8, 8))}, "'var' has the shape"),
         (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch",))}, "'var' has the shape"),
-        (LEARNING, {**OUTPUTS, **VAR, "x0": OUTPUTS["eps"]}, "an output 'x0' too many"),
-        (SPEC, {**OUTPUTS, **VAR}, "an output 'var' too many"),
-        (SPEC, {**OUTPUTS, "x0": OUTPUTS["eps"]}, "an output 'x0' too many"),
+        (LEARNING, {**OUTPUTS, **VAR, "x0": OUTPUTS["eps"]}, "unexpected output 'x0'"),
+        (SPEC, {**OUTPUTS, **VAR}, "unexpected output 'var'"),
+        (SPEC, {**OUTPUTS, "x0": OUTPUTS["eps"]}, "unexpected output 'x0'"),
     ],
 )
 def test_outputs_are_those_that_the_spec_describes(write, spec, outputs, complaint):
-    with pytest.raises(SpecError, match=r"not what the spec describes") as caught:
+    with pytest.raises(SpecError, match=r"does not match the spec") as caught:
         spec_of(write(protobuf.model(INPUTS, outputs)), spec)
     assert complaint in str(caught.value)
     assert ("'eps' and 'var'" in caught.value.hint) is (spec is LEARNING)
@@ -424,7 +424,7 @@ def test_outputs_are_those_that_the_spec_describes(write, spec, outputs, complai
 
 def test_an_output_does_not_stand_in_for_an_input(write):
     path = write(protobuf.model({"t": INPUTS["t"]}, {**OUTPUTS, "x": INPUTS["x"]}))
-    with pytest.raises(SpecError, match="no 'x'"):
+    with pytest.raises(SpecError, match="missing input 'x'"):
         spec_of(path, SPEC)
 
 
@@ -463,5 +463,5 @@ def test_a_missing_spec_file_is_refused(tmp_path):
 
 def test_the_checksum_of_a_file(tmp_path):
     path = tmp_path / "abc"
-    path.write_bytes(b"abc")  # FIPS 180-4's example
+    path.write_bytes(b"abc")  # the example of FIPS 180-4
     assert model_file.sha256(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

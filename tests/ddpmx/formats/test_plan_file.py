@@ -1,4 +1,4 @@
-"""What a plan says about itself, and whether it can run here: told from its bytes, with no TensorRT and no GPU."""
+"""The metadata of a plan, and whether it can run here: from its bytes, without TensorRT and without a GPU."""
 
 from __future__ import annotations
 
@@ -56,25 +56,25 @@ def test_a_plan_says_which_version_built_it(plan, magic, flavour):
 
 @pytest.mark.parametrize("content", [b"", b"ftrt", b"ftrt" + bytes(23), b"vtrt" + bytes(12), b"\x08\x08" + bytes(40)])
 def test_cut_off_plans_are_refused(plan, content):
-    with pytest.raises(FileFormatError, match="not a whole TensorRT plan"):
+    with pytest.raises(FileFormatError, match="not a valid TensorRT plan"):
         plan_file.plan_flavour(plan(content))
 
 
 @pytest.mark.parametrize("flavour", [b"ftrt", b"vtrt"])
-def test_a_plan_that_lacks_its_end_says_how_much_there_should_be(plan, flavour):
+def test_a_truncated_plan_reports_both_sizes(plan, flavour):
     whole = make_plan(flavour)
-    with pytest.raises(FileFormatError, match="not a whole") as caught:
+    with pytest.raises(FileFormatError, match="not a valid") as caught:
         plan_file.read_plan(plan(whole[:-1]))
-    assert f"{len(whole) - 1} bytes, and its header says {len(whole)}" in str(caught.value)
+    assert f"{len(whole) - 1} bytes, and its header declares {len(whole)}" in str(caught.value)
 
 
 def test_a_plan_with_something_appended_is_refused(plan):
-    with pytest.raises(FileFormatError, match="not a whole"):
+    with pytest.raises(FileFormatError, match="not a valid"):
         plan_file.plan_flavour(plan(make_plan() + b"x"))
 
 
-def test_tensorrt_s_length_is_believed_only_where_it_can_be_one(plan):
-    """Its format is not public: zero, or a number that is no length, is no reason to refuse a plan."""
+def test_tensorrt_s_length_is_checked_only_if_it_can_be_one(plan):
+    """Its format is not public: zero, or a number that cannot be a length, is no reason to refuse a plan."""
     for size in (0, 5, 1 << 60):
         assert plan_file.plan_flavour(plan(make_plan(b"ftrt", size=size)))
     with pytest.raises(FileFormatError):
@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_an_error(tmp_path):
 # --- the name --------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_says_all_about_itself(plan):
+def test_the_metadata_of_a_plan(plan):
     path = plan(make_plan())
     info = plan_file.read_plan(path)
     assert (info.flavour, info.version, info.size) == ("TensorRT-RTX", "1.7.1.116", path.stat().st_size)
@@ -149,8 +149,8 @@ def test_two_descriptions_are_refused(plan, other):
 def test_a_header_that_contradicts_the_record_is_refused(plan, flavour, version):
     with pytest.raises(FileFormatError, match="contradict each other") as caught:
         plan_file.read_plan(plan(make_plan(flavour, version)))
-    for said in ("TensorRT-RTX 1.7.1.116", ".".join(map(str, version)), "ddpmx build model.onnx -o "):
-        assert said in str(caught.value)
+    for part in ("TensorRT-RTX 1.7.1.116", ".".join(map(str, version)), "ddpmx build model.onnx -o "):
+        assert part in str(caught.value)
 
 
 def test_a_build_number_does_not_fit_into_the_header_s_byte(plan):
@@ -229,9 +229,9 @@ def sidecar(path: Path, **changes: object) -> None:
 def test_a_sidecar_adds_what_the_builder_knew(plan):
     path = plan(make_plan())
     sidecar(path)
-    told = plan_file.read_plan(path).sidecar
-    assert told is not None
-    assert told["build"] == {"layers": 8}
+    beside = plan_file.read_plan(path).sidecar
+    assert beside is not None
+    assert beside["build"] == {"layers": 8}
 
 
 @pytest.mark.parametrize(
@@ -323,12 +323,12 @@ def test_another_version_is_refused(plan, version):
     path = plan(make_plan())
     with pytest.raises(PlanMismatchError, match="cross versions") as caught:
         check(path, version=version)
-    for said in (
+    for part in (
         "TensorRT-RTX 1.7.1.116",
         f"TensorRT-RTX {version}",
         f"ddpmx build model.onnx -o {path} --batch 1,4,8",
     ):
-        assert said in str(caught.value)
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -348,8 +348,8 @@ def test_compute_capabilities_are_compared_as_numbers(plan, targets, fits, not_f
     for sm in not_fits:
         with pytest.raises(PlanMismatchError, match="cross GPU architectures") as caught:
             check(path, gpus=gpu(sm))
-        for said in (f"SM {', '.join(targets)}", f"some GPU, SM {sm}", "ddpmx build model.onnx -o "):
-            assert said in str(caught.value)
+        for part in (f"SM {', '.join(targets)}", f"some GPU, SM {sm}", "ddpmx build model.onnx -o "):
+            assert part in str(caught.value)
 
 
 def test_the_first_gpu_counts(plan):
@@ -364,8 +364,8 @@ def test_another_platform_is_refused(plan, platform):
     path = plan(make_plan())
     with pytest.raises(PlanMismatchError, match="operating systems") as caught:
         check(path, platform=platform)
-    for said in ("linux x86_64", platform, f"ddpmx build model.onnx -o {path}"):
-        assert said in str(caught.value)
+    for part in ("linux x86_64", platform, f"ddpmx build model.onnx -o {path}"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -376,20 +376,20 @@ def test_another_platform_is_refused(plan, platform):
     ],
 )
 def test_a_missing_library_is_named_with_how_to_get_it(plan, data, flavour, install):
-    """Also where the other flavour is here: a plan of one is nothing to the other."""
+    """Even if the other flavour is installed: it cannot run this plan."""
     path = plan(data)
     with pytest.raises(BackendError, match="not installed") as caught:
         check(path, version=None)
-    for said in (flavour, install, "NVIDIA RTX 4090, SM 8.9", f"ddpmx build model.onnx -o {path}"):
-        assert said in str(caught.value)
+    for part in (flavour, install, "NVIDIA RTX 4090, SM 8.9", f"ddpmx build model.onnx -o {path}"):
+        assert part in str(caught.value)
 
 
 def test_without_a_gpu_the_onnx_file_is_named(plan):
     record = dataclasses.replace(RECORD, source="my model.onnx")
     with pytest.raises(BackendError, match="there is none here") as caught:
         check(plan(make_plan(record=record)), gpus=NO_GPU)
-    for said in (NO_GPU.trouble, "TensorRT-RTX 1.7.1.116", "SM 8.0+", "'my model.onnx' in its place"):
-        assert said in str(caught.value)
+    for part in (NO_GPU.trouble, "TensorRT-RTX 1.7.1.116", "SM 8.0+", "'my model.onnx' in its place"):
+        assert part in str(caught.value)
 
 
 def test_commands_can_be_pasted_into_a_shell(plan):
@@ -427,7 +427,7 @@ def test_the_difference_between_sidecar_and_plan_is_shown(plan):
     assert "bbb" in str(caught.value)
 
 
-# --- at the pipeline's door ------------------------------------------------------------------------------------------
+# --- opening a pipeline ----------------------------------------------------------------------------------------------
 
 
 def test_loading_a_plan_without_a_gpu_names_the_onnx_file_to_use(plan, monkeypatch):
@@ -456,5 +456,5 @@ def test_a_plan_with_code_for_the_cpu_is_not_loaded(plan, monkeypatch):
 
 @pytest.mark.parametrize("change", [{"targets": ("٨.٦",)}, {"version": "١.٧.١.116"}])
 def test_digits_of_other_scripts_are_no_numbers(plan, change):
-    with pytest.raises(SpecError, match="the engine's record is damaged"):
+    with pytest.raises(SpecError, match="the plan's record is damaged"):
         plan_file.read_plan(plan(make_plan(tail=b"", record=dataclasses.replace(RECORD, **change))))

@@ -1,4 +1,4 @@
-"""What a model file says about itself: there and back, and no value whatever gets past as something else."""
+"""Specs: written and read back, and every wrong value refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECS = [
 
 
 def text_of(body: bytes | str) -> str:
-    """``body`` as it would stand in a file that arrived unharmed."""
+    """``body`` in an intact envelope."""
     raw = body.encode() if isinstance(body, str) else body
     return f"ddpmx1 {len(raw)} {zlib.crc32(raw):08x} " + raw.decode()
 
@@ -59,7 +59,7 @@ def test_a_text_longer_than_a_plan_can_carry_is_refused():
 
 
 def test_defaults_are_written_out():
-    """So that a later ddpmx with other defaults still reads what was meant."""
+    """So that a later ddpmx with other defaults reads the same spec."""
     assert ModelSpec((1, 4, 4)).to_json()["schedule_params"] == {"beta_start": 1e-4, "beta_end": 0.02}
     minimal = ModelSpec.from_json({"shape": [1, 4, 4]})
     assert minimal == ModelSpec((1, 4, 4))
@@ -89,7 +89,7 @@ def test_a_copy_with_changes_is_checked_like_any_other():
         lambda text: text[text.index("{") :],
         lambda text: "main_graph",
         lambda text: "\N{GRINNING FACE}",
-        lambda text: "\ud800" + text,  # a lone half of a surrogate pair, as JSON and file names can hold
+        lambda text: "\ud800" + text,  # half of a surrogate pair, as JSON and file names may contain
         lambda text: text + "\udcff",
     ],
 )
@@ -166,12 +166,12 @@ def test_another_meaning_of_the_schedule_is_noticed():
     ],
 )
 def test_files_of_older_versions_still_read(spec, checksum):
-    """What was written before there were learned variances."""
+    """Specs from before learned variances."""
     assert ModelSpec.from_json({**spec.to_json(), "coefficients": checksum}) == spec
 
 
 def test_the_checksum_covers_the_range_of_a_learned_variance():
-    """The rows alone do not know it: where it is learned their σ is 1."""
+    """The rows do not contain it: with a learned variance their σ is 1."""
     spec = ModelSpec((1, 4, 4), 10, variance="learned_range")
     table = make_table(spec.make_schedule(), "eps", "learned_range")
     numbers = np.concatenate([table.rows, table.learned], axis=1).astype("<f4")
@@ -223,7 +223,7 @@ def test_every_field_has_wrong_values_here():
         ("sigmoid_alpha_bar", {"tau": 0.001}),  # ᾱ does not move for most of the chain
     ],
 )
-def test_schedules_whose_chain_is_no_numbers_are_refused(schedule, params):
+def test_schedules_with_coefficients_that_are_not_finite_are_refused(schedule, params):
     with pytest.raises(SpecError):
         ModelSpec((1, 4, 4), 300, schedule, params)
 
@@ -273,7 +273,7 @@ def test_any_json_is_a_spec_or_a_spec_error(values):
 @given(name=st.sampled_from(list(SCHEDULES)), values=params, steps=st.integers(1, 30))
 @example(name="sigmoid_alpha_bar", values={"tau": 0.0}, steps=10)
 def test_any_parameters_are_a_schedule_or_a_spec_error(name, values, steps):
-    """Only a parameter that the schedule has: unknown ones are refused too early to try anything."""
+    """Only with the schedule's own parameters: unknown ones are refused before they are tried."""
     known = {key: value for key, value in values.items() if key in inspect.signature(SCHEDULES[name]).parameters}
     with contextlib.suppress(SpecError):
         ModelSpec((1, 4, 4), steps, name, known, prediction="v")

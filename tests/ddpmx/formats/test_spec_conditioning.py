@@ -1,4 +1,4 @@
-"""What a file says of a network that is told more than x and t: the spec's fields and the graph's inputs."""
+"""Conditioned networks in a file: the spec's fields and the graph's inputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ddpmx.errors import SpecError
 from ddpmx.formats import onnx_file
 from ddpmx.formats.describe import describe
 from ddpmx.formats.spec import MAX_TEXT, ModelSpec, input_type
-from oracles import told
+from oracles import conditioning
+from oracles.conditioning import CHANNELS, KINDS, spec_of
 from oracles.protobuf import FLOAT, FLOAT16, INT32, INT64
-from oracles.told import CHANNELS, KINDS, spec_of
 
 FIELDS = {"classes", "self_condition", "condition", "betas"}
 
@@ -29,7 +29,7 @@ def test_a_spec_survives_as_text(kind):
 
 
 def test_a_text_from_before_there_were_these_fields_stays_as_it_is(gaussian_onnx):
-    """Plans are known by it letter by letter."""
+    """Plans are compared by it, character by character."""
     old = onnx_file.read_onnx(gaussian_onnx).metadata["ddpmx"]
     spec = ModelSpec.from_text(old)
     assert spec.to_text() == old
@@ -43,7 +43,7 @@ def test_a_text_from_before_there_were_these_fields_stays_as_it_is(gaussian_onnx
     )
 
 
-def test_what_the_network_is_told_changes_no_coefficient():
+def test_conditioning_changes_no_coefficient():
     plain = ModelSpec((3, 8, 8), timesteps=20)
     assert {spec_of(kind).to_json()["coefficients"] for kind in KINDS} == {plain.to_json()["coefficients"]}
 
@@ -97,7 +97,7 @@ def test_a_condition_that_fills_memory_is_refused():
 
 def graph(folder, spec, inputs=None):
     path = folder / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={"ddpmx": spec.to_text()}, inputs=inputs))
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}, inputs=inputs))
     return path
 
 
@@ -108,35 +108,35 @@ def inputs_of(spec, **changes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_that_keeps_the_contract_is_taken(tmp_path, kind):
+def test_a_graph_that_matches_its_spec_is_accepted(tmp_path, kind):
     spec = spec_of(kind)
     path = graph(tmp_path, spec)
     assert onnx_file.onnx_spec(path, onnx_file.read_onnx(path)) == spec
-    said = describe(path)
-    assert set(said["inputs"]) == set(spec.inputs)
-    assert FIELDS & set(said["spec"]) == set(KINDS[kind])
+    description = describe(path)
+    assert set(description["inputs"]) == set(spec.inputs)
+    assert FIELDS & set(description["spec"]) == set(KINDS[kind])
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "fault"),
     [
-        ("classes", {"y": None}, "no 'y'"),
+        ("classes", {"y": None}, "missing input 'y'"),
         ("classes", {"y": (INT64, ("batch",))}, "'y' has element type 7, not 6"),
         ("classes", {"y": (INT32, ("batch", 1))}, "'y' has the shape"),
         ("classes", {"y": (INT32, (1,))}, "'y' has the shape"),
-        ("itself", {"x0_prev": None}, "no 'x0_prev'"),
+        ("itself", {"x0_prev": None}, "missing input 'x0_prev'"),
         ("itself", {"x0_prev": (FLOAT, ("batch", 1, 8, 8))}, "'x0_prev' has the shape"),
-        ("condition", {"cond": None}, "no 'cond'"),
+        ("condition", {"cond": None}, "missing input 'cond'"),
         ("condition", {"cond": (FLOAT16, ("batch", CHANNELS, 8, 8))}, "'cond' has element type 10, not 1"),
         ("condition", {"cond": (FLOAT, ("batch", 3, 8, 8))}, "'cond' has the shape"),
-        ("condition", {"y": (INT32, ("batch",))}, "an input 'y' too many"),
-        ("classes", {"x0_prev": (FLOAT, ("batch", 3, 8, 8))}, "an input 'x0_prev' too many"),
+        ("condition", {"y": (INT32, ("batch",))}, "unexpected input 'y'"),
+        ("classes", {"x0_prev": (FLOAT, ("batch", 3, 8, 8))}, "unexpected input 'x0_prev'"),
     ],
 )
-def test_a_graph_that_does_not_is_refused(tmp_path, kind, changes, fault):
+def test_a_graph_that_does_not_match_is_refused(tmp_path, kind, changes, fault):
     spec = spec_of(kind)
     path = graph(tmp_path, spec, inputs_of(spec, **changes))
-    with pytest.raises(SpecError, match="not what the spec describes") as caught:
+    with pytest.raises(SpecError, match="does not match the spec") as caught:
         onnx_file.onnx_spec(path, onnx_file.read_onnx(path))
     assert fault in str(caught.value)
 
@@ -147,14 +147,14 @@ def test_the_hint_names_all_inputs(tmp_path):
         onnx_file.onnx_spec(path, onnx_file.read_onnx(path))
     assert (
         "x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], x0_prev float32 [batch, C, H, W] and "
-        "cond float32 [batch, K, H, W], and gives 'eps'" in str(caught.value)
+        "cond float32 [batch, K, H, W], and returns 'eps'" in str(caught.value)
     )
 
 
 def test_a_file_of_someone_else_s_is_described_by_the_given_spec(tmp_path):
     spec = spec_of("classes")
     path = tmp_path / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata={}))
+    path.write_bytes(conditioning.onnx(spec, metadata={}))
     assert onnx_file.onnx_spec(path, onnx_file.read_onnx(path), spec) == spec
-    with pytest.raises(SpecError, match="input 'y' too many"):
+    with pytest.raises(SpecError, match="unexpected input 'y'"):
         onnx_file.onnx_spec(path, onnx_file.read_onnx(path), spec.replace(classes=None))

@@ -1,4 +1,4 @@
-"""From [−1, 1] to levels and pictures, and back."""
+"""From [−1, 1] to pixels and picture files, and back."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_truncation_would_lose_63_levels():
     assert (truncated != LEVELS).sum() == 63
 
 
-def test_levels_change_half_way_between():
-    """A level reaches as far down as up: no bias, as truncation has."""
+def test_pixels_change_half_way_between_two_levels():
+    """Rounding has no bias; truncation has one."""
     exact = (np.arange(1, 256) - 0.5) / 127.5 - 1
     np.testing.assert_array_equal(to_uint8(np.float32(exact - 1e-4)), np.arange(255))
     np.testing.assert_array_equal(to_uint8(np.float32(exact + 1e-4)), np.arange(1, 256))
 
 
-def test_what_lies_outside_is_clipped():
+def test_values_out_of_range_are_clipped():
     x = np.float32([-1, -1.001, -9, -np.inf, 1, 1.001, 9, np.inf, 3e38])
     with np.errstate(over="ignore"):
         assert to_uint8(x).tolist() == [0, 0, 0, 0, 255, 255, 255, 255, 255]
@@ -41,7 +41,7 @@ def test_nan_is_black():
     assert to_uint8(np.float32([np.nan, -np.nan])).tolist() == [0, 0]
 
 
-def test_levels_are_symmetric_about_grey():
+def test_pixels_are_symmetric_about_grey():
     assert from_uint8(np.uint8([0, 255])).tolist() == [-1, 1]
     assert to_uint8(np.float32([0])).tolist() == [128]
 
@@ -96,7 +96,7 @@ def test_a_grey_animation_comes_back(tmp_path):
     assert durations == [80, 80, 80, 1000]
 
 
-def test_a_colour_animation_comes_back_where_a_palette_can_hold_it(tmp_path):
+def test_a_colour_animation_comes_back_if_its_colours_fit_a_palette(tmp_path):
     frames = [
         np.kron(np.uint8([[[r, g, 90]]]), np.ones((6, 8, 1), np.uint8)) for r, g in ((0, 255), (255, 0), (40, 80))
     ]
@@ -107,7 +107,7 @@ def test_a_colour_animation_comes_back_where_a_palette_can_hold_it(tmp_path):
             np.testing.assert_array_equal(np.asarray(opened.convert("RGB")), frame)
 
 
-def test_pictures_of_other_channels_are_refused_before_a_file_exists(tmp_path):
+def test_images_that_are_no_pictures_are_refused_before_a_file_is_written(tmp_path):
     with pytest.raises(InputError, match="2 channels"):
         writers.save_png(tmp_path / "a.png", np.zeros((4, 4, 2), np.uint8))
     with pytest.raises(InputError, match="2 channels"):

@@ -1,4 +1,4 @@
-"""The ladder, against a model known in closed form: what is right passes, what is not fails, and at the right check."""
+"""The parity ladder on a model known in closed form: a right network passes, and a wrong one fails at the right check."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def untrained() -> Reference:
     return make_reference(loss=0.5)
 
 
-# --- what is right passes --------------------------------------------------------------------------------------------
+# --- a right network passes --------------------------------------------------------------------------------------------
 
 
 def test_the_two_grids_differ_where_the_faults_below_need_it(reference):
@@ -111,7 +111,7 @@ def test_the_closed_form_in_numpy_passes_and_its_curves_fit_the_record(reference
     assert check(result, ROWS).worst == check(result, BATCH).worst == "equal bit for bit"
 
 
-def test_errors_are_given_in_units_of_the_answers(reference):
+def test_errors_are_in_units_of_the_outputs(reference):
     assert reference.scale == pytest.approx(np.sqrt(np.mean(reference.out.astype(np.float64) ** 2)))
     result = run_ladder(noisy(1e-3 * reference.scale), SPEC, reference)
     assert result.curves["eps"] == pytest.approx(1e-3 * np.sqrt((PATTERN[reference.t] ** 2).mean((1, 2, 3))), rel=1e-2)
@@ -134,9 +134,7 @@ def test_one_step_and_the_bound_are_what_the_formulas_say(reference):
             2, *SHAPE
         )
         wrong = eps_by_hand(x, t) + size * PATTERN[t]
-        guesses = [
-            ((x - np.sqrt(1 - kept) * answer) / np.sqrt(kept)).clip(-1, 1) for answer in (wrong, eps_by_hand(x, t))
-        ]
+        guesses = [((x - np.sqrt(1 - kept) * eps) / np.sqrt(kept)).clip(-1, 1) for eps in (wrong, eps_by_hand(x, t))]
         steps.append(to_x0 * np.sqrt(np.mean((guesses[0] - guesses[1]) ** 2)))
         if t:
             terms = [to_x0**2 * np.mean((clean - guess) ** 2) / (2 * beta[t]) for guess in guesses]
@@ -148,7 +146,7 @@ def test_one_step_and_the_bound_are_what_the_formulas_say(reference):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 100])
-def test_the_batch_changes_no_rung_of_an_exact_backend(reference, batch):
+def test_the_batch_changes_no_check_of_an_exact_backend(reference, batch):
     usual, other = run_ladder(ToyBackend(), SPEC, reference), run_ladder(ToyBackend(), SPEC, reference, batch=batch)
     assert other.passed
     assert other.checks[2:] == usual.checks[2:]
@@ -157,7 +155,7 @@ def test_the_batch_changes_no_rung_of_an_exact_backend(reference, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-def test_no_run_of_the_ladder_is_larger_than_the_batch_but_the_free_chain(reference, batch):
+def test_only_the_free_chain_may_exceed_the_batch(reference, batch):
     backend = ToyBackend()
     run_ladder(backend, SPEC, reference, batch=batch)
     assert {size for _, size in backend.asked} == {1, batch, len(reference.final)}
@@ -172,11 +170,11 @@ def test_a_batch_out_of_range_is_refused(reference, batch):
 @pytest.mark.parametrize("batch", [1, 3, 16])
 @pytest.mark.parametrize("what", ["reference", "untrained", "nothing"])
 def test_progress_counts_to_its_total(request, what, batch):
-    held = None if what == "nothing" else request.getfixturevalue(what)
-    backend, told = ToyBackend(), []
-    run_ladder(backend, SPEC, held, batch=batch, progress=lambda done, total: told.append((done, total)))
-    total = told[0][1]
-    assert told == [(i, total) for i in range(1, total + 1)]
+    record = None if what == "nothing" else request.getfixturevalue(what)
+    backend, calls = ToyBackend(), []
+    run_ladder(backend, SPEC, record, batch=batch, progress=lambda done, total: calls.append((done, total)))
+    total = calls[0][1]
+    assert calls == [(i, total) for i in range(1, total + 1)]
     assert len(backend.asked) == total
 
 
@@ -199,7 +197,7 @@ def test_progress_counts_to_its_total(request, what, batch):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_fault_is_found_by_the_rung_that_it_concerns(reference, fault, first, others, worst):
+def test_a_fault_is_found_by_its_check(reference, fault, first, others, worst):
     result = run_ladder(Faulty(fault), SPEC, reference)
     assert not result.passed
     assert failed(result)[0] == first
@@ -221,7 +219,7 @@ def test_noise_at_one_t_spoils_no_other_point_of_the_curves(reference):
 
 
 def test_one_pixel_of_one_image_cannot_hide_in_the_average(reference):
-    """RMS over 384 numbers makes it 1/20."""
+    """The RMS over 384 elements divides it by 20."""
     k = 20
     image = reference.inputs(k)[1]
 
@@ -245,7 +243,7 @@ def test_no_corner_of_a_small_image_goes_unseen(reference, channel, corner):
 
 
 def test_a_bias_that_no_single_step_shows_is_seen_in_the_free_chain(reference):
-    """Against noise of the same size, which averages out. The closed form forgets quickly, so all bounds hold."""
+    """Noise of the same size averages out. The closed form forgets errors quickly, so all bounds hold."""
     spec, size = SPEC.replace(precision="bf16"), 0.025 * reference.scale
     bias, noise = run_ladder(biased(size), spec, reference), run_ladder(noisy(size), spec, reference)
     for name in (EPS, STEP, FORCED, FORCED_STEP):
@@ -257,19 +255,19 @@ def test_a_bias_that_no_single_step_shows_is_seen_in_the_free_chain(reference):
     assert f"{equal[0]:.2%} equal" in check(bias, FREE).worst
 
 
-@pytest.mark.parametrize(("levels", "passes"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("difference", "passes"), [(1, True), (2, False)])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_one_level_of_256_is_allowed_in_the_free_chain_and_two_are_not(reference, levels, passes, sign):
-    final = reference.final.astype(int) + sign * levels
+def test_the_free_chain_may_be_off_by_one_of_256_levels_but_not_by_two(reference, difference, passes, sign):
+    final = reference.final.astype(int) + sign * difference
     assert 0 <= final.min() <= final.max() <= 255
     result = run_ladder(ToyBackend(), SPEC, dataclasses.replace(reference, final=final.astype(np.uint8)))
     assert check(result, FREE).value == passes
     assert failed(result) == ([] if passes else [FREE])
-    assert f"at most {levels} apart, PSNR {20 * np.log10(255 / levels):.1f} dB" in check(result, FREE).worst
+    assert f"at most {difference} apart, PSNR {20 * np.log10(255 / difference):.1f} dB" in check(result, FREE).worst
 
 
-def test_what_goes_wrong_between_the_recorded_states_is_seen_in_the_free_chain(reference):
-    """18 of its 50 steps are recorded nowhere."""
+def test_a_fault_between_the_recorded_states_shows_in_the_free_chain(reference):
+    """18 of its 50 steps are not recorded."""
     chain = np.round(np.linspace(0, T - 1, STEPS)).astype(int)
     unseen = np.setdiff1d(chain, [*chain[::-1][reference.at], *reference.t])
     assert len(unseen) >= 10
@@ -291,8 +289,8 @@ def biggest_drift(result: ParityReport) -> float:
     return float(result.curves["free"].max())
 
 
-def test_the_curve_of_the_free_chain_shows_what_adds_up(reference):
-    """All checks hold, and still the drift is several times what a step does."""
+def test_the_curve_of_the_free_chain_shows_errors_that_add_up(reference):
+    """All bounds hold, yet the drift is several times the error of one step."""
     result = run_ladder(biased(1e-5), SPEC, reference)
     assert result.passed
     curves = result.curves
@@ -302,12 +300,12 @@ def test_the_curve_of_the_free_chain_shows_what_adds_up(reference):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("step", [T_CHECKED, T_CHAIN, 0, T - 1])
-def test_answers_that_are_no_numbers_are_an_error_that_names_t(reference, value, step):
+def test_outputs_that_are_not_finite_are_an_error_that_names_t(reference, value, step):
     with pytest.raises(NumericError, match=f"t = {step} is not finite"):
         run_ladder(ToyBackend(poison=(step, value)), SPEC, reference)
 
 
-def test_answers_that_are_no_numbers_are_found_without_a_reference():
+def test_outputs_that_are_not_finite_are_found_without_a_reference():
     with pytest.raises(NumericError, match="t = 999 is not finite"):
         run_ladder(ToyBackend(poison=(999, np.nan)), SPEC, None)
 
@@ -319,7 +317,7 @@ def test_answers_that_are_no_numbers_are_found_without_a_reference():
     ("size", "passes"),
     [(1e-6, {"fp32", "fp16", "bf16"}), (1e-3, {"fp16", "bf16"}), (1e-2, {"bf16"}), (0.1, set())],
 )
-def test_what_passes_depends_on_the_precision(reference, size, passes):
+def test_the_bounds_depend_on_the_precision(reference, size, passes):
     found = {p for p in BOUNDS if run_ladder(noisy(size), SPEC.replace(precision=p), reference).passed}
     assert found == passes
 
@@ -344,16 +342,16 @@ def test_bounds_widen_with_fewer_bits():
         (Check("pixels", math.nan, 0.9, at_least=True), False, "pixels: nan% < 90%"),
     ],
 )
-def test_a_rung_in_words(check, passed, text):
+def test_a_check_as_text(check, passed, text):
     assert check.passed is passed
     assert str(check) == text
 
 
-# --- what cannot be judged -------------------------------------------------------------------------------------------
+# --- checks that are skipped -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss", [0.5, 1.0, 3.0])
-def test_the_free_chain_of_an_untrained_network_is_not_judged_and_that_is_said(loss):
+def test_the_free_chain_of_an_untrained_network_is_skipped_with_the_reason(loss):
     result = run_ladder(biased(1.0), SPEC, make_reference(loss=loss))
     free = result.checks[-1]
     assert free.name == FREE
@@ -362,10 +360,10 @@ def test_the_free_chain_of_an_untrained_network_is_not_judged_and_that_is_said(l
     assert f"{loss:.2f}" in str(free)
     assert result.finals is None
     assert "free" not in result.curves
-    assert {EPS, FORCED} <= set(failed(result)), "the others are"
+    assert {EPS, FORCED} <= set(failed(result)), "the other checks are made"
 
 
-def test_a_verdict_says_how_many_bounds_were_not_judged(untrained, reference):
+def test_a_verdict_counts_the_checks_that_were_skipped(untrained, reference):
     assert run_ladder(ToyBackend(), SPEC, untrained).verdict == (
         "PASSED: the PyTorch model, 8 of 8 bounds hold; 1 not judged"
     )
@@ -374,13 +372,13 @@ def test_a_verdict_says_how_many_bounds_were_not_judged(untrained, reference):
 
 
 @pytest.mark.parametrize("size", [0, 1e-7, 1e-5])
-def test_a_network_that_answers_nothing_is_no_reference(reference, size):
+def test_a_network_whose_outputs_are_zero_is_no_reference(reference, size):
     silent = dataclasses.replace(reference, out=np.full_like(reference.out, size))
-    with pytest.raises(SpecError, match="answers nothing"):
+    with pytest.raises(SpecError, match="outputs are almost zero, so any file would pass"):
         run_ladder(ToyBackend(), SPEC, silent)
 
 
-def test_without_a_reference_a_file_is_held_against_itself():
+def test_without_a_reference_a_file_is_compared_with_itself():
     result = run_ladder(ToyBackend(), SPEC, None)
     assert [check.name for check in result.checks] == [ROWS, BATCH]
     assert result.verdict.startswith("PASSED: consistent with itself, 2 of 2 bounds hold")
@@ -399,13 +397,13 @@ def test_without_a_reference_a_file_is_held_against_itself():
     ],
     ids=["place", "size", "row 0", "neighbours"],
 )
-def test_without_a_reference_a_batch_that_is_computed_wrongly_fails(backend, found):
+def test_without_a_reference_a_wrongly_computed_batch_fails(backend, found):
     result = run_ladder(backend, SPEC, None)
     assert failed(result)[0] == found
     assert result.verdict.startswith("FAILED")
 
 
-def test_where_nothing_was_judged_nothing_passed():
+def test_nothing_passes_if_every_check_was_skipped():
     assert not run_ladder(Faulty(neighbours_leak), SPEC, None, batch=1).verdict.startswith("PASSED")
 
 

@@ -1,4 +1,4 @@
-"""The ladder where a GPU runs the chain, without one: on a fake TensorRT and a fake driver."""
+"""The ladder for a chain on the GPU, with a fake TensorRT and a fake driver."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def backend(plan, plan_driver):
 
 
 @pytest.mark.parametrize("profiles", [((1, 4, 8),), ((1, 1, 1),), ((4, 4, 4),), ((32, 32, 64),)], ids=str)
-def test_every_executor_is_held_against_numpy(backend, profiles):
+def test_every_executor_is_compared_with_numpy(backend, profiles):
     opened = backend(*profiles)
     result = run_ladder(opened, SPEC, None)
     opened.close()
@@ -40,10 +40,10 @@ def test_every_executor_is_held_against_numpy(backend, profiles):
     rows = {check.name: check.skipped for check in result.checks if not check.name.startswith("executor")}
     single = profiles == ((1, 1, 1),)
     assert ("a batch of one" in rows.values()) == single
-    assert any("and more are taken" in (why or "") for why in rows.values()) == (profiles[0][0] > 1)
+    assert any("takes only batches of" in (why or "") for why in rows.values()) == (profiles[0][0] > 1)
 
 
-def test_an_executor_with_other_bits_fails(backend, monkeypatch):
+def test_an_executor_with_other_pixels_fails(backend, monkeypatch):
     run = DeviceChain.run
 
     def spoilt(self, **arguments):
@@ -60,7 +60,7 @@ def test_an_executor_with_other_bits_fails(backend, monkeypatch):
     assert not result.passed
 
 
-def test_an_executor_that_does_not_work_is_not_judged(backend):
+def test_an_executor_that_does_not_work_is_skipped(backend):
     opened = backend()
     opened.module.cuda.fail["cuGraphConditionalHandleCreate"] = (0, 801)
     result = run_ladder(opened, SPEC, None)
@@ -75,12 +75,12 @@ def test_an_executor_that_does_not_work_is_not_judged(backend):
     ("profiles", "most", "fits"),
     [([(1, 64)], 16, 16), ([(1, 8)], 16, 8), ([(32, 64)], 16, 32), ([(1, 1), (20, 24)], 16, 1), ([(4, 4)], 1, 4)],
 )
-def test_a_batch_that_the_network_takes(profiles, most, fits):
+def test_the_largest_batch_that_the_network_takes(profiles, most, fits):
     assert fitting_batch(tuple(profiles), most) == fits
 
 
 def test_bounds_on_a_gpu_are_no_tighter_and_only_float32_s_differ():
-    """fp32 on a GPU: ε within 1e-4 of PyTorch, relative, and 99 % of the chain's values."""
+    """fp32 on a GPU: ε within a relative 1e-4 of PyTorch, and 99 % of the chain's pixels within one level."""
     assert BOUNDS_ON_GPU["fp32"].eps == 1e-4
     assert BOUNDS_ON_GPU["fp32"].pixels == 0.99
     assert {name for name in BOUNDS if BOUNDS[name] != BOUNDS_ON_GPU[name]} == {"fp32"}

@@ -1,4 +1,4 @@
-"""The record of what PyTorch answered: it comes back as it was, and nothing else is taken for one."""
+"""The record of PyTorch's outputs: it loads as it was saved, and nothing else is accepted as one."""
 
 from __future__ import annotations
 
@@ -92,13 +92,13 @@ def refused(path: Path) -> DdpmxError:
     return caught.value
 
 
-def test_a_record_that_nobody_tampered_with_is_accepted(saved, tmp_path):
-    """So that the refusals below are due to what was changed."""
+def test_an_unchanged_record_is_accepted(saved, tmp_path):
+    """The control: the refusals below are due to the change."""
     Reference.load(tampered(saved, tmp_path / "same.npz", lambda arrays, about: None))
 
 
 ARRAYS = ["t", "x0", "out", "at", "state", "state_out", "final"]
-TOLD = ["format", "spec", "made_with", "seed", "real", "loss", "steps"]
+JSON_FIELDS = ["format", "spec", "made_with", "seed", "real", "loss", "steps"]
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -106,13 +106,13 @@ def test_a_missing_array_is_refused(saved, tmp_path, name):
     refused(tampered(saved, tmp_path / "x.npz", lambda arrays, about: arrays.pop(name)))
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_a_missing_statement_is_refused(saved, tmp_path, name):
+@pytest.mark.parametrize("name", JSON_FIELDS)
+def test_a_missing_json_field_is_refused(saved, tmp_path, name):
     refused(tampered(saved, tmp_path / "x.npz", lambda arrays, about: about.pop(name)))
 
 
 def set_to(**values: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
-    """Changes the statement of that name."""
+    """Changes JSON fields."""
     return lambda arrays, about: about.update(values)
 
 
@@ -133,22 +133,22 @@ def with_value(value: float, index: tuple[int, ...] | int = 0) -> Callable[[np.n
 
 TAMPERINGS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "an array too many": lambda arrays, about: arrays.update(more=np.zeros(3)),
-    "a statement too many": set_to(more=1),
+    "a JSON field too many": set_to(more=1),
     "another format": set_to(format="ddpmx-parity2"),
     "a format that is a number": set_to(format=1),
     "no spec": set_to(spec=None),
     "a spec without a shape": set_to(spec={}),
     "a damaged spec": lambda arrays, about: about["spec"].update(coefficients="00000000"),
     "a spec of another shape": lambda arrays, about: about["spec"].update(shape=[3, 8, 4]),
-    "float64 answers": array("out", lambda a: a.astype(np.float64)),
-    "half answers": array("state_out", lambda a: a.astype(np.float16)),
-    "answers of the other byte order": array("out", lambda a: a.astype(">f4")),
+    "float64 outputs": array("out", lambda a: a.astype(np.float64)),
+    "half outputs": array("state_out", lambda a: a.astype(np.float16)),
+    "outputs of the other byte order": array("out", lambda a: a.astype(">f4")),
     "int64 t": array("t", lambda a: a.astype(np.int64)),
     "float t": array("t", lambda a: a.astype(np.float32)),
     "int32 at": array("at", lambda a: a.astype(np.int32)),
     "float images": array("x0", lambda a: a.astype(np.float32)),
     "signed images": array("final", lambda a: a.astype(np.int8)),
-    "an answer too few": array("out", lambda a: a[:, :, :-1]),
+    "an output too short": array("out", lambda a: a[:, :, :-1]),
     "an image too few": array("x0", lambda a: a[:1]),
     "a t too many": array("t", lambda a: np.append(a, a[-1:])),
     "a state too few": array("state", lambda a: a[:-1]),
@@ -156,9 +156,9 @@ TAMPERINGS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "no final image": array("final", lambda a: a[:0]),
     "final images of another size": array("final", lambda a: a[:, :, :4]),
     "no timesteps": lambda arrays, about: arrays.update(t=arrays["t"][:0], out=arrays["out"][:0]),
-    "NaN in the answers": array("out", with_value(np.nan, (3, 1, 100))),
+    "NaN in the outputs": array("out", with_value(np.nan, (3, 1, 100))),
     "an infinity in a state": array("state", with_value(np.inf, (3, 1, 2, 2))),
-    "NaN in a state's answer": array("state_out", with_value(-np.nan, (3, 1))),
+    "NaN in a state's output": array("state_out", with_value(-np.nan, (3, 1))),
     "t below 0": array("t", with_value(-1)),
     "t = T": array("t", with_value(T, -1)),
     "at below 0": array("at", with_value(-1)),
@@ -179,7 +179,7 @@ TAMPERINGS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "no loss": set_to(loss=None),
     "real as a number": set_to(real=1),
     "made with a number": set_to(made_with=5),
-    "no statement at all": lambda arrays, about: about.clear(),
+    "no JSON field at all": lambda arrays, about: about.clear(),
     "no images at all, as numbers": array("x0", lambda a: a[0, 0, 0, 0:1]),
 }
 CRASHES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
@@ -187,8 +187,8 @@ CRASHES: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
     "at without a dimension": array("at", lambda a: a[0]),
     "x0 without a dimension": array("x0", lambda a: a[0, 0, 0, 0]),
     "final without a dimension": array("final", lambda a: a[0, 0, 0, 0]),
-    "an array as a statement": lambda arrays, about: about.update(t=arrays.pop("t").tolist()),
-    "a statement as an array": lambda arrays, about: arrays.update(spec=np.zeros(SHAPE)),
+    "an array as a JSON field": lambda arrays, about: about.update(t=arrays.pop("t").tolist()),
+    "a JSON field as an array": lambda arrays, about: arrays.update(spec=np.zeros(SHAPE)),
 }
 
 
@@ -202,7 +202,7 @@ def test_a_record_with_parts_of_another_kind_is_refused(saved, tmp_path, what):
     refused(tampered(saved, tmp_path / "x.npz", CRASHES[what]))
 
 
-def test_foreign_archives_are_refused_and_what_they_hold_is_said(tmp_path):
+def test_foreign_archives_are_refused_by_their_content(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, images=np.zeros((2, 8, 8, 3), np.uint8))
     assert "images" in refused(path).note
@@ -251,7 +251,7 @@ def test_a_changed_byte_is_noticed_or_changes_nothing(reference, saved, tmp_path
     assert noticed > 90
 
 
-def test_what_is_no_archive_is_refused(tmp_path):
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
     refused(tmp_path / "missing.npz")
     refused(tmp_path)
     (tmp_path / "text.npz").write_text("<html>")
@@ -295,18 +295,18 @@ def test_a_record_takes_at_most_4_mb(tmp_path, figure, shape, images, chains, st
     Reference.load(tmp_path / "x.npz")
 
 
-# --- which numbers, and from which inputs ----------------------------------------------------------------------------
+# --- which elements, and from which inputs ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), SHAPE, (1, 16, 16), (3, 32, 32), (1, 64, 64)])
-def test_of_small_images_all_numbers_are_kept(shape):
+def test_of_small_images_all_elements_are_stored(shape):
     assert np.array_equal(elements(shape), np.arange(math.prod(shape)))
 
 
 @pytest.mark.parametrize(
     "shape", [(3, 64, 64), (3, 256, 256), (1, 512, 512), (4, 33, 47), (3, 128, 96), (1, 65, 65), (3, 1024, 1024)]
 )
-def test_of_large_images_4096_numbers_are_kept_from_everywhere(shape):
+def test_of_large_images_4096_elements_from_everywhere_are_stored(shape):
     kept = elements(shape)
     assert len(kept) == len(set(kept.tolist())) == 4096
     assert kept.min() >= 0
@@ -322,7 +322,7 @@ def test_of_large_images_4096_numbers_are_kept_from_everywhere(shape):
                 wanted = len(part_y) * len(part_x) / math.prod(shape)
                 assert share == pytest.approx(wanted, rel=0.25)
     for phase in range(2):
-        assert np.mean(x % 2 == phase) == pytest.approx(0.5, abs=0.1), "no column parity is left out"
+        assert np.mean(x % 2 == phase) == pytest.approx(0.5, abs=0.1), "even and odd columns alike"
         assert np.mean(y % 2 == phase) == pytest.approx(0.5, abs=0.1)
 
 
@@ -376,8 +376,8 @@ def test_another_process_makes_the_same_inputs(reference, saved):
     assert done.stdout.strip() == mine
 
 
-def test_of_a_large_image_the_kept_numbers_are_compared(reference):
-    """3×40×40 is more than 4096: two thirds of its numbers are kept, and those are put side by side in order."""
+def test_of_a_large_image_the_stored_elements_are_compared(reference):
+    """3×40×40 is more than 4096: the 4096 stored elements are compared in order."""
     shape = (3, 40, 40)
     spec, kept = ModelSpec(shape), elements(shape)
     assert len(kept) == 4096 < math.prod(shape)
@@ -418,7 +418,7 @@ def test_of_a_large_image_the_kept_numbers_are_compared(reference):
         {"made_with": "x" * 201},
     ],
 )
-def test_a_record_that_asks_for_too_much_or_forges_lines_is_refused(changes):
-    """200,000 black images take 170 KB in an archive, and all memory in a network."""
+def test_a_record_with_too_many_images_or_a_forged_line_is_refused(changes):
+    """200,000 black images take 170 KB in an archive, but would exhaust the memory in a network."""
     with pytest.raises(FileFormatError):
         make_reference(**changes)

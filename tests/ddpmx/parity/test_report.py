@@ -1,4 +1,4 @@
-"""The report: whole or not there, readable, and with every figure in it."""
+"""The report: written as a whole or not at all, readable, and with every figure in it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="module")
-def climbs(reference, untrained) -> dict[str, ParityReport]:
+def results(reference, untrained) -> dict[str, ParityReport]:
     return {
         "passed": run_ladder(ToyBackend(), SPEC, reference),
         "failed": run_ladder(Faulty(channels_swapped), SPEC.replace(precision="fp16"), reference),
@@ -65,7 +65,7 @@ def climbs(reference, untrained) -> dict[str, ParityReport]:
     }
 
 
-CLIMBS = ["passed", "failed", "untrained", "itself", "itself, failed", "itself, one"]
+RESULTS = ["passed", "failed", "untrained", "itself", "itself, failed", "itself, one"]
 
 
 @pytest.fixture
@@ -76,9 +76,9 @@ def no_matplotlib(monkeypatch):
     monkeypatch.delattr(ddpmx.parity, "plots", raising=False)
 
 
-@pytest.mark.parametrize("name", CLIMBS)
-def test_the_json_is_valid_and_holds_every_figure(climbs, name):
-    result = climbs[name]
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_json_is_valid_and_holds_every_figure(results, name):
+    result = results[name]
     values = json.loads(json.dumps(report.to_json(result, "some/model.onnx", {"polygraphy": None}), allow_nan=False))
     assert values["file"] == "model.onnx"
     assert values["polygraphy"] is None
@@ -86,10 +86,10 @@ def test_the_json_is_valid_and_holds_every_figure(climbs, name):
     assert values["verdict"] == result.verdict
     assert ModelSpec.from_json(values["spec"]) == result.spec
     assert [r["name"] for r in values["rungs"]] == [r.name for r in result.checks]
-    for told, real in zip(values["rungs"], result.checks, strict=True):
-        assert told["passed"] is real.passed
-        assert told["bound"] == real.bound
-        assert told["value"] == (None if math.isnan(real.value) else real.value)
+    for written, real in zip(values["rungs"], result.checks, strict=True):
+        assert written["passed"] is real.passed
+        assert written["bound"] == real.bound
+        assert written["value"] == (None if math.isnan(real.value) else real.value)
     assert set(values["curves"]) == set(result.curves)
     if result.reference is None:
         assert values["reference"] is None
@@ -99,7 +99,7 @@ def test_the_json_is_valid_and_holds_every_figure(climbs, name):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_json_is_valid_for_answers_beyond_all_measure():
+def test_the_json_is_valid_for_infinite_errors():
     spec = SPEC.replace(clip=None)
     record = make_reference(spec=spec, loss=1.0)
     result = run_ladder(biased(1e38), spec, record)
@@ -107,9 +107,9 @@ def test_the_json_is_valid_for_answers_beyond_all_measure():
     json.dumps(report.to_json(result, "model.onnx"), allow_nan=False)
 
 
-@pytest.mark.parametrize("name", CLIMBS)
-def test_the_text_names_every_rung_with_its_bound(climbs, name):
-    result = climbs[name]
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_text_lists_every_check_with_its_bound(results, name):
+    result = results[name]
     text = report.to_markdown(result, "some/model.onnx", {})
     title = "FAILED" if not result.passed else "passed" if result.reference else "consistent with itself"
     assert text.startswith(f"# model.onnx: {title}\n")
@@ -127,7 +127,7 @@ def test_the_text_names_every_rung_with_its_bound(climbs, name):
     assert "nan" not in text.lower()
 
 
-def test_a_bound_is_given_with_the_digits_that_it_has():
+def test_a_bound_is_printed_with_all_its_digits():
     """0.999 is not 1: "≥ 100 %" would be another bound."""
     for bounds in BOUNDS.values():
         assert float(f"{bounds.pixels:.1%}".rstrip("%")) / 100 == pytest.approx(bounds.pixels, abs=1e-9)
@@ -135,17 +135,17 @@ def test_a_bound_is_given_with_the_digits_that_it_has():
             assert float(f"{bound:.0e}") == bound
 
 
-def test_a_report_without_a_reference_says_not_verified(climbs, tmp_path):
-    names = [path.name for path in report.write(climbs["itself"], "model.onnx", tmp_path)]
+def test_a_report_without_a_reference_says_not_verified(results, tmp_path):
+    names = [path.name for path in report.write(results["itself"], "model.onnx", tmp_path)]
     assert names == ["report.md", "report.json"]
     assert "NOT VERIFIED" in (tmp_path / "report.md").read_text()
-    assert "NOT VERIFIED" not in report.to_markdown(climbs["passed"], "model.onnx", {})
+    assert "NOT VERIFIED" not in report.to_markdown(results["passed"], "model.onnx", {})
 
 
-def test_a_report_says_what_it_was_held_against(climbs):
-    text = report.to_markdown(climbs["passed"], "model.onnx", {})
+def test_a_report_names_its_reference(results):
+    text = report.to_markdown(results["passed"], "model.onnx", {})
     assert "NumPy, by hand, on real images, 32 timesteps from 0 to 999, a chain of 50 steps" in text
-    own = dataclasses.replace(climbs["passed"], reference=make_reference(real=False))
+    own = dataclasses.replace(results["passed"], reference=make_reference(real=False))
     assert "on the network's own images" in report.to_markdown(own, "model.onnx", {})
     assert "toy" in text
 
@@ -158,9 +158,9 @@ PLOTS = ["error.png", "chain.png", "levels.png"]
     ("name", "wanted"),
     [("passed", [*PLOTS, "images.png"]), ("failed", [*PLOTS, "images.png"]), ("untrained", PLOTS[:2])],
 )
-def test_a_report_has_its_pictures(climbs, tmp_path, name, wanted):
+def test_a_report_has_its_pictures(results, tmp_path, name, wanted):
     folder = tmp_path / "new" / "report"
-    written = report.write(climbs[name], "model.onnx", folder, extra={"more": 1})
+    written = report.write(results[name], "model.onnx", folder, extra={"more": 1})
     assert written == [folder / entry for entry in ("report.md", "report.json", *wanted)]
     assert sorted(path.name for path in folder.iterdir()) == sorted(["report.md", "report.json", *wanted])
     assert json.loads((folder / "report.json").read_text())["more"] == 1
@@ -179,14 +179,14 @@ def test_a_report_has_its_pictures(climbs, tmp_path, name, wanted):
 
 @needs_matplotlib
 def test_plots_are_drawn_without_a_screen():
-    """pyplot would look for one."""
+    """pyplot would need one."""
     program = "import sys, ddpmx.parity.plots; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_images_show_pytorchs_above_the_files_above_the_difference(climbs, tmp_path):
-    report.write(climbs["failed"], "model.onnx", tmp_path)
-    result = climbs["failed"]
+def test_the_images_show_pytorchs_above_the_files_above_the_difference(results, tmp_path):
+    report.write(results["failed"], "model.onnx", tmp_path)
+    result = results["failed"]
     with Image.open(tmp_path / "images.png") as picture:
         sheet = np.asarray(picture)
     zoom = sheet.shape[1] // (4 * 9 + 1)
@@ -201,11 +201,11 @@ def test_the_images_show_pytorchs_above_the_files_above_the_difference(climbs, t
 
 
 @pytest.mark.usefixtures("no_matplotlib")
-def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, tmp_path):
+def test_without_matplotlib_the_images_are_written_and_the_plots_are_not(results, tmp_path):
     (tmp_path / "error.png").write_text("of yesterday")
     (tmp_path / "report.json").write_bytes(YESTERDAY["report.json"])
     (tmp_path / "mine.png").write_text("not the report's")
-    report.write(climbs["passed"], "model.onnx", tmp_path)
+    report.write(results["passed"], "model.onnx", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.png", "mine.png", "report.json", "report.md"]
     with Image.open(tmp_path / "images.png") as picture:
         assert min(picture.size) >= 200
@@ -214,20 +214,20 @@ def test_without_matplotlib_the_images_are_there_and_the_plots_are_not(climbs, t
 
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize("other", [None, b"", b"[]", b'{"scores": []}'])
-def test_files_of_a_report_s_names_that_are_of_none_are_somebody_s(climbs, tmp_path, other):
+def test_files_with_a_report_s_names_that_are_not_of_a_report_are_kept(results, tmp_path, other):
     (tmp_path / "error.png").write_text("not the report's")
     if other is not None:
         (tmp_path / "report.json").write_bytes(other)
     before = content(tmp_path)
-    with pytest.raises(OutputError, match="not of a report"):
-        report.write(climbs["passed"], "model.onnx", tmp_path)
+    with pytest.raises(OutputError, match=r"refusing to overwrite .*: not part of a report"):
+        report.write(results["passed"], "model.onnx", tmp_path)
     assert content(tmp_path) == before
 
 
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize("name", ["passed", "untrained"])
-def test_without_matplotlib_the_text_says_how_to_get_plots(climbs, tmp_path, name):
-    report.write(climbs[name], "model.onnx", tmp_path)
+def test_without_matplotlib_the_text_names_the_package_to_install(results, tmp_path, name):
+    report.write(results[name], "model.onnx", tmp_path)
     assert "pip install matplotlib" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -248,7 +248,7 @@ def draw_nothing(report: ParityReport, folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("before", [{}, YESTERDAY], ids=["new", "over another"])
 @pytest.mark.parametrize("where", ["text", "json", "plots", "report.md", "report.json", "images.png"])
-def test_a_report_is_written_as_a_whole_or_not_at_all(climbs, tmp_path, monkeypatch, before, where):
+def test_a_report_is_written_as_a_whole_or_not_at_all(results, tmp_path, monkeypatch, before, where):
     folder = tmp_path / "report"
     folder.mkdir()
     for name, data in before.items():
@@ -279,45 +279,45 @@ def test_a_report_is_written_as_a_whole_or_not_at_all(climbs, tmp_path, monkeypa
 
         monkeypatch.setattr(os, "replace", failing)
     with pytest.raises(OutputError, match="report") as caught:
-        report.write(climbs["passed"], "model.onnx", folder)
+        report.write(results["passed"], "model.onnx", folder)
     assert "No space left" in caught.value.note
     monkeypatch.undo()
     assert content(folder) == before
 
 
-def test_a_report_that_fails_removes_no_picture(climbs, tmp_path, monkeypatch):
+def test_a_failed_write_removes_no_picture(results, tmp_path, monkeypatch):
     for name, data in YESTERDAY.items():
         (tmp_path / name).write_bytes(data)
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
     with pytest.raises(OutputError):
-        report.write(climbs["itself"], "model.onnx", tmp_path)
+        report.write(results["itself"], "model.onnx", tmp_path)
     assert content(tmp_path) == YESTERDAY
 
 
-def test_a_report_replaces_another_and_its_stale_pictures(climbs, tmp_path):
+def test_a_report_replaces_another_and_its_stale_pictures(results, tmp_path):
     for name, data in YESTERDAY.items():
         (tmp_path / name).write_bytes(data)
-    written = report.write(climbs["itself"], "model.onnx", tmp_path)
+    written = report.write(results["itself"], "model.onnx", tmp_path)
     assert sorted(content(tmp_path)) == sorted(path.name for path in written) == ["report.json", "report.md"]
     assert b"of yesterday" not in content(tmp_path).values()
 
 
-def test_a_folder_that_cannot_be_one(climbs, tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(results, tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "report"):
         with pytest.raises(OutputError, match="file"):
-            report.write(climbs["passed"], "model.onnx", folder)
+            report.write(results["passed"], "model.onnx", folder)
     assert content(tmp_path) == {"file": b"x"}
 
 
 @pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() == 0, reason="not verified here: read-only folders (root may write)"
 )
-def test_a_folder_that_may_not_be_written(climbs, tmp_path):
+def test_a_read_only_folder_is_refused(results, tmp_path):
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(OutputError):
-            report.write(climbs["passed"], "model.onnx", tmp_path)
+            report.write(results["passed"], "model.onnx", tmp_path)
         assert content(tmp_path) == {}
     finally:
         tmp_path.chmod(0o700)

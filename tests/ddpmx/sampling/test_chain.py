@@ -43,7 +43,7 @@ def test_one_step_against_float64(variance, figure):
     worst = 0.0
     for t, row in zip(table.timesteps.tolist(), table.rows.astype(np.float32), strict=True):
         x, eps, z = rng.standard_normal((3, 256)).astype(np.float32)
-        # half of the answers are what a good network would say, so that x̂_0 is not always clipped
+        # half of the outputs are those of a good network, so that x̂_0 is not always clipped
         clean = rng.uniform(-1, 1, 128)
         x[:128] = np.sqrt(ALPHA_BAR[t]) * clean + np.sqrt(1 - ALPHA_BAR[t]) * eps[:128]
         x0, x_next = np.empty_like(x), np.empty_like(x)
@@ -86,7 +86,7 @@ def toy_table(**sampling):
     return make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_large", **sampling)
 
 
-def test_the_chain_starts_from_the_initial_noise_and_goes_where_the_last_step_led():
+def test_the_chain_starts_from_the_initial_noise_and_continues_from_the_last_step():
     backend, state = ToyBackend(), None
     for step in walk(backend, toy_table(steps=6)):
         expected = chain.initial(3, np.arange(2), gaussian.SHAPE) if state is None else state
@@ -96,12 +96,12 @@ def test_the_chain_starts_from_the_initial_noise_and_goes_where_the_last_step_le
     np.testing.assert_array_equal(state, step.x0)
 
 
-def test_initial_noise_is_that_of_its_purpose():
+def test_initial_noise_has_its_own_purpose():
     x = chain.initial(9, np.array([4]), (3, 8, 8))
     np.testing.assert_array_equal(x.ravel(), noise.normal(9, [4], 0, Purpose.INITIAL, 192)[0])
 
 
-def test_noise_is_that_of_the_timestep_and_the_image():
+def test_noise_is_a_function_of_the_timestep_and_the_image():
     """What a step adds to its mean is σ·z(seed, image, t), whatever the number of steps."""
     table = toy_table(steps=4)
     for index, step in enumerate(walk(ToyBackend(), table)):
@@ -112,7 +112,7 @@ def test_noise_is_that_of_the_timestep_and_the_image():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("at", "number"), [(999, 1), (400, 4), (0, 6)])
-def test_a_network_that_answers_no_number_is_named_with_its_step(value, at, number):
+def test_an_output_that_is_not_finite_is_named_with_its_step(value, at, number):
     backend = ToyBackend(poison=(at, value))
     with pytest.raises(NumericError, match=f"t = {at} ") as caught:
         list(walk(backend, toy_table(steps=6)))
@@ -120,7 +120,7 @@ def test_a_network_that_answers_no_number_is_named_with_its_step(value, at, numb
     assert backend.asked[-1][0] == at  # and nothing after it
 
 
-def test_the_next_step_is_computed_only_when_asked_for():
+def test_the_next_step_is_computed_on_demand_only():
     backend = ToyBackend()
     steps = walk(backend, toy_table(steps=6))
     next(steps)
@@ -132,11 +132,11 @@ def test_the_next_step_is_computed_only_when_asked_for():
 @pytest.mark.parametrize(
     ("sways", "n", "batch", "executed"),
     [
-        (None, 3, 4, 3),  # run what there is
+        (None, 3, 4, 3),  # run just these
         (None, 4, 4, 4),
         ("size", 3, 4, 4),  # fill up
         ("size", 4, 4, 4),
-        ("place", 3, 4, 1),  # each alone
+        ("place", 3, 4, 1),  # one by one
         ("place", 4, 4, 1),
         ("size", 1, 1, 1),
         ("place", 1, 1, 1),
@@ -185,7 +185,7 @@ CHAINS = {
 
 
 def samples(pipeline, n=64, seed=20, **sampling):
-    """x̂_0 of the last step: float32, before it is rounded to levels."""
+    """x̂_0 of the last step: float32, before it is rounded to pixels."""
     return list(pipeline.stream(n, seed=seed, **sampling))[-1].x0
 
 
@@ -203,7 +203,7 @@ def test_whole_chains_have_the_exact_mean_and_variance(toy, name, figure):
     x = samples(toy, **sampling)
     figure(f"{name}: mean and variance, in standard errors", standard_errors(x, slope, variance), at_most=4)
     if "steps" not in sampling and sampling.get("sampler") != "ddim":
-        # many small steps lead to the data's own distribution
+        # many small steps end at the data's own distribution
         figure(f"{name}: slope along μ against 1", abs(slope - 1), at_most=0.02)
         deviation = np.sqrt(np.mean((x - gaussian.MU) ** 2))
         figure(f"{name}: deviation against s, relative", abs(deviation / gaussian.S - 1), at_most=0.06)
@@ -234,7 +234,7 @@ def test_a_chain_without_noise_is_the_linear_map_of_its_start(toy, figure):
 
 
 def hugging_face(monkeypatch, variance, drawn):
-    """diffusers' own scheduler; ``drawn`` gives the noise that it would draw itself."""
+    """diffusers' own scheduler; ``drawn`` replaces the noise that it would draw."""
     reason = "not verified here: that diffusers takes the same steps (no diffusers)"
     pytest.importorskip("diffusers", reason=reason)
     import torch
@@ -267,7 +267,7 @@ def test_diffusers_takes_the_same_steps(variance, figure, monkeypatch):
 @pytest.mark.torch
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_diffusers_draws_the_same_images(variance, toy, gaussian_onnx, figure, monkeypatch):
-    """Both walk alone over all 1000 steps, with one network and one noise. Their tables are float32."""
+    """Both run all 1000 steps on their own, with one network and one noise. diffusers' tables are float32."""
     from ddpmx.backends.base import Buffers
     from ddpmx.backends.ort import OrtBackend
 

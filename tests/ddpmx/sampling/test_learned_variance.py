@@ -1,6 +1,6 @@
-"""A variance that the network learns: its exponential against float64, its steps against the paper and diffusers.
+"""A learned variance: its exponential against float64, its steps against the paper and diffusers.
 
-That C and the GPU's kernels compute the same bits stands in test_step_c.py and test_cuda.py.
+cuda/test_step_c.py and cuda/test_kernels.py test that C and the GPU's kernels compute the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LINEAR = make_schedule("linear", T)
 
 
 def ulps(x):
-    """How far exp(x) is from float64's, in units of the last place of the right float32; the largest."""
+    """The largest error of exp(x) against float64, in units of the last place of the right float32."""
     exact = np.exp(x.astype(np.float64))
     return np.max(np.abs(chain.exp(x) - exact) / np.spacing(exact.astype(np.float32)).astype(np.float64))
 
@@ -38,14 +38,14 @@ def test_the_exponential_is_within_one_unit_of_the_last_place(low, high, figure)
 
 
 def test_the_measure_notices_another_exponential():
-    """The control: NumPy's own answer for a neighbouring x."""
+    """The control: NumPy's exponential of a neighbouring x."""
     x = np.linspace(-30, 3, 1001, dtype=np.float32)
     right = np.exp(x.astype(np.float64))
     beside = np.exp(np.nextafter(x, np.float32(9)).astype(np.float64))
     assert np.max(np.abs(beside - right) / np.spacing(right.astype(np.float32))) > 4
 
 
-def test_the_exponential_of_nothing_is_one():
+def test_the_exponential_of_zero_is_one():
     np.testing.assert_array_equal(chain.exp(np.float32([0.0, -0.0, 1e-45, -1e-45, 1e-9])), np.ones(5, np.float32))
 
 
@@ -60,7 +60,7 @@ def test_the_exponential_is_a_normal_number_whatever_x_is():
 
 
 def test_the_exponential_hardly_ever_falls():
-    """Two pieces of it meet in the middle between two powers of 2, to within an ulp."""
+    """Two pieces of it join in the middle between two powers of 2, to within an ulp."""
     y = chain.exp(np.linspace(-30, 3, 2**20, dtype=np.float32)).astype(np.float64)
     assert np.max((y[:-1] - y[1:]) / np.spacing(y[:-1].astype(np.float32))) <= 1
 
@@ -109,7 +109,7 @@ def test_one_step_against_float64(steps, figure):
     figure(f"one learned step of {steps} against float64, relative to the largest value", worst, at_most=2e-6)
 
 
-def test_at_its_ends_it_is_the_fixed_variance(figure):
+def test_at_its_ends_the_learned_variance_is_the_fixed_one(figure):
     fixed = [make_table(LINEAR, "eps", variance).rows[:-1, 4] for variance in FIXED_VARIANCES]
     learned = make_table(LINEAR, "eps", "learned_range").learned[:-1].astype(np.float32)
     for sigma, v, name in zip(fixed, (-1, 1), FIXED_VARIANCES, strict=True):
@@ -139,13 +139,13 @@ def test_diffusers_takes_the_same_steps(steps, figure, monkeypatch):
         x, eps, current["z"] = rng.standard_normal((3, 2, 3, 4, 4)).astype(np.float32)
         v = rng.uniform(-1.2, 1.2, x.shape).astype(np.float32)
         x[0] = np.sqrt(ALPHA_BAR[t]) * rng.uniform(-1, 1, x[0].shape) + np.sqrt(1 - ALPHA_BAR[t]) * eps[0]
-        answer = torch.from_numpy(np.concatenate([eps, v], axis=1))  # they take both answers in one array
-        theirs = scheduler.step(answer, t, torch.from_numpy(x)).prev_sample.numpy()
+        output = torch.from_numpy(np.concatenate([eps, v], axis=1))  # diffusers takes both outputs in one array
+        theirs = scheduler.step(output, t, torch.from_numpy(x)).prev_sample.numpy()
         worst = max(worst, np.abs(one_step(table, index, x, eps, v, current["z"]) - theirs).max())
         if index + 1 < steps:
             apart = max(apart, np.abs(one_step(table, index, x, eps, -v, current["z"]) - theirs).max())
     figure(f"one learned step of {steps} against diffusers, the worst of all t", worst, at_most=2e-4)
-    assert apart > 10 * worst  # the control: with v the other way round
+    assert apart > 10 * worst  # the control: with −v
 
 
 # --- the chain -------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def walk(backend, table, n=2, seed=3):
 
 
 def with_fixed_sigma(table, v):
-    """The table that a network amounts to that says v everywhere."""
+    """The table with the σ of a network whose var is v everywhere."""
     rows = table.rows.copy()
     rows[:, 4] *= np.exp(table.learned @ [1, v])
     return Table(table.timesteps, rows)
@@ -169,7 +169,7 @@ def with_fixed_sigma(table, v):
 
 @pytest.mark.parametrize("v", [-1.0, 0.3, 2.0])
 @pytest.mark.parametrize("steps", [100, 5])
-def test_a_chain_is_that_of_the_variance_that_the_network_says(v, steps, figure):
+def test_a_chain_has_the_variance_of_the_network_s_output(v, steps, figure):
     table = toy_table(steps=steps)
     *_, learned = walk(ToyBackend(v=v), table)
     *_, fixed = walk(ToyBackend(), with_fixed_sigma(table, v))
@@ -193,7 +193,7 @@ def test_every_element_has_its_own_variance():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("at", "number"), [(999, 1), (400, 4), (0, 6)])
-def test_a_variance_that_is_no_number_is_named_with_its_step(value, at, number):
+def test_a_variance_that_is_not_finite_is_named_with_its_step(value, at, number):
     backend = ToyBackend(poison=(at, value), poisoned="var")
     with pytest.raises(NumericError, match=f"t = {at} ") as caught:
         list(walk(backend, toy_table(steps=6)))
@@ -201,8 +201,8 @@ def test_a_variance_that_is_no_number_is_named_with_its_step(value, at, number):
     assert backend.asked[-1][0] == at
 
 
-def test_a_fixed_variance_asks_for_no_second_answer():
-    """Also of a network that has one: whatever it says makes no difference."""
+def test_a_fixed_variance_does_not_read_the_output_var():
+    """Not even of a network that has one."""
     for table in (toy_table("fixed_large", steps=6), toy_table(sampler="ddim", eta=1.0, steps=6)):
         backend = ToyBackend(poison=(400, np.nan), poisoned="var")
         assert len(list(walk(backend, table))) == 6
@@ -210,7 +210,7 @@ def test_a_fixed_variance_asks_for_no_second_answer():
 
 
 @pytest.mark.parametrize(("sways", "executed"), [(None, 3), ("size", 4), ("place", 1)])
-def test_the_executed_batch_heeds_the_second_answer(sways, executed):
+def test_the_executed_batch_depends_on_the_output_var(sways, executed):
     backend = ToyBackend(sways=sways, swaying="var")
     learns = gaussian.SPEC.replace(variance="learned_range")
     assert chain.executed_batch(backend, learns, 3, 4) == executed
@@ -223,8 +223,8 @@ def test_an_image_alone_has_the_variance_of_its_own_row():
     assert np.all(buffers.row(2).var == 2)
 
 
-def test_parity_sees_the_second_answer():
-    """Without a record, that neighbours make no difference to it; with one, see tests/ddpm_export/test_record_told.py."""
+def test_parity_checks_the_output_var():
+    """Without a record: neighbours make no difference. With one: see ddpm_export/proof/test_record_conditioning.py."""
     learns = gaussian.SPEC.replace(variance="learned_range")
     assert run_ladder(ToyBackend(), learns, None, batch=2).passed
     assert not run_ladder(ToyBackend(sways="place", swaying="var"), learns, None, batch=2).passed

@@ -1,4 +1,4 @@
-"""What is here: nothing that is missing or broken may be more than a sentence."""
+"""What is installed here: everything that is missing or broken is one sentence, never a crash."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def load(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flavour", "says"),
+    ("flavour", "parts"),
     [
         (None, ("TensorRT is not installed", "tensorrt-rtx-cu13", "tensorrt-cu12", "Jetson", sys.prefix)),
         ("TensorRT", ("TensorRT is not installed", "tensorrt-cu12", "--system-site-packages")),
         ("TensorRT-RTX", ("TensorRT-RTX is not installed", "pip install tensorrt-rtx-cu13")),
     ],
 )
-def test_without_tensorrt_it_says_how_to_install_it(load, flavour, says):
+def test_without_tensorrt_the_error_says_how_to_install_it(load, flavour, parts):
     with pytest.raises(BackendError) as caught:
         load(flavour)
-    for part in says:
+    for part in parts:
         assert part in str(caught.value)
 
 
@@ -78,14 +78,14 @@ def test_without_tensorrt_it_says_how_to_install_it(load, flavour, says):
         ModuleNotFoundError("No module named 'libnvinfer.so.10: cannot open shared object file'", name="other"),
     ],
 )
-def test_a_module_that_does_not_load_says_why(load, error):
+def test_the_error_says_why_a_module_does_not_load(load, error):
     with pytest.raises(BackendError) as caught:
         load(tensorrt=error)
     assert "tensorrt: " in str(caught.value)
     assert "libnvinfer.so.10: cannot open" in str(caught.value)
 
 
-def test_a_module_that_is_none_is_not_taken_for_tensorrt(load):
+def test_a_module_without_a_version_is_not_taken_for_tensorrt(load):
     """An empty folder of that name is a namespace package."""
     with pytest.raises(BackendError, match="__version__"):
         load(tensorrt=SimpleNamespace())
@@ -164,7 +164,7 @@ def test_the_libraries_that_are_loaded_are_listed_once(monkeypatch):
     ]
 
 
-def test_where_there_is_no_list_none_is_given(monkeypatch):
+def test_without_proc_no_libraries_are_listed(monkeypatch):
     def missing(self):
         raise FileNotFoundError
 
@@ -194,12 +194,12 @@ int cuGetErrorName(int error, const char **name) {
 
 @pytest.fixture
 def driver(tmp_path, monkeypatch):
-    """``driver(count=2)``: what is said of a driver that was compiled for the occasion."""
+    """``driver(count=2)``: what is found with a driver that was compiled for the test."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform == "win32":
-        pytest.skip("not verified here: what is asked of a GPU's driver (no C compiler)")
+        pytest.skip("not verified here: the discovery of GPUs (no C compiler)")
 
-    def ask(count: int = 2, init: int = 0, listing: int = 0) -> Gpus:
+    def discover(count: int = 2, init: int = 0, listing: int = 0) -> Gpus:
         source, stub = tmp_path / "cuda.c", tmp_path / "libcuda.so.1"
         source.write_text(LIBCUDA)
         defines = [f"-DCOUNT={count}", f"-DINIT={init}", f"-DLIST={listing}"]
@@ -207,17 +207,17 @@ def driver(tmp_path, monkeypatch):
         monkeypatch.setattr(discovery, "DRIVER", str(stub))
         return discovery.gpus.__wrapped__()
 
-    return ask
+    return discover
 
 
-def test_gpus_are_what_the_driver_says(driver):
+def test_gpus_are_those_that_the_driver_lists(driver):
     found = driver()
     assert found.devices == (Device("NVIDIA RTX 4090", "8.9", 24 << 30), Device("Orin", "8.7", 8 << 30))
     assert (found.cuda, found.trouble) == ("12.6", None)
 
 
 @pytest.mark.parametrize(
-    ("answers", "says"),
+    ("faults", "message"),
     [
         ({"count": 0}, "the NVIDIA driver sees no GPU"),
         ({"init": 999}, "does not start: CUDA_ERROR_UNKNOWN"),
@@ -225,10 +225,10 @@ def test_gpus_are_what_the_driver_says(driver):
         ({"listing": 999}, "lists no devices: CUDA_ERROR_UNKNOWN"),
     ],
 )
-def test_a_driver_s_troubles_are_told(driver, answers, says):
-    found = driver(**answers)
+def test_a_driver_s_troubles_are_reported(driver, faults, message):
+    found = driver(**faults)
     assert (found.devices, found.cuda) == ((), "12.6")
-    assert says in found.trouble
+    assert message in found.trouble
 
 
 def test_without_a_driver_there_are_no_gpus(monkeypatch):
@@ -247,17 +247,17 @@ def test_a_library_that_is_no_driver_is_a_trouble(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "says"),
+    ("code", "message"),
     [
         ("\nimport os, signal\nos.kill(os.getpid(), signal.SIGSEGV)", "crashes Python (signal 11)"),
-        ("\nprint('hello')", "it says 'hello'"),
-        ("\nprint('[1]')", "it says '[1]'"),
-        ("\npass", "it says ''"),
+        ("\nprint('hello')", "printed 'hello'"),
+        ("\nprint('[1]')", "printed '[1]'"),
+        ("\npass", "printed ''"),
         ("\nraise ImportError('libcudart.so.12 is missing')", "ImportError: libcudart.so.12 is missing"),
         ("\nimport os\nos._exit(3)", "exit code 3"),
         (
             "\nimport sys\nsys.stdout.buffer.write(b'\\xff\\xfe')",
-            "it says",
+            "printed",
         ),
         (
             "\nimport sys\nsys.stderr.buffer.write(b'\\xff broken\\n')\nsys.exit(1)",
@@ -265,20 +265,20 @@ def test_a_library_that_is_no_driver_is_a_trouble(monkeypatch):
         ),
     ],
 )
-def test_a_probe_that_fails_says_how(code, says):
-    assert says in doctor._probe(code)["missing"]
+def test_a_probe_that_fails_reports_how(code, message):
+    assert message in doctor._probe(code)["missing"]
 
 
 def test_a_probe_s_last_line_counts():
     assert doctor._probe("\nprint('a banner')\nprint(json.dumps({'version': '1'}))") == {"version": "1"}
 
 
-def test_a_probe_that_hangs_is_given_up(monkeypatch):
+def test_a_probe_that_hangs_is_stopped(monkeypatch):
     monkeypatch.setattr(doctor, "_TIMEOUT", 0.5)
-    assert "does not come back" in doctor._probe("\nimport time\ntime.sleep(60)")["missing"]
+    assert "did not finish" in doctor._probe("\nimport time\ntime.sleep(60)")["missing"]
 
 
-def test_packages_are_asked_for_their_version():
+def test_the_version_of_a_package_is_found():
     assert doctor._package("numpy") == {"version": np.__version__}
     assert doctor._package("no-such-package-anywhere") == {"missing": "not installed"}
 
@@ -297,12 +297,12 @@ NO_GPU = Gpus(trouble="there is no NVIDIA driver")
 
 @pytest.fixture
 def examine(monkeypatch):
-    """``examine(gpus, torch={"missing": …})``: the findings where everything else is here."""
+    """``examine(gpus, torch={"missing": …})``: the findings if everything else is here."""
 
     def call(gpus=GPU, packages=True, **changes):
         changes = {CHAINS: {"missing": gpus.trouble}} | changes if gpus.trouble else changes
-        said = EVERYTHING | {name.replace("_", "-"): value for name, value in changes.items()}
-        by_code = {code: said[name] for name, code in doctor._PROBES.items()}
+        results = EVERYTHING | {name.replace("_", "-"): value for name, value in changes.items()}
+        by_code = {code: results[name] for name, code in doctor._PROBES.items()}
         monkeypatch.setattr(doctor, "_probe", by_code.__getitem__)
         found = {"version": "1"} if packages else {"missing": "not installed"}
         monkeypatch.setattr(doctor, "_package", lambda name: found)
@@ -314,7 +314,7 @@ def examine(monkeypatch):
     return call
 
 
-def test_where_everything_is_here_everything_works(examine):
+def test_everything_works_if_everything_is_here(examine):
     findings = examine()
     assert [what for what, finding in findings.items() if not finding.works] == []
     assert "GPU" in findings["train"].why
@@ -333,23 +333,23 @@ def test_without_a_gpu_only_what_needs_none_works(examine):
     assert "CPU" in findings["train"].why
 
 
-def test_where_nothing_is_here_every_finding_says_what_is_missing(examine):
-    missing = {"missing": "it says 'no'"}
+def test_every_finding_names_what_is_missing(examine):
+    missing = {"missing": "no"}
     findings = examine(NO_GPU, False, torch=missing, onnxruntime=missing, TensorRT=missing, TensorRT_RTX=missing)
     assert not any(finding.works for finding in findings.values())
     assert "torch, safetensors, onnx, onnxscript" in findings["export"].why
     assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
     assert "tensorrt-rtx-cu13" in findings["build with TensorRT-RTX"].fix
-    assert findings["build with TensorRT-RTX"].why == "it says 'no'"
+    assert findings["build with TensorRT-RTX"].why == "no"
 
 
-def test_an_onnxruntime_without_cuda_is_told_from_a_missing_gpu(examine):
+def test_an_onnxruntime_without_cuda_is_distinguished_from_a_missing_gpu(examine):
     cpu = {"version": "1.23.0", "providers": ["CPUExecutionProvider"]}
     assert "onnxruntime-gpu" in examine(onnxruntime=cpu)["generate --provider cuda"].fix
     assert examine(NO_GPU, onnxruntime=cpu)["generate --provider cuda"].fix is None
 
 
-def test_it_says_by_which_executor_plans_run_and_why(examine):
+def test_the_executor_of_plans_is_named_with_its_reason(examine):
     what = "generate, parity, bench with a .plan"
     assert "one launch (executor while)" in examine()[what].why
     old = {"version": "by CUDA 12.2", "why_no_while": "the driver has no cuGraphAddNode_v2"}
@@ -375,7 +375,7 @@ def test_two_libraries_at_once_are_a_finding(examine):
         (None, None, None),
     ],
 )
-def test_a_jetson_is_known_by_its_board(monkeypatch, model, release, jetson):
+def test_a_jetson_is_recognised_by_its_board(monkeypatch, model, release, jetson):
     def read_text(self, **_):
         text = model if self.name == "model" else release
         if text is None:
@@ -386,11 +386,11 @@ def test_a_jetson_is_known_by_its_board(monkeypatch, model, release, jetson):
     assert doctor._jetson() == jetson
 
 
-def test_doctor_runs_nothing_that_lies_in_the_current_folder(tmp_path):
+def test_doctor_imports_nothing_from_the_current_folder(tmp_path):
     for name in ("json.py", "onnxruntime.py", "torch.py"):
         (tmp_path / name).write_text("open('run', 'w')\n")
     code = "from ddpmx.system import doctor; doctor.examine()"
-    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(doctor.__file__).parents[2])}
     subprocess.run(
         [sys.executable, "-c", "import sys; sys.path[:] = [p for p in sys.path if p]; " + code],
         cwd=tmp_path, env=environment, check=True,

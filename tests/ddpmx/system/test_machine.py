@@ -1,6 +1,6 @@
-"""What is told about the machine: NVML without a GPU, and the files of a Jetson in a folder.
+"""The machine's state: a fake NVML without a GPU, and the files of a Jetson in a folder.
 
-The numbers that NVML gives are those of nvml.h: clocks 1 and 2 are SM and memory, power is in milliwatts.
+NVML's numbers are those of nvml.h: clocks 1 and 2 are SM and memory, power is in milliwatts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ BUS = b"0000:3B:00.0"
 
 
 class Function:
-    """What ctypes makes of a function: what it is given has to fit what it is declared to take."""
+    """A ctypes function: its arguments must fit the declared types."""
 
-    def __init__(self, answer):
-        self.answer = answer
+    def __init__(self, call):
+        self.call = call
         self.argtypes = self.restype = None
 
     def __call__(self, *arguments):
@@ -30,11 +30,11 @@ class Function:
             assert self.restype is c_int
             for argtype, argument in zip(self.argtypes, arguments, strict=True):
                 argtype.from_param(argument)
-        return self.answer(*arguments) or 0
+        return self.call(*arguments) or 0
 
 
 class FakeCuda:
-    """The driver, as far as it is asked where a GPU is."""
+    """The functions of the driver that give the PCI address of a GPU."""
 
     def __init__(self, ordinal=2, error=0):
         self.cuInit = Function(lambda flags: error)
@@ -52,26 +52,26 @@ class FakeCuda:
 
 
 class FakeNvml:
-    """NVML with one GPU. ``lacks`` are functions that an older one has not, ``refuses`` those that answer with an error."""
+    """NVML with one GPU, without the functions ``lacks`` of newer versions; the functions ``refuses`` return an error."""
 
     def __init__(self, *, lacks=(), refuses=(), reasons=0x24):
         self.started = 0
-        answers = {
+        functions = {
             "nvmlInit_v2": self._start,
             "nvmlShutdown": self._stop,
             "nvmlSystemGetDriverVersion": self._version,
             "nvmlDeviceGetHandleByPciBusId_v2": self._handle,
-            "nvmlDeviceGetClockInfo": lambda h, which, out: self._tell(h, out, c_uint, {1: 1755, 2: 2619}[which]),
-            "nvmlDeviceGetMaxClockInfo": lambda h, which, out: self._tell(h, out, c_uint, {1: 1980, 2: 2619}[which]),
-            "nvmlDeviceGetTemperature": lambda h, which, out: self._tell(h, out, c_uint, {0: 61}[which]),
-            "nvmlDeviceGetPowerUsage": lambda h, out: self._tell(h, out, c_uint, 645_500),
-            "nvmlDeviceGetEnforcedPowerLimit": lambda h, out: self._tell(h, out, c_uint, 700_000),
-            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h, out: self._tell(h, out, c_ulonglong, reasons),
+            "nvmlDeviceGetClockInfo": lambda h, which, out: self._give(h, out, c_uint, {1: 1755, 2: 2619}[which]),
+            "nvmlDeviceGetMaxClockInfo": lambda h, which, out: self._give(h, out, c_uint, {1: 1980, 2: 2619}[which]),
+            "nvmlDeviceGetTemperature": lambda h, which, out: self._give(h, out, c_uint, {0: 61}[which]),
+            "nvmlDeviceGetPowerUsage": lambda h, out: self._give(h, out, c_uint, 645_500),
+            "nvmlDeviceGetEnforcedPowerLimit": lambda h, out: self._give(h, out, c_uint, 700_000),
+            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda h, out: self._give(h, out, c_ulonglong, reasons),
         }
-        assert set(answers) == set(NVML_FUNCTIONS)
-        for name, answer in answers.items():
+        assert set(functions) == set(NVML_FUNCTIONS)
+        for name, function in functions.items():
             if name not in lacks:
-                setattr(self, name, Function((lambda *_: 3) if name in refuses else answer))
+                setattr(self, name, Function((lambda *_: 3) if name in refuses else function))
 
     def _start(self):
         self.started += 1
@@ -87,7 +87,7 @@ class FakeNvml:
         assert (bus, self.started) == (BUS, 1)
         out._obj.value = HANDLE
 
-    def _tell(self, handle, out, kind, value):
+    def _give(self, handle, out, kind, value):
         assert (handle.value, self.started) == (HANDLE, 1)
         assert isinstance(out._obj, kind)
         out._obj.value = value
@@ -101,7 +101,7 @@ def no_jetson(tmp_path):
     return tmp_path / "root"
 
 
-def test_nvml_is_asked_about_the_gpu_that_cuda_means(no_jetson):
+def test_nvml_reports_the_gpu_of_cuda_s_ordinal(no_jetson):
     nvml = FakeNvml()
     assert machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(ordinal=2), root=no_jetson) == STATE
     assert nvml.started == 0
@@ -119,16 +119,16 @@ def test_nvml_is_asked_about_the_gpu_that_cuda_means(no_jetson):
         ("nvmlDeviceGetCurrentClocksThrottleReasons", {"slowed_by": ()}),
     ],
 )
-def test_what_a_gpu_does_not_tell_is_unknown_and_the_rest_is_told(no_jetson, function, unknown):
+def test_a_value_that_a_gpu_does_not_support_is_none_and_the_rest_is_known(no_jetson, function, unknown):
     nvml = FakeNvml(refuses=(function,))
     assert machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(), root=no_jetson) == GpuState(**{**vars(STATE), **unknown})
     assert nvml.started == 0
 
 
-def test_an_older_nvml_lacks_a_function_and_the_rest_is_told(no_jetson):
+def test_without_a_function_of_newer_versions_the_rest_is_known(no_jetson):
     nvml = FakeNvml(lacks=("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetCurrentClocksThrottleReasons"))
-    told = machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(), root=no_jetson)
-    assert told == GpuState(**{**vars(STATE), "power_limit": None, "slowed_by": ()})
+    state = machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(), root=no_jetson)
+    assert state == GpuState(**{**vars(STATE), "power_limit": None, "slowed_by": ()})
 
 
 @pytest.mark.parametrize(
@@ -141,19 +141,19 @@ def test_an_older_nvml_lacks_a_function_and_the_rest_is_told(no_jetson):
     ],
     ids=["does not start", "does not know the GPU", "too old", "no NVML"],
 )
-def test_where_nvml_does_not_answer_there_is_no_state(no_jetson, nvml):
+def test_without_a_working_nvml_there_is_no_state(no_jetson, nvml):
     assert machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(), root=no_jetson) is None
     assert nvml.started == 0
 
 
-def test_where_the_driver_does_not_start_nvml_is_not_asked(no_jetson):
+def test_without_a_working_driver_there_is_no_state(no_jetson):
     nvml = FakeNvml()
     assert machine.gpu_state(2, nvml=nvml, cuda=FakeCuda(error=100), root=no_jetson) is None
 
 
-def test_clocks_that_are_low_by_choice_are_not_called_slowed(no_jetson):
-    told = machine.gpu_state(2, nvml=FakeNvml(reasons=0x1 | 0x2 | 0x10 | 0x100), cuda=FakeCuda(), root=no_jetson)
-    assert told.slowed_by == ()
+def test_deliberately_lowered_clocks_are_not_called_slowed(no_jetson):
+    state = machine.gpu_state(2, nvml=FakeNvml(reasons=0x1 | 0x2 | 0x10 | 0x100), cuda=FakeCuda(), root=no_jetson)
+    assert state.slowed_by == ()
 
 
 def test_every_nvml_function_takes_a_handle_as_a_pointer():
@@ -178,7 +178,7 @@ CPU_ONLINE CORE_0 1
 
 @pytest.fixture
 def orin(tmp_path):
-    """The files of an Orin Nano, as far as they are read."""
+    """The files of an Orin Nano that ddpmx reads."""
 
     def write(path, text):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -202,12 +202,12 @@ def orin(tmp_path):
     return tmp_path
 
 
-def test_a_jetson_tells_its_mode_its_clocks_and_its_heat(orin):
+def test_a_jetson_s_mode_clocks_and_temperature_are_read(orin):
     gpu = GpuState(sm_clock=612, sm_clock_max=1020, temperature=46.593)
     assert machine.jetson(orin) == machine.Jetson("MAXN_SUPER", False, gpu)
 
 
-def test_jetson_clocks_leaves_the_lowest_clock_the_highest(orin):
+def test_equal_lowest_and_highest_clocks_are_fixed(orin):
     (orin / "sys/class/devfreq/17000000.gpu/min_freq").write_text("1020000000\n")
     assert machine.jetson(orin).clocks_fixed is True
 
@@ -218,7 +218,7 @@ def test_a_mode_without_a_name_is_its_number(orin):
 
 
 @pytest.mark.parametrize("content", ["", "-", "12 MHz", "9" * 40])
-def test_files_that_say_nothing_useful_leave_it_unknown(orin, content):
+def test_values_of_unreadable_files_are_unknown(orin, content):
     for name in ("cur", "min", "max"):
         (orin / f"sys/class/devfreq/17000000.gpu/{name}_freq").write_text(content)
     (orin / "sys/class/thermal/thermal_zone1/temp").write_text(content)
@@ -226,22 +226,22 @@ def test_files_that_say_nothing_useful_leave_it_unknown(orin, content):
     assert machine.jetson(orin) == machine.Jetson(None, None, GpuState())
 
 
-def test_a_jetson_s_gpu_is_told_from_its_files_where_there_is_no_nvml(orin):
-    told = machine.gpu_state(0, nvml=FakeNvml(refuses=("nvmlInit_v2",)), cuda=FakeCuda(ordinal=0), root=orin)
-    assert told == GpuState(sm_clock=612, sm_clock_max=1020, temperature=46.593)
+def test_without_nvml_a_jetson_s_gpu_is_read_from_its_files(orin):
+    state = machine.gpu_state(0, nvml=FakeNvml(refuses=("nvmlInit_v2",)), cuda=FakeCuda(ordinal=0), root=orin)
+    assert state == GpuState(sm_clock=612, sm_clock_max=1020, temperature=46.593)
 
 
-def test_what_nvml_says_goes_before_the_files(orin):
+def test_nvml_s_values_take_precedence_over_the_files(orin):
     nvml = FakeNvml(refuses=("nvmlDeviceGetTemperature",))
-    told = machine.gpu_state(0, nvml=nvml, cuda=FakeCuda(ordinal=0), root=orin)
-    assert (told.sm_clock, told.temperature) == (1755, 46.593)
+    state = machine.gpu_state(0, nvml=nvml, cuda=FakeCuda(ordinal=0), root=orin)
+    assert (state.sm_clock, state.temperature) == (1755, 46.593)
 
 
-def test_other_machines_are_no_jetson(no_jetson):
+def test_other_machines_are_not_a_jetson(no_jetson):
     assert machine.jetson(no_jetson) is None
 
 
-def test_a_clock_of_another_maker_s_gpu_is_no_jetson_s(orin):
+def test_a_board_of_another_maker_is_not_a_jetson(orin):
     (orin / "proc/device-tree/model").write_text("Radxa ROCK 5B\0")
     (orin / "var/lib/nvpmodel/status").unlink()
     assert machine.jetson(orin) is None
@@ -257,6 +257,6 @@ def test_the_processor_is_named(tmp_path, orin):
 
 
 def test_this_machine_s_processor_has_threads_and_a_name():
-    told = machine.cpu()
-    assert told.threads >= 1
-    assert told.model.strip()
+    cpu = machine.cpu()
+    assert cpu.threads >= 1
+    assert cpu.model.strip()

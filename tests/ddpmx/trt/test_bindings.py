@@ -1,7 +1,7 @@
-"""Every name of TensorRT's that ddpmx uses exists in every TensorRT that ddpmx supports.
+"""Every name of TensorRT that ddpmx uses exists in every TensorRT that ddpmx supports.
 
-Asked of NVIDIA's own Python bindings, which need no GPU for that: see ``oracles/tensorrt_bindings.py``. Whether a function
-does what it should is not asked here.
+The names are looked up in NVIDIA's own Python bindings, which needs no GPU: see ``oracles/tensorrt_bindings.py``. What a
+function does is not tested here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RUNTIME = Path(__file__).parents[3] / "runtime" / "ddpmx"
 CACHE = Path(__file__).parents[3] / ".cache" / "tensorrt-bindings"
 LABELS = list(tensorrt_bindings.WHEELS)
 
-# properties that are set, not only read
+# properties that ddpmx sets
 SET = (
     "IBuilderConfig.builder_optimization_level",
     "IBuilderConfig.profiling_verbosity",
@@ -28,7 +28,7 @@ SET = (
     "INetworkDefinition.name",
     "Runtime.engine_host_code_allowed",
 )
-# what is called, or called by TensorRT, with which arguments: all of them, of one overload
+# functions that ddpmx or TensorRT calls, with all parameters of one overload
 PARAMETERS: dict[str, tuple[str, ...]] = {
     "Builder.__init__": ("logger",),
     "Builder.create_network": ("flags",),
@@ -55,7 +55,7 @@ def _describe(label: str) -> dict[str, Any] | tensorrt_bindings.Unavailable:
     try:
         return tensorrt_bindings.describe(label, CACHE)
     except tensorrt_bindings.Unavailable as why:
-        return why  # so that a machine without a network is asked once per version
+        return why  # so that a machine without a network tries once per version
 
 
 def bindings(label: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def test_every_name_exists(label: str):
 
 
 @pytest.mark.parametrize("label", LABELS)
-def test_what_is_set_can_be_set(label: str):
+def test_every_property_that_is_set_is_writable(label: str):
     assert [name for name in SET if name not in bindings(label)["writable"]] == []
 
 
@@ -96,8 +96,8 @@ def test_every_call_has_its_parameters(label: str):
     assert differ == {}
 
 
-def touched(*modules: str) -> tuple[set[str], set[str]]:
-    """(every X of trt.X, every attribute) in the runtime's modules."""
+def used(*modules: str) -> tuple[set[str], set[str]]:
+    """(every X of trt.X, every attribute) in modules of the runtime."""
     nodes = [
         node
         for module in modules
@@ -109,11 +109,11 @@ def touched(*modules: str) -> tuple[set[str], set[str]]:
     return classes, {node.attr for node in attributes} | functions
 
 
-def test_the_list_is_what_the_sources_touch():
-    """ComputeCapability is TensorRT-RTX's alone."""
-    classes, names = touched("engine", "tensorrt_library")
+def test_the_list_is_what_the_sources_use():
+    """ComputeCapability exists in TensorRT-RTX only."""
+    classes, names = used("trt/build", "trt/library")
     assert classes - {"ComputeCapability", "__version__"} <= set(USED)
-    assert {name for wanted in USED.values() for name in wanted} - names <= {"code"}  # reported: nothing asks for it
+    assert {name for wanted in USED.values() for name in wanted} - names <= {"code"}  # reported: nothing reads it
 
 
 def test_a_removed_name_is_noticed():
@@ -124,7 +124,7 @@ def test_a_removed_name_is_noticed():
 
 
 def test_a_removed_overload_is_noticed():
-    """A stream reader could be deserialized before TensorRT 11; the class of today's is another."""
+    """Before TensorRT 11 a stream reader could be deserialized; the current one is another class."""
     name, wanted = "Runtime.deserialize_cuda_engine", ("stream_reader",)
     assert wanted in tensorrt_bindings.parameters(bindings("10.3")["signatures"][name])
     assert wanted not in tensorrt_bindings.parameters(bindings("11.4")["signatures"][name])

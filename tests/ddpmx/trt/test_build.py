@@ -1,4 +1,4 @@
-"""Engines: what is built, when it is built again, and how a build goes. Built with TensorRT-RTX, which needs no GPU."""
+"""Builds: what is built, when it is built again, and how a build runs. They use TensorRT-RTX, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from oracles.protobuf import FLOAT, FLOAT16
 # --- what is built ---------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_says_what_it_was_built_from_and_how(build, toy, library):
+def test_a_plan_records_its_source_and_its_options(build, toy, library):
     built = build(toy, batch=(1, 2, 4), level=2)
     assert (built.reused, built.seconds > 0) == (False, True)
     info = plan_file.read_plan(toy.with_suffix(".plan"))
@@ -45,7 +45,7 @@ def test_a_plan_says_what_it_was_built_from_and_how(build, toy, library):
 
 
 def test_the_plan_holds_its_name_whole(build, toy):
-    """TensorRT cuts long names off without a word."""
+    """TensorRT silently truncates long names."""
     build(toy)
     spec, data = gaussian.SPEC.to_text().encode(), toy.with_suffix(".plan").read_bytes()
     assert spec + b" engine1 " in data
@@ -57,7 +57,7 @@ def test_the_plan_holds_its_name_whole(build, toy):
 @pytest.mark.parametrize(
     ("shape", "batch"), [((3, 8, 8), (1, 16, 64)), ((3, 256, 256), (1, 16, 21)), ((3, 2048, 2048), (1, 1, 1))]
 )
-def test_by_default_the_batch_is_open_and_smaller_for_large_images(shape, batch):
+def test_the_default_batch_is_smaller_for_large_images(shape, batch):
     assert trt_build.default_batch(shape) == batch
 
 
@@ -87,7 +87,7 @@ def test_weights_in_other_files_are_built_in_also_through_a_link(build, folder, 
 
 
 def test_half_precision_is_kept_and_a_plan_that_widened_it_is_refused(build, folder, library):
-    """A real plan with 3 MB of halves; the control is a graph that has half of that."""
+    """A real plan with 3 MB of float16; the control is a graph with half of that."""
     spec, path = SPEC.replace(timesteps=8000, precision="fp16"), folder / "model.onnx"
     path.write_bytes(onnx(spec, weights=FLOAT16))
     built = build(path)
@@ -120,14 +120,14 @@ def test_weights_in_constant_nodes_count(build, folder):
     assert build(path)
 
 
-def test_a_name_that_cannot_be_shown_is_not_recorded(build, toy):
+def test_a_name_that_is_not_printable_is_not_recorded(build, toy):
     assert build(toy.rename(toy.with_name("a\x1bb.onnx"))).info.engine.source == "model.onnx"
 
 
 # --- building again --------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_that_would_come_out_the_same_is_left_alone(build, toy):
+def test_a_plan_that_would_be_the_same_is_not_built_again(build, toy):
     plan = toy.with_suffix(".plan")
     first = build(toy)
     before = plan.stat()
@@ -215,9 +215,9 @@ def test_a_plan_of_any_name_is_replaced(build, toy):
 def test_the_sidecar_is_replaced_with_its_plan(build, toy):
     build(toy)
     built = build(toy, tf32=True)
-    told = json.loads(plan_file.sidecar_path(toy.with_suffix(".plan")).read_text())
-    assert told["engine"] == built.info.engine.to_json()
-    assert told["engine"]["options"]["tf32"] is True
+    sidecar = json.loads(plan_file.sidecar_path(toy.with_suffix(".plan")).read_text())
+    assert sidecar["engine"] == built.info.engine.to_json()
+    assert sidecar["engine"]["options"]["tf32"] is True
 
 
 def test_a_plan_that_is_replaced_through_a_link_can_be_read_by_both_names(build, toy, tmp_path):
@@ -257,7 +257,7 @@ def test_the_timing_cache_is_kept_per_version_and_sm_and_a_refused_one_is_forgot
 # --- progress, and stopping ------------------------------------------------------------------------------------------
 
 
-def test_progress_is_told_step_by_step(build, toy):
+def test_progress_is_reported_step_by_step(build, toy):
     seen: list[tuple[str, int, int]] = []
     build(toy, progress=lambda *step: seen.append(step))
     assert len(seen) > 10
@@ -265,23 +265,23 @@ def test_progress_is_told_step_by_step(build, toy):
 
 
 @pytest.mark.parametrize("after", [0, 1, 20])
-def test_a_stopped_build_leaves_what_was_there(build, toy, after):
+def test_a_stopped_build_leaves_the_old_plan(build, toy, after):
     build(toy)
     before = content(toy.parent)
-    asked = []
+    calls = []
 
     def cancel() -> bool:
-        asked.append(1)
-        return len(asked) > after
+        calls.append(1)
+        return len(calls) > after
 
     with pytest.raises(Cancelled):
         build(toy, tf32=True, cancel=cancel)
     assert content(toy.parent) == before
-    assert len(asked) == after + 1  # nothing goes on after a stop
+    assert len(calls) == after + 1  # nothing goes on after a stop
 
 
 @pytest.mark.parametrize("error", [ValueError("progress"), KeyboardInterrupt(), BackendError("progress")])
-def test_an_exception_in_a_callback_comes_out_and_nothing_is_written(build, toy, error):
+def test_an_exception_in_a_callback_is_raised_and_nothing_is_written(build, toy, error):
     def callback(*_: object) -> bool:
         raise error
 
@@ -293,18 +293,18 @@ def test_an_exception_in_a_callback_comes_out_and_nothing_is_written(build, toy,
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_during_a_build_ends_it_and_is_heard(build, toy, number):
-    """TensorRT would print the exception of a handler that runs in its callbacks, and go on."""
+def test_a_signal_during_a_build_stops_it_and_reaches_its_handler(build, toy, number):
+    """TensorRT would print the exception of a handler that runs in its callbacks, and continue."""
 
-    class Heard(BaseException):
+    class Handled(BaseException):
         pass
 
     def handler(*_):
-        raise Heard
+        raise Handled
 
     before = signal.signal(number, handler)
     try:
-        with pytest.raises(Heard):
+        with pytest.raises(Handled):
             build(toy, progress=lambda *_: os.kill(os.getpid(), number))
         assert signal.getsignal(number) is handler
     finally:
@@ -331,8 +331,9 @@ def test_engines_are_built_without_torch_and_onnx(library, toy):
 import sys
 for name in ("torch", "onnx", "onnxruntime", "polygraphy", "cuda", "ddpm_export", "ddpmx_cli"):
     sys.modules[name] = None  # importing it raises ImportError
-from ddpmx.device import discovery; from ddpmx.trt import build as engine, library as tensorrt_library
-built = trt_build.build(sys.argv[1], library=trt_library.load("TensorRT-RTX"), devices=device.Gpus(trouble="none"))
+from ddpmx.device import discovery
+from ddpmx.trt import build as trt_build, library as trt_library
+built = trt_build.build(sys.argv[1], library=trt_library.load("TensorRT-RTX"), devices=discovery.Gpus(trouble="none"))
 print(built.info.engine.source, built.info.size > 1000)
 """
     assert python(code, toy) == "model.onnx True"

@@ -1,4 +1,4 @@
-"""Plans, built for real, of networks that are told more than x and t, learn their variance or have an array of β."""
+"""Real builds of networks with conditioning, a learned variance or an array of β."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 
 from ddpmx.errors import FileFormatError
 from ddpmx.formats import onnx_file, plan_file
-from oracles import protobuf, told
-from oracles.told import KINDS, spec_of
+from oracles import conditioning, protobuf
+from oracles.conditioning import KINDS, spec_of
 
 
 def file(folder, spec):
     path = folder / "model.onnx"
-    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec)))
+    path.write_bytes(conditioning.onnx(spec, metadata=onnx_file.metadata(spec)))
     return path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_plan_is_built_and_says_what_its_network_is_told(folder, build, kind):
+def test_a_plan_is_built_and_declares_its_conditioning(folder, build, kind):
     spec = spec_of(kind)
     assert build(file(folder, spec)).info.spec == spec
 
@@ -39,13 +39,13 @@ def test_the_profile_names_every_input(folder, build, library, monkeypatch):
         def create_optimization_profile(self):
             profile = self._inside.create_optimization_profile()
 
-            class Told:
+            class Recording:
                 def set_shape(self, name, *shapes):
                     seen[name] = shapes
                     return profile.set_shape(name, *shapes)
 
-            Told.inside = profile
-            return Told()
+            Recording.inside = profile
+            return Recording()
 
         def build_serialized_network(self, network, config):
             return self._inside.build_serialized_network(network, config)
@@ -53,7 +53,7 @@ def test_the_profile_names_every_input(folder, build, library, monkeypatch):
     monkeypatch.setattr(library.trt, "Builder", Watched)
     config = library.trt.IBuilderConfig.add_optimization_profile
     monkeypatch.setattr(
-        library.trt.IBuilderConfig, "add_optimization_profile", lambda self, told_: config(self, told_.inside)
+        library.trt.IBuilderConfig, "add_optimization_profile", lambda self, profile: config(self, profile.inside)
     )
     spec = spec_of("all")
     build(file(folder, spec), batch=(1, 2, 4))
@@ -103,7 +103,7 @@ def test_a_plan_with_an_array_of_betas_writes_it_beside(folder, build):
     sidecar = plan_file.sidecar_path(folder / "model.plan")
     assert json.loads(sidecar.read_text())["betas"].startswith("betas1 20 ")
     sidecar.unlink()
-    again = build(path)  # it is of no use without
+    again = build(path)  # without it the plan is of no use
     assert not again.reused
     np.testing.assert_array_equal(plan_file.read_plan(folder / "model.plan").spec.betas, betas)
 
@@ -116,7 +116,7 @@ def test_an_int64_label_is_refused_before_it_is_built(folder, build):
         "t": (protobuf.INT32, ("batch",)),
         "y": (protobuf.INT64, ("batch",)),
     }
-    path.write_bytes(told.onnx(spec, metadata=onnx_file.metadata(spec), inputs=inputs))
-    with pytest.raises((FileFormatError, onnx_file.SpecError), match="not what the spec describes"):
+    path.write_bytes(conditioning.onnx(spec, metadata=onnx_file.metadata(spec), inputs=inputs))
+    with pytest.raises((FileFormatError, onnx_file.SpecError), match="does not match the spec"):
         build(path)
     assert not (folder / "model.plan").exists()

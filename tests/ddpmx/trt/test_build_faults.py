@@ -1,6 +1,6 @@
-"""Engines that are not built: what is refused before or during a build, and that nothing is left of it.
+"""Builds that fail: what is refused before or during a build, and that no file of it is left.
 
-Built with TensorRT-RTX, which needs no GPU for that; of TensorRT itself only what is decided before it is asked.
+They use TensorRT-RTX, which builds without a GPU. Of TensorRT only the checks before the build are tested.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def test_every_operator_that_the_parser_does_not_know_is_named(build, folder, li
     path.write_bytes(onnx(nodes=nodes))
     with pytest.raises(FileFormatError, match="parser refuses this file") as caught:
         build(path)
-    for said in (str(library), "Frobnicate", "Defenestrate"):
-        assert said in str(caught.value)
+    for part in (str(library), "Frobnicate", "Defenestrate"):
+        assert part in str(caught.value)
     assert listed(folder) == ["model.onnx"]
 
 
@@ -52,10 +52,10 @@ def test_mixed_types_are_refused_with_their_node(build, folder):
 
 
 @pytest.mark.parametrize("x", [("batch", 3, "h", 8), ("batch", None, 8, 8)])
-def test_only_the_batch_may_be_open(build, folder, x):
+def test_only_the_batch_may_be_dynamic(build, folder, x):
     path = folder / "model.onnx"
     path.write_bytes(onnx(x=x))
-    with pytest.raises(FileFormatError, match="reads other inputs and outputs"):
+    with pytest.raises(FileFormatError, match="do not match its spec"):
         build(path)
     assert listed(folder) == ["model.onnx"]
 
@@ -76,8 +76,8 @@ def test_an_input_without_a_shape_is_refused(build, folder):
         build(path)
 
 
-def test_a_builder_that_fails_says_why(build, toy, library, monkeypatch):
-    """The library's own last words, which it only tells its logger."""
+def test_the_error_says_why_a_builder_failed(build, toy, library, monkeypatch):
+    """With the library's own message, which only goes to its logger."""
 
     class Builder(library.trt.Builder):
         def build_serialized_network(self, network, config):
@@ -93,7 +93,7 @@ def test_a_builder_that_fails_says_why(build, toy, library, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [TypeError("factory function returned nullptr"), RuntimeError("no driver")])
-def test_a_builder_that_cannot_be_made_says_why(build, toy, library, error):
+def test_the_error_says_why_a_builder_cannot_be_made(build, toy, library, error):
     def make(_):
         raise error
 
@@ -103,13 +103,13 @@ def test_a_builder_that_cannot_be_made_says_why(build, toy, library, error):
     assert str(error) in str(caught.value)
 
 
-# --- files that are refused before -----------------------------------------------------------------------------------
+# --- files that are refused ------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_no_onnx_are_refused(folder):
-    for data, says in ((b"PK\x03\x04", "neither"), (b"ftrt" + bytes(40), "not an ONNX file"), (b"", "empty")):
+def test_files_that_are_not_onnx_are_refused(folder):
+    for data, message in ((b"PK\x03\x04", "neither"), (b"ftrt" + bytes(40), "not an ONNX file"), (b"", "empty")):
         (folder / "model").write_bytes(data)
-        with pytest.raises(FileFormatError, match=says):
+        with pytest.raises(FileFormatError, match=message):
             trt_build.build(folder / "model", folder / "out.plan", library=fake("10.3.0.26"), devices=ORIN)
     with pytest.raises(FileFormatError, match="cannot be read"):
         trt_build.build(folder / "missing.onnx", library=fake("10.3.0.26"), devices=ORIN)
@@ -129,21 +129,21 @@ def test_a_plan_is_refused_as_a_model(build, toy):
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         (onnx(metadata={}), "does not say which diffusion model"),
-        (onnx(SPEC.replace(prediction="v")), "no 'v'"),
+        (onnx(SPEC.replace(prediction="v")), "missing output 'v'"),
         (onnx(SPEC.replace(shape=(3, 8, 16))), "'x' has the shape"),
-        (onnx(SPEC.replace(precision="fp16")), "says fp16, and its weights"),
-        (onnx(SPEC.replace(precision="bf16")), "says bf16, and its weights"),
-        (onnx(weights=FLOAT16), "says fp32, and its weights"),
+        (onnx(SPEC.replace(precision="fp16")), "declares fp16, but its weights"),
+        (onnx(SPEC.replace(precision="bf16")), "declares bf16, but its weights"),
+        (onnx(weights=FLOAT16), "declares fp32, but its weights"),
     ],
 )
-def test_files_that_contradict_themselves_are_refused(folder, data, says):
+def test_files_that_contradict_themselves_are_refused(folder, data, message):
     (folder / "model.onnx").write_bytes(data)
     with pytest.raises(SpecError) as caught:
         trt_build.build(folder / "model.onnx", library=fake("10.13.0.1"), devices=ORIN)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert listed(folder) == ["model.onnx"]
 
 
@@ -160,7 +160,7 @@ def test_a_name_that_the_parser_cannot_take_is_refused(build, toy):
         build(path)
 
 
-def test_what_has_more_to_say_than_a_name_holds_is_refused(build, folder):
+def test_a_description_longer_than_a_name_is_refused(build, folder):
     path = folder / "model.onnx"
     path.write_bytes(onnx(SPEC.replace(ddpmx="x" * 3600)))
     with pytest.raises(SpecError, match="a name holds 4095"):
@@ -173,23 +173,23 @@ def test_what_has_more_to_say_than_a_name_holds_is_refused(build, folder):
 
 @pytest.mark.parametrize("options", [{"refit": True}, {"strip": True}, {"refit": True, "strip": True}])
 def test_refit_and_strip_need_a_gpu(build, toy, options):
-    with pytest.raises(BackendError, match="only where there is a GPU") as caught:
+    with pytest.raises(BackendError, match="needs a GPU to build") as caught:
         build(toy, **options)
     assert ("stripped" if "strip" in options else "refittable") in str(caught.value)
     assert NO_GPU.trouble in str(caught.value)
     assert listed(toy.parent) == ["model.onnx"]
 
 
-def test_tensorrt_itself_needs_a_gpu(toy):
+def test_tensorrt_needs_a_gpu(toy):
     with pytest.raises(BackendError, match="there is none here") as caught:
         trt_build.build(toy, library=fake("10.3.0.26"), devices=NO_GPU)
-    for said in ("TensorRT 10.3.0.26", NO_GPU.trouble, "tensorrt-rtx-cu13"):
-        assert said in str(caught.value)
+    for part in ("TensorRT 10.3.0.26", NO_GPU.trouble, "tensorrt-rtx-cu13"):
+        assert part in str(caught.value)
     assert listed(toy.parent) == ["model.onnx"]
 
 
-def test_tensorrt_itself_builds_for_the_gpu_that_is_here_only(toy):
-    with pytest.raises(InputError, match="leave --target away"):
+def test_tensorrt_builds_only_for_the_gpu_of_this_machine(toy):
+    with pytest.raises(InputError, match="omit --target"):
         trt_build.build(toy, options=BuildOptions(targets=("8.6",)), library=fake("10.3.0.26"), devices=ORIN)
 
 
@@ -199,7 +199,7 @@ def possible(library: Library, precision: str = "fp32", devices: Gpus = ORIN, **
 
 
 @pytest.mark.parametrize("version", ["10.3.0.26", "10.9.0.34", "10.12.0.36"])
-def test_bfloat16_is_refused_where_its_normalization_lacks_it(version):
+def test_bfloat16_is_refused_before_10_13(version):
     with pytest.raises(BackendError, match="bfloat16") as caught:
         possible(fake(version), "bf16")
     assert f"TensorRT {version}" in str(caught.value)
@@ -208,11 +208,11 @@ def test_bfloat16_is_refused_where_its_normalization_lacks_it(version):
 
 
 @pytest.mark.parametrize("version", ["10.13.0.35", "10.16.1.11", "11.4.0.106"])
-def test_bfloat16_is_taken_where_it_is_known(version):
+def test_bfloat16_is_accepted_from_10_13_on(version):
     possible(fake(version), "bf16")
 
 
-def test_tensorrt_rtx_knows_bfloat16_and_needs_no_gpu():
+def test_tensorrt_rtx_takes_bfloat16_and_needs_no_gpu():
     possible(fake("1.1.0.3", "TensorRT-RTX"), "bf16", NO_GPU)
     possible(fake("10.3.0.26"), refit=True, strip=True)
 
@@ -231,35 +231,35 @@ def test_options_out_of_range_are_refused(options):
         BuildOptions(**options)
 
 
-def test_a_version_that_is_none_is_refused(toy):
-    with pytest.raises(BackendError, match="says that its version is 'unknown'"):
+def test_a_version_that_is_not_a_number_is_refused(toy):
+    with pytest.raises(BackendError, match="reports the version 'unknown'"):
         trt_build.build(toy, library=fake("unknown", "TensorRT-RTX"), devices=NO_GPU)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def test_outputs_that_cannot_be_are_refused(toy):
+def test_outputs_that_cannot_be_written_are_refused(toy):
     def attempt(output: Path) -> str:
         with pytest.raises(OutputError) as caught:
             trt_build.build(toy, output, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
         return str(caught.value)
 
     before = content(toy.parent)
-    assert "a folder stands there" in attempt(toy.parent)
+    assert "is a folder" in attempt(toy.parent)
     assert "there is no folder" in attempt(toy.parent / "missing" / "model.plan")
     assert "there is no folder" in attempt(toy / "model.plan")
-    assert "would replace what the plan is built from" in attempt(toy)
+    assert "the plan is built from it" in attempt(toy)
     (toy.parent / "link").symlink_to(toy)
-    assert "would replace what the plan is built from" in attempt(toy.parent / "link")
+    assert "the plan is built from it" in attempt(toy.parent / "link")
     (toy.parent / "link").unlink()
     assert content(toy.parent) == before
 
 
 @pytest.mark.parametrize(("name", "content"), [("README.md", b"# mine"), ("model.bin", b"\x00" * 99)])
-def test_a_file_that_is_no_plan_is_not_replaced(toy, name, content):
+def test_a_file_that_is_not_a_plan_is_not_replaced(toy, name, content):
     (toy.parent / name).write_bytes(content)
-    with pytest.raises(OutputError, match="no such thing"):
+    with pytest.raises(OutputError, match=r"refusing to overwrite .*: not a plan"):
         trt_build.build(toy, toy.parent / name, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
     assert (toy.parent / name).read_bytes() == content
 
@@ -280,10 +280,10 @@ def test_a_sidecar_does_not_replace_the_onnx_file(build, toy):
     assert content(toy.parent) == before
 
 
-def test_what_stands_in_the_sidecar_s_way_is_found_before_the_build(toy):
+def test_an_obstacle_to_the_sidecar_is_found_before_the_build(toy):
     (toy.parent / "model.plan.json").mkdir()
-    for output, says in ((None, "no file"), (toy.parent / ("x" * 240), "too long")):
-        with pytest.raises(OutputError, match=says):
+    for output, message in ((None, "not a regular file"), (toy.parent / ("x" * 240), "too long")):
+        with pytest.raises(OutputError, match=message):
             trt_build.build(toy, output, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
 
 
@@ -349,12 +349,12 @@ def test_widened_weights_are_refused_in_a_tensorrt_plan(element_type):
         (np.zeros(129 * MB, np.uint8), TENSORRT, {"element_type": FLOAT}),
     ],
 )
-def test_what_cannot_be_ascertained_is_not_claimed(plan, library, options):
-    assert precision(plan, library, **options).startswith("not ascertained")
+def test_a_precision_that_cannot_be_verified_is_not_claimed(plan, library, options):
+    assert precision(plan, library, **options).startswith("not verified")
 
 
-def test_what_fits_into_the_slack_is_not_claimed():
-    assert precision(rtx_plan(MB >> 4), RTX, weights=MB >> 5).startswith("not ascertained")
+def test_a_precision_within_the_slack_is_not_claimed():
+    assert precision(rtx_plan(MB >> 4), RTX, weights=MB >> 5).startswith("not verified")
 
 
 def test_a_plan_that_lost_its_precision_is_not_written(build, toy, library):

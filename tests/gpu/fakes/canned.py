@@ -1,4 +1,4 @@
-"""What steps of the check leave behind, by hand: the figures are of no GPU."""
+"""Hand-written results of the check's steps: the figures are not measured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The same fixtures without a GPU: a fake driver that runs the real kernels on the CPU, and a fake TensorRT.
 
-So the tests of tests/gpu are run here, once each, and a slip in one of them is found before somebody's GPU finds it. What
-they prove on a GPU they do not prove here.
+They run each test of tests/gpu once, so that a slip in a test is found before it meets a GPU. What the tests prove on a GPU
+they do not prove here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from oracles.plans import RECORD, make_plan, name_of
 
 
 class Cuda(FakeCuda):
-    """Knows the stand-in's kernel, refuses what is no PTX, and captures copies, as a GPU's driver does."""
+    """Runs the stand-in's kernel, refuses invalid PTX, and captures copies, as a real driver does."""
 
     def _cuModuleLoadDataEx(self, out, image, count, options, values):
         if b".entry" not in image:
@@ -49,7 +49,7 @@ class Cuda(FakeCuda):
     def _cuMemcpyDtoDAsync_v2(self, to, source, size, stream):
         if self._stream(stream).capture is None:
             super()._cuMemcpyDtoDAsync_v2(to, source, size, stream)
-        else:  # a copy on the device is a node like another
+        else:  # a copy on the device becomes a node as well
             self.enqueue(stream, lambda: ctypes.memmove(to, source, size), "copy")
 
     def _cuGraphAddNode_v2(self, out, graph, *rest):
@@ -85,11 +85,11 @@ def host_kernels(tmp_path_factory):
 
 @pytest.fixture
 def fake(host_kernels):
-    """A driver that is asked afterwards whether anything leaked or was abused."""
+    """A fake driver. Afterwards nothing may have leaked or been misused."""
     cuda = Cuda(host_kernels)
     cuda.burst = 64
     yield cuda
-    cuda.live.pop("function", None)  # a module's, and gone with it
+    cuda.live.pop("function", None)  # freed with its module
     assert (cuda.alive(), cuda.retained, cuda.faults) == ({}, 0, [])
 
 
@@ -111,7 +111,7 @@ def many_images():
 
 @pytest.fixture
 def at_once():
-    """One after the other: the fake driver is for one thread at a time."""
+    """One after the other, since the fake driver is not thread-safe."""
 
     def run(functions):
         for function in functions:
@@ -122,7 +122,7 @@ def at_once():
 
 @pytest.fixture
 def figure():
-    """Bounds are asserted, and nothing is told: these are figures of no GPU."""
+    """Asserts the bounds and records nothing: these figures are not of a GPU."""
 
     def check(what, value, *, at_most=None, at_least=None):
         assert value <= at_most if at_most is not None else value >= at_least, what
@@ -130,18 +130,18 @@ def figure():
     return check
 
 
-# --- other people's arrays -------------------------------------------------------------------------------------------
+# --- other libraries' arrays -----------------------------------------------------------------------------------------
 
 
 class HostTorch(Torch):
-    """torch for CPUs: its tensors are on the host, and it cannot look at what is on a GPU."""
+    """torch for CPUs: its tensors are on the host, and it cannot view device memory."""
 
     def adopt(self, array):
         return self._torch.from_numpy(array.numpy())
 
 
 class HostCupy:
-    """As much of cupy as is used, by NumPy."""
+    """The used part of cupy, by NumPy."""
 
     asarray, asnumpy = staticmethod(np.array), staticmethod(np.asarray)
     from_dlpack = staticmethod(lambda array: array.numpy())
@@ -157,7 +157,7 @@ def arrays(request, driver):
 
 
 class HostTorchDevice(TorchDevice):
-    """torch computes on the host when its turn comes in the fake driver's stream."""
+    """torch on the host, run in stream order by the fake driver."""
 
     def __init__(self, driver, torch):
         super().__init__(driver, torch, "cpu")
@@ -180,7 +180,7 @@ def torch_network(driver):
 
 
 class FakeEngines:
-    """Plans that say what the closed form's would say, and run it."""
+    """Plans with the closed form's name, which run the closed form."""
 
     def __init__(self, fake, library, folder):
         self.module, self.library, self.folder = fake, library, folder

@@ -27,12 +27,12 @@ def test_no_test_for_gpus_is_left_out():
     modules = [importlib.import_module(f"gpu.{path.stem}") for path in sorted(GPU.glob("test_*.py"))]
     names = [name for module in modules for name in vars(module) if name.startswith("test_")]
     assert len(modules) == 4
-    assert len(names) == len(set(names)), "two of the same name: one of them would not run here"
+    assert len(names) == len(set(names)), "two tests of the same name: one of them would not run here"
     assert set(names) <= set(globals())
 
 
-def test_what_tests_on_gpus_import_is_not_heavy():
-    """They are collected by everybody."""
+def test_tests_for_gpus_import_nothing_heavy():
+    """They are collected on every machine."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import gpu.conftest, gpu.test_chains, gpu.test_engines, gpu.test_kernels, gpu.test_networks\n"
@@ -45,7 +45,7 @@ def test_what_tests_on_gpus_import_is_not_heavy():
 # --- the stand-in's kernel -------------------------------------------------------------------------------------------
 
 
-def test_the_ptx_of_the_stand_in_computes_what_its_twin_does():
+def test_the_ptx_of_the_stand_in_equals_its_twin():
     kernel = ptx.parse(PTX.decode().rstrip("\0"))["scale"]
     batch, image, block = 3, int(np.prod(STAND_IN.shape)), 128
     x = np.random.default_rng(0).standard_normal((batch, *STAND_IN.shape)).astype(np.float32)
@@ -69,5 +69,7 @@ def test_the_ptx_of_the_stand_in_assembles(tmp_path, architecture):
     command = [ptxas, f"-arch={architecture}", str(tmp_path / "scale.ptx"), "-o", str(tmp_path / "scale.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if "is not defined for option" in done.stderr:
-        pytest.skip(f"not verified here: that the stand-in's PTX assembles for {architecture} (this ptxas has no such)")
+        pytest.skip(
+            f"not verified here: that the stand-in's PTX assembles for {architecture} (this ptxas does not support it)"
+        )
     assert done.returncode == 0, done.stderr

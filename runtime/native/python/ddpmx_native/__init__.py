@@ -1,6 +1,6 @@
-"""Where the wheel has put libddpmx, for build systems and for programs that load it.
+"""The paths of libddpmx in this wheel, for build systems and for programs that load it.
 
-Nothing is loaded here: a C ABI needs no module. ``python -m ddpmx_native --help`` says the same to a shell.
+Nothing is loaded here. ``python -m ddpmx_native`` prints the same paths for a shell.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def library() -> Path:
     """``libddpmx.so``, for dlopen.
 
     Raises:
-        FileNotFoundError: this is the source tree and not an installed wheel; also from the functions below.
+        FileNotFoundError: this is the source tree, not an installed wheel; also from the functions below.
     """
     return _found(_HERE / "lib" / "libddpmx.so")
 
@@ -42,7 +42,7 @@ def onnxruntime_library() -> Path:
     """ONNX Runtime's library in the wheel ``onnxruntime`` (or ``-gpu``), for ``$DDPMX_ORT_LIBRARY``. It is not imported.
 
     Raises:
-        FileNotFoundError: there is no such wheel, or none with a library of its own in it.
+        FileNotFoundError: there is no such wheel, or it contains no shared library.
     """
     spec = importlib.util.find_spec("onnxruntime")
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
@@ -59,5 +59,5 @@ def _version(path: Path) -> tuple[int, ...]:
 
 def _found(path: Path) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: install the wheel, pip install ./runtime/native")
+        raise FileNotFoundError(f"{path} does not exist: install the wheel, pip install ./runtime/native")
     return path

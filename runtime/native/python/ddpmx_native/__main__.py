@@ -1,4 +1,4 @@
-"""Where libddpmx is, for build systems.
+"""Prints the paths of libddpmx, for build systems.
 
 ``cc program.c $(python -m ddpmx_native --cflags --libs)``, and
 ``cmake -B build -Dddpmx_DIR=$(python -m ddpmx_native --cmake-dir)``.
@@ -23,28 +23,28 @@ def _libs() -> str:
     return shlex.join([f"-L{folder}", "-lddpmx", f"-Wl,-rpath,{folder}"])
 
 
-WHAT: dict[str, tuple[Callable[[], object], str]] = {
+VALUES: dict[str, tuple[Callable[[], object], str]] = {
     "library": (native.library, "libddpmx.so"),
     "include": (native.include, "the folder of the headers"),
-    "cmake-dir": (native.cmake_dir, "what CMake's ddpmx_DIR has to be"),
-    "pkgconfig-dir": (native.pkgconfig_dir, "for PKG_CONFIG_PATH"),
+    "cmake-dir": (native.cmake_dir, "the value for CMake's ddpmx_DIR"),
+    "pkgconfig-dir": (native.pkgconfig_dir, "the value for PKG_CONFIG_PATH"),
     "onnxruntime": (native.onnxruntime_library, "ONNX Runtime's library in its wheel, for DDPMX_ORT_LIBRARY"),
-    "cflags": (_cflags, "for a compiler"),
-    "libs": (_libs, "for a linker, with an rpath to the wheel"),
+    "cflags": (_cflags, "compiler flags"),
+    "libs": (_libs, "linker flags, with an rpath to the wheel"),
 }
 
 
 def main() -> int:
-    """Print what was asked for in one line; without a flag everything, a line each."""
-    parser = argparse.ArgumentParser("python -m ddpmx_native", description="Where libddpmx is.")
-    for name, (_, text) in WHAT.items():
-        parser.add_argument(f"--{name}", dest="asked", action="append_const", const=name, help=text)
-    asked = parser.parse_args().asked
+    """Print the requested values in one line; without a flag all of them, a line each."""
+    parser = argparse.ArgumentParser("python -m ddpmx_native", description="Print the paths of libddpmx.")
+    for name, (_, text) in VALUES.items():
+        parser.add_argument(f"--{name}", dest="names", action="append_const", const=name, help=text)
+    names = parser.parse_args().names
     try:
-        if asked:
-            print(*(WHAT[name][0]() for name in asked))
+        if names:
+            print(*(VALUES[name][0]() for name in names))
             return 0
-        for name, (find, _) in WHAT.items():
+        for name, (find, _) in VALUES.items():
             try:
                 print(f"{name}: {find()}")
             except FileNotFoundError as error:

@@ -10,7 +10,7 @@ namespace ddpmx::cuda {
 
 namespace {
 
-// As many as step.cu is compiled for; each thread then takes several fours.
+// As many as step.cu is compiled for; each thread then takes several groups of four numbers.
 constexpr int64_t kBlocksPerMultiprocessor = 4;
 
 }  // namespace
@@ -42,7 +42,7 @@ DeviceChain::DeviceChain(const Driver &driver, const Kernels &kernels, const Spe
   if (batch < 1 || table.rows.empty() || elements_ < 1 || fours_per_image > most / batch) {
     throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + std::to_string(spec.height) + "×" +
                                    std::to_string(spec.width) + " in " + std::to_string(table.rows.size()) +
-                                   " steps make no chain on a GPU");
+                                   " steps cannot run as a chain on a GPU");
   }
   const int64_t blocks = (batch * fours_per_image + DDPMX_THREADS - 1) / DDPMX_THREADS;
   grid_ = static_cast<unsigned>(std::min(blocks, kBlocksPerMultiprocessor * std::max(1, driver.multiprocessors())));
@@ -63,16 +63,16 @@ void DeviceChain::allocate(bool with_x0) {
   pinned_ = driver_.allocate_pinned(sizeof(ddpmx_control), "the control block", &chain_.control);
   for (int64_t i = 0; i < kLookAhead; ++i) events_.push_back(driver_.event());
   at_.x = keep(size, "x");
-  at_.out = keep(size, "the network's answer");
+  at_.out = keep(size, "the network's output");
   if (!table_.learned.empty()) at_.var = keep(size, "its variance");
   at_.t = keep(images * 4, "t");
   if (with_x0 || spec_.self_condition) x0_ = keep(size, "x0");
-  // zeros at first: a class is an index into the network's tables
+  // zeros at first: a class label is an index into the network's tables
   if (spec_.self_condition) driver_.zero(at_.x0_prev = x0_, size, stream());
   if (spec_.classes) driver_.zero(at_.y = keep(images * 4, "y"), images * 4, stream());
   if (spec_.condition) {
-    const uint64_t told = images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width) * 4;
-    driver_.zero(at_.cond = keep(told, "cond"), told, stream());
+    const uint64_t bytes = images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width) * 4;
+    driver_.zero(at_.cond = keep(bytes, "cond"), bytes, stream());
   }
   pixels_ = keep(size / 4, "the images");
 }
@@ -104,7 +104,7 @@ void DeviceChain::upload(const Table &table) {
 }
 
 void DeviceChain::close() noexcept {
-  if (lost_) {  // freeing would wait for the device as well, and for ever
+  if (lost_) {  // freeing would wait for the device, perhaps for ever
     for (std::vector<Handle> *handles : {&memory_, &events_}) {
       for (Handle &handle : *handles) handle.abandon();
     }
@@ -120,9 +120,9 @@ void DeviceChain::close() noexcept {
   stream_.reset();
 }
 
-// Wait until the device has done with the chain, before which its network's memory must not go.
+// Waits until the device is done with the chain; before that the network's memory must not be freed.
 bool DeviceChain::settle() noexcept {
-  for (int tries = lost_ ? 0 : 2; tries > 0; --tries) {  // the first may give the error of what was launched before
+  for (int tries = lost_ ? 0 : 2; tries > 0; --tries) {  // the first try may return an error of earlier work
     try {
       const Current current(driver_);
       driver_.wait_for_stream(stream(), "waiting for the GPU");
@@ -149,17 +149,17 @@ void DeviceChain::set_images(const Run &run) {
   std::fill(images_.begin() + run.n, images_.end(), run.images[run.n - 1]);
 }
 
-// What the network is told of the images, which stays where it is through the chain.
-void DeviceChain::tell(const Run &run) {
+// Copies the conditioning of the images, which is constant through the chain, and x.
+void DeviceChain::set_inputs(const Run &run) {
   if (at_.y) fill(at_.y, run, run.y, false, 1, "y");
   if (at_.cond) fill(at_.cond, run, run.cond, run.on_device, *spec_.condition * spec_.height * spec_.width, "cond");
   if (run.x) fill(at_.x, run, run.x, run.on_device, elements_, "x");
 }
 
-// Copy n images' numbers, of four bytes each; the last image fills up what the batch has left.
+// Copies n images' numbers, of four bytes each; the last image is repeated to fill the batch.
 void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_device, int64_t numbers,
                        const char *what) {
-  if (!source) throw Failure(DDPMX_INPUT, std::string("the network is told ") + what + " as well, and there is none");
+  if (!source) throw Failure(DDPMX_INPUT, std::string("missing model input '") + what + "'");
   const uint64_t image = static_cast<uint64_t>(numbers) * 4;
   const auto n = static_cast<uint64_t>(run.n), all = static_cast<uint64_t>(batch_);
   if (on_device) {
@@ -175,12 +175,12 @@ void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_d
     std::memcpy(filled_.data() + left * image, static_cast<const char *>(source) + (n - 1) * image, image);
   }
   driver_.copy_in(to, filled_.data(), filled_.size(), stream());
-  driver_.wait_for_stream(stream(), "copying what the network is told");
+  driver_.wait_for_stream(stream(), "copying the network's inputs");
 }
 
 void DeviceChain::begin(uint64_t seed, int stop, bool given) {
   chain_.seed = seed;
-  chain_.flags = given ? DDPMX_X_IS_GIVEN : 0;
+  chain_.flags = given ? DDPMX_KEEP_X : 0;
   if (at_.x0_prev) driver_.zero(at_.x0_prev, static_cast<uint64_t>(batch_ * elements_) * 4, stream());
   volatile ddpmx_control &control = this->control();
   control.stop = stop, control.step = 0, control.bad_step = -1, control.done = DDPMX_RUNNING;

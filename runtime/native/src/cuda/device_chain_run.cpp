@@ -1,4 +1,4 @@
-// How a DeviceChain is made ready, and run.
+// Preparing and running a DeviceChain.
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -12,7 +12,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How often what must come soon is looked for.
+// How often an event that must come soon is polled.
 constexpr std::chrono::microseconds kLookEvery{100};
 
 std::string joined(const std::string &a, const char *between, const std::string &b) {
@@ -21,13 +21,13 @@ std::string joined(const std::string &a, const char *between, const std::string 
 
 }  // namespace
 
-// Work on the device. Whatever goes wrong ends the chain, and waits for that.
+// Runs `work` on the device. Any failure stops the chain, and waits for its end.
 template <class Work>
 void DeviceChain::stopping(Work work) {
   try {
     Current current(driver_);
     work(current);
-  } catch (const Timeout &) {  // waiting is what has failed
+  } catch (const Timeout &) {  // waiting would not end
     lost_ = true;
     throw;
   } catch (...) {
@@ -41,12 +41,12 @@ void DeviceChain::stopping(Work work) {
 
 void DeviceChain::prepare(const Enqueue &enqueue, const std::string &executor, double seconds) {
   if (lost_)
-    throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
+    throw Failure(DDPMX_BACKEND, "the chain was abandoned and may still be running", "", "end the process and start again");
   executable_.reset();
   graph_.reset();
   enqueue_ = nullptr;
   executor_.clear();
-  Step steps[3];  // out here, since copies into them may be under way until the end is waited for
+  Step steps[3];  // declared here, since copies into them may run until stopping() has waited
   try {
     stopping([&](Current &) {
       // A chain that is stopped before it begins: x is noise and t a timestep, which is an index into the network's
@@ -61,7 +61,7 @@ void DeviceChain::prepare(const Enqueue &enqueue, const std::string &executor, d
         launch_step();
       });
       executable_ = driver_.instantiate(graph_, "the graph of a step");
-      see_that_it_is_the_same(enqueue, seconds, steps);
+      check_capture(enqueue, seconds, steps);
     });
   } catch (const Timeout &) {
     throw;
@@ -74,9 +74,9 @@ void DeviceChain::prepare(const Enqueue &enqueue, const std::string &executor, d
   executor_ = executor;
 }
 
-// Hold the captured step against the plain one. A library may do part of its work while it enqueues: on the host, or in
-// memory that it takes back. A capture of that succeeds, and repeats old answers.
-void DeviceChain::see_that_it_is_the_same(const Enqueue &enqueue, double seconds, Step steps[3]) {
+// Compares the captured step with the plain one. A library may do part of its work while it enqueues, on the host or in
+// temporary memory. Then the capture succeeds, but repeats old outputs.
+void DeviceChain::check_capture(const Enqueue &enqueue, double seconds, Step steps[3]) {
   const auto plain = [&] {
     enqueue(stream());
     launch_step();
@@ -84,18 +84,18 @@ void DeviceChain::see_that_it_is_the_same(const Enqueue &enqueue, double seconds
   one_step(plain, seconds, &steps[0]);
   one_step([&] { driver_.launch_graph(executable_, stream(), "the captured step"); }, seconds, &steps[1]);
   if (steps[1] == steps[0]) return;
-  // a network that answers itself differently from run to run cannot be held against anything
+  // a network whose outputs differ from run to run cannot be compared
   one_step(plain, seconds, &steps[2]);
   if (!(steps[2] == steps[0])) return;
-  throw Failure(DDPMX_BACKEND, "the captured step gives another answer than the plain one", description_,
+  throw Failure(DDPMX_BACKEND, "the captured step gives another output than the plain one", description_,
                 "executor \"plain\" gives the right images");
 }
 
 void DeviceChain::one_step(const std::function<void()> &launch, double seconds, Step *step) {
   const auto count = static_cast<size_t>(batch_ * elements_);
-  step->out.assign(count, std::numeric_limits<float>::quiet_NaN());  // an answer that is not given shows
+  step->out.assign(count, std::numeric_limits<float>::quiet_NaN());  // so that a missing output is noticed
   step->x.assign(count, 0.0f);
-  begin(1, 0, false);  // another noise than what it was captured with
+  begin(1, 0, false);  // other noise than in the capture
   driver_.copy_in(at_.out, step->out.data(), count * sizeof(float), stream());
   driver_.wait_for_stream(stream(), "beginning a step");
   control().stop = 1;
@@ -105,7 +105,7 @@ void DeviceChain::one_step(const std::function<void()> &launch, double seconds, 
   while (!driver_.has_come(events_[0], "running a step")) {
     if (Clock::now() > until) {
       throw Timeout(
-          DDPMX_BACKEND, "the network does not come to its end",
+          DDPMX_BACKEND, "the network did not finish in time",
           joined(description_, "; ", "it was waited for " + std::to_string(static_cast<int64_t>(seconds)) + " s"),
           "end the process and start again");
     }
@@ -131,7 +131,7 @@ std::string choose_executor(DeviceChain &chain, const Enqueue &enqueue, const st
   try {
     chain.prepare(enqueue, "graph", seconds);
     return "graph";
-  } catch (const Timeout &) {  // it may run for ever, and nothing else can in its stream
+  } catch (const Timeout &) {  // it may run for ever, and nothing else can run in its stream
     throw;
   } catch (const Failure &failure) {
     chain.prepare(enqueue, "plain", seconds);
@@ -143,7 +143,7 @@ std::string choose_executor(DeviceChain &chain, const Enqueue &enqueue, const st
 
 void DeviceChain::ready(const Run &run) {
   if (lost_)
-    throw Failure(DDPMX_BACKEND, "the chain was given up, and may still run", "", "end the process and start again");
+    throw Failure(DDPMX_BACKEND, "the chain was abandoned and may still be running", "", "end the process and start again");
   if (executor_.empty()) throw Failure(DDPMX_INTERNAL, "the chain has no network");
   if (run.n < 1 || run.n > batch_) {
     throw Failure(DDPMX_INTERNAL, std::to_string(run.n) + " images in a chain of " + std::to_string(batch_));
@@ -157,7 +157,7 @@ void DeviceChain::run(const Run &run) {
   bool cancelled = false;
   stopping([&](Current &current) {
     if (run.after) driver_.follow(stream(), run.after);
-    tell(run);
+    set_inputs(run);
     begin(run.seed, 0, run.x != nullptr);
     const auto look = [&] {
       const int64_t step = control().step;
@@ -179,7 +179,7 @@ void DeviceChain::run_steps(const std::function<void()> &look, const std::functi
   const std::string doing = "running the chain by " + executor_;
   int64_t launched = 0, waited = 0;
   while (waited < launched || (launched < total && goes_on())) {
-    // after an end what is in the stream is still waited for, and nothing is added
+    // after the end nothing is added, but the rest of the stream is still waited for
     if (launched < total && launched - waited < kLookAhead && goes_on()) {
       launch_one();
       driver_.record(events_[static_cast<size_t>(launched++ % kLookAhead)], stream());
@@ -198,14 +198,14 @@ void DeviceChain::watch(const Run &run) {
   std::vector<float> x(size), x0(size), next(size);
   stopping([&](Current &) {
     if (run.after) driver_.follow(stream(), run.after);
-    tell(run);
+    set_inputs(run);
     begin(run.seed, 0, run.x != nullptr);
     driver_.copy_out(x.data(), at_.x, bytes, stream());
     driver_.wait_for_stream(stream(), "beginning the chain");
   });
   const auto total = static_cast<int64_t>(table_.rows.size());
   for (int64_t done = 1; done <= total; ++done) {
-    stopping([&](Current &) {  // not across the report: the context is the caller's there
+    stopping([&](Current &) {  // not around the report, which runs in the caller's context
       launch_one();
       driver_.copy_out(x0.data(), x0_, bytes, stream());
       driver_.copy_out(next.data(), at_.x, bytes, stream());
@@ -218,7 +218,7 @@ void DeviceChain::watch(const Run &run) {
   stopping([&](Current &) { fetch(run); });
 }
 
-// What the chain has made, to where it is wanted.
+// Copies the results to the caller's arrays.
 void DeviceChain::fetch(const Run &run) {
   const uint64_t count = static_cast<uint64_t>(run.n * elements_);
   const auto give = [&](void *to, Address from, uint64_t size) {
@@ -230,7 +230,7 @@ void DeviceChain::fetch(const Run &run) {
   driver_.wait_for_stream(stream(), "fetching the images");
 }
 
-// How a chain has ended, by what the device says and whether the host has asked for an end.
+// Throws unless the chain ended well, by its control block and whether the host cancelled it.
 void DeviceChain::judge(bool cancelled, bool given) const {
   const auto total = static_cast<ddpmx_i32>(table_.rows.size());
   const ddpmx_i32 done = control().done, step = control().step, bad = control().bad_step;
@@ -238,18 +238,18 @@ void DeviceChain::judge(bool cancelled, bool given) const {
   if (done == DDPMX_NOT_FINITE && bad >= 0 && bad < total) {
     throw Failure(
         DDPMX_NUMERIC,
-        "the network's answer at t = " + std::to_string(table_.timesteps[static_cast<size_t>(bad)]) + " is not finite",
+        "the network's output at t = " + std::to_string(table_.timesteps[static_cast<size_t>(bad)]) + " is not finite",
         "step " + std::to_string(bad + 1) + of + "; " + where,
-        given && bad == 0 ? "look at the x that was given: it may hold NaN or infinities"
+        given && bad == 0 ? "check the x that was passed: it may hold NaN or infinities"
                           : "if the file is fp16, try fp32: an activation may exceed 65504");
   }
   if (cancelled || done == DDPMX_STOPPED) {
-    throw Failure(DDPMX_CANCELLED, "stopped before the chain was through",
+    throw Failure(DDPMX_CANCELLED, "cancelled before the chain finished",
                   "after " + std::to_string(step) + of + " steps");
   }
   if (done == DDPMX_REFUSED) throw Failure(DDPMX_BACKEND, "the kernels refuse this chain", where);
   if (done != DDPMX_FINISHED || step != total) {
-    throw Failure(DDPMX_BACKEND, "the chain ended after " + std::to_string(step) + of + " steps, and does not say why",
+    throw Failure(DDPMX_BACKEND, "the chain ended after " + std::to_string(step) + of + " steps without giving a reason",
                   where, "executor \"plain\"; and report this");
   }
 }

@@ -53,7 +53,7 @@ std::unique_ptr<Runner> open_plan(const std::string &path, const MappedFile &fil
     here.trouble = fact_and_note(failure);
   }
   here.version = info.version;
-  check_fits(path, info, here);  // what no TensorRT can help, first
+  check_fits(path, info, here);  // platform and GPU first, which no other TensorRT helps
   cuda::TrtModule module = find_module(path, info, options);
   here.version = module.version();
   check_fits(path, info, here);
@@ -76,28 +76,28 @@ DeviceRunner::DeviceRunner(std::unique_ptr<Driver> driver, std::unique_ptr<TrtEn
 DeviceRunner::~DeviceRunner() {
   release();
   if (!lost_) return;
-  // what was given up uses them, and freeing them may wait for it
+  // the abandoned chain uses them, and freeing them may wait for it
   if (kernels_) kernels_->module.abandon();
   driver_->abandon();
 }
 
 std::string DeviceRunner::description() const {
-  const std::lock_guard<std::mutex> lock(told_mutex_);
-  return told_.empty() ? engine_->description() : engine_->description() + ", " + told_;
+  const std::lock_guard<std::mutex> lock(executor_mutex_);
+  return executor_text_.empty() ? engine_->description() : engine_->description() + ", " + executor_text_;
 }
 
 void DeviceRunner::run(const Job &job) {
-  // Only this thread can have written its own number there
-  if (at_work_.load() == std::this_thread::get_id()) {
+  // only this thread can have stored its own id
+  if (running_.load() == std::this_thread::get_id()) {
     throw Failure(DDPMX_INPUT, "the pipeline is at work already",
                   "a callback asks for a chain of the pipeline that calls it", "another pipeline of the same file");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  struct AtWork {
+  struct Running {
     std::atomic<std::thread::id> &who;
-    ~AtWork() { who.store(std::thread::id()); }
-  } const at_work{at_work_};
-  at_work_.store(std::this_thread::get_id());
+    ~Running() { who.store(std::thread::id()); }
+  } const running{running_};
+  running_.store(std::this_thread::get_id());
   try {
     run_alone_or_together(job);
   } catch (...) {
@@ -108,20 +108,20 @@ void DeviceRunner::run(const Job &job) {
 
 void DeviceRunner::run_alone_or_together(const Job &job) {
   if (lost_)
-    throw Failure(DDPMX_BACKEND, "a chain was given up, and may still run", "", "end the process and start again");
+    throw Failure(DDPMX_BACKEND, "a chain was abandoned and may still be running", "", "end the process and start again");
   const auto n = static_cast<int64_t>(job.images.size()), total = static_cast<int64_t>(job.table.rows.size());
   if (n < 1 || static_cast<uint64_t>(n) > job.batch)
     throw Failure(DDPMX_INTERNAL, "a chain of no images, or of too many");
   const bool alone = is_alone(job), with_x0 = job.previews || job.samples || spec_.self_condition;
   if (alone && job.previews && n > 1) {
     throw Failure(DDPMX_INPUT,
-                  description() + " gives an image other bits beside others, so only one can be watched at a time", "",
+                  description() + " gives an image other bits in a batch than alone, so only one can be watched at a time", "",
                   "batch = 1");
   }
   DeviceChain &chain = prepared(job.table, batch_of(job, with_x0), with_x0);
   const auto part_of = [](auto *array, int64_t numbers) { return array ? array + numbers : nullptr; };
   const int64_t N = spec_.elements(), K = spec_.condition.value_or(0) * spec_.height * spec_.width;
-  int64_t told = 0;
+  int64_t reported = 0;
   for (int64_t first = 0; first < n; first += alone ? 1 : n) {
     Run run;
     run.seed = job.seed;
@@ -134,8 +134,8 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
       // the steps of images that run one after the other count as those of one chain
       run.report = [&, first](int64_t done, const float *x, const float *x0) {
         const int64_t now = alone ? (first * total + done) / n : done;
-        if (now <= told) return true;
-        told = now;
+        if (now <= reported) return true;
+        reported = now;
         return job.report(job.table.timesteps[static_cast<size_t>(now - 1)], static_cast<uint64_t>(now), x, x0);
       };
     }
@@ -143,13 +143,13 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
   }
 }
 
-// Whether neighbours would make a difference.
+// Whether each image has to run alone, since its place in a batch changes its bits.
 bool DeviceRunner::is_alone(const Job &job) { return measured(job.batch, job.batch) == 1 && job.batch > 1; }
 
 // At which batch size the network runs the job's images.
 int64_t DeviceRunner::batch_of(const Job &job, bool with_x0) {
   const auto batch = static_cast<int64_t>(job.batch);
-  if (fits(job.table, batch, with_x0)) return batch;  // filling up costs less than another chain
+  if (fits(job.table, batch, with_x0)) return batch;  // repeating an image costs less than another chain
   uint64_t least = UINT64_MAX;
   for (const auto &[low, high] : batches()) least = std::min(least, low);
   return static_cast<int64_t>(std::max(measured(job.images.size(), job.batch), least));
@@ -163,10 +163,10 @@ uint64_t DeviceRunner::measured(uint64_t n, uint64_t batch) {
   const auto ranges = batches();
   const bool taken =
       std::any_of(ranges.begin(), ranges.end(), [n](auto range) { return range.first <= n && n <= range.second; });
-  release();  // on a small device there is no room for both
+  release();  // a small device has no memory for both
   Trial trial(*driver_, *engine_, spec_);
-  const auto answer = [&trial](Example &example) { trial.answer(example); };
-  return executed_[key] = executed_batch(spec_, taken ? n : batch, batch, answer);
+  const auto evaluate = [&trial](Example &example) { trial.evaluate(example); };
+  return executed_[key] = executed_batch(spec_, taken ? n : batch, batch, evaluate);
 }
 
 bool DeviceRunner::fits(const Table &table, int64_t batch, bool with_x0) const {
@@ -187,10 +187,10 @@ DeviceChain &DeviceRunner::prepared(const Table &table, int64_t batch, bool with
     chain_ = std::make_unique<DeviceChain>(*driver_, *kernels_, spec_, batch, table, with_x0, engine_->description());
     context_ = engine_->bind(batch, chain_->at(), chain_->stream());
     TrtContext &network = *context_;
-    const std::string told =
+    const std::string chosen =
         choose_executor(*chain_, [&network](Stream stream) { network.enqueue(stream); }, executor_, patience_);
-    const std::lock_guard<std::mutex> lock(told_mutex_);
-    told_ = "executor " + told;
+    const std::lock_guard<std::mutex> lock(executor_mutex_);
+    executor_text_ = "executor " + chosen;
   } catch (...) {
     lost_ = chain_ && chain_->lost();
     release();
@@ -200,7 +200,7 @@ DeviceChain &DeviceRunner::prepared(const Table &table, int64_t batch, bool with
   return *chain_;
 }
 
-// Free the last chain, whose network comes first.
+// Frees the last chain, its network first.
 void DeviceRunner::release() noexcept {
   if (context_ && chain_ && !chain_->unprepare()) context_->abandon();
   context_.reset();

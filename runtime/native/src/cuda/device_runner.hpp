@@ -18,23 +18,24 @@
 
 namespace ddpmx {
 
-// A plan, ready to run. options: checked and complete; a null text means its usual value.
-// Failure: (DDPMX_BACKEND) no GPU, no module, no TensorRT, or it refuses; (DDPMX_PLAN_MISMATCH) built for something
-// else; (DDPMX_FILE_FORMAT) it does not keep the contract; (DDPMX_INPUT) no such device.
+// A plan, ready to run. options: checked and complete; a null text means the default.
+// Failure: (DDPMX_BACKEND) no GPU, no module, no TensorRT, or it fails; (DDPMX_PLAN_MISMATCH) built for another machine;
+// (DDPMX_FILE_FORMAT) it does not keep the contract; (DDPMX_INPUT) no such device.
 std::unique_ptr<Runner> open_plan(const std::string &path, const MappedFile &file, const PlanInfo &info,
                                   const ddpmx_open_options &options);
 
 namespace cuda {
 
-// One chain at a time: others wait. The memory of the last chain is kept for the next one like it.
+// Runs one chain at a time; others wait. The memory of the last chain is kept for the next one of the same kind.
 class DeviceRunner : public Runner {
  public:
-  // driver: started. executor: "auto", "graph" or "plain". patience: seconds after which a captured step is given up.
+  // driver: started. executor: "auto", "graph" or "plain". patience: seconds after which a captured step is
+  // abandoned.
   DeviceRunner(std::unique_ptr<Driver> driver, std::unique_ptr<TrtEngine> engine, const Spec &spec,
                const std::string &executor, double patience = 120);
   ~DeviceRunner() override;
 
-  // Library, device and, once a chain was prepared, its executor.
+  // Library, device and, once a chain has been prepared, its executor.
   std::string description() const override;
   std::vector<std::pair<uint64_t, uint64_t>> batches() const override { return engine_->batches(); }
   bool on_device() const override { return true; }
@@ -55,18 +56,18 @@ class DeviceRunner : public Runner {
   const std::string executor_;
   const double patience_;
 
-  std::mutex mutex_;  // for all that follows, but what has its own
-  std::atomic<std::thread::id> at_work_{std::thread::id()};
+  std::mutex mutex_;  // for all members below, except those with their own
+  std::atomic<std::thread::id> running_{std::thread::id()};
   std::unique_ptr<Kernels> kernels_;
   std::unique_ptr<DeviceChain> chain_;
-  std::unique_ptr<TrtContext> context_;  // the chain's network; goes before it
+  std::unique_ptr<TrtContext> context_;  // the chain's network; destroyed before it
   Table table_;                          // of the chain
   int64_t batch_ = 0;
   bool with_x0_ = false, lost_ = false;
   std::map<std::pair<uint64_t, uint64_t>, uint64_t> executed_;
 
-  mutable std::mutex told_mutex_;
-  std::string told_;  // about the executor
+  mutable std::mutex executor_mutex_;
+  std::string executor_text_;  // "executor graph", for description()
 };
 
 }  // namespace cuda

@@ -7,7 +7,7 @@ namespace ddpmx::cuda {
 
 namespace {
 
-// What cuda.h calls these numbers.
+// The names of these numbers in cuda.h.
 enum {
   CUDA_ERROR_NOT_READY = 600,
   CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16,
@@ -54,7 +54,7 @@ void Handle::reset() noexcept {
   if (const Driver *driver = std::exchange(driver_, nullptr)) driver->free(kind_, value_);
 }
 
-Driver::Driver(int ordinal) : library_("NVIDIA driver", driver_places(), "`ddpmx doctor` says what is here") {
+Driver::Driver(int ordinal) : library_("NVIDIA driver", driver_places(), "`ddpmx doctor` lists what is here") {
   load();
   find_gpu(ordinal);
 }
@@ -66,7 +66,7 @@ Driver::~Driver() {
 void Driver::load() {
 #define DDPMX_CUDA_LOAD(function, parameters)                                                                         \
   if (!(cuda_.function = reinterpret_cast<decltype(cuda_.function)>(library_.find(#function)))) {                     \
-    throw Failure(DDPMX_BACKEND, "what is called " + in_quotes(library_.name()) + " is no NVIDIA driver, or an old one", \
+    throw Failure(DDPMX_BACKEND, in_quotes(library_.name()) + " is not an NVIDIA driver, or is an old one",           \
                   std::string("it has no ") + #function, "update the driver");                                        \
   }
   DDPMX_CUDA_FUNCTIONS(DDPMX_CUDA_LOAD)
@@ -92,12 +92,12 @@ void Driver::find_gpu(int ordinal) {
   check(cuda_.cuDeviceGetName(name, sizeof name - 1, device_), "cuDeviceGetName", "asking for the GPU's name");
   name_ = name;
   int major = 0, minor = 0;
-  const auto ask = [this](int *answer, int attribute) {
-    check(cuda_.cuDeviceGetAttribute(answer, attribute, device_), "cuDeviceGetAttribute", "looking at the GPU");
+  const auto get = [this](int *value, int attribute) {
+    check(cuda_.cuDeviceGetAttribute(value, attribute, device_), "cuDeviceGetAttribute", "looking at the GPU");
   };
-  ask(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
-  ask(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
-  ask(&multiprocessors_, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
+  get(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
+  get(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR);
+  get(&multiprocessors_, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
   sm_ = std::to_string(major) + "." + std::to_string(minor);
 }
 
@@ -184,7 +184,7 @@ void Driver::wait_for_stream(Stream stream, const char *doing) const {
 }
 
 void Driver::follow(Stream stream, Stream other) const {
-  const Handle event = this->event();  // the driver keeps it as long as somebody waits for it
+  const Handle event = this->event();  // the driver keeps it while a stream waits for it
   record(event, other);
   check(cuda_.cuStreamWaitEvent(stream, event.pointer(), 0), "cuStreamWaitEvent", "waiting for another stream");
 }
@@ -229,7 +229,7 @@ void *Driver::function(const Handle &module, const char *name) const {
   void *function = nullptr;
   const std::string doing = std::string("loading the kernel ") + name;
   check(cuda_.cuModuleGetFunction(&function, module.pointer(), name), "cuModuleGetFunction", doing.c_str());
-  // What is loaded lazily may be loaded at its first launch, and that may be in a capture, which takes no loading
+  // With lazy loading a kernel may be loaded at its first launch, which may be in a capture, where loading is an error
   int registers = 0;
   check(cuda_.cuFuncGetAttribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, function), "cuFuncGetAttribute",
         doing.c_str());
@@ -270,7 +270,7 @@ void Driver::launch_graph(const Handle &executable, Stream stream, const char *w
   }
 }
 
-// --- contexts, and the end of things ---
+// --- contexts and freeing ---
 
 void Driver::free(Kind kind, uint64_t value) const noexcept {
   if (cuda_.cuCtxPushCurrent_v2(context_)) return;
@@ -289,13 +289,13 @@ void Driver::free(Kind kind, uint64_t value) const noexcept {
 }
 
 void Current::enter() {
-  driver_.check(driver_.cuda_.cuCtxPushCurrent_v2(driver_.context_), "cuCtxPushCurrent_v2", "turning to the GPU");
+  driver_.check(driver_.cuda_.cuCtxPushCurrent_v2(driver_.context_), "cuCtxPushCurrent_v2", "entering the GPU's context");
   inside_ = true;
 }
 
 void Current::leave() {
   void *popped = nullptr;
-  driver_.check(driver_.cuda_.cuCtxPopCurrent_v2(&popped), "cuCtxPopCurrent_v2", "turning away from the GPU");
+  driver_.check(driver_.cuda_.cuCtxPopCurrent_v2(&popped), "cuCtxPopCurrent_v2", "leaving the GPU's context");
   inside_ = false;
 }
 

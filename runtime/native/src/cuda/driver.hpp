@@ -1,8 +1,8 @@
-// The CUDA driver API, opened by dlopen: as much of it as a chain needs, with no toolkit. See
+// The part of the CUDA driver API that a chain needs, opened by dlopen, without a toolkit. See
 // runtime/ddpmx/device/driver.py.
 //
-// Everything that allocates, launches or waits wants the context to be current in the thread that calls it: work while
-// a Current lives. Callbacks run Current::aside, where the context is whatever the caller had.
+// Everything that allocates, launches or waits needs the context to be current in the calling thread: do it while a
+// Current lives. Callbacks run in Current::aside, where the context is the caller's own.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ class Driver;
 
 enum class Kind { memory, pinned, stream, event, module, graph, executable };
 
-// Something of the driver's, freed with its owner. Freeing reports no errors: those that it could are of work that was
-// waited for, and reported, before.
+// Owns an object of the driver. Freeing reports no errors: they could only be errors of earlier work, which has been
+// waited for and reported.
 class Handle {
  public:
   Handle() = default;
@@ -36,7 +36,7 @@ class Handle {
   uint64_t value() const { return value_; }
   void *pointer() const { return reinterpret_cast<void *>(value_); }
   void reset() noexcept;
-  // Leave it to the end of the process, since freeing it would wait for a device that does not answer.
+  // Leaves it allocated until the end of the process, since freeing it would wait for a device that hangs.
   void abandon() noexcept { driver_ = nullptr; }
 
  private:
@@ -45,7 +45,7 @@ class Handle {
   uint64_t value_ = 0;
 };
 
-// Every function that is used, by the name that the driver exports, whose meaning never changes, and what it takes.
+// Every function that is used, with its parameters, by its exported name, whose meaning never changes.
 #define DDPMX_CUDA_FUNCTIONS(X)                                                                               \
   X(cuInit, (unsigned))                                                                                       \
   X(cuDriverGetVersion, (int *))                                                                              \
@@ -93,37 +93,37 @@ class Handle {
 // One GPU. Any number of threads may use it, each inside a Current of its own; handles are for one thread at a time.
 class Driver {
  public:
-  // Find the driver and the GPU. Failure(DDPMX_BACKEND): there is none, or it does not start; its fact, note and so on
-  // say why. Failure(DDPMX_INPUT): not this one.
+  // Finds the driver and the GPU. Failure(DDPMX_BACKEND): there is none, or it does not start. Failure(DDPMX_INPUT): no
+  // GPU of this number.
   explicit Driver(int ordinal);
   ~Driver();
   Driver(const Driver &) = delete;
   Driver &operator=(const Driver &) = delete;
 
-  // Take the context that TensorRT and the CUDA runtime use as well: the primary one. Before anything below.
+  // Retains the primary context, which TensorRT and the CUDA runtime use too. Call it before anything below.
   void start();
-  // Keep the context to the end of the process, as Handle::abandon does.
+  // Keeps the context until the end of the process, as Handle::abandon does.
   void abandon() noexcept { context_ = nullptr; }
 
   const std::string &name() const { return name_; }  // "NVIDIA GeForce RTX 4090"
   const std::string &sm() const { return sm_; }      // its compute capability, "8.9"
   int multiprocessors() const { return multiprocessors_; }
 
-  // Device memory, 256-byte aligned, of any content. `what` is for messages.
+  // Device memory, 256-byte aligned, not initialised. `what` is for messages.
   Handle allocate(uint64_t size, const char *what) const;
-  // Memory of the host's that the device sees as well, and its address there.
+  // Host memory that the device can access, and its device address.
   Handle allocate_pinned(uint64_t size, const char *what, Address *device) const;
-  // Copies and fills, in the stream's turn; what they read and write has to stay until that has come.
+  // Copies and fills in the stream; the memory has to stay until they have run.
   void copy_in(Address to, const void *from, uint64_t size, Stream stream) const;
   void copy_out(void *to, Address from, uint64_t size, Stream stream) const;
   void copy(Address to, Address from, uint64_t size, Stream stream) const;
-  void zero(Address at, uint64_t size, Stream stream) const;  // of which four bytes make one
+  void zero(Address at, uint64_t size, Stream stream) const;  // size: a multiple of 4
 
-  Handle stream() const;  // that waits for no other, the default one included
+  Handle stream() const;  // which does not wait for other streams, including the default one
   void wait_for_stream(Stream stream, const char *doing) const;
-  // Have what is put into `stream` from now on wait for what is in `other` by now. The host does not wait.
+  // Work put into `stream` from now on waits for the work that is now in `other`. The host does not wait.
   void follow(Stream stream, Stream other) const;
-  Handle event() const;  // whoever waits for it sleeps
+  Handle event() const;  // a thread that waits for it sleeps
   void record(const Handle &event, Stream stream) const;
   bool has_come(const Handle &event, const char *doing) const;
   void wait_for(const Handle &event, const char *doing) const;
@@ -131,10 +131,10 @@ class Driver {
   // PTX (with a zero at its end), compiled by the driver for this GPU.
   Handle module(const void *ptx, const char *what) const;
   void *function(const Handle &module, const char *name) const;
-  // On a one-dimensional grid, with one address as its argument.
+  // On a one-dimensional grid, with one address as the argument.
   void launch(void *function, unsigned grid, unsigned block, Stream stream, Address argument, const char *what) const;
 
-  // What `work` puts into the stream, recorded instead of run. What other threads do meanwhile does not end it.
+  // The graph of what `work` puts into the stream, which is not run. Other threads do not disturb the capture.
   template <class Work>
   Handle capture(Stream stream, Work work) const {
     begin_capture(stream);
@@ -143,7 +143,7 @@ class Driver {
     } catch (...) {
       try {
         end_capture(stream);
-      } catch (const Failure &) {  // that it was spoilt is known
+      } catch (const Failure &) {  // the first failure is the one to report
       }
       throw;
     }
@@ -167,7 +167,7 @@ class Driver {
   Handle end_capture(Stream stream) const;
   void free(Kind kind, uint64_t value) const noexcept;
   std::string error_name(int code) const;
-  // Nothing if code is 0. doing: what for, as in "while …".
+  // Throws if code is not 0. doing: for the message, as in "while …".
   void check(int code, const char *function, const char *doing) const;
   [[noreturn]] void fail(int code, const char *function, const std::string &doing, const std::string &log = "") const;
 
@@ -178,7 +178,7 @@ class Driver {
   void *context_ = nullptr;
 };
 
-// While it lives the driver's context is this thread's; afterwards it is whatever it was.
+// While it lives the driver's context is current in this thread; afterwards the previous one is.
 class Current {
  public:
   explicit Current(const Driver &driver) : driver_(driver) { enter(); }
@@ -186,7 +186,7 @@ class Current {
   Current(const Current &) = delete;
   Current &operator=(const Current &) = delete;
 
-  // Code of others, which finds the context that was there outside, and may turn to another GPU meanwhile.
+  // Runs the caller's code in the caller's own context; it may use another GPU meanwhile.
   template <class Work>
   void aside(Work work) {
     leave();
@@ -195,7 +195,7 @@ class Current {
     } catch (...) {
       try {
         enter();
-      } catch (const Failure &) {  // it would stand before what went wrong inside
+      } catch (const Failure &) {  // the failure of `work` is the one to report
       }
       throw;
     }

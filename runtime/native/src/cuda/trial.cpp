@@ -10,25 +10,25 @@ Trial::Trial(const Driver &driver, TrtEngine &engine, const Spec &spec)
 
 Trial::~Trial() { release(); }
 
-Address Trial::room(uint64_t numbers, const char *what) {
+Address Trial::allocate(uint64_t numbers, const char *what) {
   memory_.push_back(driver_.allocate(numbers * 4, what));
   return memory_.back().value();
 }
 
-void Trial::take(int64_t batch) {
+void Trial::prepare(int64_t batch) {
   if (batch == batch_ && context_) return;
   release();
   const auto images = static_cast<uint64_t>(batch), size = images * static_cast<uint64_t>(spec_.elements());
   try {
     at_ = {};
-    at_.x = room(size, "x");
-    at_.t = room(images, "t");
-    at_.out = room(size, "the network's answer");
-    if (spec_.variance == Variance::learned_range) at_.var = room(size, "its variance");
-    if (spec_.classes) at_.y = room(images, "y");
-    if (spec_.self_condition) at_.x0_prev = room(size, "x0_prev");
+    at_.x = allocate(size, "x");
+    at_.t = allocate(images, "t");
+    at_.out = allocate(size, "the network's output");
+    if (spec_.variance == Variance::learned_range) at_.var = allocate(size, "its variance");
+    if (spec_.classes) at_.y = allocate(images, "y");
+    if (spec_.self_condition) at_.x0_prev = allocate(size, "x0_prev");
     if (spec_.condition) {
-      at_.cond = room(images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width), "cond");
+      at_.cond = allocate(images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width), "cond");
     }
     context_ = engine_.bind(batch, at_, stream_.pointer());
   } catch (...) {
@@ -44,10 +44,10 @@ void Trial::release() noexcept {
   batch_ = 0;
 }
 
-void Trial::answer(Example &example) {
+void Trial::evaluate(Example &example) {
   const Current current(driver_);
   const Stream stream = stream_.pointer();
-  take(static_cast<int64_t>(example.t.size()));
+  prepare(static_cast<int64_t>(example.t.size()));
   const auto in = [&](Address to, const auto &array) {
     if (to) driver_.copy_in(to, array.data(), array.size() * sizeof array[0], stream);
   };
@@ -61,7 +61,7 @@ void Trial::answer(Example &example) {
     out(example.out, at_.out), out(example.var, at_.var);
     driver_.wait_for_stream(stream, "running the network");
   } catch (...) {
-    try {  // the arrays are the caller's again
+    try {  // until then the copies may still use the arrays
       driver_.wait_for_stream(stream, "running the network");
     } catch (const Failure &) {
     }

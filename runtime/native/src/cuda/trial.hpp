@@ -1,4 +1,4 @@
-// A plan's network on arrays of the host's: inputs are copied to the device, and the answer back. For measuring.
+// Runs a plan's network on host arrays: inputs are copied to the device, and outputs back. For executed_batch.
 #pragma once
 
 #include <memory>
@@ -14,13 +14,13 @@ class Trial {
   Trial(const Driver &driver, TrtEngine &engine, const Spec &spec);
   ~Trial();
 
-  // Fill in the answer, and wait for it. Memory on the device is taken anew only for another number of images.
-  void answer(Example &example);
+  // Computes the outputs, and waits for them. Device memory is reallocated only for another number of images.
+  void evaluate(Example &example);
 
  private:
-  void take(int64_t batch);
+  void prepare(int64_t batch);
   void release() noexcept;
-  Address room(uint64_t numbers, const char *what);
+  Address allocate(uint64_t numbers, const char *what);
 
   const Driver &driver_;
   TrtEngine &engine_;

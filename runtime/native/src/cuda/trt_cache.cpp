@@ -14,7 +14,7 @@ namespace ddpmx::cuda {
 
 namespace {
 
-// Without a locale: letters and digits as they are, all others as a hyphen.
+// In lower case; with `hyphens`, all characters but letters and digits become hyphens. Independent of the locale.
 std::string plain(const std::string &text, bool hyphens) {
   std::string made;
   for (const char c : text) {
@@ -63,7 +63,7 @@ std::string file_content(const std::string &path) noexcept {
 void replace_content(const std::string &path, const void *data, size_t size) noexcept {
   try {
     if (file_content(path) == std::string_view(static_cast<const char *>(data), size)) return;
-    // mkstemp would make a file that nobody else may read
+    // not mkstemp, which makes files that nobody else may read
     const std::string part = path + "." + std::to_string(getpid()) + ".part";
     const int file = open(part.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     if (file < 0) return;

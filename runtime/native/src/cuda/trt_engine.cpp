@@ -31,8 +31,8 @@ std::vector<Library::Place> module_places(const char *option) {
   return places(option, "trt_module", "DDPMX_TRT_MODULE", usual);
 }
 
-// What TensorRT said about a failure: foreign text.
-class Words {
+// A buffer for an error message of TensorRT, which is foreign text.
+class Message {
  public:
   char *at() { return text_; }
   size_t size() const { return sizeof text_; }
@@ -107,11 +107,11 @@ TrtModule::TrtModule(const PlanInfo &info, const char *module, const char *libra
   }
   if (!library || !*library) library = nullptr, from.clear();
   char version[32] = "";
-  Words words;
-  if (functions_->open_library(library, &opened_, version, words.at(), words.size())) {
+  Message message;
+  if (functions_->open_library(library, &opened_, version, message.at(), message.size())) {
     throw Failure(DDPMX_BACKEND, "the plan needs " + info.flavour + ", which does not load here",
                   "tried " + in_quotes(library ? library : functions_->library) + (from.empty() ? "" : " (" + from + ")") +
-                      ": " + words.note(),
+                      ": " + message.note(),
                   install_hint(info.flavour));
   }
   version_ = version;
@@ -133,11 +133,11 @@ TrtEngine::TrtEngine(const Driver &driver, TrtModule module, const std::string &
     cache_file_ = cache_file(cache, info.flavour, module_.version(), driver.name(), info.engine.key);
     if (!cache_file_.empty()) compiled = file_content(cache_file_);
   }
-  Words words;
+  Message message;
   if (module_.functions().open_engine(module_.library(), plan.data(), plan.size(), trust_host_code,
                                       compiled.empty() ? nullptr : compiled.data(), compiled.size(),
-                                      !cache_file_.empty(), &engine_, words.at(), words.size())) {
-    throw Failure(DDPMX_BACKEND, module_.description() + " cannot make the engine of " + path_, words.note(),
+                                      !cache_file_.empty(), &engine_, message.at(), message.size())) {
+    throw Failure(DDPMX_BACKEND, module_.description() + " cannot make the engine of " + path_, message.note(),
                   "`ddpmx doctor` shows the driver and the libraries that are here");
   }
   try {
@@ -155,20 +155,20 @@ TrtEngine::~TrtEngine() {
     const Current current(driver_);
     save_cache();
     module_.functions().close_engine(engine_);
-  } catch (const Failure &) {  // without the context it is better left than freed
+  } catch (const Failure &) {  // without the context it cannot be freed safely
   }
 }
 
 void TrtEngine::check_name(const std::string &plan_name) const {
-  const char *const said = module_.functions().name(engine_);
-  const std::string name = said ? said : "";
+  const char *const text = module_.functions().name(engine_);
+  const std::string name = text ? text : "";
   if (name == plan_name) return;
   throw Failure(DDPMX_FILE_FORMAT,
-                path_ + ": " + module_.description() + " reads another name from this plan than stands in it",
+                path_ + ": " + module_.description() + " reads another network name from this plan than the file holds",
                 in_quotes(name), record_.rebuild);
 }
 
-// See that inputs and outputs are the contract's, and how many images each profile takes.
+// Checks the inputs and outputs against the spec, and reads the batches of each profile.
 void TrtEngine::check_io() {
   const ddpmx_trt_module &trt = module_.functions();
   std::map<std::string, Wanted> missing = wanted_of(spec_);
@@ -200,7 +200,7 @@ void TrtEngine::check_io() {
   }
 }
 
-// Which profile takes this batch: the one with the smallest range, which was tuned for the fewest others.
+// The profile for this batch: the one with the smallest range, which was tuned for the fewest other batches.
 int32_t TrtEngine::profile_for(int64_t batch) const {
   const auto wanted = static_cast<uint64_t>(batch);
   int32_t best = -1;
@@ -241,7 +241,7 @@ TrtContext::TrtContext(TrtEngine &engine, int64_t batch, const Addresses &at, St
   } catch (...) {
     try {
       engine_.driver_.wait_for_stream(stream, "choosing a profile");
-    } catch (const Failure &) {  // what went wrong before says it better
+    } catch (const Failure &) {  // the first failure is the one to report
     }
     engine_.module_.functions().close_context(context_);
     throw;
@@ -251,30 +251,30 @@ TrtContext::TrtContext(TrtEngine &engine, int64_t batch, const Addresses &at, St
 void TrtContext::prepare(int64_t batch, Addresses at, Stream stream) {
   const ddpmx_trt_module &trt = engine_.module_.functions();
   const Spec &spec = engine_.spec_;
-  Words words;
+  Message message;
   const auto demand = [&](int32_t refused, const std::string &what) {
-    if (refused) throw Failure(DDPMX_BACKEND, engine_.module_.description() + " does not take " + what, words.note());
+    if (refused) throw Failure(DDPMX_BACKEND, engine_.module_.description() + " does not take " + what, message.note());
   };
   const int32_t profile = engine_.profile_for(batch);
-  demand(trt.open_context(engine_.engine_, profile, stream, &context_, words.at(), words.size()),
+  demand(trt.open_context(engine_.engine_, profile, stream, &context_, message.at(), message.size()),
          "an execution context for profile " + std::to_string(profile));
   engine_.driver_.wait_for_stream(stream, "choosing a profile");
-  if (spec.variance == Variance::learned_range && !at.var) {  // it writes there, wanted or not
-    room_ = engine_.driver_.allocate(static_cast<uint64_t>(batch * spec.elements()) * 4, "the variance");
-    at.var = room_.value();
+  if (spec.variance == Variance::learned_range && !at.var) {  // the network writes it, used or not
+    unused_ = engine_.driver_.allocate(static_cast<uint64_t>(batch * spec.elements()) * 4, "the variance");
+    at.var = unused_.value();
   }
   for (const Input &input : spec.inputs()) {
     std::vector<int64_t> dims{batch};
     dims.insert(dims.end(), input.dims.begin(), input.dims.end());
     demand(trt.bind(context_, input.name.c_str(), dims.data(), static_cast<int32_t>(dims.size()), at.of(input.name),
-                    words.at(), words.size()),
+                    message.at(), message.size()),
            std::to_string(batch) + " images as " + input.name);
   }
   for (const std::string &name : spec.outputs()) {
-    demand(trt.bind(context_, name.c_str(), nullptr, 0, at.of(name), words.at(), words.size()),
+    demand(trt.bind(context_, name.c_str(), nullptr, 0, at.of(name), message.at(), message.size()),
            "the address for " + name);
   }
-  demand(trt.check(context_, words.at(), words.size()), "a batch of " + std::to_string(batch));
+  demand(trt.check(context_, message.at(), message.size()), "a batch of " + std::to_string(batch));
 }
 
 TrtContext::~TrtContext() {
@@ -289,14 +289,14 @@ TrtContext::~TrtContext() {
 
 void TrtContext::abandon() noexcept {
   context_ = nullptr;
-  room_.abandon();
+  unused_.abandon();
   engine_.abandon();
 }
 
 void TrtContext::enqueue(Stream stream) {
-  Words words;
-  if (engine_.module_.functions().enqueue(context_, stream, words.at(), words.size())) {
-    throw Failure(DDPMX_BACKEND, engine_.module_.description() + " refuses to run the network", words.note(),
+  Message message;
+  if (engine_.module_.functions().enqueue(context_, stream, message.at(), message.size())) {
+    throw Failure(DDPMX_BACKEND, engine_.module_.description() + " refuses to run the network", message.note(),
                   "`ddpmx doctor` shows the driver and the libraries that are here");
   }
 }

@@ -16,11 +16,11 @@
 
 namespace ddpmx::cuda {
 
-// libddpmx_trt.so, and the TensorRT that it found.
+// libddpmx_trt.so, and the TensorRT library that it opened.
 class TrtModule {
  public:
   // module, library: paths from the options, or nullptr. Failure(DDPMX_BACKEND): one of them is missing or does not
-  // fit; the note lists what was tried, and why it failed.
+  // match the plan; the note lists what was tried, and the errors.
   TrtModule(const PlanInfo &info, const char *module, const char *library);
 
   const ddpmx_trt_module &functions() const { return *functions_; }
@@ -37,24 +37,24 @@ class TrtModule {
 
 class TrtContext;
 
-// A plan, opened: its weights are on the device. Its contexts go first.
+// An opened plan, whose weights are on the device. Destroy its contexts first.
 class TrtEngine {
  public:
   // cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, or nullptr.
-  // Failure: (DDPMX_FILE_FORMAT) the plan does not keep the contract; (DDPMX_BACKEND) TensorRT refuses it.
+  // Failure: (DDPMX_FILE_FORMAT) the plan has other inputs or outputs than its spec; (DDPMX_BACKEND) TensorRT refuses it.
   TrtEngine(const Driver &driver, TrtModule module, const std::string &path, std::string_view plan,
             const PlanInfo &info, bool trust_host_code, const char *cache);
-  ~TrtEngine();  // keeps what was compiled
+  ~TrtEngine();  // writes the cache
   TrtEngine(const TrtEngine &) = delete;
   TrtEngine &operator=(const TrtEngine &) = delete;
 
   const std::string &description() const { return description_; }
   // Smallest and largest batch of each optimization profile.
   const std::vector<std::pair<uint64_t, uint64_t>> &batches() const { return batches_; }
-  // The network for so many images at these addresses. stream: where it is prepared; it is not kept.
-  // Failure: (DDPMX_BACKEND) TensorRT refuses; (DDPMX_INPUT) the plan does not take this batch.
+  // The network for a batch at these addresses. stream: used only to prepare it.
+  // Failure: (DDPMX_BACKEND) TensorRT fails; (DDPMX_INPUT) the plan does not take this batch.
   std::unique_ptr<TrtContext> bind(int64_t batch, const Addresses &at, Stream stream);
-  // Leave it to the end of the process, since a context of it could not be freed.
+  // Leaves it until the end of the process, since one of its contexts could not be freed.
   void abandon() noexcept { abandoned_ = true; }
 
  private:
@@ -76,7 +76,7 @@ class TrtEngine {
   std::vector<std::pair<uint64_t, uint64_t>> batches_;
 };
 
-// The network bound to a batch and to device memory. Wait for what it has enqueued before it goes.
+// The network bound to a batch and to device memory. Wait for what it has enqueued before it is destroyed.
 class TrtContext {
  public:
   TrtContext(TrtEngine &engine, int64_t batch, const Addresses &at, Stream stream);
@@ -85,7 +85,7 @@ class TrtContext {
   TrtContext &operator=(const TrtContext &) = delete;
 
   void enqueue(Stream stream);
-  // Leave it to the end of the process, and its engine too, which must not go before it.
+  // Leaves it until the end of the process, and its engine too, which must not be destroyed before it.
   void abandon() noexcept;
 
  private:
@@ -93,7 +93,7 @@ class TrtContext {
 
   TrtEngine &engine_;
   ddpmx_trt_context *context_ = nullptr;
-  Handle room_;  // for a variance that nobody wants
+  Handle unused_;  // memory for a variance that the chain does not use
 };
 
 }  // namespace ddpmx::cuda

@@ -1,5 +1,5 @@
 // TensorRT or TensorRT-RTX behind the C functions of module.h: the only file that includes TensorRT's headers, and one
-// source for TensorRT 10.3 and later. See runtime/ddpmx/backends/trt.py and tensorrt_library.py.
+// source for TensorRT 10.3 and later. See runtime/ddpmx/backends/trt.py and runtime/ddpmx/trt/library.py.
 #include "trt/module.h"
 
 #include <NvInferRuntime.h>
@@ -39,21 +39,21 @@ class Logger : public nvinfer1::ILogger {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (lines_.size() == kRemembered) lines_.pop_front();
       lines_.emplace_back(severity, text);
-    } catch (const std::exception &) {  // no memory for it: it is only a text
+    } catch (const std::exception &) {  // out of memory: only a message is lost
     }
   }
 
-  void forget() {
+  void clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     lines_.clear();
   }
 
-  // What was said about what went wrong; it is forgotten then.
-  std::string last_words() {
+  // The messages about the last failure; they are then cleared.
+  std::string take_messages() {
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool errors =
         std::any_of(lines_.begin(), lines_.end(), [](const auto &line) { return is_error(line.first); });
-    const size_t first = errors || lines_.size() < 3 ? 0 : lines_.size() - 3;  // of warnings the last three
+    const size_t first = errors || lines_.size() < 3 ? 0 : lines_.size() - 3;  // the last three warnings
     std::string all;
     for (size_t i = first; i < lines_.size(); ++i) {
       const auto &[severity, text] = lines_[i];
@@ -74,28 +74,28 @@ class Logger : public nvinfer1::ILogger {
   std::deque<std::pair<Severity, std::string>> lines_;
 };
 
-// TensorRT takes one logger per process and keeps it; whoever comes second is ignored. So there is one, and for good.
+// TensorRT takes one logger per process and keeps it; a second one is ignored. So there is one, never destroyed.
 Logger &logger() {
   static Logger *const one = new Logger;
   return *one;
 }
 
-void say(char *error, size_t size, const std::string &text) {
+void write_error(char *error, size_t size, const std::string &text) {
   if (!error || size == 0) return;
   const size_t count = std::min(size - 1, text.size());
   std::memcpy(error, text.data(), count);
   error[count] = '\0';
 }
 
-// 0 if work() is true; else 1, and what TensorRT says about it.
+// 0 if work() returns true; else 1, and TensorRT's messages in `error`.
 template <class Work>
-int32_t granted(char *error, size_t size, Work work) noexcept {
+int32_t attempt(char *error, size_t size, Work work) noexcept {
   try {
-    logger().forget();
+    logger().clear();
     if (work()) return 0;
-    say(error, size, logger().last_words());
+    write_error(error, size, logger().take_messages());
   } catch (const std::exception &failure) {
-    say(error, size, failure.what());
+    write_error(error, size, failure.what());
   }
   return 1;
 }
@@ -106,7 +106,7 @@ using CreateRuntime = void *(*)(void *logger, int32_t version) noexcept;
 }  // namespace
 
 struct ddpmx_trt_engine {
-  // TensorRT wants them to go from the last to the first
+  // TensorRT requires that they are destroyed from the last to the first
   std::unique_ptr<nvinfer1::IRuntime> runtime;
   std::unique_ptr<nvinfer1::ICudaEngine> engine;
 #ifdef TRT_MAJOR_RTX
@@ -121,16 +121,16 @@ struct ddpmx_trt_context {
 
 namespace {
 
-// A ddpmx_trt_library is what dlopen gave for it.
+// A ddpmx_trt_library is the handle of dlopen.
 int32_t open_library(const char *path, ddpmx_trt_library **library, char *version, char *error, size_t size) noexcept
     try {
   *library = nullptr;
   const char *const name = path ? path : DDPMX_TRT_LIBRARY DDPMX_TEXT(NV_TENSORRT_MAJOR);
-  // For good: TensorRT keeps threads, and the logger
+  // Never unloaded: TensorRT keeps threads, and the logger
   void *const handle = dlopen(name, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (!handle) {
     const char *const why = dlerror();
-    say(error, size, why ? why : name);
+    write_error(error, size, why ? why : name);
     return 1;
   }
   const void *const create = dlsym(handle, kCreate);
@@ -140,14 +140,14 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
   for (int i = 0; i < 4; ++i) {
     const auto part = reinterpret_cast<int32_t (*)()>(dlsym(handle, parts[i]));
     if (!part || !create) {
-      say(error, size, std::string(name) + " is no " DDPMX_TRT_FLAVOUR ": it has no " + (create ? parts[i] : kCreate));
+      write_error(error, size, std::string(name) + " is not " DDPMX_TRT_FLAVOUR ": it has no " + (create ? parts[i] : kCreate));
       return 1;
     }
     numbers[i] = part();
   }
   std::snprintf(version, 32, "%d.%d.%d.%d", numbers[0], numbers[1], numbers[2], numbers[3]);
   if (numbers[0] != NV_TENSORRT_MAJOR) {  // its classes have another layout
-    say(error, size,
+    write_error(error, size,
         std::string(name) + " is " DDPMX_TRT_FLAVOUR " " + version +
             ", and this module was compiled for " DDPMX_TEXT(NV_TENSORRT_MAJOR) ".x");
     return 1;
@@ -155,13 +155,13 @@ int32_t open_library(const char *path, ddpmx_trt_library **library, char *versio
   *library = static_cast<ddpmx_trt_library *>(handle);
   return 0;
 } catch (const std::exception &failure) {
-  say(error, size, failure.what());
+  write_error(error, size, failure.what());
   return 1;
 }
 
 #ifdef TRT_MAJOR_RTX
-// TensorRT-RTX compiles kernels when it runs. With its own CUDA graphs it would be in the way of ours, and unless it
-// specialises kernels at once it would begin with others that serve any shape, and those would be captured for good.
+// TensorRT-RTX compiles kernels when it runs. Its own CUDA graphs would conflict with ours, and unless it specialises
+// kernels eagerly it would begin with generic kernels for any shape, which our graph would then contain for good.
 bool configure(ddpmx_trt_engine &made, const void *cache, size_t cache_size, bool keep_cache) {
   made.config.reset(made.engine->createRuntimeConfig());
   if (!made.config || !made.config->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kDISABLED)) return false;
@@ -170,10 +170,10 @@ bool configure(ddpmx_trt_engine &made, const void *cache, size_t cache_size, boo
   if (!keep_cache) return true;
   made.cache.reset(made.config->createRuntimeCache());
   if (!made.cache) return false;
-  // false for one of another version or GPU: then it begins anew
+  // false for one of another version or GPU: then the cache starts empty
   if (cache_size) static_cast<void>(made.cache->deserialize(cache, cache_size));
   if (!made.config->setRuntimeCache(*made.cache)) made.cache.reset();
-  logger().forget();  // what it said about an old cache explains no later fault
+  logger().clear();  // messages about an old cache do not explain a later failure
   return true;
 }
 #endif
@@ -182,11 +182,11 @@ int32_t open_engine(ddpmx_trt_library *library, const void *plan, size_t plan_si
                     const void *cache, size_t cache_size, int32_t keep_cache, ddpmx_trt_engine **engine, char *error,
                     size_t size) noexcept {
   *engine = nullptr;
-  return granted(error, size, [&] {
+  return attempt(error, size, [&] {
     auto made = std::make_unique<ddpmx_trt_engine>();
     const auto create = reinterpret_cast<CreateRuntime>(dlsym(library, kCreate));
     void *const runtime = create(&logger(), NV_TENSORRT_VERSION);
-    // the lean runtime's library has been seen to give an address close to 0 where it refuses
+    // the lean runtime's library has been observed to return an address close to 0 when it fails
     if (reinterpret_cast<uintptr_t>(runtime) < 65536) return false;
     made->runtime.reset(static_cast<nvinfer1::IRuntime *>(runtime));
     made->runtime->setEngineHostCodeAllowed(trust_host_code != 0);
@@ -219,16 +219,16 @@ int32_t tensors(const ddpmx_trt_engine *engine) noexcept { return engine->engine
 
 int32_t tensor(const ddpmx_trt_engine *engine, int32_t index, ddpmx_trt_tensor *tensor) noexcept {
   *tensor = {};
-  const nvinfer1::ICudaEngine &asked = *engine->engine;
-  tensor->name = asked.getIOTensorName(index);
+  const nvinfer1::ICudaEngine &cuda_engine = *engine->engine;
+  tensor->name = cuda_engine.getIOTensorName(index);
   if (!tensor->name) return 1;
-  tensor->is_input = asked.getTensorIOMode(tensor->name) == nvinfer1::TensorIOMode::kINPUT;
-  const nvinfer1::DataType type = asked.getTensorDataType(tensor->name);
+  tensor->is_input = cuda_engine.getTensorIOMode(tensor->name) == nvinfer1::TensorIOMode::kINPUT;
+  const nvinfer1::DataType type = cuda_engine.getTensorDataType(tensor->name);
   tensor->type = type == nvinfer1::DataType::kFLOAT   ? DDPMX_TRT_FLOAT
                  : type == nvinfer1::DataType::kINT32 ? DDPMX_TRT_INT32
                                                       : DDPMX_TRT_OTHER;
-  tensor->on_device = asked.getTensorLocation(tensor->name) == nvinfer1::TensorLocation::kDEVICE;
-  const nvinfer1::Dims dims = asked.getTensorShape(tensor->name);
+  tensor->on_device = cuda_engine.getTensorLocation(tensor->name) == nvinfer1::TensorLocation::kDEVICE;
+  const nvinfer1::Dims dims = cuda_engine.getTensorShape(tensor->name);
   if (dims.nbDims < 0 || dims.nbDims > DDPMX_TRT_MAX_RANK) return 1;
   tensor->rank = dims.nbDims;
   std::copy(dims.d, dims.d + dims.nbDims, tensor->dims);
@@ -260,7 +260,7 @@ void save_cache(const ddpmx_trt_engine *engine, void (*take)(const void *, size_
 int32_t open_context(ddpmx_trt_engine *engine, int32_t profile, void *stream, ddpmx_trt_context **context, char *error,
                      size_t size) noexcept {
   *context = nullptr;
-  return granted(error, size, [&] {
+  return attempt(error, size, [&] {
     auto made = std::make_unique<ddpmx_trt_context>();
 #ifdef TRT_MAJOR_RTX
     made->context.reset(engine->engine->createExecutionContext(engine->config.get()));
@@ -278,7 +278,7 @@ void close_context(ddpmx_trt_context *context) noexcept { delete context; }
 
 int32_t bind(ddpmx_trt_context *context, const char *tensor, const int64_t *dims, int32_t rank, uint64_t address,
              char *error, size_t size) noexcept {
-  return granted(error, size, [&] {
+  return attempt(error, size, [&] {
     if (rank > 0) {
       nvinfer1::Dims shape = {};
       if (rank > DDPMX_TRT_MAX_RANK) return false;
@@ -292,13 +292,13 @@ int32_t bind(ddpmx_trt_context *context, const char *tensor, const int64_t *dims
 
 int32_t check(ddpmx_trt_context *context, char *error, size_t size) noexcept {
   const char *unknown[1] = {};
-  const int32_t failed = granted(error, size, [&] { return context->context->inferShapes(1, unknown) == 0; });
-  if (failed && error && size && !*error && unknown[0]) say(error, size, std::string("the shape of ") + unknown[0]);
+  const int32_t failed = attempt(error, size, [&] { return context->context->inferShapes(1, unknown) == 0; });
+  if (failed && error && size && !*error && unknown[0]) write_error(error, size, std::string("the shape of ") + unknown[0]);
   return failed;
 }
 
 int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t size) noexcept {
-  return granted(error, size, [&] { return context->context->enqueueV3(static_cast<cudaStream_t>(stream)); });
+  return attempt(error, size, [&] { return context->context->enqueueV3(static_cast<cudaStream_t>(stream)); });
 }
 
 const ddpmx_trt_module functions = {

@@ -1,4 +1,4 @@
-// What goes over the border to C: the linker sends some functions of libddpmx to border.cpp first (--wrap).
+// Records calls to the C API: the linker redirects some functions of libddpmx to border.cpp (--wrap).
 #pragma once
 
 #include <ddpmx/ddpmx.h>
@@ -7,7 +7,7 @@ struct Border {
   ddpmx_open_options options; // of the last ddpmx_open
   ddpmx_request request;      // of the last ddpmx_generate
   int closed, not_closed;     // calls of ddpmx_close
-  uint32_t abi;               // what ddpmx_abi_version answers; 0: the truth
-  int32_t condition;          // what ddpmx_describe says of it; 0: the truth
+  uint32_t abi;               // the result of ddpmx_abi_version; 0: the real one
+  int32_t condition;          // ddpmx_model.condition from ddpmx_describe; 0: the real one
 };
 extern Border border;

@@ -1,4 +1,4 @@
-// from_cpp MODEL FILE: what ddpmx.hpp promises, checked; and the images of from_c, as bytes.
+// from_cpp MODEL FILE: checks what ddpmx.hpp promises, and writes the images of from_c, as bytes.
 #include <ddpmx/ddpmx.hpp>
 
 #include <array>
@@ -34,7 +34,7 @@ std::optional<E> thrown(Call call) {
   return std::nullopt;
 }
 
-struct Odd { // no std::exception
+struct Odd { // not a std::exception
   int value;
 };
 
@@ -149,7 +149,7 @@ void lifetimes(const char *path, const std::vector<std::uint8_t> &images) {
   first = ddpmx::Pipeline(path);
   CHECK(first.generate(two()) == images && border.closed == 1);
 
-  auto own = std::make_unique<ddpmx::Pipeline>(path); // which its own callback destroys, in the first step
+  auto own = std::make_unique<ddpmx::Pipeline>(path); // destroyed by its own callback, in the first step
   ddpmx::Request request = two();
   request.callback = [&](const ddpmx::Progress &) {
     own.reset();
@@ -160,7 +160,7 @@ void lifetimes(const char *path, const std::vector<std::uint8_t> &images) {
   CHECK(!own && pixels == images && border.closed == 2);
 }
 
-// Nothing that a Request says is lost on the way. Most of it makes no sense, and the library says so.
+// Every field of a Request and of OpenOptions reaches the C API. Most values make no sense, and the library refuses them.
 void every_field(const char *path, const ddpmx::Pipeline &pipeline) {
   int place = 0;
   const std::size_t size = 3 * pipeline.model().elements();
@@ -215,9 +215,9 @@ void every_field(const char *path, const ddpmx::Pipeline &pipeline) {
   border.condition = 2;
   const ddpmx::Pipeline conditioned(path);
   border.condition = 0;
-  ddpmx::Request told = two();
-  told.cond = x; // 2 channels for 3 images, and these are two
-  const auto wrong = thrown<ddpmx::Error>([&] { conditioned.generate(told); });
+  ddpmx::Request with_cond = two();
+  with_cond.cond = x; // 2 channels for 3 images, and these are two
+  const auto wrong = thrown<ddpmx::Error>([&] { conditioned.generate(with_cond); });
   CHECK(wrong && std::string(wrong->what()).find("cond has 576 elements, and 2 images need 128 each") == 0);
 
   border.abi = 2;

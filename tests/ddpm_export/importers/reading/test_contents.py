@@ -1,4 +1,4 @@
-"""Opening other people's files: nothing in them is run, nothing they claim is believed, each fault is one clear error."""
+"""Opening files of unknown origin: nothing in them is run, no declared size is trusted, each fault is one clear error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from ddpm_export.importers import diffusers
-from ddpm_export.importers.registry import import_checkpoint, open_found
-from ddpm_export.importers.settings import Inquiry, Options
+from ddpm_export.importers.registry import import_checkpoint, open_checkpoint
+from ddpm_export.importers.settings import Options, SettingsResolver
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError
 
 pytestmark = pytest.mark.torch
@@ -57,28 +57,28 @@ def repacked(path: Path, *, compress: bool = False, **changes: bytes) -> Path:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_tensors_are_flat_and_values_beside_them(legacy, tmp_path):
-    found = open_found(saved(tmp_path, {**WEIGHTS, "list": [torch.zeros(2), 1.5]}, legacy=legacy))
-    assert found.kind == "torch"
-    assert set(found.tensors) == {"a.weight", "b.c", "list.0"}
-    assert found.objects == {"step": 7, "list.1": 1.5}
-    assert torch.equal(found.tensors["a.weight"], torch.arange(1000.0))
-    assert set(found.below("b.")) == {"c"}
+    contents = open_checkpoint(saved(tmp_path, {**WEIGHTS, "list": [torch.zeros(2), 1.5]}, legacy=legacy))
+    assert contents.kind == "torch"
+    assert set(contents.tensors) == {"a.weight", "b.c", "list.0"}
+    assert contents.objects == {"step": 7, "list.1": 1.5}
+    assert torch.equal(contents.tensors["a.weight"], torch.arange(1000.0))
+    assert set(contents.below("b.")) == {"c"}
 
 
 def test_safetensors(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "m.safetensors", metadata={"config": '{"x": 1}', "format": "pt"})
-    found = open_found(tmp_path)  # the only file of a folder
-    assert (found.kind, list(found.tensors), found.config) == ("safetensors", ["a"], {"x": 1})
+    contents = open_checkpoint(tmp_path)  # the only file of a folder
+    assert (contents.kind, list(contents.tensors), contents.config) == ("safetensors", ["a"], {"x": 1})
 
 
-# --- what would run --------------------------------------------------------------------------------------------------
+# --- code in files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_nothing_is_run(legacy, tmp_path):
     path = saved(tmp_path, {"a": torch.ones(1), "b": Harmful(tmp_path / "mark")}, legacy=legacy)
     with pytest.raises(FileFormatError, match="more than weights") as caught:
-        open_found(path)
+        open_checkpoint(path)
     assert "mkdir" in str(caught.value)
     assert not (tmp_path / "mark").exists()
 
@@ -86,14 +86,14 @@ def test_nothing_is_run(legacy, tmp_path):
 def test_the_class_that_is_needed_is_named(tmp_path):
     path = saved(tmp_path, {"a": torch.ones(1), "args": argparse.Namespace(lr=1)})
     with pytest.raises(FileFormatError, match=r"argparse\.Namespace"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_a_plain_pickle_is_refused_unopened(tmp_path):
     path = tmp_path / "network-snapshot.pkl"
     path.write_bytes(pickle.dumps({"ema": Harmful(tmp_path / "mark")}))
     with pytest.raises(FileFormatError, match=r"not one that torch\.save wrote") as caught:
-        open_found(path)
+        open_checkpoint(path)
     assert "mkdir" in str(caught.value)
     assert not (tmp_path / "mark").exists()
 
@@ -102,23 +102,23 @@ def test_a_plain_pickle_is_refused_unopened(tmp_path):
 def test_torchscript_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
     with pytest.raises(FileFormatError, match="TorchScript"):
-        open_found(tmp_path / "model.pt")
+        open_checkpoint(tmp_path / "model.pt")
 
 
-def test_a_torch_that_can_be_got_around_is_refused(tmp_path, monkeypatch):
+def test_a_torch_whose_weights_only_can_be_bypassed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     with pytest.raises(BackendError, match=r"2\.5\.1"):
-        open_found(saved(tmp_path, WEIGHTS))
+        open_checkpoint(saved(tmp_path, WEIGHTS))
 
 
-# --- what claims to be large -----------------------------------------------------------------------------------------
+# --- absurd sizes ----------------------------------------------------------------------------------------------------
 
 
 def test_compressed_members_are_refused_before_they_are_inflated(tmp_path):
     path = repacked(saved(tmp_path, {"a": torch.zeros(10_000_000)}), compress=True)
     assert path.stat().st_size < 100_000
     with pytest.raises(FileFormatError, match="compressed"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_overlapping_members_are_refused(tmp_path):
@@ -133,13 +133,13 @@ def test_overlapping_members_are_refused(tmp_path):
                 content[end + 42 : end + 46] = offsets["0"].to_bytes(4, "little")
     path.write_bytes(content)
     with pytest.raises(FileFormatError):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_storages_that_claim_more_than_there_is_are_refused(tmp_path):
     path = saved(tmp_path, {"a": torch.arange(1000.0)})
     with pytest.raises(FileFormatError, match="claims 4,000 bytes, and the file holds 8"):
-        open_found(repacked(path, **{"0": b"12345678"}))
+        open_checkpoint(repacked(path, **{"0": b"12345678"}))
 
 
 def test_an_old_file_that_claims_a_terabyte_is_refused(tmp_path):
@@ -149,18 +149,18 @@ def test_an_old_file_that_claims_a_terabyte_is_refused(tmp_path):
     assert content.count(count) >= 1
     path.write_bytes(content.replace(count, b"\x8a\x05\x00\x00\x00\x00\x40", 1))  # LONG1 2^38
     with pytest.raises(FileFormatError, match="claim 1,099,511,627,776 bytes"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_a_view_of_absurd_shape_is_refused(tmp_path):
     with pytest.raises(FileFormatError, match="absurd shape"):
-        open_found(saved(tmp_path, {"a": torch.zeros(1).expand(1 << 40)}))
+        open_checkpoint(saved(tmp_path, {"a": torch.zeros(1).expand(1 << 40)}))
 
 
 def test_a_million_views_of_one_storage_are_refused(tmp_path):
     one = torch.zeros(1 << 18)
     with pytest.raises(FileFormatError, match="many times the file's size"):
-        open_found(saved(tmp_path, [one.view(1 << 18) for _ in range(200)]))
+        open_checkpoint(saved(tmp_path, [one.view(1 << 18) for _ in range(200)]))
 
 
 @pytest.mark.parametrize("kind", ["itself", "doubling"])
@@ -172,7 +172,7 @@ def test_containers_without_end_are_refused(kind, tmp_path):
         for _ in range(28):
             content = [content, content]
     with pytest.raises(FileFormatError, match="nested"):
-        open_found(saved(tmp_path, content))
+        open_checkpoint(saved(tmp_path, content))
 
 
 LEGACY = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
@@ -205,21 +205,21 @@ def crafted(tmp_path: Path, content: bytes, *, legacy: bool = False) -> Path:
 )
 def test_tuples_that_hash_cannot_walk_are_refused(content, legacy, tmp_path):
     with pytest.raises(FileFormatError):
-        open_found(crafted(tmp_path, content, legacy=legacy))
+        open_checkpoint(crafted(tmp_path, content, legacy=legacy))
 
 
 def test_the_storages_keys_of_an_old_file_are_looked_at(tmp_path):
     path = crafted(tmp_path, pickle.dumps({}, 2), legacy=True)
-    assert not open_found(path).tensors
+    assert not open_checkpoint(path).tensors
     path.write_bytes(LEGACY + pickle.dumps({}, 2) + b"\x80\x02}" + NESTED + b"K\x01s.")
     with pytest.raises(FileFormatError, match="tuples of tuples"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize("key", [(1, 2), 1.5, None], ids=str)
 def test_keys_are_names_or_numbers(key, tmp_path):
     with pytest.raises(FileFormatError, match="neither a name nor a number"):
-        open_found(saved(tmp_path, {"a": torch.ones(1), "b": {key: 1}}))
+        open_checkpoint(saved(tmp_path, {"a": torch.ones(1), "b": {key: 1}}))
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
@@ -227,28 +227,28 @@ def test_keys_are_names_or_numbers(key, tmp_path):
     "put", [b"r" + struct.pack("<I", 0x7FFFFFFF), b"q\xff", b"p99999\n"], ids=["long", "one", "text"]
 )
 def test_an_object_s_number_allocates_nothing(put, legacy, tmp_path):
-    with pytest.raises(FileFormatError, match="numbers an object"):
-        open_found(crafted(tmp_path, b"\x80\x02N" + put + b".", legacy=legacy))
+    with pytest.raises(FileFormatError, match="memo index"):
+        open_checkpoint(crafted(tmp_path, b"\x80\x02N" + put + b".", legacy=legacy))
 
 
 def test_a_bare_pickle_with_an_absurd_number_is_refused(tmp_path):
     (tmp_path / "m.pkl").write_bytes(b"\x80\x02Nr" + struct.pack("<I", 0x7FFFFFFF) + b".")
-    with pytest.raises(FileFormatError, match="numbers an object"):
-        open_found(tmp_path / "m.pkl")
+    with pytest.raises(FileFormatError, match="memo index"):
+        open_checkpoint(tmp_path / "m.pkl")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_a_pickle_beyond_the_bound_is_refused(legacy, tmp_path, monkeypatch):
     path = saved(tmp_path, {"a": "x" * 5000}, legacy=legacy)
-    assert open_found(path).objects["a"] == "x" * 5000
+    assert open_checkpoint(path).objects["a"] == "x" * 5000
     monkeypatch.setattr("ddpm_export.importers.reading.torch_file.MAX_PICKLE", 4096)
     with pytest.raises(FileFormatError, match="its pickle alone"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_a_bytearray_of_any_length_is_refused(tmp_path):
-    with pytest.raises(FileFormatError, match="only said"):
-        open_found(crafted(tmp_path, b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x70\x85R."))
+    with pytest.raises(FileFormatError, match="a bytearray made from a length"):
+        open_checkpoint(crafted(tmp_path, b"\x80\x02c__builtin__\nbytearray\nJ\x00\x00\x00\x70\x85R."))
 
 
 def test_two_members_that_torch_takes_for_one_are_refused(tmp_path):
@@ -256,36 +256,36 @@ def test_two_members_that_torch_takes_for_one_are_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("model/DATA.PKL", b"\x80\x02}.")
     with pytest.raises(FileFormatError, match="one name"):
-        open_found(path)
+        open_checkpoint(path)
 
 
-# --- what is plain, but has been given attributes ---------------------------------------------------------------------
+# --- plain objects with attributes that hide their methods ------------------------------------------------------------
 
 
 def test_a_dict_whose_items_are_hidden_is_read_as_a_dict(tmp_path):
     state = b"}X\x05\x00\x00\x00itemsX\x01\x00\x00\x00xsb"
     path = crafted(tmp_path, b"\x80\x02ccollections\nOrderedDict\n)RX\x01\x00\x00\x00nK\x07s" + state + b".")
-    assert open_found(path).objects == {"n": 7}
+    assert open_checkpoint(path).objects == {"n": 7}
 
 
 def test_a_tensor_whose_methods_are_hidden_is_read_as_a_tensor(tmp_path):
     tensor, parameter = torch.ones(2), torch.nn.Parameter(torch.zeros(3))
     tensor.detach = tensor.numel = parameter.detach = parameter.numel = "x"
-    found = open_found(saved(tmp_path, {"t": tensor, "p": parameter}))
-    assert {type(one) for one in found.tensors.values()} == {torch.Tensor}
-    assert found.tensors["t"].numel() == 2
-    assert not found.tensors["p"].requires_grad
+    contents = open_checkpoint(saved(tmp_path, {"t": tensor, "p": parameter}))
+    assert {type(one) for one in contents.tensors.values()} == {torch.Tensor}
+    assert contents.tensors["t"].numel() == 2
+    assert not contents.tensors["p"].requires_grad
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, RuntimeError, ValueError, RecursionError])
-def test_what_cannot_be_laid_flat_is_no_traceback(error, tmp_path, monkeypatch):
+def test_contents_that_cannot_be_flattened_are_no_traceback(error, tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise error("not callable")
 
     path = saved(tmp_path, WEIGHTS)
-    monkeypatch.setattr("ddpm_export.importers.reading.found._plain_tensor", fail)
-    with pytest.raises(FileFormatError, match="no plain weights"):
-        open_found(path)
+    monkeypatch.setattr("ddpm_export.importers.reading.contents._plain_tensor", fail)
+    with pytest.raises(FileFormatError, match="not plain weights"):
+        open_checkpoint(path)
 
 
 def test_an_empty_table_of_time_embeddings_is_refused(tmp_path):
@@ -294,17 +294,17 @@ def test_an_empty_table_of_time_embeddings_is_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantized_tensors_are_said_to_be_unread(tmp_path):
+def test_quantized_tensors_are_refused(tmp_path):
     with pytest.raises(FileFormatError, match=r"quantized tensors \(QInt8\)"):
-        open_found(saved(tmp_path, {"a": torch.quantize_per_tensor(torch.zeros(2, 2), 0.1, 0, torch.qint8)}))
+        open_checkpoint(saved(tmp_path, {"a": torch.quantize_per_tensor(torch.zeros(2, 2), 0.1, 0, torch.qint8)}))
 
 
 def test_sparse_tensors_are_refused(tmp_path):
     with pytest.raises(FileFormatError, match="sparse"):
-        open_found(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
+        open_checkpoint(saved(tmp_path, {"a": torch.eye(3).to_sparse()}))
 
 
-# --- what is damaged -------------------------------------------------------------------------------------------------
+# --- damaged files ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
@@ -318,7 +318,7 @@ def test_a_file_that_was_cut_off_is_refused(kind, part, tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(FileFormatError) as caught:
-        open_found(path)
+        open_checkpoint(path)
     assert path.name in str(caught.value)
 
 
@@ -328,7 +328,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
     content[content.index(torch.arange(1000.0).numpy().tobytes()) + 500] ^= 1
     path.write_bytes(content)
     with pytest.raises(FileFormatError, match="checksum"):
-        open_found(path)
+        open_checkpoint(path)
 
 
 def test_every_damaged_byte_is_an_error_or_harmless(tmp_path):
@@ -338,36 +338,36 @@ def test_every_damaged_byte_is_an_error_or_harmless(tmp_path):
     for i in range(0, len(content), 7):
         path.write_bytes(content[:i] + bytes([content[i] ^ 0x55]) + content[i + 1 :])
         try:
-            found = open_found(path)
+            contents = open_checkpoint(path)
         except DdpmxError:
             continue
-        assert all(torch.equal(tensor, torch.arange(4.0)) for tensor in found.tensors.values())
+        assert all(torch.equal(tensor, torch.arange(4.0)) for tensor in contents.tensors.values())
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     with pytest.raises(FileFormatError, match=r"a\.b"):
-        open_found(saved(tmp_path, {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}))
+        open_checkpoint(saved(tmp_path, {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}))
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_what_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(FileFormatError, match="neither a torch file"):
-        open_found(tmp_path / "model.pt")
+        open_checkpoint(tmp_path / "model.pt")
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(FileFormatError, match="nothing there"):
-        open_found(tmp_path / "missing.pt")
+        open_checkpoint(tmp_path / "missing.pt")
     with pytest.raises(FileFormatError, match="no checkpoint in this folder"):
-        open_found(tmp_path)
+        open_checkpoint(tmp_path)
 
 
 def test_a_folder_of_several_files_is_not_guessed_at(tmp_path):
     for name in ("ema.pt", "raw.pt"):
         torch.save(WEIGHTS, tmp_path / name)
     with pytest.raises(FileFormatError, match="several checkpoints") as caught:
-        open_found(tmp_path)
+        open_checkpoint(tmp_path)
     assert "ema.pt, raw.pt" in str(caught.value)
 
 
@@ -375,11 +375,11 @@ def test_a_folder_of_several_files_is_not_guessed_at(tmp_path):
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.pt")
     with pytest.raises(FileFormatError, match="neither a file nor a folder"):
-        open_found(tmp_path / "model.pt")
+        open_checkpoint(tmp_path / "model.pt")
 
 
-def test_nobody_s_checkpoint_is_said_so(tmp_path):
-    with pytest.raises(FileFormatError, match="nobody's checkpoint") as caught:
+def test_a_checkpoint_of_an_unknown_project_is_refused(tmp_path):
+    with pytest.raises(FileFormatError, match="a checkpoint of no project that ddpmx knows") as caught:
         import_checkpoint(saved(tmp_path, WEIGHTS))
     assert "a.weight" in str(caught.value)
 
@@ -413,24 +413,24 @@ def folder_of(folder: Path, *names: str) -> Path:
     ],
 )
 def test_plain_weights_come_before_their_variants(names, taken, tmp_path):
-    found = open_found(folder_of(tmp_path, *names))
-    assert found.file.name == f"diffusion_pytorch_model.{taken}"
-    assert found.tensors["a"].item() == len(taken)
+    contents = open_checkpoint(folder_of(tmp_path, *names))
+    assert contents.file.name == f"diffusion_pytorch_model.{taken}"
+    assert contents.tensors["a"].item() == len(taken)
 
 
 @pytest.mark.parametrize("names", [("non_ema.safetensors",), ("fp16.bin", "ema.safetensors")], ids=len)
 def test_variants_alone_are_not_guessed_at(names, tmp_path):
     with pytest.raises(FileFormatError, match="only variants") as caught:
-        open_found(folder_of(tmp_path, *names))
+        open_checkpoint(folder_of(tmp_path, *names))
     assert "name one of them" in str(caught.value)
     for name in names:
-        found = open_found(tmp_path / f"diffusion_pytorch_model.{name}")
-        assert (found.kind, found.path) == ("folder", tmp_path)
-        assert (found.tensors["a"].item(), found.config["_class_name"]) == (len(name), "UNet2DModel")
+        contents = open_checkpoint(tmp_path / f"diffusion_pytorch_model.{name}")
+        assert (contents.kind, contents.path) == ("folder", tmp_path)
+        assert (contents.tensors["a"].item(), contents.config["_class_name"]) == (len(name), "UNet2DModel")
 
 
 @pytest.mark.parametrize(
-    ("inside", "name", "told"),
+    ("inside", "name", "source"),
     [
         (".", "bin", "diffusion_pytorch_model.bin"),
         ("unet", "safetensors", "unet/diffusion_pytorch_model.safetensors"),
@@ -438,15 +438,15 @@ def test_variants_alone_are_not_guessed_at(names, tmp_path):
         ("unet", "fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors, the variant fp16"),
     ],
 )
-def test_it_is_told_which_weights_are_taken(inside, name, told, tmp_path, monkeypatch):
+def test_the_facts_say_which_weights_are_taken(inside, name, source, tmp_path, monkeypatch):
     facts: list[tuple[str, object, str]] = []
-    monkeypatch.setattr(Inquiry, "fact", lambda _, *fact: facts.append(fact))
+    monkeypatch.setattr(SettingsResolver, "add_fact", lambda _, *fact: facts.append(fact))
     for part in ("read_network", "read_chain", "rows", "unet_shapes", "to_ours"):
         monkeypatch.setattr(diffusers, part, lambda *_, **__: None)
-    monkeypatch.setattr(Inquiry, "done", lambda *_: None)
+    monkeypatch.setattr(SettingsResolver, "finish", lambda *_: None)
     folder_of(tmp_path / inside, name)
-    diffusers.read(open_found(tmp_path), Options())
-    assert facts == [("weights", 1, told)]
+    diffusers.read(open_checkpoint(tmp_path), Options())
+    assert facts == [("weights", 1, source)]
 
 
 def test_weights_in_parts_are_refused(tmp_path):
@@ -455,7 +455,7 @@ def test_weights_in_parts_are_refused(tmp_path):
     save_file({"a": torch.ones(1)}, part)
     for path in (folder, part):
         with pytest.raises(FileFormatError, match="split over several files"):
-            open_found(path)
+            open_checkpoint(path)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_weights_in_parts_are_refused(tmp_path):
 def test_without_huggingface_hub_an_id_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(BackendError, match="not installed"):
-        open_found("hf:google/ddpm-cifar10-32")
+        open_checkpoint("hf:google/ddpm-cifar10-32")
 
 
 @pytest.mark.parametrize(
@@ -483,4 +483,4 @@ def test_the_hub_s_plain_weights_are_downloaded(names, taken, tmp_path, monkeypa
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    assert open_found("hf:somebody/something").file.name == f"diffusion_pytorch_model.{taken}"
+    assert open_checkpoint("hf:somebody/something").file.name == f"diffusion_pytorch_model.{taken}"

@@ -47,18 +47,18 @@ def good(**changes: object) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_tensors_have_the_values_that_tensorflow_gave_them(name):
-    told = TYPES[name]
+    expected = TYPES[name]
     read = TensorBundle(FIXTURES / "types.ckpt-12").read(name)
-    assert read.dtype == np.dtype("f4" if told["dtype"] == "bfloat16" else told["dtype"])
-    assert list(read.shape) == told["shape"]
+    assert read.dtype == np.dtype("f4" if expected["dtype"] == "bfloat16" else expected["dtype"])
+    assert list(read.shape) == expected["shape"]
     wide = np.int64 if read.dtype.kind in "iub" else np.float64
-    np.testing.assert_array_equal(read.astype(wide).reshape(-1), np.array(told["values"], wide), strict=True)
+    np.testing.assert_array_equal(read.astype(wide).reshape(-1), np.array(expected["values"], wide), strict=True)
 
 
 def test_every_element_type_and_data_file_of_the_fixture_is_used():
     bundle = TensorBundle(FIXTURES / "types.ckpt-12")
     assert {entry.shard for entry in bundle.entries.values()} == {0, 1, 2}
-    assert {told["dtype"] for told in TYPES.values()} == {
+    assert {expected["dtype"] for expected in TYPES.values()} == {
         *("float16", "bfloat16", "float32", "float64", "bool"),
         *("int8", "int16", "int32", "int64", "uint8", "uint16"),
     }
@@ -237,9 +237,9 @@ HOSTILE = {
     "a block of nothing": (table([b""]), "without an end"),
     "an entry that is no message": (table([block([BEGIN, (b"w", b"\xff\xff")])]), "inside a number"),
     "a header that is no message": (table([block([(b"", b"\x0f")])]), "not a whole index"),
-    "a number for a shape": (table([block([BEGIN, (b"w", field(2, 5))])]), "a number where a message"),
+    "a number for a shape": (table([block([BEGIN, (b"w", field(2, 5))])]), "a number in place of a message"),
     "empty": (b"", "empty"),
-    "something else": (b"PK" + bytes(100), "does not end as one"),
+    "something else": (b"PK" + bytes(100), "does not end with the magic number"),
     "the footer alone": (table([])[-48:], "beyond its end"),
 }
 
@@ -297,12 +297,12 @@ def structured(rng: random.Random) -> tuple[bytes, bytes]:
 
     items, at = [(b"", header(number(0, 1), big_endian=1 in changed, min_consumer=number(2, 0)))], 0
     for i, (array, dtype) in enumerate(zip(arrays, (1, 9, 19), strict=True)):
-        told = {
+        declared = {
             "dtype": number(3 + 4 * i, dtype),
             "offset": number(4 + 4 * i, at),
             "size": number(5 + 4 * i, array.nbytes),
         }
-        items.append((b"w%d" % i, entry(array.tobytes(), (number(6 + 4 * i, array.size),), **told)))
+        items.append((b"w%d" % i, entry(array.tobytes(), (number(6 + 4 * i, array.size),), **declared)))
         at += array.nbytes
     handles = None
     if 15 in changed:

@@ -1,0 +1,74 @@
+"""`ddpmx info`: what it shows of each kind of file, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from oracles.conditioning import CLASSES, KINDS
+
+
+def test_an_onnx_file_is_described(ddpmx, gaussian_onnx):
+    done = ddpmx("info", gaussian_onnx)
+    assert done.code == 0
+    for part in ("ONNX", "8×8", "T = 1000", "linear", "eps", "fp32", "opset"):
+        assert part in done.out
+    values = json.loads(ddpmx("info", gaussian_onnx, "--json").out)
+    assert values["spec"]["shape"] == [3, 8, 8]
+    assert values["inputs"] == {"x": "float32 ['batch', 3, 8, 8]", "t": "int32 ['batch']"}
+
+
+def test_no_library_is_needed(gaussian_onnx):
+    """Neither one that runs models nor one for a GPU."""
+    code = """
+import sys
+for name in ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "polygraphy", "matplotlib"):
+    sys.modules[name] = None
+from ddpmx_cli.main import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "info", str(gaussian_onnx)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8×8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b"PK\x03\x04" + bytes(50), "neither"),
+        (b"vtrt" + bytes(10), "not a valid TensorRT plan"),
+        (b"\x08\x0a\x3a\xff", "not a valid ONNX"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(refused, tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "model").write_bytes(content)
+    assert message in refused("info", tmp_path / "model")
+
+
+def test_the_version_of_a_foreign_plan_is_shown(ddpmx, tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"ftrt" + bytes(20) + bytes([10, 3, 0, 26]) + bytes(100))
+    done = ddpmx("info", tmp_path / "model.plan")
+    assert done.code == 0
+    assert "TensorRT 10.3.0.26" in done.out
+    assert "does not say" in done.out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditioning_inputs_are_listed(ddpmx, conditioned_onnx, kind):
+    out = " ".join(ddpmx("info", conditioned_onnx(kind)).out.split())
+    assert (f"classes: {CLASSES}, 0…{CLASSES - 1}" in out) == (kind in ("classes", "all"))
+    assert ("x̂_0 of the step before" in out) == (kind in ("itself", "all"))
+    assert ("condition: 2 channels" in out) == (kind in ("condition", "all"))
+
+
+def test_an_array_of_betas_is_named(ddpmx, conditioned_onnx):
+    betas = np.linspace(0.01, 0.3, 20)
+    path = conditioned_onnx("itself", schedule="betas", betas=betas)
+    assert "T = 20, an array of β (CRC " in ddpmx("info", path).out
