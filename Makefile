@@ -35,6 +35,7 @@ pytest: $(VENV)/.dev ## the tests, in two processes
 others: ## what needs no torch on the other Pythons (OTHER_PYTHONS)
 	@for version in $(OTHER_PYTHONS); do PYTHON="$(PYTHON)" sh .ci/other-python "$$version" || exit 1; done
 
+# Not --quiet: mkdocs then counts no warnings, and a dead link would pass.
 docs: $(VENV)/.docs ## the documentation as a web site, in build/docs; a dead link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

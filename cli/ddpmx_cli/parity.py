@@ -117,7 +117,7 @@ def _engine(file: Path) -> dict[str, Any] | None:
 
 def summary(reference: Reference) -> str:
     """A record's content in a few words."""
-    images = "real images" if reference.real else "images of its own"
+    images = "real images" if reference.real else "generated images"
     return f"{reference.made_with}, {len(reference.t)} timesteps of {len(reference.x0)} {images}"
 
 

@@ -40,7 +40,9 @@ class TorchBackend:
             outputs = self._network(conditioning.pop("x"), conditioning.pop("t"), **conditioning)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             if len(outputs) < len(self._outputs):
-                raise BackendError("the network gives no variance", note="the spec declares one as its second output")
+                raise BackendError(
+                    "the network has no variance output", note="the spec declares one as its second output"
+                )
             for buffer, output in zip(self._outputs, outputs, strict=False):
                 buffer.copy_(output)
         except (RuntimeError, MemoryError) as error:

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """A model file, ready to run. A context manager. For one thread: others get theirs by :meth:`share`.
+    """A model file, ready to run. A context manager. For one thread; :meth:`share` makes one for another.
 
     Attributes:
-        spec: what the file says about itself.
+        spec: the model.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, *, executor: str = "auto") -> None:
@@ -65,12 +65,12 @@ class Pipeline:
 
     @property
     def backend(self) -> str:
-        """What really computes the network, for people; on a GPU, after a chain, by which executor."""
+        """What computes the network: library, version and device; on a GPU, after a chain, the executor too."""
         return self._runner.description
 
     @property
     def default_batch(self) -> int:
-        """How many images run at once if nothing is said: 1…16, fewer the larger they are. The file alone decides."""
+        """How many images run at once by default: 1…16, fewer if they are large. It depends on the file alone."""
         return fitting_batch(self._runner.batches, requests.default_batch(self.spec))
 
     def __enter__(self) -> Pipeline:
@@ -82,24 +82,24 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """Free everything but what :meth:`share` has given to others. The pipeline cannot be used afterwards.
+        """Free everything that is not shared with others. The pipeline cannot be used afterwards.
 
         Raises:
-            InputError: it is at work: this was called from within one of its callbacks, or from another thread.
+            InputError: it is running a chain: this was called from one of its callbacks, or from another thread.
         """
         if self._busy:
-            raise InputError("the pipeline is at work", hint="close it when it is done; cancel ends a chain")
+            raise InputError("the pipeline is running a chain", hint="close it afterwards; cancel ends a chain")
         self._closed = True
         self._closing()
 
     def share(self) -> Pipeline:
-        """Another pipeline on the same opened file, for another thread: the weights are in memory once.
+        """Another pipeline on the same open file, for another thread. The weights are in memory once.
 
-        Each is closed by its own; the file is let go of with the last. Images are the same in all of them.
+        Each has to be closed; the file is closed with the last. All give the same images.
 
         Raises:
             InputError: this one is closed.
-            BackendError: the library runs in one thread only, or its memory does not suffice.
+            BackendError: the library runs in one thread only, or there is not enough memory.
         """
         self._check_open()
         other = object.__new__(Pipeline)
@@ -130,12 +130,12 @@ class Pipeline:
         sampling: Sampling | None = None,
         **options: Unpack[SamplingOptions],
     ) -> int:
-        """See that :meth:`generate` would take these numbers, before anything is prepared for them.
+        """Check the arguments of :meth:`generate`, before anything is prepared for them.
 
-        ``labels`` are checked if there are any; whether there have to be, :meth:`generate` sees.
+        ``labels`` are checked if they are passed; that they are missing is found by :meth:`generate`.
 
         Returns:
-            ``batch``, or the default in its place; or less, or more, if a plan takes none but that.
+            ``batch``, or its default; or another one, if that is all that a plan takes.
 
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
@@ -280,7 +280,7 @@ class Pipeline:
             NumPy array.
 
         Raises:
-            InputError: a number out of its range, an array that does not fit, or the pipeline is at work already.
+            InputError: a number out of its range, an array that does not fit, or the pipeline is already running a chain.
             Cancelled: ``cancel`` returned True. What ``out`` holds then is undefined, as after every error.
             NumericError: the network's output was not finite.
             BackendError: the network could not be run.
@@ -291,12 +291,12 @@ class Pipeline:
         n, batch, table = request.n, request.batch, request.table
         if x is None and request.sampling.start is not None:
             raise InputError(
-                f"a chain that starts at t = {request.sampling.start} needs the states that it starts from",
-                note="x_T alone can be drawn without a network",
+                f"missing x: a chain that starts at t = {request.sampling.start} needs its states there",
+                note="only x_T can be drawn without the network",
                 hint=f"x: float32 [{n}, {channels}, {height}, {width}], x_t at that t",
             )
         if on_device and out is not None:
-            raise InputError("on_device makes the array for the images, and out gives one")
+            raise InputError("on_device allocates the array for the images, but out was passed too")
         total, size = -(-n // batch) * len(table), channels * height * width
         with ExitStack() as stack:
             stack.enter_context(self._work())
@@ -314,9 +314,11 @@ class Pipeline:
             else:
                 result = target = np.empty((n, height, width, channels), np.uint8)
             if start is not None and out is not None and overlap(start, 4 * n * size, target, n * size):
-                raise InputError("x and out share memory", hint="an array of its own for out")
+                raise InputError("x and out share memory", hint="pass another array as out")
             if preview is not None and isinstance(target, int):
-                raise InputError("preview needs the images on the host", hint="no on_device, and out in host memory")
+                raise InputError(
+                    "preview needs the images in host memory", hint="leave on_device out, or pass an out there"
+                )
             for number, (at, indices) in enumerate(request.batches()):
                 part, done = slice(at, at + len(indices)), number * len(table)
                 job = Job(
@@ -362,13 +364,13 @@ class Pipeline:
         conditioning = requests.merge_conditioning(conditioning, labels, cond)
         if sampling.start is not None:
             raise InputError(
-                f"stream begins with x_T, and not at t = {sampling.start}",
-                hint="generate(…, x=…, start=…, preview=…) shows a chain from states of your own",
+                f"stream begins with x_T, not at t = {sampling.start}",
+                hint="generate(…, x=…, start=…, preview=…) shows a chain from your own states",
             )
         request = self._request(n, seed, first, batch, sampling)
         batch = max(request.n, request.batch)
         if batch > (largest := self._request(n, seed, first, batch, sampling).batch):
-            raise InputError(f"{n} images cannot be watched together", note=f"the plan takes {largest} at most")
+            raise InputError(f"{n} images cannot be streamed together", note=f"the plan takes at most {largest}")
         ((_, indices),) = request.batches(batch)
         with ExitStack() as stack:
             after: list[int] = []
@@ -382,8 +384,8 @@ class Pipeline:
                 self._check_open()
                 if turn != self._turn:
                     raise InputError(
-                        "another chain was begun in this pipeline, which ends this one",
-                        hint="pipeline.share() makes a pipeline for it",
+                        "another chain was started in this pipeline, which ended this one",
+                        hint="run it in a pipeline of its own: pipeline.share()",
                     )
                 with self._work(again=True):
                     step = next(steps)
@@ -394,10 +396,11 @@ class Pipeline:
 
     @contextmanager
     def _work(self, *, again: bool = False) -> Iterator[None]:
-        """One chain at a time: the buffers are the same for all. A new one, unless ``again``, ends what was watched."""
+        """One chain at a time, since all use the same buffers. A new chain, unless ``again``, ends a stream."""
         if self._busy:
             raise InputError(
-                "the pipeline is at work already", hint="pipeline.share() makes one for another thread or a callback"
+                "the pipeline is already running a chain",
+                hint="pipeline.share() gives another thread or a callback one of its own",
             )
         self._busy = True
         self._turn += not again
@@ -417,7 +420,7 @@ class Pipeline:
         pixels: NDArray[np.uint8],
         preview: Callable[[Preview], None],
     ) -> None:
-        """The chain with the host looking on after every step."""
+        """Run a chain with a preview after every step."""
         with closing(self._runner.steps(job, x=x)) as steps:
             for done in range(len(job.table)):
                 if job.cancel is not None and job.cancel():
@@ -463,7 +466,9 @@ class Pipeline:
         seen: View = stack.enter_context(view(thing, writable=writable))
         driver = self._runner.driver
         if seen.on_device and driver is None:
-            raise InputError(f"{what} is in GPU memory, but the chain runs on the CPU", hint="copy it to the host first")
+            raise InputError(
+                f"{what} is in GPU memory, but the chain runs on the CPU", hint="copy it to the host first"
+            )
         expect(seen, shape, dtype, what, driver=driver)
         if not seen.on_device:
             array = seen.numpy()
@@ -493,7 +498,7 @@ def load(
             one together with ``spec``.
         spec: for an ONNX file that does not describe itself.
         providers: ONNX Runtime's execution providers, for an ONNX file: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
-        fallback: whether another provider than the first may do the work.
+        fallback: whether another provider than the first may be used.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         executor: how a chain runs on a GPU, one of :data:`ddpmx.backends.base.EXECUTORS`; ``auto``: the fastest that works.
         trust_host_code: whether a plan may hold code for the CPU, which loading it runs.

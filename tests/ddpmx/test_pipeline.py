@@ -159,9 +159,9 @@ def test_where_the_company_could_be_felt_it_is_made_the_same(sways, executed):
     for n, first in ((3, 4), (1, 7), (6, 0), (5, 2)):
         drawn = pipeline.generate(n, seed=1, first=first, steps=5, batch=4)
         np.testing.assert_array_equal(drawn, whole[first : first + n])
-    backend.asked.clear()  # by now the pipeline knows how this backend sways
+    backend.calls.clear()  # by now the pipeline knows how this backend sways
     pipeline.generate(7, steps=5, batch=4)
-    assert {batch for _, batch in backend.asked} == executed
+    assert {batch for _, batch in backend.calls} == executed
 
 
 def test_the_toys_do_sway():
@@ -181,9 +181,9 @@ def test_where_the_company_cannot_be_felt_nothing_is_filled_up():
     backend = ToyBackend()
     pipeline = Pipeline(gaussian.SPEC, backend)
     pipeline.generate(5, steps=2, batch=3)
-    backend.asked.clear()
+    backend.calls.clear()
     pipeline.generate(5, steps=2, batch=3)
-    assert backend.asked == [(999, 3), (0, 3), (999, 2), (0, 2)]
+    assert backend.calls == [(999, 3), (0, 3), (999, 2), (0, 2)]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_stream_can_be_left_early():
     for preview in pipeline.stream(1, steps=10):
         if preview.t < 500:
             break
-    assert backend.asked[-1][0] == preview.t  # nothing was computed that was not looked at
+    assert backend.calls[-1][0] == preview.t  # nothing was computed that was not looked at
     assert preview.t == 444
     assert pipeline.generate(1, steps=3).shape == (1, 8, 8, 3)  # and the pipeline is still of use
 
@@ -265,11 +265,11 @@ def test_a_chain_with_a_start_needs_its_states():
         next(pipeline.stream(2, steps=3, start=500))
     with pytest.raises(InputError, match=r"501(.|\n)*500 and 999"):
         pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=501)
-    assert backend.asked == []
+    assert backend.calls == []
     pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=500)  # which also learns how it sways
-    backend.asked.clear()
+    backend.calls.clear()
     pipeline.generate(2, x=np.zeros((2, 3, 8, 8), np.float32), steps=3, start=500)
-    assert backend.asked == [(500, 2), (0, 2)]
+    assert backend.calls == [(500, 2), (0, 2)]
 
 
 def test_progress_counts_all_steps_of_all_batches(toy):
@@ -299,8 +299,8 @@ def test_previews_of_a_padded_batch_have_no_padding():
 def test_cancelling_stops_before_the_next_step(after):
     backend = ToyBackend()
     with pytest.raises(Cancelled):
-        Pipeline(gaussian.SPEC, backend).generate(2, batch=1, steps=5, cancel=lambda: len(backend.asked) >= after)
-    assert len(backend.asked) == after
+        Pipeline(gaussian.SPEC, backend).generate(2, batch=1, steps=5, cancel=lambda: len(backend.calls) >= after)
+    assert len(backend.calls) == after
 
 
 def test_an_answer_that_is_no_number_ends_the_drawing():
@@ -363,7 +363,7 @@ def test_numbers_out_of_range_are_refused_before_any_work(call):
         pipeline.generate(**call)
     with pytest.raises(InputError):
         list(pipeline.stream(**call))
-    assert backend.asked == []
+    assert backend.calls == []
 
 
 def test_an_unknown_variance_is_refused(toy):

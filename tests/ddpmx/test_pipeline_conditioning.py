@@ -114,7 +114,7 @@ def test_conditioning_that_does_not_fit_is_refused(kind, options, message):
         backend = ToyBackend()
         with Pipeline(TOY[kind], backend) as p, pytest.raises(InputError, match=message):
             run(p)
-        assert backend.asked == []
+        assert backend.calls == []
 
 
 def test_labels_are_checked_before_anything_is_prepared():

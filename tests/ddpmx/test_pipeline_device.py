@@ -129,7 +129,7 @@ def test_a_batch_larger_than_the_plan_s_is_split(plan, module):
     with ddpmx.load(plan) as pipeline:
         assert pipeline.check_request(20, batch=20) == 8
         assert pipeline.generate(20, seed=5, steps=STEPS, batch=20).tobytes() == expected(range(20)).tobytes()
-        with pytest.raises(InputError, match="9 images cannot be watched together"):
+        with pytest.raises(InputError, match="9 images cannot be streamed together"):
             next(pipeline.stream(9, steps=STEPS))
 
 
@@ -333,13 +333,13 @@ def test_a_new_chain_ends_a_watched_one(open_it):
     with open_it() as pipeline:
         first, second = pipeline.stream(1, steps=STEPS), pipeline.stream(1, seed=1, steps=STEPS)
         next(first), next(second)
-        with pytest.raises(InputError, match="another chain was begun"):
+        with pytest.raises(InputError, match="another chain was started"):
             next(first)
         assert len(list(second)) == STEPS - 1
         third = pipeline.stream(1, steps=STEPS)
         next(third)
         pipeline.generate(1, steps=STEPS)
-        with pytest.raises(InputError, match="another chain was begun"):
+        with pytest.raises(InputError, match="another chain was started"):
             next(third)
 
 
@@ -366,7 +366,7 @@ def test_callbacks_cannot_begin_another_chain_or_close(open_it, name):
         wanted = pipeline.generate(2, seed=5, steps=STEPS)
         assert pipeline.generate(2, seed=5, steps=STEPS, **{name: again}).tobytes() == wanted.tobytes()
     assert refused
-    assert set(refused) == {"the pipeline is at work already", "the pipeline is at work"}
+    assert set(refused) == {"the pipeline is already running a chain", "the pipeline is running a chain"}
 
 
 def test_a_preview_s_arrays_belong_to_the_callback(open_it):

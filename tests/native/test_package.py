@@ -19,7 +19,7 @@ from conftest import GAUSSIAN_ONNX
 from native.conftest import ROOT, SOURCE, tool
 
 CONSUMER = SOURCE / "tests" / "consumer"
-VERSION = "0.1.0"
+VERSION = ddpmx.__version__
 README = (SOURCE / "README.md").read_text(encoding="utf-8")
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wconversion", "-Wshadow", "-pedantic"]
 
@@ -100,7 +100,7 @@ def test_found_by_cmake(prefix, wanted, ort_library, tmp_path, compilers, standa
 
 def test_another_version_is_refused(prefix, tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.18)\nproject(other LANGUAGES CXX)\nfind_package(ddpmx 0.2 REQUIRED)\n"
+        "cmake_minimum_required(VERSION 3.18)\nproject(other LANGUAGES CXX)\nfind_package(ddpmx 9.9 REQUIRED)\n"
     )
     done = subprocess.run(
         [tool("cmake"), "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={prefix}"],
@@ -108,7 +108,7 @@ def test_another_version_is_refused(prefix, tmp_path):
         text=True,
     )
     assert done.returncode != 0
-    assert "ddpmxConfig.cmake, version: 0.1.0" in done.stderr
+    assert f"ddpmxConfig.cmake, version: {VERSION}" in done.stderr
 
 
 def test_found_by_pkg_config(prefix, wanted, ort_library, tmp_path):

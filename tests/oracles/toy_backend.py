@@ -33,7 +33,7 @@ class ToyBackend:
     ) -> None:
         self.poison, self.sways, self.v = poison, sways, v
         self.poisoned, self.swaying = poisoned, swaying
-        self.asked: list[tuple[int, int]] = []
+        self.calls: list[tuple[int, int]] = []
         """(t of the first image, executed batch) of each call."""
         self.closed = 0
         self._slope, self._offset = gaussian.coefficients(gaussian.SPEC.make_schedule())
@@ -43,7 +43,7 @@ class ToyBackend:
 
     def enqueue(self) -> None:
         x, t, out = self.buffers.x, self.buffers.t, self.buffers.out
-        self.asked.append((int(t[0]), len(x)))
+        self.calls.append((int(t[0]), len(x)))
         slope, offset = (c[t][:, None, None, None] for c in (self._slope, self._offset))
         out[...] = slope * x - offset * gaussian.MU
         out += conditioning.effect(self.buffers.inputs())

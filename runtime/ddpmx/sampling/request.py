@@ -1,4 +1,4 @@
-"""What is asked of a model: how many images, of which seed, sampled and conditioned how. Checked here and nowhere else.
+"""A request: how many images, of which seed, with which sampling and conditioning. Checked here and nowhere else.
 
 Whatever draws images (the pipeline, the command line, the benchmark) makes a :class:`Request` by :func:`check_request`, or
 calls :func:`check_batch`, and so all refuse the same things in the same words.
@@ -26,7 +26,7 @@ DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
 """16 images at once, fewer of more than 500×500 pixels."""
 
 MAX_RESULT_BYTES = 1 << 36
-"""64 GiB of images in one request is a mistake; draw them in parts with ``first``."""
+"""More than 64 GiB of images in one request is a mistake; draw them in parts with ``first``."""
 
 MAX_BATCH_ELEMENTS = 1 << 25
 """n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
@@ -65,7 +65,7 @@ class Sampling:
             SpecError: as there.
         """
         if self.variance == "learned_range" and spec.variance != "learned_range":
-            raise InputError("the network gives no variance", note=f"the file says {spec.variance!r}")
+            raise InputError("the network has no variance output", note=f"the file says {spec.variance!r}")
         return make_table(
             spec.make_schedule() if schedule is None else schedule,
             spec.prediction,
@@ -91,7 +91,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What each image is to be of, for models that have classes or take a condition.
+    """The conditioning of the images, for models that have classes or take a condition.
 
     Attributes:
         labels: the class of each image, whole numbers [n], or one for all; on the host.
@@ -132,10 +132,10 @@ class Request:
 
 
 def merge_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampling:
-    """One :class:`Sampling` of either spelling.
+    """One :class:`Sampling`, from an object or from keywords.
 
     Raises:
-        InputError: both were used.
+        InputError: both were passed.
         TypeError: an option that does not exist.
     """
     if sampling is None:
@@ -148,7 +148,7 @@ def merge_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampl
 
 
 def merge_conditioning(conditioning: Conditioning | None, labels: Labels | None, cond: AnyArray | None) -> Conditioning:
-    """One :class:`Conditioning` of either spelling.
+    """One :class:`Conditioning`, from an object or from keywords.
 
     Raises:
         InputError: both were used.
@@ -197,7 +197,7 @@ def check_request(
             raise InputError(f"{name} must be a whole number from {least} to 2**32, not {value!r}")
     n, first, batch = int(n), int(first), int(batch)
     if first + n > MAX_IMAGE + 1:
-        raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} leads past that")
+        raise InputError(f"images are numbered 0…2**32 - 1, and {first} + {n} is beyond that")
     channels, height, width = spec.shape
     if n * channels * height * width > MAX_RESULT_BYTES:
         raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
@@ -207,7 +207,7 @@ def check_request(
 
 
 def check_batch(spec: ModelSpec, batch: int) -> None:
-    """See that a batch fits into memory.
+    """Check that a batch fits into memory.
 
     Raises:
         InputError: it does not.
@@ -223,11 +223,11 @@ def largest_batch(spec: ModelSpec) -> int:
 
 
 def default_batch(spec: ModelSpec) -> int:
-    """How many images run at once if nothing is said: 1…16, fewer the larger they are."""
+    """How many images run at once by default: 1…16, fewer if they are large."""
     return int(np.clip(DEFAULT_BATCH_ELEMENTS // _elements(spec), 1, DEFAULT_BATCH))
 
 
 def _elements(spec: ModelSpec) -> int:
-    """Of an image, or of its condition if that is larger."""
+    """The elements of an image, or of its condition if that is larger."""
     channels, height, width = spec.shape
     return max(channels, spec.condition or 0) * height * width

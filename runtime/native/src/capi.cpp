@@ -161,7 +161,7 @@ ddpmx_status ddpmx_open(const char *path, const ddpmx_open_options *options, ddp
 ddpmx_status ddpmx_close(ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
   return guarded([&] {
     if (pipeline && pipeline->inside->running != 0) {
-      throw Failure(DDPMX_BUSY, "the pipeline is at work", "", "close it when it is done; the callback ends a chain");
+      throw Failure(DDPMX_BUSY, "the pipeline is running a chain", "", "close it when it is done; the callback ends a chain");
     }
     delete pipeline;
   });

@@ -138,7 +138,7 @@ Pipeline::Numbers Pipeline::checked(const ddpmx_request &request) const {
   output_size(request.n);
   if (request.first >= kImages || request.first + request.n > kImages) {
     throw Failure(DDPMX_INPUT, "images are numbered 0…2**32 - 1, and " + std::to_string(request.first) + " + " +
-                                   std::to_string(request.n) + " leads past that");
+                                   std::to_string(request.n) + " is beyond that");
   }
   if (batch > kImages || batch * largest_image(spec_) > kBatchElements) {
     throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + sides(spec_) + " at once do not fit into memory", "",
@@ -162,7 +162,7 @@ Table Pipeline::table(const ddpmx_request &request) const {
                     "one of: fixed_small, fixed_large, learned_range");
     }
     if (*named == Variance::learned_range && spec_.variance != Variance::learned_range) {
-      throw Failure(DDPMX_INPUT, "the network gives no variance", "the file says " + in_quotes(name_of(spec_.variance)));
+      throw Failure(DDPMX_INPUT, "the network has no variance output", "the file says " + in_quotes(name_of(spec_.variance)));
     }
     variance = *named;
   }

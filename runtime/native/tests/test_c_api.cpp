@@ -241,8 +241,8 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = 0; });
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = UINT64_MAX; });
   refused(DDPMX_INPUT, "do not fit into memory", [](R r, S, S) { r.n = uint64_t{1} << 32; });
-  refused(DDPMX_INPUT, "leads past that", [](R r, S, S) { r.first = 0xFFFFFFFF; });
-  refused(DDPMX_INPUT, "leads past that", [](R r, S, S) { r.first = UINT64_MAX; });
+  refused(DDPMX_INPUT, "is beyond that", [](R r, S, S) { r.first = 0xFFFFFFFF; });
+  refused(DDPMX_INPUT, "is beyond that", [](R r, S, S) { r.first = UINT64_MAX; });
   refused(DDPMX_INPUT, "at once do not fit", [](R r, S, S) { r.batch = UINT64_MAX; });
   refused(DDPMX_INPUT, "there is no sampler", [](R r, S, S) { r.sampler = "euler"; });
   refused(DDPMX_INPUT, "there is no spacing", [](R r, S, S) { r.spacing = "karras"; });

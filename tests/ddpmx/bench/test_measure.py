@@ -148,7 +148,7 @@ def test_the_host_s_chain_is_measured_step_by_step_beside_the_network(clock):
 def test_the_network_alone_runs_at_the_chain_s_timesteps_and_does_not_change_the_chain(clock):
     backend = Slow(clock, itertools.repeat(1))
     cell = measure_host(backend, SPEC, 2, QUICK, clock=clock)
-    measured = backend.asked[-2 * cell.steps :]
+    measured = backend.calls[-2 * cell.steps :]
     assert measured == [(t, 2) for t in (999, 998, 997, 996, 995) for _ in range(2)]
     with pytest.raises(NumericError):  # the measured chain is a real one, which checks the outputs
         measure_host(Slow(clock, itertools.repeat(1), poison=(997, np.nan)), SPEC, 1, QUICK, clock=clock)

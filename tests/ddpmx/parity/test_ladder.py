@@ -158,7 +158,7 @@ def test_the_batch_changes_no_check_of_an_exact_backend(reference, batch):
 def test_only_the_free_chain_may_exceed_the_batch(reference, batch):
     backend = ToyBackend()
     run_ladder(backend, SPEC, reference, batch=batch)
-    assert {size for _, size in backend.asked} == {1, batch, len(reference.final)}
+    assert {size for _, size in backend.calls} == {1, batch, len(reference.final)}
 
 
 @pytest.mark.parametrize("batch", [0, -1, 1 << 17])
@@ -175,7 +175,7 @@ def test_progress_counts_to_its_total(request, what, batch):
     run_ladder(backend, SPEC, record, batch=batch, progress=lambda done, total: calls.append((done, total)))
     total = calls[0][1]
     assert calls == [(i, total) for i in range(1, total + 1)]
-    assert len(backend.asked) == total
+    assert len(backend.calls) == total
 
 
 # --- each check can fail ----------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_the_chain_starts_from_the_initial_noise_and_continues_from_the_last_ste
         expected = chain.initial(3, np.arange(2), gaussian.SHAPE) if state is None else state
         np.testing.assert_array_equal(step.x, expected)
         state = step.x_next.copy()
-    assert [t for t, _ in backend.asked] == [999, 799, 599, 400, 200, 0]
+    assert [t for t, _ in backend.calls] == [999, 799, 599, 400, 200, 0]
     np.testing.assert_array_equal(state, step.x0)
 
 
@@ -117,7 +117,7 @@ def test_an_output_that_is_not_finite_is_named_with_its_step(value, at, number):
     with pytest.raises(NumericError, match=f"t = {at} ") as caught:
         list(walk(backend, toy_table(steps=6)))
     assert f"step {number} of 6" in str(caught.value)
-    assert backend.asked[-1][0] == at  # and nothing after it
+    assert backend.calls[-1][0] == at  # and nothing after it
 
 
 def test_the_next_step_is_computed_on_demand_only():
@@ -126,7 +126,7 @@ def test_the_next_step_is_computed_on_demand_only():
     next(steps)
     next(steps)
     steps.close()
-    assert len(backend.asked) == 2
+    assert len(backend.calls) == 2
 
 
 @pytest.mark.parametrize(

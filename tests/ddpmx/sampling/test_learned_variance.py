@@ -198,7 +198,7 @@ def test_a_variance_that_is_not_finite_is_named_with_its_step(value, at, number)
     with pytest.raises(NumericError, match=f"t = {at} ") as caught:
         list(walk(backend, toy_table(steps=6)))
     assert f"step {number} of 6" in str(caught.value)
-    assert backend.asked[-1][0] == at
+    assert backend.calls[-1][0] == at
 
 
 def test_a_fixed_variance_does_not_read_the_output_var():

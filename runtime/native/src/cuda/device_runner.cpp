@@ -89,7 +89,7 @@ std::string DeviceRunner::description() const {
 void DeviceRunner::run(const Job &job) {
   // only this thread can have stored its own id
   if (running_.load() == std::this_thread::get_id()) {
-    throw Failure(DDPMX_INPUT, "the pipeline is at work already",
+    throw Failure(DDPMX_INPUT, "the pipeline is already running a chain",
                   "a callback asks for a chain of the pipeline that calls it", "another pipeline of the same file");
   }
   const std::lock_guard<std::mutex> lock(mutex_);
