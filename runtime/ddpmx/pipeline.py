@@ -33,6 +33,23 @@ if TYPE_CHECKING:
     from ddpmx.arrays.device_array import DeviceArray
 
 
+class GenerateOptions(SamplingOptions, total=False):
+    """The keywords of :meth:`Pipeline.generate` that do not decide what it returns."""
+
+    seed: int
+    first: int
+    batch: int | None
+    labels: Labels | None
+    cond: AnyArray | None
+    x: AnyArray | None
+    stream: CudaStream | None
+    progress: Callable[[int, int], None] | None
+    cancel: Callable[[], bool] | None
+    preview: Callable[[int, Preview], None] | None
+    sampling: Sampling | None
+    conditioning: Conditioning | None
+
+
 class Pipeline:
     """A model file, ready to run. A context manager. For one thread; :meth:`share` makes one for another.
 
@@ -161,68 +178,17 @@ class Pipeline:
 
     @overload
     def generate(
-        self,
-        n: int,
-        *,
-        seed: int = ...,
-        first: int = ...,
-        batch: int | None = ...,
-        labels: Labels | None = ...,
-        cond: AnyArray | None = ...,
-        x: AnyArray | None = ...,
-        out: None = ...,
-        on_device: Literal[False] = ...,
-        stream: CudaStream | None = ...,
-        progress: Callable[[int, int], None] | None = ...,
-        cancel: Callable[[], bool] | None = ...,
-        preview: Callable[[int, Preview], None] | None = ...,
-        sampling: Sampling | None = ...,
-        conditioning: Conditioning | None = ...,
-        **options: Unpack[SamplingOptions],
+        self, n: int, *, out: None = ..., on_device: Literal[False] = ..., **options: Unpack[GenerateOptions]
     ) -> NDArray[np.uint8]: ...
 
     @overload
     def generate(
-        self,
-        n: int,
-        *,
-        seed: int = ...,
-        first: int = ...,
-        batch: int | None = ...,
-        labels: Labels | None = ...,
-        cond: AnyArray | None = ...,
-        x: AnyArray | None = ...,
-        out: None = ...,
-        on_device: Literal[True],
-        stream: CudaStream | None = ...,
-        progress: Callable[[int, int], None] | None = ...,
-        cancel: Callable[[], bool] | None = ...,
-        preview: None = ...,
-        sampling: Sampling | None = ...,
-        conditioning: Conditioning | None = ...,
-        **options: Unpack[SamplingOptions],
+        self, n: int, *, out: None = ..., on_device: Literal[True], **options: Unpack[GenerateOptions]
     ) -> DeviceArray: ...
 
     @overload
     def generate(
-        self,
-        n: int,
-        *,
-        seed: int = ...,
-        first: int = ...,
-        batch: int | None = ...,
-        labels: Labels | None = ...,
-        cond: AnyArray | None = ...,
-        x: AnyArray | None = ...,
-        out: Target,
-        on_device: Literal[False] = ...,
-        stream: CudaStream | None = ...,
-        progress: Callable[[int, int], None] | None = ...,
-        cancel: Callable[[], bool] | None = ...,
-        preview: Callable[[int, Preview], None] | None = ...,
-        sampling: Sampling | None = ...,
-        conditioning: Conditioning | None = ...,
-        **options: Unpack[SamplingOptions],
+        self, n: int, *, out: Target, on_device: Literal[False] = ..., **options: Unpack[GenerateOptions]
     ) -> Target: ...
 
     def generate(
