@@ -28,6 +28,33 @@ FASHION = TESTS.parent / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k
 GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
 
 
+HEAVIEST = (
+    "ddpm_export/importers/test_lucidrains.py",
+    "ddpm_export/importers/test_openai.py",
+    "native/test_package.py",
+    "native/test_ctest.py",
+    "ddpmx/test_pipeline.py",
+    "ddpmx/cuda/test_kernels.py",
+    "cli/test_train_export.py",
+    "native/test_aarch64.py",
+    "ddpm_export/any_module/test_export.py",
+    "ddpm_export/importers/test_diffusers.py",
+    "ddpm_export/graph/test_onnx_export.py",
+    "examples/test_fashion_mnist.py",
+    "ddpm_export/proof/test_record.py",
+    "benchmarks/test_peers.py",
+    "ddpm_export/graph/test_unet_export.py",
+)
+"""The files that take longest, with --durations=0."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes the longest files come first: one that began last would run on alone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = {name: number for number, name in enumerate(HEAVIEST)}
+        items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
+
+
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``figure("what", value, at_most=bound)`` asserts the bound; the run prints all figures at its end."""

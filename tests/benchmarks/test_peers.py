@@ -18,7 +18,7 @@ from benchmarks import peers, peers_measure, peers_runs
 from benchmarks.peers_measure import Different, check_eps, check_steps, ratios, step_probe, table_of
 from ddpmx.formats.spec import ModelSpec
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 SPEC = ModelSpec((3, 8, 8))
 QUICK = ["--device", "cpu", "--small", "--threads", "1", "--batch", "1", "--steps", "2", "--rounds", "2"]

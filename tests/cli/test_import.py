@@ -24,7 +24,7 @@ from ddpm_export.training.checkpoint import load_network, load_training
 from ddpmx.formats.spec import ModelSpec
 from oracles.random_weights import rerandomise
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 CONFIG = UNetConfig(3, 3, (8, 8), 32, (1, 2), 1, (4,), 0.0, 32)
 

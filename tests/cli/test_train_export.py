@@ -18,7 +18,7 @@ from PIL import Image
 from conftest import FASHION
 
 pytest.importorskip("torch", reason="not verified here: the train and export commands (no torch)")
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 TINY = (
     "--width",

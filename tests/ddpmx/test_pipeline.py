@@ -144,6 +144,7 @@ def test_an_attention_s_floats_do_not_depend_on_the_company(tmp_path, threads):
     assert_company_makes_no_difference(tmp_path / "model.onnx", threads, steps=1, spec=spec)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("threads", [0, 1, 2])
@@ -259,7 +260,7 @@ def test_another_start_leads_to_another_image(toy):
 def test_a_chain_with_a_start_needs_its_states():
     backend = ToyBackend()
     pipeline = Pipeline(gaussian.SPEC, backend)
-    with pytest.raises(InputError, match=r"t = 500 needs the states(.|\n)*\[2, 3, 8, 8\]"):
+    with pytest.raises(InputError, match=r"t = 500 needs its states(.|\n)*\[2, 3, 8, 8\]"):
         pipeline.generate(2, steps=3, start=500)
     with pytest.raises(InputError, match=r"not at t = 500(.|\n)*preview"):
         next(pipeline.stream(2, steps=3, start=500))

@@ -18,9 +18,9 @@ import pytest
 from typer.main import get_command
 
 from ddpmx_cli.main import app, run
-from docs.reading import PAGES, ROOT, all_blocks, blocks, commands, dead_links, name
+from docs.reading import PAGES, ROOT, Block, all_blocks, blocks, commands, dead_links, name
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 CHEAP = {
     "train": {
@@ -176,25 +176,29 @@ def shell(reader, prepared, monkeypatch, capsys):
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in TYPED}))
-def test_commands_run_or_have_a_reason_not_to(page, request):
+def to_run(block: Block) -> list[list[str]]:
+    """The commands of a block that have no reason not to run."""
+    return [] if block.not_run else [shlex.split(line) for line in commands(block) if reason_not_to_run(line) is None]
+
+
+@pytest.mark.parametrize("block", TYPED, ids=str)
+def test_commands_can_be_run_or_have_a_reason_not_to(block):
+    assert [words for words in to_run(block) if words[0] != "ddpmx" and words != ["make", "help"]] == [], (
+        "neither a ddpmx command nor in NOT_RUN"
+    )
+    for command in commands(block):
+        if (words := shlex.split(command))[0] == "ddpmx":
+            parsed(words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted({block.page for block in TYPED if to_run(block)}))
+def test_commands_run(page, shell):
     """In their order, since one may need what another has written."""
-    shell = None
-    unknown = []
     for block in TYPED:
-        if block.page != page:
-            continue
-        for command in commands(block):
-            words = shlex.split(command)
-            if block.not_run or reason_not_to_run(command):
-                if words[0] == "ddpmx":
-                    parsed(words)
-            elif words[0] == "ddpmx":
-                shell = shell or request.getfixturevalue("shell")
+        for words in to_run(block) if block.page == page else []:
+            if words[0] == "ddpmx":
                 shell(words)
-            elif words[0] != "make" or words[1:] != ["help"]:
-                unknown.append(f"{block}: {command}")
-    assert unknown == [], "neither a ddpmx command nor in NOT_RUN"
 
 
 def test_targets_of_make_exist():
@@ -227,6 +231,7 @@ def test_every_block_says_what_it_is_in():
     assert [str(block) for block in all_blocks() if not block.kind] == []
 
 
+@pytest.mark.slow
 def test_a_made_up_command_is_noticed(reader, shell):  # control
     page = (
         "```sh\nddpmx generate --engine model.onnx \\\n  --colour blue   # no such flag\n```\n```sh\nmagic wand\n```\n"
@@ -242,6 +247,7 @@ def test_a_made_up_command_is_noticed(reader, shell):  # control
 # --- Python -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in PYTHON if block.not_run is None], ids=str)
 def test_python_runs(block, reader):
     exec(compile(block.text, str(block), "exec"), {"__name__": "page"})

@@ -10,7 +10,7 @@ import pytest
 
 from docs.reading import ROOT, Block, blocks
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 PAGE = ROOT / "docs" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -22,6 +22,7 @@ def outcome(block: Block, folder) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", block.text], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", EXAMPLES, ids=[section.split()[-1] for section in SECTIONS])
 def test_an_example_runs_and_checks_something(block, reader):
     assert "assert" in block.text
@@ -29,6 +30,7 @@ def test_an_example_runs_and_checks_something(block, reader):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "right", "wrong"),
     [

@@ -120,6 +120,7 @@ def test_the_arrays_of_a_parity_record():
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_the_files_of_a_run(prepared):
     from ddpm_export.training import checkpoint
 

@@ -14,6 +14,10 @@ from docs.reading import ROOT
 
 pytest.importorskip("mkdocs", reason="not verified here: the site of the documentation (no mkdocs)")
 
+pytestmark = pytest.mark.slow
+
+pytestmark = pytest.mark.slow  # the site takes ten seconds
+
 SETTINGS = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 

@@ -12,6 +12,8 @@ import pytest
 from conftest import FASHION
 
 pytest.importorskip("sklearn", reason="not verified here: the demo's judge (no scikit-learn)")
+
+pytestmark = pytest.mark.slow
 EXAMPLE = FASHION.parent
 
 

@@ -38,6 +38,8 @@ from oracles.fake_tensorrt import FakeTrt
 from oracles.parity import make_reference
 from oracles.plans import TENSORRT, make_plan, name_of
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = TESTS.parent / "examples" / "jetson"
 README = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 RECORD = dataclasses.replace(TENSORRT, platform="linux aarch64", batch=(1, 1, 4))

@@ -19,6 +19,8 @@ from conftest import GAUSSIAN_ONNX
 from ddpmx.sampling.pixels import to_nhwc
 from native.conftest import ROOT, native_build, ort_library, tool  # noqa: F401
 
+pytestmark = pytest.mark.slow
+
 BUILT_ALREADY = ["cmake -S ../../runtime/native -B ../../build/native", "cmake --build ../../build/native"]
 """What the fixture ``native_build`` has done."""
 

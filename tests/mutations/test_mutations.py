@@ -14,6 +14,8 @@ import pytest
 
 from mutations.mutants import KINDS, mutant
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parent / "run.py"
 WITHOUT_TORCH = any(importlib.util.find_spec(name) is None for name in ("torch", "safetensors"))
 

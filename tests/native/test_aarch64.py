@@ -39,10 +39,13 @@ NOT_VERIFIED = "not verified here: libddpmx on aarch64 ({})"
 # The quick tests that may depend on the processor (sizes, threads, arithmetic, the sign of char).
 OWN_TESTS = ("test_c_api", "test_c_header", "test_tables")
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64",
-    reason=NOT_VERIFIED.format(f"by an emulator: this is {platform.machine()}, and the other tests ran on it"),
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() != "x86_64",
+        reason=NOT_VERIFIED.format(f"by an emulator: this is {platform.machine()}, and the other tests ran on it"),
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ import pytest
 
 from native.conftest import ROOT, build_native, tool
 
+pytestmark = pytest.mark.slow
+
 SOURCES = ROOT / "runtime" / "native" / "tests"
 NOTHING_VERIFIED = 77
 TESTS = sorted(path.stem for path in SOURCES.iterdir() if path.name.startswith("test_"))

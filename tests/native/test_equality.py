@@ -21,6 +21,8 @@ from oracles.conditioning import KINDS, as_arguments, conditioning_of, spec_of
 
 pytest.importorskip("onnxruntime", reason="not verified here: that libddpmx gives Python's images (no ONNX Runtime)")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def native(native_build) -> Native:

@@ -23,6 +23,8 @@ from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import KINDS, SPEC, Files, good, mutant
 from oracles import plans, protobuf
 
+pytestmark = pytest.mark.slow
+
 STATUS = {InputError: 1, FileFormatError: 2, SpecError: 3}
 INT64 = 1 << 63
 SHARED = ("onnx", "plan", "plan+sidecar", "spec")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXPORTED = {
     "ddpmx_abi_version",
     "ddpmx_backend",

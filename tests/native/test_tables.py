@@ -17,6 +17,8 @@ from ddpmx.errors import DdpmxError, InputError, SpecError
 from ddpmx.formats.betas import checksum
 from ddpmx.formats.spec import ModelSpec
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (1, 2, 10, 50, 100, 250, 256, 500, 777, 1000, 2000, 4000)
 STATUS = {InputError: 1, SpecError: 3}
 

@@ -14,6 +14,8 @@ import pytest
 
 from native.conftest import ROOT, build_native
 
+pytestmark = pytest.mark.slow
+
 ROOTS = [
     Path(root) for root in os.environ.get("TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":") if root
 ]

@@ -247,7 +247,7 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "there is no sampler", [](R r, S, S) { r.sampler = "euler"; });
   refused(DDPMX_INPUT, "there is no spacing", [](R r, S, S) { r.spacing = "karras"; });
   refused(DDPMX_INPUT, "there is no variance", [](R r, S, S) { r.variance = "beta"; });
-  refused(DDPMX_INPUT, "gives no variance", [](R r, S, S) { r.variance = "learned_range"; });
+  refused(DDPMX_INPUT, "has no variance output", [](R r, S, S) { r.variance = "learned_range"; });
   refused(DDPMX_INPUT, "steps must be", [](R r, S, S) { r.steps = 1001; });
   refused(DDPMX_INPUT, "steps must be", [](R r, S, S) { r.steps = -1; });
   refused(DDPMX_INPUT, "", [](R r, S, S) { r.eta = 0.5; });

@@ -360,7 +360,7 @@ void threads() {
     std::vector<uint8_t> pixels(3 * static_cast<size_t>(rig.N()));
     job.pixels = pixels.data();
     job.report = [&](int32_t, uint64_t, const float *, const float *) {
-      CHECK(fails(DDPMX_INPUT, "at work already", [&] { runner->run(first.job(rig.table)); }));
+      CHECK(fails(DDPMX_INPUT, "already running", [&] { runner->run(first.job(rig.table)); }));
       return true;
     };
     runner->run(job);

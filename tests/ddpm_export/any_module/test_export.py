@@ -25,7 +25,7 @@ from ddpmx.pipeline import load
 from oracles.foreign_nets import AutogradNet, EmbeddingNet, FractionNet, GaussianNet, LinearAttentionNet, ready
 from oracles.onnx_types import element_types, half_precision_faults
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 HERE = Path(__file__).name
 COLOUR, GREY = (3, 8, 12), (1, 8, 8)

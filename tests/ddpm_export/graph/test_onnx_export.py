@@ -38,7 +38,7 @@ from ddpmx.pipeline import Pipeline, load
 from oracles.onnx_types import element_types, half_precision_faults
 from oracles.random_weights import rerandomise
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 ALL_T = np.linspace(0, 999, 32).round().astype(np.int32)
 """32 of the 1000, both ends among them."""
@@ -155,7 +155,7 @@ def test_the_spec_names_precision_version_and_weights(exports, trained):
 
 
 @every_export
-def test_nothing_is_told_about_where_it_was_made(exports, name, tmp_path_factory):
+def test_the_file_does_not_reveal_where_it_was_made(exports, name, tmp_path_factory):
     """torch writes stack traces, with the paths of every source file, into each node."""
     model = exports[name].model
     graph = model.graph

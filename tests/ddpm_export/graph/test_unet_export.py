@@ -21,7 +21,7 @@ from ddpmx.formats.spec import ModelSpec
 from oracles.onnx_types import element_types, half_precision_faults
 from oracles.random_weights import rerandomise
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 T = torch.arange(0, 1000, 37, dtype=torch.int32)
 

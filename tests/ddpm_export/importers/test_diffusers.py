@@ -28,7 +28,7 @@ from ddpmx.formats.spec import ModelSpec
 from oracles.peer_weights import peer_weights
 from oracles.random_weights import rerandomise
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 T = torch.tensor([0, 1, 37, 500, 998, 999])
 SMALL: dict[str, Any] = {

@@ -27,7 +27,7 @@ from ddpmx.sampling import chain
 from ddpmx.trt.build import build
 from oracles.lucidrains import SIZE, TIMESTEPS, Case, cases, numbers, weights
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 CASES = cases()
 NETWORKS = [name for name, case in CASES.items() if case.diffusion is None]

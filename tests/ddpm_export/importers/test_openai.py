@@ -31,7 +31,7 @@ from ddpmx.sampling import chain
 from oracles import openai_unet
 from oracles.openai_unet import CASES, TIMESTEPS, Case
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 CONV, RESCALED, UPDOWN, NEW, POOL = (
     "improved, plain, one head, classes",

@@ -37,7 +37,7 @@ from ddpmx.parity.reference import Reference
 from ddpmx.pipeline import Pipeline, load
 from oracles.random_weights import rerandomise
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 STEPS = 50
 

@@ -20,6 +20,8 @@ from gpu.test_kernels import *  # noqa: F403
 from gpu.test_networks import *  # noqa: F403
 from oracles import ptx
 
+pytestmark = pytest.mark.slow
+
 GPU = Path(next(iter(gpu.__path__)))
 
 
