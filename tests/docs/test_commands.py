@@ -20,7 +20,7 @@ from typer.main import get_command
 from ddpmx_cli.main import app, run
 from docs.reading import PAGES, ROOT, Block, all_blocks, blocks, commands, dead_links, name
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 CHEAP = {
     "train": {

@@ -10,7 +10,7 @@ import pytest
 
 from docs.reading import ROOT, Block, blocks
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = pytest.mark.torch
 
 PAGE = ROOT / "docs" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -16,8 +16,6 @@ pytest.importorskip("mkdocs", reason="not verified here: the site of the documen
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.slow  # the site takes ten seconds
-
 SETTINGS = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
