@@ -77,7 +77,8 @@ def import_(
     """Import another project's checkpoint as a run, which all other commands take.
 
     Each setting comes from the flags, from the file and those beside it, or from what that project's code always does,
-    and the source is printed. A setting without a source is never guessed: it is asked for, or decided on real images.
+    and the source is printed. What has no source is asked for, or decided on real images;
+    what the project's code always does is printed as assumed.
     """
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights!r}: not one of ema and raw")

@@ -145,6 +145,7 @@ class Pipeline:
         batch: int | None = None,
         labels: Labels | None = None,
         sampling: Sampling | None = None,
+        conditioning: Conditioning | None = None,
         **options: Unpack[SamplingOptions],
     ) -> int:
         """Check the arguments of :meth:`generate`, before anything is prepared for them.
@@ -156,8 +157,10 @@ class Pipeline:
 
         Raises:
             InputError: one is out of its range, the images would not fit into memory, or the pipeline is closed.
+            SpecError: the schedule does not go with this sampler.
         """
         sampling = requests.merge_sampling(sampling, options)
+        labels = requests.merge_conditioning(conditioning, labels).labels
         return self._request(n, seed, first, batch, sampling, labels).batch
 
     def _request(
@@ -335,7 +338,8 @@ class Pipeline:
             )
         request = self._request(n, seed, first, batch, sampling)
         batch = max(request.n, request.batch)
-        if batch > (largest := self._request(n, seed, first, batch, sampling).batch):
+        requests.check_batch(self.spec, batch)
+        if batch > (largest := fitting_batch(self._runner.batches, batch)):
             raise InputError(f"{n} images cannot be streamed together", note=f"the plan takes at most {largest}")
         ((_, indices),) = request.batches(batch)
         with ExitStack() as stack:

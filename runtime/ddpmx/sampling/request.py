@@ -7,7 +7,7 @@ calls :func:`check_batch`, and so all refuse the same things in the same words.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypedDict
 
 import numpy as np
@@ -89,7 +89,7 @@ class SamplingOptions(TypedDict, total=False):
     variance: Variance | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no truth value to be compared by
 class Conditioning:
     """The conditioning of the images, for models that have classes or take a condition.
 
@@ -102,7 +102,7 @@ class Conditioning:
     cond: AnyArray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """A request that was checked against its model.
 
@@ -135,26 +135,39 @@ def merge_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampl
     """One :class:`Sampling`, from an object or from keywords.
 
     Raises:
-        InputError: both were passed.
+        InputError: both were passed, or ``sampling`` is something else.
         TypeError: an option that does not exist.
     """
+    names = [field.name for field in fields(Sampling)]
+    if unknown := sorted(options.keys() - set(names)):
+        raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(names)}")
     if sampling is None:
         return Sampling(**options)
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a ddpmx.Sampling, not {type(sampling).__name__}", hint="Sampling(steps=50)")
     if options:
         raise InputError(
-            f"sampling was passed, and {', '.join(options)} as well", hint="dataclasses.replace(sampling, …) changes it"
+            f"sampling was passed, and {', '.join(options)} as well",
+            hint="pass one of the two; dataclasses.replace(sampling, steps=50) changes a field",
         )
     return sampling
 
 
-def merge_conditioning(conditioning: Conditioning | None, labels: Labels | None, cond: AnyArray | None) -> Conditioning:
+def merge_conditioning(
+    conditioning: Conditioning | None, labels: Labels | None, cond: AnyArray | None = None
+) -> Conditioning:
     """One :class:`Conditioning`, from an object or from keywords.
 
     Raises:
-        InputError: both were used.
+        InputError: both were passed, or ``conditioning`` is something else.
     """
     if conditioning is None:
         return Conditioning(labels, cond)
+    if not isinstance(conditioning, Conditioning):
+        raise InputError(
+            f"conditioning must be a ddpmx.Conditioning, not {type(conditioning).__name__}",
+            hint="Conditioning(labels=3), or labels=3 alone",
+        )
     twice = [name for name, value in (("labels", labels), ("cond", cond)) if value is not None]
     if twice:
         raise InputError(f"conditioning was passed, and {' and '.join(twice)} as well", hint="pass one of the two")
