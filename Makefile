@@ -29,7 +29,7 @@ demo: $(DEMO) ## train on real images, export, generate, judge: about eleven min
 
 check: $(VENV)/.dev ## lint, types and the tests that matter for an edit: two minutes on two idle cores
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile -m "not slow"
+	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow"
 
 test: $(VENV)/.dev $(VENV)/.docs ## everything that is checked without a GPU
 	@begun=$$(date +%s); $(MAKE) --no-print-directory parts && \
@@ -47,7 +47,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev ## the tests, in two processes
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # The runtime and the command line on the other Pythons, from a built wheel, without torch and onnx.
 others: ## what needs no torch on the other Pythons (OTHER_PYTHONS)

@@ -49,7 +49,10 @@ HEAVIEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes the longest files come first: one that began last would run on alone."""
+    """With several processes the longest files come first: one that began last would run on alone.
+
+    It takes --no-loadscope-reorder, since pytest-xdist begins with the files that hold most tests.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = {name: number for number, name in enumerate(HEAVIEST)}
         items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
