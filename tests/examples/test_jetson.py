@@ -293,9 +293,9 @@ def started(*arguments: object):
     )
     try:
         line = process.stdout.readline()
-        told = re.match(r"http://127\.0\.0\.1:(\d+)/ by ", line)
-        assert told, (line, process.communicate(timeout=30))
-        yield process, int(told[1])
+        started = re.match(r"http://127\.0\.0\.1:(\d+)/ by ", line)
+        assert started, (line, process.communicate(timeout=30))
+        yield process, int(started[1])
     finally:
         process.kill()
         _, err = process.communicate()

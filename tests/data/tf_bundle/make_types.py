@@ -56,10 +56,10 @@ with tf.Graph().as_default():
         tf.train.Saver(sharded=True).save(
             session, os.path.join(folder, "types.ckpt"), global_step=12, write_meta_graph=False, write_state=False
         )
-told = {
+described = {
     name: {"dtype": dtype, "shape": list(values[name].shape), "values": values[name].reshape(-1).tolist()}
     for name, (dtype, _) in expected.items()
 }
 with open(os.path.join(folder, "types.json"), "w") as stream:
-    json.dump(told, stream, indent=1, sort_keys=True)
+    json.dump(described, stream, indent=1, sort_keys=True)
     stream.write("\n")
