@@ -35,7 +35,7 @@ def eight(toy):
 # --- the same images -------------------------------------------------------------------------------------------------
 
 
-def test_pictureare_what_they_should_be(eight):
+def test_images_are_what_they_should_be(eight):
     assert eight.shape == (8, 8, 8, 3)
     assert eight.dtype == np.uint8
     # each pixel lies about its μ, so an axis in the wrong place would be far off

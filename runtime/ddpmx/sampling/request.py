@@ -39,7 +39,7 @@ class Sampling:
     Attributes:
         sampler: ``ancestral`` (Algorithm 2 of Ho et al. 2020) or ``ddim`` (Song et al. 2020).
         steps: how many of the T timesteps are visited, 1…T; None for all.
-        spacing: which ones: ``linspace`` (evenly, first and last included) or ``leading``.
+        spacing: which ones: see :func:`ddpmx.diffusion.samplers.timestep_grid`.
         eta: η of the ddim sampler, 0 (no noise) … 1 (as much as the ancestral chain).
         start: the timestep at which the chain begins, one of those that it visits; None for the last of them. The states at
             that t have to be passed as ``x``.
