@@ -51,6 +51,9 @@ def generate(
     animate: Annotated[
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
     ] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Also replace images of another model, or of somebody else.")
+    ] = False,
     spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
     provider: Annotated[
         str,
@@ -84,7 +87,8 @@ def generate(
     """Run the full reverse chain and write PNGs."""
     from ddpmx.formats import model_file
     from ddpmx.formats.atomic import make_folder
-    from ddpmx.images.gallery import Animation, check_drawable, save_gallery
+    from ddpmx.images.gallery import Animation, check_drawable, check_replaceable, save_gallery, targets
+    from ddpmx.images.origin import Origin, model_hash
     from ddpmx.pipeline import load
     from ddpmx.sampling.request import Sampling
 
@@ -117,6 +121,9 @@ def generate(
             )
         table = pipeline.table(sampling)
         animation = Animation(pipeline.spec, table, n) if animate else None
+        model = model_hash(pipeline.spec, engine)
+        if not overwrite:
+            check_replaceable(targets(out, n, first=first, grid=grid, animated=animate), model)
         make_folder(out)
         begun = time.monotonic()
         with counting(f"{n} images", unit="steps") as progress:
@@ -131,7 +138,8 @@ def generate(
                 sampling=sampling,
             )
         seconds = time.monotonic() - begun
-        written = save_gallery(out, images, first=first, grid=grid, animation=animation)
+        origin = Origin(model, pipeline.spec.precision, seed, sampling, len(table), first, classes)
+        written = save_gallery(out, images, first=first, grid=grid, animation=animation, origin=origin)
         say(f"{n} images, {len(table)} steps of {sampler}, seed {seed}, in {seconds:.1f} s on {pipeline.backend}")
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:

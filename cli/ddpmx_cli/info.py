@@ -13,12 +13,13 @@ from ddpmx_cli.console import plain, say
 EXAMPLES = """
 Examples:\n
   ddpmx info model.plan\n
-  ddpmx info runs/photos --json
+  ddpmx info runs/photos --json\n
+  ddpmx info samples/00003.png       # which model, seed and sampler drew it
 """
 
 
 def info(
-    file: Annotated[Path, Argument(help="A run or checkpoint, an ONNX file, or a plan.")],
+    file: Annotated[Path, Argument(help="A run or checkpoint, an ONNX file, a plan, or a PNG that ddpmx has drawn.")],
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a file is, from its bytes alone: no library or GPU is needed."""
@@ -28,11 +29,15 @@ def info(
     if as_json:
         say(json.dumps(values, indent=2))
         return
-    say(f"{file}: {_KINDS[values['kind']]}, {values['bytes'] / 1e6:.1f} MB")
+    say(f"{file}: {_KINDS[values['kind']]}, {_size(values['bytes'])}")
     if values["note"]:
         say(f"  Note: {values['note']}")
     for label, value in _lines(values):
         say(f"  {label + ':':<12} {plain(value)}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
@@ -47,7 +52,7 @@ def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-_KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan"}
+_KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan", "png": "a PNG"}
 
 
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -76,6 +81,11 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
             ("stored", f"{size / 1e6:.1f} MB of {kind}") for kind, size in values["weights"].items() if size > 1e4
         ]
         lines += [("data file", name) for name in values["external"]]
+    elif values["kind"] == "png":
+        height, width = values["size"]
+        lines.append(("image", f"{height}×{width}"))
+        for keyword, text in values["text"].items():
+            lines.append(("drawn by", text) if keyword == "Software" else (keyword, text))
     else:
         lines.append(("built with", f"{values['flavour']} {values['version']}"))
         if engine := values.get("engine"):

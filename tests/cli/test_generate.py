@@ -76,6 +76,21 @@ def test_earlier_images_in_the_folder_are_noted(ddpmx, gaussian_onnx, tmp_path):
     assert files(tmp_path) == ["00000.png", "00001.png", "00002.png"]
 
 
+def test_images_of_another_model_are_overwritten_on_request_only(ddpmx, refused, conditioned_onnx, tmp_path):
+    out, common = tmp_path / "out", ("-n", 2, "--steps", 2, "--grid", "--animate", "--out", tmp_path / "out")
+    mine, other = conditioned_onnx("itself", weights="a" * 64), conditioned_onnx("classes", weights="b" * 64)
+    assert ddpmx("generate", "--engine", mine, *common).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert ddpmx("generate", "--engine", mine, *common).code == 0
+    assert "another model, aaaaaaaaaaaa" in refused("generate", "--engine", other, "--label", 0, *common)
+    assert "x0.gif" in refused(
+        "generate", "--engine", other, "--label", 0, "--first", 7, "-n", 1, "--animate", "--out", out
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert ddpmx("generate", "--engine", other, "--label", 0, *common, "--overwrite").code == 0
+    assert all(path.read_bytes() != before[path.name] for path in out.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -144,7 +159,7 @@ def test_a_file_without_metadata_runs_with_a_spec(ddpmx, refused, gaussian_onnx,
     common = ("generate", "-n", 2, "--steps", 5)
     assert ddpmx(*common, "--engine", nameless, "--spec", spec, "--out", tmp_path / "a").code == 0
     assert ddpmx(*common, "--engine", gaussian_onnx, "--out", tmp_path / "b").code == 0
-    assert (tmp_path / "a" / "00001.png").read_bytes() == (tmp_path / "b" / "00001.png").read_bytes()
+    np.testing.assert_array_equal(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
 
     spec.write_text(json.dumps({"shape": [3, 16, 8]}))
     assert "graph" in refused(*common, "--engine", nameless, "--spec", spec, "--out", tmp_path / "c")

@@ -8,8 +8,28 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from ddpmx.formats.model_file import sha256
 from oracles.conditioning import CLASSES, KINDS
+
+
+def test_a_generated_png_says_what_drew_it(ddpmx, gaussian_onnx, tmp_path):
+    ddpmx("generate", "--engine", gaussian_onnx, "-n", 2, "--first", 3, "--seed", 5, "--steps", 4, "--out", tmp_path)
+    done = ddpmx("info", tmp_path / "00004.png")
+    assert done.code == 0
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    wanted = {"image: 8×8", "seed: 5", "index: 4", "steps: 4", f"model: {sha256(gaussian_onnx)}", "precision: fp32"}
+    assert wanted <= set(lines)
+    values = json.loads(ddpmx("info", tmp_path / "00004.png", "--json").out)
+    assert (values["kind"], values["size"], values["text"]["seed"]) == ("png", [8, 8], "5")
+
+
+def test_a_png_of_another_program_is_only_a_png(ddpmx, refused, tmp_path):
+    Image.new("L", (5, 3)).save(tmp_path / "a.png")
+    assert "Note: it does not say that ddpmx has drawn it" in ddpmx("info", tmp_path / "a.png").out
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:30])
+    assert "not a valid PNG" in refused("info", tmp_path / "a.png")
 
 
 def test_an_onnx_file_is_described(ddpmx, gaussian_onnx):

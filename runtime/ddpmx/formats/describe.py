@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint, an ONNX file or a plan, as plain JSON values. Nothing is loaded or run."""
+"""The metadata of a checkpoint, an ONNX file, a plan or an image, as plain JSON values. Nothing is loaded or run."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.formats import model_file, onnx_file, plan_file
+from ddpmx.formats import model_file, onnx_file, plan_file, png_text
 
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 _MAX_HEADER = 16 << 20
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a model file or a checkpoint folder.
+    """The metadata of a model file, a checkpoint folder, or a PNG that ``ddpmx generate`` has written.
 
     Returns:
-        ``path``, ``kind`` (checkpoint, onnx or plan), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it, or None
-        if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
+        ``path``, ``kind`` (checkpoint, onnx, plan or png), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it, or
+        None if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
 
     Raises:
         FileFormatError, SpecError: none of these kinds, truncated, damaged, or contradicts itself.
     """
     path = Path(path)
+    if png_text.is_png(path):
+        return {"path": os.fspath(path), "kind": "png", **_png(path)}
     kind = model_file.identify(path)
     values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan}[kind](path)
     return {"path": os.fspath(path), "kind": kind, **values}
@@ -93,6 +95,18 @@ def _plan(path: Path) -> dict[str, Any]:
         "note": None,
         "engine": info.engine.to_json(),
         "build": sidecar.get("build"),
+    }
+
+
+def _png(path: Path) -> dict[str, Any]:
+    (height, width), texts = png_text.read_png_text(path)
+    drawn = texts.get("Software", "").startswith("ddpmx ")
+    return {
+        "bytes": path.stat().st_size,
+        "spec": None,
+        "note": None if drawn else "it does not say that ddpmx has drawn it",
+        "size": [height, width],
+        "text": texts if drawn else {},
     }
 
 

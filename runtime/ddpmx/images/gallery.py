@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ddpmx.errors import InputError, OutputError
 from ddpmx.formats.atomic import make_folder, write_error
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
+from ddpmx.images.origin import Origin, check_not_another_s, comment
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.pixels import to_nhwc
 
@@ -65,6 +67,38 @@ class Animation:
         return [writers.grid(frame) for frame in self._frames]
 
 
+def targets(folder: Path, n: int, *, first: int, grid: bool, animated: bool) -> list[Path]:
+    """The files that :func:`save_gallery` writes."""
+    images = [writers.image_path(folder, index) for index in range(first, first + n)]
+    return images + [folder / "grid.png"] * grid + [folder / "x0.gif"] * animated
+
+
+def check_replaceable(paths: Iterable[Path], model: str) -> None:
+    """Refuse to overwrite pictures of another model or of somebody else, before time is spent on new ones.
+
+    Args:
+        paths: where the pictures go.
+        model: what :func:`ddpmx.images.origin.model_hash` says of the model.
+
+    Raises:
+        OutputError: there is such a picture.
+    """
+    for path in paths:
+        if path.is_file():
+            check_not_another_s(path, model)
+
+
+def save_grid(path: str | os.PathLike[str], drawn: NDArray[np.uint8], text: Mapping[str, str]) -> None:
+    """Write uint8 [n, H, W, C] images on one sheet, enlarged to be looked at.
+
+    Raises:
+        InputError: they do not have 1, 3 or 4 channels.
+        OutputError: the file could not be written.
+    """
+    sheet = writers.grid(drawn)
+    writers.save_png(path, sheet, zoom=writers.zoom_for(sheet.shape[1]), text=text)
+
+
 def save_gallery(
     folder: str | os.PathLike[str],
     drawn: NDArray[np.uint8],
@@ -72,6 +106,7 @@ def save_gallery(
     first: int = 0,
     grid: bool = False,
     animation: Animation | None = None,
+    origin: Origin | None = None,
 ) -> list[Path]:
     """Write images and, on request, a grid and an animation. Files of the same names are replaced.
 
@@ -81,6 +116,7 @@ def save_gallery(
         first: index of the first image, which is its file name.
         grid: also write ``grid.png``, all images on one sheet.
         animation: also write ``x0.gif``.
+        origin: is written into each file.
 
     Returns:
         The files written: the images in order, then the rest.
@@ -90,9 +126,7 @@ def save_gallery(
         InputError: the images do not have 1, 3 or 4 channels.
     """
     folder = make_folder(folder)
-    targets = [writers.image_path(folder, index).name for index in range(first, first + len(drawn))]
-    targets += ["grid.png"] * grid + ["x0.gif"] * (animation is not None)
-    for target in (folder / name for name in targets):
+    for target in targets(folder, len(drawn), first=first, grid=grid, animated=animation is not None):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder, and a file is to be written there", hint="choose another folder")
     try:
@@ -101,17 +135,18 @@ def save_gallery(
         raise write_error(folder, error) from error
     try:
         names = []
-        for index, image in enumerate(drawn, first):
-            names.append(writers.image_path(staging, index))
-            writers.save_png(names[-1], image)
+        for position, image in enumerate(drawn):
+            names.append(writers.image_path(staging, first + position))
+            writers.save_png(names[-1], image, text=None if origin is None else origin.text(position))
+        whole = {} if origin is None else origin.text(0, len(drawn))
         if grid:
             names.append(staging / "grid.png")
-            sheet = writers.grid(drawn)
-            writers.save_png(names[-1], sheet, zoom=writers.zoom_for(sheet.shape[1]))
+            save_grid(names[-1], drawn, whole)
         if animation is not None:
             names.append(staging / "x0.gif")
             sheets = animation.sheets()
-            writers.save_gif(names[-1], sheets, zoom=writers.zoom_for(sheets[0].shape[1], at_least=256))
+            zoom = writers.zoom_for(sheets[0].shape[1], at_least=256)
+            writers.save_gif(names[-1], sheets, zoom=zoom, comment=comment(whole))
         for name in names:
             os.replace(name, folder / name.name)
         return [folder / name.name for name in names]

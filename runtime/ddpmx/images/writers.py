@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,19 +39,34 @@ def grid(images: UInt8, *, columns: int | None = None, gap: int = 1) -> UInt8:
     return sheet
 
 
-def save_png(path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1) -> None:
+def save_png(
+    path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1, text: Mapping[str, str] | None = None
+) -> None:
     """Write one uint8 [H, W, C] image, C = 1 (grey), 3 (RGB) or 4 (RGBA), enlarged ``zoom`` times.
+
+    ``text`` goes into the file, by keyword (1…79 characters of Latin-1).
 
     Raises:
         InputError: C is not 1, 3 or 4.
         OutputError: the file could not be written.
     """
-    picture = _pil(image, zoom)
+    from PIL.PngImagePlugin import PngInfo
+
+    picture, chunks = _pil(image, zoom), PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
     with atomic_write(path) as stream:
-        picture.save(stream, format="PNG")
+        picture.save(stream, format="PNG", pnginfo=chunks)
 
 
-def save_gif(path: str | os.PathLike[str], frames: Sequence[UInt8], *, zoom: int = 1, milliseconds: int = 60) -> None:
+def save_gif(
+    path: str | os.PathLike[str],
+    frames: Sequence[UInt8],
+    *,
+    zoom: int = 1,
+    milliseconds: int = 60,
+    comment: bytes = b"",
+) -> None:
     """Write uint8 [H, W, C] frames as a GIF that repeats, with the last frame shown for a second.
 
     Raises:
@@ -69,6 +84,7 @@ def save_gif(path: str | os.PathLike[str], frames: Sequence[UInt8], *, zoom: int
             append_images=rest,
             duration=[milliseconds] * len(rest) + [1000],
             loop=0,
+            comment=comment,
         )
 
 

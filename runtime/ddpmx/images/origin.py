@@ -1,0 +1,106 @@
+"""Where an image comes from: the text that goes into its file, enough to draw it again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ddpmx
+from ddpmx.errors import FileFormatError, OutputError
+from ddpmx.formats import model_file, png_text
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.request import Sampling
+
+SOFTWARE = "Software"
+"""PNG's own keyword for the program; the others are ours."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model and the request that images were drawn with.
+
+    Attributes:
+        model: sha256 of the weights, or of the model file where it does not state them.
+        precision: of the numbers inside the network.
+        seed: of the noise.
+        sampling: how the chain was run.
+        steps: its length.
+        first: the index of the first image.
+        labels: the class of each image, or None.
+    """
+
+    model: str
+    precision: str
+    seed: int
+    sampling: Sampling
+    steps: int
+    first: int = 0
+    labels: Sequence[int] | None = None
+
+    def text(self, position: int, count: int = 1) -> dict[str, str]:
+        """The text for the image at ``position`` of the request, or for a sheet of ``count`` images from there on."""
+        index, sampling = self.first + position, self.sampling
+        values: dict[str, object] = {
+            SOFTWARE: f"ddpmx {ddpmx.__version__}",
+            "model": self.model,
+            "precision": self.precision,
+            "seed": self.seed,
+            "index": index if count == 1 else f"{index}-{index + count - 1}",
+            "steps": self.steps,
+            "sampler": sampling.sampler,
+            "spacing": sampling.spacing,
+        }
+        if sampling.sampler == "ddim":
+            values["eta"] = f"{sampling.eta:g}"
+        if sampling.variance is not None:
+            values["variance"] = sampling.variance
+        if self.labels is not None:
+            shown = self.labels[position : position + count]
+            values["label"] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
+        return {keyword: str(value) for keyword, value in values.items()}
+
+
+def model_hash(spec: ModelSpec, path: str | os.PathLike[str]) -> str:
+    """What tells a model from others: the sha256 of its weights, or of its file where that does not state them."""
+    return spec.weights or model_file.sha256(path)
+
+
+def check_not_another_s(path: Path, model: str) -> None:
+    """Refuse to overwrite a picture that another model has drawn, or anybody else has made.
+
+    A file that is no picture, such as one that was cut off, may be replaced.
+
+    Args:
+        path: a PNG or a GIF, or nothing yet.
+        model: what :func:`model_hash` says of the model that is about to draw.
+
+    Raises:
+        OutputError: there is such a picture.
+    """
+    try:
+        texts = _gif_text(path) if path.suffix.lower() == ".gif" else png_text.read_png_text(path)[1]
+    except FileFormatError:
+        return
+    if texts.get("model") == model:
+        return
+    by_ddpmx = texts.get(SOFTWARE, "").startswith("ddpmx ")
+    whose = f"it is of another model, {texts.get('model', '')[:12]}" if by_ddpmx else "ddpmx has not drawn it"
+    raise OutputError(f"refusing to overwrite {path}: {whose}", hint="another --out, or --overwrite")
+
+
+def comment(texts: dict[str, str]) -> bytes:
+    """The text as the comment of a GIF, a line for each keyword."""
+    return "\n".join(f"{keyword}: {text}" for keyword, text in texts.items()).encode()
+
+
+def _gif_text(path: Path) -> dict[str, str]:
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["GIF"]) as picture:
+            lines = bytes(picture.info.get("comment", b"")).decode("utf-8", "replace").splitlines()
+    except Exception as error:  # Pillow raises anything for a damaged file
+        raise FileFormatError(f"{path}: not a valid GIF", note=str(error)[:200]) from error
+    return {keyword: text for keyword, _, text in (line.partition(": ") for line in lines)}
