@@ -52,7 +52,7 @@ def generate(
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
     ] = False,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Also replace images of another model, or of somebody else.")
+        bool, Option("--overwrite", help="Replace the images of another run, or of somebody else, in --out.")
     ] = False,
     spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
     provider: Annotated[
@@ -87,7 +87,16 @@ def generate(
     """Run the full reverse chain and write PNGs."""
     from ddpmx.formats import model_file
     from ddpmx.formats.atomic import make_folder
-    from ddpmx.images.gallery import Animation, check_drawable, check_replaceable, save_gallery, targets
+    from ddpmx.images.gallery import (
+        Animation,
+        check_drawable,
+        check_one_run,
+        check_replaceable,
+        earlier_images,
+        other_runs,
+        save_gallery,
+        targets,
+    )
     from ddpmx.images.origin import Origin, model_hash
     from ddpmx.pipeline import load
     from ddpmx.sampling.request import Sampling
@@ -122,8 +131,10 @@ def generate(
         table = pipeline.table(sampling)
         animation = Animation(pipeline.spec, table, n) if animate else None
         model = model_hash(pipeline.spec, engine)
+        origin = Origin(model, pipeline.spec.precision, seed, sampling, len(table), first, classes)
         if not overwrite:
             check_replaceable(targets(out, n, first=first, grid=grid, animated=animate), model)
+            check_one_run(out, origin, n)
         make_folder(out)
         begun = time.monotonic()
         with counting(f"{n} images", unit="steps") as progress:
@@ -138,14 +149,16 @@ def generate(
                 sampling=sampling,
             )
         seconds = time.monotonic() - begun
-        origin = Origin(model, pipeline.spec.precision, seed, sampling, len(table), first, classes)
-        written = save_gallery(out, images, first=first, grid=grid, animation=animation, origin=origin)
+        gone = other_runs(out, origin, n) if overwrite else []
+        written = save_gallery(out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=gone)
         say(f"{n} images, {len(table)} steps of {sampler}, seed {seed}, in {seconds:.1f} s on {pipeline.backend}")
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:
         say(str(extra))
-    if others := len(set(out.glob("[0-9]*.png")) - set(written)):
-        say(f"Note: {out} also holds {others} images from before")
+    if gone:
+        say(f"Note: {len(gone)} pictures of another run were replaced")
+    if others := len(set(earlier_images(out)) - set(written)):
+        say(f"Note: {out} also holds {others} images of this run from before")
 
 
 def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:

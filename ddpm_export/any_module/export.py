@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -36,6 +35,7 @@ from ddpmx.backends.base import Backend
 from ddpmx.backends.open import open_model
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
+from ddpmx.formats.atomic import staging
 from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
 from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 
@@ -218,8 +218,8 @@ def _halved(network: Canonical, spec: ModelSpec, precision: Precision) -> tuple[
 
 def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> ModelSpec:
     """Write the file; it is moved to its place only if it takes batches of any size."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        file = Path(folder) / output.name
+    with staging(output.parent, output) as part:
+        file = part / output.name
         try:
             spec = export_network(ready, spec, file, precision=precision)
         except BackendError as error:

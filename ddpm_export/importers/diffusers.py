@@ -6,13 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from ddpm_export.importers.diffusers_config import read_chain, read_network, scheduler_json, unet_json
 from ddpm_export.importers.keys import SQUEEZE, Row, Slot, layer, to_ours, to_theirs, unet_shapes, walk
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig
+from ddpm_export.training.tensor_files import save_tensors
 from ddpmx.errors import FileFormatError, InputError
 
 NAME = "diffusers"
@@ -129,7 +128,7 @@ def write(imported: Imported, folder: Path) -> None:
     tensors = to_theirs(rows(config), imported.tensors)
     (folder / "unet").mkdir()
     (folder / "scheduler").mkdir()
-    save_file(tensors, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
     index = {
         "_class_name": "DDPMPipeline",
         "scheduler": ["diffusers", "DDPMScheduler"],

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from ddpm_export.importers import openai_flags
@@ -22,6 +21,7 @@ from ddpm_export.importers.openai_keys import rows
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig, check_spec
+from ddpm_export.training.tensor_files import save_state_dict
 from ddpmx.diffusion.samplers import Prediction, Variance
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.spec import ModelSpec
@@ -353,5 +353,5 @@ def write(imported: Imported, folder: Path) -> None:
         raise InputError(f"OpenAI's chain takes ε or x_0, and this network predicts {spec.prediction}")
     if spec.clip not in (1.0, None):
         raise InputError(f"OpenAI's chain clips x̂_0 to ±1 or not at all, and this one to ±{spec.clip:g}")
-    torch.save(to_theirs(rows(config), imported.tensors), folder / "model.pt")
+    save_state_dict(folder / "model.pt", to_theirs(rows(config), imported.tensors))
     (folder / FLAGS_FILE).write_text(openai_flags.flag_lines(config, spec), encoding="utf-8")

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddpm_export.importers.keys import Row, Slot, config_error, layer, side, to_ours, to_theirs, unet_shapes, walk
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
 from ddpm_export.networks.unet_config import UNetConfig
+from ddpm_export.training.tensor_files import save_state_dict
 from ddpmx.errors import InputError
 
 NAME = "pesser"
@@ -201,4 +201,4 @@ def write(imported: Imported, folder: Path) -> None:
         raise InputError("pytorch_diffusion's code takes square images only")
     if imported.spec.prediction != "eps" or config.learned_variance:
         raise InputError("pytorch_diffusion's chain takes ε and a fixed variance only")
-    torch.save(to_theirs(rows(config), imported.tensors), folder / "model.ckpt")
+    save_state_dict(folder / "model.ckpt", to_theirs(rows(config), imported.tensors))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
@@ -20,8 +18,8 @@ import ddpmx
 from ddpm_export.importers.reading.contents import CheckpointContents, open_checkpoint
 from ddpm_export.importers.settings import Fact, Imported, Options, Question, SettingsResolver
 from ddpm_export.training import checkpoint
-from ddpmx.errors import FileFormatError, InputError, OutputError
-from ddpmx.formats.atomic import write_error
+from ddpmx.errors import FileFormatError, InputError
+from ddpmx.formats.atomic import atomic_folder
 
 __all__ = [
     "CheckpointContents",
@@ -150,7 +148,8 @@ def convert(imported: Imported, to: str, folder: str | os.PathLike[str]) -> None
     """
     if to not in WRITERS:
         raise InputError(f"there is no exporter {to!r}", hint=f"one of: {', '.join(WRITERS)}")
-    _new_folder(Path(folder), lambda inside: importer(to).write(imported, inside))
+    with atomic_folder(folder) as inside:
+        importer(to).write(imported, inside)
 
 
 def save_run(imported: Imported, run: str | os.PathLike[str]) -> Path:
@@ -170,35 +169,10 @@ def save_run(imported: Imported, run: str | os.PathLike[str]) -> Path:
     state = checkpoint.TrainingState(0, {"imported": {"from": imported.source, "facts": facts}}, {})
     weights = imported.tensors if imported.raw is None else imported.raw
     spec = imported.spec.replace(ddpmx=ddpmx.__version__)
-
-    def fill(inside: Path) -> None:
+    with atomic_folder(run) as inside:
         checkpoint.save(inside, spec, imported.config, weights, imported.tensors, state)
         checkpoint.load_network(inside)  # a run that no command could read is not left behind
-
-    _new_folder(Path(run), fill)
     return checkpoint.resolve(run)
-
-
-def _new_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Fill a folder under another name, and rename it once it is whole."""
-    folder = Path(os.path.realpath(folder))
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise OutputError(f"{folder}: exists already, and is not an empty folder", hint="choose another -o")
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-        fill(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise write_error(folder, error) from error
-        raise
 
 
 def _module(name: str) -> ModuleType:

@@ -17,8 +17,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ddpm_export.networks.registry import Config, Network, check_spec, config_from_json, config_to_json, make_network
-from ddpmx.errors import DdpmxError, FileFormatError, SpecError
-from ddpmx.formats.atomic import make_folder, write_error
+from ddpm_export.training.tensor_files import save_tensors
+from ddpmx.errors import DdpmxError, FileFormatError, OutputError, SpecError
+from ddpmx.formats.atomic import make_folder, staging, write_synced
 from ddpmx.formats.envelope import parse_json
 from ddpmx.formats.model_file import SPEC_FILE, checkpoints, model_spec, read_spec_json
 from ddpmx.formats.spec import ModelSpec
@@ -77,37 +78,22 @@ def save(
     folder = make_folder(run / "checkpoints")
     final = folder / f"{state.step:08d}"
     _remove_unfinished(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-    try:
+    with staging(folder, final) as part:
         model = spec.replace(weights=weights_hash(ema))
         texts = {
             SPEC_FILE: {"model": model.to_json(whole=True), "network": config_to_json(network)},
             TRAINING_JSON: {"step": state.step, "settings": state.settings},
         }
         for name, values in texts.items():
-            (temporary / name).write_text(json.dumps(values, indent=2) + "\n")
-        for name, tensors in (
-            (FILES["raw"], weights),
-            (FILES["ema"], ema),
-            (TRAINING_TENSORS, state.moments),
-        ):
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, temporary / name)
-        for file in temporary.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        temporary.chmod(0o755)
-        _replace(final, temporary)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            error = OSError(str(error))
-        if isinstance(error, OSError):
-            raise write_error(final, error) from error
-        raise
+            write_synced(part / name, (json.dumps(values, indent=2) + "\n").encode())
+        save_tensors(part / FILES["raw"], weights)
+        save_tensors(part / FILES["ema"], ema)
+        save_tensors(part / TRAINING_TENSORS, state.moments)
+        _replace(final, part)
     for old in checkpoints(run)[:-keep]:
         if old == final:  # the folder has another run's checkpoints of later steps
             continue
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputError):
             _remove(old)
     return final
 
@@ -254,15 +240,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _replace(final: Path, temporary: Path) -> None:
-    """Rename ``temporary`` to ``final``; an older ``final`` (the same step, reached again) is removed only after that."""
+def _replace(final: Path, part: Path) -> None:
+    """Rename ``part`` to ``final``; an older ``final`` (the same step, reached again) is removed only after that."""
     if not final.exists():
-        temporary.rename(final)
+        part.rename(final)
         return
-    hidden = Path(tempfile.mkdtemp(prefix=".old-", dir=final.parent))
+    hidden = final.parent / f".old-{secrets.token_hex(8)}"
     try:
+        hidden.mkdir()
         final.rename(hidden / final.name)
-        temporary.rename(final)
+        part.rename(final)
     except BaseException:
         if not final.exists() and (hidden / final.name).exists():
             (hidden / final.name).rename(final)
@@ -274,13 +261,12 @@ def _replace(final: Path, temporary: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Remove a checkpoint: rename it first, so that no reader ever sees a part of it."""
-    hidden = Path(tempfile.mkdtemp(prefix=".part-", dir=checkpoint.parent))
-    checkpoint.rename(hidden / checkpoint.name)
-    shutil.rmtree(hidden, ignore_errors=True)
+    with staging(checkpoint.parent, checkpoint) as part:
+        checkpoint.rename(part / checkpoint.name)
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what a run that was killed while writing left behind; restore what it was about to replace."""
+    """Restore what a run that was killed was about to replace, and remove what earlier versions left when killed."""
     for old in folder.glob(".old-*/*"):
         if not (folder / old.name).exists():
             old.rename(folder / old.name)

@@ -69,11 +69,26 @@ def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_pa
     )
 
 
-def test_earlier_images_in_the_folder_are_noted(ddpmx, gaussian_onnx, tmp_path):
-    common = ("generate", "--engine", gaussian_onnx, "--steps", 2, "--out", tmp_path)
-    assert "from before" not in ddpmx(*common, "-n", 3).out
-    assert "Note" in ddpmx(*common, "-n", 2).out
-    assert files(tmp_path) == ["00000.png", "00001.png", "00002.png"]
+def test_images_of_two_runs_are_not_mixed(ddpmx, refused, gaussian_onnx, tmp_path):
+    common = ("generate", "--engine", gaussian_onnx, "--out", tmp_path, "--steps")
+
+    def content():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    assert "from before" not in ddpmx(*common, 2, "-n", 3, "--grid").out
+    before = content()
+    for other in ((2, "--seed", 1), (3,), (2, "--seed", 1, "--first", 7), (2, "--sampler", "ddim")):
+        assert refused(*common, *other, "-n", 2)
+    assert "seed 0, and now 1" in refused(*common, 2, "-n", 2, "--seed", 1)
+    assert content() == before
+    assert ddpmx(*common, 2, "-n", 2).code == 0, "the same run again"
+    assert content() == before
+    assert "from before" in ddpmx(*common, 2, "-n", 2, "--first", 3).out, "further images of it"
+    assert files(tmp_path) == [*(f"0000{i}.png" for i in range(5)), "grid.png"]
+    done = ddpmx(*common, 2, "-n", 2, "--seed", 1, "--overwrite")
+    assert "6 pictures of another run were replaced" in done.out
+    assert files(tmp_path) == ["00000.png", "00001.png"]
+    assert content()["00000.png"] != before["00000.png"]
 
 
 def test_images_of_another_model_are_overwritten_on_request_only(ddpmx, refused, conditioned_onnx, tmp_path):

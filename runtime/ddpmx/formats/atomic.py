@@ -1,15 +1,38 @@
-"""Atomic writes: a temporary file in the same folder, then one rename."""
+"""Writing so that a file, or several that belong together, are the old ones or the new ones, whatever happens meanwhile.
+
+Everything is written under a temporary name in the same folder and renamed once it is whole. A temporary name is chosen
+before the file is made, so an interruption at any point finds it; and it is locked for as long as its process lives, so
+that the next run can tell what a killed one left behind, and removes that alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
+import secrets
+import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from ddpmx.errors import OutputError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_OURS = re.compile(r"\..{0,40}\.ddpmx-([0-9a-f]{16}\.part|lock)", re.DOTALL)
+_OLD, _NEW = ".old", ".new"  # in a temporary folder: the files that are being replaced, and the names of the new ones
+_LEFT_SECONDS = 86400  # where nothing can be locked, a temporary file of this age belongs to nobody
+
+_tidied: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -24,22 +47,181 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     path = Path(os.path.realpath(path))  # a link stays a link; its target is replaced
     if os.path.exists(path) and not path.is_file():
         raise OutputError(f"{path}: exists and is not a regular file", hint="choose another name")
-    temporary: str | None = None
+    tidy(path.parent)
+    temporary = _temporary_path(path)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
+        with _create(temporary) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that nobody else may read
         os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        if isinstance(error, OSError):
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # it is gone once it was renamed
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def staging(folder: Path, target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder in ``folder``, for files that are to be renamed to their places once all of them are whole.
+
+    Args:
+        folder: an existing folder on the file system of what is to be written.
+        target: what is to be written, for its name and for messages.
+
+    Raises:
+        OutputError: a file in it could not be written, as an error about ``target``. What is left in it is removed.
+    """
+    tidy(folder)
+    part = _temporary_path(folder / Path(target).name)
+    with contextlib.ExitStack() as stack:
+        stack.callback(_discard, part)
+        try:
+            stack.callback(_close, _create_folder(part))
+            yield part
+        except OSError as error:
+            raise write_error(target, error) from error
+        except OutputError as error:
+            if str(part) not in error.fact:
+                raise
+            # nobody knows the temporary folder, which is gone
+            raise OutputError(f"{target}: cannot be written", note=error.note, hint=error.hint) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Fill a new folder, which gets its name only once the block has ended without an exception.
+
+    Raises:
+        OutputError: ``path`` exists and is not an empty folder, or cannot be written. Nothing is then left behind.
+    """
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputError(f"{path}: exists already, and is not an empty folder", hint="choose another -o")
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise write_error(path, error) from error
+        with staging(path.parent, path) as part:
+            yield part
+            sync_folder(part)
+            if sys.platform == "win32" and path.exists():  # elsewhere an empty folder is replaced
+                path.rmdir()
+            part.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         raise
+
+
+def exchange(folder: Path, part: Path, names: Sequence[str], *, instead_of: Iterable[str] = ()) -> None:
+    """Rename the files ``names`` from ``part`` to ``folder``, instead of files there: all of them, or none.
+
+    The old files are moved away before the first new one appears, so no mixture of the two is ever to be seen. A failure
+    puts them back. If the process is killed on the way, the next run does.
+
+    Args:
+        folder: where the files are to be.
+        part: a :func:`staging` folder in ``folder``.
+        names: the new files; files of the same names are replaced.
+        instead_of: further files of ``folder`` that go, if they are there.
+
+    Raises:
+        OSError: a file could not be renamed. ``folder`` is then as it was.
+    """
+    old = part / _OLD
+    write_synced(part / _NEW, json.dumps(list(names)).encode())
+    old.mkdir()
+    with locked(folder / "folder"):
+        try:
+            for name in dict.fromkeys((*names, *instead_of)):
+                if os.path.lexists(folder / name):
+                    os.replace(folder / name, old / name)
+            for name in names:
+                os.replace(part / name, folder / name)
+            os.unlink(part / _NEW)  # from here on the new files count
+        except BaseException:
+            _put_back(part)
+            raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of ``path``, and wait for it if another process does. The lock of a killed process is free.
+
+    Raises:
+        OSError: the lock's file, which lies beside ``path`` for as long as it is held, cannot be made.
+    """
+    lock = path.with_name(f".{path.name[:40]}.ddpmx-lock")
+    descriptor = -1
+    try:
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            _hold(descriptor, wait=True)
+            if _is_at(lock, descriptor):
+                break
+            os.close(descriptor)  # its last holder has removed the file meanwhile
+            descriptor = -1
+        yield
+    finally:
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # Windows removes no open files
+                os.unlink(lock)
+            os.close(descriptor)
+
+
+def tidy(folder: Path) -> None:
+    """Remove the temporary files that killed runs of ddpmx left in ``folder``; once per folder and process.
+
+    What a running process still writes is left alone, and so is everything with a name of another kind.
+    """
+    key = os.path.realpath(folder)
+    if key in _tidied:
+        return
+    _tidied.add(key)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(key):
+            if _OURS.fullmatch(name) and _is_left(left := Path(key, name)):
+                _discard(left)
+
+
+def write_synced(path: Path, data: bytes | memoryview) -> None:
+    """Write a file of a :func:`staging` folder, and wait until its data are on disk."""
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(part: Path) -> None:
+    """Wait until the data of every file in ``part`` are on disk."""
+    for file in part.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as stream:
+                os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def foreign_writer(path: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
+    """For another library's function that writes ``path`` itself: what it makes of a failed write becomes an OutputError.
+
+    Where a library can write to memory instead, let it, and write its bytes here: its errors are then about its input.
+
+    Args:
+        path: the file that is written.
+        errors: what the library raises beside ``OSError`` if it cannot write.
+
+    Raises:
+        OutputError: the library failed.
+    """
+    try:
+        yield
+    except (OSError,) + errors as error:  # noqa: RUF005 - mypy does not see through the star
+        raise write_error(path, error) from error
 
 
 def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begins: tuple[bytes, ...]) -> None:
@@ -63,11 +245,14 @@ def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begin
     raise OutputError(f"refusing to overwrite {path}: not {what}", hint=f"-o NAME{suffixes[0]}")
 
 
-def write_error(path: str | os.PathLike[str], error: OSError) -> OutputError:
-    """The :class:`OutputError` for an ``OSError`` raised while writing ``path``."""
+def write_error(path: str | os.PathLike[str], error: Exception) -> OutputError:
+    """The :class:`OutputError` for an error that was raised while ``path`` was written."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if number := re.search(r"\(os error (\d+)\)", text):  # as libraries written in Rust report it
+        text = os.strerror(int(number[1]))
     return OutputError(
         f"{path}: cannot be written",
-        note=f"{error.strerror or error}; nothing was left behind",
+        note=f"{text.splitlines()[0] if text else type(error).__name__}; nothing was left behind",
         hint="free some space, or choose another place",
     )
 
@@ -89,10 +274,124 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
             note=str(error.strerror or error),
             hint="choose another folder, or check the permissions of this one",
         ) from error
+    tidy(path)
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _temporary_path(path: Path) -> Path:
+    """A new name beside ``path``. It is kept short: with ``path``'s whole name it might be too long for a file name."""
+    return path.with_name(f".{path.name[:40]}.ddpmx-{secrets.token_hex(8)}.part")
+
+
+def _create(temporary: Path) -> BinaryIO:
+    """Create and lock a temporary file, with the permissions of any new file."""
+    while True:
+        stream = temporary.open("xb")
+        try:
+            if _hold(stream.fileno()) and _is_at(temporary, stream.fileno()):
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()  # a run that tidies up was faster than the lock
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _create_folder(part: Path) -> int:
+    """Create and lock a temporary folder; the descriptor of the lock, -1 without one."""
+    while True:
+        part.mkdir()
+        if sys.platform == "win32":  # it has no locks for folders
+            return -1
+        try:
+            descriptor = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        if _hold(descriptor) and _is_at(part, descriptor):
+            return descriptor
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            part.rmdir()
+
+
+def _close(descriptor: int) -> None:
+    if descriptor >= 0:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file for as long as it stays open. False: another process holds the lock."""
+    if sys.platform == "win32":
+        while True:
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.05)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether ``path`` is the open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _is_left(path: Path) -> bool:
+    """Whether the process that made the temporary ``path`` is gone."""
+    try:
+        state = os.lstat(path)
+        if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
+            return False
+        if sys.platform == "win32":
+            return time.time() - state.st_mtime > _LEFT_SECONDS
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return time.time() - state.st_mtime > _LEFT_SECONDS
+    finally:
+        os.close(descriptor)
+
+
+def _discard(part: Path) -> None:
+    """Remove a temporary file or folder. Old files in a folder whose exchange was interrupted are put back before."""
+    if not part.is_dir():
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        return
+    if _put_back(part):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _put_back(part: Path) -> bool:
+    """Undo an :func:`exchange` that did not come to its end. False: an old file is still in ``part``."""
+    folder, old = part.parent, part / _OLD
+    if not old.is_dir() or not (part / _NEW).is_file():
+        return True
+    try:
+        for name in json.loads((part / _NEW).read_bytes()):
+            if Path(name).name == name and not os.path.lexists(part / name):  # it had been renamed already
+                (folder / name).unlink(missing_ok=True)
+        for file in old.iterdir():
+            os.replace(file, folder / file.name)
+        (part / _NEW).unlink()
+    except (OSError, ValueError, TypeError):
+        return False
+    return True

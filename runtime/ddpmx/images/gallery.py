@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import InputError, OutputError
-from ddpmx.formats.atomic import make_folder, write_error
+from ddpmx.formats.atomic import exchange, make_folder, staging, write_synced
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
-from ddpmx.images.origin import Origin, check_not_another_s, comment
+from ddpmx.images.origin import Origin, check_not_another_s, comment, difference
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.pixels import to_nhwc
 
@@ -25,6 +25,10 @@ FRAMES = 48
 
 SHOWN = 64
 """Most images in an animation."""
+
+GRID, ANIMATION = "grid.png", "x0.gif"
+
+_NUMBERED = re.compile(r"[0-9]{5,}\.png", re.ASCII)
 
 
 def check_drawable(spec: ModelSpec) -> None:
@@ -70,7 +74,7 @@ class Animation:
 def targets(folder: Path, n: int, *, first: int, grid: bool, animated: bool) -> list[Path]:
     """The files that :func:`save_gallery` writes."""
     images = [writers.image_path(folder, index) for index in range(first, first + n)]
-    return images + [folder / "grid.png"] * grid + [folder / "x0.gif"] * animated
+    return images + [folder / GRID] * grid + [folder / ANIMATION] * animated
 
 
 def check_replaceable(paths: Iterable[Path], model: str) -> None:
@@ -88,15 +92,36 @@ def check_replaceable(paths: Iterable[Path], model: str) -> None:
             check_not_another_s(path, model)
 
 
-def save_grid(path: str | os.PathLike[str], drawn: NDArray[np.uint8], text: Mapping[str, str]) -> None:
-    """Write uint8 [n, H, W, C] images on one sheet, enlarged to be looked at.
+def earlier_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The numbered images in ``folder``, in order."""
+    with contextlib.suppress(OSError):
+        found = [path for path in Path(folder).iterdir() if _NUMBERED.fullmatch(path.name) and path.is_file()]
+        return sorted(found, key=lambda path: int(path.stem))
+    return []
+
+
+def other_runs(folder: Path, origin: Origin, n: int) -> list[Path]:
+    """The pictures in ``folder`` that are not of the run ``origin``, whose ``n`` images are about to be drawn.
+
+    A folder holds one run: the images of one seed, model and sampler, drawn in any number of parts.
+    """
+    pictures = [*earlier_images(folder), *(path for path in (folder / GRID, folder / ANIMATION) if path.is_file())]
+    return [path for path in pictures if difference(path, origin, n)]
+
+
+def check_one_run(folder: Path, origin: Origin, n: int) -> None:
+    """Refuse to draw images beside those of another run, from which nobody could tell them.
 
     Raises:
-        InputError: they do not have 1, 3 or 4 channels.
-        OutputError: the file could not be written.
+        OutputError: ``folder`` holds numbered images that are not of this run.
     """
-    sheet = writers.grid(drawn)
-    writers.save_png(path, sheet, zoom=writers.zoom_for(sheet.shape[1]), text=text)
+    for path in other_runs(folder, origin, n):
+        if path.name not in (GRID, ANIMATION):
+            raise OutputError(
+                f"refusing to mix the images of two runs in {folder}",
+                note=f"{path.name}: {difference(path, origin, n)}",
+                hint="another --out, or --overwrite, which replaces all images of the other run",
+            )
 
 
 def save_gallery(
@@ -107,8 +132,9 @@ def save_gallery(
     grid: bool = False,
     animation: Animation | None = None,
     origin: Origin | None = None,
+    instead_of: Sequence[Path] = (),
 ) -> list[Path]:
-    """Write images and, on request, a grid and an animation. Files of the same names are replaced.
+    """Write images and, on request, a grid and an animation: all of them, or none. Files of the same names are replaced.
 
     Args:
         folder: created if it does not exist.
@@ -117,42 +143,32 @@ def save_gallery(
         grid: also write ``grid.png``, all images on one sheet.
         animation: also write ``x0.gif``.
         origin: is written into each file.
+        instead_of: further files of the folder that go as the new ones come, see :func:`other_runs`.
 
     Returns:
         The files written: the images in order, then the rest.
 
     Raises:
-        OutputError: a file could not be written; then none was.
+        OutputError: a file could not be written; then none was, and none is gone.
         InputError: the images do not have 1, 3 or 4 channels.
     """
     folder = make_folder(folder)
-    for target in targets(folder, len(drawn), first=first, grid=grid, animated=animation is not None):
+    files = targets(folder, len(drawn), first=first, grid=grid, animated=animation is not None)
+    for target in files:
         if target.is_dir():
             raise OutputError(f"{target}: is a folder, and a file is to be written there", hint="choose another folder")
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
-    except OSError as error:
-        raise write_error(folder, error) from error
-    try:
-        names = []
+    with staging(folder, folder) as part:
         for position, image in enumerate(drawn):
-            names.append(writers.image_path(staging, first + position))
-            writers.save_png(names[-1], image, text=None if origin is None else origin.text(position))
+            text = None if origin is None else origin.text(position)
+            write_synced(part / files[position].name, writers.png(image, text=text))
         whole = {} if origin is None else origin.text(0, len(drawn))
         if grid:
-            names.append(staging / "grid.png")
-            save_grid(names[-1], drawn, whole)
+            sheet = writers.grid(drawn)
+            data = writers.png(sheet, zoom=writers.zoom_for(sheet.shape[1]), text=whole)
+            write_synced(part / GRID, data)
         if animation is not None:
-            names.append(staging / "x0.gif")
             sheets = animation.sheets()
             zoom = writers.zoom_for(sheets[0].shape[1], at_least=256)
-            writers.save_gif(names[-1], sheets, zoom=zoom, comment=comment(whole))
-        for name in names:
-            os.replace(name, folder / name.name)
-        return [folder / name.name for name in names]
-    except OutputError as error:  # it names the temporary folder
-        raise OutputError(f"{folder}: cannot be written", note=error.note, hint=error.hint) from error
-    except OSError as error:
-        raise write_error(folder, error) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            write_synced(part / ANIMATION, writers.gif(sheets, zoom=zoom, comment=comment(whole)))
+        exchange(folder, part, [file.name for file in files], instead_of=[path.name for path in instead_of])
+    return files

@@ -79,20 +79,47 @@ def check_not_another_s(path: Path, model: str) -> None:
     Raises:
         OutputError: there is such a picture.
     """
-    try:
-        texts = _gif_text(path) if path.suffix.lower() == ".gif" else png_text.read_png_text(path)[1]
-    except FileFormatError:
-        return
-    if texts.get("model") == model:
+    texts = _text(path)
+    if texts is None or texts.get("model") == model:
         return
     by_ddpmx = texts.get(SOFTWARE, "").startswith("ddpmx ")
     whose = f"it is of another model, {texts.get('model', '')[:12]}" if by_ddpmx else "ddpmx has not drawn it"
     raise OutputError(f"refusing to overwrite {path}: {whose}", hint="another --out, or --overwrite")
 
 
+def difference(path: Path, origin: Origin, n: int) -> str | None:
+    """What tells a picture from those of the run ``origin``, in words; None if it is of this run, or damaged.
+
+    Args:
+        path: a PNG or a GIF.
+        origin: the run.
+        n: how many images are drawn now, from ``origin.first`` on; of others the class is not known.
+    """
+    texts = _text(path)
+    if texts is None:
+        return None
+    index = texts.get("index", "")
+    position = int(index) - origin.first if index.isascii() and index.isdecimal() else -1
+    mine = origin.text(position if 0 <= position < n else 0)
+    unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label"})
+    for keyword in dict.fromkeys((*mine, "eta", "variance", "label")):
+        theirs, here = texts.get(keyword), mine.get(keyword)
+        if keyword not in unknown and theirs != here:
+            return f"{keyword} {(theirs or 'not stated')[:64]}, and now {(here or 'not stated')[:64]}"
+    return None
+
+
 def comment(texts: dict[str, str]) -> bytes:
     """The text as the comment of a GIF, a line for each keyword."""
     return "\n".join(f"{keyword}: {text}" for keyword, text in texts.items()).encode()
+
+
+def _text(path: Path) -> dict[str, str] | None:
+    """The text in a picture; None if it is damaged."""
+    try:
+        return _gif_text(path) if path.suffix.lower() == ".gif" else png_text.read_png_text(path)[1]
+    except FileFormatError:
+        return None
 
 
 def _gif_text(path: Path) -> dict[str, str]:

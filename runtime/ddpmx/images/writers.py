@@ -1,7 +1,8 @@
-"""Writes pixels as PNGs and animations, and lays images out as a grid."""
+"""Pixels as PNGs and animations, and images laid out as a grid."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,13 +51,9 @@ def save_png(
         InputError: C is not 1, 3 or 4.
         OutputError: the file could not be written.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    picture, chunks = _pil(image, zoom), PngInfo()
-    for keyword, value in (text or {}).items():
-        chunks.add_text(keyword, value)
+    data = png(image, zoom=zoom, text=text)
     with atomic_write(path) as stream:
-        picture.save(stream, format="PNG", pnginfo=chunks)
+        stream.write(data)
 
 
 def save_gif(
@@ -73,19 +70,38 @@ def save_gif(
         InputError: there is no frame, or C is not 1, 3 or 4.
         OutputError: the file could not be written.
     """
+    data = gif(frames, zoom=zoom, milliseconds=milliseconds, comment=comment)
+    with atomic_write(path) as stream:
+        stream.write(data)
+
+
+def png(image: UInt8, *, zoom: int = 1, text: Mapping[str, str] | None = None) -> bytes:
+    """The PNG that :func:`save_png` writes. Pillow writes to memory: what it says of a full disk nobody understands."""
+    from PIL.PngImagePlugin import PngInfo
+
+    picture, chunks, stream = _pil(image, zoom), PngInfo(), io.BytesIO()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
+    picture.save(stream, format="PNG", pnginfo=chunks)
+    return stream.getvalue()
+
+
+def gif(frames: Sequence[UInt8], *, zoom: int = 1, milliseconds: int = 60, comment: bytes = b"") -> bytes:
+    """The GIF that :func:`save_gif` writes."""
     if not frames:
         raise InputError("an animation needs at least one frame")
+    stream = io.BytesIO()
     first, *rest = [_pil(frame, zoom) for frame in frames]
-    with atomic_write(path) as stream:
-        first.save(
-            stream,
-            format="GIF",
-            save_all=True,
-            append_images=rest,
-            duration=[milliseconds] * len(rest) + [1000],
-            loop=0,
-            comment=comment,
-        )
+    first.save(
+        stream,
+        format="GIF",
+        save_all=True,
+        append_images=rest,
+        duration=[milliseconds] * len(rest) + [1000],
+        loop=0,
+        comment=comment,
+    )
+    return stream.getvalue()
 
 
 def zoom_for(side: int, *, at_least: int = 512) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -109,4 +110,6 @@ def _shown(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[fl
 
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    figure.savefig(path, metadata={"Software": None})
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    path.write_bytes(stream.getvalue())

@@ -7,6 +7,7 @@ stay small.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -207,8 +208,10 @@ class Reference:
         text = np.frombuffer(json.dumps(values).encode(), np.uint8)
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in values}
         arrays = {name: array for name, array in parts.items() if array is not None}
+        packed = io.BytesIO()  # where a write fails, zipfile has an error of its own
+        np.savez_compressed(packed, about=text, **arrays)
         with atomic_write(path) as stream:
-            np.savez_compressed(stream, about=text, **arrays)
+            stream.write(packed.getbuffer())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reference:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 
 import ddpmx
 from ddpmx.errors import OutputError, SpecError
-from ddpmx.formats.atomic import make_folder, write_error
+from ddpmx.formats.atomic import exchange, make_folder, staging, sync_folder
 from ddpmx.formats.envelope import parse_json
 from ddpmx.parity.check import Check
 from ddpmx.parity.ladder import ParityReport
@@ -91,21 +90,16 @@ def write(
         OutputError: the folder cannot be written.
     """
     folder = check_folder(folder)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as name:
-            part = Path(name)
-            pictures = _pictures(report, part)
-            (part / "report.json").write_text(
-                json.dumps(to_json(report, file, extra), indent=2, allow_nan=False) + "\n"
-            )
-            (part / "report.md").write_text(to_markdown(report, file, pictures, extra), encoding="utf-8")
-            for name_, content in (attachments or {}).items():
-                (part / name_).write_bytes(content)
-            names = ["report.md", "report.json", *pictures, *(attachments or {})]
-            _exchange(folder, part, names)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return [folder / entry for entry in names]
+    with staging(folder, folder) as part:
+        pictures = _pictures(report, part)
+        (part / "report.json").write_text(json.dumps(to_json(report, file, extra), indent=2, allow_nan=False) + "\n")
+        (part / "report.md").write_text(to_markdown(report, file, pictures, extra), encoding="utf-8")
+        for name, content in (attachments or {}).items():
+            (part / name).write_bytes(content)
+        sync_folder(part)
+        names = ["report.md", "report.json", *pictures, *(attachments or {})]
+        exchange(folder, part, names, instead_of=_FILES)
+    return [folder / name for name in names]
 
 
 def check_folder(folder: str | os.PathLike[str]) -> Path:
@@ -184,26 +178,6 @@ def to_markdown(
     return "\n".join(lines)
 
 
-def _exchange(folder: Path, part: Path, names: list[str]) -> None:
-    """Replace the old report by the new one; on a failure, restore the old one."""
-    aside = part / "old"
-    aside.mkdir()
-    done: list[Path] = []
-    try:
-        for name in _FILES:
-            if (folder / name).is_file():
-                os.replace(folder / name, aside / name)
-        for name in names:
-            os.replace(part / name, folder / name)
-            done.append(folder / name)
-    except BaseException:
-        for path in done:
-            path.unlink(missing_ok=True)
-        for old in aside.iterdir():
-            os.replace(old, folder / old.name)
-        raise
-
-
 def _is_report(path: Path) -> bool:
     try:
         values = parse_json(path.read_bytes()) if path.is_file() else None
@@ -241,7 +215,7 @@ def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
         return {}
     made: dict[str, str] = {}
     if report.finals is not None:
-        from ddpmx.images.writers import grid, save_png, zoom_for
+        from ddpmx.images.writers import grid, png, zoom_for
 
         theirs = report.reference.final.transpose(0, 2, 3, 1)
         apart = np.abs(report.finals.astype(np.int16) - theirs)
@@ -250,7 +224,7 @@ def _pictures(report: ParityReport, folder: Path) -> dict[str, str]:
             if theirs.shape[-1] == 4:
                 shown[..., 3] = 255  # opaque: differences of transparency are not shown
             sheet = grid(np.concatenate([theirs, report.finals, shown]), columns=len(theirs))
-            save_png(folder / "images.png", sheet, zoom=zoom_for(min(sheet.shape[:2]), at_least=256))
+            (folder / "images.png").write_bytes(png(sheet, zoom=zoom_for(min(sheet.shape[:2]), at_least=256)))
             made["images.png"] = (
                 "The images of the free chain: PyTorch's above, the file's in the middle, their difference below, "
                 "64 times brighter. Black is equal."
