@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpmx.errors import DdpmxError, InputError, OutputError
+from ddpmx_cli import signals
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,6 +22,7 @@ output_failed = False
 
 def say(text: str) -> None:
     """Print a line of result on standard output. If that fails, the work continues nevertheless."""
+    signals.check()
     try:
         print(text, flush=True)
     except OSError as error:
@@ -63,7 +65,12 @@ def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], 
     """A progress display; yields a function that takes (done, in all)."""
     with progress_bar(unit=unit) as progress:
         task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            signals.check()
+            progress.update(task, completed=done, total=total)
+
+        yield show
 
 
 @contextlib.contextmanager
@@ -75,6 +82,7 @@ def busy(description: str) -> Iterator[None]:
     console = Console(stderr=True)
     with console.status(escape(description)) if console.is_terminal else contextlib.nullcontext():
         yield
+    signals.check()
 
 
 @contextlib.contextmanager
@@ -82,9 +90,12 @@ def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress display; yields a function that takes (phase, done, in all)."""
     with progress_bar() as progress:
         task = progress.add_task(description, total=None)
-        yield lambda phase, done, total: progress.update(
-            task, description=f"{description}: {phase}", completed=done, total=total
-        )
+
+        def show(phase: str, done: int, total: int) -> None:
+            signals.check()
+            progress.update(task, description=f"{description}: {phase}", completed=done, total=total)
+
+        yield show
 
 
 def cache_folder() -> Path | None:

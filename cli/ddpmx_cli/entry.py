@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import sys
+
+from ddpmx_cli import signals
 
 
 def run() -> None:
     """Import the commands, and run one.
 
-    Ctrl-C during the imports gives exit code 130, as it does later; nothing has been written yet.
+    A signal during the imports gives the exit code that it gives later; nothing has been written yet.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: os._exit(128 + number))
+    signals.end_at_once()
     from ddpmx_cli import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    main.run()
+    try:
+        main.run()
+    except KeyboardInterrupt:  # it had ended already
+        sys.exit(130)
+    finally:
+        signals.end_at_once()

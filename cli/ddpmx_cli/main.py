@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from ddpmx.errors import DdpmxError
-from ddpmx_cli import bench, build, console, convert, doctor, export, generate, import_, info, parity, train
+from ddpmx_cli import bench, build, console, convert, doctor, export, generate, import_, info, parity, signals, train
 from ddpmx_cli.console import complain, say
 
 app = typer.Typer(
@@ -52,32 +51,40 @@ def _main(
 def run() -> None:
     """The entry point.
 
-    Exit codes: 0 done, 1 parity does not hold, 2 an error, 130 and 143 stopped by a signal.
+    Exit codes: 0 done, 1 parity does not hold, 2 an error, 130 and 143 stopped by a signal. After a signal an error has no
+    words: it is what foreign code made of the interruption.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # do not fail on a terminal that cannot show ᾱ
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise an exception, so that cleanup runs
+    signals.install()
+    code: object = 0
     try:
         app()
-    except DdpmxError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except MemoryError as error:
-        fail(DdpmxError("out of memory", note=str(error) or None, hint="fewer images, or a smaller --batch or network"))
-    except ImportError as error:
-        fail(DdpmxError("a package that ddpmx needs is missing", note=str(error), hint="install ddpmx again"))
-    except OSError as error:
-        fail(DdpmxError(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except SystemExit as end:
-        sys.exit(2 if console.output_failed and not end.code else end.code)
+        code = 2 if console.output_failed and not end.code else end.code
+    except BaseException as error:
+        if not signals.raised:
+            sys.exit(_explain(error))
+    sys.exit(code if signals.received is None else 128 + signals.received)  # type: ignore[arg-type]
 
 
-def fail(error: DdpmxError) -> NoReturn:
-    """Print an error, and exit with code 2."""
+def _explain(error: BaseException) -> int:
+    """Print an error; the exit code. What is nobody's fault but ours is raised again, as a traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, MemoryError):
+        error = DdpmxError(
+            "out of memory", note=str(error) or None, hint="fewer images, or a smaller --batch or network"
+        )
+    elif isinstance(error, ImportError):
+        error = DdpmxError("a package that ddpmx needs is missing", note=str(error), hint="install ddpmx again")
+    elif isinstance(error, OSError):
+        error = DdpmxError(f"{error.filename or 'a file'}: {error.strerror or error}")
+    if not isinstance(error, DdpmxError):
+        raise error
     complain(error)
-    sys.exit(2)
+    return 2
 
 
 if __name__ == "__main__":

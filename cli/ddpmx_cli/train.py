@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from typer import Option
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS
 from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.errors import BackendError, InputError
+from ddpmx_cli import signals
 from ddpmx_cli.console import busy, counting, duration, parse_numbers, parse_size, progress_bar, say
 
 if TYPE_CHECKING:
@@ -189,41 +189,29 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
         f"{trainer.run}: {parameters:,} parameters, {len(trainer.dataset):,} images of {height}×{width}×{c}, "
         f"steps {trainer.step:,} → {steps:,} on {trainer.device}"
     )
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
-
     last: Progress | None = None
     logged = time.monotonic()
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with progress_bar("{task.fields[figures]}", unit="steps") as display:
-            task = display.add_task("training", total=steps, figures="")
+    with signals.held() as stopped, progress_bar("{task.fields[figures]}", unit="steps") as display:
+        task = display.add_task("training", total=steps, figures="")
 
-            def show(state: Progress) -> None:
-                nonlocal last, logged
-                last = state
-                figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
-                display.update(task, completed=state.step, figures=figures)
-                if display.disable and time.monotonic() - logged > LOG_SECONDS:
-                    logged = time.monotonic()
-                    say(f"step {state.step:,} of {state.steps:,}: {figures}, {duration(state.seconds_left)} left")
+        def show(state: Progress) -> None:
+            nonlocal last, logged
+            last = state
+            figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
+            display.update(task, completed=state.step, figures=figures)
+            if display.disable and time.monotonic() - logged > LOG_SECONDS:
+                logged = time.monotonic()
+                say(f"step {state.step:,} of {state.steps:,}: {figures}, {duration(state.seconds_left)} left")
 
-            checkpoint = trainer.train(
-                steps, progress=show, stop=lambda: stopped, sample_every=sample_every, save_seconds=save_seconds
-            )
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        checkpoint = trainer.train(
+            steps, progress=show, stop=stopped, sample_every=sample_every, save_seconds=save_seconds
+        )
     if last is not None:
         say(f"step {last.step:,}: loss {last.loss:.4f}, {last.images_per_second:,.0f} images/s")
     say(f"saved {checkpoint}")
-    if stopped and trainer.step < steps:
+    if stopped() and trainer.step < steps:
         say(f"stopped; continue with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
-        raise typer.Exit(130)
+        raise typer.Exit(130)  # or 143: the signal is remembered
     say(f"next: ddpmx export {shlex.quote(str(trainer.run))} -o model.onnx")
 
 
