@@ -22,7 +22,9 @@ _LIBRARIES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 def build(
-    onnx: Annotated[Path, Argument(help="The model.onnx that `ddpmx export` wrote.")],
+    model: Annotated[
+        str, Argument(help="The model.onnx that `ddpmx export` wrote, or a model that comes along.", metavar="ONNX")
+    ],
     output: Annotated[
         Path | None, Option("--output", "-o", help="The plan to write.  \\[default: beside the ONNX file]")
     ] = None,
@@ -62,9 +64,12 @@ def build(
     It needs neither torch nor onnx, so it runs on the device itself. The precision is that of the ONNX file. A plan works
     only with the version of TensorRT that built it and on one GPU architecture; a plan of TensorRT-RTX on all RTX cards.
     """
+    from ddpmx.models import shipped
     from ddpmx.trt import build as trt_build
     from ddpmx.trt import library as trt_library
 
+    onnx = shipped.find(model)
+    output = output or shipped.beside(model, ".plan")
     if library is not None and library not in _LIBRARIES:
         raise InputError(f"--library {library!r}: not one of {' and '.join(_LIBRARIES)}")
     numbers = None if batch is None else parse_numbers("--batch", batch)
@@ -89,7 +94,7 @@ def build(
             force=force,
             progress=progress,
         )
-    show(built, onnx, output or onnx.with_suffix(".plan"))
+    show(built, onnx, output)
 
 
 def show(built: object, onnx: Path, output: Path) -> None:

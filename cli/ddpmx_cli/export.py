@@ -112,7 +112,7 @@ def export(
     if (report := output.with_suffix(".report")).exists():
         say(f"Note: {report} is from an earlier export")
     if precision != "bf16":
-        say(f"next: ddpmx generate --engine {shlex.quote(str(output))} -n 16 --out samples/ --grid")
+        say(f"next: ddpmx generate {shlex.quote(str(output))} -n 16 --out samples/ --grid")
     elif not built:
         say(f"next, on the target machine: ddpmx build {shlex.quote(str(output))}")
 

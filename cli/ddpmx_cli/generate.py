@@ -2,46 +2,81 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
-from typer import Option
+from typer import Argument, Option
 
 from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES, Sampler, Spacing, Variance
-from ddpmx.errors import InputError
+from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx_cli.console import cache_folder, counting, say
+from ddpmx.models.shipped import SHIPPED
+from ddpmx_cli.console import busy, cache_folder, counting, say
+
+if TYPE_CHECKING:
+    from ddpmx.pipeline import Pipeline
 
 _WHERE = "Where it runs"
 
 EXAMPLES = """
 Examples:\n
-  ddpmx generate --engine model.onnx -n 64 --seed 0 --out samples/ --grid\n
-  ddpmx generate --engine model.onnx -n 16 --steps 50 --sampler ddim --grid --animate\n
-  ddpmx generate --engine model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
-  ddpmx generate --engine model.plan -n 256 --batch 64         # on an NVIDIA GPU, with TensorRT\n
-  ddpmx generate --engine model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5
+  ddpmx generate garments -n 16 --grid                # a model that comes along\n
+  ddpmx generate model.onnx -n 64 --seed 0 --out samples/ --grid\n
+  ddpmx generate model.onnx --out one.png --steps 20  # one image in one file\n
+  ddpmx generate runs/photos -n 16 --grid             # a run, where torch is installed\n
+  ddpmx generate model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
+  ddpmx generate model.plan -n 256 --batch 64         # on an NVIDIA GPU, with TensorRT\n
+  ddpmx generate model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5\n
+  ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i
 """
 
 
 def generate(
-    engine: Annotated[Path, Option(help="The model.onnx or model.plan to run.")],
-    n: Annotated[int, Option("-n", "--count", help="How many images.")] = 16,
+    file: Annotated[
+        str | None,
+        Argument(
+            help=f"A model that comes along ({', '.join(SHIPPED)}), a model.onnx or model.plan, or a run.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[str | None, Option(help="The same as FILE.", show_default=False)] = None,
+    n: Annotated[
+        int | None, Option("-n", "--count", help="How many images.  \\[default: 16, or one with --out FILE.png]")
+    ] = None,
     seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
-    out: Annotated[Path, Option(help="Folder for 00000.png, 00001.png, …")] = Path("samples"),
+    out: Annotated[
+        Path,
+        Option(help="Folder for 00000.png, 00001.png, …; or FILE.png for one image, or with --grid for one sheet."),
+    ] = Path("samples"),
     first: Annotated[int, Option(help="Index of the first image.")] = 0,
     label: Annotated[int | None, Option(help="The class of all images, for a model with classes.")] = None,
     labels: Annotated[
         str | None,
         Option(help="The classes of the images, repeated in order of their index: 0,1,2.", metavar="CLASS,…"),
     ] = None,
+    cond: Annotated[
+        Path | None,
+        Option(
+            help="Conditions, repeated in order of the images' index: pictures of the model's size, or an .npz with "
+            "cond float32 \\[N, K, H, W].",
+            metavar="FOLDER|FILE",
+        ),
+    ] = None,
     steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
-    sampler: Annotated[str, Option(help=f"{', '.join(SAMPLERS)}.", metavar="NAME")] = "ancestral",
-    eta: Annotated[float, Option(help="Noise η of the ddim sampler, 0 … 1.")] = 0.0,
+    sampler: Annotated[
+        str | None,
+        Option(help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; ddim for few steps]", metavar="NAME"),
+    ] = None,
+    eta: Annotated[float | None, Option(help="Noise η of the ddim sampler, 0 … 1.  \\[default: 0]")] = None,
     spacing: Annotated[
-        str, Option(help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.", metavar="NAME")
-    ] = "linspace",
+        str | None,
+        Option(
+            help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.  \\[default: linspace; trailing for few steps]",
+            metavar="NAME",
+        ),
+    ] = None,
     variance: Annotated[
         str | None,
         Option(help=f"Variance of the steps: {', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME"),
@@ -58,7 +93,7 @@ def generate(
     provider: Annotated[
         str,
         Option(
-            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.",
+            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name. A run: cpu or cuda.",
             metavar="NAME",
             rich_help_panel=_WHERE,
         ),
@@ -87,55 +122,72 @@ def generate(
     """Run the full reverse chain and write PNGs."""
     from ddpmx.formats import model_file
     from ddpmx.formats.atomic import make_folder
-    from ddpmx.images.gallery import (
-        Animation,
-        check_drawable,
-        check_one_run,
-        check_replaceable,
-        earlier_images,
-        other_runs,
-        save_gallery,
-        targets,
-    )
+    from ddpmx.images import gallery
+    from ddpmx.images.conditions import read_conditions
     from ddpmx.images.origin import Origin, model_hash
+    from ddpmx.models import shipped
     from ddpmx.pipeline import load
     from ddpmx.sampling.request import Sampling
 
-    description = model_file.read_spec(spec) if spec is not None else None
-    with load(
-        engine,
-        spec=description,
-        providers=[provider],
-        fallback=fallback,
-        threads=threads,
-        executor=executor,
-        trust_host_code=trust_host_code,
-        cache=cache_folder(),
-    ) as pipeline:
-        check_drawable(pipeline.spec)
-        sampling = Sampling(  # the names are checked with everything else
-            sampler=cast(Sampler, sampler),
+    name = _one_model(file, engine)
+    path = shipped.find(name)
+    picture = gallery.is_picture(out)
+    if n is None:
+        n = 1 if picture and not grid else 16
+    if picture and (animate or (n != 1 and not grid)):
+        what = "an animation is another one" if animate else f"there are {n} images"
+        hint = "a folder as --out" if animate else "-n 1, --grid for all of them on one sheet, or a folder as --out"
+        raise InputError(f"--out {out} is one file, and {what}", hint=hint)
+    if model_file.identify(path) == "checkpoint":
+        refused = {"--spec": spec is not None, "--fallback": fallback, "--trust-host-code": trust_host_code}
+        opened = _load_checkpoint(path, provider, threads, executor, [flag for flag, used in refused.items() if used])
+    else:
+        opened = load(
+            path,
+            spec=model_file.read_spec(spec) if spec is not None else None,
+            providers=[provider],
+            fallback=fallback,
+            threads=threads,
+            executor=executor,
+            trust_host_code=trust_host_code,
+            cache=cache_folder(),
+        )
+    with opened as pipeline:
+        gallery.check_drawable(pipeline.spec)
+        sampling = Sampling.chosen(  # the names are checked with everything else
+            pipeline.spec.timesteps,
+            sampler=cast("Sampler | None", sampler),
             steps=steps,
-            spacing=cast(Spacing, spacing),
+            spacing=cast("Spacing | None", spacing),
             eta=eta,
             variance=cast("Variance | None", variance),
         )
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = _classes(pipeline.spec, label, labels, n, first)
         pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes, sampling=sampling)
-        if pipeline.spec.condition is not None:
+        conditions, conditioned_by = None, None
+        if cond is not None:
+            conditions, names = read_conditions(cond, pipeline.spec)
+            order = [index % len(names) for index in range(first, first + n)]
+            conditions, conditioned_by = conditions[order], [names[index] for index in order]
+        elif pipeline.spec.condition is not None:
+            wanted = ", ".join(map(str, pipeline.spec.conditioning_shapes["cond"]))
             raise InputError(
-                "the model needs a condition image, which this command cannot pass",
-                hint="from Python: ddpmx.load(…).generate(n, cond=…)",
+                "missing condition: the model takes a condition image",
+                hint=f"--cond FOLDER of pictures, or --cond FILE.npz with cond: float32 [N, {wanted}]",
             )
         table = pipeline.table(sampling)
-        animation = Animation(pipeline.spec, table, n) if animate else None
-        model = model_hash(pipeline.spec, engine)
-        origin = Origin(model, pipeline.spec.precision, seed, sampling, len(table), first, classes)
-        if not overwrite:
-            check_replaceable(targets(out, n, first=first, grid=grid, animated=animate), model)
-            check_one_run(out, origin, n)
-        make_folder(out)
+        animation = gallery.Animation(pipeline.spec, table, n) if animate else None
+        model = model_hash(pipeline.spec, path)
+        origin = Origin(
+            model, pipeline.spec.precision, seed, sampling, len(table), first, labels=classes, conditions=conditioned_by
+        )
+        if not overwrite and picture:
+            gallery.check_replaceable([out], model)
+        elif not overwrite:
+            gallery.check_replaceable(gallery.targets(out, n, first=first, grid=grid, animated=animate), model)
+            gallery.check_one_run(out, origin, n)
+        make_folder(out.parent if picture else out)
         begun = time.monotonic()
         with counting(f"{n} images", unit="steps") as progress:
             images = pipeline.generate(
@@ -144,21 +196,81 @@ def generate(
                 first=first,
                 batch=batch,
                 labels=classes,
+                cond=conditions,
                 progress=progress,
                 preview=animation,
                 sampling=sampling,
             )
         seconds = time.monotonic() - begun
-        gone = other_runs(out, origin, n) if overwrite else []
-        written = save_gallery(out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=gone)
-        say(f"{n} images, {len(table)} steps of {sampler}, seed {seed}, in {seconds:.1f} s on {pipeline.backend}")
+        gone = gallery.other_runs(out, origin, n) if overwrite and not picture else []
+        if picture:
+            written = [gallery.save_picture(out, images, grid=grid, origin=origin)]
+        else:
+            written = gallery.save_gallery(
+                out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=gone
+            )
+        say(
+            f"{n} image{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{_choice(sampler, sampling)}, seed {seed}, "
+            f"in {seconds:.1f} s on {pipeline.backend}"
+        )
+    if picture:
+        say(str(out))
+        return
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:
         say(str(extra))
     if gone:
         say(f"Note: {len(gone)} pictures of another run were replaced")
-    if others := len(set(earlier_images(out)) - set(written)):
+    if others := len(set(gallery.earlier_images(out)) - set(written)):
         say(f"Note: {out} also holds {others} images of this run from before")
+
+
+def _one_model(file: str | None, engine: str | None) -> str:
+    """FILE, or --engine."""
+    name = file if engine is None else engine
+    if file is not None and engine is not None:
+        raise InputError("FILE and --engine are the same, and both were passed", hint=f"ddpmx generate {file}")
+    if name is None:
+        raise InputError(
+            "missing model: which one is to draw?",
+            hint=f"ddpmx generate {next(iter(SHIPPED))}, which comes along; or a model.onnx, a model.plan, a run",
+        )
+    if name in SHIPPED and os.path.lexists(name):
+        say(f"Note: {name} is the model that comes with ddpmx; ./{name} is yours")
+    return name
+
+
+def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, refused: list[str]) -> Pipeline:
+    """A run or a checkpoint, run by torch."""
+    if provider not in ("cpu", "cuda"):
+        refused = [f"--provider {provider}", *refused]
+    if executor != "auto":
+        refused = [*refused, "--executor"]
+    if refused:
+        raise InputError(
+            f"{path}: a checkpoint is run by torch, and {' and '.join(refused)} would have no effect",
+            hint=f"leave it out, or export the checkpoint first: ddpmx export {path} -o model.onnx",
+        )
+    try:
+        with busy("loading torch"):
+            from ddpm_export.training import pipeline
+    except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
+        raise BackendError(
+            f"{path}: a checkpoint, which needs torch to run",
+            note=str(error),
+            hint=f"pip install torch safetensors; or, where torch is: ddpmx export {path} -o model.onnx",
+        ) from error
+    return pipeline.load(path, device=provider, threads=threads)
+
+
+def _choice(asked: str | None, sampling: object) -> str:
+    """What the result says of a sampler that was not asked for."""
+    from ddpmx.sampling.request import FEW_STEPS, Sampling
+
+    assert isinstance(sampling, Sampling)
+    if asked is not None or sampling.sampler == "ancestral":
+        return ""
+    return f" with {sampling.spacing} spacing (the default below {FEW_STEPS} steps)"
 
 
 def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
@@ -19,7 +18,12 @@ Examples:\n
 
 
 def info(
-    file: Annotated[Path, Argument(help="A run or checkpoint, an ONNX file, a plan, or a PNG that ddpmx has drawn.")],
+    file: Annotated[
+        str,
+        Argument(
+            help="A run or checkpoint, an ONNX file, a plan, a PNG that ddpmx has drawn, or a model that comes along."
+        ),
+    ],
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a file is, from its bytes alone: no library or GPU is needed."""

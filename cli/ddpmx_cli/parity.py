@@ -25,7 +25,9 @@ Examples:\n
 
 
 def parity(
-    file: Annotated[Path, Argument(help="The model.onnx or model.plan to check.")],
+    model: Annotated[
+        str, Argument(help="The model.onnx or model.plan to check, or a model that comes along.", metavar="FILE")
+    ],
     against: Annotated[
         Path | None, Option(help="The record of PyTorch's outputs.  \\[default: the .parity.npz beside the file]")
     ] = None,
@@ -60,6 +62,7 @@ def parity(
     The exit code is 0 if every bound of the file's precision holds, 1 if one does not, 2 if the checks could not be made.
     """
     from ddpmx.backends.open import open_model
+    from ddpmx.models import shipped
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import not_finite, run_ladder
 
@@ -67,6 +70,7 @@ def parity(
         raise InputError("--against, --checkpoint and --self-test exclude each other")
     if checkpoint is None and (data is not None or full):
         raise InputError("--data and --full need --checkpoint")
+    file = shipped.find(model)
     spec, backend = open_model(
         file, providers=[provider], threads=threads, trust_host_code=trust_host_code, cache=cache_folder()
     )
@@ -76,7 +80,7 @@ def parity(
             reference = _record(checkpoint, weights, data, full)
         elif not self_test:
             reference = _load_record(file, against)
-        folder = report if report is not None else file.with_suffix(".self-test" if self_test else ".report")
+        folder = report if report is not None else shipped.beside(model, ".self-test" if self_test else ".report")
         reports.check_folder(folder)
         with counting(f"checking {file.name}", unit="network calls") as progress:
             try:

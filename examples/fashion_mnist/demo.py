@@ -48,13 +48,13 @@ def main() -> int:
     ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA} --no-plan{whole}")
     ddpmx(f"parity {fp16} --report {out / 'parity'}")
     ddpmx(
-        f"generate --engine {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate "
+        f"generate {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate "
         "--overwrite"
     )
-    ddpmx(f"generate --engine {fp16} -n 8 --steps 50 --out {out / 'samples-fp16'} --overwrite")
-    ddpmx(f"generate --engine {fp32} -n 8 --steps 50 --out {out / 'samples-fp32'} --overwrite")
+    ddpmx(f"generate {fp16} -n 8 --steps 50 --out {out / 'samples-fp16'} --overwrite")
+    ddpmx(f"generate {fp32} -n 8 --steps 50 --out {out / 'samples-fp32'} --overwrite")
     ddpmx(
-        f"generate --engine {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {out / 'judged'} --batch 64 --grid "
+        f"generate {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {out / 'judged'} --batch 64 --grid "
         "--overwrite"
     )
 

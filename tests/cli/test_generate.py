@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpmx import load
+from ddpmx import ModelSpec, load
+from ddpmx.sampling.request import FEW_STEPS
 from oracles.conditioning import CLASSES
 
 
@@ -61,7 +62,7 @@ def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_pa
         tmp_path,
     )
     assert done.code == 0, done
-    how = dict(zip((flag.strip("-") for flag in sampling[::2]), sampling[1::2], strict=True))
+    how = dict(zip((flag.strip("-") for flag in sampling[::2]), sampling[1::2], strict=True)) or {"sampler": "ddim"}
     with load(gaussian_onnx) as pipeline:
         drawn = pipeline.generate(2, steps=20, spacing=spacing, **how)
     np.testing.assert_array_equal(
@@ -89,6 +90,65 @@ def test_images_of_two_runs_are_not_mixed(ddpmx, refused, gaussian_onnx, tmp_pat
     assert "6 pictures of another run were replaced" in done.out
     assert files(tmp_path) == ["00000.png", "00001.png"]
     assert content()["00000.png"] != before["00000.png"]
+
+
+def test_few_steps_without_a_sampler_are_run_by_ddim_and_the_result_says_so(ddpmx, gaussian_onnx, tmp_path):
+    with load(gaussian_onnx) as pipeline:
+        for flags, how in (
+            (["--steps", 20], {"steps": 20, "sampler": "ddim", "spacing": "trailing"}),
+            (["--steps", 20, "--eta", 0.5], {"steps": 20, "sampler": "ddim", "spacing": "trailing", "eta": 0.5}),
+            (["--steps", 20, "--sampler", "ancestral"], {"steps": 20}),
+            (["--steps", 20, "--variance", "fixed_small"], {"steps": 20, "variance": "fixed_small"}),
+            (["--steps", FEW_STEPS], {"steps": FEW_STEPS}),
+        ):
+            done = ddpmx("generate", gaussian_onnx, *flags, "--out", tmp_path / "one.png")
+            drawn = pipeline.generate(1, **how)[0]
+            np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one.png")), drawn)
+            chosen = "spacing" in how
+            assert f"of {how.get('sampler', 'ancestral')}" in done.out
+            assert ("ddim with trailing spacing (the default below" in done.out) == chosen
+
+
+def test_one_image_or_one_sheet_is_written_to_one_file(ddpmx, refused, gaussian_onnx, tmp_path):
+    common = ("generate", gaussian_onnx, "--steps", 3)
+    ddpmx(*common, "-n", 2, "--out", tmp_path / "folder", "--grid")
+    assert ddpmx(*common, "--out", tmp_path / "new" / "one.PNG", "--first", 1).code == 0
+    assert ddpmx(*common, "-n", 2, "--grid", "--out", tmp_path / "new" / "sheet.png").code == 0
+    assert files(tmp_path / "new") == ["one.PNG", "sheet.png"]
+    for mine, other in (("one.PNG", "00001.png"), ("sheet.png", "grid.png")):
+        assert (tmp_path / "new" / mine).read_bytes() == (tmp_path / "folder" / other).read_bytes()
+    for flags, message in (
+        (["-n", 2, "--out", tmp_path / "x.png"], "there are 2 images"),
+        (["--animate", "--out", tmp_path / "x.png"], "an animation is another one"),
+        (["--out", tmp_path / "x.jpg"], "written as PNG"),
+    ):
+        assert message in refused(*common, *flags)
+    (tmp_path / "a.png").mkdir()  # a folder is a folder
+    assert ddpmx(*common, "-n", 2, "--out", tmp_path / "a.png").code == 0
+    assert files(tmp_path / "a.png") == ["00000.png", "00001.png"]
+
+
+def test_the_model_is_named_once(ddpmx, refused, gaussian_onnx, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "both were passed" in refused("generate", gaussian_onnx, "--engine", gaussian_onnx)
+    assert "ddpmx generate garments" in refused("generate")
+    err = refused("generate", "garmets", "--steps", 2)
+    assert "neither a model that comes with ddpmx nor a file" in err
+    assert "garments" in err.split("Hint")[1]
+    assert files(tmp_path) == []
+
+
+def test_the_model_that_comes_along_draws_without_any_file(ddpmx, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = ddpmx("generate", "garments", "-n", 2, "--grid", "--steps", 3)
+    assert done.code == 0, done
+    assert files(tmp_path / "samples") == ["00000.png", "00001.png", "grid.png"]
+    (tmp_path / "garments").mkdir()
+    assert "Note: garments is the model that comes with ddpmx" in ddpmx("generate", "garments", "--steps", 3).out
+    for command in (["info"], ["parity", "--self-test"], ["bench", "--seconds", "0.01", "--batch", 1, "--steps", 3]):
+        done = ddpmx(command[0], "garments", *command[1:])
+        assert done.code == 0, done
+    assert (tmp_path / "garments.self-test" / "report.md").exists()  # and not beside the package's own file
 
 
 def test_images_of_another_model_are_overwritten_on_request_only(ddpmx, refused, conditioned_onnx, tmp_path):
@@ -192,9 +252,39 @@ def test_a_file_without_metadata_runs_with_a_spec(ddpmx, refused, gaussian_onnx,
     assert not (tmp_path / "c").exists()
 
 
-def test_a_checkpoint_is_sent_to_export(refused, tmp_path):
+def test_a_checkpoint_without_torch_is_sent_to_export(refused, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert "ddpmx export" in refused("generate", "--engine", tmp_path / "run", "--out", tmp_path / "samples")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "ddpm_export.training.pipeline", raising=False)
+    err = refused("generate", tmp_path / "run", "--out", tmp_path / "samples")
+    assert "needs torch" in err
+    assert "ddpmx export" in err
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.torch
+def test_a_run_is_drawn_by_torch(ddpmx, refused, tmp_path):
+    pytest.importorskip("torch", reason="not verified here: a run as a model (no torch)")
+    from ddpm_export import load as load_run
+    from ddpm_export.networks.unet import UNet, UNetConfig
+    from ddpm_export.training.checkpoint import TrainingState, save
+
+    config = UNetConfig(1, 1, (4, 4), channels=4, multipliers=(1,), blocks=1, attention=(), groups=2)
+    ema = UNet(config).state_dict()
+    raw = {name: tensor + 0.1 for name, tensor in ema.items()}
+    save(tmp_path / "run", ModelSpec((1, 4, 4), timesteps=6), config, raw, ema, TrainingState(1, {}, {}))
+    out = tmp_path / "out"
+    done = ddpmx("generate", tmp_path / "run", "-n", 3, "--seed", 2, "--out", out, "--threads", 1)
+    assert done.code == 0, done
+    assert "on torch" in done.out
+    with load_run(tmp_path / "run") as pipeline:
+        wanted = pipeline.generate(3, seed=2)[..., 0]
+    np.testing.assert_array_equal(pixels(out), wanted)
+    with load_run(tmp_path / "run", weights="raw") as pipeline:
+        assert not np.array_equal(pixels(out), pipeline.generate(3, seed=2)[..., 0])
+    for flags in (["--spec", "x"], ["--provider", "tensorrt"], ["--executor", "graph"], ["--fallback"]):
+        assert flags[0] in refused("generate", tmp_path / "run", *flags)
+    assert "threads must be" in refused("generate", tmp_path / "run", "--threads", -1)
 
 
 def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(refused, gaussian_onnx, tmp_path, monkeypatch):
@@ -242,6 +332,20 @@ def test_labels_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onn
     np.testing.assert_array_equal(pixels(tmp_path / "part"), wanted[3:])
 
 
+def test_conditions_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onnx):
+    path = conditioned_onnx("condition")
+    conditions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "c.npz", cond=conditions)
+    common = ["generate", path, "--seed", 4, "--cond", tmp_path / "c.npz"]
+    assert ddpmx(*common, "-n", 5, "--out", tmp_path / "all").code == 0
+    assert ddpmx(*common, "-n", 2, "--first", 3, "--out", tmp_path / "part").code == 0
+    with load(path) as pipeline:
+        wanted = pipeline.generate(5, seed=4, cond=conditions[[0, 1, 2, 0, 1]])
+    np.testing.assert_array_equal(pixels(tmp_path / "all"), wanted)
+    np.testing.assert_array_equal(pixels(tmp_path / "part"), wanted[3:])
+    assert "c.npz[1]" in ddpmx("info", tmp_path / "part" / "00004.png").out
+
+
 def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):
     path = conditioned_onnx("classes")
     assert ddpmx("generate", "--engine", path, "-n", 2, "--label", 3, "--out", tmp_path / "out").code == 0
@@ -262,7 +366,9 @@ def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):
         ("classes", ["--label", 0, "--labels", "0,1"], "exclude each other"),
         ("classes", ["-n", 10**12, "--label", 0], "n must be"),
         ("itself", ["--label", 0], "no classes"),
-        ("condition", [], "needs a condition image, which this command cannot pass"),
+        ("condition", [], "missing condition: the model takes a condition image"),
+        ("itself", ["--cond", "x.npz"], "the model takes no condition"),
+        ("condition", ["--cond", "x.npz"], "x.npz: not a valid .npz file"),
     ],
 )
 def test_wrong_conditioning_is_one_clear_error(ddpmx, tmp_path, conditioned_onnx, kind, flags, message):
@@ -290,6 +396,14 @@ def test_help_and_version(ddpmx):
     assert {"train", "export", "build", "generate", "parity", "info", "doctor"} <= set(ddpmx("--help").out.split())
     assert ddpmx("--version").out.strip() == f"ddpmx {__version__}"
     assert ddpmx("nonsense").code == 2
+
+
+def test_python_m_ddpmx_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ddpmx", "--version"], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("ddpmx "), done
+    code = "import sys, runpy; sys.modules['ddpmx_cli'] = None; runpy.run_module('ddpmx', run_name='__main__')"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (alone.returncode != 0, "pip install ddpmx" in alone.stderr, "Traceback" in alone.stderr) == (1, 1, 0)
 
 
 def test_the_shell_completes_commands_and_flags():

@@ -63,7 +63,7 @@ NOT_RUN = {
     "ddpmx parity *.plan*": PLAN,
     "ddpmx parity *--polygraphy*": "takes long; tests/cli/test_parity.py runs it",
     "ddpmx bench *.plan*": PLAN,
-    "ddpmx generate --engine *.plan*": PLAN,
+    "ddpmx generate *.plan*": PLAN,
     "ddpmx generate *--provider cuda*": "needs a GPU; tests/ddpmx/backends/test_ort_device.py runs it on a fake",
     "ddpmx export runs/x *": "needs the images of the network at hand; other exports are run",
 }

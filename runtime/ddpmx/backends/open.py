@@ -11,6 +11,7 @@ from ddpmx.backends.base import Backend, CopyingBackend
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats import model_file, onnx_file
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.models import shipped
 
 
 class OpenOptions(TypedDict, total=False):
@@ -35,12 +36,12 @@ def open_model(
     cache: str | os.PathLike[str] | None = None,
 ) -> tuple[ModelSpec, Backend]:
     """A file's spec and its backend: :func:`ddpmx.load` without the chain around it. Close the backend after use."""
-    path = Path(path)
+    path = shipped.find(path)
     kind = model_file.identify(path)
     if kind == "checkpoint":
         raise FileFormatError(
             f"{path}: a checkpoint, which needs torch to run",
-            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that",
+            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that; ddpm_export.load runs it in torch",
         )
     if kind == "plan":
         return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))

@@ -23,6 +23,7 @@ from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError, InputError
 from ddpmx.formats import model_file, plan_file
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.models import shipped
 from ddpmx.sampling import chain
 from ddpmx.sampling import request as requests
 from ddpmx.sampling.conditioning import example
@@ -92,7 +93,7 @@ def bench(
         BackendError: nothing could be measured.
         FileFormatError, SpecError, NumericError: as for :func:`ddpmx.pipeline.load` and its ``generate``.
     """
-    path = Path(path)
+    path = shipped.find(path)
     _check(path, batches, executor, steps, seconds)
     on_gpu = model_file.identify(path) == "plan" or list(options.get("providers", ("cpu",))) != ["cpu"]
     with contextlib.ExitStack() as stack:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file, png_text
+from ddpmx.models import shipped
 
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 _MAX_HEADER = 16 << 20
@@ -24,7 +25,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         FileFormatError, SpecError: none of these kinds, truncated, damaged, or contradicts itself.
     """
-    path = Path(path)
+    path = shipped.find(path)
     if png_text.is_png(path):
         return {"path": os.fspath(path), "kind": "png", **_png(path)}
     kind = model_file.identify(path)

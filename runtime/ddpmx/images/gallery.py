@@ -29,6 +29,7 @@ SHOWN = 64
 GRID, ANIMATION = "grid.png", "x0.gif"
 
 _NUMBERED = re.compile(r"[0-9]{5,}\.png", re.ASCII)
+_OTHER_PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 
 
 def check_drawable(spec: ModelSpec) -> None:
@@ -75,6 +76,39 @@ def targets(folder: Path, n: int, *, first: int, grid: bool, animated: bool) -> 
     """The files that :func:`save_gallery` writes."""
     images = [writers.image_path(folder, index) for index in range(first, first + n)]
     return images + [folder / GRID] * grid + [folder / ANIMATION] * animated
+
+
+def is_picture(out: Path) -> bool:
+    """Whether ``out`` is the name of one picture, and not of a folder.
+
+    Raises:
+        InputError: of a picture in another format than PNG.
+    """
+    suffix = out.suffix.lower()
+    if out.is_dir() or suffix not in (".png", *_OTHER_PICTURES):
+        return False
+    if suffix != ".png":
+        raise InputError(f"{out}: pictures are written as PNG", hint=f"{out.with_suffix('.png')}, or a folder")
+    return True
+
+
+def save_picture(path: Path, drawn: NDArray[np.uint8], *, grid: bool = False, origin: Origin | None = None) -> Path:
+    """Write one image, or with ``grid`` all of them on one sheet, to one PNG.
+
+    Args:
+        path: the file. It is replaced.
+        drawn: uint8 [n, H, W, C]; without ``grid`` n = 1.
+        grid: see above.
+        origin: is written into the file.
+
+    Raises:
+        InputError: the images do not have 1, 3 or 4 channels.
+        OutputError: the file could not be written.
+    """
+    text = {} if origin is None else origin.text(0, len(drawn))
+    sheet = writers.grid(drawn) if grid else drawn[0]
+    writers.save_png(path, sheet, zoom=writers.zoom_for(sheet.shape[1]) if grid else 1, text=text)
+    return path
 
 
 def check_replaceable(paths: Iterable[Path], model: str) -> None:

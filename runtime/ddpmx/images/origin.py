@@ -29,6 +29,7 @@ class Origin:
         steps: its length.
         first: the index of the first image.
         labels: the class of each image, or None.
+        conditions: the name of each image's condition, or None.
     """
 
     model: str
@@ -38,6 +39,7 @@ class Origin:
     steps: int
     first: int = 0
     labels: Sequence[int] | None = None
+    conditions: Sequence[str] | None = None
 
     def text(self, position: int, count: int = 1) -> dict[str, str]:
         """The text for the image at ``position`` of the request, or for a sheet of ``count`` images from there on."""
@@ -56,9 +58,10 @@ class Origin:
             values["eta"] = f"{sampling.eta:g}"
         if sampling.variance is not None:
             values["variance"] = sampling.variance
-        if self.labels is not None:
-            shown = self.labels[position : position + count]
-            values["label"] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
+        for keyword, each in (("label", self.labels), ("condition", self.conditions)):
+            if each is not None:
+                shown = each[position : position + count]
+                values[keyword] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
         return {keyword: str(value) for keyword, value in values.items()}
 
 
@@ -93,7 +96,7 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     Args:
         path: a PNG or a GIF.
         origin: the run.
-        n: how many images are drawn now, from ``origin.first`` on; of others the class is not known.
+        n: how many images are drawn now, from ``origin.first`` on; of others class and condition are not known.
     """
     texts = _text(path)
     if texts is None:
@@ -101,8 +104,8 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     index = texts.get("index", "")
     position = int(index) - origin.first if index.isascii() and index.isdecimal() else -1
     mine = origin.text(position if 0 <= position < n else 0)
-    unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label"})
-    for keyword in dict.fromkeys((*mine, "eta", "variance", "label")):
+    unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label", "condition"})
+    for keyword in dict.fromkeys((*mine, "eta", "variance", "label", "condition")):
         theirs, here = texts.get(keyword), mine.get(keyword)
         if keyword not in unknown and theirs != here:
             return f"{keyword} {(theirs or 'not stated')[:64]}, and now {(here or 'not stated')[:64]}"

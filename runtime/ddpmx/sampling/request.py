@@ -32,6 +32,10 @@ MAX_BATCH_ELEMENTS = 1 << 25
 """n·C·H·W of one batch: 128 MiB of float32, and several times that inside the network and while noise is drawn."""
 
 
+FEW_STEPS = 100
+"""Below so many steps DDIM's images are better than the ancestral chain's: docs/sampling.md has the figures."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a chain is run. The names are checked against a model where they are used, see :meth:`table`.
@@ -52,6 +56,36 @@ class Sampling:
     eta: float = 0.0
     start: int | None = None
     variance: Variance | None = None
+
+    @classmethod
+    def chosen(
+        cls,
+        T: int,
+        *,
+        sampler: Sampler | None = None,
+        steps: int | None = None,
+        spacing: Spacing | None = None,
+        eta: float | None = None,
+        variance: Variance | None = None,
+    ) -> Sampling:
+        """A sampling with what was left open chosen well, as ``ddpmx generate`` does.
+
+        With few steps the ancestral chain leaves grain, so without ``sampler`` fewer than :data:`FEW_STEPS` of the T
+        timesteps are run by DDIM, with trailing spacing and η = 0; ``variance`` names the ancestral chain. Everything else
+        has the defaults of this class, which do not depend on ``steps``: what a program has drawn stays what it draws.
+
+        Args:
+            T: the model's timesteps.
+            sampler, steps, spacing, eta, variance: as the fields of this class; None for what is to be chosen.
+        """
+        few = sampler is None and variance is None and steps is not None and steps < min(FEW_STEPS, T)
+        return cls(
+            sampler=sampler or ("ddim" if few else "ancestral"),
+            steps=steps,
+            spacing=spacing or ("trailing" if few else "linspace"),
+            eta=eta or 0.0,
+            variance=variance,
+        )
 
     def table(self, spec: ModelSpec, schedule: Schedule | None = None) -> Table:
         """The coefficients of this chain for one model, see :func:`ddpmx.diffusion.samplers.make_table`.

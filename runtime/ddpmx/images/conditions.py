@@ -1,0 +1,115 @@
+"""Condition images from files, for models that take one: an .npz, a folder of pictures, or one picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.errors import FileFormatError, InputError
+from ddpmx.formats.npz import read_npz
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling.pixels import from_uint8
+
+MAX_BYTES = 1 << 32
+"""Of all conditions of a call, unpacked."""
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> tuple[NDArray[np.float32], list[str]]:
+    """The conditions in a file or a folder.
+
+    Args:
+        path: an .npz whose array ``cond`` (or only array) is float [N, K, H, W] as the network takes it, or uint8
+            [N, H, W, K]; a folder of pictures, taken in the order of their names; or one picture. Pictures become K
+            channels in [−1, 1], on white where they are transparent and K is not 4; their size has to be the model's.
+        spec: the model.
+
+    Returns:
+        float32 [N, K, H, W], N ≥ 1, and N names.
+
+    Raises:
+        InputError: the model takes none, or they do not fit it.
+        FileFormatError: no such file, a damaged one, or none of these kinds.
+    """
+    dims = spec.conditioning_shapes.get("cond")
+    if dims is None:
+        raise InputError("the model takes no condition", hint="leave out --cond")
+    path = Path(path)
+    if path.suffix.lower() == ".npz":
+        conditions = _from_npz(path, dims)
+        return conditions, [f"{path.name}[{index}]" for index in range(len(conditions))]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise FileFormatError(f"{path}: there are no pictures in it")
+    else:
+        files = [path]
+    if len(files) * 4 * int(np.prod(dims)) > MAX_BYTES:
+        raise InputError(f"{path}: {len(files)} conditions do not fit into memory", hint="fewer of them at a time")
+    if dims[0] not in _MODES:
+        raise InputError(
+            f"{path}: a picture has 1, 3 or 4 channels, and the condition {dims[0]}",
+            hint=f"an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
+        )
+    pictures, faults = [], []
+    for file in files:
+        try:
+            pictures.append(_picture(file, dims))
+        except (OSError, ValueError) as error:
+            faults.append(f"{file.name}: {error}")
+    if faults:
+        raise FileFormatError(
+            f"{path}: {len(faults)} of {len(files)} files cannot be taken as a condition",
+            note="; ".join(faults[:5]) + ("; …" if len(faults) > 5 else ""),
+            hint=f"pictures of {dims[1]}×{dims[2]}, or an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
+        )
+    return np.stack(pictures), [file.name for file in files]
+
+
+def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
+    arrays = read_npz(path, max_bytes=MAX_BYTES, kinds="biuf")
+    name = "cond" if "cond" in arrays else next(iter(arrays)) if len(arrays) == 1 else None
+    if name is None:
+        raise FileFormatError(f"{path}: there is no array 'cond'", note=f"it holds {', '.join(arrays) or 'none'}"[:200])
+    array, (channels, height, width) = arrays[name], dims
+    if array.ndim == 4 and len(array) and array.dtype.kind == "f" and array.shape[1:] == dims:
+        with np.errstate(over="ignore"):
+            values = np.ascontiguousarray(array, np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"{path}: {name!r} holds NaN or infinities, or numbers beyond float32")
+        return values
+    if array.ndim == 4 and len(array) and array.dtype == np.uint8 and array.shape[1:] == (height, width, channels):
+        return np.ascontiguousarray(from_uint8(array).transpose(0, 3, 1, 2))
+    raise InputError(
+        f"{path}: {name!r} does not fit the model",
+        note=f"it is {array.dtype} {[*array.shape]}",
+        hint=f"float32 [N, {channels}, {height}, {width}], or uint8 [N, {height}, {width}, {channels}]",
+    )
+
+
+def _picture(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
+    """One picture as float32 [K, H, W]. Raises OSError or ValueError."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = dims
+    try:
+        with Image.open(path) as opened:
+            if opened.size != (width, height):
+                raise ValueError(f"it is {opened.height}×{opened.width}, and the model takes {height}×{width}")
+            if opened.mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA"):
+                raise ValueError(f"pictures of mode {opened.mode} have no range that is known")
+            picture = ImageOps.exif_transpose(opened)
+            if channels != 4 and picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture)
+            picture = picture.convert(_MODES[channels])
+    except OSError as error:
+        raise OSError(error.strerror or "no picture that Pillow can read, or a damaged one") from error
+    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for some damaged files
+        raise ValueError(str(error)[:200]) from error
+    return from_uint8(np.asarray(picture).reshape(height, width, channels)).transpose(2, 0, 1)

@@ -1,0 +1,1 @@
+"""The trained models that come along with ddpmx, and their names."""

@@ -1,0 +1,86 @@
+"""Conditions from files are what Python would pass; what does not fit is refused, all at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpmx import ModelSpec
+from ddpmx.errors import FileFormatError, InputError
+from ddpmx.images.conditions import read_conditions
+
+RGB, RGB_A, PAIR, NONE = (ModelSpec((1, 4, 6), condition=k) for k in (3, 4, 2, None))
+
+
+def test_an_npz_is_taken_as_it_is(tmp_path):
+    rng = np.random.default_rng(0)
+    cond = rng.standard_normal((3, 2, 4, 6))
+    np.savez(tmp_path / "a.npz", cond=cond, labels=np.arange(3))
+    values, names = read_conditions(tmp_path / "a.npz", PAIR)
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, cond.astype(np.float32))
+    assert names == ["a.npz[0]", "a.npz[1]", "a.npz[2]"]
+    np.savez(tmp_path / "b.npz", anything=np.full((1, 4, 6, 2), 255, np.uint8))  # pixels: 255 is 1
+    np.testing.assert_array_equal(read_conditions(tmp_path / "b.npz", PAIR)[0], np.ones((1, 2, 4, 6)))
+
+
+def test_a_folder_is_taken_by_name_and_transparency_is_white(tmp_path):
+    Image.new("L", (6, 4), 0).save(tmp_path / "b.png")
+    Image.new("RGBA", (6, 4), (255, 0, 255, 0)).save(tmp_path / "a.png")
+    Image.new("RGB", (6, 4), (255, 0, 0)).save(tmp_path / "c.bmp")
+    (tmp_path / ".DS_Store").write_bytes(b"junk")
+    values, names = read_conditions(tmp_path, RGB)
+    assert names == ["a.png", "b.png", "c.bmp"]
+    np.testing.assert_array_equal(values[:, :, 0, 0], [[1, 1, 1], [-1, -1, -1], [1, -1, -1]])
+    one, _ = read_conditions(tmp_path / "c.bmp", RGB)
+    np.testing.assert_array_equal(one, values[2:])
+    np.testing.assert_array_equal(
+        read_conditions(tmp_path / "a.png", RGB_A)[0][0, :, 0, 0], [1, -1, 1, -1]
+    )  # with an alpha of its own, nothing is composed
+
+
+def test_all_that_does_not_fit_is_named_at_once(tmp_path):
+    Image.new("RGB", (4, 6)).save(tmp_path / "turned.png")
+    Image.new("I;16", (6, 4)).save(tmp_path / "deep.png")
+    (tmp_path / "notes.txt").write_text("x")
+    Image.new("RGB", (6, 4)).save(tmp_path / "good.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "good.png").read_bytes()[:45])
+    with pytest.raises(FileFormatError, match="4 of 5 files") as caught:
+        read_conditions(tmp_path, RGB)
+    for name in ("turned.png: it is 6×4", "deep.png", "notes.txt", "cut.png"):
+        assert name in str(caught.value)
+
+
+WRONG = {
+    "no batch": np.zeros((2, 4, 6)),
+    "empty": np.zeros((0, 2, 4, 6)),
+    "turned": np.zeros((1, 2, 6, 4)),
+    "NaN": np.full((1, 2, 4, 6), np.nan),
+    "int64": np.zeros((1, 2, 4, 6), np.int64),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, name):
+    np.savez(tmp_path / "a.npz", cond=WRONG[name])
+    with pytest.raises(InputError, match=r"a\.npz"):
+        read_conditions(tmp_path / "a.npz", PAIR)
+
+
+def test_what_cannot_be_a_condition_is_refused(tmp_path):
+    with pytest.raises(InputError, match="takes no condition"):
+        read_conditions(tmp_path, NONE)
+    with pytest.raises(FileFormatError, match="no pictures"):
+        read_conditions(tmp_path, RGB)
+    with pytest.raises(FileFormatError):
+        read_conditions(tmp_path / "nowhere", RGB)
+    np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
+    with pytest.raises(FileFormatError, match="no array 'cond'"):
+        read_conditions(tmp_path / "two.npz", PAIR)
+    np.savez(tmp_path / "objects.npz", cond=np.array([None], object))
+    with pytest.raises(FileFormatError):
+        read_conditions(tmp_path / "objects.npz", PAIR)
+    Image.new("L", (6, 4)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match="1, 3 or 4 channels"):
+        read_conditions(tmp_path / "a.png", PAIR)
