@@ -41,7 +41,13 @@ def import_(
             "ddpm-torch, score-sde.",
         ),
     ] = "auto",
-    weights: Annotated[str, Option(help="ema (averaged) or raw, where the file has both.", metavar="NAME")] = "ema",
+    weights: Annotated[
+        str,
+        Option(
+            help="ema (averaged) or raw, where the file has both; or the PREFIX of the tensors, where it has more.",
+            metavar="ema|raw|PREFIX",
+        ),
+    ] = "ema",
     probe: Annotated[
         Path | None,
         Option(metavar="FOLDER|NPZ", help="Real images, to decide open settings by the error of ε."),
@@ -80,8 +86,6 @@ def import_(
     and the source is printed. What has no source is asked for, or decided on real images;
     what the project's code always does is printed as assumed.
     """
-    if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: not one of ema and raw")
     try:
         with busy("loading torch"):
             from ddpm_export.importers import registry as importers
@@ -108,7 +112,7 @@ def import_(
         values[name] = value
     if source != "auto" and source not in importers.MODULES:
         raise InputError(f"--from {source!r}: not one of auto, {', '.join(importers.MODULES)}")
-    options = importers.Options(values, "raw" if weights == "raw" else "ema")
+    options = importers.Options(values, weights)
     run = output if output is not None else Path("runs") / _name(path)
     with busy(f"reading {path}"):
         contents = importers.open_checkpoint(path)

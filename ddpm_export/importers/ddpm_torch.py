@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_export.importers import wrappers
 from ddpm_export.importers.keys import Row, Slot, SplitQkv, config_error, layer, side, to_ours, unet_shapes, walk
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
@@ -26,18 +27,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 """The project's configs/*.json, by the model's name."""
 
-_PREFIXES = ("ema.shadow.", "ema.shadow.module.", "model.", "model.module.", "", "module.")
 _MARK = "in_conv.weight"
+MARKS = (_MARK, "downsamples.level_0.")
 
 
 def recognise(contents: CheckpointContents) -> str | None:
-    """Recognise the names, in the container or bare."""
-    for prefix in _PREFIXES:
-        if prefix + _MARK in contents.tensors and any(
-            name.startswith(f"{prefix}downsamples.level_0.") for name in contents.tensors
-        ):
-            return f"the weights are called {prefix}downsamples.level_0.*, in_conv"
-    return None
+    """Recognise the names, in any container or bare."""
+    found = wrappers.prefixes(contents, MARKS)
+    return f"the weights are called {found[0]}downsamples.level_0.*, in_conv" if found else None
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -47,12 +44,9 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
     settings = SettingsResolver(options)
-    averaged, raw, bare = (_below(contents, prefix) for prefix in ("ema.shadow.", "model.", ""))
-    both = [tensors for tensors in (averaged, raw) if tensors] or [bare]
-    if averaged and raw:
-        settings.add_fact("weights", options.weights, "ema.shadow and model")
+    weights = wrappers.take(contents, MARKS, options, settings)
     published = settings.published(MODELS)
-    config = _config(settings, both[0], published)
+    config = _config(settings, weights.chosen.tensors, published)
     spec = settings.chain_spec(
         config,
         published,
@@ -63,17 +57,8 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         clip_because="its ancestral chain clips",
     )
     table, shapes = rows(config), unet_shapes(config)
-    sets = [to_ours(table, tensors, shapes=shapes) for tensors in both]
-    chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
-
-
-def _below(contents: CheckpointContents, prefix: str) -> dict[str, Tensor]:
-    """The network's tensors under ``prefix``, without DataParallel's ``module.``; none if it is not there."""
-    for inside in (prefix, f"{prefix}module."):
-        if inside + _MARK in contents.tensors:
-            return contents.below(inside)
-    return {}
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes) for network in weights.each())
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None)
 
 
 def _config(settings: SettingsResolver, theirs: Mapping[str, Tensor], published: Mapping[str, Any]) -> UNetConfig:

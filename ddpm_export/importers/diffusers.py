@@ -6,24 +6,23 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from ddpm_export.importers.diffusers_config import read_chain, read_network, scheduler_json, unet_json
+from ddpm_export.importers import wrappers
+from ddpm_export.importers.diffusers_config import latent_sign, read_chain, read_network, scheduler_json, unet_json
 from ddpm_export.importers.keys import SQUEEZE, Row, Slot, layer, to_ours, to_theirs, unet_shapes, walk
-from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.reading.contents import EMA_FOLDER, CheckpointContents, with_configs
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training.tensor_files import save_tensors
 from ddpmx.errors import FileFormatError, InputError
 
 NAME = "diffusers"
+MARKS = ("time_embedding.linear_1.weight", "down_blocks.0.")
 
 
 def recognise(contents: CheckpointContents) -> str | None:
     """Recognise the names of the weights; config.json is checked later."""
-    if any(name.startswith("down_blocks.") for name in contents.tensors) and (
-        "time_embedding.linear_1.weight" in contents.tensors
-    ):
-        return "the weights are called down_blocks.*, time_embedding.linear_1"
-    return None
+    found = wrappers.prefixes(contents, MARKS)
+    return f"the weights are called {found[0]}down_blocks.*, time_embedding.linear_1" if found else None
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -33,35 +32,30 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         FileFormatError, InputError: there is no config.json, it describes a network that this graph cannot express, or
             the weights do not match it.
     """
+    contents = with_configs(contents)
     if "_class_name" not in contents.config and "block_out_channels" not in contents.config:
         raise FileFormatError(
             f"{contents.path}: weights of diffusers without their config.json",
             note="the shapes of the weights show neither number of heads nor padding nor time embedding",
-            hint="name the folder that has config.json beside them",
+            hint=f"put config.json into {contents.file.parent}; in diffusers unet.save_config(FOLDER) writes it",
         )
-    if options.weights == "raw" and contents.file.parent.name == "unet_ema":
+    averaged = contents.file.parent if contents.file.parent.name == EMA_FOLDER else None
+    raw_folder = None if averaged is None else averaged.with_name("unet")
+    if options.weights == "raw" and raw_folder is not None and not contents.path.samefile(raw_folder.parent):
         raise InputError(
-            f"{contents.file.parent}: these are the averaged weights",
-            hint=f"name {contents.file.parent.with_name('unet')}",
+            f"{averaged}: these are the averaged weights",
+            hint=f"name {raw_folder}" if raw_folder.is_dir() else "there are no others beside them",
         )
     settings = SettingsResolver(options)
     config = read_network(settings, contents.config)
     spec = read_chain(settings, contents, config)
-    old = any(name.endswith(".proj_attn.weight") for name in contents.tensors)
-    settings.add_fact("weights", len(contents.tensors), _weights_source(contents))
-    tensors = to_ours(rows(config, old_attention=old), contents.tensors, shapes=unet_shapes(config))
-    return settings.finish(NAME, config, spec, tensors)
-
-
-def _weights_source(contents: CheckpointContents) -> str:
-    """The file of the weights below the given path; whether they are averaged, and which variant, by folder and name."""
-    file = contents.file
-    source = str(file.relative_to(contents.path)) if file.is_relative_to(contents.path) else file.name
-    if file.parent.name == "unet_ema":
-        source += ", averaged"
-    if variant := file.stem.partition(".")[2]:
-        source += f", the variant {variant}"
-    return source
+    averages = [EMA_FOLDER + ".", *([""] if contents.file.parent.name == EMA_FOLDER else [])]
+    weights = wrappers.take(contents, MARKS, options, settings, averages=averages)
+    old = any(name.endswith(".proj_attn.weight") for name in weights.chosen.tensors)
+    table, shapes = rows(config, old_attention=old), unet_shapes(config)
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes) for network in weights.each())
+    sign = latent_sign(contents.configs.get("scheduler_config.json", {}))
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None, latent_sign=sign)
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

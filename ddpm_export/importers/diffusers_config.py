@@ -102,6 +102,11 @@ _NULLABLE: Mapping[str, tuple[type, ...]] = {
 }
 """The types of fields that may also be null; every other field has the type of its default."""
 
+_AVERAGE = frozenset(
+    ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+)
+"""Fields that EMAModel.save_pretrained adds to the network's: how the average was made."""
+
 _COUNTS = ("in_channels", "out_channels", "freq_shift", "layers_per_block", "downsample_padding", "norm_num_groups")
 
 _SCHEDULES = {"linear": "linear", "scaled_linear": "quad", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid_beta"}
@@ -130,7 +135,7 @@ def read_network(settings: SettingsResolver, config: Mapping[str, Any]) -> UNetC
             f"config.json describes a {named}, and only UNet2DModel is a DDPM's network",
             hint="ddpmx does not support text-conditional and latent models",
         )
-    fields = {key: value for key, value in config.items() if not key.startswith("_")}
+    fields = {key: value for key, value in config.items() if not key.startswith("_") and key not in _AVERAGE}
     values = _checked("config.json", fields, UNET_DEFAULTS)
     if unknown := sorted(set(values) - set(UNET_DEFAULTS)):
         raise FileFormatError(
@@ -177,6 +182,9 @@ def read_network(settings: SettingsResolver, config: Mapping[str, Any]) -> UNetC
         closed=False,
     )
     settings.add_fact("network", f"{widths}, {values['layers_per_block']} blocks per level", "config.json")
+    if "decay" in config:
+        steps = str(config.get("optimization_step", "unknown"))[:40]
+        settings.add_fact("average", f"decay {str(config['decay'])[:40]}, {steps} steps", "config.json, by EMAModel")
     return UNetConfig(
         in_channels=values["in_channels"],
         out_channels=values["out_channels"],
@@ -290,6 +298,19 @@ def read_chain(settings: SettingsResolver, contents: CheckpointContents, config:
         classes=config.classes,
         betas=betas,
     )
+
+
+def latent_sign(scheduler: Mapping[str, Any]) -> str:
+    """What in a scheduler's config hints at a latent model, or "".
+
+    Rombach et al.'s latent models all have the quadratic schedule, from 0.0015 or 0.00085 where Ho's begins at 0.0001, and
+    x̂_0 is not clipped, as latents have no bounds.
+    """
+    start = scheduler.get("beta_start")
+    latent = scheduler.get("beta_schedule") == "scaled_linear" and scheduler.get("clip_sample") is False
+    if not latent or not isinstance(start, float) or start < 0.0005:
+        return ""
+    return f"schedule and clip are those of latent diffusion models (scaled_linear from {start}, no clip)"
 
 
 def _variance(settings: SettingsResolver, config: UNetConfig, theirs: str | None, source: str) -> Any:

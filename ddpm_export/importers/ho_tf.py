@@ -62,6 +62,8 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         raise FileFormatError(
             f"{contents.path}: not a TensorFlow checkpoint of Ho et al.'s code", note=f"no variable is called {_MARK}"
         )
+    if options.weights not in ("ema", "raw"):
+        raise InputError(f"--weights {options.weights!r}: not one of ema and raw, which such a checkpoint has")
     averages = {name for name in contents.tensors if name.startswith(scope) and name.endswith(AVERAGE)}
     plain = {
         name

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddpm_export.importers import wrappers
 from ddpm_export.importers.keys import to_ours
 from ddpm_export.importers.lucidrains_keys import network_shapes, rows
 from ddpm_export.importers.reading.contents import CheckpointContents
@@ -32,9 +33,8 @@ from ddpmx.formats.spec import ModelSpec
 NAME = "lucidrains"
 PROJECT = "denoising-diffusion-pytorch"
 
-EMA_PREFIXES = ("ema.ema_model.", "ema_model.", "ema.")
-RAW_PREFIXES = ("model.", "ema.online_model.", "online_model.", "")
-"""Prefixes of a whole GaussianDiffusion: in a Trainer's file, in an EMA's, alone."""
+MARKS = ("init_conv.weight", "downs.0.0.block1.proj.weight")
+"""Names of every U-Net of the project. A GaussianDiffusion holds it as ``model.``, or a compiled or wrapped one."""
 
 RELEASES: Mapping[str, dict[str, Any]] = {
     "1.7.7": {},
@@ -56,15 +56,13 @@ _OBJECTIVES: Mapping[str, Prediction] = {"pred_noise": "eps", "pred_x0": "x0", "
 
 
 def recognise(contents: CheckpointContents) -> str | None:
-    """Recognise the names, under each prefix."""
-    names = contents.tensors
-    for key in ("model.init_conv.weight", "init_conv.weight"):
-        for prefix in (*EMA_PREFIXES, *RAW_PREFIXES):
-            unet = (prefix + key).removesuffix("init_conv.weight")
-            if prefix + key in names and f"{unet}downs.0.0.block1.proj.weight" in names:
-                kind = "a GaussianDiffusion" if f"{prefix}betas" in names else "a U-Net"
-                return f"{prefix + key} and {unet}downs.0.0.block1.proj.weight: {kind} of {PROJECT}"
-    return None
+    """Recognise the names, in any container or bare."""
+    found = wrappers.prefixes(contents, MARKS)
+    if not found:
+        return None
+    whole = any(name == "betas" or name.endswith(".betas") for name in contents.tensors)
+    kind = "a GaussianDiffusion" if whole else "a U-Net"
+    return f"the weights are called {found[0]}init_conv.*, downs.0.0.block1.*: {kind} of {PROJECT}"
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -76,47 +74,33 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         InputError: the options do not fit.
     """
     settings = SettingsResolver(options)
-    averaged, trained = (_network(contents.tensors, prefixes) for prefixes in (EMA_PREFIXES, RAW_PREFIXES))
-    chosen, other = (averaged, trained) if options.weights == "ema" else (trained, None)
-    if chosen is None:
-        chosen, other = averaged if trained is None else trained, None
-    if chosen is None:
-        raise FileFormatError(
-            f"{contents.path}: not a network of {PROJECT}",
-            note="there is no init_conv.weight under any of its prefixes",
-        )
-    settings.add_fact("weights", chosen, "the averaged ones" if chosen == averaged else "as trained")
-    weights = contents.below(chosen)
-    buffers = _buffers(contents.tensors, trained or chosen)
-    wrapped = "mid_attn.fn.fn.to_qkv.weight" in weights
-    config = _config(weights, settings, wrapped, _version(contents.objects))
+    weights = wrappers.take(contents, MARKS, options, settings)
+    theirs = weights.chosen.tensors
+    buffers = _buffers(contents, weights)
+    wrapped = "mid_attn.fn.fn.to_qkv.weight" in theirs
+    config = _config(
+        theirs, settings, wrapped, _version(wrappers.beside(contents.objects, weights.chosen.stored, "version"))
+    )
     spec = _spec(config, buffers, settings)
     table, shapes = rows(config, wrapped=wrapped), network_shapes(config)
-    tensors = to_ours(table, weights, shapes=shapes)
-    raw = None if other is None else to_ours(table, contents.below(other), shapes=shapes)
-    return settings.finish(NAME, config, spec, tensors, raw=raw, betas=spec.betas)
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes) for network in weights.each())
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None, betas=spec.betas)
 
 
-def _network(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> str | None:
-    """The prefix of a U-Net in a GaussianDiffusion under one of ``prefixes``, or of a U-Net alone."""
-    for prefix in prefixes:
-        if f"{prefix}model.init_conv.weight" in tensors:
-            return f"{prefix}model."
-    return next((prefix for prefix in prefixes if f"{prefix}init_conv.weight" in tensors), None)
-
-
-def _buffers(tensors: Mapping[str, Tensor], unet: str) -> dict[str, Float64]:
-    """The buffers of the GaussianDiffusion around that U-Net, float64 [T].
+def _buffers(contents: CheckpointContents, weights: wrappers.Weights) -> dict[str, Float64]:
+    """The buffers of the GaussianDiffusion around the U-Net that was trained, or else around its average; float64 [T].
 
     Raises:
         FileFormatError: they are not floats, not finite, or not all of one length.
     """
-    root = unet.removesuffix("model.")
+    names = wrappers.plain_names(contents)
+    roots = [network.prefix[:-1].rpartition(".") for network in (weights.trained, weights.chosen) if network.prefix]
+    root = next((outer + dot for outer, dot, _ in roots if f"{outer}{dot}betas" in names), None)
     buffers: dict[str, Float64] = {}
-    for name in ("betas", "loss_weight", "p2_loss_weight"):
-        tensor = tensors.get(root + name) if unet != root else None
-        if tensor is None:
+    for name in ("betas", "loss_weight", "p2_loss_weight") if root is not None else ():
+        if f"{root}{name}" not in names:
             continue
+        tensor = contents.tensors[names[f"{root}{name}"]]
         if tensor.ndim != 1 or not tensor.dtype.is_floating_point or not torch.isfinite(tensor).all():
             raise FileFormatError(
                 f"{root}{name} must be one finite number for each t", note=f"{list(tensor.shape)} of {tensor.dtype}"
@@ -130,9 +114,8 @@ def _buffers(tensors: Mapping[str, Tensor], unet: str) -> dict[str, Float64]:
     return buffers
 
 
-def _version(objects: Mapping[str, Any]) -> tuple[int, ...] | None:
+def _version(version: object) -> tuple[int, ...] | None:
     """The release that wrote a Trainer's file, None if it is not recorded."""
-    version = objects.get("version")
     if not isinstance(version, str) or not (match := re.match(r"(\d{1,6})\.(\d{1,6})\.(\d{1,6})", version)):
         return None
     return tuple(map(int, match.groups()))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ddpm_export.importers import openai_flags
+from ddpm_export.importers import openai_flags, wrappers
 from ddpm_export.importers.keys import config_error, side, to_ours, to_theirs, unet_shapes
 from ddpm_export.importers.openai_flags import ALWAYS, PUBLISHED, SIZES, openai_unet
 from ddpm_export.importers.openai_keys import rows
@@ -32,21 +32,14 @@ _T = TypeVar("_T")
 FLAGS_FILE = "openai_flags.txt"
 
 _FIRST = "input_blocks.0.0.weight"
+MARKS = (_FIRST, "time_embed.0.weight")
 _LEVEL = "input_blocks.{}.0"
 
 
 def recognise(contents: CheckpointContents) -> str | None:
     """Recognise the names of the tensors."""
-    prefix = _prefix(contents)
-    return None if prefix is None else f"the weights are called {prefix}input_blocks.*, time_embed.*"
-
-
-def _prefix(contents: CheckpointContents) -> str | None:
-    """The prefix of every name: "", or DataParallel's ``module.``. None if these are other tensors."""
-    for prefix in ("", "module."):
-        if prefix + _FIRST in contents.tensors and prefix + "time_embed.0.weight" in contents.tensors:
-            return prefix
-    return None
+    found = wrappers.prefixes(contents, MARKS)
+    return f"the weights are called {found[0]}input_blocks.*, time_embed.*" if found else None
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -61,10 +54,12 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
             f"{name}: holds averaged weights, by its name", hint="the raw ones are in a file model*.pt beside it"
         )
     settings = SettingsResolver(options)
-    theirs = contents.below(_prefix(contents) or "")
-    config, spec, new_order = understand(settings, contents, theirs)
-    settings.add_fact("weights", len(theirs), name)
-    return settings.finish(NAME, config, spec, to_ours(rows(config, new_order), theirs, shapes=unet_shapes(config)))
+    averages = ("",) if name.startswith("ema_") else ()
+    weights = wrappers.take(contents, MARKS, options, settings, averages=averages)
+    config, spec, new_order = understand(settings, contents, weights.chosen.tensors)
+    table, shapes = rows(config, new_order), unet_shapes(config)
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes) for network in weights.each())
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None)
 
 
 def understand(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddpm_export.importers import wrappers
 from ddpm_export.importers.keys import Row, Slot, config_error, layer, side, to_ours, to_theirs, unet_shapes, walk
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
@@ -43,19 +44,15 @@ KNOWN_FILES: Mapping[str, str] = {
 }
 """MD5 of the published files, as pytorch_diffusion lists them, and the model that each holds."""
 
-_MARK = "down.0.block.0.temb_proj.weight"
+MARKS = ("down.0.block.0.temb_proj.weight", "temb.dense.0.weight")
+DDIM_AVERAGE = "4."
+"""DDIM's list has the model as item 0 and its average as item 4."""
 
 
 def recognise(contents: CheckpointContents) -> str | None:
-    """Recognise the names, at the top or in DDIM's list."""
-    for prefix in _PREFIXES:
-        if prefix + _MARK in contents.tensors:
-            inside = f" in item {prefix[0]} of a list" if prefix[:1].isdigit() else ""
-            return f"the weights are called down.0.block.0.*, temb.dense.0{inside}"
-    return None
-
-
-_PREFIXES = ("", "module.", "4.", "4.module.", "0.", "0.module.")
+    """Recognise the names, in any container, DDIM's list among them, or bare."""
+    found = wrappers.prefixes(contents, MARKS)
+    return f"the weights are called {found[0]}down.0.block.0.*, temb.dense.0" if found else None
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -65,12 +62,10 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
     settings = SettingsResolver(options)
-    averaged = _below(contents, "4.")
-    raw = _below(contents, "0.") if averaged else None
-    theirs = averaged or _below(contents, "") or _below(contents, "0.")
-    if averaged:
-        settings.add_fact("weights", options.weights, "item 4 of the list is the average, item 0 the model")
-    known = KNOWN_FILES.get(contents.md5) if contents.kind == "torch" and not averaged else None
+    weights = wrappers.take(contents, MARKS, options, settings, averages=(DDIM_AVERAGE,))
+    theirs = weights.chosen.tensors
+    bare = contents.kind == "torch" and not weights.chosen.prefix
+    known = KNOWN_FILES.get(contents.md5) if bare else None
     published = settings.published(MODELS, known=known, source="a published file, by its MD5")
     config = _config(settings, theirs, published)
     spec = settings.chain_spec(
@@ -83,17 +78,8 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         clip_because="its ancestral chain clips",
     )
     table, shapes = rows(config), unet_shapes(config)
-    sets = [to_ours(table, tensors, shapes=shapes, ignore=("logvar",)) for tensors in (theirs, raw) if tensors]
-    chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
-
-
-def _below(contents: CheckpointContents, prefix: str) -> dict[str, Tensor]:
-    """The network's tensors under ``prefix``, without DataParallel's ``module.``; none if it is not there."""
-    for inside in (prefix, f"{prefix}module."):
-        if inside + _MARK in contents.tensors:
-            return contents.below(inside)
-    return {}
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes, ignore=("logvar",)) for network in weights.each())
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None)
 
 
 def _config(settings: SettingsResolver, theirs: Mapping[str, Tensor], published: Mapping[str, Any]) -> UNetConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddpm_export.importers import wrappers
 from ddpm_export.importers.keys import Columns, Row, Slot, config_error, layer, side, to_ours, unet_shapes, walk
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver, size_and_dropout
@@ -22,6 +23,7 @@ NAME = "pytorch-ddpm"
 
 TABLE = "time_embedding.timembedding.0.weight"
 """[T, channels]: sin(t·f_0), cos(t·f_0), sin(t·f_1), …"""
+MARKS = (TABLE,)
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "cifar10": {"size": (32, 32), "schedule": "linear", "prediction": "eps", "variance": "fixed_large", "dropout": 0.1}
@@ -33,11 +35,9 @@ _VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
 
 
 def recognise(contents: CheckpointContents) -> str | None:
-    """Recognise the names, in the container or bare."""
-    for prefix in ("ema_model.", "net_model.", ""):
-        if prefix + TABLE in contents.tensors:
-            return f"the weights are called {prefix}downblocks.*, time_embedding.timembedding"
-    return None
+    """Recognise the names, in any container or bare."""
+    found = wrappers.prefixes(contents, MARKS)
+    return f"the weights are called {found[0]}downblocks.*, time_embedding.timembedding" if found else None
 
 
 def read(contents: CheckpointContents, options: Options) -> Imported:
@@ -47,15 +47,13 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         FileFormatError, InputError: the tensors do not match such a network, or do not fit the options.
     """
     settings = SettingsResolver(options)
-    averaged, raw = contents.below("ema_model."), contents.below("net_model.")
-    theirs = averaged or raw or dict(contents.tensors)
-    if averaged and raw:
-        settings.add_fact("weights", options.weights, "ema_model and net_model")
+    weights = wrappers.take(contents, MARKS, options, settings)
+    theirs = weights.chosen.tensors
     flags, source = _flagfile(contents)
     if published := settings.published(MODELS):
         flags, source = dict(published), "that model's config"
     timesteps = _check_table(theirs)
-    config = _config(settings, theirs, contents.tensors.get("x_T"), flags, source)
+    config = _config(settings, theirs, wrappers.beside(contents.tensors, weights.chosen.prefix, "x_T"), flags, source)
     spec = settings.chain_spec(
         config,
         {**flags, "timesteps": timesteps},
@@ -66,10 +64,8 @@ def read(contents: CheckpointContents, options: Options) -> Imported:
         clip_because="its code clips x̂_0 only after computing the mean from it",
     )
     table, shapes = rows(config), unet_shapes(config)
-    sets = [to_ours(table, tensors, shapes=shapes, ignore=(TABLE,)) for tensors in (averaged, raw) if tensors]
-    sets = sets or [to_ours(table, theirs, shapes=shapes, ignore=(TABLE,))]
-    chosen = sets[-1] if options.weights == "raw" else sets[0]
-    return settings.finish(NAME, config, spec, chosen, raw=sets[1] if len(sets) > 1 else None)
+    ours, *raw = (to_ours(table, network.tensors, shapes=shapes, ignore=(TABLE,)) for network in weights.each())
+    return settings.finish(NAME, config, spec, ours, raw=raw[0] if raw else None)
 
 
 def _flagfile(contents: CheckpointContents) -> tuple[dict[str, Any], str]:

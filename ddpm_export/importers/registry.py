@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Protocol, cast
 
 import ddpmx
+from ddpm_export.importers import unsupported
 from ddpm_export.importers.reading.contents import CheckpointContents, open_checkpoint
 from ddpm_export.importers.settings import Fact, Imported, Options, Question, SettingsResolver
 from ddpm_export.training import checkpoint
@@ -86,8 +87,9 @@ def recognise(contents: CheckpointContents) -> tuple[str, str]:
     """The name of the project whose checkpoint it is, and what shows it.
 
     Raises:
-        FileFormatError: no importer recognises it.
+        FileFormatError: no importer recognises it, or it is something else than a DDPM.
     """
+    unsupported.refuse(contents)
     for name in MODULES:
         if name == "ddim":  # the same module as pesser's
             continue
@@ -96,9 +98,9 @@ def recognise(contents: CheckpointContents) -> tuple[str, str]:
     some = ", ".join(list(contents.tensors)[:4])
     raise FileFormatError(
         f"{contents.path}: a checkpoint of no project that ddpmx knows",
-        note=f"{len(contents.tensors)} tensors, called {some}, …" if some else "there are no tensors in it",
-        hint=f"--from {'|'.join(MODULES)}, if it is one of these; any torch module can be exported from Python: "
-        "ddpm_export.export",
+        note=f"{len(contents.tensors)} tensors, called {some}, …",
+        hint="build the network with its own code, load these weights, and pass it to ddpm_export.export, from Python: "
+        "that takes any torch module",
     )
 
 
@@ -129,10 +131,13 @@ def import_checkpoint(
         name, evidence = recognise(contents)
         facts = (Fact("checkpoint of", name, evidence),)
     else:
+        unsupported.refuse(contents)
         if importer(source).recognise(contents) is None:
+            found, evidence = recognise(contents)  # of no project at all: its own error says more
             raise FileFormatError(
-                f"{contents.path}: not a checkpoint of {source}",
-                hint="--from auto finds the project, if ddpmx knows it",
+                f"{contents.path}: not a checkpoint of {source}, but of {found}",
+                note=evidence,
+                hint=f"--from {found}, or leave out --from",
             )
         name, facts = source, (Fact("checkpoint of", source, "set by the user"),)
     read = importer(name).read(contents, options or Options())

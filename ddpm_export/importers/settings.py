@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -30,11 +30,12 @@ class Options:
 
     Attributes:
         values: by the setting's name, as text or a plain value: ``{"schedule": "linear", "heads": "4"}``.
-        weights: which weights to take where a file has several.
+        weights: which to take where a file has several: ``ema``, the average, if there is one; ``raw``, as trained; or the
+            prefix of their names, where there are more.
     """
 
     values: Mapping[str, object] = field(default_factory=dict)
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
 
     def with_values(self, more: Mapping[str, object]) -> Options:
         """A copy with ``more`` values."""
@@ -238,12 +239,25 @@ class SettingsResolver:
         *,
         raw: dict[str, Tensor] | None = None,
         betas: Float64 | None = None,
+        latent_sign: str = "",
     ) -> Imported:
         """The import, with the recorded facts and questions.
 
+        Whether x is an image is one of them where it may be the latent of an autoencoder: where it has neither one nor
+        three channels, or where ``latent_sign`` says what else hints at it.
+
         Raises:
-            InputError: an option of the user's is not a setting of this kind of checkpoint.
+            InputError: an option of the user's is not a setting of this kind of checkpoint, or x is no image.
         """
+        channels = spec.shape[0]
+        sign = latent_sign or (f"x has {channels} channels" if channels not in (1, 3) else "")
+        if sign or "space" in self.options.values:
+            why = f"{sign}: other pixels than grey or RGB, or the latents of an autoencoder?"
+            if self.resolve("space", ("pixels", "latents"), why=why, probed=False) == "latents":
+                raise InputError(
+                    "x is the latent of an autoencoder, and ddpmx runs networks of images only",
+                    note="it has no decoder, and would write latents as PNG",
+                )
         if unused := sorted(set(self.options.values) - self._used):
             names = sorted({fact.name for fact in self.facts} | {question.name for question in self.questions})
             raise InputError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +17,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddpm_export.importers.reading import torch_file
+from ddpm_export.importers.reading.foreign import name_foreign
 from ddpm_export.importers.reading.tensor_bundle import TensorBundle, is_bundle
 from ddpmx.errors import BackendError, FileFormatError, InputError, SpecError
 from ddpmx.formats.envelope import parse_json
 
 MAX_JSON = 1 << 24
 MAX_ITEMS = 1_000_000
+SMALL = 1 << 10
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl")
 _STEM = "diffusion_pytorch_model"
 _DIFFUSERS = (f"{_STEM}.safetensors", f"{_STEM}.bin")
+EMA_FOLDER = "unet_ema"
+"""The folder of the averaged weights in a checkpoint of diffusers' training, beside ``unet``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,25 +101,19 @@ def _file(path: Path) -> CheckpointContents:
     of_diffusers = path.name.startswith(f"{_STEM}.") and path.suffix in (".safetensors", ".bin")
     if of_diffusers and (path.parent / "config.json").is_file():
         return _diffusers(path.parent, path.parent, path)
-    if path.suffix == ".safetensors":
-        tensors, config = _read_safetensors(path)
-        return CheckpointContents(path, "safetensors", tensors, config=config, configs={}, file=path)
-    if not torch_file.is_torch_file(path):
-        with path.open("rb") as stream:
-            head = stream.read(16)
-        raise FileFormatError(
-            f"{path}: neither a torch file, nor safetensors, nor a TensorFlow checkpoint",
-            note=f"it begins with {head!r}" if head else "it is empty",
-        )
-    tensors, objects = _read_torch(path)
-    return CheckpointContents(path, "torch", tensors, objects, file=path)
+    return _read_weights(path)
 
 
 def _folder(path: Path) -> CheckpointContents:
     """A folder of diffusers, of TensorFlow, or with a single file of weights."""
-    for inside in (path, path / "unet_ema", path / "unet"):  # a checkpoint of diffusers' training has both
+    for inside in (path, path / EMA_FOLDER, path / "unet"):  # a checkpoint of diffusers' training has both
         if (inside / "config.json").is_file() and (file := _diffusers_weights(inside)) is not None:
-            return _diffusers(path, inside, file)
+            averaged = _diffusers(path, inside, file)
+            raw = _diffusers_weights(path / "unet") if inside.name == EMA_FOLDER else None
+            return averaged if raw is None else _both(averaged, raw)
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *_TORCH_SUFFIXES))
+    if (path / "config.json").is_file() and len(files) == 1:
+        return _file(files[0])
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():
         raise FileFormatError(
             f"{path}: a folder of diffusers without its weights",
@@ -123,7 +122,6 @@ def _folder(path: Path) -> CheckpointContents:
         )
     if is_bundle(path):
         return _tensor_bundle(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *_TORCH_SUFFIXES))
     if len(files) == 1:
         return _file(files[0])
     if files:
@@ -170,17 +168,36 @@ def _split(folder: Path) -> FileFormatError:
 
 
 def _diffusers(path: Path, inside: Path, file: Path) -> CheckpointContents:
-    configs: dict[str, dict[str, Any]] = {"config.json": _read_json(inside / "config.json")}
-    for name, places in {
-        "model_index.json": (path, path.parent),
-        "scheduler_config.json": (path / "scheduler", inside, inside.parent / "scheduler", path.parent / "scheduler"),
-    }.items():
-        if place := next((place / name for place in places if (place / name).is_file()), None):
-            configs[name] = _read_json(place)
-    if file.suffix == ".safetensors":
-        return CheckpointContents(path, "folder", _read_safetensors(file)[0], {}, configs["config.json"], configs, file)
-    tensors, objects = _read_torch(file)
-    return CheckpointContents(path, "folder", tensors, objects, configs["config.json"], configs, file)
+    configs, weights = _configs(inside), _read_weights(file)
+    return replace(weights, path=path, kind="folder", config=configs["config.json"], configs=configs)
+
+
+def _both(averaged: CheckpointContents, raw: Path) -> CheckpointContents:
+    """The averaged and the raw weights of one checkpoint, under the names of their folders."""
+    others = _read_weights(raw).tensors
+    tensors = {f"{EMA_FOLDER}.{name}": tensor for name, tensor in averaged.tensors.items()}
+    return replace(averaged, tensors=tensors | {f"{raw.parent.name}.{name}": other for name, other in others.items()})
+
+
+def _configs(inside: Path) -> dict[str, dict[str, Any]]:
+    """config.json beside the weights, and its scheduler's; in a checkpoint of a training that is two folders up."""
+    configs = {"config.json": read_json(inside / "config.json")}
+    outer = inside.absolute().parent
+    above = (inside, outer, *([outer.parent] if outer.name.startswith("checkpoint-") else []))
+    places = [
+        folder / name for folder in above for name in ("scheduler_config.json", "scheduler/scheduler_config.json")
+    ]
+    if place := next(filter(Path.is_file, places), None):
+        configs["scheduler_config.json"] = read_json(place)
+    return configs
+
+
+def with_configs(contents: CheckpointContents) -> CheckpointContents:
+    """``contents`` with the config.json beside their file, if there is one and they have none."""
+    if contents.config or not (contents.file.parent / "config.json").is_file():
+        return contents
+    configs = _configs(contents.file.parent)
+    return replace(contents, config=configs["config.json"], configs=configs)
 
 
 class _BundleTensors(Mapping[str, Tensor]):
@@ -202,15 +219,25 @@ class _BundleTensors(Mapping[str, Tensor]):
 
 
 def _tensor_bundle(path: Path) -> CheckpointContents:
+    stem = path.name.removesuffix(".index").partition(".data-")[0]
+    for file in path.parent.glob(f"{glob.escape(stem)}.*"):
+        small = file.is_file() and 0 < file.stat().st_size < SMALL  # a pointer of Git LFS, or a server's answer
+        if small and (foreign := name_foreign(file)) is not None:
+            raise foreign
     bundle = TensorBundle(path)
     kwargs = bundle.prefix.parent / "kwargs.json"
-    configs = {"kwargs.json": _read_json(kwargs)} if kwargs.is_file() else {}
+    configs = {"kwargs.json": read_json(kwargs)} if kwargs.is_file() else {}
     objects = {} if bundle.step is None else {"step": bundle.step}
     config = configs.get("kwargs.json", {})
     return CheckpointContents(path, "tensor-bundle", _BundleTensors(bundle), objects, config, configs, bundle.prefix)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileFormatError: it is too large, or no JSON object.
+    """
     try:
         if not file.is_file() or file.stat().st_size > MAX_JSON:
             raise SpecError(f"not a file of at most {MAX_JSON:,} bytes")
@@ -220,6 +247,30 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FileFormatError(f"{file}: not a JSON object", note=f"it is {type(values).__name__}")
     return values
+
+
+def _read_weights(file: Path) -> CheckpointContents:
+    """A file of weights, by its content and not by its name.
+
+    Raises:
+        FileFormatError: it is something else, or cut off, damaged or unsafe.
+    """
+    if (foreign := name_foreign(file)) is not None:
+        raise foreign
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    # safetensors: eight bytes with the length of a JSON object, then that
+    begins = head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.stat().st_size
+    if begins or (file.suffix == ".safetensors" and not torch_file.is_torch_file(file)):
+        tensors, config = _read_safetensors(file)
+        return CheckpointContents(file, "safetensors", tensors, config=config, file=file)
+    if not torch_file.is_torch_file(file):
+        raise FileFormatError(
+            f"{file}: neither a torch file, nor safetensors, nor a TensorFlow checkpoint",
+            note=f"it begins with {head!r}",
+        )
+    tensors, objects = _read_torch(file)
+    return CheckpointContents(file, "torch", tensors, objects, file=file)
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

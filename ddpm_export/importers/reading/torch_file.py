@@ -20,6 +20,7 @@ from typing import IO, Any, ClassVar, cast
 
 import torch
 
+from ddpm_export.importers.reading.foreign import name_zip
 from ddpmx.errors import BackendError, FileFormatError
 
 MAX_PICKLE = 1 << 28
@@ -76,6 +77,9 @@ def load(path: Path) -> Any:
             f"{path}: not a torch file, or a damaged one", note=f"{type(error).__name__}: {error}"[:200], hint=_AGAIN
         ) from error
     try:
+        if path.suffix == ".safetensors":  # torch.load would go by the name of the file, which is wrong
+            with path.open("rb") as stream:
+                return torch.load(stream, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise _more_than_weights(path, str(error)) from error
@@ -102,6 +106,9 @@ def _check_zip(path: Path) -> None:
                 f"{path}: a TorchScript program, which carries code",
                 hint="save the weights of the module alone: torch.save(module.state_dict(), …)",
             )
+        pickles = [name for name in members if name.lower().endswith("/data.pkl") and name.count("/") == 1]
+        if len(pickles) != 1:
+            raise name_zip(path, list(members))
         inflated = sum(info.file_size for info in members.values())
         if inflated > size or any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise FileFormatError(
@@ -109,9 +116,6 @@ def _check_zip(path: Path) -> None:
                 note=f"{size:,} bytes would inflate to {inflated:,}",
                 hint="this may be a zip bomb; if the file was only packed again, save it with torch.save",
             )
-        pickles = [name for name in members if name.lower().endswith("/data.pkl") and name.count("/") == 1]
-        if len(pickles) != 1:
-            raise FileFormatError(f"{path}: a zip archive, but not one that torch.save wrote")
         if members[pickles[0]].file_size > MAX_PICKLE:
             raise FileFormatError(f"{path}: its pickle alone has {members[pickles[0]].file_size:,} bytes")
         if damaged := archive.testzip():

@@ -15,6 +15,7 @@ pytest.importorskip("diffusers", reason="not verified here: against diffusers (n
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from ddpm_export.importers.diffusers_config import UNET_DEFAULTS, read_chain
@@ -194,10 +195,88 @@ def test_without_a_scheduler_the_chain_is_a_question(tmp_path):
     assert (spec.schedule, spec.prediction, spec.timesteps) == ("linear", "v", 100)
 
 
-def test_weights_without_config_json_are_refused(tmp_path):
-    theirs().save_pretrained(tmp_path)
-    with pytest.raises(FileFormatError, match=r"config\.json"):
-        import_checkpoint((tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "x.safetensors"))
+def test_weights_saved_alone_need_the_config_json_that_the_hint_writes(tmp_path):
+    model = theirs()
+    torch.save(
+        {"state_dict": {f"unet.{name}": tensor for name, tensor in model.state_dict().items()}}, tmp_path / "x.pt"
+    )
+    with pytest.raises(FileFormatError, match=r"config\.json") as caught:
+        import_checkpoint(tmp_path / "x.pt")
+    assert "unet.save_config(FOLDER)" in str(caught.value)
+    model.save_config(tmp_path)
+    for path in (tmp_path / "x.pt", tmp_path):
+        assert error(import_checkpoint(path), model) <= 1e-5
+
+
+@pytest.mark.parametrize("named", [".", "unet_ema"])
+def test_a_checkpoint_of_diffusers_training_is_imported_by_its_average(named, tmp_path):
+    model = theirs()
+    folder = pipeline(tmp_path / "run", model) / "checkpoint-500"
+    ema = EMAModel(model.parameters(), decay=0.5, model_cls=UNet2DModel, model_config=model.config)
+    raw = theirs().requires_grad_(True)
+    for _ in range(3):
+        with torch.no_grad():
+            raw.conv_in.bias += 1
+        ema.step(raw.parameters())
+    ema.save_pretrained(folder / "unet_ema")
+    raw.save_pretrained(folder / "unet")
+    imported = import_checkpoint(folder / named)
+    assert imported.spec.variance == "fixed_large", "of the scheduler two folders up"
+    facts = {fact.name: (fact.value, fact.source) for fact in imported.facts}
+    assert facts["weights"][0] == "ema"
+    assert facts["average"] == ("decay 0.5, 3 steps", "config.json, by EMAModel")
+    average = UNet2DModel.from_pretrained(folder / "unet_ema")
+    assert error(imported, average) <= 1e-5
+    if named == ".":
+        assert "--weights raw takes unet." in facts["weights"][1]
+        chosen = import_checkpoint(folder, Options(weights="raw"))
+        assert error(chosen, raw) <= 1e-5
+        assert torch.equal(imported.raw["conv_in.bias"], chosen.tensors["conv_in.bias"])
+    else:
+        with pytest.raises(InputError, match="averaged weights") as caught:
+            import_checkpoint(folder / named, Options(weights="raw"))
+        hinted = str(caught.value).rpartition("Hint: name ")[2]
+        assert error(import_checkpoint(hinted), raw) <= 1e-5
+
+
+@pytest.mark.parametrize("named", [".", "unet", "unet/diffusion_pytorch_model.safetensors", "model_index.json"])
+@pytest.mark.parametrize("known_by", ["index", "folder"])
+def test_a_network_that_is_one_part_of_a_latent_model_is_refused(named, known_by, tmp_path):
+    folder = pipeline(tmp_path / "ldm", theirs(sample_size=8))
+    (folder / "vqvae").mkdir()
+    (folder / "vqvae" / "config.json").write_text('{"_class_name": "VQModel"}')
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    if known_by == "index":
+        index["vqvae"] = ["diffusers", "VQModel"]
+    if known_by == "folder" and named != "model_index.json":
+        (folder / "model_index.json").unlink()
+    else:
+        (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(FileFormatError, match=r"a latent diffusion model, (.|\n)*vqvae \(VQModel\): x is the latent"):
+        import_checkpoint(folder / named)
+
+
+def test_other_parts_of_a_pipeline_are_named_and_the_hint_works(tmp_path):
+    model = theirs()
+    folder = pipeline(tmp_path / "audio", model)
+    edited(folder / "model_index.json", mel=["audio_diffusion", "Mel"], vqvae=[None, None])
+    with pytest.raises(FileFormatError, match=r"mel \(Mel\)") as caught:
+        import_checkpoint(folder)
+    assert "vqvae" not in str(caught.value), "a part that is null is not there"
+    assert "copy unet/ and scheduler/ into a new folder" in str(caught.value)
+    for part in ("unet", "scheduler"):
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (folder / part).rename(tmp_path / "new" / part)
+    assert error(import_checkpoint(tmp_path / "new"), model) <= 1e-5
+
+
+def test_the_chain_of_latent_models_around_three_channels_asks_what_x_is(tmp_path):
+    folder = pipeline(tmp_path, beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, clip_sample=False)
+    (question,) = import_checkpoint(folder).questions
+    assert (question.name, question.candidates) == ("space", ("pixels", "latents"))
+    assert import_checkpoint(folder, Options({"space": "pixels"})).questions == ()
+    with pytest.raises(InputError, match="latent of an autoencoder"):
+        import_checkpoint(folder, Options({"space": "latents"}))
 
 
 def test_half_precision_weights_become_float32(tmp_path):

@@ -350,7 +350,7 @@ def test_impossible_settings_are_refused(read, values, message):
 def test_the_file_of_another_project_is_refused():
     foreign = CheckpointContents(Path("model.pt"), "torch", {"conv_in.weight": torch.zeros(3)})
     assert lucidrains.recognise(foreign) is None
-    with pytest.raises(FileFormatError, match="not a network of denoising-diffusion-pytorch"):
+    with pytest.raises(FileFormatError, match="no network of this project"):
         lucidrains.read(foreign, Options())
 
 

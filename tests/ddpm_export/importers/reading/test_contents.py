@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
+import tarfile
 import types
 import zipfile
 from pathlib import Path
@@ -349,11 +352,69 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
         open_checkpoint(saved(tmp_path, {"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}))
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_what_is_no_checkpoint_is_refused(content, tmp_path):
-    (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(FileFormatError, match="neither a torch file"):
-        open_checkpoint(tmp_path / "model.pt")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 142941696\n"
+
+
+def tarred(name: str, mode: str) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    return stream.getvalue()
+
+
+def zipped(*names: str) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, "x" * 1000)
+    return stream.getvalue()
+
+
+FOREIGN = {
+    "nothing": (b"", "it is empty"),
+    "unknown": (b"not weights", "neither a torch file"),
+    "a page": (b"\n<!DOCTYPE html><html><head><title>Sign in</title>", "HTML page, .* title is 'Sign in'"),
+    "an error page": (b"<html>not found</html>", "HTML page"),
+    "S3's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML page, .*AccessDenied"),
+    "a server's answer": (b'{"error": "Repository not found"}', "JSON text, .*not found"),
+    "an LFS pointer": (POINTER, "pointer of Git LFS, .*142,941,696 bytes.*git lfs pull"),
+    "a tar archive": (tarred("run/model.pt", "w"), "a tar archive.*run/model.pt"),
+    "a tar.gz": (tarred("run/model.pt", "w:gz"), "compressed by gzip"),
+    "a zip of weights": (zipped("readme.txt", "run/model.pt"), "a zip archive, .*name run/model.pt"),
+    "a zip of images": (zipped("a.png", "b.png"), "a zip archive, .*a.png, b.png"),
+    "an npz": (zipped("images.npy"), "arrays of NumPy"),
+    "Keras weights": (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5"),
+    "a plan": (b"ftrt" + bytes(100), "TensorRT plan"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("what", FOREIGN)
+def test_what_is_no_checkpoint_is_named(what, suffix, tmp_path):
+    content, said = FOREIGN[what]
+    (tmp_path / f"model.{suffix}").write_bytes(content)
+    if (what, suffix) == ("unknown", "safetensors"):
+        said = "not a safetensors file"
+    with pytest.raises(FileFormatError) as caught:
+        open_checkpoint(tmp_path / f"model.{suffix}")
+    assert re.search(said, str(caught.value), re.DOTALL)
+
+
+def test_the_pointer_of_a_folder_s_weights_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(POINTER)
+    with pytest.raises(FileFormatError, match="pointer of Git LFS"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.ckpt-7.index").write_bytes(POINTER)
+    with pytest.raises(FileFormatError, match="pointer of Git LFS"):
+        open_checkpoint(tmp_path / "model.ckpt-7")
+
+
+def test_weights_are_known_by_their_content_not_by_their_name(tmp_path):
+    save_file({"a": torch.arange(4.0)}, tmp_path / "weights.ckpt")
+    torch.save({"a": torch.arange(4.0)}, tmp_path / "weights.safetensors")
+    for name in ("weights.ckpt", "weights.safetensors"):
+        assert open_checkpoint(tmp_path / name).tensors["a"].tolist() == [0, 1, 2, 3]
 
 
 def test_nothing_there(tmp_path):
@@ -398,7 +459,7 @@ def folder_of(folder: Path, *names: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     for name in names:
-        weights = {"a": torch.tensor([float(len(name))])}
+        weights = {"a": torch.tensor([float(len(name))]), **{mark: torch.ones(1) for mark in diffusers.MARKS}}
         save = save_file if name.endswith("safetensors") else torch.save
         save(weights, folder / f"diffusion_pytorch_model.{name}")
     return folder
@@ -430,23 +491,23 @@ def test_variants_alone_are_not_guessed_at(names, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("inside", "name", "source"),
+    ("inside", "name", "kind", "source"),
     [
-        (".", "bin", "diffusion_pytorch_model.bin"),
-        ("unet", "safetensors", "unet/diffusion_pytorch_model.safetensors"),
-        ("unet_ema", "safetensors", "unet_ema/diffusion_pytorch_model.safetensors, averaged"),
-        ("unet", "fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors, the variant fp16"),
+        (".", "bin", "as stored", "diffusion_pytorch_model.bin"),
+        ("unet", "safetensors", "as stored", "unet/diffusion_pytorch_model.safetensors"),
+        ("unet_ema", "safetensors", "ema", "unet_ema/diffusion_pytorch_model.safetensors"),
+        ("unet", "fp16.safetensors", "as stored", "unet/diffusion_pytorch_model.fp16.safetensors"),
     ],
 )
-def test_the_facts_say_which_weights_are_taken(inside, name, source, tmp_path, monkeypatch):
+def test_the_facts_say_which_weights_are_taken(inside, name, kind, source, tmp_path, monkeypatch):
     facts: list[tuple[str, object, str]] = []
     monkeypatch.setattr(SettingsResolver, "add_fact", lambda _, *fact: facts.append(fact))
     for part in ("read_network", "read_chain", "rows", "unet_shapes", "to_ours"):
         monkeypatch.setattr(diffusers, part, lambda *_, **__: None)
-    monkeypatch.setattr(SettingsResolver, "finish", lambda *_: None)
+    monkeypatch.setattr(SettingsResolver, "finish", lambda *_, **__: None)
     folder_of(tmp_path / inside, name)
     diffusers.read(open_checkpoint(tmp_path), Options())
-    assert facts == [("weights", 1, source)]
+    assert facts == [("weights", kind, f"3 tensors of {source}")]
 
 
 def test_weights_in_parts_are_refused(tmp_path):
