@@ -27,7 +27,7 @@ help: ## this list
 demo: $(DEMO) ## train on real images, export, generate, judge: about eleven minutes on two cores
 	$(BIN)/python examples/fashion_mnist/demo.py
 
-check: $(VENV)/.dev ## lint, types and the tests that are not slow: five minutes on two idle cores
+check: $(VENV)/.dev ## lint, types and the tests that are not slow: two minutes on two idle cores
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow"
 

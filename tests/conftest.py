@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -49,13 +50,23 @@ HEAVIEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes the longest files come first: one that began last would run on alone.
+    """Whatever needs the trained network is slow; and with several processes the longest files come first.
 
-    It takes --no-loadscope-reorder, since pytest-xdist begins with the files that hold most tests.
+    A long file that began last would run on alone. It takes --no-loadscope-reorder, since pytest-xdist begins with the files
+    that hold most tests.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = {name: number for number, name in enumerate(HEAVIEST)}
         items.sort(key=lambda item: place.get(item.path.relative_to(TESTS).as_posix(), len(place)))
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays. Looked through at each gc.collect(), it would take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def gaussian_onnx() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A small U-Net trained on Fashion-MNIST at 16×16 for half a minute, and its exports."""
+    """A small U-Net trained on Fashion-MNIST at 16×16 for some seconds, and its exports."""
 
     run: Path
     fp32: Path
@@ -128,7 +139,7 @@ def _train(folder: Path) -> None:
     network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
     settings = TrainSettings(batch=64, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
     trainer = Trainer(folder / "run", dataset, ModelSpec(dataset.shape), network, settings, device="cpu")
-    trainer.train(400)
+    trainer.train(200)
     for precision in ("fp32", "fp16"):
         export(folder / "run", folder / f"{precision}.onnx", precision=precision)
 

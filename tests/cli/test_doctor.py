@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 
+
+@pytest.mark.slow
 def test_doctor_lists_what_is_installed(ddpmx):
     import onnxruntime
 

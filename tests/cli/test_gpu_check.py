@@ -110,6 +110,7 @@ def test_a_step_that_fails_reports_its_error(place):
     assert do(place, Step("b", ["/there/is/no/such/program"])).status == "failed"
 
 
+@pytest.mark.slow
 def test_a_step_that_takes_too_long_is_ended_with_its_children(place):
     child = place.out / "child"
     text = (
@@ -287,6 +288,7 @@ def test_torch_without_cuda_trains_nothing(place):
     assert "peers" not in named(planned)
 
 
+@pytest.mark.slow
 def test_every_planned_command_exists(place, ddpmx):
     """Flags are looked up in --help, scripts on the disk."""
     known = {}

@@ -91,6 +91,7 @@ def test_without_polygraphy_the_error_says_what_to_install(refused, judged, monk
     assert "pip install polygraphy" in refused("parity", judged, "--polygraphy")
 
 
+@pytest.mark.slow
 def test_a_self_test_does_not_replace_the_report(ddpmx, judged):
     assert ddpmx("parity", judged).code == 0
     before = (judged.with_suffix(".report") / "report.md").read_bytes()
@@ -106,6 +107,7 @@ def test_the_record_of_another_model_is_refused(refused, judged):
     assert "another model" in refused("parity", judged)
 
 
+@pytest.mark.slow
 def test_neither_torch_nor_onnx_is_needed(judged):
     code = """
 import sys
@@ -143,6 +145,7 @@ def test_a_broken_matplotlib_costs_only_the_plots(ddpmx, judged, monkeypatch):
     assert "No plots" in (judged.with_suffix(".report") / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_matplotlibrc_in_the_current_folder_is_ignored(ddpmx, judged, monkeypatch):
     pytest.importorskip("matplotlib", reason="not verified here: a matplotlibrc in the way (no matplotlib)")
     import matplotlib

@@ -32,6 +32,7 @@ def expected(n, seed):
     return to_nhwc(step.x0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["auto", "while", "graph", "plain"])
 def test_generate(ddpmx, plan, fake_tensorrt, tmp_path, cache, executor):
     out = tmp_path / "samples"

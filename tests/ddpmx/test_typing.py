@@ -63,6 +63,7 @@ def check(tmp_path: Path, code: str) -> tuple[list[int], str]:
     return [int(line) for line in re.findall(r"^[^\n]*program\.py:(\d+): error", out, re.MULTILINE)], out
 
 
+@pytest.mark.slow
 def test_right_calls_pass(tmp_path):
     lines, out = check(tmp_path, RIGHT)
     assert lines == [], out

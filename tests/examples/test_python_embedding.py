@@ -310,6 +310,7 @@ def start(folder: Path, *arguments: str, **options) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_readme_s_commands(tmp_path, expected):
     (block,) = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert block.count("python app.py ") == len(block.splitlines()) == 3
@@ -340,6 +341,7 @@ def test_an_image_that_takes_too_long_is_given_up(tmp_path):
     assert len(re.findall(r"^seed \d: ", out, re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_in_the_middle(tmp_path):
     process = start(tmp_path, "out", "--count", "100000")
     try:
@@ -351,6 +353,7 @@ def test_ctrl_c_ends_it_in_the_middle(tmp_path):
     assert (process.returncode, err) == (130, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "says"), [("missing.onnx", "missing.onnx"), ("model.plan", "model.plan")])
 def test_a_model_that_cannot_be_run_is_exit_code_2(tmp_path, model, says):
     (tmp_path / "model.plan").write_bytes(b"no plan")

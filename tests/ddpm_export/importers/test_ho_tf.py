@@ -163,6 +163,7 @@ def test_without_the_size_attention_is_taken_to_be_at_16(contents):
     assert (question.name, set(question.candidates)) == ("variance", {"fixed_large", "fixed_small"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "step", "variance", "name"),
     [

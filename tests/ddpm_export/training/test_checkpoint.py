@@ -253,6 +253,7 @@ def one_error(function, path: Path) -> DdpmxError:
     return caught.value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", TENSOR_DAMAGE.values(), ids=TENSOR_DAMAGE)
 def test_damaged_weights(run, damage):
     path = save(run, 5)
@@ -393,6 +394,7 @@ def test_a_file_in_the_way(tmp_path):
         save(tmp_path / "run", 1)
 
 
+@pytest.mark.slow
 def test_a_reader_sees_only_whole_checkpoints_during_writing(run):
     """One thread saves as fast as it can and removes old checkpoints; every read in between succeeds, with spec and
     weights of one checkpoint."""

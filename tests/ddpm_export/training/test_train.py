@@ -58,6 +58,7 @@ def flat(network: torch.nn.Module) -> torch.Tensor:
 # --- taking up a run -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[20], [1, 7, 33]], ids=str)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, stops):
     whole = trainer(tmp_path / "whole").train(40)
@@ -87,6 +88,7 @@ def test_resuming_depends_on_adams_moments(tmp_path):
     assert content(again.train(12))["weights.safetensors"] != whole["weights.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"hflip": False}, {"batch": 5}, {"lr": 2e-3}, {"grad_clip": 0.01}, {"bf16": True}],
@@ -375,7 +377,7 @@ def test_training_reduces_the_loss(trained, figure):
     network, spec = load_network(trained.run)
     fresh = loss_on_images(UNet(network.config), spec)
     assert fresh == pytest.approx(1, rel=0.05), "an untrained network's output is zero, and ε has variance 1"
-    figure("loss after half a minute of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
+    figure("loss after 200 steps of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
            at_most=0.2)  # fmt: skip
 
 

@@ -25,6 +25,7 @@ def small(kind):
     return gaussian.SPEC.replace(shape=SHAPE, **KINDS[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [1.0, 0.25, None])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("executor", EXECUTORS)

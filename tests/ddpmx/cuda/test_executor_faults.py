@@ -161,6 +161,7 @@ def attempt(fake, executor):
         s.chain.run(seed=5, images=IMAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_whichever_call_fails_nothing_leaks(kernels, executor):
     """Each call of a chain in turn, except those that free."""

@@ -257,6 +257,7 @@ objects = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(values=objects | anything)
 @example(values={"shape": [1, 4, 4], "clip": 2**64})

@@ -153,6 +153,7 @@ def test_a_report_names_its_reference(results):
 PLOTS = ["error.png", "chain.png", "levels.png"]
 
 
+@pytest.mark.slow
 @needs_matplotlib
 @pytest.mark.parametrize(
     ("name", "wanted"),
@@ -184,6 +185,7 @@ def test_plots_are_drawn_without_a_screen():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_the_images_show_pytorchs_above_the_files_above_the_difference(results, tmp_path):
     report.write(results["failed"], "model.onnx", tmp_path)
     result = results["failed"]

@@ -196,6 +196,7 @@ def toy(gaussian_onnx):
         yield pipeline
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAINS)
 def test_whole_chains_have_the_exact_mean_and_variance(toy, name, figure):
     sampling = CHAINS[name]

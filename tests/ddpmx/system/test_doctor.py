@@ -386,6 +386,7 @@ def test_a_jetson_is_recognised_by_its_board(monkeypatch, model, release, jetson
     assert doctor._jetson() == jetson
 
 
+@pytest.mark.slow
 def test_doctor_imports_nothing_from_the_current_folder(tmp_path):
     for name in ("json.py", "onnxruntime.py", "torch.py"):
         (tmp_path / name).write_text("open('run', 'w')\n")

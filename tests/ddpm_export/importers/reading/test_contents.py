@@ -166,6 +166,7 @@ def test_a_million_views_of_one_storage_are_refused(tmp_path):
         open_checkpoint(saved(tmp_path, [one.view(1 << 18) for _ in range(200)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["itself", "doubling"])
 def test_containers_without_end_are_refused(kind, tmp_path):
     content: list[object] = [torch.ones(1)]

@@ -310,6 +310,7 @@ def structured(rng: random.Random) -> tuple[bytes, bytes]:
     return table([block(items[:2]), block(items[2:])], handles=handles), data
 
 
+@pytest.mark.slow
 def test_six_hundred_mutants_are_read_or_refused_in_little_memory(tmp_path):
     rng = random.Random(5)
     fixture = {file.name.replace("types.ckpt-12", "m"): file.read_bytes() for file in FIXTURES.glob("types.ckpt-12.*")}
