@@ -52,8 +52,8 @@ HEAVIEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever needs the trained network is slow; and with several processes the longest files come first.
 
-    A long file that began last would run on alone. It takes --no-loadscope-reorder, since pytest-xdist begins with the files
-    that hold most tests.
+    A long file that began last would run on alone. It takes --no-loadscope-reorder, since pytest-xdist begins with the
+    files that hold most tests.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = {name: number for number, name in enumerate(HEAVIEST)}
