@@ -115,7 +115,7 @@ def _engine(file: Path) -> dict[str, Any] | None:
 
     if model_file.identify(file) != "plan":
         return None
-    engine = plan_file.read_plan(file, trust_host_code=True).engine
+    engine = plan_file.read_plan(file, trust_host_code=True, brief=True).engine
     return {"engine": {**engine.to_json(), "sha256": model_file.sha256(file)}}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddpmx.trt import build as trt_build
+from ddpmx.formats.sidecar import write_plan
 from gpu import check, found, report, steps
 from gpu.fakes.canned import BENCH, CELL, DOCTOR, GPU, JUNIT, PARITY, PEERS, SPEED
 from gpu.steps import Result
@@ -99,7 +99,7 @@ def test_goals_are_reached_or_not_and_nothing_else_is_claimed(filled):
 
 def test_a_plan_s_sidecar_is_read_as_it_is_written(place):
     build = {"seconds": 3.5, "layers": 7, "precision": "fp16"}
-    trt_build._write(place.plan("fp16"), make_plan(), SPEC, RECORD, build)
+    write_plan(place.plan("fp16"), memoryview(make_plan()), SPEC, RECORD, build)
     assert found.gather(place.out, [], engines=place.engines, doctor=None)["plans"] == {
         "model-fp16.plan": {"bytes": len(make_plan()), **build}
     }

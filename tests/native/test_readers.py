@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from ddpmx.formats import model_file, onnx_file, plan_file
 from ddpmx.formats.betas import to_text
 from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import RECORD_PREFIX, PlanRecord, rebuild_command
+from ddpmx.formats.sidecar import plan_stamp
 from ddpmx.formats.spec import ModelSpec
 from mutations.mutants import KINDS, SPEC, Files, good, mutant
 from oracles import plans, protobuf
@@ -186,6 +188,14 @@ def free_plan(**sidecar: Any) -> Files:
     return {"model.plan": data, "model.plan.json": json.dumps(beside).encode()}
 
 
+def plan_file_stamp(data: bytes) -> str:
+    return plan_stamp(io.BytesIO(data), len(data))
+
+
+def big_sidecar(data: bytes) -> bytes:
+    return json.dumps(plan_file.sidecar_json(len(data), SPEC, plans.RECORD, {}, stamp=plan_file_stamp(data))).encode()
+
+
 def sidecar(**changes: Any) -> Files:
     data = plan_with()
     beside = plan_file.sidecar_json(len(data), SPEC, plans.RECORD, {"seconds": 1.5}) | changes
@@ -313,6 +323,7 @@ def test_each_fault_of_a_spec_is_seen_by_both(tmp_path, compare):
 
 def test_each_fault_of_a_sidecar_is_seen_by_both(tmp_path, compare):
     spec, engine = SPEC.to_json(), plans.RECORD.to_json()
+    mine = json.loads(sidecar()["model.plan.json"])
     cases = [
         *(
             sidecar(spec=value)
@@ -326,6 +337,12 @@ def test_each_fault_of_a_sidecar_is_seen_by_both(tmp_path, compare):
             for value in (None, "", 3, "betas1 1 00000000 AAAA", to_text(BETAS), to_text(BETAS)[:-4])
         ),
         *(sidecar(build=value) for value in (None, [[1] * 50], {"a": "é"})),
+        *(sidecar(stamp=value) for value in (plan_file_stamp(plan_with()), "00000000", None, 5)),
+        *(sidecar(bytes=1, before=value) for value in (None, mine, mine | {"stamp": "00000000"}, {}, [], 5, "x")),
+        *(sidecar(before=value) for value in (None, {}, 5, mine | {"bytes": 1})),
+        free_plan(bytes=1, betas=to_text(BETAS * 0.5), before=json.loads(free_plan()["model.plan.json"])),
+        {"model.plan": (big := plans.make_plan(tail=bytes(3 << 20))), "model.plan.json": big_sidecar(big)},
+        {"model.plan": big[:-1] + b"\1", "model.plan.json": big_sidecar(big)},
         *(free_plan(betas=value) for value in (None, to_text(BETAS * 0.5), to_text(BETAS)[:-1], "betas1 0 00000000 ")),
         free_plan(spec=FREE.to_json(whole=True)),
         *(

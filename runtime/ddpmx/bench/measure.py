@@ -254,7 +254,7 @@ def _file(path: Path, spec: ModelSpec, description: str, load_s: float) -> dict[
         "engine": None,
     }
     if kind == "plan":  # it has been opened, so any host code in it is trusted
-        info = plan_file.read_plan(path, trust_host_code=True)
+        info = plan_file.read_plan(path, trust_host_code=True, brief=True)
         seconds = ((info.sidecar or {}).get("build") or {}).get("seconds")
         values["build_s"] = seconds if isinstance(seconds, int | float) else None
         values["engine"] = info.engine.to_json()

@@ -85,7 +85,7 @@ def _plan(path: Path) -> dict[str, Any]:
     flavour, version = plan_file.plan_flavour(path)
     header: dict[str, Any] = {"bytes": path.stat().st_size, "flavour": flavour, "version": version}
     try:
-        info = plan_file.read_plan(path, trust_host_code=True)
+        info = plan_file.read_plan(path, trust_host_code=True, brief=True)
     except SpecError as error:
         if "does not say" not in error.fact:
             raise

@@ -6,74 +6,29 @@ network is strongly typed, so its precision is that of the graph and not the bui
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ddpmx.device.discovery import Gpus, gpus
-from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError, OutputError, SpecError
+from ddpmx.errors import BackendError, DdpmxError, FileFormatError, InputError, OutputError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file
-from ddpmx.formats.atomic import atomic_write, check_replaceable, make_folder
+from ddpmx.formats.atomic import check_replaceable
 from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import MAX_BATCH, RECORD_PREFIX, PlanInfo, PlanRecord, sidecar_path
-from ddpmx.formats.spec import MAX_TEXT, ModelSpec, input_type
+from ddpmx.formats.spec import MAX_TEXT, ModelSpec
 from ddpmx.trt import library as trt_library
+from ddpmx.trt.builder import run_builder
 from ddpmx.trt.library import Library, host_platform
 from ddpmx.trt.precision import assert_precision, check_weights
-
-USED = {
-    "Builder": (
-        "create_network",
-        "create_builder_config",
-        "create_optimization_profile",
-        "build_serialized_network",
-    ),
-    "NetworkDefinitionCreationFlag": ("STRONGLY_TYPED",),
-    "BuilderFlag": ("TF32", "REFIT", "STRIP_PLAN", "REFIT_IDENTICAL"),
-    "MemoryPoolType": ("WORKSPACE",),
-    "DataType": ("FLOAT", "INT32"),
-    "INetworkDefinition": (
-        "name",
-        "num_layers",
-        "num_inputs",
-        "get_input",
-        "num_outputs",
-        "get_output",
-    ),
-    "ITensor": ("name", "dtype", "shape"),
-    "IBuilderConfig": (
-        "set_flag",
-        "clear_flag",
-        "set_memory_pool_limit",
-        "add_optimization_profile",
-        "create_timing_cache",
-        "set_timing_cache",
-        "get_timing_cache",
-        "builder_optimization_level",
-        "progress_monitor",
-    ),
-    "IOptimizationProfile": ("set_shape",),
-    "ITimingCache": ("serialize",),
-    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
-    "ParserError": ("desc", "node", "node_name", "node_operator"),
-    "IHostMemory": ("nbytes",),
-    "ILogger": ("log", "Severity"),
-    "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
-}
-"""Every name of TensorRT that this module uses; a test looks them up in the bindings of 10.3, 10.16 and 11.4."""
-
-_TURING_HINT = "TensorRT-RTX cannot multiply float32 matrices on 7.5: `ddpmx export --fp16 --time-table` avoids them"
 
 SMALLEST_BF16 = (10, 13)
 """The first release whose InstanceNormalization takes bfloat16. JetPack 6 has 10.3."""
@@ -209,100 +164,12 @@ def build(
     name = f"{spec.to_text()} {wrap(RECORD_PREFIX, record.to_json())}"
     if len(name) > MAX_TEXT:
         raise SpecError(f"{path}: the plan's description takes {len(name)} bytes, and a name holds {MAX_TEXT}")
-    plan, layers = _build(real, name, spec, record, library, options, devices, progress, cancel)
+    plan, layers = run_builder(real, name, spec, record, library, options, devices, progress, cancel)
     precision = assert_precision(plan, spec, info, library, stripped=options.strip)
     seconds = time.monotonic() - begun
-    _write(output, plan, spec, record, {"seconds": round(seconds, 2), "layers": layers, "precision": precision})
+    about = {"seconds": round(seconds, 2), "layers": layers, "precision": precision}
+    plan_file.write_plan(output, memoryview(plan), spec, record, about)
     return Built(plan_file.read_plan(output), seconds, False, precision)
-
-
-def _build(
-    path: Path,
-    name: str,
-    spec: ModelSpec,
-    record: PlanRecord,
-    library: Library,
-    options: BuildOptions,
-    devices: Gpus,
-    progress: Callable[[str, int, int], None] | None,
-    cancel: Callable[[], bool] | None,
-) -> tuple[Any, int]:
-    """Parse and build. (the plan's bytes, number of layers before fusion)"""
-    trt = library.trt
-    library.logger.lines.clear()
-    builder = library.made("builder", lambda: trt.Builder(library.logger))
-    strongly_typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = library.made("network", lambda: builder.create_network(strongly_typed))
-    parser = library.made("parser", lambda: trt.OnnxParser(network, library.logger))
-    try:
-        with _signals_held():
-            parsed = parser.parse_from_file(os.fspath(path))
-    except (TypeError, UnicodeError) as error:
-        raise FileFormatError(
-            f"{str(path)!a}: {library} takes file names in UTF-8 only", hint="rename the file"
-        ) from error
-    if not parsed:
-        raise FileFormatError(
-            f"{path}: {library}'s parser refuses this file",
-            note=_parser_errors(parser) or library.last_words(),
-            hint="export it again with this ddpmx, which uses only operators that TensorRT 10.3 has",
-        )
-    network.name = name
-    _check_network(path, network, spec, trt)
-    config = library.made("configuration", builder.create_builder_config)
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        image = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, *((n, *image) for n in record.batch))
-    config.add_optimization_profile(profile)
-    _set_flags(config, trt, options)
-    if library.is_rtx:
-        _set_targets(config, trt, options)
-    cache = _TimingCache(options.timing_cache, library, devices, config)
-    with _signals_held() as held:
-        monitor = _monitor(trt, progress, lambda: bool(held) or (cancel is not None and cancel()))
-        config.progress_monitor = monitor
-        plan = builder.build_serialized_network(network, config)
-    if monitor.error is not None:
-        raise monitor.error
-    if monitor.stopped:
-        raise Cancelled("the build was stopped; nothing was written")
-    if plan is None:
-        raise BackendError(
-            f"{library} could not build an engine from {path}",
-            note=library.last_words(),
-            hint=_TURING_HINT
-            if "7.5" in record.targets
-            else "`ddpmx doctor` shows what is installed; if memory is short, try a smaller --batch or another --workspace",
-        )
-    cache.save(config)
-    return plan, network.num_layers
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[list[int]]:
-    """Hold back SIGINT and SIGTERM while C++ code runs, and raise them afterwards.
-
-    Python runs a signal's handler at the next Python instruction, which may be in a callback: TensorRT would print the
-    handler's exception and continue.
-    """
-    held: list[int] = []
-    before: dict[int, Any] = {}
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(name) in (signal.SIG_IGN, None):
-                continue
-            before[name] = signal.signal(name, lambda got, _: held.append(got))
-    except ValueError:  # not the main thread, where no handlers run
-        pass
-    try:
-        yield held
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
 
 
 def _check_output(output: Path, inputs: list[Path]) -> None:
@@ -397,144 +264,3 @@ def _already(output: Path, record: PlanRecord) -> PlanInfo | None:
     except DdpmxError:
         return None
     return info if info.engine.key == record.key else None
-
-
-def _check_network(path: Path, network: Any, spec: ModelSpec, trt: Any) -> None:
-    """Check what the parser read: the contract's inputs with their types, float32 outputs, and only the batch dynamic."""
-    faults = []
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        wanted = trt.DataType.INT32 if input_type(tensor.name) is np.int32 else trt.DataType.FLOAT
-        dims, image = _dims(tensor), spec.inputs.get(tensor.name)
-        if image is None or tensor.dtype != wanted or dims != [-1, *image]:
-            faults.append(f"{tensor.name}: {tensor.dtype} {dims}")
-    for index in range(network.num_outputs):
-        tensor = network.get_output(index)
-        if tensor.dtype != trt.DataType.FLOAT:
-            faults.append(f"{tensor.name}: {tensor.dtype}")
-    if faults or network.num_inputs != len(spec.inputs) or network.num_outputs != len(spec.outputs):
-        raise FileFormatError(
-            f"{path}: TensorRT reads inputs and outputs from this file that do not match its spec",
-            note="; ".join(faults) or f"{network.num_inputs} inputs, {network.num_outputs} outputs",
-        )
-
-
-def _dims(tensor: Any) -> list[int]:
-    try:
-        return [int(dim) for dim in tensor.shape]
-    except ValueError:  # unknown rank: its length is negative
-        return []
-
-
-def _set_flags(config: Any, trt: Any, options: BuildOptions) -> None:
-    flags = trt.BuilderFlag
-    # on by default in TensorRT; TensorRT-RTX has the flag too
-    (config.set_flag if options.tf32 else config.clear_flag)(flags.TF32)
-    if options.refit:
-        config.set_flag(flags.REFIT)
-    if options.strip:
-        config.set_flag(flags.STRIP_PLAN)
-        config.set_flag(flags.REFIT_IDENTICAL)  # with the same weights, no speed is lost
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    if options.level is not None:
-        config.builder_optimization_level = options.level
-
-
-def _set_targets(config: Any, trt: Any, options: BuildOptions) -> None:
-    """TensorRT-RTX only: compute capabilities by name, SM86 for 8.6."""
-    known = {name: value for name, value in trt.ComputeCapability.__members__.items() if name.startswith("SM")}
-    names = ["SM" + target.replace(".", "") for target in options.targets]
-    if unknown := [target for target, name in zip(options.targets, names, strict=True) if name not in known]:
-        raise InputError(
-            f"TensorRT-RTX does not build for compute capability {unknown[0]}",
-            note=f"it knows {', '.join(f'{name[2:-1]}.{name[-1]}' for name in known)}",
-            hint="without --target the plan is for 8.0 and later",
-        )
-    if names:
-        config.num_compute_capabilities = len(names)
-        for index, name in enumerate(names):
-            config.set_compute_capability(known[name], index)
-
-
-def timing_cache_name(library: Library, devices: Gpus) -> str:
-    """The file name of a timing cache: measurements hold for one version and one architecture only."""
-    return f"{library.flavour}-{library.version}-sm{devices.devices[0].sm}.timing".lower()
-
-
-class _TimingCache:
-    """The builder's earlier measurements, in one file per library version and SM. TensorRT-RTX measures nothing."""
-
-    def __init__(self, folder: Path | None, library: Library, devices: Gpus, config: Any) -> None:
-        self._file = self._cache = None
-        if folder is None or library.is_rtx:
-            return
-        try:
-            self._file = make_folder(folder) / timing_cache_name(library, devices)
-        except OutputError:
-            return  # a cache only saves time
-        data = b""
-        with contextlib.suppress(OSError):
-            data = self._file.read_bytes()
-        for content in (data, b""):  # an empty one if the builder refuses the old one
-            cache = config.create_timing_cache(content)
-            if cache is not None and config.set_timing_cache(cache, False):
-                self._cache = cache  # keep it alive: the configuration holds only its address
-                break
-
-    def save(self, config: Any) -> None:
-        """Write the cache with the new measurements."""
-        if self._file is not None and (cache := config.get_timing_cache()) is not None:
-            with contextlib.suppress(OutputError), atomic_write(self._file) as stream:
-                stream.write(memoryview(cache.serialize()))
-
-
-def _monitor(trt: Any, progress: Callable[[str, int, int], None] | None, cancel: Callable[[], bool] | None) -> Any:
-    """An IProgressMonitor. No exception may leave its callbacks, which are called from C++."""
-
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.stopped = False
-            self.error: BaseException | None = None
-            self._steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._steps[phase_name] = num_steps
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            try:
-                if cancel is not None and cancel():
-                    self.stopped = True
-                elif progress is not None:
-                    progress(phase_name, step + 1, self._steps.get(phase_name, step + 1))
-            except BaseException as error:
-                self.stopped, self.error = True, error
-            return not self.stopped
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._steps.pop(phase_name, None)
-
-    return Monitor()
-
-
-def _parser_errors(parser: Any) -> str:
-    """All errors of the parser: it keeps a list, not only the last one."""
-    lines = []
-    for index in range(parser.num_errors):
-        error = parser.get_error(index)
-        where = f"node {error.node()} {error.node_name()!r} ({error.node_operator()})" if error.node() >= 0 else "model"
-        lines.append(f"{where}: {error.desc()}")
-    return "; ".join(lines)
-
-
-def _write(output: Path, plan: Any, spec: ModelSpec, record: PlanRecord, extra: dict[str, Any]) -> None:
-    """Write the plan, then its sidecar, with none in between: a plan is valid without a sidecar, not with a wrong one."""
-    view = memoryview(plan)
-    values = plan_file.sidecar_json(view.nbytes, spec, record, extra)
-    with atomic_write(output) as stream:
-        stream.write(view)
-        stream.flush()
-        sidecar_path(output).unlink(missing_ok=True)
-    with atomic_write(sidecar_path(output)) as stream:
-        stream.write((json.dumps(values, indent=2) + "\n").encode())

@@ -20,6 +20,7 @@ namespace {
 constexpr char kSpecPrefix[] = "ddpmx1", kRecordPrefix[] = "engine1";
 constexpr size_t kSizeAt = 16, kVersionAt = 24, kHeader = 28;
 constexpr size_t kMaxSidecar = 1 << 20;
+constexpr size_t kStamped = 1 << 20;  // bytes at each end of a plan
 constexpr size_t kRecordWithin = 4096;      // bytes behind the spec
 constexpr size_t kMaxCandidates = 1 << 14;  // places that look like an envelope; a plan has two
 
@@ -144,6 +145,15 @@ std::optional<std::string> read_sidecar(const std::string &file, const std::stri
   return text;
 }
 
+// CRC32 of a plan's first and last MiB, which tells two builds of one network apart. See sidecar.py.
+std::string stamp_of(std::string_view bytes) {
+  std::string ends(bytes.substr(0, bytes.size() <= 2 * kStamped ? bytes.size() : kStamped));
+  if (bytes.size() > 2 * kStamped) ends += bytes.substr(bytes.size() - kStamped);
+  char text[9];
+  std::snprintf(text, sizeof text, "%08x", crc32(ends.data(), ends.size()));
+  return text;
+}
+
 // The spec as a sidecar holds it: as ModelSpec.to_json() in Python.
 Json spec_json(const Spec &spec) {
   const auto text = [](std::string_view value) { return Json{std::string(value)}; };
@@ -250,19 +260,34 @@ Parts parts_of(const std::string &path, std::string_view bytes, bool trust_host_
   return parts;
 }
 
+// What a sidecar says of this plan, or nullptr: if a build was stopped before it put the new plan in place, the sidecar has
+// "before", which describes the old one.
+const Json *described(const Json &sidecar, const Json &record, const Json &bytes, const Json &stamp) {
+  const auto is_of = [&](const Json &values) {
+    const Json *theirs = values.get("stamp");
+    return same(values.get("engine"), &record) && same(values.get("bytes"), &bytes) && (!theirs || same(*theirs, stamp));
+  };
+  const Json *before = sidecar.get("before");
+  if (before == nullptr || is_of(sidecar)) return &sidecar;
+  if (before->as<std::nullptr_t>()) return nullptr;
+  return is_of(*before) ? before : &sidecar;
+}
+
 // file: the sidecar's path; text: its content, or nullptr.
-PlanInfo finish(const std::string &path, size_t size, const Parts &parts, const std::string &file,
+PlanInfo finish(const std::string &path, std::string_view plan, const Parts &parts, const std::string &file,
                 const std::string *text) {
   const std::string &again = parts.engine.rebuild;
-  std::optional<Json> sidecar;
+  std::optional<Json> content;
   if (text != nullptr) {
     try {
-      sidecar = parse_json(*text);
+      content = parse_json(*text);
     } catch (const Failure &failure) {
       throw Failure(DDPMX_SPEC, file + ": the plan's sidecar cannot be read", failure.fact + "; " + failure.note,
                     "remove it, or build again: " + again);
     }
   }
+  const Json bytes{static_cast<int64_t>(plan.size())}, stamp{stamp_of(plan)};
+  const Json *sidecar = content ? described(*content, parts.record, bytes, stamp) : nullptr;
   const Json *beside = sidecar ? sidecar->get("betas") : nullptr;
   PlanInfo info;
   try {
@@ -278,10 +303,11 @@ PlanInfo finish(const std::string &path, size_t size, const Parts &parts, const 
     throw at(path, failure);
   }
   if (sidecar) {
-    const Json spec = spec_json(info.spec), bytes{static_cast<int64_t>(size)};
-    for (const auto &[name, mine] : {std::pair{"spec", &spec}, {"engine", &parts.record}, {"bytes", &bytes}}) {
+    const Json spec = spec_json(info.spec);
+    for (const auto &[name, mine] :
+         {std::pair{"spec", &spec}, {"engine", &parts.record}, {"bytes", &bytes}, {"stamp", &stamp}}) {
       const Json *theirs = sidecar->get(name);
-      if (same(theirs, mine)) continue;
+      if (same(theirs, mine) || (mine == &stamp && theirs == nullptr)) continue;  // earlier versions wrote no stamp
       // a plan whose β are in its sidecar is useless without it
       throw Failure(DDPMX_SPEC, file + ": the sidecar contradicts its plan",
                     difference(name, theirs, mine, file_name(path)),
@@ -298,7 +324,7 @@ PlanInfo finish(const std::string &path, size_t size, const Parts &parts, const 
 }  // namespace
 
 PlanInfo parse_plan(const std::string &path, std::string_view bytes, const std::string *sidecar, bool trust_host_code) {
-  return finish(path, bytes.size(), parts_of(path, bytes, trust_host_code), path + ".json", sidecar);
+  return finish(path, bytes, parts_of(path, bytes, trust_host_code), path + ".json", sidecar);
 }
 
 PlanInfo read_plan(const std::string &path, std::string_view bytes, bool trust_host_code) {
@@ -306,7 +332,7 @@ PlanInfo read_plan(const std::string &path, std::string_view bytes, bool trust_h
   int error = 0;
   const std::string file = resolved(path, error) + ".json";
   const std::optional<std::string> sidecar = read_sidecar(file, parts.engine.rebuild);
-  return finish(path, bytes.size(), parts, file, sidecar ? &*sidecar : nullptr);
+  return finish(path, bytes, parts, file, sidecar ? &*sidecar : nullptr);
 }
 
 }  // namespace ddpmx

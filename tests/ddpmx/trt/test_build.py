@@ -20,6 +20,7 @@ from ddpmx.formats.onnx_file import BFLOAT16
 from ddpmx.trt import build as trt_build
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.precision import assert_precision
+from ddpmx.trt.timing_cache import TimingCache, timing_cache_name
 from oracles import gaussian, protobuf
 from oracles.engines import SPEC, content, fake, listed, onnx, with_external
 from oracles.protobuf import FLOAT, FLOAT16
@@ -247,11 +248,11 @@ def test_the_timing_cache_is_kept_per_version_and_sm_and_a_refused_one_is_forgot
         if before is not None:
             file.write_bytes(before)
         config = Config()
-        trt_build._TimingCache(tmp_path, fake("10.3.0"), gpu, config).save(config)
+        TimingCache(tmp_path, fake("10.3.0"), gpu, config).save(config)
         assert config.taken == taken
         assert file.read_bytes() == b"measured"
     assert listed(tmp_path) == [file.name]
-    assert trt_build.timing_cache_name(fake("10.16.1"), gpu) != file.name
+    assert timing_cache_name(fake("10.16.1"), gpu) != file.name
 
 
 # --- progress, and stopping ------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import pytest
 
 from ddpmx.device.discovery import Gpus
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError, InputError, OutputError, SpecError
-from ddpmx.formats import plan_file
 from ddpmx.formats.onnx_file import BFLOAT16, GraphInfo
 from ddpmx.formats.protobuf import fields
 from ddpmx.trt import build as trt_build
@@ -287,22 +286,28 @@ def test_an_obstacle_to_the_sidecar_is_found_before_the_build(toy):
             trt_build.build(toy, output, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
 
 
-@pytest.mark.parametrize("which", ["the plan", "the sidecar"])
-def test_a_write_that_fails_leaves_a_plan_that_can_be_read(build, toy, monkeypatch, which):
-    plan = toy.with_suffix(".plan")
+@pytest.mark.parametrize("fails", range(3))
+def test_a_rebuild_that_fails_leaves_the_plan_that_worked_and_its_sidecar(build, toy, monkeypatch, fails):
     key = build(toy).info.engine.key
-    replace = os.replace
+    before = content(toy.parent)
+    replace, calls = os.replace, []
 
     def fail(source, target):
-        if Path(target).suffix == (".plan" if which == "the plan" else ".json"):
+        calls.append(target)
+        if len(calls) == fails + 1:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr("ddpmx.formats.atomic.os.replace", fail)
-    with pytest.raises(OutputError, match="cannot be written"):
-        build(toy, tf32=True)
-    assert (plan_file.read_plan(plan).engine.key == key) == (which == "the plan")
-    assert not [name for name in listed(toy.parent) if name.endswith(".part")]
+    monkeypatch.setattr(os, "replace", fail)
+    if fails < 2:
+        with pytest.raises(OutputError, match="cannot be written"):
+            build(toy, tf32=True)
+        assert content(toy.parent) == before
+    else:  # both are in place, and the sidecar still describes the old plan as well
+        assert build(toy, tf32=True).info.engine.key != key
+        monkeypatch.setattr(os, "replace", replace)
+        build(toy, tf32=True, level=2)
+        assert "before" not in (toy.parent / "model.plan.json").read_text(), "the next build removes that"
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
