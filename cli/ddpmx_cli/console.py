@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +17,9 @@ from ddpmx_cli import signals
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+
+LOG_SECONDS = 30.0
+"""Between lines of progress, where standard error is no terminal."""
 
 output_failed = False
 """Whether writing to standard output failed."""
@@ -40,8 +45,8 @@ def complain(error: DdpmxError) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
-    """A progress display on standard error, if it is a terminal."""
+def progress_bar(*columns: str, unit: str = "", remaining: bool = True) -> Iterator[Progress]:
+    """A progress display on standard error, if it is a terminal; ``remaining``: with the time left, by rich."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -52,7 +57,7 @@ def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
         MofNCompleteColumn(),
         TextColumn(unit),
         *columns,
-        TimeRemainingColumn(),
+        *[TimeRemainingColumn()] * remaining,
         console=(console := Console(stderr=True)),
         transient=True,
         disable=not console.is_terminal,
@@ -60,15 +65,54 @@ def progress_bar(*columns: str, unit: str = "") -> Iterator[Progress]:
         yield progress
 
 
+class _Log:
+    """What is being done, as a line on standard error every :data:`LOG_SECONDS`; used where that is no terminal.
+
+    A thread writes it, since one call of a library may take minutes.
+    """
+
+    def __init__(self, description: str, unit: str = "") -> None:
+        self.description, self._unit, self._done, self._total = description, unit, 0, 0
+        self._begun, self._ended = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+
+    def update(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+
+    def line(self) -> str:
+        """Such as "64 images: 1,200 of 4,000 steps, 3 min left"."""
+        seconds, done, total = time.monotonic() - self._begun, self._done, self._total
+        if not 0 < done <= total:
+            return f"{plain(self.description)}: {duration(seconds)} so far"
+        left = duration(seconds / done * (total - done))
+        return f"{plain(self.description)}: {done:,} of {total:,}{' ' * bool(self._unit)}{self._unit}, {left} left"
+
+    def _write(self) -> None:
+        while not self._ended.wait(LOG_SECONDS):
+            with contextlib.suppress(OSError, ValueError):
+                print(self.line(), file=sys.stderr, flush=True)
+
+    def __enter__(self) -> _Log:
+        if not sys.stderr.isatty():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=1)
+
+
 @contextlib.contextmanager
 def counting(description: str, unit: str = "") -> Iterator[Callable[[int, int], None]]:
     """A progress display; yields a function that takes (done, in all)."""
-    with progress_bar(unit=unit) as progress:
+    with progress_bar(unit=unit) as progress, _Log(description, unit) as log:
         task = progress.add_task(description, total=None)
 
         def show(done: int, total: int) -> None:
             signals.check()
             progress.update(task, completed=done, total=total)
+            log.update(done, total)
 
         yield show
 
@@ -80,7 +124,7 @@ def busy(description: str) -> Iterator[None]:
     from rich.markup import escape
 
     console = Console(stderr=True)
-    with console.status(escape(description)) if console.is_terminal else contextlib.nullcontext():
+    with console.status(escape(description)) if console.is_terminal else _Log(description):
         yield
     signals.check()
 
@@ -88,11 +132,13 @@ def busy(description: str) -> Iterator[None]:
 @contextlib.contextmanager
 def phases(description: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress display; yields a function that takes (phase, done, in all)."""
-    with progress_bar() as progress:
+    with progress_bar() as progress, _Log(description) as log:
         task = progress.add_task(description, total=None)
 
         def show(phase: str, done: int, total: int) -> None:
             signals.check()
+            log.description = f"{description}: {phase}"
+            log.update(done, total)
             progress.update(task, description=f"{description}: {phase}", completed=done, total=total)
 
         yield show

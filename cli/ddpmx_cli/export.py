@@ -54,6 +54,9 @@ def export(
             help="Real images for the record.  \\[default: images that the network generates]", metavar="FOLDER|NPZ"
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Also replace the file of another model, or one that ddpmx has not written.")
+    ] = False,
     plan: Annotated[
         bool | None,
         Option("--plan/--no-plan", help="Build a TensorRT plan as well.  \\[default: if TensorRT can build one here]"),
@@ -78,6 +81,9 @@ def export(
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
         ) from error
+    from ddpmx.formats import model_file
+    from ddpmx.formats.same_model import check_same_model
+
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     which: Weights = "raw" if weights == "raw" else "ema"
     precision: Precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
@@ -93,11 +99,17 @@ def export(
     if proof and record.exists() and not record.is_file():
         raise OutputError(f"{record}: exists and is not a regular file", hint="another -o")
     earlier = record.exists()
+    model = model_file.read_spec(source / model_file.SPEC_FILE)
+    if which == "raw":
+        model = model.replace(weights=None)  # that of the spec is of the averaged weights
+    weights_before = None if overwrite else check_same_model(output, model)
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
         spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
     c, height, width = spec.shape
     say(f"{source} → {output}{' (replaced)' if replaced else ''}")
+    if weights_before is not None and weights_before != spec.weights:
+        say(f"Note: before, {output} was this model with other weights, sha256 {weights_before[:12]}…")
     say(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"

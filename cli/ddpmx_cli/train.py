@@ -191,17 +191,18 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
     )
     last: Progress | None = None
     logged = time.monotonic()
-    with signals.held() as stopped, progress_bar("{task.fields[figures]}", unit="steps") as display:
+    with signals.held() as stopped, progress_bar("{task.fields[figures]}", unit="steps", remaining=False) as display:
         task = display.add_task("training", total=steps, figures="")
 
         def show(state: Progress) -> None:
             nonlocal last, logged
             last = state
             figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
-            display.update(task, completed=state.step, figures=figures)
+            left = f"{duration(state.seconds_left)} left"  # rich would count the time of sample grids as slow steps
+            display.update(task, completed=state.step, figures=f"{figures} · {left}")
             if display.disable and time.monotonic() - logged > LOG_SECONDS:
                 logged = time.monotonic()
-                say(f"step {state.step:,} of {state.steps:,}: {figures}, {duration(state.seconds_left)} left")
+                say(f"step {state.step:,} of {state.steps:,}: {figures}, {left}")
 
         checkpoint = trainer.train(
             steps, progress=show, stop=stopped, sample_every=sample_every, save_seconds=save_seconds

@@ -36,6 +36,7 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
 from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.pixels import from_uint8
+from ddpmx.sampling.request import Sampling
 
 SAMPLE_COUNT, SAMPLE_STEPS = 16, 50
 
@@ -96,7 +97,7 @@ class Progress:
         steps: in all.
         loss: a running mean of L_simple.
         images_per_second: over the last steps.
-        seconds_left: at that speed.
+        seconds_left: at that speed, without the time of sample grids and checkpoints.
     """
 
     step: int
@@ -240,11 +241,13 @@ class Trainer:
                 left = (steps - self.step) / steps_per_second
                 progress(Progress(self.step, steps, mean_loss, steps_per_second * self.settings.batch, left))
             if sample_every and self.step % sample_every == 0:
-                self.sample_grid()
+                with rate.paused():
+                    self.sample_grid()
             if stop is not None and stop():
                 break
             if time.monotonic() - saved_at > save_seconds:
-                self.save()
+                with rate.paused():
+                    self.save()
                 saved_at = time.monotonic()
         return checkpoints.resolve(self.run) if self._saved_step == self.step else self.save()
 
@@ -273,8 +276,8 @@ class Trainer:
     def sample_grid(self) -> Path:
         """Write a grid of images sampled with the averaged weights, from the same seed each time to show the change."""
         pipeline = Pipeline(self.spec, TorchBackend(self.average))
-        steps = min(SAMPLE_STEPS, self.spec.timesteps)
-        drawn = pipeline.generate(SAMPLE_COUNT, seed=self.settings.seed, sampler="ddim", steps=steps)
+        sampling = Sampling.chosen(self.spec.timesteps, steps=min(SAMPLE_STEPS, self.spec.timesteps))
+        drawn = pipeline.generate(SAMPLE_COUNT, seed=self.settings.seed, sampling=sampling)
         path = make_folder(self.run / "samples") / f"grid-{self.step:08d}.png"
         sheet = writers.grid(drawn)
         writers.save_png(path, sheet, zoom=writers.zoom_for(sheet.shape[1]))
@@ -388,14 +391,27 @@ def _alone(run: Path) -> Iterator[None]:
 
 
 class _Rate:
-    """Steps per second over the last half minute."""
+    """Steps per second over the last half minute, without what is not training: grids of samples, checkpoints."""
 
     def __init__(self) -> None:
-        self._times = [time.monotonic()]
+        self._paused = 0.0
+        self._times = [self._now()]
+
+    def _now(self) -> float:
+        return time.monotonic() - self._paused
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - begun
 
     def tick(self) -> float:
         """Count a step."""
-        self._times.append(time.monotonic())
+        self._times.append(self._now())
         if len(self._times) > 2 and self._times[-1] - self._times[1] > 30:
             del self._times[0]
         return (len(self._times) - 1) / max(self._times[-1] - self._times[0], 1e-9)

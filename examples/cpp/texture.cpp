@@ -9,14 +9,30 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <string_view>
 
+#ifdef _WIN32
+#include <io.h>
+#else
+#include <unistd.h>
+#endif
+
 #include "png.hpp"
 
 namespace {
+
+// Whether standard error is a terminal: only there can a line be written over.
+bool terminal() {
+#ifdef _WIN32
+  return _isatty(2);
+#else
+  return isatty(2);
+#endif
+}
 
 volatile std::sig_atomic_t interrupted = 0;
 
@@ -100,7 +116,8 @@ void draw(const std::string &model_file, const std::filesystem::path &folder, co
   Sheet sheet(model, wanted.tiles);
   std::filesystem::create_directories(folder);
   request.previews = wanted.every > 0;
-  request.callback = [&](const ddpmx::Progress &now) { // generate rethrows its exceptions
+  auto said = std::chrono::steady_clock::now();
+  request.callback = [&, rewritten = terminal()](const ddpmx::Progress &now) { // generate rethrows its exceptions
     for (std::uint64_t i = 0; request.previews && i < now.n; ++i)
       sheet.set(now.first + i, now.x0.data() + i * model.elements());
     if (request.previews && now.done % wanted.every == 0) {
@@ -108,14 +125,18 @@ void draw(const std::string &model_file, const std::filesystem::path &folder, co
       std::snprintf(name, sizeof name, "preview-%05llu.png", static_cast<unsigned long long>(now.done));
       sheet.write(folder / name);
     }
-    std::fprintf(stderr, "\r%llu of %llu steps", static_cast<unsigned long long>(now.done),
-                 static_cast<unsigned long long>(now.total));
+    const auto at = std::chrono::steady_clock::now();
+    if (rewritten || at - said > std::chrono::seconds(30)) { // into a file goes a line every half minute
+      said = at;
+      std::fprintf(stderr, rewritten ? "\r%llu of %llu steps" : "%llu of %llu steps\n",
+                   static_cast<unsigned long long>(now.done), static_cast<unsigned long long>(now.total));
+    }
     return interrupted == 0;
   };
   const std::vector<std::uint8_t> images = pipeline.generate(request);
   for (std::size_t i = 0; i < request.n; ++i) sheet.set(i, &images[i * model.elements()]);
   sheet.write(folder / "texture.png");
-  std::fprintf(stderr, "\n%s by %s\n", (folder / "texture.png").c_str(), pipeline.backend().c_str());
+  std::fprintf(stderr, "%s%s by %s\n", terminal() ? "\n" : "", (folder / "texture.png").c_str(), pipeline.backend().c_str());
 }
 
 } // namespace
@@ -127,10 +148,10 @@ int main(int argc, char **argv) {
     draw(argv[1], argv[2], wanted);
     return 0;
   } catch (const ddpmx::Cancelled &) {
-    std::fprintf(stderr, "\ninterrupted\n");
+    std::fprintf(stderr, "%sinterrupted\n", terminal() ? "\n" : "");
     return 130;
   } catch (const std::exception &error) {
-    std::fprintf(stderr, "\n%s\n", error.what());
+    std::fprintf(stderr, "%s%s\n", terminal() ? "\n" : "", error.what());
     return 2;
   }
 }

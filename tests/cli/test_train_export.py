@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import FASHION
+from conftest import FASHION, GAUSSIAN_ONNX
 
 pytest.importorskip("torch", reason="not verified here: the train and export commands (no torch)")
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -69,6 +69,20 @@ def test_train_export_generate(ddpmx, tmp_path, monkeypatch):
     assert (tmp_path / "half.onnx").stat().st_size < 0.7 * (tmp_path / "model.onnx").stat().st_size
     assert ddpmx("generate", "--engine", "half.onnx", "-n", 2, "--steps", 3).code == 0
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["00000.png", "00001.png"]
+
+
+def test_export_does_not_overwrite_another_model(refused, run, tmp_path):
+    for name, content in (("model.onnx", GAUSSIAN_ONNX.read_bytes()), ("net.onnx", nameless(GAUSSIAN_ONNX))):
+        (tmp_path / name).write_bytes(content)
+        err = refused("export", run, "-o", tmp_path / name)
+        assert "refusing to overwrite" in err
+        assert "--overwrite" in err
+        assert (tmp_path / name).read_bytes() == content
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def nameless(path):
+    return path.read_bytes().replace(b"\x05ddpmx\x12", b"\x05other\x12")
 
 
 def test_export_takes_the_newest_run(ddpmx, run, tmp_path, monkeypatch):

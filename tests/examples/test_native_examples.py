@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import shutil
 import signal
@@ -60,6 +62,19 @@ class Example:
         command = [str(word) for word in words]
         return subprocess.run(command, cwd=self.at, env=self.env, capture_output=True, text=True, timeout=60)
 
+    def on_a_terminal(self, *words: str) -> tuple[subprocess.Popen[bytes], int]:
+        """A program whose standard error is a terminal, and the other end of that."""
+        ours, its = pty.openpty()
+        process = subprocess.Popen(
+            words,
+            cwd=self.at,
+            env=self.env,
+            stderr=its,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        os.close(its)
+        return process, ours
+
 
 @pytest.fixture(scope="module")
 def c(tmp_path_factory, native_build, ort_library):  # noqa: F811
@@ -92,10 +107,25 @@ def test_c_draws_python_s_images(c, name, n, sampling):
         assert np.asarray(picture).tobytes() == levels
 
 
-def test_c_shows_progress_on_standard_error(c):
-    lines = c.done.stderr.splitlines()  # each after a carriage return
+@pytest.mark.parametrize("language", ["c", "cpp"])
+def test_progress_is_written_over_on_a_terminal_only(language, request):
+    """Into a file goes a line every half minute: none, for chains that are done before."""
+    example: Example = request.getfixturevalue(language)
+    assert "\r" not in example.done.stderr
+    assert "steps" not in example.done.stderr
+    words = {
+        "c": ["build/draw", "model.onnx", "t.ppm", "1", "0", "50"],
+        "cpp": ["build/texture", "model.onnx", "t", "--steps", "50"],
+    }
+    process, terminal = example.on_a_terminal(*words[language])
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux's end of file, once the program has ended
+        while part := os.read(terminal, 4096):
+            seen += part
+    os.close(terminal)
+    assert process.wait(60) == 0
+    lines = [line.strip() for line in seen.decode().split("\r")]
     assert [line for line in lines if line.endswith(" of 50 steps")] == [f"{k} of 50 steps" for k in range(1, 51)]
-    assert lines[-1] == "1000 of 1000 steps"
 
 
 @pytest.mark.parametrize(
@@ -229,20 +259,17 @@ def test_cpp_an_exception_of_the_callback_ends_it(cpp):
 
 
 def test_cpp_ctrl_c_ends_it_in_the_middle(cpp):
-    process = subprocess.Popen(
-        [cpp.at / "build" / "texture", "model.onnx", "ended", "--tiles", "64"],
-        cwd=cpp.at,
-        env=cpp.env,
-        text=True,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process, terminal = cpp.on_a_terminal("build/texture", "model.onnx", "ended", "--tiles", "64")
     try:
-        assert process.stderr.read(4)  # it has begun
+        assert os.read(terminal, 4)  # it has begun
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        said = b""
+        with contextlib.suppress(OSError):
+            while part := os.read(terminal, 4096):
+                said += part
+        assert process.wait(60) == 130
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert err.endswith("interrupted\n")
+        os.close(terminal)
+    assert said.endswith(b"interrupted\r\n")
     assert not (cpp.at / "ended" / "texture.png").exists()

@@ -390,3 +390,17 @@ def test_what_l_simple_does_not_train_is_refused(tmp_path, network, spec):
     images = Dataset(IMAGES, Source(tmp_path))
     with pytest.raises(SpecError, match="only networks of x and t"):
         Trainer(tmp_path, images, SPEC.replace(**spec), dataclasses.replace(NETWORK, **network), SETTINGS, device="cpu")
+
+
+def test_the_time_left_does_not_count_sample_grids(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    rate = train._Rate()
+    for step in range(1, 11):
+        now += 2.0
+        assert rate.tick() == pytest.approx(0.5)
+        if step % 5 == 0:
+            with rate.paused():
+                now += 600.0  # a grid of samples
+    now += 2.0
+    assert rate.tick() == pytest.approx(0.5)
