@@ -27,11 +27,17 @@ def test_another_export_of_the_model_may_replace_it(path, changes, other_weights
     assert check_same_model(path, SPEC.replace(**changes)) == other_weights
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"shape": (3, 8, 16)}, {"timesteps": 21}, {"schedule": "cosine", "schedule_params": {}}, {"prediction": "v"}, {"classes": 5}, {"clip": None}],
-    ids=str,
-)  # fmt: skip
+OTHERS = [
+    {"shape": (3, 8, 16)},
+    {"timesteps": 21},
+    {"schedule": "cosine", "schedule_params": {}},
+    {"prediction": "v"},
+    {"classes": 5},
+    {"clip": None},
+]
+
+
+@pytest.mark.parametrize("changes", OTHERS, ids=str)
 def test_another_model_is_refused_and_the_difference_named(path, changes):
     with pytest.raises(OutputError, match="it is another model") as caught:
         check_same_model(path, SPEC.replace(**changes))
