@@ -20,8 +20,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import web
@@ -34,6 +36,7 @@ from ddpmx.images.gallery import check_drawable
 from ddpmx.sampling.pixels import to_nhwc
 
 WAITING = 16  # clients in the queue; further ones are refused
+CONNECTIONS = 64  # each takes a thread, also one that never sends its request; further ones are refused
 BEHIND = 4  # frames that a slow client may be behind; more are dropped
 
 
@@ -44,15 +47,36 @@ class Job:
         self.connection, self.seed, self.steps, self.every = connection, seed, steps, every
         self.results: queue.SimpleQueue[tuple[bool, NDArray[np.uint8] | str]] = queue.SimpleQueue()
         self.sent = threading.Event()
-        self._seen = 0
+        self.send_head: Callable[[], None] = lambda: None
+        self._lock, self._begun, self._seen = threading.Lock(), False, 0
+
+    def begin(self) -> None:
+        """Send the head of the answer, once."""
+        with self._lock:
+            if not self._begun:
+                self._begun = True
+                self.send_head()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head was sent: it is then too late for an error."""
+        return self._begun
 
     def client_left(self) -> bool:
-        """Polled at every step. A socket that the other side has closed is readable, and gives no bytes."""
+        """Polled at every step.
+
+        A client that sends no more may have left, or have closed its sending side only, as `nc -N` does, and wait for its
+        image. Only an answer tells: who has left resets the connection.
+        """
         try:
+            if self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return True
             readable, _, _ = select.select([self.connection], [], [], 0)
-            return bool(readable) and self.connection.recv(1, socket.MSG_PEEK) == b""
+            if readable and self.connection.recv(1, socket.MSG_PEEK) == b"":
+                self.begin()
         except (OSError, ValueError):  # reset, or closed on this side
             return True
+        return False
 
     def show(self, _: int, step: ddpmx.Preview) -> None:
         """Called after every step. The arrays belong to the chain, so the queue gets a copy."""
@@ -81,13 +105,32 @@ def work(pipeline: ddpmx.Pipeline, jobs: queue.Queue[Job]) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each client, none of which touches the pipeline."""
+    """A thread for each client, up to :data:`CONNECTIONS`. None of them touches the pipeline."""
 
     daemon_threads = True
+    request_queue_size = CONNECTIONS
 
     def __init__(self, address: tuple[str, int], spec: ddpmx.ModelSpec) -> None:
         self.spec, self.jobs = spec, queue.Queue[Job](WAITING)
+        self._free = threading.Semaphore(CONNECTIONS)
         super().__init__(address, Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.settimeout(0.2)
+            request.recv(1 << 16)  # what is left unread turns the end into a reset, which may overtake the answer
+            text = f"{CONNECTIONS} others are connected\n"
+            request.sendall(f"HTTP/1.0 503 Service Unavailable\r\nContent-Type: text/plain\r\n\r\n{text}".encode())
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -106,10 +149,10 @@ class Handler(BaseHTTPRequestHandler):
                 values = {"seed": 0, "steps": min(50, steps), **web.numbers(query, most)}
                 self.reply(200, web.page(**values, most=steps), "text/html")
             elif path == "/image":
-                self.image(self.queue_up(web.numbers(query, most)))
+                self.image(self.queue_up(web.numbers(query, most), "image/png"))
             elif path == "/stream":
                 values = {"steps": steps, **web.numbers(query, {**most, "every": steps})}
-                self.stream(self.queue_up({"every": max(1, values["steps"] // 25), **values}))
+                self.stream(self.queue_up({"every": max(1, values["steps"] // 25), **values}, web.STREAM))
             else:
                 self.reply(404, "there are /, /image and /stream")
         except InputError as error:
@@ -119,28 +162,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def image(self, job: Job) -> None:
         _, result = job.results.get()
-        if isinstance(result, str):
-            self.reply(500, result)
-        else:
-            self.reply(200, web.png(result), "image/png")
+        self.answer(job, result if isinstance(result, str) else web.png(result))
         job.sent.set()
 
     def stream(self, job: Job) -> None:
-        begun = last = False
+        last = False
         while not last:
             last, result = job.results.get()
             if isinstance(result, str):
-                if not begun:  # later the only way to report an error is to end the stream
-                    self.reply(500, result)
+                self.answer(job, result)
                 break
-            if not begun:
-                self.head(200, web.STREAM)
-            begun, part = True, web.part(result)
-            self.wfile.write(part * 2 + web.LAST if last else part)  # twice, since Chromium shows the last part but one
+            part = web.part(result)
+            self.answer(job, part * 2 + web.LAST if last else part)  # twice, since Chromium shows the last part but one
         job.sent.set()
 
-    def queue_up(self, values: dict[str, int]) -> Job:
+    def answer(self, job: Job, content: str | bytes) -> None:
+        """Bytes are sent, and a text is an error. After the head, the only way to report one is to end the answer."""
+        if isinstance(content, bytes):
+            job.begin()
+            self.wfile.write(content)
+        elif not job.begun:
+            self.reply(500, content)
+
+    def queue_up(self, values: dict[str, int], kind: str) -> Job:
         job = Job(self.connection, **{"seed": 0, "steps": self.server.spec.timesteps, **values})
+        job.send_head = lambda: self.head(200, kind)
         self.server.jobs.put_nowait(job)
         return job
 

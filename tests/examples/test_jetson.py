@@ -509,6 +509,39 @@ def test_a_client_that_hangs_up_frees_the_worker(serve, path):
         assert get(port, "/image?seed=1")[0] == 200, "the first chain would never have ended"
 
 
+@pytest.mark.parametrize("path", ["/image?seed=7&steps=50", "/stream?seed=7&steps=50"])
+def test_a_client_that_only_closes_its_sending_side_gets_its_image(port, path):
+    """As `nc -N` does."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as client:
+        client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        client.shutdown(socket.SHUT_WR)
+        head, _, body = b"".join(iter(lambda: client.recv(1 << 16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 ")
+    assert head.count(b"HTTP/1.0") == 1
+    shown = pixels(body) if path.startswith("/image") else parts(body)[-1]
+    np.testing.assert_array_equal(shown, expected(7, 50))
+
+
+def test_connections_have_a_limit(serve):
+    with served(serve, Toy()) as (port, _), contextlib.ExitStack() as stack:
+        before = threading.active_count()
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            for _ in range(serve.CONNECTIONS)
+        ]
+        deadline = time.monotonic() + 30
+        while threading.active_count() < before + serve.CONNECTIONS and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(3):
+            assert get(port, "/image") == (503, "text/plain", b"%d others are connected\n" % serve.CONNECTIONS)
+        assert threading.active_count() == before + serve.CONNECTIONS
+        for client in silent:
+            client.close()
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert get(port, "/image")[0] == 200
+
+
 def test_numbers_that_are_not_finite_end_one_request(serve):
     def fails(*_):
         raise NumericError("the network's output at t = 3 is not finite", note="step 1 of 2")
