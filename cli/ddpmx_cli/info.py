@@ -56,6 +56,40 @@ def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _architecture(network: Any) -> str:
+    """The network of a checkpoint in a line: its type, and its numbers where they are not the usual ones."""
+    if not isinstance(network, dict):
+        return "not stated"
+    rest = {
+        name: value for name, value in network.items() if name not in ("type", "in_channels", "out_channels", "size")
+    }
+    shown = []
+    for name, value in rest.items():
+        if value is True or (isinstance(value, (int, float, str)) and not isinstance(value, bool)):
+            shown.append(
+                name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            )
+        elif isinstance(value, list):
+            shown.append(f"{name} {','.join(map(str, value)) or 'none'}")
+    return f"{network.get('type', 'unet')}: {'; '.join(shown)}"
+
+
+def _training(training: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a checkpoint says of its training."""
+    lines = []
+    if "from" in training:
+        lines.append(("imported", f"from {training['from']}"))
+    if training.get("step"):
+        batch = f" of {training['batch']} images" if "batch" in training else ""
+        lines.append(("trained", f"{training['step']:,} steps{batch}"))
+    if "loss" in training:
+        lines.append(("loss", f"{training['loss']:.4f}, a running mean"))
+    if "data" in training:
+        count = f"{training['images']:,} images of " if "images" in training else ""
+        lines.append(("data", f"{count}{training['data']}"))
+    return lines
+
+
 _KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan", "png": "a PNG"}
 
 
@@ -76,8 +110,13 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     if values["kind"] == "checkpoint":
         lines.append(("checkpoint", values["checkpoint"]))
-        lines += [(name.split(".")[0], f"{count:,} parameters") for name, count in values["parameters"].items()]
+        lines.append(("network", _architecture(values["network"])))
+        for name, count in values["parameters"].items():
+            moments = name.startswith("training.")
+            lines.append(("Adam", f"{count:,} moments") if moments else (name.split(".")[0], f"{count:,} parameters"))
+        lines += _training(values["training"])
     elif values["kind"] == "onnx":
+        lines.append(("parameters", f"{values['parameters']:,} numbers stored"))
         lines.append(("opset", str(values["opset"])))
         lines += [("input", f"{name}: {tensor}") for name, tensor in values["inputs"].items()]
         lines += [("output", f"{name}: {tensor}") for name, tensor in values["outputs"].items()]

@@ -118,6 +118,10 @@ class Trainer:
         settings: of the training.
         device: where to train; by default a GPU if there is one.
 
+    Attributes:
+        step: optimiser steps made.
+        loss: a running mean of L_simple; NaN before the first step.
+
     Raises:
         SpecError: spec, network and images do not fit together.
     """
@@ -142,7 +146,7 @@ class Trainer:
         self.run, self.dataset, self.settings = run, dataset, settings
         self.spec = spec.replace(ddpmx=ddpmx.__version__)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.step = 0
+        self.step, self.loss = 0, math.nan
         self._saved_step = -1
         self._fingerprint = dataset.fingerprint()
         torch.manual_seed(_seed(settings.seed, 0, "initial weights"))
@@ -176,6 +180,8 @@ class Trainer:
             raise FileFormatError(f"{checkpoint}: ddpmx cannot train a network of this type")
         trainer = cls(run, dataset, spec, network.config, settings, device=device)
         trainer.step = trainer._saved_step = state.step
+        if isinstance(loss := state.settings.get("loss"), float):
+            trainer.loss = loss
         trainer.network.load_state_dict(network.state_dict())
         trainer.average.load_state_dict(average.state_dict())
         trainer._load_moments(state.moments, checkpoint)
@@ -224,7 +230,7 @@ class Trainer:
         save_seconds: float,
     ) -> Path:
         self.network.train()
-        mean_loss, saved_at = math.nan, time.monotonic()
+        saved_at = time.monotonic()
         rate = _Rate()
         while self.step < steps:
             loss = self._train_step()
@@ -235,11 +241,11 @@ class Trainer:
                     hint="a smaller --lr, or a longer --warmup",
                 )
             self.step += 1
-            mean_loss = loss if math.isnan(mean_loss) else 0.98 * mean_loss + 0.02 * loss
+            self.loss = loss if math.isnan(self.loss) else 0.98 * self.loss + 0.02 * loss
             steps_per_second = rate.tick()
             if progress is not None:
                 left = (steps - self.step) / steps_per_second
-                progress(Progress(self.step, steps, mean_loss, steps_per_second * self.settings.batch, left))
+                progress(Progress(self.step, steps, self.loss, steps_per_second * self.settings.batch, left))
             if sample_every and self.step % sample_every == 0:
                 with rate.paused():
                     self.sample_grid()
@@ -260,7 +266,8 @@ class Trainer:
                 moments[f"{moment}.{name}"] = self.optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
         settings: dict[str, Any] = {
             "train": dataclasses.asdict(self.settings),
-            "data": {"fingerprint": self._fingerprint, **self.dataset.source.to_json()},
+            "loss": None if math.isnan(self.loss) else self.loss,
+            "data": {"fingerprint": self._fingerprint, "images": len(self.dataset), **self.dataset.source.to_json()},
         }
         saved = checkpoints.save(
             self.run,

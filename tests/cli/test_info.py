@@ -92,3 +92,24 @@ def test_an_array_of_betas_is_named(ddpmx, conditioned_onnx):
     betas = np.linspace(0.01, 0.3, 20)
     path = conditioned_onnx("itself", schedule="betas", betas=betas)
     assert "T = 20, an array of β (CRC " in ddpmx("info", path).out
+
+
+def test_a_checkpoint_s_network_and_training_are_told(ddpmx, tmp_path):
+    spec = {
+        "model": {"shape": [1, 16, 16]},
+        "network": {"type": "unet", "channels": 32, "multipliers": [1, 2], "classes": None},
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    data = {"path": "/photos\x1b[31m", "images": 10000}
+    values = {"step": 1400, "settings": {"train": {"batch": 64}, "loss": 0.0312, "data": data}}
+    (tmp_path / "training.json").write_text(json.dumps(values))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}}).encode()
+    (tmp_path / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(20))
+    lines = {" ".join(line.split()) for line in ddpmx("info", tmp_path).out.splitlines()}
+    assert {
+        "network: unet: channels 32; multipliers 1,2",
+        "ema: 5 parameters",
+        "trained: 1,400 steps of 64 images",
+        "loss: 0.0312, a running mean",
+        "data: 10,000 images of /photos\\x1b[31m",
+    } <= lines

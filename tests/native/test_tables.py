@@ -115,7 +115,7 @@ def some_sampling(T: int, rng: np.random.Generator) -> dict[str, Any]:
     if rng.random() < 0.5:
         sampling |= {"sampler": "ddim", "eta": float(rng.choice([0.0, 1.0, 0.5, rng.random()]))}
     if rng.random() < 0.3:
-        sampling["start"] = int(rng.integers(0, T)) if rng.random() < 0.3 else T - 1
+        sampling["start"] = int(rng.integers(-2, T + T // 4 + 2)) if rng.random() < 0.7 else T - 1
     if rng.random() < 0.3:
         sampling["variance"] = str(rng.choice(VARIANCES))
     return sampling

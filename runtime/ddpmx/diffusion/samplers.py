@@ -11,6 +11,7 @@ A network that learns its variance has a second output, v, and two more numbers 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -180,12 +181,12 @@ def make_table(
     ``learned_range`` is for networks with a second output ``var``, which the caller has to check. The ddim sampler has
     its own σ and ignores ``variance``.
 
-    With ``start`` the chain begins at this timestep, which must be one that it visits: x is then x_t at that t, and the
-    rows before it are left out.
+    With ``start`` the chain begins at this timestep: x is then x_t at that t, and the rows before it are left out. Where it
+    is not visited, the chain begins at the nearest that is, and a UserWarning says so.
 
     Raises:
         InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with the ancestral sampler, or a
-            ``start`` that is not visited.
+            ``start`` outside 0…T−1.
         SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is not a finite float32.
     """
     if sampler not in SAMPLERS:
@@ -203,20 +204,23 @@ def make_table(
                 note="the chain would compute with NaN or infinities",
                 hint="other β, or fewer timesteps",
             )
-    return table if start is None else _starting_at(table, start)
+    return table if start is None else _starting_at(table, start, T)
 
 
-def _starting_at(table: Table, start: int) -> Table:
-    """The rows of a table from the timestep ``start`` on."""
+def _starting_at(table: Table, start: int, T: int) -> Table:
+    """The rows of a table from the timestep ``start`` on, or from the nearest that it has."""
     if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
         raise InputError(f"start must be a timestep that the chain visits, not {start!r}")
+    if not 0 <= start < T:
+        raise InputError(f"start must be from 0 to {T - 1}, not {start}", note=f"the model has T = {T}")
     visited = table.timesteps
-    at = int(np.sum(visited > start))  # the rows before it
-    if at == len(visited) or visited[at] != start:
-        nearest = " and ".join(str(t) for t in visited[at - 1 if at else 0 : at + 1][::-1])
-        raise InputError(
-            f"start is {start}, and the chain does not visit that timestep",
-            hint=f"the nearest that it visits: {nearest}",
+    at = int(
+        np.abs(visited - start).argmin()
+    )  # the first of two: the larger t, where noise is rather removed than left
+    if visited[at] != start:
+        warnings.warn(
+            f"start is {start}, which the chain does not visit: it begins at {visited[at]}, the nearest that it does",
+            stacklevel=2,
         )
     return Table(visited[at:], table.rows[at:], None if table.learned is None else table.learned[at:])
 

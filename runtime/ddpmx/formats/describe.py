@@ -9,9 +9,11 @@ from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file, png_text
+from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+_FLOATS = {1, 10, 11, 16}
 _MAX_HEADER = 16 << 20
 
 
@@ -48,7 +50,31 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "checkpoint": folder.name,
         "network": values.get("network"),
         "parameters": parameters,
+        "training": _training(folder / "training.json"),
     }
+
+
+def _training(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its training, as far as it is there: ``step``, ``loss``, ``data``, ``images``, ``from``.
+
+    Nothing here is needed to run the network, so nothing is an error.
+    """
+    try:
+        with path.open("rb") as stream:
+            values = parse_json(stream.read(_MAX_HEADER))
+        step, settings = values["step"], values["settings"]  # type: ignore[index]
+        data, imported = settings.get("data") or {}, settings.get("imported") or {}
+        found = {
+            "step": (step, int),
+            "loss": (settings.get("loss"), float),
+            "batch": ((settings.get("train") or {}).get("batch"), int),
+            "data": (data.get("path"), str),
+            "images": (data.get("images"), int),
+            "from": (imported.get("from"), str),
+        }
+    except (OSError, SpecError, LookupError, TypeError, AttributeError):
+        return {}
+    return {name: value for name, (value, kind) in found.items() if type(value) is kind}
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -77,6 +103,9 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": shown(info.inputs),
         "outputs": shown(info.outputs),
         "weights": {_ELEMENT_TYPES.get(key, f"type {key}"): size for key, size in sorted(info.weights.items())},
+        "parameters": sum(
+            size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _FLOATS
+        ),
         "external": [file.name for file in beside],
     }
 

@@ -29,7 +29,8 @@ BETAS_KEY = "ddpmx.betas"
 
 FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 """ONNX element types."""
-_WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
+"""Bytes of an element of each type."""
 _MAX_DEPTH = 32  # subgraphs within subgraphs; real models have a handful
 
 
@@ -307,7 +308,7 @@ def _tensor_bytes(view: memoryview) -> tuple[int, int]:
                 elements = min(elements * dim, 1 << 62)
         elif number == 2:
             element_type = as_number(value)
-    return element_type, elements * _WIDTH.get(element_type, 1)
+    return element_type, elements * WIDTH.get(element_type, 1)
 
 
 def _tensor_name(view: memoryview) -> str:

@@ -45,8 +45,8 @@ class Sampling:
         steps: how many of the T timesteps are visited, 1…T; None for all.
         spacing: which ones: see :func:`ddpmx.diffusion.samplers.timestep_grid`.
         eta: η of the ddim sampler, 0 (no noise) … 1 (as much as the ancestral chain).
-        start: the timestep at which the chain begins, one of those that it visits; None for the last of them. The states at
-            that t have to be passed as ``x``.
+        start: the timestep at which the chain begins, or else the nearest that it visits, with a UserWarning; None for the
+            last of them. The states at that t have to be passed as ``x``.
         variance: σ² of the ancestral chain, instead of the model's own.
     """
 

@@ -80,15 +80,17 @@ bool finite(const ddpmx_row &row) {
          std::isfinite(row.sigma);
 }
 
-// Removes the rows before `start`.
-void start_at(Table &table, int64_t start) {
+// Removes the rows before `start`, or before the nearest timestep that is visited; of two the larger one.
+void start_at(Table &table, int64_t start, int64_t T) {
+  if (start < 0 || start >= T) {
+    throw Failure(DDPMX_INPUT, "start must be from 0 to " + std::to_string(T - 1) + ", not " + std::to_string(start),
+                  "the model has T = " + std::to_string(T));
+  }
   // the first row whose timestep is not larger; timesteps fall
-  const auto found = std::lower_bound(table.timesteps.begin(), table.timesteps.end(), start, std::greater<int64_t>());
-  if (found == table.timesteps.end() || *found != start) {
-    std::string nearest = found == table.timesteps.end() ? "" : std::to_string(*found);
-    if (found != table.timesteps.begin()) nearest += (nearest.empty() ? "" : " and ") + std::to_string(found[-1]);
-    throw Failure(DDPMX_INPUT, "start is " + std::to_string(start) + ", and the chain does not visit that timestep", "",
-                  "the nearest that it visits: " + nearest);
+  auto found = std::lower_bound(table.timesteps.begin(), table.timesteps.end(), start, std::greater<int64_t>());
+  if (found == table.timesteps.end() ||
+      (found != table.timesteps.begin() && found[-1] - start <= start - *found)) {
+    --found;
   }
   const auto before = found - table.timesteps.begin();
   table.timesteps.erase(table.timesteps.begin(), found);
@@ -182,7 +184,7 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
     throw Failure(DDPMX_SPEC, "this schedule leaves no signal or adds no noise at some timestep",
                   "the chain would compute with NaN or infinities", "other β, or fewer timesteps");
   }
-  if (sampling.start) start_at(table, *sampling.start);
+  if (sampling.start) start_at(table, *sampling.start, static_cast<int64_t>(schedule.size()));
   return table;
 }
 

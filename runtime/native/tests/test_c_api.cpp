@@ -256,7 +256,7 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "labels is NULL, and labels_count is 1", [](R r, S, S) { r.labels_count = 1; });
   refused(DDPMX_INPUT, "takes no condition", [&](R r, S, S) { r.cond = x.data(); });
   refused(DDPMX_INPUT, "no x to begin with", [](R r, S, S) { r.start = 0; });
-  refused(DDPMX_INPUT, "", [&](R r, S, S) { r.start = 1, r.x = x.data(); });  // not one of the twelve
+  refused(DDPMX_INPUT, "start must be from 0 to 999", [&](R r, S, S) { r.start = 1000, r.x = x.data(); });
   refused(DDPMX_INPUT, "share memory", [&](R r, S, S) { r.x = samples.data() + 2 * N - 1; });
   x[5] = INFINITY;
   refused(DDPMX_INPUT, "x holds NaN or infinities", [&](R r, S, S) { r.x = x.data(); });

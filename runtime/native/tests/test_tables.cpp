@@ -189,16 +189,18 @@ void starts() {
       CHECK(table.learned.empty() || table.learned[0].c == whole.learned[k].c);
     }
   }
-  const auto refused = [&schedule](int64_t start, const std::string &nearest) {
+  const auto begins = [&schedule](int64_t start) {
     Sampling sampling = over(10);
     sampling.start = start;
-    return fails(DDPMX_INPUT, nearest,
-                 [&] { make_table(schedule, Prediction::eps, Variance::fixed_large, sampling); });
+    return make_table(schedule, Prediction::eps, Variance::fixed_large, sampling).timesteps.front();
   };
-  CHECK(refused(500, "nearest that it visits: 444 and 555"));
-  CHECK(refused(998, "888 and 999"));
-  CHECK(refused(1000, "nearest that it visits: 999"));
-  CHECK(refused(-1, "nearest that it visits: 0"));
+  // 0, 111, …, 999: the nearest, and of two the larger
+  CHECK(begins(500) == 555 && begins(499) == 444 && begins(998) == 999 && begins(1) == 0 && begins(55) == 0);
+  const auto refused = [&begins](int64_t start, const std::string &why) {
+    return fails(DDPMX_INPUT, why, [&] { begins(start); });
+  };
+  CHECK(refused(1000, "start must be from 0 to 999, not 1000"));
+  CHECK(refused(-1, "start must be from 0 to 999, not -1"));
   CHECK(refused(std::numeric_limits<int64_t>::max(), "999"));
   CHECK(refused(int64_t{1} << 32, "999"));  // and not t = 0
 }

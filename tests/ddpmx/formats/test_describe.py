@@ -56,6 +56,23 @@ def test_a_run_is_described_by_its_newest_checkpoint(run):
     assert json.loads(json.dumps(description)) == description
 
 
+def test_a_run_says_what_it_was_trained_on_and_how_far(run):
+    file = run / "checkpoints" / "100" / "training.json"
+    settings = {"train": {"batch": 64}, "loss": 0.03125, "data": {"path": "/photos", "images": 10000, "size": None}}
+    file.write_text(json.dumps({"step": 1400, "settings": settings}))
+    told = {"step": 1400, "batch": 64, "loss": 0.03125, "data": "/photos", "images": 10000}
+    assert describe(run)["training"] == told
+    file.write_text(json.dumps({"step": 0, "settings": {"imported": {"from": "diffusers"}}}))
+    assert describe(run)["training"] == {"step": 0, "from": "diffusers"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 1}', '{"step": [], "settings": {"data": 3}}', "[" * 9999])
+def test_a_damaged_training_state_is_no_obstacle(run, text):
+    """The network runs without it."""
+    (run / "checkpoints" / "100" / "training.json").write_text(text)
+    assert describe(run)["training"] == {}
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileFormatError, match="no checkpoint yet"):

@@ -169,8 +169,9 @@ typedef struct ddpmx_request {
   const char *variance; /* "fixed_small", "fixed_large", "learned_range"; NULL: the file's */
   double eta;          /* of ddim: 0 (no noise in the steps) … 1; default 0 */
   int32_t steps;       /* how many of the T timesteps are visited; 0: all */
-  int32_t start;       /* begin at this t, which must be visited: x is x_t there, and the rest of the chain denoises it;
-                          -1: at the first one. With self_condition the first step takes x0 = 0 */
+  int32_t start;       /* begin at this t, or at the nearest that is visited (the t of the first step in the callback): x
+                          is x_t there, and the rest of the chain denoises it; -1: at the first one. With self_condition
+                          the first step takes x0 = 0 */
   const float *x;      /* float [n, C, H, W], C-contiguous: the initial states; NULL: noise */
   const int32_t *labels; /* int32 [labels_count], on the host: the class of each image, for models that have classes */
   uint64_t labels_count; /* n, or 1: one for all */
