@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,28 +11,26 @@ import typer
 from typer import Option
 
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS
-from ddpmx.diffusion.schedule import SCHEDULES
+from ddpmx.diffusion.schedule import SCHEDULES, scaled_params
 from ddpmx.errors import BackendError, InputError
-from ddpmx_cli import signals
-from ddpmx_cli.console import busy, counting, duration, parse_numbers, parse_size, progress_bar, say
+from ddpmx_cli import begin, signals
+from ddpmx_cli.console import busy, duration, parse_colour, parse_numbers, parse_size, plain, progress_bar, say
 
 if TYPE_CHECKING:
-    from ddpm_export.training.data import Dataset
     from ddpm_export.training.train import Trainer
 
 EXAMPLES = """
 Examples:\n
   ddpmx train --data photos/ --size 32 --out runs/photos\n
-  ddpmx train --data digits.npz --steps 3000 --width 32 --groups 8 --mult 1,2,2 --warmup 100 --ema-ramp --lr 1e-3\n
-  ddpmx train --out runs/photos --resume --steps 900000
+  ddpmx train --data digits.npz --steps 3000 --width 32 --groups 8 --mult 1,2,2 --warmup 100 --lr 1e-3\n
+  ddpmx train --out runs/photos --resume --steps 900000\n
+  ddpmx train --data photos/ --from runs/imported --out runs/tuned --steps 20000 --lr 2e-5 --warmup 500
 """
 
 LOG_SECONDS = 30.0
 """Between lines of progress, if standard error is not a terminal."""
 
 _MODEL, _NETWORK, _TRAINING = "Diffusion", "Network", "Training"
-# Flags that may be used with --resume; everything else is fixed when a run is started.
-_FREE = {"data", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes"}
 
 
 def train(
@@ -44,16 +39,52 @@ def train(
     out: Annotated[Path | None, Option(help="Folder of the run.  \\[default: runs/NAME-OF-DATA]")] = None,
     steps: Annotated[int, Option(help="Optimiser steps in all.")] = 800_000,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,
+    begin_from: Annotated[
+        Path | None,
+        Option(
+            "--from",
+            help="Begin a new run with the weights, the network and the schedule of this one, trained or imported.",
+            metavar="RUN",
+        ),
+    ] = None,
+    weights: Annotated[str, Option(help="Which weights of --from: ema (averaged) or raw.", metavar="NAME")] = "ema",
     size: Annotated[
         str | None, Option(help="Crop and resize every image to this size: 64, or 64x48 (height first).")
     ] = None,
     channels: Annotated[int | None, Option(help="Convert every image: 1 grey, 3 RGB, 4 RGBA.")] = None,
+    background: Annotated[
+        str | None,
+        Option(
+            help="Colour behind transparent parts, if --channels is 1 or 3: white, black, '#f0f0f0'.  "
+            "\\[default: white]",
+            metavar="COLOUR",
+        ),
+    ] = None,
+    white: Annotated[
+        float | None,
+        Option(
+            help="The number that is white in greys of more than 8 bits: 4095, 1, …  \\[default for 16 bits: full scale of "
+            "as many bits as are used]",
+            metavar="NUMBER",
+        ),
+    ] = None,
+    max_megapixels: Annotated[
+        float | None, Option(help="Largest image file that is read.  \\[default: 179]", metavar="NUMBER")
+    ] = None,
     timesteps: Annotated[
         int, Option("--timesteps", "-T", help="Number of timesteps, T.", rich_help_panel=_MODEL)
     ] = 1000,
     schedule: Annotated[
         str, Option(help=f"Noise schedule β_t: {', '.join(SCHEDULES)}.", rich_help_panel=_MODEL, metavar="NAME")
     ] = "linear",
+    scale_betas: Annotated[
+        bool,
+        Option(
+            "--scale-betas",
+            help="Multiply β by 1000/T, so that x_T is noise with fewer timesteps as well.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
     prediction: Annotated[
         str,
         Option(help=f"What the network predicts: {', '.join(PREDICTIONS)}.", rich_help_panel=_MODEL, metavar="NAME"),
@@ -72,8 +103,12 @@ def train(
     ] = "1,2,2,2",
     blocks: Annotated[int, Option(help="Residual blocks per level.", rich_help_panel=_NETWORK)] = 2,
     attention: Annotated[
-        str, Option(help="Heights, in pixels, of the levels with attention.", rich_help_panel=_NETWORK)
-    ] = "16",
+        str | None,
+        Option(
+            help="Heights, in pixels, of the levels with attention; '' for none.  \\[default: the level nearest to 16×16]",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     dropout: Annotated[float, Option(help="Dropout rate.", rich_help_panel=_NETWORK)] = 0.1,
     groups: Annotated[int, Option(help="Groups of each group norm.", rich_help_panel=_NETWORK)] = 32,
     batch: Annotated[int, Option(help="Images per step.", rich_help_panel=_TRAINING)] = 128,
@@ -84,29 +119,35 @@ def train(
     ema_ramp: Annotated[
         bool,
         Option(
-            "--ema-ramp",
-            help="Start with a short average: for runs of a few thousand steps.",
+            help="Start with a short average: the decay of step s is at most (1 + s)/(10 + s).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = True,
+    flip: Annotated[
+        bool,
+        Option(
+            help="Mirror half of the images: where left and right do not matter, which they do in letters.",
             rich_help_panel=_TRAINING,
         ),
     ] = False,
-    flip: Annotated[bool, Option(help="Mirror half of the images.", rich_help_panel=_TRAINING)] = True,
     seed: Annotated[int, Option(help="Seed of everything random.", rich_help_panel=_TRAINING)] = 0,
     bf16: Annotated[bool, Option("--bf16", help="Use bfloat16 autocast.", rich_help_panel=_TRAINING)] = False,
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 …  \\[default: a GPU if there is one]")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of torch.")] = None,
     sample_every: Annotated[int, Option(help="Steps between grids of samples; 0 for none.")] = 1000,
     save_minutes: Annotated[float, Option(help="Minutes between checkpoints.")] = 10.0,
+    cache: Annotated[bool, Option(help="Keep a folder's pixels in the run, to resume without decoding.")] = True,
 ) -> None:
     """Train a DDPM on a folder of images or an .npz.
 
-    The defaults are the paper's for CIFAR-10 (Ho, Jain, Abbeel 2020). Ctrl-C saves; --resume continues exactly where the
-    run stopped.
+    The defaults are the paper's for CIFAR-10 (Ho, Jain, Abbeel 2020), except that images are not mirrored without --flip.
+    Ctrl-C saves; --resume continues exactly where the run stopped.
     """  # fmt: skip
     try:
         with busy("loading torch"):
             import torch
 
-            from ddpm_export.networks.unet import UNetConfig
+            from ddpm_export.networks.unet_config import UNetConfig, attention_heights
             from ddpm_export.training.train import Trainer, TrainSettings
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("training needs torch", note=str(error), hint="pip install torch safetensors") from error
@@ -124,71 +165,56 @@ def train(
         raise InputError("--save-minutes must be above 0, and --sample-every at least 0")
     device = _check_device(device)
     if resume:
-        trainer = _resume(ctx, data, out, device)
+        if begin_from is not None:
+            raise InputError("--from begins a new run, and --resume continues one", hint="one of the two")
+        trainer = begin.resume(ctx, data, out, device)
     else:
         if data is None:
             raise InputError("--data is missing", hint="a folder of images or an .npz")
-        _check_new(out)
-        dataset = _load(data, size=parse_size(size), channels=channels)
-        c, height, width_ = dataset.shape
-        with _as_flags():
-            named: dict[str, Any] = {"prediction": prediction, "variance": variance}  # checked by ModelSpec
-            model = ModelSpec(dataset.shape, timesteps, schedule, **named)
-            network = UNetConfig(
-                in_channels=c,
-                out_channels=c,
-                size=(height, width_),
-                channels=width,
-                multipliers=parse_numbers("--mult", mult),
-                blocks=blocks,
-                attention=parse_numbers("--attention", attention),
-                dropout=dropout,
-                groups=groups,
-            )
+        begin.check_new(out)
+        how: dict[str, Any] = {"size": parse_size(size), "channels": channels, "white": white}
+        how["background"] = None if background is None else parse_colour("--background", background)
+        how["max_pixels"] = None if max_megapixels is None else begin.pixels(max_megapixels)
+        if begin_from is None and weights != "ema":
+            raise InputError("--weights has no effect without --from", hint="--from RUN, or omit it")
+        with begin.as_flags():
             settings = TrainSettings(batch, lr, warmup, grad_clip, ema, ema_ramp, flip, seed, bf16)
-        with _memory():
-            trainer = Trainer(out, dataset, model, network, settings, device=device)
-    with _memory():
-        _train(trainer, steps, sample_every, save_minutes * 60)
+        if begin_from is None:
+            dataset = begin.load(data, **how)
+            with begin.as_flags():
+                named: dict[str, Any] = {"prediction": prediction, "variance": variance}  # checked by ModelSpec
+                params = scaled_params(schedule, timesteps) if scale_betas else {}
+                model = ModelSpec(dataset.shape, timesteps, schedule, params, **named)
+                c, *sides = dataset.shape
+                multipliers = parse_numbers("--mult", mult)
+                network = UNetConfig(
+                    in_channels=c,
+                    out_channels=c,
+                    size=(sides[0], sides[1]),
+                    channels=width,
+                    multipliers=multipliers,
+                    blocks=blocks,
+                    attention=attention_heights((sides[0], sides[1]), len(multipliers))
+                    if attention is None
+                    else parse_numbers("--attention", attention),
+                    dropout=dropout,
+                    groups=groups,
+                )
+                network.check_attention()
+            with begin.memory():
+                trainer = Trainer(out, dataset, model, network, settings, device=device)
+        else:
+            trainer = begin.fine_tune(ctx, data, how, begin_from, weights, out, settings, dropout, device)
+    with begin.memory():
+        _train(trainer, steps, sample_every, save_minutes * 60, cache)
 
 
-@contextlib.contextmanager
-def _as_flags() -> Iterator[None]:
-    """Replace the names of settings by those of their flags in error messages."""
-    names = {"channels": "--width", "multipliers": "--mult", "grad_clip": "--grad-clip"}
-    try:
-        yield
-    except InputError as error:
-        name, _, rest = error.fact.partition(" must be ")
-        if rest and name.isidentifier() and name != "T":
-            error = InputError(f"{names.get(name, '--' + name)} must be {rest}", note=error.note, hint=error.hint)
-        raise error from None
-
-
-@contextlib.contextmanager
-def _memory() -> Iterator[None]:
-    """Turn a lack of memory, which torch reports as a RuntimeError, into an InputError."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise InputError(
-            "there is not enough memory for this training",
-            note=str(error).splitlines()[0][:200],
-            hint="a smaller --batch or --width; checkpoints are untouched",
-        ) from error
-
-
-def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float) -> None:
+def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float, cache: bool) -> None:
+    from ddpm_export.training import advice
     from ddpm_export.training.train import Progress
 
-    parameters = sum(p.numel() for p in trainer.network.parameters())
-    c, height, width = trainer.spec.shape
-    say(
-        f"{trainer.run}: {parameters:,} parameters, {len(trainer.dataset):,} images of {height}×{width}×{c}, "
-        f"steps {trainer.step:,} → {steps:,} on {trainer.device}"
-    )
+    for line in advice.introduce(trainer, steps, cached=cache):
+        say(plain(line))
     last: Progress | None = None
     logged = time.monotonic()
     with signals.held() as stopped, progress_bar("{task.fields[figures]}", unit="steps", remaining=False) as display:
@@ -205,50 +231,24 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float)
                 say(f"step {state.step:,} of {state.steps:,}: {figures}, {left}")
 
         checkpoint = trainer.train(
-            steps, progress=show, stop=stopped, sample_every=sample_every, save_seconds=save_seconds
+            steps,
+            progress=show,
+            stop=stopped,
+            sample_every=sample_every,
+            save_seconds=save_seconds,
+            cache_images=cache,
         )
     if last is not None:
         say(f"step {last.step:,}: loss {last.loss:.4f}, {last.images_per_second:,.0f} images/s")
     say(f"saved {checkpoint}")
+    raw = ""
+    if note := advice.average_note(trainer, trainer.step, "holds"):
+        say(note)
+        raw = " --weights raw"
     if stopped() and trainer.step < steps:
         say(f"stopped; continue with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
         raise typer.Exit(130)  # or 143: the signal is remembered
-    say(f"next: ddpmx export {shlex.quote(str(trainer.run))} -o model.onnx")
-
-
-def _load(data: Path, **how: Any) -> Dataset:
-    from ddpm_export.training.data import load_dataset
-
-    with counting("reading images") as progress:
-        return load_dataset(data, **how, progress=progress)
-
-
-def _check_new(out: Path) -> None:
-    from ddpmx.formats import model_file
-
-    if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"{out}: is a file, and a run is a folder", hint="another --out")
-    if model_file.checkpoints(out):
-        raise InputError(f"{out} already holds a run", hint="--resume continues it; another --out starts a new one")
-
-
-def _resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None) -> Trainer:
-    from ddpm_export.training.train import Trainer, recorded_source
-
-    flags = [
-        f"--{name.replace('_', '-')}"
-        for name in ctx.params
-        if name not in _FREE and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    ]
-    if flags:
-        raise InputError(
-            f"{' and '.join(flags)} cannot be changed when a run is resumed",
-            note=f"{out} keeps the settings that it was started with",
-            hint="omit it, or start a new run",
-        )
-    recorded = recorded_source(out)
-    dataset = _load(data or recorded.path, size=recorded.size, channels=recorded.channels)
-    return Trainer.resume(out, dataset, device=device)
+    say(f"next: ddpmx export {shlex.quote(str(trainer.run))}{raw} -o model.onnx")
 
 
 def _check_device(device: str | None) -> str | None:

@@ -147,16 +147,43 @@ class UNetConfig:
         return tuple(self.channels * multiplier for multiplier in self.multipliers)
 
     @property
+    def heights(self) -> tuple[int, ...]:
+        """Height of the image at each level, in pixels."""
+        return tuple(self.size[0] >> level for level in range(len(self.multipliers)))
+
+    @property
     def attention_widths(self) -> tuple[int, ...]:
         """Widths at which there is attention, the middle's last."""
-        heights = (self.size[0] >> level for level in range(len(self.multipliers)))
-        widths = [width for width, height in zip(self.widths, heights, strict=True) if height in self.attention]
+        widths = [width for width, height in zip(self.widths, self.heights, strict=True) if height in self.attention]
         return (*widths, self.widths[-1])
 
     @property
     def learned_variance(self) -> bool:
         """Whether the network has a variance as its second output."""
         return self.out_channels == 2 * self.in_channels
+
+    def check_attention(self) -> None:
+        """Check that every height of :attr:`attention` is a level's. Networks of others may have some without effect.
+
+        Raises:
+            InputError: one is not.
+        """
+        if without := [height for height in self.attention if height not in self.heights]:
+            suits = attention_heights(self.size, len(self.multipliers))
+            raise InputError(
+                f"attention {','.join(map(str, without))} has no effect: no level has that height",
+                note=f"the levels are {', '.join(map(str, self.heights))} pixels high",
+                hint=f"attention {suits[0]}" if suits else "no attention but in the middle, which always has it",
+            )
+
+    def describe(self) -> str:
+        """The levels of the network as one line: size and width of each, and where attention is."""
+        levels = [
+            f"{self.size[0] >> level}×{self.size[1] >> level} ({width}{', attention' if height in self.attention else ''})"
+            for level, (width, height) in enumerate(zip(self.widths, self.heights, strict=True))
+        ]
+        blocks = f"{self.blocks} block{'s' if self.blocks > 1 else ''} a level"
+        return f"{' → '.join(levels)}, {blocks}, attention in the middle, dropout {self.dropout:g}"
 
     def heads_of(self, width: int) -> int:
         """How many heads an attention of this width has."""
@@ -186,6 +213,19 @@ class UNetConfig:
             )
         fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         return cls(**fields)
+
+
+def attention_heights(size: tuple[int, int], levels: int) -> tuple[int, ...]:
+    """Where attention belongs: at the level nearest to 16×16, as in the paper (appendix B).
+
+    Nearest in the ratio of √(H·W); a level above 32×32 gets none, since the cost grows with (H·W)².
+
+    Returns:
+        Its height in pixels, or nothing if there is no such level. The middle has attention in any case.
+    """
+    sides = [(math.sqrt((size[0] >> level) * (size[1] >> level)), size[0] >> level) for level in range(levels)]
+    small = [(abs(math.log2(side / 16)), side, height) for side, height in sides if 0 < side <= 32]
+    return (min(small)[2],) if small else ()
 
 
 def check_spec(config: UNetConfig, spec: ModelSpec) -> None:

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import ddpmx
+from ddpm_export.networks.registry import Config, check_spec, make_network
 from ddpm_export.networks.torch_backend import TorchBackend
-from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training import checkpoint as checkpoints
-from ddpm_export.training.checkpoint import TrainingState
+from ddpm_export.training.average import decay_at
+from ddpm_export.training.checkpoint import TrainingState, Weights
 from ddpm_export.training.data import Dataset, Source
 from ddpm_export.training.diffusion import GaussianDiffusion
+from ddpm_export.training.images import cache
+from ddpm_export.training.settings import TrainSettings
 from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import make_folder
 from ddpmx.formats.model_file import SPEC_FILE
@@ -38,54 +42,9 @@ from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.pixels import from_uint8
 from ddpmx.sampling.request import Sampling
 
+__all__ = ["Progress", "TrainSettings", "Trainer", "recorded_source"]
+
 SAMPLE_COUNT, SAMPLE_STEPS = 16, 50
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The settings of a run. A resumed run keeps those that it began with.
-
-    The defaults are the paper's for CIFAR-10.
-
-    Attributes:
-        batch: images per step.
-        lr: Adam's learning rate, after the warm-up.
-        warmup: steps over which it rises from 0.
-        grad_clip: the largest global norm of the gradient.
-        ema: decay of the averaged weights per step.
-        ema_ramp: begin with a short average, min(ema, (1 + s)/(10 + s)): for runs of a few thousand steps, in which
-            0.9999 would still remember the initial weights.
-        hflip: mirror half of the images.
-        seed: of everything random, 0…2⁶³−1.
-        bf16: compute the network in bfloat16 where torch's autocast allows it.
-    """
-
-    batch: int = 128
-    lr: float = 2e-4
-    warmup: int = 5000
-    grad_clip: float = 1.0
-    ema: float = 0.9999
-    ema_ramp: bool = False
-    hflip: bool = True
-    seed: int = 0
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            InputError: one is out of its range.
-        """
-        for name, least, most in (("batch", 1, 1 << 20), ("warmup", 0, 1 << 40), ("seed", 0, 2**63 - 1)):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise InputError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
-        for name, limit in (("lr", 1.0), ("grad_clip", math.inf), ("ema", 1.0)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= limit or (name != "ema" and value == 0):
-                lower = "at least 0" if name == "ema" else "above 0"
-                upper = f" and at most {limit:g}" if limit < math.inf else ""
-                raise InputError(f"{name} must be a number {lower}{upper}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -108,7 +67,7 @@ class Progress:
 
 
 class Trainer:
-    """A run in memory: new, or resumed from its newest checkpoint.
+    """A run in memory: new, begun with another network's weights, or resumed from its newest checkpoint.
 
     Args:
         run: the run's folder.
@@ -117,6 +76,7 @@ class Trainer:
         network: the config of the network.
         settings: of the training.
         device: where to train; by default a GPU if there is one.
+        weights: the weights to begin with and their average, both by name; by default new ones.
 
     Attributes:
         step: optimiser steps made.
@@ -124,6 +84,7 @@ class Trainer:
 
     Raises:
         SpecError: spec, network and images do not fit together.
+        InputError: a new network is to have attention at a height that it does not have.
     """
 
     def __init__(
@@ -131,18 +92,25 @@ class Trainer:
         run: Path,
         dataset: Dataset,
         spec: ModelSpec,
-        network: UNetConfig,
+        network: Config,
         settings: TrainSettings,
         *,
         device: str | None = None,
+        weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
     ) -> None:
         if not (spec.shape == dataset.shape == (network.in_channels, *network.size)):
             raise SpecError(
                 "model, network and images disagree about the shape of an image",
                 note=f"{spec.shape}, {(network.in_channels, *network.size)} and {dataset.shape}",
             )
-        if spec.conditioning_shapes or network.learned_variance or network.classes is not None:
-            raise SpecError("ddpmx trains only networks of x and t with a fixed variance")
+        if spec.conditioning_shapes or spec.variance == "learned_range":
+            takes = ", ".join(spec.inputs) + ("; its variance is learned" if spec.variance == "learned_range" else "")
+            raise SpecError(
+                "ddpmx trains only networks of x and t with a fixed variance", note=f"this one takes {takes}"
+            )
+        check_spec(network, spec)
+        if weights is None and isinstance(network, UNetConfig):
+            network.check_attention()
         self.run, self.dataset, self.settings = run, dataset, settings
         self.spec = spec.replace(ddpmx=ddpmx.__version__)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -150,8 +118,12 @@ class Trainer:
         self._saved_step = -1
         self._fingerprint = dataset.fingerprint()
         torch.manual_seed(_seed(settings.seed, 0, "initial weights"))
-        self.network = UNet(network).to(self.device)
+        self.network = make_network(network).to(self.device)
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
+        if weights is not None:
+            self.network.load_state_dict(weights[0])
+            self.average.load_state_dict(weights[1])
+        self.begun_from: dict[str, Any] | None = None
         self.optimizer = torch.optim.Adam(self.network.parameters(), betas=(0.9, 0.999), eps=1e-8, fused=True)
         self._diffusion = GaussianDiffusion(spec.make_schedule(), spec.prediction, spec.variance).to(self.device)
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
@@ -176,15 +148,60 @@ class Trainer:
                 f"{run}: this run was trained on other images than {dataset.source.path} holds now",
                 hint="--data with the images it began with, or begin a new run",
             )
-        if not isinstance(network.config, UNetConfig):
-            raise FileFormatError(f"{checkpoint}: ddpmx cannot train a network of this type")
-        trainer = cls(run, dataset, spec, network.config, settings, device=device)
+        weights = (network.state_dict(), average.state_dict())
+        trainer = cls(run, dataset, spec, network.config, settings, device=device, weights=weights)
         trainer.step = trainer._saved_step = state.step
         if isinstance(loss := state.settings.get("loss"), float):
             trainer.loss = loss
-        trainer.network.load_state_dict(network.state_dict())
-        trainer.average.load_state_dict(average.state_dict())
+        trainer.begun_from = state.settings.get("from")
         trainer._load_moments(state.moments, checkpoint)
+        return trainer
+
+    @classmethod
+    def fine_tune(
+        cls,
+        run: Path,
+        dataset: Dataset,
+        source: Path,
+        settings: TrainSettings,
+        *,
+        weights: Weights = "ema",
+        dropout: float | None = None,
+        device: str | None = None,
+    ) -> Trainer:
+        """A new run that begins with the weights of another, trained or imported one.
+
+        Schedule, prediction, variance and network are that run's. The optimiser is new, and so is the average: it begins
+        with the same weights. The images may be others of the same shape.
+
+        Args:
+            run: the new run's folder.
+            dataset: the images.
+            source: a run, or one of its checkpoints.
+            settings: of the training.
+            weights: which weights to begin with.
+            dropout: in place of the source's, where its network has dropout.
+            device: where to train; by default a GPU if there is one.
+
+        Raises:
+            FileFormatError: ``source`` is no run, or damaged.
+            SpecError: its network is not one that can be trained here, or of images of another shape.
+            InputError: ``dropout`` is out of its range, or the network has none.
+        """
+        checkpoint = checkpoints.resolve(source)
+        network, spec = checkpoints.load_network(checkpoint, weights)
+        config = network.config
+        if dropout is not None:
+            if not isinstance(config, UNetConfig):
+                raise InputError(f"the network of {source} has no dropout")
+            config = dataclasses.replace(config, dropout=dropout)
+        state = network.state_dict()
+        trainer = cls(run, dataset, spec, config, settings, device=device, weights=(state, state))
+        trainer.begun_from = {
+            "path": str(checkpoint.resolve()),
+            "weights": weights,
+            "sha256": checkpoints.weights_hash(state),
+        }
         return trainer
 
     def train(
@@ -195,6 +212,7 @@ class Trainer:
         stop: Callable[[], bool] | None = None,
         sample_every: int = 0,
         save_seconds: float = 600.0,
+        cache_images: bool = True,
     ) -> Path:
         """Train until ``steps`` optimiser steps have been made in all, and save.
 
@@ -204,6 +222,7 @@ class Trainer:
             stop: called after each step; True saves and returns early.
             sample_every: write a grid of images every so many steps; 0 for never.
             save_seconds: time between checkpoints. There is always one at the end.
+            cache_images: keep the pixels of a folder in the run, so that resuming it decodes nothing.
 
         Returns:
             The checkpoint.
@@ -219,6 +238,8 @@ class Trainer:
             raise InputError(f"{self.run} has made {self.step} steps, more than {steps}")
         make_folder(self.run)
         with _alone(self.run):
+            if cache_images and self.dataset.cache_key is not None:
+                cache.store(self.run, self.dataset.cache_key, self.dataset.images, self.dataset.notes)
             return self._train(steps, progress, stop, sample_every, save_seconds)
 
     def _train(
@@ -269,6 +290,8 @@ class Trainer:
             "loss": None if math.isnan(self.loss) else self.loss,
             "data": {"fingerprint": self._fingerprint, "images": len(self.dataset), **self.dataset.source.to_json()},
         }
+        if self.begun_from is not None:
+            settings["from"] = self.begun_from
         saved = checkpoints.save(
             self.run,
             self.spec,
@@ -311,10 +334,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        settings = self.settings
-        decay = settings.ema
-        if settings.ema_ramp:
-            decay = min(decay, (1 + self.step) / (10 + self.step))
+        decay = decay_at(self.step, self.settings.ema, self.settings.ema_ramp)
         torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
 
     def _batch(self) -> Tensor:
@@ -362,7 +382,13 @@ def recorded_source(run: Path) -> Source:
         FileFormatError: there is no such run, or its training state is damaged.
     """
     checkpoint = _newest(run)
-    return Source.from_json(checkpoints.load_training(checkpoint).settings.get("data"), str(checkpoint))
+    settings = checkpoints.load_training(checkpoint).settings
+    if "imported" in settings and "data" not in settings:
+        raise FileFormatError(
+            f"{run} was imported: there is no training of it to resume",
+            hint=f"--from {run} --data FOLDER --out runs/NEW begins one with its weights",
+        )
+    return Source.from_json(settings.get("data"), str(checkpoint))
 
 
 def _newest(run: Path) -> Path:

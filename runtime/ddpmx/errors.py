@@ -9,8 +9,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MAX_PART = 600
 """Longest fact, note or hint, in characters: text from a file can be as long as its author likes."""
+
+
+MAX_ITEMS = 100
+"""Longest list below a note."""
 
 
 def _shortened(text: str) -> str:
@@ -25,17 +31,24 @@ class DdpmxError(Exception):
         fact: one line that says what is wrong and names the file, flag or value.
         note: what was seen, unless the fact already says it.
         hint: what to do about it.
+        items: what the fact counts, each on a line of its own; beyond :data:`MAX_ITEMS` only their number.
     """
 
-    def __init__(self, fact: str, *, note: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, fact: str, *, note: str | None = None, hint: str | None = None, items: Sequence[str] = ()
+    ) -> None:
         fact = _shortened(fact)
         note, hint = note and _shortened(note), hint and _shortened(hint)
         self.fact = fact
         self.note = note
         self.hint = hint
+        self.items = tuple(items)
         lines = [fact]
         if note:
             lines.append(f"Note: {note}")
+        lines += [f"  {_shortened(item)}" for item in items[:MAX_ITEMS]]
+        if len(items) > MAX_ITEMS:
+            lines.append(f"  … and {len(items) - MAX_ITEMS} more")
         if hint:
             lines.append(f"Hint: {hint}")
         super().__init__("\n".join(lines))

@@ -236,6 +236,31 @@ def schedule_params(name: str, params: Mapping[str, float] | None = None) -> dic
     return {**defaults, **{key: float(value) for key, value in (params or {}).items()}}
 
 
+def scaled_params(name: str, T: int) -> dict[str, float]:
+    """The parameters of a named schedule with every β multiplied by 1000/T, so that ᾱ_T is about that of T = 1000.
+
+    As improved-diffusion's ``get_named_beta_schedule`` scales its "linear" (Nichol & Dhariwal 2021).
+
+    Raises:
+        InputError: the schedule has no β to scale, since it follows t/T as it is; or T is so small that β exceeds 1.
+    """
+    params = schedule_params(name)
+    betas = [key for key in params if key.startswith("beta_") and key != "beta_max"]
+    if not betas:
+        raise InputError(
+            f"β of the schedule {name!r} is not to be scaled: it follows from t/T, for every T",
+            hint="omit the scaling, or another schedule",
+        )
+    scaled = {key: value * 1000 / T if key in betas else value for key, value in params.items()}
+    if max(scaled[key] for key in betas) >= 1:
+        raise InputError(
+            f"β of the schedule {name!r}, scaled by 1000/{T}, is not below 1",
+            note=f"it would reach {max(scaled[key] for key in betas):g}",
+            hint="a larger T, or the schedule cosine, which suits every T",
+        )
+    return scaled
+
+
 def make_schedule(name: str, T: int, params: Mapping[str, float] | None = None) -> Schedule:
     """The schedule of that name over T steps.
 

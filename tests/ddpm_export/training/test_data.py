@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="not verified here: the training side (no to
 
 from ddpm_export.training import data
 from ddpm_export.training.data import Dataset, Source, load_dataset
+from ddpm_export.training.images import folder as folder_room
 from ddpmx.errors import DataError, FileFormatError, InputError
 
 pytestmark = pytest.mark.torch
@@ -304,8 +305,8 @@ def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_pa
 
 def test_a_folder_that_would_not_fit_is_refused_before_it_is_decoded(folder, monkeypatch):
     put(folder / "a.png", GREY)
-    monkeypatch.setattr(data, "MAX_BYTES", GREY.size - 1)
-    monkeypatch.setattr(data, "_read_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(folder_room, "MAX_BYTES", GREY.size - 1)
+    monkeypatch.setattr(folder_room, "read_image", lambda *_: pytest.fail("decoded"))
     assert "--size" in refused(folder)
 
 

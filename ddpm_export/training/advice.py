@@ -1,0 +1,60 @@
+"""What a training says before it begins: what is trained on what, and what will not come out well."""
+
+from __future__ import annotations
+
+import shlex
+
+from ddpm_export.networks.unet_config import UNetConfig
+from ddpm_export.training.average import MOST_FIRST, share_of_first
+from ddpm_export.training.images.cache import NAME
+from ddpm_export.training.train import Trainer
+from ddpmx.diffusion.last_step import signal_warning
+
+
+def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
+    """The lines before a training of ``steps`` steps in all; those that warn begin with "Note".
+
+    Args:
+        trainer: the run.
+        steps: in all.
+        cached: whether a folder's pixels are kept in the run.
+    """
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    c, height, width = trainer.spec.shape
+    settings, config = trainer.settings, trainer.network.config
+    mirrored = "half of them mirrored (--flip)" if settings.hflip else "none mirrored"
+    lines = [
+        f"{trainer.run}: {parameters:,} parameters, {len(trainer.dataset):,} images of {height}×{width}×{c}, {mirrored}, "
+        f"steps {trainer.step:,} → {steps:,} on {trainer.device}"
+    ]
+    if isinstance(config, UNetConfig):
+        lines.append(f"network: {config.describe()}")
+    if trainer.begun_from is not None:
+        lines.append(f"begun with the {trainer.begun_from.get('weights')} weights of {trainer.begun_from.get('path')}")
+    lines += trainer.dataset.notes
+    if cached and trainer.dataset.cache_key is not None:
+        lines.append(f"pixels are kept in {trainer.run / NAME}, for --resume (--no-cache: they are not)")
+    if warning := signal_warning(trainer.spec.make_schedule()):
+        lines.append(f"Note: {warning}. --scale-betas multiplies β by 1000/T; --schedule cosine suits every T")
+    if steps < settings.warmup:
+        lines.append(
+            f"Note: the learning rate rises over {settings.warmup:,} steps, of which there are {steps:,}: it reaches "
+            f"{settings.lr * steps / settings.warmup:.2g} of {settings.lr:g} (--warmup)"
+        )
+    if note := average_note(trainer, steps, "will hold"):
+        lines.append(note)
+    return lines
+
+
+def average_note(trainer: Trainer, steps: int, verb: str) -> str | None:
+    """A warning if the average after ``steps`` is still made of the weights that training began with."""
+    share = share_of_first(steps, trainer.settings.ema, trainer.settings.ema_ramp)
+    if share <= MOST_FIRST:
+        return None
+    first = "the weights it began with" if trainer.begun_from else "the random weights it began with"
+    ramp = "" if trainer.settings.ema_ramp else "--ema-ramp or "
+    return (
+        f"Note: the average of the weights (--ema {trainer.settings.ema:g}), which is exported, {verb} {share:.0%} of "
+        f"{first} after {steps:,} steps. {ramp}a smaller --ema avoids it in a new run; "
+        f"ddpmx export {shlex.quote(str(trainer.run))} --weights raw takes the weights as trained"
+    )

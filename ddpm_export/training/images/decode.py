@@ -1,0 +1,225 @@
+"""One image file → uint8 [H, W, C]."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ddpm_export.training.images.source import Source
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+CHANNELS = {"1": 1, "L": 1, "LA": 4, "P": 3, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3, "I;16": 1, "I": 1, "F": 1}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_GREY_16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+_ROTATED = (5, 6, 7, 8)
+"""The values of Exif's orientation that exchange height and width."""
+
+_LARGE = 32_000_000
+_one_at_a_time = threading.Lock()
+"""Held while an image of more than :data:`_LARGE` pixels is in memory: one takes up to a gigabyte."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its image before anything is decoded.
+
+    Attributes:
+        height, width: as it is looked at, turned by its Exif orientation.
+        mode: Pillow's; ``I;16`` for every grey of 16 bits, and ``RGBA`` for whatever has transparent parts.
+        transparent: whether pixels may be transparent.
+        wide_colour: colours of 16 bits, of which Pillow keeps the upper 8.
+        frames: whether there are more images in it; the first is read.
+        wide_grey: grey of more than 8 bits, in a file that does not say which number is white.
+    """
+
+    height: int
+    width: int
+    mode: str
+    transparent: bool
+    wide_colour: bool
+    frames: bool
+    wide_grey: bool
+
+
+class Unreadable(Exception):  # noqa: N818 - what is wrong with one file of many; the folder's error names them all
+    """A file is no image that can be read.
+
+    Attributes:
+        megapixels: its size, if only that is in the way.
+    """
+
+    def __init__(self, reason: str, *, megapixels: int | None = None) -> None:
+        super().__init__(reason)
+        self.megapixels = megapixels
+
+
+def read_header(file: Path, source: Source) -> Header:
+    """The header of an image file.
+
+    Raises:
+        Unreadable: it is none.
+    """
+    with _opened(file, source) as image:
+        width, height = image.size
+        if image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
+            width, height = height, width
+        transparent = bool(image.has_transparency_data)
+        wide = _wide_mode(image)
+        mode = wide or ("RGBA" if transparent else image.mode)
+        frames = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its depth map
+        unstated = wide is not None and not _states_white(image)
+        return Header(height, width, mode, transparent, _is_wide_colour(image), frames, unstated)
+
+
+def read_range(file: Path, source: Source) -> tuple[float, float]:
+    """The smallest and the largest number in an image; for colours of 16 bits, of the upper 8 that Pillow keeps.
+
+    Raises:
+        Unreadable: it cannot be decoded, or holds NaN or infinities.
+    """
+    with _opened(file, source) as image:
+        values = np.asarray(image)
+        least, most = float(values.min()), float(values.max())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise Unreadable("holds NaN or infinities")
+        return least, most
+
+
+def check_image(file: Path, source: Source) -> None:
+    """Decode an image as cheaply as possible, to see whether it is whole.
+
+    Raises:
+        Unreadable: it is not.
+    """
+    with _opened(file, source) as image:
+        image.draft(None, (1, 1))
+        image.load()
+
+
+def read_image(file: Path, size: tuple[int, int], channels: int, source: Source) -> NDArray[np.uint8]:
+    """An image brought to (H, W) ``size`` and to ``channels``, uint8 [H, W, C].
+
+    The largest centred part of that shape is resized. ``source.white`` must be known if it is a grey of more than 8 bits.
+
+    Raises:
+        Unreadable: it cannot be decoded.
+    """
+    height, width = size
+    with _opened(file, source) as opened:
+        if source.reading > 1:
+            _draft(opened, size)
+        wide = _wide_mode(opened)
+        transparent = bool(opened.has_transparency_data)
+        picture: Image.Image = ImageOps.exif_transpose(opened)
+        if wide:
+            white = None if _states_white(opened) else source.white
+            picture = _to_8_bits(picture, 65535 if white is None else white)
+        if transparent and channels != 4 and source.reading > 1:
+            picture = _on_background(picture, source.background)
+        picture = picture.convert(MODES[channels])
+        if (picture.height, picture.width) != (height, width):
+            scale = max(height / picture.height, width / picture.width)
+            crop_h, crop_w = min(picture.height, height / scale), min(picture.width, width / scale)
+            left, top = (picture.width - crop_w) / 2, (picture.height - crop_h) / 2
+            box = (left, top, left + crop_w, top + crop_h)
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS, box)
+        return np.asarray(picture, np.uint8).reshape(height, width, channels)
+
+
+@contextlib.contextmanager
+def own_limit() -> Iterator[None]:
+    """Leave the limit of an image's size to :func:`_opened`: Pillow's holds for the process and warns in between."""
+    earlier, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = earlier
+
+
+@contextlib.contextmanager
+def _opened(file: Path, source: Source) -> Iterator[Image.Image]:
+    """An image of a common format; for some others Pillow starts external programs.
+
+    Raises:
+        Unreadable: whatever happens in the block, since decoders can raise anything on damaged files.
+    """
+    try:
+        if not file.is_file():  # reading a pipe could block
+            raise Unreadable("not a regular file")
+        with Image.open(file, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > source.max_pixels:
+                megapixels = math.ceil(pixels / 1e6)
+                raise Unreadable(
+                    f"{megapixels} megapixels, more than {source.max_pixels / 1e6:.0f}", megapixels=megapixels
+                )
+            with _one_at_a_time if pixels > _LARGE else contextlib.nullcontext():
+                yield image
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unreadable("not an image") from error
+    except Exception as error:
+        raise Unreadable(str(error)[:200] or type(error).__name__) from error
+
+
+def _wide_mode(image: Image.Image) -> str | None:
+    """The mode of a grey of more than 8 bits, or None. Older versions of Pillow open PNGs of 16 bits as 32-bit integers."""
+    if image.mode in _GREY_16 or (image.mode == "I" and image.format == "PNG"):
+        return "I;16"
+    return image.mode if image.mode in ("I", "F") else None
+
+
+def _states_white(image: Image.Image) -> bool:
+    """Whether the file says which number is white: portable greymaps do, and Pillow scales them to 65535."""
+    return image.mode == "I" and image.format == "PPM"
+
+
+def _is_wide_colour(image: Image.Image) -> bool:
+    """Whether Pillow drops the lower 8 of 16 bits of a colour."""
+    if image.format not in ("PNG", "TIFF") or not image.mode.startswith(("RGB", "LA")):
+        return False
+    tile = getattr(image, "tile", None)
+    arguments = tile[0][3] if tile else ""
+    return ";16" in str(arguments if isinstance(arguments, str) else arguments[0])
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> None:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8, where it stays at least twice as large as it is needed.
+
+    libjpeg leaves out the high frequencies, and the resizing that follows removes what is left above the target's.
+    """
+    height, width = size
+    if image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
+        height, width = width, height
+    scale = max(height / image.height, width / image.width)
+    image.draft(None, (max(1, math.ceil(2 * scale * image.width)), max(1, math.ceil(2 * scale * image.height))))
+
+
+def _to_8_bits(image: Image.Image, white: float) -> Image.Image:
+    """⌊255·v/white⌋ for whole numbers, and 255·v/white rounded for floats, which 8-bit images divided by 255 survive."""
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        levels = np.floor(values.astype(np.float64) * (255 / white) + 0.5)
+    else:
+        levels = np.floor(values.astype(np.int64) * 255 / white)
+    grey = Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8))
+    if isinstance(hole := image.info.get("transparency"), int):  # one number that means "transparent"
+        alpha = Image.fromarray(np.where(values == hole, 0, 255).astype(np.uint8))
+        return Image.merge("LA", (grey, alpha))
+    return grey
+
+
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """The image laid on one colour (the "over" of Porter & Duff 1984), RGB."""
+    top = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", top.size, (*background, 255)), top).convert("RGB")

@@ -1,0 +1,153 @@
+"""Which files of a folder are images: by what is in them, and with a line about everything that is left out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".webp"}
+    | {".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
+)
+"""Names that promise an image. Such a file is read or refused, and never left out."""
+
+_FIRST_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+"""Those of reading 1, see :data:`.source.READING`."""
+
+_SIGNATURES = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|P[1-6Ff]\s+[#\d]|(?P<tiff>II[*+]\0|MM\0[*+])",
+    re.DOTALL,
+)
+_TIFF = frozenset({"", ".tif", ".tiff"})
+"""Cameras' raw files begin as TIFF does, and Pillow would read their thumbnails."""
+
+
+@dataclass
+class Found:
+    """The files of a folder.
+
+    Attributes:
+        files: the images, sorted.
+        unreadable: what should be read and cannot be, each with the reason.
+        left_out: what is no image, by the reason.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    def leave_out(self, path: Path, why: str) -> None:
+        """Note that ``path`` is not read."""
+        self.left_out.setdefault(why, []).append(path)
+
+    def describe(self) -> str | None:
+        """What is left out and why, as one line, or None if nothing is."""
+        parts = []
+        for why, paths in self.left_out.items():
+            if why == NOT_IMAGES:
+                kinds = Counter(path.suffix.lower() or "without a suffix" for path in paths)
+                named = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(6))
+                more = ", …" if len(kinds) > 6 else ""
+                example = f", as {paths[0].name}" if len(kinds) == 1 else ""
+                parts.append(f"{len(paths)} {why} ({named}{more}{example})")
+            else:
+                named = ", ".join(path.name for path in paths[:3])
+                parts.append(f"{len(paths)} {why} ({named}{', …' if len(paths) > 3 else ''})")
+        return f"left out: {'; '.join(parts)}" if parts else None
+
+
+NOT_IMAGES = "not PNG, JPEG, BMP, WebP, TIFF, GIF or PPM"
+_HIDDEN = "hidden (a name that begins with a dot)"
+_NOWHERE = "links to nothing"
+_AGAIN = "other names of a folder that is read already"
+_CLOSED = "not readable"
+
+
+def find_images(folder: Path) -> Found:
+    """Every image below ``folder``, in subfolders and in folders that are linked there.
+
+    A folder is read once, however many links lead to it: links that lead back to a folder above themselves would have no
+    end, and several links to one would count its images several times. Links to single files are files like others.
+    """
+    found = Found()
+    seen: set[tuple[int, int]] = set()
+    links = [folder]  # real folders come first, so that a folder keeps its own name
+    while links:
+        link = links.pop(0)
+        folders = [link] if _enter(link, seen, found) else []
+        while folders:
+            _read_one(folders.pop(), folders, links, seen, found)
+    found.files.sort()
+    return found
+
+
+def find_by_suffix(folder: Path) -> Found:
+    """The images of reading 1: those with one of ten suffixes, without linked folders."""
+    return Found(
+        sorted(
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in _FIRST_SUFFIXES
+            and not file.is_dir()
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        )
+    )
+
+
+def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tuple[int, int]], found: Found) -> None:
+    """Sort the entries of one folder into files, real subfolders, links to folders, and what is left out."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        found.unreadable.append((folder, error.strerror or str(error)))
+        return
+    for name in names:
+        path = folder / name
+        if name.startswith("."):
+            found.leave_out(path, _HIDDEN)
+        elif path.is_dir():
+            if path.is_symlink():
+                links.append(path)
+            elif _enter(path, seen, found):
+                folders.append(path)
+        elif not os.path.exists(path):  # False for a link in a circle as well
+            if path.suffix.lower() in SUFFIXES:
+                found.unreadable.append((path, "a link to nothing"))
+            else:
+                found.leave_out(path, _NOWHERE)
+        elif path.suffix.lower() in SUFFIXES:
+            found.files.append(path)
+        else:
+            try:
+                _by_content(path, found)
+            except OSError:
+                found.leave_out(path, _CLOSED)
+
+
+def _by_content(path: Path, found: Found) -> None:
+    """Look at how a file begins. A pipe, which could block, is not opened."""
+    match = None
+    if path.is_file():
+        with path.open("rb") as stream:
+            match = _SIGNATURES.match(stream.read(16))
+    if match is None or (match["tiff"] and path.suffix.lower() not in _TIFF):
+        found.leave_out(path, NOT_IMAGES)
+    else:
+        found.files.append(path)
+
+
+def _enter(folder: Path, seen: set[tuple[int, int]], found: Found) -> bool:
+    """Whether a folder is met for the first time; otherwise it is noted as left out."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return True  # listing it says why
+    identity = (status.st_dev, status.st_ino)
+    if identity in seen:
+        found.leave_out(folder, _AGAIN)
+        return False
+    seen.add(identity)
+    return True

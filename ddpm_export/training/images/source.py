@@ -1,0 +1,106 @@
+"""Where images came from and how they were read: what a run records, so that it is resumed with the same pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpmx.errors import FileFormatError, InputError
+
+WHITE = (255, 255, 255)
+MAX_PIXELS = 178_956_970
+"""H·W of one image, unless the user allows more: Pillow's own limit. A file of a few bytes can unpack to gigabytes."""
+
+READING = 2
+"""1: files are found by their suffix and links to folders are not followed, hidden colours of transparent pixels are
+kept, 65535 is white in 16 bits, and JPEGs are decoded whole. 2: as :mod:`.find` and :mod:`.decode` say."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images came from: the arguments of :func:`ddpm_export.training.data.load_dataset`.
+
+    Attributes:
+        path: a folder, or an ``.npz``.
+        size: (H, W) that every image was brought to, or None.
+        channels: 1, 3 or 4 that every image was converted to, or None.
+        background: the colour (R, G, B), 0…255, behind transparent pixels where no alpha is kept.
+        white: the number that is white in greys of more than 8 bits; None where there are none.
+        max_pixels: the largest H·W of an image file.
+        reading: the rules by which files were found and decoded, see :data:`READING`.
+    """
+
+    path: Path
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    background: tuple[int, int, int] = WHITE
+    white: float | None = None
+    max_pixels: int = MAX_PIXELS
+    reading: int = READING
+
+    def check(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            InputError: one is out of its range.
+        """
+        if self.channels not in (None, 1, 3, 4):
+            raise InputError(f"channels must be 1 (grey), 3 (RGB) or 4 (RGBA), not {self.channels!r}")
+        if self.size is not None and not all(1 <= side <= 65536 for side in self.size):
+            raise InputError(f"a size is two whole numbers from 1 to 65536, not {self.size!r}")
+        if len(self.background) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in self.background):
+            raise InputError(f"background must be three whole numbers from 0 to 255, not {self.background!r}")
+        if self.white is not None and not (math.isfinite(self.white) and self.white > 0):
+            raise InputError(f"white must be a number above 0, not {self.white!r}")
+        if self.max_pixels < 1:
+            raise InputError(f"max_pixels must be a whole number above 0, not {self.max_pixels!r}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the path is absolute."""
+        return {
+            "path": str(self.path.resolve()),
+            "size": self.size,
+            "channels": self.channels,
+            "background": self.background,
+            "white": self.white,
+            "max_pixels": self.max_pixels,
+            "reading": self.reading,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any, where: str) -> Source:
+        """The source from the values of :meth:`to_json`; those of earlier versions have the first three only.
+
+        Raises:
+            FileFormatError: the values are not of that form; the error names ``where``.
+        """
+        try:
+            size, channels, white = values["size"], values["channels"], values.get("white")
+            background = values.get("background", WHITE)
+            source = cls(
+                Path(values["path"]),
+                None if size is None else (int(size[0]), int(size[1])),
+                channels,
+                (background[0], background[1], background[2]),
+                white,
+                int(values.get("max_pixels", MAX_PIXELS)),
+                int(values.get("reading", 1)),
+            )
+            assert channels is None or type(channels) is int
+            assert white is None or type(white) in (int, float)
+            assert 1 <= source.reading <= READING
+            source.check()
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            IndexError,
+            AssertionError,
+            InputError,
+        ) as error:
+            raise FileFormatError(f"{where}: the images it was trained on are not recorded") from error
+        return source
