@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from ddpmx.diffusion.last_step import signal_warning
 from ddpmx.errors import BackendError, InputError
 from ddpmx_cli.console import busy, counting, parse_size, plain, say
 
@@ -122,6 +123,8 @@ def import_(
     _show(imported)
     if imported.questions:
         raise _unknown(imported.questions)
+    if warning := signal_warning(imported.spec.make_schedule()):
+        say(f"Note: {warning}. Images come out so from the project's own code as well, if these are its settings")
     with busy(f"writing {run}"):
         written = importers.save_run(imported, run)
     say(f"{plain(path)} → {written}")

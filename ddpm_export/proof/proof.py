@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from ddpm_export.networks.torch_backend import TorchBackend
 from ddpm_export.proof.record import check_images, record, short_chain
 from ddpm_export.training import checkpoint
 from ddpm_export.training.checkpoint import Weights
-from ddpm_export.training.data import load_dataset
+from ddpm_export.training.data import Source, load_source
 from ddpmx.backends.open import open_model
+from ddpmx.errors import FileFormatError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.ladder import ParityReport, run_ladder
 from ddpmx.parity.reference import Reference
@@ -55,10 +57,21 @@ def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> 
     """
     spec = checkpoint.load_network(source)[1]
     channels, height, width = spec.shape
-    folder = os.path.isdir(data)
-    images = load_dataset(data, size=(height, width) if folder else None, channels=channels if folder else None).images
+    images = load_source(_as_trained(Path(data), source, (height, width), channels)).images
     check_images(images, spec)
     return images
+
+
+def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple[int, int], channels: int) -> Source:
+    """``data`` read as the images that a run was trained on, with the same background and white, where it recorded them."""
+    try:
+        settings = checkpoint.load_training(checkpoint_path).settings
+        recorded = Source.from_json(settings.get("data"), str(checkpoint_path))
+    except FileFormatError:  # an imported network, or the training state is not there
+        recorded = Source(data)
+    if not data.is_dir():
+        return Source(data, white=recorded.white)
+    return replace(recorded, path=data, size=size, channels=channels)
 
 
 def check_export(

@@ -95,6 +95,8 @@ def load_dataset(
             hint="without them, or a folder of images",
         )
     dataset = load_source(source, progress=progress)
+    if white is not None and dataset.source.white is None:
+        raise InputError("--white has no effect: no image is a grey of more than 8 bits", hint="omit it")
     if background is not None and dataset.shape[0] == 4:
         raise InputError(
             "--background has no effect on images of four channels, which keep their transparency",
@@ -121,7 +123,8 @@ def load_source(
         read = read_folder(source, progress, cached)
         return Dataset(read.images, read.source, read.notes, read.key)
     _check_npz(source.path)
-    return Dataset(_read_npz(source.path, source.white), source)
+    images, white = _read_npz(source.path, source.white)
+    return Dataset(images, replace(source, white=white))
 
 
 def _check_npz(path: Path) -> None:
@@ -136,7 +139,8 @@ def _check_npz(path: Path) -> None:
         raise DataError(f"{path}: neither a folder nor an .npz", hint="--data takes a folder of images or an .npz")
 
 
-def _read_npz(path: Path, white: float | None) -> NDArray[np.uint8]:
+def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float | None]:
+    """The images of an .npz, and the number that was read as white, None for uint8."""
     try:
         arrays = read_npz(path, max_bytes=MAX_BYTES, kinds="biufcSUMmV")  # labels may be text
     except FileFormatError as error:
@@ -152,8 +156,8 @@ def _read_npz(path: Path, white: float | None) -> NDArray[np.uint8]:
     array = arrays[images[0]]
     if array.dtype != np.uint8:
         array = _to_8_bits(array, white, f"{path}: {images[0]!r}")
-    elif white is not None:
-        raise InputError(f"--white has no effect: {images[0]!r} in {path} is uint8, in which 255 is white")
+    else:
+        white = None
     if array.ndim == 3 and array.shape[-1] in (3, 4):
         raise DataError(
             f"{path}: {images[0]!r} is [{', '.join(map(str, array.shape))}]: one image, or many of that width?",
@@ -167,7 +171,7 @@ def _read_npz(path: Path, white: float | None) -> NDArray[np.uint8]:
         raise DataError(
             f"{path}: {images[0]!r} has the shape {list(array.shape)}", hint="N images of 1, 3 or 4 channels"
         )
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(array), white
 
 
 def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[np.uint8]:
@@ -181,7 +185,9 @@ def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[n
         raise DataError(
             f"{what} is {array.dtype}, not uint8",
             note=span,
-            hint="--white N, the number that is white (black is 0), or save 0…255 as uint8" if span else "save uint8",
+            hint="--white N (ddpmx train), the number that is white (black is 0); or save 0…255 as uint8"
+            if span
+            else "save uint8",
         )
     if not (array.min() >= 0 and np.isfinite(array.max())):
         raise DataError(f"{what} holds numbers below 0, NaN or infinities", note=span, hint="save 0…255 as uint8")

@@ -33,7 +33,7 @@ class Header:
     """What a file says of its image before anything is decoded.
 
     Attributes:
-        height, width: as it is looked at, turned by its Exif orientation.
+        height, width: as it is looked at, turned by its Exif orientation (not turned if ``source.size`` makes it needless).
         mode: Pillow's; ``I;16`` for every grey of 16 bits, and ``RGBA`` for whatever has transparent parts.
         transparent: whether pixels may be transparent.
         wide_colour: colours of 16 bits, of which Pillow keeps the upper 8.
@@ -70,28 +70,33 @@ def read_header(file: Path, source: Source) -> Header:
     """
     with _opened(file, source) as image:
         width, height = image.size
-        if image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
+        wide_colour = _is_wide_colour(image)  # as long as nothing is loaded, which getexif does to a PNG
+        if source.size is None and image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
             width, height = height, width
         transparent = bool(image.has_transparency_data)
         wide = _wide_mode(image)
         mode = wide or ("RGBA" if transparent else image.mode)
         frames = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its depth map
         unstated = wide is not None and not _states_white(image)
-        return Header(height, width, mode, transparent, _is_wide_colour(image), frames, unstated)
+        return Header(height, width, mode, transparent, wide_colour, frames, unstated)
 
 
-def read_range(file: Path, source: Source) -> tuple[float, float]:
+def read_range(file: Path, source: Source) -> tuple[float, float, bool]:
     """The smallest and the largest number in an image; for colours of 16 bits, of the upper 8 that Pillow keeps.
+
+    And whether all are multiples of 257, as 8 bits are that were stretched to 0…65535.
 
     Raises:
         Unreadable: it cannot be decoded, or holds NaN or infinities.
     """
     with _opened(file, source) as image:
         values = np.asarray(image)
+        if image.mode in ("LA", "RGBA"):
+            values = values[..., :-1]
         least, most = float(values.min()), float(values.max())
         if not (math.isfinite(least) and math.isfinite(most)):
             raise Unreadable("holds NaN or infinities")
-        return least, most
+        return least, most, bool(values.dtype.kind != "f" and not np.any(values.astype(np.int64) % 257))
 
 
 def check_image(file: Path, source: Source) -> None:
@@ -198,6 +203,8 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
 
     libjpeg leaves out the high frequencies, and the resizing that follows removes what is left above the target's.
     """
+    if image.format not in ("JPEG", "MPO"):
+        return
     height, width = size
     if image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
         height, width = width, height

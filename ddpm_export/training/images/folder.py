@@ -26,7 +26,7 @@ from ddpm_export.training.images.decode import (
 from ddpm_export.training.images.find import Found, find_by_suffix, find_images
 from ddpm_export.training.images.source import Source
 from ddpm_export.training.images.threads import in_threads
-from ddpmx.errors import DataError, InputError
+from ddpmx.errors import DataError
 
 MAX_BYTES = 8 << 30
 """All images are kept in memory as uint8, up to this much."""
@@ -66,7 +66,6 @@ def read_folder(source: Source, progress: Progress | None = None, cached: Path |
 
     Raises:
         DataError: there are none, they do not fit together, or some cannot be read.
-        InputError: a setting has no effect on these images.
     """
     folder = source.path
     found = find_images(folder) if source.reading > 1 else find_by_suffix(folder)
@@ -192,12 +191,11 @@ def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None
     """The number that is white in greys of more than 8 bits, a line about it, and what is in the way.
 
     A file of 16 bits may hold 10, 12 or 14 of a sensor; read as 65535, its white would be nearly black. So all are looked
-    at, and white is the full scale of as many bits as the largest number has.
+    at, and white is the full scale of as many bits as the largest number has; or 65535, if they are 8 bits that were
+    multiplied by 257.
     """
     greys = [file for file, header in headers.items() if header.wide_grey]
     colours = [file for file, header in headers.items() if header.wide_colour]
-    if source.white is not None and not greys and headers:
-        raise InputError("--white has no effect: none of the images is a grey of more than 8 bits")
     if source.reading == 1:
         numbers = [file for file in greys if headers[file].mode != "I;16"]
         return None, None, [_unknown_white(numbers, "")] if numbers else [], []
@@ -214,8 +212,8 @@ def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None
         )
     seen = [ranges[file] for file in greys if file in ranges]
     if not seen:
-        return source.white, None, problems, broken
-    least, most = min(low for low, _ in seen), max(high for _, high in seen)
+        return None, None, problems, broken
+    least, most = min(low for low, *_ in seen), max(high for _, high, _ in seen)
     span = f"numbers from {least:g} to {most:g}"
     white = source.white
     if least < 0:
@@ -229,33 +227,35 @@ def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None
     elif white is None:
         numbers = [file for file in greys if headers[file].mode != "I;16"]
         white = next((full for full in WHITES if full >= most), None)
+        if most > 255 and all(stretched for *_, stretched in seen):
+            white = 65535
         if numbers or white is None or 0 < most < 16:
             problems.append(_unknown_white(numbers or greys, span))
     beyond = "; what is larger is white too" if white is not None and most > white else ""
-    note = (
-        None
-        if white is None
-        else f"{len(greys)} images are greys of more than 8 bits: {span}, white is {white:g}{beyond}"
-    )
-    return white, note and f"{note} (--white sets it)", problems, broken
+    note = f"greys of more than 8 bits in {len(greys)} of {len(headers)} images: {span}, "
+    note += f"white is {white or 0:g}{beyond} (--white sets it)"
+    return white, note, problems, broken
 
 
 def _unknown_white(files: Sequence[Path], span: str) -> _Problem:
     return _Problem(
         "greys of which the files do not say which number is white",
         f"{len(files)} images, such as {files[0].name}{span and ': '}{span}",
-        "--white N, the number that is white (black is 0): 1, 4095, 65535, …",
+        "--white N (ddpmx train), the number that is white (black is 0): 1, 4095, 65535, …; or save them with 8 bits",
     )
 
 
 def _notes(source: Source, channels: int, headers: Sequence[Header]) -> list[str]:
     notes = []
-    if (transparent := sum(header.transparent for header in headers)) and source.reading > 1:
-        kept = "stays, as the fourth channel (--channels 3 lays them on white)"
-        gone = f"becomes {colour_name(source.background)} (--background)"
-        notes.append(f"{transparent} images have transparency, which {kept if channels == 4 else gone}")
+    if transparent := sum(header.transparent for header in headers):
+        becomes = f"it becomes {colour_name(source.background)} (--background)"
+        if channels == 4:
+            becomes = "it stays, as the fourth channel (--channels 3 lays the images on white)"
+        elif source.reading == 1:
+            becomes = "this run was begun with the colours hidden under it; a new one lays the images on white"
+        notes.append(f"transparency in {transparent} of {len(headers)} images: {becomes}")
     if frames := sum(header.frames for header in headers):
-        notes.append(f"{frames} files hold more than one image: the first of each is read")
+        notes.append(f"more than one image in {frames} of {len(headers)} files: the first of each is read")
     return notes
 
 
@@ -278,7 +278,9 @@ def _refusal(folder: Path, count: int, problems: Sequence[_Problem], broken: _Br
         items = [f"{path.relative_to(folder)}: {error}" for path, error in sorted(broken, key=lambda pair: pair[0])]
     large = [error.megapixels for _, error in broken if error.megapixels is not None]
     if large:
-        hints.append(f"--max-megapixels {max(large)}, if you trust {'the file' if len(large) == 1 else 'the files'}")
+        hints.append(
+            f"--max-megapixels {max(large)} (ddpmx train), if you trust {'the file' if len(large) == 1 else 'the files'}"
+        )
     if len(broken) > len(large):
         it = "it" if len(broken) == 1 else "them"
         hints.append(f"remove {it} from the folder, or replace {it}")

@@ -28,6 +28,7 @@ from ddpm_export.networks.unet import (
     lsun256,
     sinusoidal_embedding,
 )
+from ddpm_export.networks.unet_config import attention_heights
 from ddpmx.errors import InputError, SpecError
 
 pytestmark = pytest.mark.torch
@@ -400,3 +401,31 @@ def test_the_comparison_would_see(fault, monkeypatch):
     fault(ours, monkeypatch)
     worst, largest = compare(ours, theirs, NARROW.size, torch.tensor([10, 400, 999]), batch=3)
     assert worst > 1e-3 * largest, "a hundred times what the comparison allows"
+
+
+@pytest.mark.parametrize(
+    ("size", "levels", "heights"),
+    [
+        ((32, 32), 4, (16,)),  # the paper's for CIFAR-10
+        ((256, 256), 6, (16,)),  # and for LSUN
+        ((28, 28), 3, (14,)),
+        ((48, 48), 4, (12,)),
+        ((96, 96), 4, (12,)),
+        ((100, 100), 3, (25,)),
+        ((8, 8), 2, (8,)),
+        ((80, 200), 4, (10,)),
+        ((1, 32), 1, (1,)),
+        ((256, 256), 3, ()),  # 64×64 is too large
+    ],
+    ids=str,
+)
+def test_attention_belongs_at_the_level_nearest_to_16(size, levels, heights):
+    assert attention_heights(size, levels) == heights
+    UNetConfig(1, 1, size, 8, (1,) * levels, 1, heights, 0.0, 4).check_attention()
+
+
+def test_a_network_says_its_levels_in_a_line():
+    text = UNetConfig(3, 3, (28, 20), 32, (1, 2, 2), 2, (14,), 0.1, 8).describe()
+    assert (
+        text == "28×20 (32) → 14×10 (64, attention) → 7×5 (64), 2 blocks a level, attention in the middle, dropout 0.1"
+    )
