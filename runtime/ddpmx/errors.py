@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_PART = 600
 """Longest fact, note or hint, in characters: text from a file can be as long as its author likes."""

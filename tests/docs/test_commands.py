@@ -27,6 +27,7 @@ CHEAP = {
         **{"--steps": "2", "--batch": "2", "--width": "8", "--groups": "4", "--mult": "1", "--blocks": "1"},
         **{"--attention": "", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
     },
+    "train --from": {"--steps": "2", "--batch": "2", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
     "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
@@ -97,7 +98,8 @@ def parsed(words: list[str]) -> dict[str, object]:
 
 def cheap(words: list[str]) -> list[str]:
     """The command with the options of :data:`CHEAP`."""
-    table = CHEAP.get("train --resume" if words[1] == "train" and "--resume" in words else words[1], {})
+    kind = next((flag for flag in ("--resume", "--from") if words[1] == "train" and flag in words), "")
+    table = CHEAP.get(f"{words[1]} {kind}".rstrip(), {})
     words = list(words)
     for flag, value in table.items():
         if flag in words:

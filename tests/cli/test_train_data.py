@@ -1,0 +1,115 @@
+"""`ddpmx train`: what it says of the images and of the network before it begins, and what has no effect."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import FASHION
+
+pytest.importorskip("torch", reason="not verified here: the train command (no torch)")
+pytestmark = pytest.mark.torch
+
+TINY = ("--width", 8, "--groups", 4, "--mult", "1,2", "--blocks", 1, "--batch", 4, "--sample-every", 0, "--warmup", 0)
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(4):
+        pixels = RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}", "PNG")
+    (folder / "labels.csv").write_text("0,cat")
+    return folder
+
+
+def test_the_first_lines_say_what_is_trained_on_what(ddpmx, photos, tmp_path):
+    out = tmp_path / "run"
+    done = ddpmx(
+        "train", "--data", photos, "--channels", 3, "--background", "#102030", "--out", out, *TINY, "--steps", 2
+    )
+    assert done.code == 0, done
+    for part in (
+        "4 images of 8×8×3, none mirrored",
+        "network: 8×8 (8, attention) → 4×4 (16)",
+        "1 not PNG",
+        "1 .csv",
+        "transparency in 4 of 4 images: it becomes #102030",
+        "images-cache.npz",
+    ):
+        assert part in done.out, part
+    assert "Note" not in done.out
+    settings = json.loads((out / "checkpoints" / "00000002" / "training.json").read_text())["settings"]
+    assert settings["train"]["hflip"] is False
+    assert settings["data"]["background"] == [0x10, 0x20, 0x30]
+    resumed = ddpmx("train", "--out", out, "--resume", "--steps", 3)
+    assert "it becomes #102030" in resumed.out, resumed
+    flipped = ddpmx("train", "--data", photos, "--out", tmp_path / "other", *TINY, "--steps", 1, "--flip", "--no-cache")
+    assert "half of them mirrored" in flipped.out
+    assert not (tmp_path / "other" / "images-cache.npz").exists()
+
+
+def test_what_will_not_come_out_well_is_said_before_and_after(ddpmx, tmp_path):
+    short = ("--steps", 2, "-T", 50, "--no-ema-ramp", "--warmup", 4)
+    done = ddpmx("train", "--data", FASHION, "--out", tmp_path / "run", *TINY, *short)
+    assert done.code == 0, done
+    for part in (
+        "√ᾱ_T = 0.78",
+        "a mean of 0.40",
+        "--scale-betas",
+        "rises over 4 steps",
+        "will hold 100%",
+        "holds 100%",
+    ):
+        assert part in done.out, part
+    assert f"next: ddpmx export {tmp_path / 'run'} --weights raw" in done.out
+    scaled = ddpmx("train", "--data", FASHION, "--out", tmp_path / "scaled", *TINY, *short[:4], "--scale-betas")
+    assert "Note" not in scaled.out, scaled
+    spec = json.loads((tmp_path / "scaled" / "checkpoints" / "00000002" / "spec.json").read_text())["model"]
+    assert spec["schedule_params"] == {"beta_start": 0.002, "beta_end": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--attention", "10"], "--attention 16"),
+        (["--scale-betas", "--schedule", "cosine"], "not to be scaled"),
+        (["--white", "4095"], "--white has no effect"),
+        (["--background", "black"], "without them"),
+        (["--weights", "raw"], "--from"),
+        (["--max-megapixels", "0"], "--max-megapixels"),
+        (["--resume", "--from", "x"], "one of the two"),
+    ],
+    ids=lambda flags: flags[0] if isinstance(flags, list) else None,
+)
+def test_what_has_no_effect_is_refused(refused, tmp_path, flags, message):
+    out = tmp_path / "run"
+    assert message in refused("train", "--data", FASHION, "--out", out, "--steps", 1, *TINY, *flags)
+    assert not out.exists()
+
+
+def test_a_background_that_is_no_colour(refused, photos, tmp_path):
+    assert "not a colour" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "nocolour")
+    assert "--channels 3" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "black")
+
+
+def test_training_begins_with_another_run(ddpmx, refused, photos, tmp_path):
+    first, out = tmp_path / "first", tmp_path / "tuned"
+    tuning = ("--batch", 2, "--sample-every", 0, "--warmup", 0, "--steps", 1)
+    assert ddpmx("train", "--data", FASHION, "--out", first, *TINY, "--steps", 1, "-T", 60, "--scale-betas").code == 0
+    done = ddpmx("train", "--data", photos, "--from", first, "--out", out, *tuning)
+    assert done.code == 0, done
+    assert f"begun with the ema weights of {first}" in done.out
+    assert "4 images of 16×16×1" in done.out, "brought to the network's size and channels"
+    assert ddpmx("train", "--out", out, "--resume", "--steps", 2).code == 0
+    for source, message in (("nowhere", "no checkpoint"), (FASHION, "ddpmx import")):
+        assert message in refused("train", "--data", photos, "--from", source, "--out", tmp_path / "x")
+    assert "--timesteps" in refused("train", "--data", photos, "--from", first, "--out", tmp_path / "x", "-T", 50)
+    wrong = refused("train", "--data", photos, "--from", first, "--out", tmp_path / "x", "--size", 8)
+    assert "16×16×1" in wrong
+    assert not (tmp_path / "x").exists()
