@@ -189,13 +189,14 @@ class Canonical(nn.Module):
     def __init__(self, adapter: Adapter, spec: ModelSpec) -> None:
         super().__init__()
         self.module = adapter.module
-        self.train(adapter.module.training)
         self._places, self._channels = adapter._places(list(spec.inputs)), adapter.channels
         self._time, self._time_dims = adapter.time, adapter.time_dims
         self._output, self._learned = adapter.output, spec.variance == "learned_range"
         self._prediction, (self._a, self._b) = spec.prediction, adapter.scale
         self._fixed = {name: value for name, value in adapter.fixed.items() if not isinstance(value, Tensor)}
         self._whole, self._each = _Tensors(adapter.fixed), _Tensors(adapter.fixed_per_image)
+        # not self.train(…), which would go down into the user's module
+        self.training = self._whole.training = self._each.training = adapter.module.training
         self.times: Tensor | None
         self.register_buffer(
             "times", None if isinstance(self._time, str) and self._time != "fraction" else self._table(spec)

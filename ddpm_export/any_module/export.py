@@ -10,6 +10,7 @@ print(exported.verdict)
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import os
 import warnings
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ddpm_export.any_module import half, probes, where
+from ddpm_export.any_module import half, probes
 from ddpm_export.any_module.adapter import Adapter, Canonical
+from ddpm_export.graph import where
+from ddpm_export.graph.any_batch import FixedBatchError, any_batch
 from ddpm_export.graph.onnx_export import check_output, export_network, to_precision
+from ddpm_export.graph.tensorrt import Refusal
 from ddpm_export.proof.proof import ModuleInstead
 from ddpm_export.proof.record import record, short_chain
 from ddpm_export.training.checkpoint import weights_hash
@@ -50,6 +53,7 @@ class Exported:
         record: the file with the module's outputs, beside it, or None if nothing was recorded.
         report: the checks of the ladder, or None without parity.
         halved: paths of the layers that compute in half precision; all others are float32.
+        notes: what else to know of the file, a sentence each: what TensorRT does not take of it.
     """
 
     spec: ModelSpec
@@ -57,6 +61,7 @@ class Exported:
     record: Path | None
     report: ParityReport | None = field(repr=False)
     halved: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -65,8 +70,9 @@ class Exported:
 
     @property
     def verdict(self) -> str:
-        """The verdict of the ladder, in one line."""
-        return "NOT VERIFIED: nothing was recorded" if self.report is None else self.report.verdict
+        """The verdict of the ladder, and the notes, in one line."""
+        verdict = "NOT VERIFIED: nothing was recorded" if self.report is None else self.report.verdict
+        return ". Note: ".join((verdict, *self.notes))
 
 
 def export(
@@ -115,9 +121,9 @@ def export(
         probes.probe(network, ours)
         ours = ours.replace(weights=weights_hash(network.state_dict()), precision=precision)
         ready, halved = (network, []) if precision == "fp32" else _halved(network, ours, precision)
-        ours = _write(ready, ours, output, precision)
+        ours, notes = _write(ready, ours, output, precision)
         if not parity:
-            return Exported(ours, output, None, None, tuple(halved))
+            return Exported(ours, output, None, None, tuple(halved), tuple(notes))
         steps = None if full else short_chain(ours.shape)
         reference = record(network, ours, data=data, steps=steps, progress=progress)
         beside = output.with_suffix(".parity.npz")
@@ -133,7 +139,7 @@ def export(
             report = not_finite(backend, ours, reference, error)
         finally:
             backend.close()
-    return Exported(ours, output, beside, report, tuple(halved))
+    return Exported(ours, output, beside, report, tuple(halved), tuple(notes))
 
 
 def spec_from_arrays(
@@ -216,23 +222,29 @@ def _halved(network: Canonical, spec: ModelSpec, precision: Precision) -> tuple[
     return ready, [name.removeprefix("module.") for name in halved]
 
 
-def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> ModelSpec:
-    """Write the file; it is moved to its place only if it takes batches of any size."""
+def _write(ready: Canonical, spec: ModelSpec, output: Path, precision: Precision) -> tuple[ModelSpec, list[str]]:
+    """Write the file; it is moved to its place only if it takes batches of any size. (its spec, notes)"""
+    refused: list[Refusal] = []
     with staging(output.parent, output) as part:
         file = part / output.name
         try:
-            spec = export_network(ready, spec, file, precision=precision)
+            spec = export_network(ready, spec, file, precision=precision, root="module.", refused=refused)
+        except FixedBatchError:
+            raise
         except BackendError as error:
             raise _explained(ready, spec, error) from error
-        graph = onnx.load(file, load_external_data=False).graph
-        if any(not value.type.tensor_type.shape.dim[0].dim_param for value in graph.input):
-            raise BackendError(
-                "torch traced this module for a batch of exactly two images",
-                note="it loops over the images, or uses the batch size as a Python number",
-                hint="avoid `for` over x.shape[0], int(x.shape[0]), and a literal batch size",
-            )
         os.replace(file, output)
-    return spec
+    return spec, [str(_with_line(ready, spec, one)) for one in refused]
+
+
+def _with_line(ready: Canonical, spec: ModelSpec, refusal: Refusal) -> Refusal:
+    """With the line that calls the operation, where that is a function of the user's and torch names its caller."""
+    line = probes.first_call(ready, probes.example_inputs(spec), {refusal.operator})
+    if line is None or (refusal.place is not None and line in refusal.place):
+        return refusal
+    return dataclasses.replace(
+        refusal, place=line if refusal.place is None else f"{refusal.place}, and there at {line}"
+    )
 
 
 def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> BackendError:
@@ -242,7 +254,7 @@ def _explained(network: Canonical, spec: ModelSpec, error: BackendError) -> Back
     cause: BaseException = error.__cause__ or error
     at = None
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), any_batch(network):
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 network.eval(),

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpm_export.any_module import where
 from ddpm_export.any_module.adapter import Canonical
+from ddpm_export.graph import where
 from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.ladder import SILENT

@@ -15,9 +15,10 @@ import io
 import logging
 import os
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -27,6 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddpmx
+from ddpm_export.graph import where
+from ddpm_export.graph.any_batch import Watch, any_batch, fixed_batch
+from ddpm_export.graph.names import name_everything
+from ddpm_export.graph.tensorrt import Refusal, parser_refusals, refusals
 from ddpm_export.networks.lucidrains_unet import LucidrainsUNet
 from ddpm_export.networks.registry import check_spec
 from ddpm_export.networks.unet import UNet
@@ -141,6 +146,8 @@ def export_network(
     *,
     precision: Precision = "fp32",
     time_table: bool = False,
+    root: str = "",
+    refused: list[Refusal] | None = None,
 ) -> ModelSpec:
     """Export a network in memory; see :func:`export`.
 
@@ -148,6 +155,8 @@ def export_network(
         network: called with x, t and, by name, with the spec's conditioning inputs among y, x0_prev and cond.
         spec: of the network.
         output, precision, time_table: as for :func:`export`.
+        root: a prefix of all paths in it that is left out of the names in the file.
+        refused: is filled with what TensorRT does not take of the graph, which is written all the same.
 
     Raises:
         SpecError: the spec describes another network.
@@ -170,11 +179,10 @@ def export_network(
             )
         network.time = TimeTable(network.time, spec.timesteps)
     model = _trace(network, spec)
-    if any(not value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input):
-        raise BackendError(
-            "torch traced this network for a batch of exactly two images",
-            hint="somewhere in it the batch size is a Python number: use x.shape[0] as it is, or -1",
-        )
+    names = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
+    name_everything(model, names, root=root)
+    if refused is not None:
+        refused += refusals(model) or parser_refusals(model)
     _clean(model)
     if precision == "bf16":
         # Traced as opset 20, where norms and attention are decomposed into plain operators. From there to 22 these
@@ -190,37 +198,130 @@ def export_network(
 
 
 def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    batch = torch.export.Dim("batch", min=1)
-    inputs = {  # two images, since torch.export treats a batch of one as a constant
-        name: torch.zeros(2, *dims, dtype=torch.int32 if input_type(name) is np.int32 else torch.float32)
+    """The graph as torch writes it, for any batch size.
+
+    torch.export's ordinary way keeps the line at which it fails, and comes first. Its other one reads the code of the
+    module instead of running it, so that ``int(x.shape[0])`` stays a symbol.
+    """
+    inputs = _examples(spec, 2)  # two images, since torch.export treats a batch of one as a constant
+    watch, first = Watch(lambda: where.running_place(network)), None
+    with _quiet():
+        try:
+            with any_batch(network, watch):
+                program = _converted(network, inputs, spec)
+        except Exception as error:  # torch can raise anything, and its own imports fail after one was interrupted
+            first = error
+        if first is not None or _is_fixed(program):
+            try:
+                if first is not None and where.operators(first):
+                    raise first  # it was traced; ONNX lacks an operator
+                program = _converted(_strict(network, inputs), inputs, spec)
+            except Exception as error:
+                if first is None:
+                    raise fixed_batch(watch) from error
+                raise BackendError(
+                    "torch could not export this network", note=str(first).strip()[:300], hint="try again"
+                ) from first
+            if _is_fixed(program):
+                raise fixed_batch(watch)
+        if not isinstance(network, (UNet, LucidrainsUNet)):
+            _check_batches(network, program, spec, watch)
+    return program.model_proto
+
+
+def _examples(spec: ModelSpec, n: int) -> dict[str, Tensor]:
+    """Inputs of n images, no two of them equal."""
+    generator = torch.Generator().manual_seed(n)
+    limits = {"t": spec.timesteps, "y": spec.classes or 1}
+    return {
+        name: (torch.arange(n) * (limits[name] // 7 + 1) % limits[name]).to(torch.int32)
+        if input_type(name) is np.int32
+        else torch.randn(n, *dims, generator=generator)
         for name, dims in spec.inputs.items()
     }
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+
+
+def _batches(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    batch = torch.export.Dim("batch", min=1)
+    return {name: {0: batch} for name in inputs}
+
+
+def _called(inputs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Arguments and keywords of a call."""
+    return (inputs["x"], inputs["t"]), {name: one for name, one in inputs.items() if name not in ("x", "t")}
+
+
+def _strict(network: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    args, kwargs = _called(inputs)
+    with torch.fx.experimental._config.patch(  # type: ignore[attr-defined]
+        backed_size_oblivious=True  # as torch.onnx.export does
+    ):
+        return torch.export.export(network, args, kwargs, dynamic_shapes=_batches(inputs), strict=True)
+
+
+def _converted(
+    network: nn.Module | torch.export.ExportedProgram, inputs: dict[str, Tensor], spec: ModelSpec
+) -> torch.onnx.ONNXProgram:
+    args, kwargs = _called(inputs)
+    traced = isinstance(network, torch.export.ExportedProgram)
+    program = torch.onnx.export(
+        network,
+        () if traced else args,
+        kwargs=None if traced else kwargs,
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        output_names=list(spec.outputs),
+        dynamic_shapes=None if traced else _batches(inputs),
+        external_data=False,
+        verbose=False,
+    )
+    assert program is not None
+    return program
+
+
+def _is_fixed(program: torch.onnx.ONNXProgram) -> bool:
+    inputs = program.model_proto.graph.input
+    return any(not value.type.tensor_type.shape.dim[0].dim_param for value in inputs)
+
+
+def _check_batches(network: nn.Module, program: torch.onnx.ONNXProgram, spec: ModelSpec, watch: Watch) -> None:
+    """Check by numbers that what was traced with two images is the network with one, three and six."""
+    assert program.exported_program is not None
+    traced = program.exported_program.module(check_guards=False)
+    for n in (1, 3, 6):
+        args, kwargs = _called(_examples(spec, n))
+        with torch.no_grad():
+            expected = network(*args, **kwargs)
+            try:
+                out = traced(*args, **kwargs)
+            except Exception as error:  # shapes that do not fit together
+                raise fixed_batch(watch, f"what torch traced of this network fails for a batch of {n}") from error
+        pairs = zip(*(one if isinstance(one, tuple) else (one,) for one in (out, expected)), strict=True)
+        if not all(mine.shape == theirs.shape and _close(mine, theirs) for mine, theirs in pairs):
+            raise fixed_batch(watch, f"what torch traced of this network is another one for a batch of {n}")
+
+
+def _close(mine: Tensor, theirs: Tensor) -> bool:
+    return float((mine - theirs).abs().max()) <= 1e-2 * float(theirs.square().mean().sqrt())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch prints and logs as it exports."""
+    loggers = {
+        logging.getLogger(name): at for name, at in (("torch.onnx", 40), ("torch._guards", 60), ("torch._dynamo", 60))
+    }
+    before = {logger: logger.level for logger in loggers}
+    for logger, level in loggers.items():
+        logger.setLevel(level)
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                network,
-                (inputs["x"], inputs["t"]),
-                kwargs={name: inputs[name] for name in spec.conditioning_shapes},
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(inputs),
-                output_names=list(spec.outputs),
-                dynamic_shapes={name: {0: batch} for name in inputs},
-                external_data=False,
-                verbose=False,
-            )
-    except Exception as error:  # torch can raise anything, and its own imports fail after one was interrupted
-        raise BackendError(
-            "torch could not export this network", note=str(error).strip()[:300], hint="try again"
-        ) from error
+            yield
     finally:
-        logger.setLevel(level)
-    assert program is not None
-    return program.model_proto
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def _clean(model: onnx.ModelProto) -> None:
@@ -229,6 +330,8 @@ def _clean(model: onnx.ModelProto) -> None:
     del model.metadata_props[:]
     graph = model.graph
     graph.name, graph.doc_string = "ddpmx", ""
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
     del graph.metadata_props[:]
     for part in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]

@@ -13,7 +13,6 @@ FULL_PRECISION = {
 
 def half_precision_faults(model: onnx.ModelProto) -> list[str]:
     """Operators that compute in half what should be float32: norms, sums, softmax and the time path."""
-    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     types = element_types(model)
     return [
         node.op_type
@@ -25,7 +24,7 @@ def half_precision_faults(model: onnx.ModelProto) -> list[str]:
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:
     """The type of every value, by its name."""
-    graph = model.graph
+    graph = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert all(types[name] for node in graph.node for name in node.output), "the type of every value is known"

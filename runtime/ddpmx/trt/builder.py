@@ -93,7 +93,7 @@ def run_builder(
         raise FileFormatError(
             f"{path}: {library}'s parser refuses this file",
             note=_parser_errors(parser) or library.last_words(),
-            hint="export it again with this ddpmx, which uses only operators that TensorRT 10.3 has",
+            hint="ONNX Runtime may run it: ddpmx generate FILE; for TensorRT write that operator with others",
         )
     network.name = name
     _check_network(path, network, spec, trt)

@@ -314,7 +314,7 @@ class _Inside(nn.Module):
 def test_a_module_that_loops_over_its_batch_in_python_is_refused_and_an_older_file_is_kept(tmp_path):
     export(ready(_Small()), SPEC, tmp_path / "m.onnx", parity=False)
     before = (tmp_path / "m.onnx").read_bytes()
-    with pytest.raises(BackendError, match="a batch of exactly two images"):
+    with pytest.raises(BackendError, match=r"one size of the batch[\s\S]*test_export.py:\d+ in [\s\S]*without a loop"):
         export(ready(_Loop()), SPEC, tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

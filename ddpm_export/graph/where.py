@@ -22,7 +22,9 @@ _OWN = {
         "any_module/export.py",
         "any_module/half.py",
         "any_module/probes.py",
-        "any_module/where.py",
+        "graph/where.py",
+        "graph/any_batch.py",
+        "graph/tensorrt.py",
         "graph/onnx_export.py",
         "networks/torch_backend.py",
     )
@@ -79,6 +81,19 @@ def place(error: BaseException, root: nn.Module) -> str | None:
     return None
 
 
+def running_place(root: nn.Module) -> str | None:
+    """Path and line of the innermost call that is running in the module's own code, as :func:`place`; None outside it."""
+    paths = {id(module): name for name, module in root.named_modules()}
+    line = None
+    for frame, number in traceback.walk_stack(None):
+        if line is None and is_theirs(frame.f_code.co_filename):
+            line = source(frame, number)
+        first = next(iter(frame.f_code.co_varnames), "")
+        if line is not None and (known := paths.get(id(frame.f_locals.get(first)))) is not None:
+            return f"{_path(known)}, {line}"
+    return None
+
+
 def source(frame: FrameType, number: int) -> str:
     """The line of a frame: "net.py:12 in forward: `h = …`"."""
     return _line(frame.f_code.co_filename, number, frame.f_code.co_name)
@@ -99,6 +114,13 @@ def place_in_messages(error: BaseException) -> str | None:
     return _line(hits[-1][0], int(hits[-1][1]), hits[-1][2]) if hits else None
 
 
+def place_in_trace(trace: str) -> str | None:
+    """The innermost line of foreign code in one of torch's stack traces, which it writes into every node it traces."""
+    lines = re.findall(r'File "([^"\n]+)", line (\d+), in (\w+)', trace)
+    theirs = [hit for hit in lines if os.path.isabs(hit[0]) and is_theirs(hit[0])]
+    return _line(theirs[-1][0], int(theirs[-1][1]), theirs[-1][2]) if theirs else None
+
+
 def operators(error: BaseException) -> set[str]:
     """The operators for which the messages say that ONNX has none: "aten.linalg_eig"."""
     text = "\n".join(str(one) for one in chain(error))
@@ -110,12 +132,11 @@ def operator_place(names: set[str], graph: torch.fx.Graph) -> str | None:
     for node in graph.nodes:
         if node.op != "call_function" or operator(node.target) not in names:
             continue
-        lines = re.findall(r'File "([^"\n]+)", line (\d+), in (\w+)', node.meta.get("stack_trace") or "")
-        theirs = [hit for hit in lines if is_theirs(hit[0])]
+        line = place_in_trace(node.meta.get("stack_trace") or "")
         stack = node.meta.get("nn_module_stack") or {}
         path = next((str(path) for path, _ in reversed(stack.values()) if path), "")
-        if theirs:
-            return f"{_path(path)}, {_line(theirs[-1][0], int(theirs[-1][1]), theirs[-1][2])}"
+        if line is not None:
+            return f"{_path(path)}, {line}"
     return None
 
 
