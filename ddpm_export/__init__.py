@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddpm_export.any_module.adapter import Adapter
     from ddpm_export.any_module.export import Exported, export, spec_from_arrays
+    from ddpm_export.any_module.fit_time import TimeFit, fit_time
     from ddpm_export.training.pipeline import load
 
-__all__ = ["Adapter", "Exported", "export", "load", "spec_from_arrays"]
+__all__ = ["Adapter", "Exported", "TimeFit", "export", "fit_time", "load", "spec_from_arrays"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,6 +27,10 @@ def __getattr__(name: str) -> Any:
         from ddpm_export.training.pipeline import load
 
         return load
+    if name in ("TimeFit", "fit_time"):
+        from ddpm_export.any_module import fit_time
+
+        return getattr(fit_time, name)
     if name in __all__:
         from ddpm_export.any_module import export as any_module
 

@@ -38,8 +38,8 @@ from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import BETAS, ModelSpec
 
-TimeName = Literal["index", "float", "fraction"]
-TIMES = ("index", "float", "fraction")
+TimeName = Literal["index", "float", "fraction", "index1", "float1", "fraction1"]
+TIMES: tuple[TimeName, ...] = ("index", "float", "fraction", "index1", "float1", "fraction1")
 Time = TimeName | tuple[float, float] | Callable[[Tensor], Tensor] | Sequence[float] | NDArray[Any]
 IMAGES = ("x", "x0_prev", "cond")
 INPUTS = ("x", "t", "y", "x0_prev", "cond")
@@ -51,9 +51,10 @@ class Adapter:
 
     Attributes:
         module: forward gives ε, x_0 or v, whichever the spec says.
-        time: what the module takes as t, [B]. ``index``: t int64; ``float``: t float32; ``fraction``: t/T float32;
-            (scale, offset): scale·t + offset; a function of t float32 [T] that gives float32 [T]; or T numbers, one for
-            each t. The function is called once, at export, for all t.
+        time: what the module takes as t, [B], where t = 0…T−1. ``index``: t int64; ``float``: t float32; ``fraction``:
+            t/T float32. ``index1``, ``float1``, ``fraction1``: the same of t + 1, for a module that was trained with
+            t = 1…T as in the paper. (scale, offset): scale·t + offset; a function of t float32 [T] that gives
+            float32 [T]; or T numbers, one for each t. The function is called once, at export, for all t.
         time_dims: how many dimensions t has: 1 for [B], 2 for [B, 1], and so on.
         data_range: the smallest and the largest value of an image in the module's range.
         diffused_in_range: whether noise was added to images of that range, so that the schedule holds in that range.
@@ -199,7 +200,8 @@ class Canonical(nn.Module):
         self.training = self._whole.training = self._each.training = adapter.module.training
         self.times: Tensor | None
         self.register_buffer(
-            "times", None if isinstance(self._time, str) and self._time != "fraction" else self._table(spec)
+            "times",
+            None if isinstance(self._time, str) and not self._time.startswith("fraction") else self._table(spec),
         )
         self._ranged = adapter.scale != (1.0, 0.0)
         self._diffused = self._ranged and adapter.diffused_in_range
@@ -211,7 +213,7 @@ class Canonical(nn.Module):
         t, time = torch.arange(spec.timesteps, dtype=torch.float32), self._time
         try:
             if isinstance(time, str):
-                values: Any = t / spec.timesteps
+                values: Any = (t + time.endswith("1")) / spec.timesteps
             elif callable(time):
                 with torch.no_grad():
                     values = time(t)
@@ -273,7 +275,9 @@ class Canonical(nn.Module):
         if self.times is not None:
             time = F.embedding(t, self.times)[:, 0]
         else:
-            time = t.to(torch.int64 if self._time == "index" else torch.float32)
+            time = t.to(torch.int64 if str(self._time).startswith("index") else torch.float32)
+            if str(self._time).endswith("1"):
+                time = time + 1
         return time.reshape(-1, *[1] * (self._time_dims - 1)) if self._time_dims > 1 else time
 
     def _in_our_units(self, out: Tensor, theirs: Tensor, row: Sequence[Tensor] | None) -> Tensor:

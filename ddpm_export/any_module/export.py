@@ -27,6 +27,7 @@ from torch import nn
 
 from ddpm_export.any_module import half, probes
 from ddpm_export.any_module.adapter import Adapter, Canonical
+from ddpm_export.any_module.fit_time import fit_time
 from ddpm_export.graph import where
 from ddpm_export.graph.any_batch import FixedBatchError, any_batch
 from ddpm_export.graph.onnx_export import check_output, export_network, to_precision
@@ -53,7 +54,8 @@ class Exported:
         record: the file with the module's outputs, beside it, or None if nothing was recorded.
         report: the checks of the ladder, or None without parity.
         halved: paths of the layers that compute in half precision; all others are float32.
-        notes: what else to know of the file, a sentence each: what TensorRT does not take of it.
+        notes: what else to know of the file, a sentence each: what TensorRT does not take of it; with images, another
+            convention for the time that fits them better than the adapter's.
     """
 
     spec: ModelSpec
@@ -96,7 +98,7 @@ def export(
         output: the file to write. It appears only when it is whole. The record goes beside it, as model.parity.npz.
         precision: ``fp32``; or ``fp16`` or ``bf16`` in the layers that :mod:`ddpm_export.any_module.half` chooses.
         parity: record the module's outputs and check the file against them, in ONNX Runtime on the CPU.
-        data: uint8 [N, H, W, C], real images for the checks.
+        data: uint8 [N, H, W, C], real images for the checks. They also show whether the time is off by one.
         full: check the chain of all T steps instead of a short one.
         progress: called with (network calls done, network calls in all) of the recording, then of the ladder.
 
@@ -126,6 +128,8 @@ def export(
             return Exported(ours, output, None, None, tuple(halved), tuple(notes))
         steps = None if full else short_chain(ours.shape)
         reference = record(network, ours, data=data, steps=steps, progress=progress)
+        if data is not None and (fit := fit_time(adapter, spec, data)).better is not None:
+            notes.insert(0, str(fit))
         beside = output.with_suffix(".parity.npz")
         reference.save(beside)
         backend: Backend
