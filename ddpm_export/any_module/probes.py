@@ -123,14 +123,23 @@ def check_mode(network: Canonical) -> None:
     Raises:
         InputError: it is not.
     """
-    training = [(name, module) for name, module in network.module.named_modules() if module.training]
+    training = [module for module in network.module.modules() if module.training and not _has_no_modes(module)]
     if training:
-        kinds = sorted({type(module).__name__ for _, module in training if not list(module.children())})
+        kinds = sorted({type(module).__name__ for module in training if not list(module.children())})
+        kinds = kinds or sorted({type(module).__name__ for module in training})
         raise InputError(
             "the module is in training mode",
             note=f"{len(training)} parts of it: {', '.join(kinds)}"[:200],
             hint="module.eval(); and export the averaged weights, if there are any",
         )
+
+
+def _has_no_modes(module: nn.Module) -> bool:
+    """Whether it is torch's own and the same in both modes: a container; a parametrization, which begins in training."""
+    kind = type(module)
+    if kind in (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict):
+        return True
+    return kind.__module__.startswith("torch.nn.utils.parametri") and kind.__name__ != "_SpectralNorm"
 
 
 def check_weights(network: Canonical) -> None:
