@@ -76,7 +76,7 @@ def export(
     try:
         with busy("loading torch"):
             from ddpm_export.graph import onnx_export
-            from ddpm_export.training import checkpoint
+            from ddpm_export.training import advice, checkpoint
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
@@ -114,6 +114,8 @@ def export(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
+    if which == "ema" and (note := advice.note_of_checkpoint(source)):
+        say(note)
     if not proof and earlier:
         say(f"Note: {record} is from an earlier export")
     if proof:

@@ -79,6 +79,8 @@ def _training(training: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if "from" in training:
         lines.append(("imported", f"from {training['from']}"))
+    if "begun_from" in training:
+        lines.append(("begun with", f"the weights of {training['begun_from']}"))
     if training.get("step"):
         batch = f" of {training['batch']} images" if "batch" in training else ""
         lines.append(("trained", f"{training['step']:,} steps{batch}"))
@@ -86,7 +88,8 @@ def _training(training: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("loss", f"{training['loss']:.4f}, a running mean"))
     if "data" in training:
         count = f"{training['images']:,} images of " if "images" in training else ""
-        lines.append(("data", f"{count}{training['data']}"))
+        mirrored = {True: ", half of them mirrored", False: ", none mirrored", None: ""}[training.get("mirrored")]
+        lines.append(("data", f"{count}{training['data']}{mirrored}"))
     return lines
 
 

@@ -65,7 +65,7 @@ def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> 
 def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple[int, int], channels: int) -> Source:
     """``data`` read as the images that a run was trained on, with the same background and white, where it recorded them."""
     try:
-        settings = checkpoint.load_training(checkpoint_path).settings
+        _, settings = checkpoint.read_training_json(checkpoint.resolve(checkpoint_path))
         recorded = Source.from_json(settings.get("data"), str(checkpoint_path))
     except FileFormatError:  # an imported network, or the training state is not there
         recorded = Source(data)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training.average import MOST_FIRST, share_of_first
+from ddpm_export.training.checkpoint import read_training_json
 from ddpm_export.training.images.cache import NAME
+from ddpm_export.training.settings import TrainSettings
 from ddpm_export.training.train import Trainer
 from ddpmx.diffusion.last_step import signal_warning
+from ddpmx.errors import DdpmxError
 
 
 def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
@@ -48,13 +52,32 @@ def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
 
 def average_note(trainer: Trainer, steps: int, verb: str) -> str | None:
     """A warning if the average after ``steps`` is still made of the weights that training began with."""
-    share = share_of_first(steps, trainer.settings.ema, trainer.settings.ema_ramp)
-    if share <= MOST_FIRST:
+    fact = _average_fact(trainer.settings, steps, verb, trainer.begun_from is not None)
+    if fact is None:
         return None
-    first = "the weights it began with" if trainer.begun_from else "the random weights it began with"
     ramp = "" if trainer.settings.ema_ramp else "--ema-ramp or "
     return (
-        f"Note: the average of the weights (--ema {trainer.settings.ema:g}), which is exported, {verb} {share:.0%} of "
-        f"{first} after {steps:,} steps. {ramp}a smaller --ema avoids it in a new run; "
+        f"{fact}. {ramp}a smaller --ema avoids it in a new run; "
         f"ddpmx export {shlex.quote(str(trainer.run))} --weights raw takes the weights as trained"
+    )
+
+
+def note_of_checkpoint(checkpoint: Path) -> str | None:
+    """The same warning for a checkpoint, if it is of a training and says how its average was made."""
+    try:
+        step, settings = read_training_json(checkpoint)
+        fact = _average_fact(TrainSettings(**settings["train"]), step, "holds", "from" in settings)
+    except (DdpmxError, KeyError, TypeError):
+        return None
+    return fact and f"{fact}; --weights raw exports the weights as trained"
+
+
+def _average_fact(settings: TrainSettings, steps: int, verb: str, begun: bool) -> str | None:
+    share = share_of_first(steps, settings.ema, settings.ema_ramp)
+    if share <= MOST_FIRST:
+        return None
+    first = "the weights it began with" if begun else "the random weights it began with"
+    return (
+        f"Note: the average of the weights (--ema {settings.ema:g}), which is exported, {verb} {share:.0%} of {first} "
+        f"after {steps:,} steps"
     )

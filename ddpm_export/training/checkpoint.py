@@ -153,6 +153,30 @@ def load_training(path: str | os.PathLike[str]) -> TrainingState:
     return _reread(path, _load_training)
 
 
+def read_training_json(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """The optimiser steps made, and the settings of the run, without the moments.
+
+    Raises:
+        FileFormatError: the file is missing or damaged.
+    """
+    file = checkpoint / TRAINING_JSON
+    try:
+        assert file.is_file()
+        values = parse_json(file.read_bytes())
+        assert isinstance(values, dict)
+        step, settings = values["step"], values["settings"]
+        assert type(step) is int
+        assert 0 <= step < 1 << 40
+        assert isinstance(settings, dict)
+    except (OSError, SpecError, KeyError, AssertionError) as error:
+        raise FileFormatError(
+            f"{file}: the training state is missing or damaged",
+            note=str(error)[:200] or None,
+            hint="the weights can still be exported",
+        ) from error
+    return step, settings
+
+
 def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, shapes and float32 values, in the order of the names."""
     digest = hashlib.sha256()
@@ -204,21 +228,7 @@ def _load_network(checkpoint: Path, weights: Weights) -> tuple[Network, ModelSpe
 
 
 def _load_training(checkpoint: Path) -> TrainingState:
-    file = checkpoint / TRAINING_JSON
-    try:
-        assert file.is_file()
-        values = parse_json(file.read_bytes())
-        assert isinstance(values, dict)
-        step, settings = values["step"], values["settings"]
-        assert type(step) is int
-        assert 0 <= step < 1 << 40
-        assert isinstance(settings, dict)
-    except (OSError, SpecError, KeyError, AssertionError) as error:
-        raise FileFormatError(
-            f"{file}: the training state is missing or damaged",
-            note=str(error)[:200] or None,
-            hint="the weights can still be exported",
-        ) from error
+    step, settings = read_training_json(checkpoint)
     return TrainingState(step, settings, read_tensors(checkpoint / TRAINING_TENSORS))
 
 

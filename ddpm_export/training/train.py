@@ -382,7 +382,7 @@ def recorded_source(run: Path) -> Source:
         FileFormatError: there is no such run, or its training state is damaged.
     """
     checkpoint = _newest(run)
-    settings = checkpoints.load_training(checkpoint).settings
+    _, settings = checkpoints.read_training_json(checkpoint)
     if "imported" in settings and "data" not in settings:
         raise FileFormatError(
             f"{run} was imported: there is no training of it to resume",

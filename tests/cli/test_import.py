@@ -81,6 +81,14 @@ def test_a_schedule_without_a_formula_survives(ddpmx, folder, tmp_path):
     assert back["trained_betas"] == betas
 
 
+def test_too_few_timesteps_for_the_schedule_are_warned_of(ddpmx, tmp_path):
+    convert(ours(variance="fixed_small", timesteps=50), "diffusers", tmp_path / "theirs")
+    done = ddpmx("import", tmp_path / "theirs", "-o", tmp_path / "run")
+    assert done.code == 0, done
+    assert "Note: √ᾱ_T = 0.78" in done.out
+    assert "draws a mean of 0.40" in done.out
+
+
 def test_classes_and_a_learned_variance_survive(ddpmx, tmp_path):
     config = dataclasses.replace(CONFIG, out_channels=6, classes=5, head_channels=16, norm_eps=1e-5)
     convert(ours(config, variance="learned_range", classes=5), "diffusers", tmp_path / "theirs")

@@ -101,7 +101,8 @@ def test_a_checkpoint_s_network_and_training_are_told(ddpmx, tmp_path):
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     data = {"path": "/photos\x1b[31m", "images": 10000}
-    values = {"step": 1400, "settings": {"train": {"batch": 64}, "loss": 0.0312, "data": data}}
+    train = {"batch": 64, "hflip": True}
+    values = {"step": 1400, "settings": {"train": train, "loss": 0.0312, "data": data, "from": {"path": "/runs/a"}}}
     (tmp_path / "training.json").write_text(json.dumps(values))
     header = json.dumps({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}}).encode()
     (tmp_path / "ema.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(20))
@@ -111,5 +112,6 @@ def test_a_checkpoint_s_network_and_training_are_told(ddpmx, tmp_path):
         "ema: 5 parameters",
         "trained: 1,400 steps of 64 images",
         "loss: 0.0312, a running mean",
-        "data: 10,000 images of /photos\\x1b[31m",
+        "data: 10,000 images of /photos\\x1b[31m, half of them mirrored",
+        "begun with: the weights of /runs/a",
     } <= lines

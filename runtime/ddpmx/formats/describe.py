@@ -55,7 +55,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _training(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its training, as far as it is there: ``step``, ``loss``, ``data``, ``images``, ``from``.
+    """What a checkpoint says of its training, as far as it is there: ``step``, ``loss``, ``data``, ``images``, ``from``,
+    ``mirrored``, ``begun_from``.
 
     Nothing here is needed to run the network, so nothing is an error.
     """
@@ -64,10 +65,13 @@ def _training(path: Path) -> dict[str, Any]:
             values = parse_json(stream.read(_MAX_HEADER))
         step, settings = values["step"], values["settings"]  # type: ignore[index]
         data, imported = settings.get("data") or {}, settings.get("imported") or {}
+        train = settings.get("train") or {}
         found = {
             "step": (step, int),
             "loss": (settings.get("loss"), float),
-            "batch": ((settings.get("train") or {}).get("batch"), int),
+            "batch": (train.get("batch"), int),
+            "mirrored": (train.get("hflip"), bool),
+            "begun_from": ((settings.get("from") or {}).get("path"), str),
             "data": (data.get("path"), str),
             "images": (data.get("images"), int),
             "from": (imported.get("from"), str),

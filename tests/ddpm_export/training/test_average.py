@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import pytest
 
 pytest.importorskip("torch", reason="not verified here: training (no torch)")
 
+from ddpm_export.training import advice
 from ddpm_export.training.average import decay_at, share_of_first
 from ddpm_export.training.settings import TrainSettings
 
@@ -31,3 +34,19 @@ def test_the_ramp_ends_at_the_decay():
     assert decay_at(0, 0.9999, False) == 0.9999
     assert share_of_first(10, 0.0, False) == 0
     assert share_of_first(0, 0.9, True) == 1
+
+
+@pytest.mark.parametrize(
+    ("ramp", "steps", "says"), [(False, 100, "holds 99%"), (True, 100, None), (False, 40_000, None)]
+)
+def test_an_export_of_such_an_average_is_warned_of(tmp_path, ramp, steps, says):
+    train = dataclasses.asdict(TrainSettings(ema_ramp=ramp))
+    (tmp_path / "training.json").write_text(json.dumps({"step": steps, "settings": {"train": train}}))
+    note = advice.note_of_checkpoint(tmp_path)
+    assert note is None if says is None else says in note and "--weights raw" in note
+
+
+def test_of_an_imported_network_nothing_is_said(tmp_path):
+    assert advice.note_of_checkpoint(tmp_path) is None
+    (tmp_path / "training.json").write_text(json.dumps({"step": 0, "settings": {"imported": {}}}))
+    assert advice.note_of_checkpoint(tmp_path) is None
