@@ -132,6 +132,8 @@ def fine_tune(
             note=f"network and schedule are those of {source}",
             hint="omit it, or train a new network without --from",
         )
+    if source.suffix in (".onnx", ".plan"):
+        raise InputError(f"{source}: a model file cannot be trained", hint="--from the run that it was exported from")
     if source.is_file():
         raise InputError(
             f"{source}: a file, and --from takes a run",

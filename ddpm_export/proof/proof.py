@@ -70,7 +70,7 @@ def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple
     except FileFormatError:  # an imported network, or the training state is not there
         recorded = Source(data)
     if not data.is_dir():
-        return Source(data, white=recorded.white)
+        return Source(data, white=recorded.white if data.resolve() == recorded.path else None)
     return replace(recorded, path=data, size=size, channels=channels)
 
 

@@ -14,6 +14,9 @@ from ddpm_export.training.train import Trainer
 from ddpmx.diffusion.last_step import signal_warning
 from ddpmx.errors import DdpmxError
 
+DARK = 64
+"""Images in which nothing reaches this are likely to be numbers of another range: 0 and 1, or a few bits."""
+
 
 def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
     """The lines before a training of ``steps`` steps in all; those that warn begin with "Note".
@@ -36,6 +39,12 @@ def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
     if trainer.begun_from is not None:
         lines.append(f"begun with the {trainer.begun_from.get('weights')} weights of {trainer.begun_from.get('path')}")
     lines += trainer.dataset.notes
+    most = int(trainer.dataset.images.max())
+    if most < DARK:
+        lines.append(
+            f"Note: no number in the images is above {most} of 255, so all of them are nearly black: white should be 255 "
+            "(in an .npz, --white N says which number is white)"
+        )
     if cached and trainer.dataset.cache_key is not None:
         lines.append(f"pixels are kept in {trainer.run / NAME}, for --resume (--no-cache: they are not)")
     if warning := signal_warning(trainer.spec.make_schedule()):

@@ -74,8 +74,8 @@ def load_dataset(
         channels: 1, 3 or 4, to convert every image to grey, RGB or RGBA. Folders only.
         background: the colour (R, G, B), 0…255, behind transparent pixels of images without a channel for it. White by
             default. Folders only.
-        white: the number that is white, in greys of more than 8 bits. Those of 16 bits may do without: white is then the
-            full scale of 8, 10, 12, 14 or 16 bits, by the largest number in all images.
+        white: the number that is white, in greys of more than 8 bits and in an ``.npz``. Greys of 16 bits may do without:
+            white is then the full scale of 8, 10, 12, 14 or 16 bits, by the largest number in all images.
         max_pixels: the largest H·W of a file, 178,956,970 by default. Folders only.
         progress: called with (images read, images in all).
 
@@ -154,10 +154,8 @@ def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float
             hint="one array [N, H, W], [N, H, W, C] or [N, C, H, W], any name",
         )
     array = arrays[images[0]]
-    if array.dtype != np.uint8:
+    if array.dtype != np.uint8 or white is not None:  # 0 and 1, say, may be uint8 as well
         array = _to_8_bits(array, white, f"{path}: {images[0]!r}")
-    else:
-        white = None
     if array.ndim == 3 and array.shape[-1] in (3, 4):
         raise DataError(
             f"{path}: {images[0]!r} is [{', '.join(map(str, array.shape))}]: one image, or many of that width?",

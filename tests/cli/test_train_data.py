@@ -79,7 +79,6 @@ def test_what_will_not_come_out_well_is_said_before_and_after(ddpmx, tmp_path):
     [
         (["--attention", "10"], "--attention 16"),
         (["--scale-betas", "--schedule", "cosine"], "not to be scaled"),
-        (["--white", "4095"], "--white has no effect"),
         (["--background", "black"], "without them"),
         (["--weights", "raw"], "--from"),
         (["--max-megapixels", "0"], "--max-megapixels"),
@@ -93,8 +92,18 @@ def test_what_has_no_effect_is_refused(refused, tmp_path, flags, message):
     assert not out.exists()
 
 
+def test_images_that_are_nearly_black_are_told(ddpmx, tmp_path):
+    np.savez(tmp_path / "bits.npz", images=RNG.integers(0, 2, (6, 8, 8), dtype=np.uint8))
+    dark = ddpmx("train", "--data", tmp_path / "bits.npz", "--out", tmp_path / "dark", *TINY, "--steps", 2)
+    assert "no number in the images is above 1 of 255" in dark.out, dark
+    right = ddpmx("train", "--data", tmp_path / "bits.npz", "--out", tmp_path / "a", *TINY, "--steps", 2, "--white", 1)
+    assert "Note" not in right.out, right
+    assert "Note" not in ddpmx("train", "--out", tmp_path / "a", "--resume", "--steps", 3).out
+
+
 def test_a_background_that_is_no_colour(refused, photos, tmp_path):
     assert "not a colour" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "nocolour")
+    assert "--white has no effect" in refused("train", "--data", photos, "--out", tmp_path / "run", "--white", 4095)
     assert "--channels 3" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "black")
 
 
@@ -107,7 +116,7 @@ def test_training_begins_with_another_run(ddpmx, refused, photos, tmp_path):
     assert f"begun with the ema weights of {first}" in done.out
     assert "4 images of 16×16×1" in done.out, "brought to the network's size and channels"
     assert ddpmx("train", "--out", out, "--resume", "--steps", 2).code == 0
-    for source, message in (("nowhere", "no checkpoint"), (FASHION, "ddpmx import")):
+    for source, message in (("nowhere", "no checkpoint"), (FASHION, "ddpmx import"), ("a.onnx", "exported from")):
         assert message in refused("train", "--data", photos, "--from", source, "--out", tmp_path / "x")
     assert "--timesteps" in refused("train", "--data", photos, "--from", first, "--out", tmp_path / "x", "-T", 50)
     wrong = refused("train", "--data", photos, "--from", first, "--out", tmp_path / "x", "--size", 8)

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("torch", reason="not verified here: training (no torch)")
 
@@ -17,7 +18,7 @@ from ddpm_export.networks.registry import make_network
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training import advice
 from ddpm_export.training.checkpoint import load_network, load_training
-from ddpm_export.training.data import Dataset, Source
+from ddpm_export.training.data import Dataset, Source, load_dataset
 from ddpm_export.training.settings import TrainSettings
 from ddpm_export.training.train import Trainer, recorded_source
 from ddpmx.errors import FileFormatError, InputError, SpecError
@@ -84,6 +85,20 @@ def test_dropout_is_the_one_number_that_may_change(tmp_path):
     assert run.network.config == dataclasses.replace(UNET, dropout=0.5)
     with pytest.raises(InputError, match="dropout"):
         Trainer.fine_tune(tmp_path / "c", dataset(tmp_path), tmp_path / "a", SETTINGS, dropout=1.5, device="cpu")
+
+
+def test_a_record_s_images_are_read_as_the_run_s_were(tmp_path):
+    """The images of `export --data`: on the same background, with the same white."""
+    from ddpm_export.proof.proof import images_for
+
+    (tmp_path / "data").mkdir()
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "data" / "a.png")
+    images = load_dataset(tmp_path / "data", channels=1, background=(40, 40, 40))
+    Trainer(tmp_path / "run", images, ModelSpec((1, 8, 8), 20), UNET, SETTINGS, device="cpu").train(1)
+    assert np.unique(images_for(tmp_path / "data", tmp_path / "run")).tolist() == [40]
+    np.savez(tmp_path / "other.npz", images=IMAGES)
+    assert np.array_equal(images_for(tmp_path / "other.npz", tmp_path / "run"), IMAGES)
 
 
 def test_what_cannot_be_trained_is_said(tmp_path):

@@ -143,6 +143,8 @@ def test_white_for_an_npz(tmp_path):
     dataset = load_dataset(tmp_path / "a.npz", white=1)
     assert np.array_equal(dataset.images, values)
     assert dataset.source.white == 1
+    np.savez(tmp_path / "bits.npz", images=(values > 99).astype(np.uint8))
+    assert np.array_equal(load_dataset(tmp_path / "bits.npz", white=1).images, (values > 99) * 255)
     np.savez(tmp_path / "b.npz", images=values.astype(np.float32) / 127.5 - 1)
     with pytest.raises(DataError, match="below 0"):
         load_dataset(tmp_path / "b.npz", white=1)
