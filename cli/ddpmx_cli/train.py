@@ -63,8 +63,8 @@ def train(
     white: Annotated[
         float | None,
         Option(
-            help="The number that is white, in greys of more than 8 bits and in an .npz: 4095, 1, …  \\[default for 16 bits: full scale of "
-            "as many bits as are used]",
+            help="The number that is white, in greys of more than 8 bits and in an .npz: 4095, 1, …  "
+            "\\[default for 16 bits: full scale of as many bits as are used]",
             metavar="NUMBER",
         ),
     ] = None,
