@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from ddpmx.errors import DdpmxError
-from ddpmx_cli import bench, build, console, convert, doctor, export, generate, import_, info, parity, signals, train
+from ddpmx_cli import (
+    adopt,
+    bench,
+    build,
+    console,
+    convert,
+    doctor,
+    export,
+    generate,
+    import_,
+    info,
+    parity,
+    signals,
+    train,
+)
 from ddpmx_cli.console import complain, say
 
 app = typer.Typer(
@@ -26,6 +40,7 @@ app.command(epilog=generate.EXAMPLES)(generate.generate)
 app.command(epilog=parity.EXAMPLES)(parity.parity)
 app.command("import", epilog=import_.EXAMPLES)(import_.import_)
 app.command(epilog=convert.EXAMPLES)(convert.convert)
+app.command(epilog=adopt.EXAMPLES)(adopt.adopt)
 app.command(epilog=bench.EXAMPLES)(bench.bench)
 app.command(epilog=info.EXAMPLES)(info.info)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)

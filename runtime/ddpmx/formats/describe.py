@@ -92,6 +92,8 @@ def _onnx(path: Path) -> dict[str, Any]:
         if onnx_file.METADATA_KEY in info.metadata:
             raise
         note = error.fact.removeprefix(f"{path}: ")
+        if {"x", "t"} <= info.inputs.keys():
+            note += "; if a tool made it of an exported one: ddpmx adopt FILE --like ORIGINAL.onnx"
 
     def shown(tensors: dict[str, onnx_file.TensorInfo]) -> dict[str, str]:
         return {

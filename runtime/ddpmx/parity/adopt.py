@@ -1,0 +1,239 @@
+"""Gives a file that another tool made of an exported one its description back.
+
+Optimisers and quantisers write a new graph, and some drop the metadata that says which diffusion model it is. Whether the
+new file is that model is checked by its inputs and outputs, by its weights, and by its output ε.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.backends.open import open_model
+from ddpmx.errors import InputError, NumericError
+from ddpmx.formats import onnx_file
+from ddpmx.formats.atomic import atomic_write
+from ddpmx.formats.protobuf import as_message, as_number, fields, packed
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity.evaluator import Evaluator
+from ddpmx.sampling import chain
+from ddpmx.sampling.conditioning import example
+
+TOLERANCE = 0.15
+"""Largest relative RMS of ε against the original: what a careless 8-bit quantisation may cost, and no other model has."""
+
+ROWS = 8
+_LEAST = 64  # numbers of a tensor that counts as weights
+_ALIKE = 0.9  # correlation of a tensor with its original; 4 bits have 0.99, other weights about 0
+_KIN = 0.5
+_SHORT = 8  # a row of fewer numbers says little of its own
+
+_TYPES = {1: "<f4", 2: "u1", 3: "i1", 10: "<f2"}
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What was found.
+
+    Attributes:
+        spec: what the file says now.
+        error: relative RMS of ε against the original, the largest over t.
+        alike: the share of the weights that could be compared and are the original's, rounded or not; None if none could.
+        record: the copy of the original's record, None if it has none.
+    """
+
+    spec: ModelSpec
+    error: float
+    alike: float | None
+    record: Path | None
+
+
+def adopt(
+    changed: str | os.PathLike[str],
+    like: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    threads: int = 0,
+) -> Adopted:
+    """Write the spec, the array of β and the record of an exported file to a file that was made from it.
+
+    Args:
+        changed: the ONNX file that another tool made.
+        like: the ONNX file that it was made from.
+        output: the file to write; by default ``changed`` itself, which is replaced when everything was checked.
+        tolerance: the largest relative RMS of ε.
+        threads: of ONNX Runtime.
+
+    Raises:
+        InputError: ``changed`` describes itself as another model already, or the weights or ε are another model's.
+        SpecError: the original has no spec, or inputs and outputs are others.
+        FileFormatError, BackendError: a file cannot be read or run.
+        OutputError: the file cannot be written.
+    """
+    changed, like = Path(changed), Path(like)
+    output = changed if output is None else Path(output)
+    if not 0 < tolerance < 1:
+        raise InputError(f"tolerance is between 0 and 1, not {tolerance:g}")
+    if output.exists() and output.samefile(like):
+        raise InputError(f"refusing to overwrite {output}: it is the original", hint="choose another -o")
+    original = onnx_file.read_onnx(like)
+    info = onnx_file.read_onnx(changed)
+    beside = onnx_file.check_external(changed, info)
+    if beside and output.resolve().parent != changed.resolve().parent:
+        raise InputError(f"{output}: must be in the folder of {changed}", note="its weights lie beside it")
+    spec = onnx_file.onnx_spec(like, original)
+    had = onnx_file.METADATA_KEY in info.metadata
+    if had and onnx_file.onnx_spec(changed, info).weights != spec.weights:
+        raise InputError(f"{changed}: describes itself already, as another model", hint=f"ddpmx info {changed}")
+    spec = spec.replace(precision=_precision(info, spec))
+    if not had:
+        onnx_file.onnx_spec(changed, info, spec)  # inputs and outputs
+    alike = kinship(changed, like)
+    if alike is not None and alike < _KIN:
+        raise InputError(
+            f"{changed}: its weights are not those of {like}",
+            note=f"{alike:.0%} of the weights that can be compared are alike",
+            hint="--like is the file that it was made from",
+        )
+    error = _difference(changed, like, None if had else spec, threads)
+    if not error <= tolerance:
+        raise InputError(
+            f"{changed}: its ε is not that of {like}",
+            note=f"relative RMS of the difference: {error:.3g}, at most {tolerance:g} allowed",
+            hint="if that much is expected, as with few bits, pass a larger --tolerance",
+        )
+    _write(changed, output, {} if had else onnx_file.metadata(spec))
+    return Adopted(spec, error, alike, _copy_record(like, output))
+
+
+def kinship(changed: Path, like: Path) -> float | None:
+    """The share of the original's weights that the other file has too, rounded or not; None if none can be compared.
+
+    Tensors of one size are compared row by row, since a quantiser scales rows on their own, and by correlation, since the
+    scale is another one.
+    """
+    theirs: dict[int, list[NDArray[np.float64]]] = {}
+    for tensor in _tensors(changed):
+        theirs.setdefault(tensor.size, []).append(tensor)
+    compared = found = 0
+    for tensor in _tensors(like):
+        if (others := theirs.get(tensor.size)) is None:
+            continue
+        compared += tensor.size
+        rows = tensor.reshape(len(tensor), -1)
+        if rows.shape[1] < _SHORT:
+            rows = tensor.reshape(1, -1)
+        if any(_alike(rows, other) for other in others):
+            found += tensor.size
+    return found / compared if compared else None
+
+
+def _alike(rows: NDArray[np.float64], other: NDArray[np.float64]) -> bool:
+    turned = other.reshape(rows.shape[::-1]).T  # a matrix that was stored transposed
+    return max(_correlation(rows, other.reshape(rows.shape)), _correlation(rows, turned)) > _ALIKE
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    a, b = (m - m.mean(axis=1, keepdims=True) for m in (a, b))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    rows = lengths > 0
+    return float(((a * b).sum(axis=1)[rows] / lengths[rows]).mean()) if rows.any() else 0.0
+
+
+def _tensors(path: Path) -> Iterator[NDArray[np.float64]]:
+    """The constants of a file that may be weights, as float64. Those in other files are left out."""
+    for number, value in fields(memoryview(path.read_bytes())):
+        if number != 7:
+            continue
+        for part, item in fields(as_message(value)):
+            if part == 5 and (tensor := _tensor(as_message(item))) is not None:
+                yield tensor
+
+
+def _tensor(view: memoryview) -> NDArray[np.float64] | None:
+    dims: list[int] = []
+    kind, raw = 0, memoryview(b"")
+    for number, value in fields(view):
+        if number == 1:
+            dims += [value] if isinstance(value, int) else list(packed(value))
+        elif number == 2:
+            kind = as_number(value)
+        elif number in (4, 9) and not isinstance(value, int):  # float_data, packed; raw_data
+            raw = value
+    count = int(np.prod(dims, dtype=object)) if dims else 0
+    if kind not in _TYPES or len(dims) < 2 or count < _LEAST or len(raw) != count * np.dtype(_TYPES[kind]).itemsize:
+        return None
+    return np.frombuffer(raw, _TYPES[kind]).reshape(dims).astype(np.float64)
+
+
+def _precision(info: onnx_file.GraphInfo, spec: ModelSpec) -> Any:
+    """What most of the floating-point weights are stored in."""
+    sizes = {"fp32": onnx_file.FLOAT, "fp16": onnx_file.FLOAT16, "bf16": onnx_file.BFLOAT16}
+    stored = {name: info.weights.get(kind, 0) for name, kind in sizes.items()}
+    if stored[spec.precision] and stored[spec.precision] * 2 >= max(stored.values()):
+        return spec.precision
+    return max(stored, key=lambda name: stored[name])
+
+
+def _difference(changed: Path, like: Path, spec: ModelSpec | None, threads: int) -> float:
+    """The largest relative RMS of ε over t, for noise."""
+    outputs = []
+    timesteps: NDArray[np.int32] = np.empty(0, np.int32)
+    for path, given in ((like, None), (changed, spec)):
+        found, backend = open_model(path, spec=given, threads=threads)
+        try:
+            timesteps = np.linspace(0, found.timesteps - 1, ROWS).round().astype(np.int32)
+            rows = np.arange(ROWS)
+            x = chain.initial(0, rows, found.shape)
+            conditioning = dict(example(found, rows, seed=0))
+            if found.self_condition:
+                conditioning["x0_prev"] = np.clip(x, -1, 1)
+            evaluate = Evaluator(backend, found, 1, None, ROWS)
+            outputs.append(evaluate(x, timesteps, conditioning)[0].astype(np.float64))
+        finally:
+            backend.close()
+    first, second = outputs
+    if not np.isfinite(second).all():
+        raise NumericError(f"{changed}: its output is not finite")
+    axes = (1, 2, 3)
+    return float(np.sqrt(((second - first) ** 2).mean(axes) / (first**2).mean(axes)).max())
+
+
+def _write(changed: Path, output: Path, metadata: dict[str, str]) -> None:
+    """A repeated field of a protobuf message may be continued at its end, so that nothing of the graph is touched."""
+    data = changed.read_bytes()
+    with atomic_write(output) as stream:
+        stream.write(data)
+        for key, value in metadata.items():
+            entry = b"".join(_field(number, text.encode()) for number, text in ((1, key), (2, value)))
+            stream.write(_field(14, entry))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _copy_record(like: Path, output: Path) -> Path | None:
+    source, target = like.with_suffix(".parity.npz"), output.with_suffix(".parity.npz")
+    if not source.is_file():
+        return None
+    if not (target.exists() and target.samefile(source)):
+        with source.open("rb") as stream, atomic_write(target) as copy:
+            shutil.copyfileobj(stream, copy)
+    return target
