@@ -202,9 +202,9 @@ def _probe(contents: CheckpointContents, options: Options, source: str, imported
 
     with counting("trying candidates", unit="candidates") as progress:
         judged = probe.probe(read, options, questions, lambda _: images, progress)
-    say(f"mean square of ε − ε̂ on {min(len(images), 16)} images of {data}, mean and at t/T =")
+    say(f"mean square of ε − ε̂ on {min(len(images), 16)} images of {data}, by that of an output of 0; mean, and at ᾱ =")
     names = [question.name for question in questions]
-    say("  " + "  ".join(["mean  ", *(f"{fraction:<6g}" for fraction in probe.FRACTIONS), *names]))
+    say("  " + "  ".join(["mean  ", *(f"{level:<6g}" for level in probe.LEVELS), *names]))
     for candidate in judged:
         numbers = [candidate.error, *np.asarray(candidate.errors)]
         values = [f"{_text(candidate.values[name]):<{len(name)}}" for name in names]

@@ -1,7 +1,14 @@
 """Decides open settings on real images: under a wrong convention a network does not find the noise in a noised image.
 
-Every combination of candidates is a network with a chain. Each predicts the ε in noised images, and the right one should
-have the smallest error by far (equation 14 at a few t). A small difference decides nothing.
+Every combination of candidates is a network with a chain. Each predicts the ε in noised images (equation 14), and the
+right one should have the smallest error by far. Two things would make a wrong one look good:
+
+- A network that outputs 0 has an error of 1 if that is taken for ε, and of 0.1 if it is taken for v. So each error is
+  divided by that of an output of 0, read in the same way: what remains is the share of the wanted output that is missed.
+- Where one schedule has removed more of the image at the same t, ε is easier to see. So all are compared at the same ᾱ,
+  and a wrong schedule is seen by the wrong t that it tells the network.
+
+A small difference decides nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +24,18 @@ from torch import Tensor, nn
 
 from ddpm_export.importers.settings import Imported, Options, Question
 from ddpm_export.networks.registry import make_network
+from ddpmx.diffusion.samplers import Prediction
 from ddpmx.errors import DdpmxError, InputError
 
 MARGIN = 1.25
 """The runner-up's error must be this many times the winner's."""
 
 MAX_ERROR = 0.9
-"""The winner's mean square of ε − ε̂ must be below this. A network that always outputs 0 has 1."""
+"""The winner's error must be below this. A network that always outputs 0 has 1, however its output is read."""
 
 MAX_CANDIDATES = 64
-FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The t/T at which ε is predicted: at the ends every network is bad, or every one is good."""
+LEVELS = (0.98, 0.8, 0.5, 0.2, 0.05)
+"""The ᾱ_t at which ε is predicted, each at the nearest t of the schedule: at the ends all are bad, or all are good."""
 
 _IMAGES = 16
 _BATCH = 8
@@ -39,15 +47,22 @@ class Candidate:
 
     Attributes:
         values: by the setting's name.
-        errors: mean square of ε − ε̂ at each of :data:`FRACTIONS`, float64.
+        squares: mean square of ε − ε̂ at each of :data:`LEVELS`, float64.
+        zeros: the same of an output of 0 that is read in the same way.
     """
 
     values: dict[str, object]
-    errors: NDArray[np.float64]
+    squares: NDArray[np.float64]
+    zeros: NDArray[np.float64]
+
+    @property
+    def errors(self) -> NDArray[np.float64]:
+        """The share that is missed of what the network should output, at each of :data:`LEVELS`."""
+        return self.squares / self.zeros
 
     @property
     def error(self) -> float:
-        """The mean of :attr:`errors`."""
+        """The mean of :attr:`errors`: 1 for an output of 0."""
         return float(self.errors.mean())
 
 
@@ -97,7 +112,7 @@ def probe(
         finally:
             if progress is not None:
                 progress(done + 1, len(choices))
-        judged.append(Candidate(values, epsilon_errors(imported, images(imported))))
+        judged.append(Candidate(values, *epsilon_errors(imported, images(imported))))
     if not judged:
         assert refusal is not None
         raise refusal
@@ -114,7 +129,7 @@ def decide(candidates: Sequence[Candidate]) -> Candidate:
     if not winner.error < MAX_ERROR:
         raise InputError(
             "no candidate finds the noise in these images",
-            note=f"the best has a mean square error of {winner.error:.3g}; an output of 0 has 1",
+            note=f"the best misses {winner.error:.3g} of what it should output; an output of 0 misses 1",
             hint="use images like those that the network was trained on; or all candidates are wrong",
         )
     if others and not others[0].error > MARGIN * winner.error:
@@ -123,32 +138,54 @@ def decide(candidates: Sequence[Candidate]) -> Candidate:
             note=f"errors {winner.error:.4g} and {others[0].error:.4g}; a factor of {MARGIN:g} would be clear",
             hint="set them with flags",
         )
+    # An undertrained network for v looks like one for ε, as v is mostly ε where there is little noise
+    for other in others:
+        if other.error < MAX_ERROR and other.squares.mean() < winner.squares.mean():
+            raise InputError(
+                "the images do not decide between the candidates",
+                note=f"{_values(winner)} misses least of what it should output, and {_values(other)} least of ε: the "
+                "network is trained too little, or all candidates are wrong",
+                hint="set them with flags",
+            )
     return winner
 
 
+def _values(candidate: Candidate) -> str:
+    return ", ".join(f"{name} {value}" for name, value in candidate.values.items())
+
+
 @torch.no_grad()
-def epsilon_errors(imported: Imported, images: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean square of ε − ε̂ at each of :data:`FRACTIONS`; the same images and the same noise for every candidate."""
+def epsilon_errors(imported: Imported, images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean square of ε − ε̂ at each of :data:`LEVELS`, and the same of an output of 0 that is read in the same way.
+
+    The images and the noise are the same for every candidate.
+    """
     network, spec = module_of(imported), imported.spec
     alpha_bar = spec.make_schedule().alpha_bar
     pixels = torch.from_numpy(images[:_IMAGES].astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    errors = []
-    for fraction in FRACTIONS:
-        t = round(fraction * (spec.timesteps - 1))
+    found, nothing = [], []
+    for level in LEVELS:
+        t = int(np.argmin(np.abs(alpha_bar - level)))
         signal, sigma = float(np.sqrt(alpha_bar[t])), float(np.sqrt(1 - alpha_bar[t]))
-        squares = []
+        squares, zeros = [], []
         for x0, eps in zip(torch.split(pixels, _BATCH), torch.split(noise, _BATCH), strict=True):
             x = signal * x0 + sigma * eps
             out = _output(network, imported, x, torch.full((len(x),), t))
-            if spec.prediction == "x0":
-                out = (x - signal * out) / sigma
-            elif spec.prediction == "v":  # v = √ᾱ·ε − √(1−ᾱ)·x_0 and x_t = √ᾱ·x_0 + √(1−ᾱ)·ε
-                out = signal * out + sigma * x
-            squares.append((out - eps).double().square().flatten())
-        errors.append(torch.cat(squares).mean().item())
+            squares.append((_epsilon(out, x, signal, sigma, spec.prediction) - eps).double().square().flatten())
+            zero = _epsilon(torch.zeros_like(x), x, signal, sigma, spec.prediction)
+            zeros.append((zero - eps).double().square().flatten())
+        found.append(torch.cat(squares).mean().item())
+        nothing.append(torch.cat(zeros).mean().item())
     # a candidate that overflows is wrong
-    return np.nan_to_num(np.array(errors, np.float64), nan=np.inf).astype(np.float64)
+    return np.nan_to_num(np.array(found, np.float64), nan=np.inf), np.array(nothing, np.float64)
+
+
+def _epsilon(out: Tensor, x: Tensor, signal: float, sigma: float, prediction: Prediction) -> Tensor:
+    """ε̂ from a network's output: x_t = √ᾱ·x_0 + √(1−ᾱ)·ε, and v = √ᾱ·ε − √(1−ᾱ)·x_0."""
+    if prediction == "x0":
+        return (x - signal * out) / sigma
+    return signal * out + sigma * x if prediction == "v" else out
 
 
 def _output(network: nn.Module, imported: Imported, x: Tensor, t: Tensor) -> Tensor:
