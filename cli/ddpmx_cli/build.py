@@ -54,6 +54,7 @@ def build(
         str | None,
         Option(help=f"{' or '.join(_LIBRARIES)}.  \\[default: the one that is installed]", metavar="NAME"),
     ] = None,
+    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
     timing_cache: Annotated[
         Path | None, Option(help="Folder for the builder's measurements.  \\[default: in the user's cache]")
     ] = None,
@@ -64,6 +65,7 @@ def build(
     It needs neither torch nor onnx, so it runs on the device itself. The precision is that of the ONNX file. A plan works
     only with the version of TensorRT that built it and on one GPU architecture; a plan of TensorRT-RTX on all RTX cards.
     """
+    from ddpmx.formats import model_file
     from ddpmx.models import shipped
     from ddpmx.trt import build as trt_build
     from ddpmx.trt import library as trt_library
@@ -90,6 +92,7 @@ def build(
             onnx,
             output,
             options,
+            spec=model_file.read_spec(spec) if spec is not None else None,
             library=trt_library.load(None if library is None else _LIBRARIES[library]),
             force=force,
             progress=progress,

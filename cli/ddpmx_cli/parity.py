@@ -49,6 +49,9 @@ def parity(
     polygraphy: Annotated[
         bool, Option("--polygraphy", help="Compare ε with Polygraphy as well; its results are kept in the report.")
     ] = False,
+    spec_file: Annotated[
+        Path | None, Option("--spec", help="spec.json, for an ONNX file that does not describe itself.")
+    ] = None,
     provider: Annotated[
         str, Option(help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")
     ] = "cpu",
@@ -62,6 +65,7 @@ def parity(
     The exit code is 0 if every bound of the file's precision holds, 1 if one does not, 2 if the checks could not be made.
     """
     from ddpmx.backends.open import open_model
+    from ddpmx.formats import model_file
     from ddpmx.models import shipped
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import not_finite, run_ladder
@@ -72,7 +76,12 @@ def parity(
         raise InputError("--data and --full need --checkpoint")
     file = shipped.find(model)
     spec, backend = open_model(
-        file, providers=[provider], threads=threads, trust_host_code=trust_host_code, cache=cache_folder()
+        file,
+        spec=model_file.read_spec(spec_file) if spec_file is not None else None,
+        providers=[provider],
+        threads=threads,
+        trust_host_code=trust_host_code,
+        cache=cache_folder(),
     )
     try:
         reference = None

@@ -133,7 +133,7 @@ def read_network(settings: SettingsResolver, config: Mapping[str, Any]) -> UNetC
     if named != "UNet2DModel":
         raise FileFormatError(
             f"config.json describes a {named}, and only UNet2DModel is a DDPM's network",
-            hint="ddpmx does not support text-conditional and latent models",
+            note="text-conditional and latent models are not supported",
         )
     fields = {key: value for key, value in config.items() if not key.startswith("_") and key not in _AVERAGE}
     values = _checked("config.json", fields, UNET_DEFAULTS)

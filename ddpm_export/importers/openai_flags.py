@@ -143,7 +143,11 @@ def parse(line: str) -> dict[str, str]:
         raise InputError("not a line of flags", note=str(error)) from error
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
-        raise InputError("not a line of flags", note=line.strip()[:80], hint="--name value --name value")
+        raise InputError(
+            "not a line of flags",
+            note=line.strip()[:80],
+            hint="flags of its scripts, each with its value: --image_size 64 --num_heads 4",
+        )
     return {name[2:]: value for name, value in zip(names, values, strict=True)}
 
 

@@ -75,7 +75,7 @@ class UNetConfig:
             raise InputError(
                 f"{len(self.multipliers)} levels halve the image {len(self.multipliers) - 1} times, "
                 f"and {self.size[0]}×{self.size[1]} cannot be halved that often",
-                hint=f"sides divisible by {halvings} (ddpmx train --size), or fewer levels (--mult)",
+                hint=f"sides divisible by {halvings} (--size, for a folder of images), or fewer levels (--mult)",
             )
         if self.channels < 4:
             raise InputError(

@@ -128,6 +128,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"{path}: this run has no checkpoint yet",
             note="training writes one every few minutes (--save-minutes), when it is stopped by Ctrl-C, and at its end",
         )
+    if path.is_file():
+        raise FileFormatError(
+            f"{path}: a file, and a checkpoint of ddpmx is a folder",
+            hint=f"ddpmx import {path} -o runs/NAME makes one of another project's checkpoint",
+        )
     raise FileFormatError(
         f"{path}: no checkpoint there",
         note="the folder does not exist" if not path.exists() else f"it has no {SPEC_FILE}, and no run's checkpoints",

@@ -56,6 +56,11 @@ def name_foreign(path: Path) -> FileFormatError | None:
         return FileFormatError(f"{path}: an XML page, saved in place of the file", note=_begin(head), hint=_LINK)
     if text.startswith(b"{") and b'"' in text[:200] and b"\x00" not in head[:8]:
         return FileFormatError(f"{path}: a JSON text, not weights", note=_begin(head), hint=_LINK)
+    if path.suffix == ".onnx" and head[0] == 0x08:  # a ModelProto begins with ir_version, field 1
+        return FileFormatError(
+            f"{path}: an ONNX file, which holds a graph and no checkpoint",
+            hint="ddpmx generate and ddpmx build take it as it is, with --spec where it does not describe itself",
+        )
     for magic, name, hint in _MAGIC:
         if head.startswith(magic):
             return FileFormatError(f"{path}: {name}, which holds no checkpoint that ddpmx reads", hint=hint)
@@ -75,7 +80,9 @@ def name_zip(path: Path, members: list[str]) -> FileFormatError:
     note = f"it holds {', '.join(members[:4])}{', …' if len(members) > 4 else ''}" if members else "nothing is in it"
     if arrays and len(arrays) == len(members):
         return FileFormatError(
-            f"{path}: arrays of NumPy (.npz), not a checkpoint", note=note, hint="images go to --probe or --data"
+            f"{path}: arrays of NumPy (.npz), not a checkpoint",
+            note=note,
+            hint="images go to ddpmx train --data, or to --probe",
         )
     inside = next((name for name in members if Path(name).suffix in (".pt", ".pth", ".ckpt", ".safetensors")), None)
     return FileFormatError(

@@ -63,6 +63,12 @@ def identify(path: str | os.PathLike[str]) -> Kind:
             f"{path}: a parity record, not a model file",
             hint=f"ddpmx parity model.onnx --against {path}",
         )
+    if head.startswith((b"PK\x03\x04", b"\x80")) or path.name.endswith(".safetensors"):
+        raise FileFormatError(
+            f"{path}: weights or an archive, neither an ONNX file nor a TensorRT plan",
+            note=f"it begins with {head!r}",
+            hint=f"ddpmx import {path} -o runs/NAME, then ddpmx export runs/NAME, where torch is",
+        )
     raise FileFormatError(
         f"{path}: neither an ONNX file nor a TensorRT plan",
         note=f"it begins with {head!r}",

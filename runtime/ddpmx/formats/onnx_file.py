@@ -31,6 +31,9 @@ FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 """ONNX element types."""
 WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
 """Bytes of an element of each type."""
+_NAMES = "float32 uint8 int8 uint16 int16 int32 int64 string bool float16 float64 uint32 uint64 complex64 complex128"
+TYPE_NAMES = dict(enumerate([*_NAMES.split(), "bfloat16"], 1))
+"""Their names."""
 _MAX_DEPTH = 32  # subgraphs within subgraphs; real models have a handful
 
 
@@ -142,7 +145,7 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
         raise SpecError(
             f"{path}: the file does not say which diffusion model it is",
             note=f"an ONNX file, but without the metadata {METADATA_KEY!r} that `ddpmx export` writes",
-            hint="if you know its schedule and prediction, pass them with --spec spec.json",
+            hint="if you know its schedule and prediction, pass them: --spec spec.json, or spec= from Python",
         )
     try:
         beside = info.metadata.get(BETAS_KEY) if text is not None else None
@@ -157,7 +160,7 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
         raise SpecError(
             f"{path}: the given spec contradicts the one in the file",
             note="a spec in the file takes precedence",
-            hint="leave out --spec",
+            hint="leave out --spec (spec= from Python)",
         )
     _check_contract(path, info, spec)
     return spec
@@ -182,7 +185,8 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
             faults.append(f"missing {kind} {name!r}")
             continue
         if tensor.element_type != element_type:
-            faults.append(f"{name!r} has element type {tensor.element_type}, not {element_type}")
+            has = TYPE_NAMES.get(tensor.element_type, f"of ONNX's type {tensor.element_type}")
+            faults.append(f"{name!r} is {has}, not {TYPE_NAMES[element_type]}")
         if tensor.dims is not None and (
             (tensor.dims and isinstance(tensor.dims[0], int))
             or len(tensor.dims) != 1 + len(dims)
@@ -193,7 +197,7 @@ def _check_contract(path: str | os.PathLike[str], info: GraphInfo, spec: ModelSp
         raise SpecError(
             f"{path}: the graph does not match the spec",
             note="; ".join(faults)[:400],
-            hint=f"by the spec it takes {_listed(spec)}, and returns " + " and ".join(map(repr, spec.outputs)),
+            hint=f"export it so that it takes {_listed(spec)}, and returns " + " and ".join(map(repr, spec.outputs)),
         )
 
 

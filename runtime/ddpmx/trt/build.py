@@ -115,18 +115,20 @@ def build(
     output: str | os.PathLike[str] | None = None,
     options: BuildOptions | None = None,
     *,
+    spec: ModelSpec | None = None,
     library: Library | None = None,
     devices: Gpus | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Built:
-    """Build a plan from an ONNX file that contains its model's description.
+    """Build a plan from an ONNX file that contains its model's description, or with that description.
 
     Args:
         path: the ONNX file.
         output: the plan to write; by default beside the ONNX file. It appears only when it is complete.
         options: how to build.
+        spec: of the model, for a file that does not describe itself; the plan will.
         library: the TensorRT to use; by default the installed one.
         devices: the GPUs; by default those that the driver lists.
         force: build even if the same plan already exists.
@@ -152,7 +154,7 @@ def build(
     # a link to a plan stays a link; the sidecar lies beside its target
     output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
     _check_output(output, [real, *weights])
-    spec = onnx_file.onnx_spec(path, info)
+    spec = onnx_file.onnx_spec(path, info, spec)
     check_weights(path, spec, info)
     library = library or trt_library.load()
     devices = devices or gpus()

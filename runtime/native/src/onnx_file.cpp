@@ -2,6 +2,7 @@
 // here are read, names and numbers as in onnx.proto. See runtime/ddpmx/formats/onnx_file.py.
 #include <algorithm>
 #include <cerrno>
+#include <iterator>
 #include <set>
 
 #include "error.hpp"
@@ -256,6 +257,14 @@ std::string listed(const std::vector<Input> &inputs) {
   return out;
 }
 
+// The name of an ONNX element type.
+std::string type_name(uint64_t type) {
+  static const char *const kNames[] = {"float32", "uint8",  "int8",   "uint16", "int16",     "int32",      "int64",   "string",
+                                       "bool",    "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
+  if (type < 1 || type > std::size(kNames)) return "of ONNX's type " + std::to_string(type);
+  return kNames[type - 1];
+}
+
 // Collects faults, as many as are shown.
 class Faults {
  public:
@@ -271,7 +280,7 @@ class Faults {
     const TensorInfo &tensor = found->second;
     const uint64_t type = is_int ? kInt32 : kFloat;
     if (tensor.element_type != type) {
-      add("'" + name + "' has element type " + std::to_string(tensor.element_type) + ", not " + std::to_string(type));
+      add("'" + name + "' is " + type_name(tensor.element_type) + ", not " + type_name(type));
     }
     if (tensor.dims && !fits(*tensor.dims, dims)) {
       add("'" + name + "' has the shape " + shape_of(*tensor.dims) + ", not " + wanted_shape(dims));
@@ -309,7 +318,7 @@ void check_contract(const std::string &path, const GraphInfo &info, const Spec &
   std::string returns;
   for (const std::string &output : outputs) returns += (returns.empty() ? "'" : " and '") + output + "'";
   throw Failure(DDPMX_SPEC, path + ": the graph does not match the spec", faults.note().substr(0, kMaxNote),
-                "by the spec it takes " + listed(inputs) + ", and returns " + returns);
+                "export it so that it takes " + listed(inputs) + ", and returns " + returns);
 }
 
 // Whether `path` is `folder` or lies within it; neither ends with a slash.

@@ -298,11 +298,11 @@ void contract() {
   const auto input = [](const char *name, uint64_t type, const std::vector<std::string> &dims) {
     return field(11, value_info(name, type, dims));
   };
-  refused(kX + kEps, "missing input 't'\nHint: by the spec it takes x float32 [batch, C, H, W] and t int32 [batch], and "
+  refused(kX + kEps, "missing input 't'\nHint: export it so that it takes x float32 [batch, C, H, W] and t int32 [batch], and "
                      "returns 'eps'");
   refused(kX + kT, "missing output 'eps'");
   refused("", "missing input 'x'; missing input 't'; missing output 'eps'");
-  refused(kX + kEps + input("t", 7, {"batch"}), "'t' has element type 7, not 6");
+  refused(kX + kEps + input("t", 7, {"batch"}), "'t' is int64, not int32");
   refused(kX + kEps + input("t", 6, {"batch", "1"}), "'t' has the shape ['batch', 1], not ['batch']");
   refused(kX + kEps + input("t", 6, {}), "'t' has the shape [], not ['batch']");
   refused(kX + kEps + input("t", 6, {"4"}), "'t' has the shape [4], not ['batch']");
@@ -325,7 +325,7 @@ void contract() {
                     cond = input("cond", 1, {"b", "2", "8", "8"});
   CHECK(spec_of(model(kGraph + y + before + cond + var), conditioned).classes == 5);
   refused(kGraph + before + cond + var,
-          "missing input 'y'\nHint: by the spec it takes x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], "
+          "missing input 'y'\nHint: export it so that it takes x float32 [batch, C, H, W], t int32 [batch], y int32 [batch], "
           "x0_prev float32 [batch, C, H, W] and cond float32 [batch, K, H, W], and returns 'eps' and 'var'",
           conditioned);
   refused(kGraph + y + before + var + input("cond", 1, {"b", "3", "8", "8"}), "'cond' has the shape ", conditioned);
@@ -342,10 +342,13 @@ void kinds() {
   CHECK(ddpmx::identify(GAUSSIAN) == ddpmx::Kind::onnx);
   CHECK(kind("ftrt" + std::string(100, '\0')) == ddpmx::Kind::plan && kind("vtrt") == ddpmx::Kind::plan);
   CHECK(kind("\x08") == ddpmx::Kind::onnx);
-  for (const char *foreign : {"<html>", "PK\x03\x04", "\x89PNG", "{", "ftr"}) {
+  for (const char *foreign : {"<html>", "\x89PNG", "{", "ftr"}) {
     const std::string note = "it begins with " + ddpmx::in_quotes(std::string(foreign).substr(0, 4)) + "\nHint: ";
     CHECK(
         fails(DDPMX_FILE_FORMAT, ": neither an ONNX file nor a TensorRT plan\nNote: " + note, [&] { kind(foreign); }));
+  }
+  for (const char *weights : {"PK\x03\x04", "\x80\x02"}) {
+    CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx import ", [&] { kind(weights); }));
   }
   CHECK(fails(DDPMX_FILE_FORMAT, ": the file is empty", [&] { kind(""); }));
   CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx parity model.onnx --against ",

@@ -358,19 +358,19 @@ def test_a_damaged_spec_names_the_file_and_is_not_replaced(write, text):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"t": (INT64, ("batch",))}, "'t' has element type 7"),
-        ({"t": (FLOAT, ("batch",))}, "'t' has element type 1"),
+        ({"t": (INT64, ("batch",))}, "'t' is int64"),
+        ({"t": (FLOAT, ("batch",))}, "'t' is float32"),
         ({"t": (INT32, ())}, "'t' has the shape"),
         ({"t": (INT32, ("batch", 1))}, "'t' has the shape"),
         ({"t": None}, "missing input 't'"),
         ({"x": None}, "missing input 'x'"),
-        ({"x": (FLOAT16, ("batch", 3, 8, 8))}, "'x' has element type 10"),
+        ({"x": (FLOAT16, ("batch", 3, 8, 8))}, "'x' is float16"),
         ({"x": (FLOAT, ("batch", 1, 8, 8))}, "'x' has the shape"),
         ({"x": (FLOAT, ("batch", 3, 8))}, "'x' has the shape"),
         ({"x": (FLOAT, ("batch", 3, 8, 9))}, "'x' has the shape"),
         ({"labels": (INT32, ("batch",))}, "unexpected input 'labels'"),
         ({"eps": (FLOAT, ("batch", 6, 8, 8))}, "'eps' has the shape"),
-        ({"eps": (FLOAT16, ("batch", 3, 8, 8))}, "'eps' has element type 10"),
+        ({"eps": (FLOAT16, ("batch", 3, 8, 8))}, "'eps' is float16"),
     ],
 )
 def test_graphs_that_break_the_contract_are_refused(write, change, complaint):
@@ -407,7 +407,7 @@ def test_a_model_that_learns_its_variance_has_two_outputs(write):
     [
         (LEARNING, OUTPUTS, "missing output 'var'"),
         (LEARNING, VAR, "missing output 'eps'"),
-        (LEARNING, {**OUTPUTS, "var": (FLOAT16, ("batch", 3, 8, 8))}, "'var' has element type 10"),
+        (LEARNING, {**OUTPUTS, "var": (FLOAT16, ("batch", 3, 8, 8))}, "'var' is float16"),
         (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch", 6, 8, 8))}, "'var' has the shape"),
         (LEARNING, {**OUTPUTS, "var": (FLOAT, ("batch",))}, "'var' has the shape"),
         (LEARNING, {**OUTPUTS, **VAR, "x0": OUTPUTS["eps"]}, "unexpected output 'x0'"),
