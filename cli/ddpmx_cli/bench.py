@@ -38,7 +38,9 @@ def bench(
     out: Annotated[Path | None, Option("-o", "--out", help="Also write all figures to this file, as JSON.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print all figures as JSON instead of the table.")] = False,
     spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
-    provider: Annotated[str, Option(help="cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")] = "cpu",
+    provider: Annotated[
+        str, Option(help="cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name.", metavar="NAME")
+    ] = "cpu",
     fallback: Annotated[bool, Option("--fallback", help="Use the CPU if the provider does not start.")] = False,
     threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
     trust_host_code: Annotated[

@@ -93,7 +93,8 @@ def generate(
     provider: Annotated[
         str,
         Option(
-            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name. A run: cpu or cuda.",
+            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name. "
+            "A run: cpu or cuda.",
             metavar="NAME",
             rich_help_panel=_WHERE,
         ),

@@ -53,7 +53,11 @@ def parity(
         Path | None, Option("--spec", help="spec.json, for an ONNX file that does not describe itself.")
     ] = None,
     provider: Annotated[
-        str, Option(help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, or ONNX Runtime's name.", metavar="NAME")
+        str,
+        Option(
+            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name.",
+            metavar="NAME",
+        ),
     ] = "cpu",
     threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
     trust_host_code: Annotated[

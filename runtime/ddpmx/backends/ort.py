@@ -11,12 +11,14 @@ from typing import Any
 from ddpmx.backends.base import Backend, Buffers, CopyingBackend
 from ddpmx.backends.ort_common import (
     NAMES,
+    PLUGINS,
     VARIANCE,
     available_providers,
     device_provider,
     import_onnxruntime,
     last_words,
     no_provider,
+    plugin_devices,
     session_options,
 )
 from ddpmx.errors import BackendError, FileFormatError, InputError
@@ -60,15 +62,26 @@ class OrtBackend:
         if not wanted or not 0 <= threads <= MAX_THREADS:
             raise InputError(f"at least one provider and 0…{MAX_THREADS} threads are needed, not {threads}")
         available = available_providers(ort)
+        options = session_options(ort)
+        options.intra_op_num_threads = threads
+        plugins = [name for name in wanted if name in PLUGINS and name not in available]
+        for name in list(plugins):
+            try:
+                devices = plugin_devices(ort, name)
+            except BackendError:
+                if not fallback:
+                    raise
+                plugins.remove(name)
+            else:
+                options.add_provider_for_devices(devices[:1], {})
+                available.append(name)
         missing = [name for name in wanted if name not in available]
         if missing and not (fallback and len(missing) < len(wanted)):
             raise no_provider(ort, missing[0])
-        options = session_options(ort)
-        options.intra_op_num_threads = threads
+        # ONNX Runtime takes plugins by their devices, or providers by their names
+        listed = None if plugins else [name for name in wanted if name in available]
         try:
-            self._session = ort.InferenceSession(
-                os.fspath(Path(path)), options, providers=[name for name in wanted if name in available]
-            )
+            self._session = ort.InferenceSession(os.fspath(Path(path)), options, providers=listed)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             raise FileFormatError(
                 f"{path}: ONNX Runtime {ort.__version__} refuses this file", note=last_words(error)

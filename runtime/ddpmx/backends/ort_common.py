@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from typing import Any
 
 from ddpmx.device.discovery import gpus
@@ -15,6 +17,8 @@ NAMES = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
     "rtx": "NvTensorRTRTXExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
 }
 """Short names of ONNX Runtime's execution providers."""
 
@@ -23,6 +27,15 @@ GPU_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
 
 PROVIDERS = ("cuda", "tensorrt", "rtx")
 """The providers that compute on an NVIDIA GPU: ONNX Runtime's own kernels, TensorRT 10, and TensorRT-RTX as a plugin."""
+
+PLUGINS = {
+    "OpenVINOExecutionProvider": "onnxruntime_ep_openvino",
+    "WebGpuExecutionProvider": "onnxruntime_ep_webgpu",
+}
+"""The packages of providers that are plugins and compute from host memory."""
+
+_registering = threading.Lock()
+_registered: set[str] = set()
 
 _INSTALL = "pip install onnxruntime (or onnxruntime-gpu on a machine with an NVIDIA GPU, never both)"
 
@@ -44,6 +57,44 @@ def available_providers(ort: Any) -> list[str]:
     """The providers that this build lists. Only a run shows whether one works here."""
     # every build lists Azure's provider, which calls a service instead of computing
     return [name for name in ort.get_available_providers() if name != "AzureExecutionProvider"]
+
+
+def plugin_devices(ort: Any, name: str) -> list[Any]:
+    """The devices that a plugin's provider can compute on here. It is registered once per process, for good.
+
+    A plugin registers, and says nothing, on a machine without any device that it supports; so devices are counted.
+
+    Raises:
+        BackendError: the plugin is not installed, does not load, or has no device here.
+    """
+    package = PLUGINS[name]
+    try:
+        plugin = importlib.import_module(package)
+    except ImportError as error:
+        raise BackendError(
+            f"ONNX Runtime has no {name} here",
+            note=f"its plugin is not installed: {error}",
+            hint=f"--provider cpu, or pip install {package.replace('_', '-')}",
+        ) from error
+    if not hasattr(ort, "register_execution_provider_library"):
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} cannot load plugins", hint="pip install 'onnxruntime>=1.24'"
+        )
+    with _registering:
+        try:
+            if not any(device.ep_name == name for device in ort.get_ep_devices()) and name not in _registered:
+                ort.register_execution_provider_library(name, plugin.get_library_path())
+                _registered.add(name)
+        except Exception as error:  # ONNX Runtime raises its own types, which share no public base
+            raise BackendError(f"the plugin of {name} does not load", note=last_words(error)) from error
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise BackendError(
+            f"{name} finds no device here that it supports",
+            note=f"its plugin {package} is installed and registers",
+            hint="--provider cpu",
+        )
+    return devices
 
 
 def no_provider(ort: Any, name: str) -> BackendError:
