@@ -37,6 +37,12 @@ _ITEMSIZE = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
     "ComplexDoubleStorage": 16,
 }
+_LEFT_OUT = (
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+)
+"""NumPy's numbers and arrays, which training loops save beside the weights (a loss, a seed). Nothing of NumPy's is called:
+an empty object stands in the place of each, and is left out."""
 _AGAIN = "copy it again, or save the weights again: torch.save(model.state_dict(), …)"
 _STATE_ONLY = (
     "open it with the program that wrote it, and save its weights alone: torch.save(model.state_dict(), …), or as "
@@ -77,10 +83,11 @@ def load(path: Path) -> Any:
             f"{path}: not a torch file, or a damaged one", note=f"{type(error).__name__}: {error}"[:200], hint=_AGAIN
         ) from error
     try:
-        if path.suffix == ".safetensors":  # torch.load would go by the name of the file, which is wrong
-            with path.open("rb") as stream:
-                return torch.load(stream, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals([(_Stub, name) for name in _LEFT_OUT]):
+            if path.suffix == ".safetensors":  # torch.load would go by the name of the file, which is wrong
+                with path.open("rb") as stream:
+                    return torch.load(stream, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise _more_than_weights(path, str(error)) from error
     except Exception as error:

@@ -15,6 +15,7 @@ import types
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="not verified here: importers (no torch)")
@@ -409,6 +410,16 @@ def test_the_pointer_of_a_folder_s_weights_is_named(tmp_path):
     (tmp_path / "model.ckpt-7.index").write_bytes(POINTER)
     with pytest.raises(FileFormatError, match="pointer of Git LFS"):
         open_checkpoint(tmp_path / "model.ckpt-7")
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_numbers_of_numpy_beside_the_weights_are_left_out(legacy, tmp_path):
+    beside = {"loss": np.float64(0.02), "step": np.int64(7), "losses": np.arange(5.0), "best": [np.float32(1)]}
+    before = torch.serialization.get_safe_globals()
+    contents = open_checkpoint(saved(tmp_path, {"a": torch.ones(2), **beside}, legacy=legacy))
+    assert list(contents.tensors) == ["a"]
+    assert "loss" not in contents.objects
+    assert set(torch.serialization.get_safe_globals()) == set(before), "nothing more is allowed afterwards"
 
 
 def test_weights_are_known_by_their_content_not_by_their_name(tmp_path):
