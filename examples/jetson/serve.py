@@ -3,7 +3,7 @@
     python serve.py model.plan      # built first, from model.onnx beside it, if it is missing or no longer fits
     python serve.py model.onnx      # on the CPU
 
-    GET /image?seed=7&steps=50              a PNG: what `ddpmx generate --batch 1` draws for that seed
+    GET /image?seed=7&steps=50              a PNG: as `ddpmx generate --batch 1 --sampler ancestral`
     GET /stream?seed=7&steps=50&every=5     x̂_0 during the chain, and then the image: multipart/x-mixed-replace
     GET /                                   a page that shows the stream
 
