@@ -18,7 +18,7 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 endif
 
-.PHONY: help demo check test parts lint pytest others docs native fuzz bench gpu-check mutations clean
+.PHONY: help demo check test parts lint pytest others docs native fuzz bench gpu-check mutations faults clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target what; do \
@@ -79,6 +79,10 @@ gpu-check: $(VENV)/.dev ## everything that needs an NVIDIA GPU, in one report to
 
 mutations: $(VENV)/.dev ## 100,000 damaged files for the readers, about half an hour
 	$(BIN)/python tests/mutations/run.py --count 100000
+
+faults: $(VENV)/.dev ## 2,000 failing writes and 200 signals for the commands, about an hour
+	$(BIN)/python tests/faults/run.py --count 2000
+	$(BIN)/python tests/faults/signals.py --count 200
 
 $(VENV)/.venv:
 	$(PYTHON) -m venv $(VENV)

@@ -20,4 +20,4 @@ def run() -> None:
     except KeyboardInterrupt:  # it had ended already
         sys.exit(130)
     finally:
-        signals.end_at_once()
+        signals.end()

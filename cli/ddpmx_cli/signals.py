@@ -7,6 +7,7 @@ came after it is worth a word.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -36,6 +37,12 @@ def end_at_once() -> None:
     """From here on a signal ends the process at once, with its exit code: nothing needs to be cleaned up."""
     for number in STOPPING:
         signal.signal(number, lambda number, _: os._exit(128 + number))
+
+
+def end() -> None:
+    """Everything is done. Signals are ignored once the interpreter ends, since it restores the default handlers then."""
+    end_at_once()
+    atexit.register(lambda: [signal.signal(number, signal.SIG_IGN) for number in STOPPING])
 
 
 def check() -> None:
