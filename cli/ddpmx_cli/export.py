@@ -137,18 +137,25 @@ def _prove(
     """Record PyTorch's outputs and check the file; exit code 1 if it fails. The file is kept, to find out why."""
     from ddpm_export.proof import proof
 
-    record = output.with_suffix(".parity.npz")
+    record, saved = output.with_suffix(".parity.npz"), False
     try:
         with counting("running PyTorch", unit="network calls") as progress:
             reference = proof.record_checkpoint(source, weights=weights, data=images, full=full, progress=progress)
+        module_report = None
+        if spec.precision != "fp32":
+            with counting(f"running PyTorch in {spec.precision}", unit="network calls") as progress:
+                reference, module_report = proof.judge_reduced(
+                    spec, source, reference, weights=weights, progress=progress
+                )
         reference.save(record)
+        saved = True
         with counting(f"checking {output.name}", unit="network calls") as progress:
-            report = proof.check_export(output, spec, source, reference, weights=weights, progress=progress)
+            report = proof.check_file(output, spec, reference, module_report, progress=progress)
     except NumericError as error:
         parity.fail(output, f"FAILED: this is not the PyTorch model: {error.fact}; {error.hint}")
     except (InputError, BackendError) as error:  # the network's outputs are zero; there is no ONNX Runtime
         say(f"NOT VERIFIED: {error.fact}" + (f" ({error.note})" if error.note else ""))
-        if record.exists():
+        if record.exists() and not saved:
             say(f"Note: {record} is from an earlier export")
         return
     of = "" if images is None else f" (of {len(images):,})"

@@ -55,6 +55,8 @@ class Adapter:
             t/T float32. ``index1``, ``float1``, ``fraction1``: the same of t + 1, for a module that was trained with
             t = 1…T as in the paper. (scale, offset): scale·t + offset; a function of t float32 [T] that gives
             float32 [T]; or T numbers, one for each t. The function is called once, at export, for all t.
+        uses_time: False for a network that ignores t on purpose (it tells the noise by the image alone), which the report
+            then states; t is passed only where ``inputs`` says so. A network whose output depends on t is refused.
         time_dims: how many dimensions t has: 1 for [B], 2 for [B, 1], and so on.
         data_range: the smallest and the largest value of an image in the module's range.
         diffused_in_range: whether noise was added to images of that range, so that the schedule holds in that range.
@@ -84,6 +86,7 @@ class Adapter:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     fixed_per_image: Mapping[str, Tensor] = field(default_factory=dict)
     output: str | int | Callable[[Any], Any] | None = None
+    uses_time: bool = True
 
     def __post_init__(self) -> None:
         """Check all that does not depend on the spec."""
@@ -180,7 +183,7 @@ class Adapter:
         return {
             name: self.inputs.get(name, usual.get(name, name))
             for name in names
-            if name == "x" or name not in self.channels
+            if (name == "x" or name not in self.channels) and (name != "t" or self.uses_time or "t" in self.inputs)
         }
 
 
@@ -207,6 +210,7 @@ class Canonical(nn.Module):
         self._diffused = self._ranged and adapter.diffused_in_range
         self.ranges: Tensor | None
         self.register_buffer("ranges", self._range_table(spec.make_schedule()) if self._diffused else None)
+        self.uses_time, self.data_range = adapter.uses_time, adapter.data_range
 
     def _table(self, spec: ModelSpec) -> Tensor:
         """The module's time for each t, float32 [T, 1]."""
@@ -247,6 +251,16 @@ class Canonical(nn.Module):
         cond: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """For x float32 [B, C, H, W] and t int [B]."""
+        theirs, row = self._in_range(x, t)
+        out = self.module_output(theirs, t, y, x0_prev, cond)
+        if self._learned:
+            prediction, var = out if isinstance(out, (tuple, list)) else out.chunk(2, dim=1)
+            return (self._in_our_units(prediction, theirs, row), var)
+        prediction = self._in_our_units(out, theirs, row)
+        return prediction
+
+    def _in_range(self, x: Tensor, t: Tensor) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """x_t in the module's range, and the factors that belong to t, or None."""
         row = None
         theirs = x
         if self.ranges is not None:
@@ -254,6 +268,17 @@ class Canonical(nn.Module):
             theirs = row[0] * x + row[1]
         elif self._ranged:
             theirs = self._a * x + self._b
+        return theirs, row
+
+    def module_output(
+        self,
+        theirs: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        x0_prev: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Any:
+        """What the module gives, in its own units, for x_t in its own range; t int [B] as for :meth:`forward`."""
         if x0_prev is not None and self._a != 1:
             x0_prev = self._a * x0_prev
         inputs = {"x": theirs, "t": self._module_time(t), "x0_prev": x0_prev, "cond": cond}
@@ -263,13 +288,8 @@ class Canonical(nn.Module):
         places = {place: inputs[name] for name, place in self._places.items()}
         positions = [places[place] for place in sorted(place for place in places if isinstance(place, int))]
         keywords = {place: value for place, value in places.items() if isinstance(place, str)}
-        each = {name: value.expand(x.shape[0], *value.shape[1:]) for name, value in self._each.items()}
-        out = self._picked(self.module(*positions, **keywords, **self._fixed, **self._whole.items_of(), **each))
-        if self._learned:
-            prediction, var = out if isinstance(out, (tuple, list)) else out.chunk(2, dim=1)
-            return (self._in_our_units(prediction, theirs, row), var)
-        prediction = self._in_our_units(out, theirs, row)
-        return prediction
+        each = {name: value.expand(t.shape[0], *value.shape[1:]) for name, value in self._each.items()}
+        return self._picked(self.module(*positions, **keywords, **self._fixed, **self._whole.items_of(), **each))
 
     def _module_time(self, t: Tensor) -> Tensor:
         if self.times is not None:
@@ -287,6 +307,31 @@ class Canonical(nn.Module):
             return (out - self._b) / self._a
         assert row is not None
         return row[2] * out + row[3] * theirs + row[4]
+
+    @property
+    def converts(self) -> bool:
+        """Whether the output is converted from another range of images by a sum, whose terms may be far larger."""
+        return self._ranged and self._prediction != "eps"
+
+    @torch.no_grad()
+    def magnitude(self, x: NDArray[Any], t: NDArray[Any], out: NDArray[Any]) -> float:
+        """The RMS of the largest term that an output of :meth:`forward` is a sum of, in its unit; see :attr:`converts`.
+
+        Args:
+            x: float32 [n, C, H, W], x_t.
+            t: int32 [n].
+            out: float32 [n, C, H, W], the output for them.
+        """
+        theirs, row = self._in_range(torch.from_numpy(x), torch.from_numpy(t))
+        converted = torch.from_numpy(out)
+        if row is None:
+            others = [torch.full_like(converted, -self._b / self._a)]
+        else:
+            others = [row[3] * theirs, row[4].expand_as(converted)]
+            if self._prediction == "x0":
+                others = [torch.full_like(converted, -self._b / self._a)]
+        terms = [converted - sum(others), *others]
+        return max(float(term.double().square().mean().sqrt()) for term in terms)
 
     def _picked(self, out: Any) -> Any:
         """The tensor, or with a learned variance the two, in the module's return value."""

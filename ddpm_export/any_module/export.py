@@ -16,7 +16,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,15 @@ from ddpm_export.graph import where
 from ddpm_export.graph.any_batch import FixedBatchError, any_batch
 from ddpm_export.graph.onnx_export import check_output, export_network, to_precision
 from ddpm_export.graph.tensorrt import Refusal
-from ddpm_export.proof.proof import ModuleInstead
+from ddpm_export.proof.in_precision import judge
+from ddpm_export.proof.proof import check_file
 from ddpm_export.proof.record import record, short_chain
 from ddpm_export.training.checkpoint import weights_hash
-from ddpmx.backends.base import Backend
-from ddpmx.backends.open import open_model
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import staging
 from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
-from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
+from ddpmx.parity.ladder import ParityReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,22 +126,24 @@ def export(
         if not parity:
             return Exported(ours, output, None, None, tuple(halved), tuple(notes))
         steps = None if full else short_chain(ours.shape)
-        reference = record(network, ours, data=data, steps=steps, progress=progress)
-        if data is not None and (fit := fit_time(adapter, spec, data)).better is not None:
+        reference = record(
+            network,
+            ours,
+            data=data,
+            steps=steps,
+            magnitude=network.magnitude if network.converts else None,
+            ignores_time=not adapter.uses_time,
+            progress=progress,
+        )
+        if data is not None and adapter.uses_time and (fit := fit_time(adapter, spec, data)).better is not None:
             notes.insert(0, str(fit))
+        module_report = None
+        if precision != "fp32":
+            module_report, reduced = judge(ready, ours, reference, progress=progress)
+            reference = replace(reference, reduced=reduced)
         beside = output.with_suffix(".parity.npz")
         reference.save(beside)
-        backend: Backend
-        if precision == "bf16":  # ONNX Runtime does not have it on a CPU
-            backend = ModuleInstead(to_precision(ready, precision))
-        else:
-            _, backend = open_model(output)
-        try:
-            report = run_ladder(backend, ours, reference, progress=progress)
-        except NumericError as error:
-            report = not_finite(backend, ours, reference, error)
-        finally:
-            backend.close()
+        report = check_file(output, ours, reference, module_report, progress=progress)
     return Exported(ours, output, beside, report, tuple(halved), tuple(notes))
 
 

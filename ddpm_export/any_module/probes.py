@@ -27,6 +27,9 @@ ROWS = 3
 SAME = 1e-4
 """Largest difference, in units of the output's RMS, that the order of float32 sums may make."""
 
+UNUSED = 1e-6
+"""A change by half of all timesteps that moves the output by less, in the same unit, is rounding: t does not count."""
+
 _NARROW = (torch.float16, torch.bfloat16)
 Inputs = dict[str, Tensor]
 
@@ -69,7 +72,7 @@ def probe(network: Canonical, spec: ModelSpec) -> None:
             hint="train it first",
         )
     _check_rows(network, inputs, out, unit)
-    _check_inputs_used(network, spec, inputs, out)
+    _check_inputs_used(network, spec, inputs)
 
 
 def example_inputs(spec: ModelSpec, rows: int = ROWS, seed: int = 0) -> Inputs:
@@ -223,26 +226,54 @@ def _check_rows(network: Canonical, inputs: Inputs, out: Tensor, unit: float) ->
             )
 
 
-def _check_inputs_used(network: Canonical, spec: ModelSpec, inputs: Inputs, out: Tensor) -> None:
-    """Check that the output depends on every input."""
+def _check_inputs_used(network: Canonical, spec: ModelSpec, inputs: Inputs) -> None:
+    """Check that what the module itself gives depends on every input.
+
+    The module's own output counts, for x_t in its own range of images: what :class:`Canonical` adds for another range
+    depends on x and t whatever the module does.
+    """
+    theirs, _ = network._in_range(inputs["x"], inputs["t"])
+    own = {**inputs, "theirs": theirs}
+    del own["x"]
+    out = _module_output(network, own)
+    low, high = network.data_range
     for name in [name for name in ("t", "x", *spec.conditioning_shapes) if name != "y" or spec.classes != 1]:
-        changed = inputs[name].clone()
+        where_it_is = "theirs" if name == "x" else name
+        changed = own[where_it_is].clone()
         if name == "t" and spec.timesteps == 1:
             continue
         if name == "t":
             changed = (changed + spec.timesteps // 2) % spec.timesteps
         elif name == "y":
             changed = (changed + 1) % int(spec.classes or 1)
+        elif name == "x":
+            changed = low + high + 0.25 * (high - low) - changed
         else:
             changed = 0.5 - changed
-        if torch.equal(run(network, {**inputs, name: changed.to(inputs[name].dtype)}), out):
+        apart = (_module_output(network, {**own, where_it_is: changed.to(own[where_it_is].dtype)}) - out).abs().max()
+        same = float(apart) <= (UNUSED * float(out.square().mean().sqrt()) if name == "t" else 0.0)
+        if name == "t" and not network.uses_time:
+            if not same:
+                raise InputError(
+                    "the module's output depends on t, and the adapter says that it does not",
+                    hint="leave out Adapter(…, uses_time=False)",
+                )
+            continue
+        if same:
             raise InputError(
                 f"the module's output does not depend on {name}",
-                hint='if it casts the time to a whole number, Adapter(…, time="index"); '
-                "else it goes to another argument: Adapter(…, inputs={…})"
+                hint='if it casts the time to a whole number, Adapter(…, time="index"); if t goes to another argument, '
+                "Adapter(…, inputs={…}); if it ignores t on purpose, Adapter(…, uses_time=False)"
                 if name == "t"
                 else "it goes to another argument: Adapter(…, inputs={…}), or the spec should not have it",
             )
+
+
+def _module_output(network: Canonical, inputs: Inputs) -> Tensor:
+    """The module's own output for x_t in its own range, ``theirs``."""
+    with torch.no_grad():
+        out = network.module_output(**inputs)
+    return torch.cat(list(out), dim=1) if isinstance(out, (tuple, list)) else out
 
 
 class _Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]

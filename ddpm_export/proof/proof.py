@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_export.graph.onnx_export import to_precision
-from ddpm_export.networks.torch_backend import TorchBackend
+from ddpm_export.proof import in_precision
 from ddpm_export.proof.record import check_images, record, short_chain
 from ddpm_export.training import checkpoint
 from ddpm_export.training.checkpoint import Weights
 from ddpm_export.training.data import Source, load_source
 from ddpmx.backends.open import open_model
-from ddpmx.errors import FileFormatError
+from ddpmx.errors import FileFormatError, NumericError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.parity.ladder import ParityReport, run_ladder
+from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 from ddpmx.parity.reference import Reference
 
 
@@ -74,6 +73,33 @@ def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple
     return replace(recorded, path=data, size=size, channels=channels)
 
 
+def judge_reduced(
+    spec: ModelSpec,
+    source: str | os.PathLike[str],
+    reference: Reference,
+    *,
+    weights: Weights = "ema",
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Reference, ParityReport | None]:
+    """A record that also knows the checkpoint's network in half precision or bfloat16, and the report of that.
+
+    Args:
+        spec: of the exported file. For fp32 the record is returned as it is.
+        source: the run or the checkpoint.
+        reference: the record.
+        weights: ``ema`` or ``raw``.
+        progress: called with (network calls done, network calls in all).
+
+    Raises:
+        DdpmxError: the checkpoint cannot be read, or the record is another model's.
+    """
+    if spec.precision == "fp32":
+        return reference, None
+    network, _ = checkpoint.load_network(source, weights)
+    report, reduced = in_precision.judge(network, spec, reference, progress=progress)
+    return replace(reference, reduced=reduced), report
+
+
 def check_export(
     file: str | os.PathLike[str],
     spec: ModelSpec,
@@ -85,27 +111,40 @@ def check_export(
 ) -> ParityReport:
     """Run the ladder with an exported file, in ONNX Runtime on the CPU.
 
-    ONNX Runtime has no bfloat16 there. In place of a bf16 file, the torch module that was exported is checked: the report
-    says that the file itself was not run.
+    An fp16 file is judged in two ways: the file as ONNX Runtime computes it, mostly in float32, and the module with every
+    operation rounded to half, by ``reference.reduced``. ONNX Runtime has no bfloat16 on a CPU, so of a bf16 file the
+    module alone is checked: the report says that the file itself was not run.
 
     Raises:
         BackendError: ONNX Runtime is missing, or refuses the file.
-        NumericError: the outputs are not finite.
     """
-    if spec.precision == "bf16":
-        network, _ = checkpoint.load_network(source, weights)
-        return run_ladder(ModuleInstead(to_precision(network, "bf16")), spec, reference, progress=progress)
+    report = None
+    if spec.precision == "bf16" or (spec.precision != "fp32" and reference.reduced is None):
+        reference, report = judge_reduced(spec, source, reference, weights=weights, progress=progress)
+    return check_file(file, spec, reference, report, progress=progress)
+
+
+def check_file(
+    file: str | os.PathLike[str],
+    spec: ModelSpec,
+    reference: Reference,
+    module_report: ParityReport | None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Run the ladder with a file in ONNX Runtime on the CPU; of a bf16 file give ``module_report`` instead.
+
+    Outputs that are not finite are a report that fails.
+
+    Raises:
+        BackendError: ONNX Runtime is missing, or refuses the file.
+    """
+    if spec.precision == "bf16" and module_report is not None:
+        return module_report
     _, backend = open_model(Path(file))
     try:
         return run_ladder(backend, spec, reference, progress=progress)
+    except NumericError as error:
+        return not_finite(backend, spec, reference, error)
     finally:
         backend.close()
-
-
-class ModuleInstead(TorchBackend):
-    """The module that a file was exported from, run in place of the file."""
-
-    @property
-    def description(self) -> str:
-        """torch's version and the device, and that the file itself was not run."""
-        return f"{super().description}: the module, NOT the file, which ONNX Runtime cannot run on a CPU"

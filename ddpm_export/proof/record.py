@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_export.networks.torch_backend import TorchBackend
+from ddpmx.backends.base import Buffers
 from ddpmx.diffusion.samplers import timestep_grid
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import SILENT
-from ddpmx.parity.reference import Reference, chain_table, diffusion_noise, elements, recorded_steps
+from ddpmx.parity.propagation import DRIFT
+from ddpmx.parity.reference import QUANTILES, Reference, chain_table, diffusion_noise, elements, recorded_steps
 from ddpmx.sampling import chain
+from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import from_uint8, to_uint8
 
@@ -36,6 +40,8 @@ def record(
     data: NDArray[np.uint8] | None = None,
     steps: int | None = None,
     seed: int = 0,
+    magnitude: Callable[[Float32, NDArray[np.int32], Float32], float] | None = None,
+    ignores_time: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reference:
     """Record the outputs that a file of the network should have, in float32, TF32 off.
@@ -47,6 +53,9 @@ def record(
             gets other classes for every t, spread over all that it has, whatever the images show.
         steps: length of the recorded chain, at most T; None for all T.
         seed: of all noise.
+        magnitude: (x_t, t, output) → the RMS of the largest term that the output is a sum of, in the output's unit; for a
+            network that converts its output from another range of images.
+        ignores_time: whether the network ignores t, by its exporter's word.
         progress: called with (network calls done, network calls in all).
 
     Raises:
@@ -59,7 +68,7 @@ def record(
     size = int(np.prod(spec.shape))
     learns = spec.variance == "learned_range"  # the second output takes as much space again
     images_per_t, chains = int(np.clip((1 << 15) // size, 1, 1 if learns else 2)), int(np.clip((1 << 18) // size, 1, 4))
-    total, done = steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
+    total, done = 2 * steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
 
     def tick() -> None:
         nonlocal done
@@ -98,9 +107,11 @@ def record(
             sample, before = step.x0, step.x0[0].copy()
             tick()
         final = to_uint8(sample)
+        ends = sample
         x0 = final[:images_per_t] if data is None else _chosen(data, spec, images_per_t)
         clean, schedule = from_uint8(x0), spec.make_schedule()
         kept = elements(spec.shape)
+        unit, state_unit = (None if magnitude is None else np.empty(n, np.float32) for n in (len(t), len(at)))
         out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
         var = np.empty_like(out) if learns else None
         y = None if spec.classes is None else _spread(spec.classes, len(t) * len(x0)).reshape(len(t), len(x0))
@@ -114,6 +125,8 @@ def record(
             if y is not None:
                 conditioning["y"] = y[i]
             output, variance = evaluate(x_t, np.full(len(x0), ti, np.int32), conditioning)
+            if unit is not None and magnitude is not None:
+                unit[i] = magnitude(x_t, np.full(len(x0), ti, np.int32), output)
             if var is not None and variance is not None:
                 var[i] = variance.reshape(len(x0), -1)[:, kept]
             target = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction]
@@ -128,6 +141,8 @@ def record(
                 conditioning["x0_prev"] = from_uint8(state_x0[i : i + 1])
             ti = np.array([table.timesteps[number]], np.int32)
             output, variance = evaluate(state[i : i + 1], ti, conditioning, batch=1)
+            if state_unit is not None and magnitude is not None:
+                state_unit[i] = magnitude(state[i : i + 1], ti, output)
             states_out[i] = output.reshape(-1)[kept]
             if states_var is not None and variance is not None:
                 states_var[i] = variance.reshape(-1)[kept]
@@ -151,6 +166,9 @@ def record(
         var=var,
         state_var=states_var,
         state_x0=state_x0 if spec.self_condition else None,
+        unit=unit,
+        state_unit=state_unit,
+        ignores_time=ignores_time,
     )
     if reference.scale < SILENT:
         raise InputError(
@@ -158,7 +176,66 @@ def record(
             note=f"RMS of its output: {reference.scale:.1g}; its last layer is as it was initialised",
             hint="train it first",
         )
+    if reference.trained:
+        with _exact_float32():
+            reference = dataclasses.replace(reference, drift=_drift(backend, reference, ends[:1], tick))
+    else:
+        for _ in range(steps):
+            tick()
     return reference
+
+
+def _drift(backend: TorchBackend, reference: Reference, end: Float32, tick: Callable[[], None]) -> Float32:
+    """How far the chain's first image moves, in levels, if every output has an error of a known size.
+
+    Float32 [64], quantiles over the pixels that are not saturated; see :func:`ddpmx.parity.propagation.pixels_bound`.
+    ``end`` is x̂_0 at the end of the undisturbed chain, float32 [1, C, H, W].
+    """
+    spec, first = reference.spec, np.arange(1)
+    sample = end
+    for step in chain.run(
+        _Disturbed(backend, DRIFT * reference.scale),
+        reference.table(),
+        chain.initial(reference.seed, first, spec.shape),
+        seed=reference.seed,
+        images=first,
+        clip=spec.clip,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning={name: array[:1] for name, array in reference.chain_conditioning().items()},
+    ):
+        sample = step.x0
+        tick()
+    theirs, mine = np.clip(end, -1, 1), np.clip(sample, -1, 1)
+    counted = (np.abs(theirs) < 1) | (mine != theirs)
+    moved = 127.5 * np.abs(mine - theirs)[counted]
+    places = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    return np.quantile(moved if moved.size else np.zeros(1), places).astype(np.float32)
+
+
+class _Disturbed:
+    """A network with an error N(0, size²) in each number of its outputs, half of its variance the same in every call."""
+
+    description = "disturbed"
+
+    def __init__(self, inner: TorchBackend, size: float) -> None:
+        self._inner, self._size = inner, size
+        self._random = np.random.default_rng(0)
+        self._fixed: list[NDArray[np.float64]] = []
+
+    def bind(self, buffers: Buffers) -> None:
+        """Read inputs from, and write outputs to, these buffers."""
+        self._outputs = list(buffers.outputs().values())
+        self._fixed = [self._random.standard_normal(out.shape) for out in self._outputs]
+        self._inner.bind(buffers)
+
+    def enqueue(self) -> None:
+        """Run the network once."""
+        self._inner.enqueue()
+        for out, fixed in zip(self._outputs, self._fixed, strict=True):
+            out += (self._size * (fixed + self._random.standard_normal(out.shape)) / np.sqrt(2)).astype(np.float32)
+
+    def close(self) -> None:
+        """Do nothing: the network is another's."""
 
 
 def _spread(classes: int, n: int) -> NDArray[np.int32]:

@@ -8,32 +8,38 @@
 6. free-running chain — the same x_T and noise, without correction: the pixels of the final images
 7. on a GPU, the chain that runs there — equal to NumPy's with every executor (needs no reference)
 
-Errors are in units of the RMS of PyTorch's outputs (1 for a network that predicts ε). If the network learns its variance,
-the second output v is judged like the first, in its own unit: −1…1 spans the smallest σ² to the largest.
+8. for half precision and bfloat16, what the record knows of the module with every operation rounded
+
+Errors are in units of the RMS of PyTorch's outputs (1 for a network that predicts ε). The bounds on ε are those of the
+precision; the others follow from them by the sampler's own table (:mod:`ddpmx.parity.propagation`). If the network learns
+its variance, the second output v is judged like the first, in its own unit: −1…1 spans the smallest σ² to the largest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import Backend, CopyingBackend
-from ddpmx.diffusion.samplers import Table, make_table
-from ddpmx.diffusion.schedule import Float64
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity import on_device
-from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Bounds, Check
+from ddpmx.parity.allowed import Allowed, allowed
+from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Check
 from ddpmx.parity.evaluator import Evaluator
+from ddpmx.parity.free_chain import free_chain
+from ddpmx.parity.propagation import bits, bits_bound, rms, step, step_bound
+from ddpmx.parity.reduced import RANGE, not_known
 from ddpmx.parity.reference import Reference, elements
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
-from ddpmx.sampling.pixels import from_uint8, to_nhwc
+from ddpmx.sampling.pixels import from_uint8
 from ddpmx.sampling.runner import fitting_batch
 
 SILENT = 1e-3
@@ -73,6 +79,8 @@ class ParityReport:
         """The result in one line."""
         if failed := [check for check in self.checks if not check.passed]:
             what = "this is not the PyTorch model" if self.reference is not None else "it does not agree with itself"
+            if failed[0].name == RANGE:
+                what = "half precision ends at 65504, and this network comes too near"
             return f"FAILED: {what}: {failed[0]}" + (f"; and {len(failed) - 1} more" if len(failed) > 1 else "")
         judged = [check for check in self.checks if check.skipped is None]
         if not judged:
@@ -83,6 +91,11 @@ class ParityReport:
             f"PASSED: {what}, {len(judged)} of {len(judged)} bounds hold"
             + (f"; {skipped} not judged" if skipped else "")
             + ("; NOT VERIFIED: whether it is the PyTorch model" if self.reference is None else "")
+            + (
+                "; the network ignores t, as its export states"
+                if self.reference and self.reference.ignores_time
+                else ""
+            )
         )
 
 
@@ -114,6 +127,7 @@ def run_ladder(
     reference: Reference | None,
     *,
     batch: int = MOST,
+    judged: str = "file",
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
     """Compare a backend with a record of PyTorch's outputs.
@@ -123,12 +137,15 @@ def run_ladder(
         spec: of the file.
         reference: the record; without it only the checks that need no reference are made.
         batch: most rows per network call, if the network accepts batches that small.
+        judged: what the backend runs, for the report: the file, or the module in a stated precision.
         progress: called with (network calls done, network calls in all).
 
     Returns:
-        The report. Its ``curves`` are, over t: ``t``, ``eps`` (RMS error), ``eps_pixel`` (largest error), ``step``; over
+        The report. Its ``curves`` are, over t: ``t``, ``eps`` (RMS error), ``eps_pixel`` (largest error), ``step``, and
+        their bounds ``eps_bound``, ``eps_pixel_bound``, ``step_bound``; over
         the recorded states of the chain: ``chain_t``, ``forced`` (error of the output), ``forced_step`` and ``free``
-        (error of x_t); after a free chain ``levels_apart`` (how many pixels are 0, 1, 2, … levels apart); with a learned
+        (error of x_t); after a free chain ``levels_apart`` (how many of the pixels that are not saturated on
+        both sides are 0, 1, 2, … levels apart); with a learned
         variance also ``var``, ``var_pixel`` and ``forced_var``.
 
     Raises:
@@ -154,31 +171,44 @@ def run_ladder(
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
     runs += 0 if reference is None or not reference.trained else reference.steps
     evaluate = Evaluator(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
-    bounds = (BOUNDS_ON_GPU if on_gpu else BOUNDS)[spec.precision]
-    checks = _self_consistency(evaluate, spec, bounds, reference, least)
+    table = BOUNDS_ON_GPU if on_gpu else BOUNDS
+    bounds = None if reference is None else allowed(table, spec.precision, reference)
+    largest = table[spec.precision].eps_pixel if bounds is None else float(bounds.eps_pixel.max())
+    checks = _self_consistency(evaluate, spec, largest, reference, least)
     if isinstance(backend, CopyingBackend):
         checks += on_device.checks(backend, spec)
-    if reference is None:
+    if reference is None or bounds is None:
         return ParityReport(spec, backend.description, None, tuple(checks))
     curves: dict[str, NDArray[Any]] = {}
     checks += _over_timesteps(evaluate, spec, bounds, reference, curves)
     more, finals = _chains(evaluate, backend, bounds, reference, curves)
-    return ParityReport(spec, backend.description, reference, tuple(checks + more), curves, finals)
+    checks += more
+    if judged != "file":
+        checks = [replace(check, judged=judged) for check in checks]
+    elif reference.reduced is not None and reference.reduced.precision == spec.precision:
+        checks += reference.reduced.checks
+    elif spec.precision != "fp32" and not on_gpu:
+        checks.append(not_known(spec.precision, reference.made_with))
+    return ParityReport(spec, backend.description, reference, tuple(checks), curves, finals)
 
 
-def not_finite(backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError) -> ParityReport:
+def not_finite(
+    backend: Backend, spec: ModelSpec, reference: Reference | None, error: NumericError, *, judged: str = "file"
+) -> ParityReport:
     """The report of a ladder that ended in NaN or infinities: one check, which fails."""
-    return ParityReport(
-        spec, backend.description, reference, (Check("answers that are not finite", 1, 0, worst=error.fact),)
-    )
+    check = Check("answers that are not finite", 1, 0, worst=error.fact, judged=judged)
+    known: tuple[Check, ...] = ()
+    if judged == "file" and reference is not None and reference.reduced is not None:
+        known = reference.reduced.checks if reference.reduced.precision == spec.precision else ()
+    return ParityReport(spec, backend.description, reference, (check, *known))
 
 
 def _self_consistency(
-    evaluate: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference | None, least: int
+    evaluate: Evaluator, spec: ModelSpec, bound: float, reference: Reference | None, least: int
 ) -> list[Check]:
     """Checks without a reference: some TensorRT versions compute only the first row of a batch correctly.
 
-    ``least`` is the smallest batch that the network takes.
+    ``bound`` is the largest error of a single number, ``least`` the smallest batch that the network takes.
     """
     n = evaluate.batch
     x = chain.initial(0, np.arange(n), spec.shape)
@@ -187,7 +217,7 @@ def _self_consistency(
     if spec.self_condition:
         conditioning["x0_prev"] = np.clip(x[::-1], -1, 1)
     whole = evaluate(x, t, conditioning)
-    unit = max(_rms(whole.out), 1e-12) if reference is None else reference.scale
+    unit = max(rms(whole.out), 1e-12) if reference is None else reference.scale
     middle = np.full(n, spec.timesteps // 2, np.int32)
     first = {name: np.repeat(array[:1], n, axis=0) for name, array in {"x": x, **conditioning}.items()}
     same = evaluate(first.pop("x"), middle, first)
@@ -199,23 +229,25 @@ def _self_consistency(
         neighbours = max(neighbours, float(np.abs(alone.var - whole.var).max()))
     one = "a batch of one" if n == 1 else None
     few = one or (None if least < n else f"the network takes only batches of {n} and more")
+    why = "that of the largest error of a single number"
     return [
-        Check("identical rows, largest difference", rows, bounds.eps_pixel, skipped=one, worst=_exact(rows)),
+        Check("identical rows, largest difference", rows, bound, skipped=one, worst=_exact(rows), why=why),
         Check(
             "batch against one by one, largest difference",
             neighbours,
-            bounds.eps_pixel,
+            bound,
             skipped=few,
             worst=_exact(neighbours),
+            why=why,
         ),
     ]
 
 
 def _over_timesteps(
-    evaluate: Evaluator, spec: ModelSpec, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+    evaluate: Evaluator, spec: ModelSpec, bounds: Allowed, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> list[Check]:
     """ε and one step over t, and how much they change the variational bound."""
-    kept, unit = elements(spec.shape), reference.scale
+    kept, unit, usual = elements(spec.shape), reference.scale, bounds.usual
     k, n = reference.out.shape[:2]
     x = np.stack([reference.inputs(i) for i in range(k)])
     t = np.repeat(reference.t, n)
@@ -225,106 +257,83 @@ def _over_timesteps(
     out = outputs.out.reshape(k, n, -1)[:, :, kept]
     var = None if outputs.var is None else outputs.var.reshape(k, n, -1)[:, :, kept]
     x = x.reshape(k, n, -1)[:, :, kept]
-    table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     error = out - reference.out
     curves["t"] = reference.t
-    curves["eps"] = np.array([_rms(e) for e in error]) / unit
+    curves["eps"] = np.array([rms(e) for e in error]) / unit
     curves["eps_pixel"] = np.abs(error).reshape(k, -1).max(axis=1) / unit
-    curves["step"] = np.array(
-        [
-            _rms(_step(table, spec, ti, xi, *mine) - _step(table, spec, ti, xi, *theirs))
-            for ti, xi, mine, theirs in zip(
-                reference.t, x, _pairs(out, var), _pairs(reference.out, reference.var), strict=True
-            )
-        ]
+    curves["eps_bound"], curves["eps_pixel_bound"] = bounds.eps, bounds.eps_pixel
+    curves["step"], curves["step_bound"] = _steps(
+        spec, reference.t, x, (out, var), (reference.out, reference.var), bounds.eps * unit, usual.eps
     )
     x0 = from_uint8(reference.x0).reshape(n, -1)[:, kept]
-    bits = [_bits(spec, reference.t, x0, x, *both) for both in ((out, var), (reference.out, reference.var))]
+    mine = bits(spec, reference.t, x0, x, out, var)
+    theirs = bits(spec, reference.t, x0, x, reference.out, reference.var)
     second = []
     if var is not None and reference.var is not None:
         difference = var - reference.var
-        curves["var"] = np.array([_rms(e) for e in difference])
+        curves["var"] = np.array([rms(e) for e in difference])
         curves["var_pixel"] = np.abs(difference).reshape(k, -1).max(axis=1)
         second = [
-            _worst("v, RMS", curves["var"], bounds.eps, reference.t),
-            _worst("v, largest error", curves["var_pixel"], bounds.eps_pixel, reference.t),
+            _worst("v, RMS", curves["var"], usual.eps, reference.t),
+            _worst("v, largest error", curves["var_pixel"], usual.eps_pixel, reference.t),
         ]
     return [
-        _worst("ε, RMS", curves["eps"], bounds.eps, reference.t),
-        _worst("ε, largest error", curves["eps_pixel"], bounds.eps_pixel, reference.t),
+        _worst("ε, RMS", curves["eps"], bounds.eps, reference.t, bounds.why, usual.eps),
+        _worst("ε, largest error", curves["eps_pixel"], bounds.eps_pixel, reference.t, bounds.why, usual.eps_pixel),
         *second,
-        _worst("one step, RMS of x_{t−1}", curves["step"], bounds.step, reference.t),
+        _worst("one step, RMS of x_{t−1}", curves["step"], curves["step_bound"], reference.t, _why_step),
         Check(
             "variational bound, change in bits/dim",
-            abs(bits[0] - bits[1]),
-            bounds.bits,
-            worst=f"{bits[1]:.4f} by PyTorch, {bits[0]:.4f} by the file, terms t ≥ 1",
+            abs(mine - theirs),
+            bits_bound(spec, reference.t, x0, x, reference.out, reference.var, bounds.eps * unit, usual.eps),
+            worst=f"{theirs:.4f} by PyTorch, {mine:.4f} by the file, terms t ≥ 1",
+            why="A²/(2σ²)·(2ρ·|q|δ·‖x_0 − x̂_0‖ + (qδ)²) over all t, δ the bound on ε, ρ = 1/4",
         ),
     ]
 
 
 def _chains(
-    evaluate: Evaluator, backend: Backend, bounds: Bounds, reference: Reference, curves: dict[str, NDArray[Any]]
+    evaluate: Evaluator, backend: Backend, bounds: Allowed, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> tuple[list[Check], NDArray[np.uint8] | None]:
     """The recorded chain, teacher-forced and free. (checks, images of the free chain)"""
-    spec, kept, unit = reference.spec, elements(reference.spec.shape), reference.scale
-    table = reference.table()
-    t = table.timesteps[reference.at].astype(np.int32)
+    spec, kept, unit, usual = reference.spec, elements(reference.spec.shape), reference.scale, bounds.usual
+    t = reference.table().timesteps[reference.at].astype(np.int32)
     outputs = evaluate(reference.state, t, reference.state_conditioning())
     out = outputs.out.reshape(len(t), -1)[:, kept]
     var = None if outputs.var is None else outputs.var.reshape(len(t), -1)[:, kept]
     states = reference.state.reshape(len(t), -1)[:, kept]
     curves["chain_t"] = t
-    curves["forced"] = np.array([_rms(a - b) for a, b in zip(out, reference.state_out, strict=True)]) / unit
-    full = make_table(spec.make_schedule(), spec.prediction, spec.variance)
-    curves["forced_step"] = np.array(
-        [
-            _rms(_step(full, spec, ti, xi, *mine) - _step(full, spec, ti, xi, *theirs))
-            for ti, xi, mine, theirs in zip(
-                t, states, _pairs(out, var), _pairs(reference.state_out, reference.state_var), strict=True
-            )
-        ]
+    curves["forced"] = np.array([rms(a - b) for a, b in zip(out, reference.state_out, strict=True)]) / unit
+    curves["forced_step"], forced_bound = _steps(
+        spec, t, states, (out, var), (reference.state_out, reference.state_var), bounds.state_eps * unit, usual.eps
     )
     checks = [
-        _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.eps, t),
-        _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], bounds.step, t),
+        _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.state_eps, t, bounds.why, usual.eps),
+        _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], forced_bound, t, _why_step),
     ]
     if var is not None and reference.state_var is not None:
-        curves["forced_var"] = np.array([_rms(a - b) for a, b in zip(var, reference.state_var, strict=True)])
-        checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], bounds.eps, t))
-    name = f"free chain of {reference.steps} steps, pixels within one level"
-    if not reference.trained:
-        why = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
-        return [*checks, Check(name, float("nan"), bounds.pixels, at_least=True, skipped=why)], None
-    m = len(reference.final)
-    indices = np.arange(m)
-    x_start = chain.initial(reference.seed, indices, spec.shape)
-    states_free = np.empty_like(reference.state)
-    at = {int(step): i for i, step in enumerate(reference.at)}
-    sample = x_start
-    free = chain.run(
-        backend,
-        table,
-        x_start,
-        seed=reference.seed,
-        images=indices,
-        clip=spec.clip,
-        conditioning_shapes=spec.conditioning_shapes,
-        conditioning=reference.chain_conditioning(),
-    )
-    for number, step in enumerate(free):
-        if number in at:
-            states_free[at[number]] = step.x[0]
-        sample = step.x0
-        evaluate.tick()
-    curves["free"] = np.array([_rms(a - b) for a, b in zip(states_free, reference.state, strict=True)])
-    finals = to_nhwc(sample)
-    apart = np.abs(finals.astype(np.int16) - reference.final.transpose(0, 2, 3, 1))
-    curves["levels_apart"] = np.bincount(apart.reshape(-1), minlength=3)
-    mse = float(np.mean(np.square(apart, dtype=np.float64)))
-    psnr = "" if mse == 0 else f"at most {apart.max()} apart, PSNR {10 * np.log10(255**2 / mse):.1f} dB, "
-    worst = f"{float(np.mean(apart == 0)):.2%} equal, {psnr}{m} images"
-    return [*checks, Check(name, float(np.mean(apart <= 1)), bounds.pixels, at_least=True, worst=worst)], finals
+        curves["forced_var"] = np.array([rms(a - b) for a, b in zip(var, reference.state_var, strict=True)])
+        checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], usual.eps, t))
+    free, finals = free_chain(evaluate, backend, usual.pixels, rms(bounds.state_eps), reference, curves)
+    return [*checks, free], finals
+
+
+def _steps(
+    spec: ModelSpec,
+    t: NDArray[np.int32],
+    x: Float32,
+    mine: tuple[Float32, Float32 | None],
+    theirs: tuple[Float32, Float32 | None],
+    error: NDArray[np.float64],
+    var_error: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(RMS error of x_{t−1}, its bound) at each t."""
+    table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+    errors, bounds = [], []
+    for ti, xi, ours, reference, delta in zip(t.tolist(), x, _pairs(*mine), _pairs(*theirs), error, strict=True):
+        errors.append(rms(step(table, spec, ti, xi, *ours) - step(table, spec, ti, xi, *reference)))
+        bounds.append(step_bound(table, spec, ti, xi, *reference, float(delta), var_error))
+    return np.array(errors), np.array(bounds)
 
 
 def _pairs(out: Float32, var: Float32 | None) -> list[tuple[Float32, Float32 | None]]:
@@ -332,53 +341,25 @@ def _pairs(out: Float32, var: Float32 | None) -> list[tuple[Float32, Float32 | N
     return [(a, None if var is None else var[i]) for i, a in enumerate(out)]
 
 
-def _step(table: Table, spec: ModelSpec, t: int, x: Float32, out: Float32, var: Float32 | None) -> Float32:
-    """x_{t−1} without its noise, which is the same on both sides; with a learned σ, z = 1 makes its error count."""
-    index = len(table) - 1 - int(t)
-    row = table.rows[index].astype(np.float32)
-    x0, x_next = np.empty_like(x), np.empty_like(x)
-    sigma = z = None
-    if table.learned is not None and var is not None and row[4] != 0:
-        sigma, z = chain.learned_sigma(table.learned[index].astype(np.float32), var), np.ones_like(x)
-    limit = np.inf if spec.clip is None else spec.clip
-    chain.update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
-    return x_next
+def _why_step(bound: float, usual: float) -> str:
+    return "|A·q| of the sampler's table × the bound on ε, at most 2·|A|·clip, and the update's own rounding"
 
 
-def _bits(spec: ModelSpec, t: NDArray[np.int32], x0: Float32, x: Float32, out: Float32, var: Float32 | None) -> float:
-    """Σ_{t≥1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) in bits per dimension, from the recorded t.
-
-    With a fixed σ² the part that depends on the network is A²‖x_0 − x̂_0‖²/(2σ²) (equation 10, for any prediction); with a
-    learned σ², (log(σ²/β̃) + β̃/σ² − 1)/2 is added. Each recorded t stands for the timesteps that are nearest to it.
-    """
-    schedule = spec.make_schedule()
-    table = make_table(schedule, spec.prediction, spec.variance)
-    rows: Float64 = table.rows[::-1][t]  # by t
-    limit = np.inf if spec.clip is None else spec.clip
-    owners = np.abs(np.arange(1, spec.timesteps)[:, None] - t[None, :]).argmin(axis=1)
-    share = np.bincount(owners, minlength=len(t))
-    total = 0.0
-    for i, (p, q, a, _, sigma) in enumerate(rows):
-        if sigma == 0:
-            continue
-        guess = np.clip(p * x[i] + q * out[i], -limit, limit)
-        variance: Any = sigma**2
-        if table.learned is not None and var is not None:
-            c, d = table.learned[::-1][t[i]]
-            variance, small = np.exp(2 * (c + d * var[i].astype(np.float64))), schedule.posterior_variance[t[i]]
-            total += share[i] * float(np.mean(np.log(variance / small) + small / variance - 1)) / 2
-        total += share[i] * a**2 * float(np.mean(np.square(x0 - guess) / (2 * variance)))
-    return total / float(np.log(2))
-
-
-def _worst(name: str, values: NDArray[Any], bound: float, t: NDArray[np.int32]) -> Check:
-    i = int(np.argmax(values))
-    return Check(name, float(values[i]), bound, worst=f"worst at t = {t[i]}")
+def _worst(
+    name: str,
+    values: NDArray[Any],
+    bounds: float | NDArray[Any],
+    t: NDArray[np.int32],
+    why: Callable[[float, float], str] | None = None,
+    usual: float = 0.0,
+) -> Check:
+    """The check of the t whose value comes nearest to its bound, or exceeds it most."""
+    limits = np.broadcast_to(bounds, values.shape)
+    i = int(np.argmax(values / limits))
+    limit = float(limits[i])
+    reason = f"{limit:g}, by the precision" if why is None else why(limit, usual)
+    return Check(name, float(values[i]), limit, worst=f"worst at t = {t[i]}", why=reason)
 
 
 def _exact(difference: float) -> str:
     return "equal bit for bit" if difference == 0 else ""
-
-
-def _rms(values: NDArray[Any]) -> float:
-    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))

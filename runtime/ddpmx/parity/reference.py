@@ -27,6 +27,7 @@ from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.envelope import parse_json
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity.reduced import Reduced
 from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import from_uint8
@@ -42,7 +43,10 @@ more."""
 FORMAT = "ddpmx-parity1"
 _MOST = {"t": 4096, "x0": 16, "at": 64, "final": 16}
 _JSON_FIELDS = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # all other fields are arrays
-_OPTIONAL = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # if the network has such an input or output
+_OPTIONAL_JSON = frozenset({"reduced", "ignores_time"})
+_BY_SPEC = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # if the network has such an input or output
+_OPTIONAL = _BY_SPEC | {"unit", "state_unit", "drift"}  # the last three are in no record of ddpmx 1.0 and earlier
+QUANTILES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,13 @@ class Reference:
         state_var: float32 [M, E], the second outputs that belong to ``state_out``; only if it learns its variance.
         state_x0: uint8 [M, C, H, W], the input x0_prev for each of ``state``, rounded to 256 levels beforehand; only if the
             network is self-conditioned. For ``out`` x0_prev is 0.
+        unit: float32 [K], the RMS of the largest term that each of ``out`` is a sum of; only if the network's own range
+            of images is another, and it does not predict ε. See :func:`ddpmx.parity.allowed.allowed`.
+        state_unit: float32 [M], the same for ``state_out``.
+        drift: float32 [64], quantiles of how far the first image of the chain moves, in levels of uint8, under a known
+            error of the outputs; see :func:`ddpmx.parity.propagation.pixels_bound`. Of pixels that are not saturated.
+        reduced: the same checks of the module in half precision or bfloat16, if it was exported so.
+        ignores_time: whether the network ignores t, by its exporter's word.
 
     A condition image is not stored: it is noise, see :func:`ddpmx.sampling.conditioning.example`.
     """
@@ -91,6 +102,11 @@ class Reference:
     var: Float32 | None = None
     state_var: Float32 | None = None
     state_x0: NDArray[np.uint8] | None = None
+    unit: Float32 | None = None
+    state_unit: Float32 | None = None
+    drift: Float32 | None = None
+    reduced: Reduced | None = None
+    ignores_time: bool = False
 
     def __post_init__(self) -> None:
         """Check types, shapes and ranges of all fields.
@@ -121,7 +137,12 @@ class Reference:
             expected |= {"var": (np.float32, (k, n, kept)), "state_var": (np.float32, (m, kept))}
         if spec.self_condition:
             expected["state_x0"] = (np.uint8, (m, *shape))
-        if surplus := [name for name in sorted(_OPTIONAL - expected.keys()) if getattr(self, name) is not None]:
+        expected |= {
+            name: (np.float32, dims)
+            for name, dims in {"unit": (k,), "state_unit": (m,), "drift": (QUANTILES,)}.items()
+            if getattr(self, name) is not None
+        }
+        if surplus := [name for name in sorted(_BY_SPEC - expected.keys()) if getattr(self, name) is not None]:
             raise FileFormatError(f"the record holds {surplus[0]!r}, which its network does not have")
         for name, (dtype, dims) in expected.items():
             array = getattr(self, name)
@@ -146,6 +167,7 @@ class Reference:
             and self.made_with.isprintable()
             and len(self.made_with) <= 200
             and isinstance(self.real, bool)
+            and isinstance(self.ignores_time, bool)
             and isinstance(self.loss, float)
             and math.isfinite(self.loss)
         ):
@@ -205,8 +227,12 @@ class Reference:
             "spec": self.spec.to_json(whole=True),
             **{name: getattr(self, name) for name in sorted(_JSON_FIELDS - {"spec"})},
         }
+        if self.reduced is not None:
+            values["reduced"] = self.reduced.to_json()
+        if self.ignores_time:
+            values["ignores_time"] = True
         text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in values}
+        parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _JSON_FIELDS | _OPTIONAL_JSON}
         arrays = {name: array for name, array in parts.items() if array is not None}
         packed = io.BytesIO()  # where a write fails, zipfile has an error of its own
         np.savez_compressed(packed, about=text, **arrays)
@@ -230,8 +256,10 @@ class Reference:
             if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
                 raise FileFormatError("a parity record of another version of ddpmx")
             values["spec"] = ModelSpec.from_json(values.get("spec"))
-            needed = {f.name for f in fields(cls)} - _JSON_FIELDS - _OPTIONAL
-            if set(values) != _JSON_FIELDS or set(arrays) - _OPTIONAL != needed:
+            if "reduced" in values:
+                values["reduced"] = Reduced.from_json(values["reduced"])
+            needed = {f.name for f in fields(cls)} - _JSON_FIELDS - _OPTIONAL - _OPTIONAL_JSON
+            if set(values) - _OPTIONAL_JSON != _JSON_FIELDS or set(arrays) - _OPTIONAL != needed:
                 raise FileFormatError("a parity record with other fields than this ddpmx expects")
             parts: dict[str, Any] = {**values, **arrays}
             return cls(**parts)

@@ -17,8 +17,12 @@ from ddpmx.formats.atomic import exchange, make_folder, staging, sync_folder
 from ddpmx.formats.envelope import parse_json
 from ddpmx.parity.check import Check
 from ddpmx.parity.ladder import ParityReport
+from ddpmx.parity.reduced import RANGE
 
 _FILES = ("report.md", "report.json", "error.png", "chain.png", "levels.png", "images.png", "polygraphy.json")
+
+_LAYERS = 10
+"""So many layers are listed with their largest activation, in report.md; report.json has all."""
 
 _MEANING = {
     "identical rows": "The same image in every row of a batch: all rows must give the same output.",
@@ -33,7 +37,10 @@ _MEANING = {
     "teacher-forced chain, RMS of v": "The same, for the second output.",
     "teacher-forced chain, RMS of x": "The same, after the step.",
     "executor": "The chain on the GPU against the chain in NumPy, with the same network: every value must be equal.",
-    "free chain": "From the same x_T and with the same noise, without correction: the pixels of the final images.",
+    "free chain": "From the same x_T and with the same noise, without correction: the pixels of the final images, without "
+    "those that are black or white on both sides.",
+    RANGE: "Half precision ends at 65504. Found in the module, over every input of these checks.",
+    "module in real": "What half precision or bfloat16 does where the hardware computes in it.",
 }
 
 
@@ -59,7 +66,9 @@ def to_json(report: ParityReport, file: str | os.PathLike[str], extra: dict[str,
             "chain": reference.steps,
             "chain_images": len(reference.final),
             "chain_states": len(reference.at),
+            "ignores_time": reference.ignores_time,
         },
+        "reduced": None if reference is None or reference.reduced is None else reference.reduced.to_json(),
         "rungs": [_check(check) for check in report.checks],
         "curves": {name: [_number(v) for v in values] for name, values in report.curves.items()},
         **(extra or {}),
@@ -147,19 +156,31 @@ def to_markdown(
             f"{spec.timesteps - 1}, a chain of {reference.steps} steps",
             f"- unit of error: the RMS of PyTorch's outputs, {reference.scale:.3f}",
         ]
+        if reference.ignores_time:
+            lines.append("- the network ignores t, on purpose: its export states so")
+        if reference.reduced is not None:
+            lines.append(f"- also judged, at the export: {reference.reduced.made_with}")
     lines += ["", "| | measured | bound | |", "|---|---|---|---|"]
     for check in report.checks:
         figure = "—" if check.skipped else f"{check.value:.3%}" if check.at_least else f"{check.value:.2e}"
-        bound = f"≥ {check.bound:.1%}" if check.at_least else f"≤ {check.bound:.0e}"
+        bound = "—" if check.skipped else f"≥ {check.bound:.1%}" if check.at_least else f"≤ {check.bound:.2e}"
         mark = "not judged" if check.skipped else "holds" if check.passed else "**FAILS**"
-        lines.append(f"| {check.name} | {figure} | {bound} | {mark} |")
+        lines.append(f"| {check.title} | {figure} | {bound} | {mark} |")
     if extra is not None and "polygraphy" in extra:
         lines += ["", f"Polygraphy on ε: {extra['polygraphy']['verdict']}; its results are in polygraphy.json."]
     lines += ["", "## What the checks mean", ""]
     for check in report.checks:
         meaning = next((text for start, text in _MEANING.items() if check.name.startswith(start)), "")
         detail = check.skipped or check.worst
-        lines.append(f"- **{check.name}.** {meaning}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else ""))
+        bound = "" if check.skipped or not check.why else f" The bound: {check.why}."
+        lines.append(
+            f"- **{check.title}.** {meaning}{bound}" + (f" *{detail[0].upper()}{detail[1:]}.*" if detail else "")
+        )
+    if reference is not None and reference.reduced is not None and reference.reduced.largest:
+        lines += ["", "## The largest numbers in half precision", "", "| layer | largest activation |", "|---|---|"]
+        if reference.reduced.precision == "bf16":
+            lines[-4] = "## The largest numbers in bfloat16"
+        lines += [f"| {name} | {value:.4g} |" for name, value in list(reference.reduced.largest.items())[:_LAYERS]]
     for name, caption in pictures.items():
         lines += ["", f"![{caption}]({name})", "", f"*{caption}*"]
     if reference is not None and "error.png" not in pictures:
@@ -195,8 +216,10 @@ def _title(report: ParityReport) -> str:
 def _check(check: Check) -> dict[str, Any]:
     return {
         "name": check.name,
+        "judged": check.judged,
         "value": _number(check.value),
-        "bound": check.bound,
+        "bound": _number(check.bound),
+        "bound_follows_from": check.why,
         "at_least": check.at_least,
         "passed": check.passed,
         "worst": check.worst,

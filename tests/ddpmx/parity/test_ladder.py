@@ -323,7 +323,7 @@ def test_the_bounds_depend_on_the_precision(reference, size, passes):
 
 
 def test_bounds_widen_with_fewer_bits():
-    for name in ("eps", "eps_pixel", "step", "bits"):
+    for name in ("eps", "eps_pixel"):
         assert getattr(BOUNDS["fp32"], name) < getattr(BOUNDS["fp16"], name) < getattr(BOUNDS["bf16"], name)
     assert BOUNDS["fp32"].pixels > BOUNDS["fp16"].pixels > BOUNDS["bf16"].pixels > 0.5
     assert BOUNDS["fp32"].eps >= 2**-24, "what float32 can keep"
@@ -448,3 +448,91 @@ def test_the_record_of_another_model_is_refused(reference, mine, theirs, named):
 )
 def test_precision_version_and_unknown_weights_do_not_matter(reference, mine, theirs):
     check_same_model(SPEC.replace(**mine), dataclasses.replace(reference, spec=SPEC.replace(**theirs)))
+
+
+# --- pixels that agree whatever the file computes ------------------------------------------------------------------------
+
+
+def saturating(share: float, **changes) -> Reference:
+    """A record whose chain ends in white for this share of its pixels."""
+    record = make_reference(**changes)
+    white = np.random.default_rng(3).random(record.final.shape) < share
+    return dataclasses.replace(record, final=np.where(white, 255, record.final).astype(np.uint8))
+
+
+class Saturating(Faulty):
+    """Answers what makes the same pixels white in the end, and an error elsewhere."""
+
+    def __init__(self, record: Reference, error: float) -> None:
+        white = record.final == 255
+
+        def fault(x, t, out):
+            if len(out) == len(white) and t[0] == 0:
+                out[white] = -1e3
+                out[~white] += np.float32(error)
+
+        super().__init__(fault)
+
+
+def test_saturated_pixels_count_for_nothing():
+    """Half of the pixels agree by being white; of the rest hardly any. Counted, they would be 50 %."""
+    record = saturating(0.5)
+    result = run_ladder(Saturating(record, 10.0), SPEC, record)
+    assert check(result, FREE).value < 0.05
+    assert "saturated on both sides and not counted" in check(result, FREE).worst
+    assert result.curves["levels_apart"].sum() == np.count_nonzero(record.final != 255)
+
+
+@pytest.mark.parametrize(("share", "judged"), [(0.5, True), (0.85, True), (0.93, False), (1.0, False)])
+def test_a_chain_that_is_almost_all_saturated_is_not_judged(share, judged):
+    record = saturating(share)
+    result = run_ladder(Saturating(record, 0.0), SPEC, record)
+    free = check(result, FREE)
+    assert (free.skipped is None) == judged
+    if not judged:
+        assert "saturated on both sides" in free.skipped
+        assert result.verdict.endswith("; 1 not judged") or not result.passed
+        assert "levels_apart" not in result.curves
+
+
+def test_a_pixel_that_is_saturated_on_one_side_alone_counts():
+    record = make_reference()
+    white = np.where(np.random.default_rng(3).random(record.final.shape) < 0.95, 255, record.final).astype(np.uint8)
+    result = run_ladder(ToyBackend(), SPEC, dataclasses.replace(record, final=white))
+    assert not check(result, FREE).passed
+    assert check(result, FREE).value < 0.1
+
+
+# --- bounds follow from the table --------------------------------------------------------------------------------------
+
+
+def test_the_bound_on_one_step_is_the_tables_own_factor():
+    """|A·q| = β/(√(1−ᾱ)·√α) for ε, by hand; what is above it is float32's rounding."""
+    record = make_reference()
+    result = run_ladder(ToyBackend(), SPEC, record)
+    before = np.append(1.0, ALPHA_BAR[:-1])
+    beta = 1 - ALPHA_BAR / before
+    factor = (beta / np.sqrt((1 - ALPHA_BAR) * (1 - beta)))[record.t]
+    by_hand = factor * 2e-5 * record.scale
+    assert np.all(result.curves["step_bound"] > by_hand)
+    assert np.all(result.curves["step_bound"] < by_hand + 2e-6)
+    assert check(result, STEP).why.startswith("|A·q|")
+
+
+def test_a_chain_that_amplifies_has_its_bound_from_its_recorded_drift():
+    moved = np.full(64, 300.0, np.float32)  # levels, under an error of 1e-3: 1.5 under 5e-6, so half stay within one
+    amplified = make_reference(drift=moved)
+    result = run_ladder(ToyBackend(), SPEC, amplified)
+    assert check(result, FREE).skipped is not None
+    assert "amplifies" in check(result, FREE).skipped
+    mild = make_reference(drift=np.linspace(0, 300, 64).astype(np.float32))
+    assert check(run_ladder(ToyBackend(), SPEC, mild), FREE).bound == pytest.approx(
+        1 - 2 * 0.5 * 0.5 / 1.5 / 2, abs=0.02
+    )
+    calm = make_reference(drift=np.full(64, 10.0, np.float32))
+    assert check(run_ladder(ToyBackend(), SPEC, calm), FREE).bound == 0.999
+
+
+def test_the_verdict_says_that_a_network_ignores_t():
+    result = run_ladder(ToyBackend(), SPEC, make_reference(ignores_time=True))
+    assert result.verdict.endswith("the network ignores t, as its export states")

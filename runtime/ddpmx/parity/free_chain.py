@@ -1,0 +1,125 @@
+"""The free-running chain: the same x_T and noise as PyTorch's, without correction, judged by the pixels of its images.
+
+A saturated pixel agrees whatever the error is: x̂_0 may be 1.2 on one side and 3 on the other. So pixels that are black, or
+white, on both sides count for nothing, and where hardly any others are left, nothing is judged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.backends.base import Backend
+from ddpmx.parity.check import Check
+from ddpmx.parity.evaluator import Evaluator
+from ddpmx.parity.propagation import gain, pixels_bound, rms
+from ddpmx.parity.reference import Reference
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import to_nhwc
+
+LEAST_SHARE, LEAST_COUNT = 0.1, 64
+"""The share and the number of pixels, not saturated, from which agreement says something. Of MNIST's pixels 13 % are."""
+
+LEAST_BOUND = 0.5
+"""A chain that moves half of its pixels by more than a level under errors that are allowed tells nothing of a file."""
+
+AMPLIFIES = 4
+"""From this |A·q| on, the drift of a chain has to be known to be judged. Of 50 steps it is 0.4 for a linear schedule that
+predicts ε, 1 for one that predicts x_0, 60 for a cosine one with clipping and 600 without."""
+
+
+def saturated(mine: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which values are black, or white, on both sides."""
+    both: NDArray[np.bool_] = ((mine == 0) & (theirs == 0)) | ((mine == 255) & (theirs == 255))
+    return both
+
+
+def too_few(counted: NDArray[np.bool_]) -> str | None:
+    """Why the pixels that are left say nothing, or None if they do."""
+    share = float(np.mean(counted))
+    if share >= LEAST_SHARE and np.count_nonzero(counted) >= LEAST_COUNT:
+        return None
+    return f"{1 - share:.1%} of the pixels are saturated on both sides, and would agree whatever the file computes"
+
+
+def free_chain(
+    evaluate: Evaluator,
+    backend: Backend,
+    usual: float,
+    error: float,
+    reference: Reference,
+    curves: dict[str, NDArray[Any]],
+) -> tuple[Check, NDArray[np.uint8] | None]:
+    """Run the recorded chain without correction, and compare its images.
+
+    Args:
+        evaluate: counts the network's calls.
+        backend: the network.
+        usual: the share of pixels within one level that a chain without amplification keeps.
+        error: the bound on the RMS error of the output.
+        reference: the record.
+        curves: ``free`` and ``levels_apart`` are added; see :func:`ddpmx.parity.ladder.run_ladder`.
+
+    Returns:
+        The check, and the images, uint8 [m, H, W, C], or None if the chain was not run.
+    """
+    spec, table = reference.spec, reference.table()
+    name = f"free chain of {reference.steps} steps, pixels within one level"
+    bound = pixels_bound(usual, reference.drift, error)
+    why = f"usual for this precision: {usual:.3g}"
+    if bound < usual:
+        why = f"by the recorded drift of this chain, such errors move {(1 - bound) / 2:.1%} of the pixels; twice that"
+    if not reference.trained:
+        reason = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
+        return Check(name, float("nan"), usual, at_least=True, skipped=reason), None
+    m = len(reference.final)
+    indices = np.arange(m)
+    x_start = chain.initial(reference.seed, indices, spec.shape)
+    states = np.empty_like(reference.state)
+    at = {int(step): i for i, step in enumerate(reference.at)}
+    sample = x_start
+    free = chain.run(
+        backend,
+        table,
+        x_start,
+        seed=reference.seed,
+        images=indices,
+        clip=spec.clip,
+        conditioning_shapes=spec.conditioning_shapes,
+        conditioning=reference.chain_conditioning(),
+    )
+    for number, step in enumerate(free):
+        if number in at:
+            states[at[number]] = step.x[0]
+        sample = step.x0
+        evaluate.tick()
+    curves["free"] = np.array([rms(a - b) for a, b in zip(states, reference.state, strict=True)])
+    finals, theirs = to_nhwc(sample), reference.final.transpose(0, 2, 3, 1)
+    counted = ~saturated(finals, theirs)
+    apart = np.abs(finals.astype(np.int16) - theirs)[counted]
+    if (silent := _not_judged(reference, counted, bound)) is not None:
+        return Check(name, float("nan"), usual, at_least=True, skipped=silent), finals
+    curves["levels_apart"] = np.bincount(apart, minlength=3)
+    mse = float(np.mean(np.square(apart, dtype=np.float64)))
+    psnr = "" if mse == 0 else f"at most {apart.max()} apart, PSNR {10 * np.log10(255**2 / mse):.1f} dB, "
+    left_out = 1 - float(np.mean(counted))
+    worst = f"{float(np.mean(apart == 0)):.2%} equal, {psnr}{m} images" + (
+        f", {left_out:.1%} saturated on both sides and not counted" if left_out else ""
+    )
+    return Check(name, float(np.mean(apart <= 1)), bound, at_least=True, worst=worst, why=why), finals
+
+
+def _not_judged(reference: Reference, counted: NDArray[np.bool_], bound: float) -> str | None:
+    """Why the chain says nothing of a file, or None if it does."""
+    if (few := too_few(counted)) is not None:
+        return few
+    if reference.drift is None and gain(reference.table(), reference.spec) > AMPLIFIES:
+        return (
+            f"this chain amplifies errors (up to {gain(reference.table(), reference.spec):.2g} times in a step), and the "
+            "record is from a version of ddpmx that did not measure by how much in all; export again to make a new one"
+        )
+    if bound < LEAST_BOUND:
+        return f"this chain amplifies: errors that are allowed would move {min(1.0, (1 - bound) / 2):.0%} of its pixels"
+    return None
