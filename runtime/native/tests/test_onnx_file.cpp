@@ -306,7 +306,7 @@ void contract() {
   refused(kX + kEps + input("t", 6, {"batch", "1"}), "'t' has the shape ['batch', 1], not ['batch']");
   refused(kX + kEps + input("t", 6, {}), "'t' has the shape [], not ['batch']");
   refused(kX + kEps + input("t", 6, {"4"}), "'t' has the shape [4], not ['batch']");
-  refused(kT + kEps + input("x", 10, {"b", "3", "8", "8"}), "'x' has element type 10, not 1");
+  refused(kT + kEps + input("x", 10, {"b", "3", "8", "8"}), "'x' is float16, not float32");
   refused(kT + kEps + input("x", 1, {"", "3", "8", "9"}), "'x' has the shape [?, 3, 8, 9], not ['batch', 3, 8, 8]");
   refused(kGraph + input("labels\n", 6, {"batch"}), "unexpected input 'labels\\x0a'");
   refused(kGraph + field(12, value_info("x0", 1, {"b", "3", "8", "8"})), "unexpected output 'x0'");
