@@ -23,7 +23,7 @@ from ddpmx.errors import NumericError
 from ddpmx.formats.spec import ModelSpec, Precision
 from ddpmx.parity.check import Check
 from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
-from ddpmx.parity.reduced import JUDGED, Reduced, range_check
+from ddpmx.parity.reduced import JUDGED, RANGE_BOUND, Reduced, range_check
 from ddpmx.parity.reference import Reference
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,7 +141,10 @@ class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = float(one.detach().abs().max())
                 name = self._path[-1] or f"{func._schema.name.removeprefix('aten::')} of the module itself"
                 value = math.inf if math.isnan(value) else value
-                self._largest[name] = max(value, self._largest.get(name, 0.0))
+                before = self._largest.get(name, 0.0)
+                if before <= RANGE_BOUND < value:  # those beyond the bound stand in the order in which they exceeded it
+                    self._largest.pop(name, None)
+                self._largest[name] = max(value, before)
         return out
 
     def _widened(self, one: Any) -> Any:
