@@ -101,7 +101,7 @@ def gaussian_onnx() -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A small U-Net trained on Fashion-MNIST at 16×16 for some seconds, and its exports."""
+    """A small U-Net trained on Fashion-MNIST at 16×16 for half a minute, and its exports."""
 
     run: Path
     fp32: Path
@@ -139,7 +139,7 @@ def _train(folder: Path) -> None:
     network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
     settings = TrainSettings(batch=64, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
     trainer = Trainer(folder / "run", dataset, ModelSpec(dataset.shape), network, settings, device="cpu")
-    trainer.train(200)
+    trainer.train(400)
     for precision in ("fp32", "fp16"):
         export(folder / "run", folder / f"{precision}.onnx", precision=precision)
 

@@ -28,7 +28,7 @@ CHEAP = {
         **{"--attention": "", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
     },
     "train --from": {"--steps": "2", "--batch": "2", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
-    "train --resume": {"--steps": "201"},  # the prepared run has 200
+    "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
 }

@@ -377,7 +377,7 @@ def test_training_reduces_the_loss(trained, figure):
     network, spec = load_network(trained.run)
     fresh = loss_on_images(UNet(network.config), spec)
     assert fresh == pytest.approx(1, rel=0.05), "an untrained network's output is zero, and ε has variance 1"
-    figure("loss after 200 steps of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
+    figure("loss after half a minute of training, as a share of the untrained", loss_on_images(network, spec) / fresh,
            at_most=0.2)  # fmt: skip
 
 
