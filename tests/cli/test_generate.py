@@ -306,6 +306,16 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(refused,
     assert (out / "00000.png").read_text() == "from before"
 
 
+@pytest.mark.parametrize("out", [".", "./", "../here"])
+def test_the_folder_one_stands_in_may_be_written_to(ddpmx, gaussian_onnx, tmp_path, monkeypatch, out):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = ddpmx("generate", gaussian_onnx, "-n", 1, "--steps", 2, "--out", out)
+    assert done.code == 0, done
+    assert files(tmp_path / "here") == ["00000.png"]
+    assert files(tmp_path) == ["here"]
+
+
 # --- conditioning ----------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +354,24 @@ def test_conditions_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned
     np.testing.assert_array_equal(pixels(tmp_path / "all"), wanted)
     np.testing.assert_array_equal(pixels(tmp_path / "part"), wanted[3:])
     assert "c.npz[1]" in ddpmx("info", tmp_path / "part" / "00004.png").out
+
+
+@pytest.mark.parametrize(("k", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_pictures_condition_as_their_pixels_do(ddpmx, tmp_path, conditioned_onnx, k, mode):
+    path = conditioned_onnx("condition", condition=k)
+    drawn = np.random.default_rng(0).integers(0, 256, (2, 8, 8, k), dtype=np.uint8)
+    (tmp_path / "photos").mkdir()
+    for name, picture in zip("ab", drawn, strict=True):
+        Image.fromarray(picture[..., 0] if k == 1 else picture, mode).save(tmp_path / "photos" / f"{name}.png")
+    conditions = (drawn.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    common = ["generate", path, "--seed", 4, "--cond"]
+    assert ddpmx(*common, tmp_path / "photos", "-n", 3, "--out", tmp_path / "all").code == 0
+    assert ddpmx(*common, tmp_path / "photos" / "b.png", "-n", 1, "--out", tmp_path / "one").code == 0
+    with load(path) as pipeline:
+        wanted = pipeline.generate(3, seed=4, cond=conditions[[0, 1, 0]]).astype(int)
+        one = pipeline.generate(1, seed=4, cond=conditions[1:]).astype(int)
+    np.testing.assert_allclose(pixels(tmp_path / "all"), wanted, atol=1)  # float32 of pixels, computed in two ways
+    np.testing.assert_allclose(pixels(tmp_path / "one"), one, atol=1)
 
 
 def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):

@@ -81,7 +81,7 @@ def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, A
         "y": [protobuf.tensor("table", FLOAT, (len(table), 1, 1, 1), table.tobytes())],
         "x0_prev": [protobuf.tensor("by_itself", FLOAT, (), np.float32(BY_ITSELF).tobytes())],
         "cond": [
-            protobuf.tensor("last", INT64, (1,), np.int64([CHANNELS - 1]).tobytes()),
+            protobuf.tensor("last", INT64, (1,), np.int64([(spec.condition or CHANNELS) - 1]).tobytes()),
             protobuf.tensor("by_condition", FLOAT, (), np.float32(BY_CONDITION).tobytes()),
         ],
     }

@@ -74,7 +74,7 @@ def staging(folder: Path, target: str | os.PathLike[str]) -> Iterator[Path]:
         OutputError: a file in it could not be written, as an error about ``target``. What is left in it is removed.
     """
     tidy(folder)
-    part = _temporary_path(folder / Path(target).name)
+    part = _temporary_path(folder / (Path(target).name or "folder"))  # "." and "/" have no name
     with contextlib.ExitStack() as stack:
         stack.callback(_discard, part)
         try:

@@ -67,7 +67,8 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> tuple[NDAr
             note="; ".join(faults[:5]) + ("; …" if len(faults) > 5 else ""),
             hint=f"pictures of {dims[1]}×{dims[2]}, or an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
         )
-    return np.stack(pictures), [file.name for file in files]
+    # np.stack keeps the order in memory of what it stacks, and that of a picture is H, W, K
+    return np.ascontiguousarray(np.stack(pictures)), [file.name for file in files]
 
 
 def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
