@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ddpm_export.training.images import cache
+
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".webp"}
     | {".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"}
@@ -64,6 +66,8 @@ _HIDDEN = "hidden (a name that begins with a dot)"
 _NOWHERE = "links to nothing"
 _AGAIN = "other names of a folder that is read already"
 _CLOSED = "not readable"
+_GRID = "grids that a run has drawn"
+_GRID_NAME = re.compile(r"grid-[0-9]{8,}\.png", re.ASCII)
 
 
 def find_images(folder: Path) -> Found:
@@ -104,10 +108,13 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
     except OSError as error:
         found.unreadable.append((folder, error.strerror or str(error)))
         return
+    of_run = _is_samples(folder)
     for name in names:
         path = folder / name
         if name.startswith("."):
             found.leave_out(path, _HIDDEN)
+        elif of_run and _GRID_NAME.fullmatch(name):
+            found.leave_out(path, _GRID)
         elif path.is_dir():
             if path.is_symlink():
                 links.append(path)
@@ -125,6 +132,13 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
                 _by_content(path, found)
             except OSError:
                 found.leave_out(path, _CLOSED)
+
+
+def _is_samples(folder: Path) -> bool:
+    """Whether training draws its grids here: a run may lie among its images, and must not be trained on what it drew."""
+    real = Path(os.path.realpath(folder))
+    run = real.parent
+    return real.name == "samples" and ((run / "checkpoints").is_dir() or (run / cache.NAME).is_file())
 
 
 def _by_content(path: Path, found: Found) -> None:

@@ -55,6 +55,20 @@ def test_what_is_no_image_is_left_out_and_counted(tmp_path):
     assert find_images(tmp_path / "sub").describe() is None
 
 
+@pytest.mark.parametrize("run", [".", "run"])
+@pytest.mark.parametrize("mark", ["checkpoints/00000001/spec.json", "images-cache.npz"])
+def test_the_grids_of_a_run_among_its_images_are_left_out(tmp_path, run, mark):
+    put(tmp_path / "a.png")
+    put(tmp_path / run / "samples" / "mine.png")
+    put(tmp_path / run / "samples" / "grid-00000001.png")
+    before = [name for name in names(tmp_path) if "grid" not in name]
+    assert len(names(tmp_path)) == 3, "no run: samples is any folder"  # control
+    (tmp_path / run / mark).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / run / mark).write_text("{}")
+    assert names(tmp_path) == before
+    assert "1 grids that a run has drawn (grid-00000001.png)" in find_images(tmp_path).describe()
+
+
 def test_linked_folders_are_read_like_others(tmp_path):
     for index in range(3):
         put(tmp_path / "elsewhere" / "dogs" / "deep" / f"{index}.png")
