@@ -148,6 +148,7 @@ def train(
             import torch
 
             from ddpm_export.networks.unet_config import UNetConfig, attention_heights
+            from ddpm_export.training.settings import check_steps
             from ddpm_export.training.train import Trainer, TrainSettings
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError("training needs torch", note=str(error), hint="pip install torch safetensors") from error
@@ -161,8 +162,12 @@ def train(
         if not 1 <= threads <= 256:
             raise InputError(f"--threads must be from 1 to 256, not {threads}")
         torch.set_num_threads(threads)
-    if not (save_minutes > 0 and sample_every >= 0):
-        raise InputError("--save-minutes must be above 0, and --sample-every at least 0")
+    with begin.as_flags():
+        check_steps(steps)
+    if not save_minutes > 0:
+        raise InputError(f"--save-minutes must be above 0, not {save_minutes:g}")
+    if sample_every < 0:
+        raise InputError(f"--sample-every must be at least 0, not {sample_every}", hint="0 draws no grids")
     device = _check_device(device)
     if resume:
         if begin_from is not None:

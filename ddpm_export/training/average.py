@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
 
 MOST_FIRST = 0.05
 """The largest share of the first weights in the average without a warning."""
@@ -20,6 +20,8 @@ def decay_at(step: int, ema: float, ramp: bool) -> float:
 
 def share_of_first(steps: int, ema: float, ramp: bool) -> float:
     """The share of the weights before the first step in the average after ``steps``: Π_{s<steps} d_s, 0…1."""
-    s = np.arange(steps, dtype=np.float64)
-    decays = np.minimum(ema, (1 + s) / (10 + s)) if ramp else np.full(steps, ema, np.float64)
-    return float(np.prod(decays))
+    ramped = 0
+    if ramp:  # (1 + s)/(10 + s) < ema below this step
+        ramped = steps if ema >= 1 else min(steps, max(0, math.ceil((10 * ema - 1) / (1 - ema))))
+    # Π_{s<n} (1 + s)/(10 + s) = n!·9!/(n + 9)!, of which nine factors are left
+    return math.prod(k / (ramped + k) for k in range(1, 10)) * float(ema) ** (steps - ramped)

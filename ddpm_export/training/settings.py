@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ddpmx.errors import InputError
 
+MAX_STEPS = 10**12
+"""Far above any training, and far below what numbers in a file can hold."""
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -53,3 +56,13 @@ class TrainSettings:
                 lower = "at least 0" if name == "ema" else "above 0"
                 upper = f" and at most {limit:g}" if limit < math.inf else ""
                 raise InputError(f"{name} must be a number {lower}{upper}, not {value!r}")
+
+
+def check_steps(steps: int) -> None:
+    """Check a number of optimiser steps.
+
+    Raises:
+        InputError: it is not a whole number from 1 to 10¹².
+    """
+    if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+        raise InputError(f"steps must be a whole number from 1 to {MAX_STEPS:,}, not {steps!r}")

@@ -32,7 +32,7 @@ from ddpm_export.training.checkpoint import TrainingState, Weights
 from ddpm_export.training.data import Dataset, Source
 from ddpm_export.training.diffusion import GaussianDiffusion
 from ddpm_export.training.images import cache
-from ddpm_export.training.settings import TrainSettings
+from ddpm_export.training.settings import TrainSettings, check_steps
 from ddpmx.errors import FileFormatError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import make_folder
 from ddpmx.formats.model_file import SPEC_FILE
@@ -232,8 +232,7 @@ class Trainer:
             NumericError: the loss is not finite. The last checkpoint is kept.
             OutputError: a checkpoint could not be written.
         """
-        if type(steps) is not int or not 1 <= steps < 1 << 40:
-            raise InputError(f"steps must be a whole number above 0, not {steps!r}")
+        check_steps(steps)
         if steps < self.step:
             raise InputError(f"{self.run} has made {self.step} steps, more than {steps}")
         make_folder(self.run)

@@ -54,6 +54,32 @@ def test_the_first_lines_say_what_is_trained_on_what(ddpmx, photos, tmp_path):
     assert not (tmp_path / "other" / "images-cache.npz").exists()
 
 
+def test_a_run_among_its_images_is_resumed(ddpmx, photos):
+    run = photos / "run"
+    done = ddpmx("train", "--data", photos, "--out", run, *TINY, "-T", 2, "--steps", 1, "--sample-every", 1)
+    assert done.code == 0, done
+    assert (run / "samples" / "grid-00000001.png").is_file()
+    resumed = ddpmx("train", "--out", run, "--resume", "--steps", 2, "--sample-every", 0)
+    assert resumed.code == 0, resumed
+    assert "4 images of" in resumed.out
+
+
+@pytest.mark.parametrize("steps", [-5, 0, 10**24])
+def test_a_number_of_steps_that_cannot_be_is_refused_before_anything_is_read(refused, tmp_path, steps):
+    for flags in (["--data", tmp_path / "none", "--out", tmp_path / "run"], ["--out", tmp_path / "run", "--resume"]):
+        assert f"--steps must be a whole number from 1 to 1,000,000,000,000, not {steps}" in refused(
+            "train", *flags, "--warmup", 0, "--steps", steps
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--save-minutes", 0), ("--save-minutes", "nan"), ("--sample-every", -1)])
+def test_the_flag_that_is_wrong_is_the_one_that_is_named(refused, tmp_path, flag, value):
+    err = refused("train", "--data", tmp_path, flag, value)
+    assert err.startswith(f"Error: {flag} must be "), err
+    assert err.count("--") == 1, err
+
+
 def test_what_will_not_come_out_well_is_said_before_and_after(ddpmx, tmp_path):
     short = ("--steps", 2, "-T", 50, "--no-ema-ramp", "--warmup", 4)
     done = ddpmx("train", "--data", FASHION, "--out", tmp_path / "run", *TINY, *short)

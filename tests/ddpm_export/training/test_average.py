@@ -28,6 +28,15 @@ def test_the_ramp_s_share_in_closed_form():
         assert share_of_first(n, 1.0, True) == pytest.approx(exact)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.05, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("ramp", [False, True])
+def test_the_share_is_the_product_of_the_decays(ema, ramp):
+    for n in (1, 5, 9, 80, 81, 82, 200):
+        product = math.prod(decay_at(s, ema, ramp) for s in range(n))
+        assert share_of_first(n, ema, ramp) == pytest.approx(product, rel=1e-9)
+    assert share_of_first(10**12, ema, ramp) == (1 if ema == 1 and not ramp else pytest.approx(0, abs=1e-90))
+
+
 def test_the_ramp_ends_at_the_decay():
     assert decay_at(0, 0.9999, True) == 0.1
     assert decay_at(89_980, 0.9999, True) < 0.9999 == decay_at(90_000, 0.9999, True)
