@@ -25,6 +25,7 @@ from ddpmx_cli import (
     train,
 )
 from ddpmx_cli.console import complain, say
+from ddpmx_cli.paths import PathCommand
 
 app = typer.Typer(
     name="ddpmx",
@@ -33,17 +34,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=train.EXAMPLES)(train.train)
-app.command(epilog=export.EXAMPLES)(export.export)
-app.command(epilog=build.EXAMPLES)(build.build)
-app.command(epilog=generate.EXAMPLES)(generate.generate)
-app.command(epilog=parity.EXAMPLES)(parity.parity)
-app.command("import", epilog=import_.EXAMPLES)(import_.import_)
-app.command(epilog=convert.EXAMPLES)(convert.convert)
-app.command(epilog=adopt.EXAMPLES)(adopt.adopt)
-app.command(epilog=bench.EXAMPLES)(bench.bench)
-app.command(epilog=info.EXAMPLES)(info.info)
-app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command(cls=PathCommand, epilog=train.EXAMPLES)(train.train)
+app.command(cls=PathCommand, epilog=export.EXAMPLES)(export.export)
+app.command(cls=PathCommand, epilog=build.EXAMPLES)(build.build)
+app.command(cls=PathCommand, epilog=generate.EXAMPLES)(generate.generate)
+app.command(cls=PathCommand, epilog=parity.EXAMPLES)(parity.parity)
+app.command("import", cls=PathCommand, epilog=import_.EXAMPLES)(import_.import_)
+app.command(cls=PathCommand, epilog=convert.EXAMPLES)(convert.convert)
+app.command(cls=PathCommand, epilog=adopt.EXAMPLES)(adopt.adopt)
+app.command(cls=PathCommand, epilog=bench.EXAMPLES)(bench.bench)
+app.command(cls=PathCommand, epilog=info.EXAMPLES)(info.info)
+app.command(cls=PathCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
