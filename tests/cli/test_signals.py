@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -113,3 +115,27 @@ def test_a_second_ctrl_c_stops_such_work_at_once(ddpmx, work, tmp_path):
 
     work(saving)
     assert ddpmx("info", tmp_path).code == 130
+
+
+EARLY = """
+import os, signal, sys, time
+class Stop:
+    def find_spec(name, path=None, target=None):
+        if name == 'ddpmx_cli.signals':
+            os.kill(os.getpid(), signal.{number})
+            time.sleep(1)
+sys.meta_path.insert(0, Stop)
+{begin}
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(
+    "begin",
+    ["from ddpmx_cli.entry import run", "import runpy; runpy.run_module('ddpmx', run_name='__main__')"],
+    ids=["ddpmx", "python -m ddpmx"],
+)
+def test_a_signal_in_our_first_import_is_quiet(begin, number, code):
+    program = [sys.executable, "-c", EARLY.format(number=number, begin=begin)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, done.stdout) == (code, "", "")
