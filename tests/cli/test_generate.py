@@ -363,7 +363,7 @@ def test_pictures_condition_as_their_pixels_do(ddpmx, tmp_path, conditioned_onnx
     (tmp_path / "photos").mkdir()
     for name, picture in zip("ab", drawn, strict=True):
         Image.fromarray(picture[..., 0] if k == 1 else picture, mode).save(tmp_path / "photos" / f"{name}.png")
-    conditions = (drawn.transpose(0, 3, 1, 2) / 127.5 - 1).astype(np.float32)
+    conditions = np.ascontiguousarray(drawn.transpose(0, 3, 1, 2) / 127.5 - 1, np.float32)
     common = ["generate", path, "--seed", 4, "--cond"]
     assert ddpmx(*common, tmp_path / "photos", "-n", 3, "--out", tmp_path / "all").code == 0
     assert ddpmx(*common, tmp_path / "photos" / "b.png", "-n", 1, "--out", tmp_path / "one").code == 0
