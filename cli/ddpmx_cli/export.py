@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError, OutputError
+from ddpmx.errors import BackendError, DdpmxError, InputError, NumericError
 from ddpmx_cli import build, parity
 from ddpmx_cli.console import busy, cache_folder, counting, megabytes, phases, say
 
@@ -67,12 +67,15 @@ def export(
     The file contains its own description. It runs in ONNX Runtime, and TensorRT builds a plan from it. Inputs and outputs
     are float32 and int32 in every precision, so files of different precision are interchangeable.
     """
+    from ddpmx.formats import model_file, same_model
+
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights!r}: not one of ema and raw")
     if fp16 and bf16:
         raise InputError("--fp16 and --bf16 exclude each other")
     if not proof and (full or data is not None):
         raise InputError("--no-parity excludes --full and --data")
+    same_model.check_output(output)
     try:
         with busy("loading torch"):
             from ddpm_export.graph import onnx_export
@@ -81,8 +84,6 @@ def export(
         raise BackendError(
             "export needs torch and onnx", note=str(error), hint="pip install torch safetensors onnx onnxscript"
         ) from error
-    from ddpmx.formats import model_file
-    from ddpmx.formats.same_model import check_same_model
 
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     which: Weights = "raw" if weights == "raw" else "ema"
@@ -96,13 +97,13 @@ def export(
     for written in (output, record, output.with_suffix(".plan"), output.with_suffix(".plan.json")):
         if data is not None and written.exists() and data.exists() and written.samefile(data):
             raise InputError(f"refusing to overwrite {written}: it holds the images of --data", hint="another -o")
-    if proof and record.exists() and not record.is_file():
-        raise OutputError(f"{record}: exists and is not a regular file", hint="another -o")
+    if proof:
+        same_model.check_record(record)
     earlier = record.exists()
     model = model_file.read_spec(source / model_file.SPEC_FILE)
     if which == "raw":
         model = model.replace(weights=None)  # that of the spec is of the averaged weights
-    weights_before = None if overwrite else check_same_model(output, model)
+    weights_before = None if overwrite else same_model.check_same_model(output, model)
     begun, replaced = time.monotonic(), os.path.exists(output)
     with busy(f"exporting {source}"):
         spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)

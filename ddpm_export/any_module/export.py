@@ -30,7 +30,7 @@ from ddpm_export.any_module.adapter import Adapter, Canonical
 from ddpm_export.any_module.fit_time import fit_time
 from ddpm_export.graph import where
 from ddpm_export.graph.any_batch import FixedBatchError, any_batch
-from ddpm_export.graph.onnx_export import check_output, export_network, to_precision
+from ddpm_export.graph.onnx_export import export_network, to_precision
 from ddpm_export.graph.tensorrt import Refusal
 from ddpm_export.proof.in_precision import judge
 from ddpm_export.proof.proof import check_file
@@ -39,6 +39,7 @@ from ddpm_export.training.checkpoint import weights_hash
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import staging
+from ddpmx.formats.same_model import check_output
 from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
 from ddpmx.parity.ladder import ParityReport
 

@@ -38,8 +38,9 @@ from ddpm_export.networks.unet import UNet
 from ddpm_export.training import checkpoint as checkpoints
 from ddpm_export.training.checkpoint import Weights
 from ddpmx.errors import BackendError, InputError, OutputError
-from ddpmx.formats.atomic import atomic_write, check_replaceable
+from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.onnx_file import metadata
+from ddpmx.formats.same_model import check_output
 from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, input_type
 
 OPSET = 20
@@ -122,21 +123,6 @@ def export(
     if weights == "raw":
         spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
     return export_network(network, spec, output, precision=precision, time_table=time_table)
-
-
-def check_output(output: Path) -> None:
-    """Check that an ONNX file can be written there, before anything takes long.
-
-    Raises:
-        OutputError, InputError: it cannot, or something else is there.
-    """
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.onnx'}")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}")
-    if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
-        raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
-    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(b"\x08",))
 
 
 def export_network(

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,13 +73,19 @@ def test_train_export_generate(ddpmx, tmp_path, monkeypatch):
 
 
 def test_export_does_not_overwrite_another_model(refused, run, tmp_path):
-    for name, content in (("model.onnx", GAUSSIAN_ONNX.read_bytes()), ("net.onnx", nameless(GAUSSIAN_ONNX))):
+    for name, content in (
+        ("model.onnx", GAUSSIAN_ONNX.read_bytes()),
+        ("net.onnx", nameless(GAUSSIAN_ONNX)),
+        ("note.onnx", b"hello"),
+    ):
         (tmp_path / name).write_bytes(content)
         err = refused("export", run, "-o", tmp_path / name)
         assert "refusing to overwrite" in err
         assert "--overwrite" in err
         assert (tmp_path / name).read_bytes() == content
-    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "mine.parity.npz").write_bytes(b"hello")
+    assert "not a parity record" in refused("export", run, "-o", tmp_path / "mine.onnx")
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def nameless(path):
@@ -420,6 +427,8 @@ def test_export_to_nowhere_is_refused(refused, run, tmp_path, monkeypatch):
     assert "folder" in refused("export", run, "-o", tmp_path / "none" / "model.onnx")
     assert "ema" in refused("export", run, "-o", tmp_path / "x.onnx", "--weights", "best")
     monkeypatch.chdir(tmp_path)
+    for folder in (".", "./", "/"):
+        assert f"-o {Path(folder) / 'model.onnx'}" in refused("export", run, "-o", folder)
     assert "no run" in refused("export")
     assert list(tmp_path.iterdir()) == []
 
@@ -451,7 +460,7 @@ def test_two_trainings_cannot_write_to_one_run(refused, copy):
 def test_export_replaces_regular_files_only(refused, ddpmx, run, tmp_path):
     os.mkfifo(tmp_path / "pipe.onnx")
     assert "not a regular file" in refused("export", run, "-o", tmp_path / "pipe.onnx")
-    (tmp_path / "real.onnx").write_text("old")
+    (tmp_path / "real.onnx").touch()
     (tmp_path / "link.onnx").symlink_to("real.onnx")
     assert ddpmx("export", run, "-o", tmp_path / "link.onnx", "--no-parity", "--no-plan").code == 0
     assert (tmp_path / "link.onnx").is_symlink()

@@ -230,7 +230,7 @@ def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begin
     Args:
         path: the file to be written.
         what: the kind of file, for the message: "a plan".
-        suffixes: lower-case suffixes; a file with one of them may be replaced.
+        suffixes: lower-case suffixes; a file with one of them may be replaced. None: what is in the file decides.
         begins: the first bytes of files of this kind, which may be replaced whatever their name. So may an empty file.
 
     Raises:
@@ -242,7 +242,8 @@ def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begin
         head = stream.read(16)
         if not head or head.startswith(begins):
             return
-    raise OutputError(f"refusing to overwrite {path}: not {what}", hint=f"-o NAME{suffixes[0]}")
+    hint = f"-o NAME{suffixes[0]}" if suffixes else "another -o"
+    raise OutputError(f"refusing to overwrite {path}: not {what}", hint=hint)
 
 
 def write_error(path: str | os.PathLike[str], error: Exception) -> OutputError:

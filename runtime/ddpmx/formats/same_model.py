@@ -4,18 +4,50 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddpmx.errors import DdpmxError, OutputError
+from ddpmx.errors import DdpmxError, InputError, OutputError
 from ddpmx.formats import onnx_file
+from ddpmx.formats.atomic import check_replaceable
 from ddpmx.formats.spec import ModelSpec
 
 _NOT_THE_MODEL = {"precision": "fp32", "weights": None, "ddpmx": ""}
 """Fields of a spec in which two exports of one model may differ."""
 
 
+_BEGINS = b"\x08"  # ir_version, the lowest field of a ModelProto, comes first
+
+
+def check_output(output: Path) -> None:
+    """Check that an ONNX file can be written there, before anything takes long.
+
+    Raises:
+        OutputError, InputError: it cannot, or something else is there.
+    """
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.onnx'}")
+    if not output.parent.is_dir():
+        raise OutputError(
+            f"{output}: there is no folder {output.parent}", hint="make that folder first, or choose another -o"
+        )
+    if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
+        raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
+    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(_BEGINS,))
+
+
+def check_record(record: Path) -> None:
+    """Refuse to overwrite a file that is no parity record, although it has the name of one.
+
+    Raises:
+        OutputError: there is such a file.
+    """
+    if record.exists() and not record.is_file():
+        raise OutputError(f"{record}: exists and is not a regular file", hint="another -o")
+    check_replaceable(record, what="a parity record", suffixes=(), begins=(b"PK\x03\x04",))
+
+
 def check_same_model(path: Path, spec: ModelSpec) -> str | None:
     """Refuse to overwrite an ONNX file of another model, or one that is not of ddpmx.
 
-    A file that is no whole ONNX file, such as one that was cut off, may be replaced.
+    An empty file may be replaced, and an ONNX file that was cut off.
 
     Args:
         path: the file to be written.
@@ -25,15 +57,18 @@ def check_same_model(path: Path, spec: ModelSpec) -> str | None:
         The sha256 of other weights of this model that the file holds; None if it holds these, or there is no such file.
 
     Raises:
-        OutputError: it is another model's.
+        OutputError: it is another model's, or no ONNX file.
     """
     if not path.is_file():
         return None
+    hint = "another -o, or --overwrite"
     try:
         info = onnx_file.read_onnx(path)
     except DdpmxError:
-        return None
-    hint = "another -o, or --overwrite"
+        with path.open("rb") as stream:
+            if stream.read(1) in (b"", _BEGINS):
+                return None
+        raise OutputError(f"refusing to overwrite {path}: not an ONNX file", hint=hint) from None
     if onnx_file.METADATA_KEY not in info.metadata:
         raise OutputError(f"refusing to overwrite {path}: ddpmx has not written it", hint=hint)
     try:

@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.backends.open import open_model
-from ddpmx.errors import InputError, NumericError
-from ddpmx.formats import onnx_file
+from ddpmx.errors import DdpmxError, InputError, NumericError, OutputError, SpecError
+from ddpmx.formats import model_file, onnx_file, same_model
 from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.protobuf import as_message, as_number, fields, packed
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
+from ddpmx.parity.ladder import check_same_model
+from ddpmx.parity.reference import Reference
 from ddpmx.sampling import chain
 from ddpmx.sampling.conditioning import example
 
@@ -46,13 +48,15 @@ class Adopted:
         spec: what the file says now.
         error: relative RMS of ε against the original, the largest over t.
         alike: the share of the weights that could be compared and are the original's, rounded or not; None if none could.
-        record: the copy of the original's record, None if it has none.
+        record: the copy of the original's record, None if it has none that is its own.
+        left_out: why the record that lies beside the original was not copied, None if it was or there is none.
     """
 
     spec: ModelSpec
     error: float
     alike: float | None
     record: Path | None
+    left_out: str | None = None
 
 
 def adopt(
@@ -62,6 +66,7 @@ def adopt(
     *,
     tolerance: float = TOLERANCE,
     threads: int = 0,
+    overwrite: bool = False,
 ) -> Adopted:
     """Write the spec, the array of β and the record of an exported file to a file that was made from it.
 
@@ -71,25 +76,44 @@ def adopt(
         output: the file to write; by default ``changed`` itself, which is replaced when everything was checked.
         tolerance: the largest relative RMS of ε.
         threads: of ONNX Runtime.
+        overwrite: whether an ``output`` of another model may be replaced, or one that ddpmx has not written; and a record.
 
     Raises:
         InputError: ``changed`` describes itself as another model already, or the weights or ε are another model's.
         SpecError: the original has no spec, or inputs and outputs are others.
         FileFormatError, BackendError: a file cannot be read or run.
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or something else is there.
     """
     changed, like = Path(changed), Path(like)
     output = changed if output is None else Path(output)
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance is between 0 and 1, not {tolerance:g}")
+    same_model.check_output(output)
     if output.exists() and output.samefile(like):
         raise InputError(f"refusing to overwrite {output}: it is the original", hint="choose another -o")
+    _check_onnx(like, "the file that ddpmx export wrote")
+    _check_onnx(changed, "the ONNX file that the other tool made; a plan is built from it afterwards")
     original = onnx_file.read_onnx(like)
     info = onnx_file.read_onnx(changed)
+    if onnx_file.METADATA_KEY not in original.metadata:
+        raise SpecError(
+            f"{like}: has no description to give",
+            note=f"there is no metadata {onnx_file.METADATA_KEY!r} in it",
+            hint="--like is the file that ddpmx export wrote",
+        )
     beside = onnx_file.check_external(changed, info)
     if beside and output.resolve().parent != changed.resolve().parent:
         raise InputError(f"{output}: must be in the folder of {changed}", note="its weights lie beside it")
     spec = onnx_file.onnx_spec(like, original)
+    if not overwrite and not (output.exists() and output.samefile(changed)):
+        same_model.check_same_model(output, spec)
+    source, record = like.with_suffix(".parity.npz"), output.with_suffix(".parity.npz")
+    left_out = _why_not(source, spec) if source.exists() else None
+    copies = source.exists() and left_out is None and not (record.exists() and record.samefile(source))
+    if copies:
+        same_model.check_record(record)
+        if record.exists() and not overwrite and (why := _why_not(record, spec)):
+            raise OutputError(f"refusing to overwrite {record}: {why}", hint="another -o, or --overwrite")
     had = onnx_file.METADATA_KEY in info.metadata
     if had and onnx_file.onnx_spec(changed, info).weights != spec.weights:
         raise InputError(f"{changed}: describes itself already, as another model", hint=f"ddpmx info {changed}")
@@ -111,7 +135,26 @@ def adopt(
             hint="if that much is expected, as with few bits, pass a larger --tolerance",
         )
     _write(changed, output, {} if had else onnx_file.metadata(spec))
-    return Adopted(spec, error, alike, _copy_record(like, output))
+    if copies:
+        with source.open("rb") as stream, atomic_write(record) as copy:
+            shutil.copyfileobj(stream, copy)
+    return Adopted(spec, error, alike, record if source.exists() and left_out is None else None, left_out)
+
+
+def _check_onnx(path: Path, wanted: str) -> None:
+    """Refuse a plan or a checkpoint by name."""
+    if (kind := model_file.identify(path)) != "onnx":
+        what = "a TensorRT plan" if kind == "plan" else "a checkpoint"
+        raise InputError(f"{path}: {what}, and not an ONNX file", hint=f"pass {wanted}")
+
+
+def _why_not(record: Path, spec: ModelSpec) -> str | None:
+    """Why a file is no record of this model's outputs, in words; None if it is one."""
+    try:
+        check_same_model(spec, Reference.load(record))
+    except DdpmxError as error:
+        return f"{error.fact} ({error.note})" if error.note else error.fact
+    return None
 
 
 def kinship(changed: Path, like: Path) -> float | None:
@@ -227,13 +270,3 @@ def _varint(value: int) -> bytes:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*out, value])
-
-
-def _copy_record(like: Path, output: Path) -> Path | None:
-    source, target = like.with_suffix(".parity.npz"), output.with_suffix(".parity.npz")
-    if not source.is_file():
-        return None
-    if not (target.exists() and target.samefile(source)):
-        with source.open("rb") as stream, atomic_write(target) as copy:
-            shutil.copyfileobj(stream, copy)
-    return target

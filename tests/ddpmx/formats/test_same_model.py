@@ -49,6 +49,11 @@ def test_files_of_others_are_refused_and_damaged_ones_are_not(path, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert check_same_model(path, SPEC) is None
+    path.write_bytes(b"")
+    assert check_same_model(path, SPEC) is None
+    path.write_bytes(b"hello")
+    with pytest.raises(OutputError, match="not an ONNX file"):
+        check_same_model(path, SPEC)
     path.write_bytes(conditioning.onnx(SPEC, metadata={}))
     with pytest.raises(OutputError, match="ddpmx has not written it"):
         check_same_model(path, SPEC)

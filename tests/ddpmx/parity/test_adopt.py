@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ddpm_export.graph.onnx_export import export_network
 from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpm_export.proof.record import record
 from ddpmx.errors import InputError, SpecError
 from ddpmx.formats.describe import describe
 from ddpmx.formats.onnx_file import onnx_spec, read_onnx
@@ -67,7 +68,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     folder: Path = tmp_path_factory.mktemp("adopt")
     made = {"original": folder / "model.onnx", "int8": folder / "int8.onnx", "other": folder / "other.onnx"}
     export_network(unet(0), SPEC, made["original"])
-    made["original"].with_suffix(".parity.npz").write_bytes(b"a record")
+    record(unet(0), SPEC, steps=2).save(made["original"].with_suffix(".parity.npz"))
     quantization.quantize_static(str(made["original"]), str(folder / "q.onnx"), Reader(), per_channel=True)
     bare(folder / "q.onnx", made["int8"])
     export_network(unet(0), SPEC, folder / "h.onnx", precision="fp16")
@@ -98,7 +99,7 @@ def test_a_file_gets_spec_betas_and_record_back_and_its_graph_is_untouched(files
     np.testing.assert_array_equal(spec.betas, SPEC.betas)
     assert onnx.load(changed).graph == before
     onnx.checker.check_model(onnx.load(changed), full_check=True)
-    assert changed.with_suffix(".parity.npz").read_bytes() == b"a record"
+    assert changed.with_suffix(".parity.npz").read_bytes() == files["original"].with_suffix(".parity.npz").read_bytes()
     with load(changed) as pipeline:
         assert pipeline.generate(1, seed=0).shape == (1, 8, 8, 3)
     assert adopt(changed, files["original"]).spec == spec, "a second time nothing is added"
