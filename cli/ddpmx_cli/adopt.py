@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ddpmx_cli.console import busy, say
+from ddpmx_cli.console import busy, check_threads, say
 
 EXAMPLES = """
 Examples:\n
@@ -26,7 +26,9 @@ def adopt(
         Path | None, Option("--output", "-o", help="The file to write.  \\[default: ONNX itself, replaced]")
     ] = None,
     tolerance: Annotated[float, Option(help="Largest difference of ε, as a share of its RMS.")] = 0.15,
-    threads: Annotated[int, Option(help="CPU threads.  \\[default: ONNX Runtime's choice]", metavar="N")] = 0,
+    threads: Annotated[
+        int, Option(help="CPU threads.  \\[default: ONNX Runtime's choice]", metavar="N", callback=check_threads)
+    ] = 0,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Also replace the -o of another model, or one that ddpmx has not written.")
     ] = False,

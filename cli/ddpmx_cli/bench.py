@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ddpmx_cli.console import cache_folder, parse_numbers, phases, plain, say
+from ddpmx_cli.console import cache_folder, check_threads, parse_numbers, phases, plain, say
 
 EXAMPLES = """
 Examples:\n
@@ -42,7 +42,7 @@ def bench(
         str, Option(help="cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name.", metavar="NAME")
     ] = "cpu",
     fallback: Annotated[bool, Option("--fallback", help="Use the CPU if the provider does not start.")] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
+    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads)] = 0,
     trust_host_code: Annotated[
         bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
     ] = False,

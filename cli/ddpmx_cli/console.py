@@ -169,6 +169,19 @@ def megabytes(path: str | os.PathLike[str]) -> str:
     return f"{os.path.getsize(path) / 1e6:.1f} MB"
 
 
+def check_threads(threads: int) -> int:
+    """The callback of ``--threads`` where ONNX Runtime takes it.
+
+    Raises:
+        InputError: out of range.
+    """
+    from ddpmx.backends.ort import MAX_THREADS
+
+    if not 0 <= threads <= MAX_THREADS:
+        raise InputError(f"--threads must be from 0 to {MAX_THREADS}, not {threads}", hint="omit it: one per core")
+    return threads
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """ "64" or "64x48" (height first) → (H, W).
 

@@ -13,7 +13,7 @@ from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES, Sampler, Spa
 from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
-from ddpmx_cli.console import busy, cache_folder, counting, say
+from ddpmx_cli.console import busy, cache_folder, check_threads, counting, say
 
 if TYPE_CHECKING:
     from ddpmx.pipeline import Pipeline
@@ -102,7 +102,9 @@ def generate(
     fallback: Annotated[
         bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=_WHERE)
     ] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", rich_help_panel=_WHERE)] = 0,
+    threads: Annotated[
+        int, Option(help="CPU threads; 0 for one per core.", callback=check_threads, rich_help_panel=_WHERE)
+    ] = 0,
     executor: Annotated[
         str,
         Option(
@@ -163,6 +165,8 @@ def generate(
             eta=eta,
             variance=cast("Variance | None", variance),
         )
+        if eta and sampling.sampler == "ancestral":
+            raise InputError("--eta is for the ddim sampler only", hint="--sampler ddim, or omit --eta")
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = _classes(pipeline.spec, label, labels, n, first)
         pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes, sampling=sampling)

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError
-from ddpmx_cli.console import busy, cache_folder, counting, say
+from ddpmx_cli.console import busy, cache_folder, check_threads, counting, say
 
 if TYPE_CHECKING:
     from ddpmx.parity.ladder import ParityReport
@@ -59,7 +59,7 @@ def parity(
             metavar="NAME",
         ),
     ] = "cpu",
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.")] = 0,
+    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads)] = 0,
     trust_host_code: Annotated[
         bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
     ] = False,

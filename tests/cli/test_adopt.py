@@ -94,4 +94,5 @@ def test_what_is_no_original_is_named(refused, original, changed, tmp_path):
     err = refused("adopt", original, "--like", changed, "-o", tmp_path / "x.onnx")
     assert "has no description to give" in err
     assert "--spec" not in err
+    assert "--threads must be" in refused("adopt", changed, "--like", original, "--threads", -1)
     assert "does not match the spec" in refused("adopt", changed, "--like", "garments"), "the model that comes along"

@@ -59,8 +59,11 @@ class OrtBackend:
         wanted = [NAMES.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
         if fallback and NAMES["cpu"] not in wanted:
             wanted.append(NAMES["cpu"])
-        if not wanted or not 0 <= threads <= MAX_THREADS:
-            raise InputError(f"at least one provider and 0…{MAX_THREADS} threads are needed, not {threads}")
+        if not wanted:
+            raise InputError("at least one provider is needed")
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"threads must be from 0 to {MAX_THREADS}, not {threads}", hint="0 for one per core")
+        left_out = list(instead)
         available = available_providers(ort)
         options = session_options(ort)
         options.intra_op_num_threads = threads
@@ -68,16 +71,19 @@ class OrtBackend:
         for name in list(plugins):
             try:
                 devices = plugin_devices(ort, name)
-            except BackendError:
+            except BackendError as error:
                 if not fallback:
                     raise
                 plugins.remove(name)
+                left_out.append(f"{name} ({error.fact})")
             else:
                 options.add_provider_for_devices(devices[:1], {})
                 available.append(name)
         missing = [name for name in wanted if name not in available]
         if missing and not (fallback and len(missing) < len(wanted)):
             raise no_provider(ort, missing[0])
+        known = " ".join(left_out)
+        left_out += [f"{name} ({no_provider(ort, name).fact})" for name in missing if name not in known]
         # ONNX Runtime takes plugins by their devices, or providers by their names
         listed = None if plugins else [name for name in wanted if name in available]
         try:
@@ -92,7 +98,7 @@ class OrtBackend:
                 f"{wanted[0]} was requested, but ONNX Runtime uses {self.provider}",
                 hint="--fallback accepts that; see its own message above for why",
             )
-        self._output, self._instead = output, tuple(instead)
+        self._output, self._instead = output, tuple(left_out)
         self._version: str = ort.__version__
         self._binding: Any = None
         self._buffers: Buffers | None = None

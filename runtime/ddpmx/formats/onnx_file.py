@@ -145,7 +145,8 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
         raise SpecError(
             f"{path}: the file does not say which diffusion model it is",
             note=f"an ONNX file, but without the metadata {METADATA_KEY!r} that `ddpmx export` writes",
-            hint="if you know its schedule and prediction, pass them: --spec spec.json, or spec= from Python",
+            hint=f"if a tool made it of an exported one: ddpmx adopt {path} --like ORIGINAL.onnx; "
+            "if you know its schedule and prediction: --spec spec.json, or spec= from Python",
         )
     try:
         beside = info.metadata.get(BETAS_KEY) if text is not None else None

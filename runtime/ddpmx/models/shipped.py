@@ -29,6 +29,10 @@ def find(model: str | os.PathLike[str]) -> Path:
     if isinstance(model, str) and model in SHIPPED:
         return Path(__file__).with_name(SHIPPED[model])
     path = Path(model)
+    if model == "":  # which pathlib takes for the current folder
+        raise FileFormatError(
+            "the model's name is empty", hint=f"{', '.join(SHIPPED)}; or the path of a model file, such as model.onnx"
+        )
     if isinstance(model, str) and _WORD.fullmatch(model) and not os.path.lexists(path):
         raise FileFormatError(
             f"{model}: neither a model that comes with ddpmx nor a file",
@@ -38,9 +42,14 @@ def find(model: str | os.PathLike[str]) -> Path:
 
 
 def beside(model: str | os.PathLike[str], suffix: str) -> Path:
-    """Where a file that belongs to a model goes: beside it; for a shipped model into the working folder."""
-    return (
-        Path(os.fspath(model) + suffix)
-        if isinstance(model, str) and model in SHIPPED
-        else Path(model).with_suffix(suffix)
-    )
+    """Where a file that belongs to a model goes: beside it; for a shipped model into the working folder.
+
+    Raises:
+        FileFormatError: ``model`` has no name to go by: it is the folder one stands in, or the root.
+    """
+    if isinstance(model, str) and model in SHIPPED:
+        return Path(model + suffix)
+    path = Path(model)
+    if not path.name:  # "." and "/"
+        raise FileFormatError(f"{path}: is a folder, not a model file", hint=f"the file in it: {path / 'model.onnx'}")
+    return path.with_suffix(suffix)

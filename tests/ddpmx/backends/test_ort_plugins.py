@@ -76,7 +76,9 @@ def test_a_plugin_that_registers_and_finds_no_device_is_an_error(runtime):
             OrtBackend("m.onnx", "eps", providers=("openvino",))
     assert caught.value.hint == "--provider cpu"
     assert ort.opened is None
-    assert OrtBackend("m.onnx", "eps", providers=("openvino",), fallback=True).provider == "CPUExecutionProvider"
+    backend = OrtBackend("m.onnx", "eps", providers=("openvino",), fallback=True)
+    assert backend.provider == "CPUExecutionProvider"
+    assert "CPUExecutionProvider, not OpenVINOExecutionProvider (" in backend.description
 
 
 def test_a_plugin_that_is_not_installed_is_named(runtime):

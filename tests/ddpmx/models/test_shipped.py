@@ -42,3 +42,8 @@ def test_names_come_first_and_then_files(tmp_path, monkeypatch):
 def test_what_belongs_to_a_shipped_model_is_not_written_into_the_package():
     assert beside("garments", ".plan") == Path("garments.plan")
     assert beside("a/model.onnx", ".plan") == Path("a/model.plan")
+    for folder in (".", "/", Path()):
+        with pytest.raises(FileFormatError, match="is a folder"):
+            beside(folder, ".plan")
+    with pytest.raises(FileFormatError, match="is empty"):
+        find("")
