@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -124,7 +125,7 @@ def generate(
 ) -> None:
     """Run the full reverse chain and write PNGs."""
     from ddpmx.formats import model_file
-    from ddpmx.formats.atomic import make_folder
+    from ddpmx.formats.atomic import locked, make_folder
     from ddpmx.images import gallery
     from ddpmx.images.conditions import read_conditions
     from ddpmx.images.origin import Origin, model_hash
@@ -187,11 +188,18 @@ def generate(
         origin = Origin(
             model, pipeline.spec.precision, seed, sampling, len(table), first, labels=classes, conditions=conditioned_by
         )
-        if not overwrite and picture:
-            gallery.check_replaceable([out], model)
-        elif not overwrite:
-            gallery.check_replaceable(gallery.targets(out, n, first=first, grid=grid, animated=animate), model)
-            gallery.check_one_run(out, origin, n)
+        targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate)
+        gone: list[Path] = []
+
+        def replaced() -> Iterator[Path]:
+            """The pictures of other runs that go; refused without --overwrite."""
+            if overwrite:
+                gone[:] = [] if picture else gallery.other_runs(out, origin, n)
+            else:
+                gallery.check_free(targets, origin, n, folder=None if picture else out)
+            yield from gone
+
+        list(replaced())  # and again when the images are written, since another process may have drawn there meanwhile
         make_folder(out.parent if picture else out)
         begun = time.monotonic()
         with counting(f"{n} images", unit="steps") as progress:
@@ -207,12 +215,13 @@ def generate(
                 sampling=sampling,
             )
         seconds = time.monotonic() - begun
-        gone = gallery.other_runs(out, origin, n) if overwrite and not picture else []
         if picture:
-            written = [gallery.save_picture(out, images, grid=grid, origin=origin)]
+            with locked(out):
+                list(replaced())
+                written = [gallery.save_picture(out, images, grid=grid, origin=origin)]
         else:
             written = gallery.save_gallery(
-                out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=gone
+                out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=replaced()
             )
         say(
             f"{n} image{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{_choice(sampler, sampling)}, seed {seed}, "

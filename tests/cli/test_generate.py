@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from ddpmx import ModelSpec, load
+from ddpmx.formats.png_text import read_png_text
+from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.request import FEW_STEPS
 from oracles.conditioning import CLASSES
 
@@ -101,7 +103,7 @@ def test_few_steps_without_a_sampler_are_run_by_ddim_and_the_result_says_so(ddpm
             (["--steps", 20, "--variance", "fixed_small"], {"steps": 20, "variance": "fixed_small"}),
             (["--steps", FEW_STEPS], {"steps": FEW_STEPS}),
         ):
-            done = ddpmx("generate", gaussian_onnx, *flags, "--out", tmp_path / "one.png")
+            done = ddpmx("generate", gaussian_onnx, *flags, "--out", tmp_path / "one.png", "--overwrite")
             drawn = pipeline.generate(1, **how)[0]
             np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one.png")), drawn)
             chosen = "spacing" in how
@@ -126,6 +128,45 @@ def test_one_image_or_one_sheet_is_written_to_one_file(ddpmx, refused, gaussian_
     (tmp_path / "a.png").mkdir()  # a folder is a folder
     assert ddpmx(*common, "-n", 2, "--out", tmp_path / "a.png").code == 0
     assert files(tmp_path / "a.png") == ["00000.png", "00001.png"]
+
+
+def test_a_picture_or_a_sheet_of_another_run_is_replaced_on_request_only(ddpmx, refused, gaussian_onnx, tmp_path):
+    one, folder = tmp_path / "x.png", tmp_path / "folder"
+    common = ("generate", gaussian_onnx, "-n", 1, "--grid")
+    for out, picture in ((one, one), (folder, folder / "grid.png")):
+        assert ddpmx(*common, "--steps", 2, "--out", out).code == 0
+        for image in folder.glob("0*.png"):
+            image.unlink()
+        before = picture.read_bytes()
+        err = refused(*common, "--steps", 3, "--out", out)
+        assert f"refusing to overwrite {picture}: it is of another run\nNote: steps 2, and now 3" in err
+        assert picture.read_bytes() == before
+        assert ddpmx(*common, "--steps", 2, "--out", out).code == 0, "the same run again"
+        assert ddpmx(*common, "--steps", 3, "--out", out, "--overwrite").code == 0
+        assert picture.read_bytes() != before
+
+
+@pytest.mark.parametrize("name", ["x.png", "folder"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_another_process_drew_there_meanwhile_counts(ddpmx, gaussian_onnx, tmp_path, monkeypatch, name, overwrite):
+    out, other = tmp_path / name, tmp_path / "other" / name
+    grid = ["--grid"] * (name == "x.png")
+    common = ("generate", gaussian_onnx, *grid, "--steps")
+    assert ddpmx(*common, 2, "-n", 3, "--out", other).code == 0
+    drawn = Pipeline.generate
+
+    def meanwhile(*arguments, **named):
+        os.rename(other, out)  # an empty folder is replaced
+        return drawn(*arguments, **named)
+
+    monkeypatch.setattr(Pipeline, "generate", meanwhile)
+    done = ddpmx(*common, 3, "-n", 2, "--out", out, *["--overwrite"] * overwrite)
+    assert done.code == (0 if overwrite else 2), done
+    assert ("steps 2, and now 3" in done.err) == (not overwrite)
+    for picture in [out] if out.is_file() else out.iterdir():
+        assert read_png_text(picture)[1]["steps"] == ("3" if overwrite else "2")
+    if name == "folder":
+        assert files(out) == [f"0000{i}.png" for i in range(2 if overwrite else 3)]
 
 
 def test_the_model_is_named_once(ddpmx, refused, gaussian_onnx, tmp_path, monkeypatch):

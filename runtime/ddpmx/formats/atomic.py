@@ -128,7 +128,8 @@ def exchange(folder: Path, part: Path, names: Sequence[str], *, instead_of: Iter
         folder: where the files are to be.
         part: a :func:`staging` folder in ``folder``.
         names: the new files; files of the same names are replaced.
-        instead_of: further files of ``folder`` that go, if they are there.
+        instead_of: further files of ``folder`` that go, if they are there. Read once nobody else writes to it,
+            so a generator may look what is there by then, and raise.
 
     Raises:
         OSError: a file could not be renamed. ``folder`` is then as it was.

@@ -158,6 +158,32 @@ def check_one_run(folder: Path, origin: Origin, n: int) -> None:
             )
 
 
+def check_free(paths: Sequence[Path], origin: Origin, n: int, *, folder: Path | None = None) -> None:
+    """Refuse to overwrite, or to draw beside, anything but pictures of the run ``origin``.
+
+    Args:
+        paths: the files to be written.
+        origin: the run.
+        n: how many images are drawn.
+        folder: the folder of a whole run, None where ``paths`` are all that is written.
+
+    Raises:
+        OutputError: there are pictures of another model or run, or ddpmx has not drawn them.
+    """
+    check_replaceable(paths, origin.model)
+    if folder is not None:
+        check_one_run(folder, origin, n)
+    for path in paths:
+        if (
+            (folder is None or path.name in (GRID, ANIMATION))
+            and path.is_file()
+            and (other := difference(path, origin, n))
+        ):
+            raise OutputError(
+                f"refusing to overwrite {path}: it is of another run", note=other, hint="another --out, or --overwrite"
+            )
+
+
 def save_gallery(
     folder: str | os.PathLike[str],
     drawn: NDArray[np.uint8],
@@ -166,7 +192,7 @@ def save_gallery(
     grid: bool = False,
     animation: Animation | None = None,
     origin: Origin | None = None,
-    instead_of: Sequence[Path] = (),
+    instead_of: Iterable[Path] = (),
 ) -> list[Path]:
     """Write images and, on request, a grid and an animation: all of them, or none. Files of the same names are replaced.
 
@@ -177,7 +203,8 @@ def save_gallery(
         grid: also write ``grid.png``, all images on one sheet.
         animation: also write ``x0.gif``.
         origin: is written into each file.
-        instead_of: further files of the folder that go as the new ones come, see :func:`other_runs`.
+        instead_of: further files of the folder that go as the new ones come, see :func:`other_runs`; read when nobody else
+            writes to the folder.
 
     Returns:
         The files written: the images in order, then the rest.
@@ -204,5 +231,5 @@ def save_gallery(
             sheets = animation.sheets()
             zoom = writers.zoom_for(sheets[0].shape[1], at_least=256)
             write_synced(part / ANIMATION, writers.gif(sheets, zoom=zoom, comment=comment(whole)))
-        exchange(folder, part, [file.name for file in files], instead_of=[path.name for path in instead_of])
+        exchange(folder, part, [file.name for file in files], instead_of=(path.name for path in instead_of))
     return files
