@@ -57,7 +57,7 @@ def bench(
     if out is not None:  # checked before minutes are spent
         if not out.parent.is_dir():
             raise OutputError(f"{out}: there is no folder {out.parent}", hint="create it, or choose another -o")
-        check_replaceable(out, what="a JSON file", suffixes=(".json",), begins=(b"{",))
+        check_replaceable(out, what="a JSON file", suffixes=(), begins=(b"{",))
     description = model_file.read_spec(spec) if spec is not None else None
     with phases("measuring") as progress:
         report = measure(

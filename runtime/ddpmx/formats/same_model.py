@@ -25,9 +25,7 @@ def check_output(output: Path) -> None:
     if output.is_dir():
         raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.onnx'}")
     if not output.parent.is_dir():
-        raise OutputError(
-            f"{output}: there is no folder {output.parent}", hint="make that folder first, or choose another -o"
-        )
+        raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
     if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
         raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
     check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(_BEGINS,))

@@ -178,7 +178,7 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
     if output.is_dir():
         raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.plan'}")
     if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}")
+        raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
     for written in (output, sidecar_path(output)):
         if written.exists() and not written.is_file():
             raise OutputError(f"{written}: exists and is not a regular file", hint="another -o")
@@ -187,8 +187,8 @@ def _check_output(output: Path, inputs: list[Path]) -> None:
         for path in inputs:
             if written.exists() and written.samefile(path):
                 raise OutputError(f"refusing to overwrite {written}: the plan is built from it", hint="another -o")
-    check_replaceable(output, what="a plan", suffixes=(".plan", ".engine", ".trt"), begins=tuple(plan_file.MAGIC))
-    check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(".json",), begins=(b"{",))
+    check_replaceable(output, what="a plan", suffixes=(), begins=tuple(plan_file.MAGIC))
+    check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(), begins=(b"{",))
 
 
 def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, devices: Gpus) -> None:

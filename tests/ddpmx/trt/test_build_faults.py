@@ -255,7 +255,9 @@ def test_outputs_that_cannot_be_written_are_refused(toy):
     assert content(toy.parent) == before
 
 
-@pytest.mark.parametrize(("name", "content"), [("README.md", b"# mine"), ("model.bin", b"\x00" * 99)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("README.md", b"# mine"), ("model.bin", b"\x00" * 99), ("note.plan", b"# mine")]
+)
 def test_a_file_that_is_not_a_plan_is_not_replaced(toy, name, content):
     (toy.parent / name).write_bytes(content)
     with pytest.raises(OutputError, match=r"refusing to overwrite .*: not a plan"):
