@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from ddpm_export.importers.reading.foreign import name_foreign
 from ddpm_export.importers.reading.tensor_bundle import TensorBundle, is_bundle
 from ddpmx.errors import BackendError, FileFormatError, InputError, SpecError
 from ddpmx.formats.envelope import parse_json
+from ddpmx.formats.model_file import SPEC_FILE, checkpoints
 
 MAX_JSON = 1 << 24
 MAX_ITEMS = 1_000_000
@@ -83,10 +85,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> CheckpointContents:
         if is_bundle(path):  # the name of a TensorFlow checkpoint is the common prefix of its files
             return _tensor_bundle(path)
         raise FileFormatError(f"{path}: nothing there", hint="a file, a folder, or hf:ORGANISATION/NAME")
+    _refuse_run(path)
     try:
         return _folder(path) if path.is_dir() else _file(path)
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
+
+
+def _refuse_run(path: Path) -> None:
+    """Refuse a run of ddpmx, one of its checkpoints, or a file of one."""
+    folder = path if path.is_dir() else path.parent
+    saved = folder.parent.name == "checkpoints" and (folder / SPEC_FILE).is_file()
+    if saved or (path.is_dir() and checkpoints(path)):
+        raise FileFormatError(
+            f"{path}: {'a checkpoint' if saved else 'a run'} of ddpmx, which needs no import",
+            hint=f"the other commands take it as it is: ddpmx export {shlex.quote(str(folder))} -o model.onnx",
+        )
 
 
 def _file(path: Path) -> CheckpointContents:
@@ -126,7 +140,11 @@ def _folder(path: Path) -> CheckpointContents:
         return _file(files[0])
     if files:
         raise _several(path, files)
-    raise FileFormatError(f"{path}: no checkpoint in this folder", note="no weights, and no config.json")
+    raise FileFormatError(
+        f"{path}: no checkpoint in this folder",
+        note="no weights, and no config.json",
+        hint="name the file, or the folder that holds it",
+    )
 
 
 def _several(path: Path, files: list[Path]) -> FileFormatError:

@@ -266,6 +266,10 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         OutputError: there is a file of that name, or the folder cannot be made or written to.
     """
     path = Path(path)
+    for part in (path, *path.parents):
+        if os.path.lexists(part) and not part.is_dir():
+            what = "is a file" if os.path.exists(part) else "is a link to nothing"
+            raise OutputError(f"{part}: {what}, and a folder is needed to write to", hint="choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

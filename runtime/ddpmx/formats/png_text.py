@@ -39,7 +39,7 @@ def read_png_text(path: str | os.PathLike[str]) -> tuple[tuple[int, int], dict[s
             return _read(stream)
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
-    except (ValueError, struct.error) as error:
+    except ValueError as error:
         raise FileFormatError(f"{path}: not a valid PNG", note=str(error)) from error
 
 
@@ -47,16 +47,18 @@ def _read(stream: BinaryIO) -> tuple[tuple[int, int], dict[str, str]]:
     size: tuple[int, int] | None = None
     texts: dict[str, str] = {}
     for _ in range(MAX_CHUNKS):
-        length, kind = struct.unpack(">I4s", stream.read(8))
+        length, kind = struct.unpack(">I4s", _exactly(stream, 8))
         if kind == b"IEND":
             break
         if kind not in (b"IHDR", b"tEXt", b"iTXt") or length > MAX_TEXT:
             stream.seek(length + 4, os.SEEK_CUR)
             continue
-        data = stream.read(length)
-        if struct.unpack(">I", stream.read(4))[0] != zlib.crc32(kind + data):
+        data = _exactly(stream, length)
+        if struct.unpack(">I", _exactly(stream, 4))[0] != zlib.crc32(kind + data):
             raise ValueError("a chunk has the wrong CRC")
         if kind == b"IHDR":
+            if length != 13:
+                raise ValueError("its header has the wrong length")
             width, height = struct.unpack(">II", data[:8])
             size = height, width
             continue
@@ -68,3 +70,11 @@ def _read(stream: BinaryIO) -> tuple[tuple[int, int], dict[str, str]]:
     if size is None:
         raise ValueError("it does not say its size")
     return size, texts
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    """The next bytes. Raises ValueError if the file ends before."""
+    data = stream.read(count)
+    if len(data) < count:
+        raise ValueError("it is cut short")
+    return data

@@ -131,8 +131,12 @@ def test_folders_are_made_with_their_parents(tmp_path):
 def test_a_folder_below_a_file_is_an_output_error(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OutputError, match="folder"):
+        with pytest.raises(OutputError, match=f"^{tmp_path / 'file'}: is a file, and a folder is needed"):
             make_folder(path)
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OutputError, match="link: is a link to nothing"):
+        make_folder(tmp_path / "link")
+    assert not (tmp_path / "gone").exists()
 
 
 def refusal(path):

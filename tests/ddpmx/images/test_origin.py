@@ -51,6 +51,10 @@ def test_damaged_pngs_are_refused(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(FileFormatError):
             read_png_text(path)
+    for length in range(8, len(whole) - 4):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FileFormatError, match="not a valid PNG\nNote: it is cut short"):
+            read_png_text(path)
     huge = b"\x7f\xff\xff\xfftEXt"  # a declared length of 2 GiB is not read
     path.write_bytes(whole[:33] + huge)
     with pytest.raises(FileFormatError):

@@ -436,6 +436,21 @@ def test_nothing_there(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_run_needs_no_import(tmp_path):
+    saved = tmp_path / "run" / "checkpoints" / "00000002"
+    saved.mkdir(parents=True)
+    save_file({"a": torch.zeros(1)}, saved / "ema.safetensors")
+    (saved / "spec.json").write_text("{}")
+    for path, folder, what in (
+        (tmp_path / "run", tmp_path / "run", "a run"),
+        (saved, saved, "a checkpoint"),
+        (saved / "ema.safetensors", saved, "a checkpoint"),
+    ):
+        with pytest.raises(FileFormatError, match=f"{what} of ddpmx, which needs no import") as caught:
+            open_checkpoint(path)
+        assert f"ddpmx export {folder} -o" in str(caught.value)
+
+
 def test_a_folder_of_several_files_is_not_guessed_at(tmp_path):
     for name in ("ema.pt", "raw.pt"):
         torch.save(WEIGHTS, tmp_path / name)
