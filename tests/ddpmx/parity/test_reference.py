@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import zipfile
@@ -65,7 +66,7 @@ def test_a_record_comes_back_as_it_was(reference, saved):
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
     path = tmp_path / "model.parity.npz"
     path.write_text("yesterday")
-    monkeypatch.setattr(np, "savez_compressed", raising(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "fsync", raising(OSError(28, "No space left on device")))
     with pytest.raises(OutputError):
         reference.save(path)
     assert path.read_text() == "yesterday"
