@@ -119,7 +119,12 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(("Adam", f"{count:,} moments") if moments else (name.split(".")[0], f"{count:,} parameters"))
         lines += _training(values["training"])
     elif values["kind"] == "onnx":
-        lines.append(("parameters", f"{values['parameters']:,} numbers stored"))
+        made_of = values.get("made_of") or {}
+        if "network" in made_of:
+            lines.append(("network", _architecture(made_of["network"])))
+        of = f"{made_of['parameters']:,} weights, " if "parameters" in made_of else ""
+        lines.append(("parameters", f"{of}{values['parameters']:,} numbers stored"))
+        lines += _training(made_of.get("training", {}))
         lines.append(("opset", str(values["opset"])))
         lines += [("input", f"{name}: {tensor}") for name, tensor in values["inputs"].items()]
         lines += [("output", f"{name}: {tensor}") for name, tensor in values["outputs"].items()]

@@ -39,6 +39,7 @@ from ddpm_export.training import checkpoint as checkpoints
 from ddpm_export.training.checkpoint import Weights
 from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.formats.atomic import atomic_write
+from ddpmx.formats.describe import training_summary
 from ddpmx.formats.onnx_file import metadata
 from ddpmx.formats.same_model import check_output
 from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, input_type
@@ -122,7 +123,8 @@ def export(
     network, spec = checkpoints.load_network(path, weights)
     if weights == "raw":
         spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
-    return export_network(network, spec, output, precision=precision, time_table=time_table)
+    training = training_summary(path)
+    return export_network(network, spec, output, precision=precision, time_table=time_table, training=training)
 
 
 def export_network(
@@ -134,6 +136,7 @@ def export_network(
     time_table: bool = False,
     root: str = "",
     refused: list[Refusal] | None = None,
+    training: dict[str, Any] | None = None,
 ) -> ModelSpec:
     """Export a network in memory; see :func:`export`.
 
@@ -143,6 +146,7 @@ def export_network(
         output, precision, time_table: as for :func:`export`.
         root: a prefix of all paths in it that is left out of the names in the file.
         refused: is filled with what TensorRT does not take of the graph, which is written all the same.
+        training: what the file is to say of its checkpoint, see :func:`ddpmx.formats.describe.training_summary`.
 
     Raises:
         SpecError: the spec describes another network.
@@ -174,7 +178,7 @@ def export_network(
         # Traced as opset 20, where norms and attention are decomposed into plain operators. From there to 22 these
         # operators only gained types; the checker below fails if that should change.
         model.opset_import[0].version = BF16_OPSET
-    onnx.helper.set_model_props(model, metadata(spec))
+    onnx.helper.set_model_props(model, metadata(spec, training))
     if model.ByteSize() > MAX_PROTOBUF_BYTES:
         raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
     onnx.checker.check_model(model, full_check=True)

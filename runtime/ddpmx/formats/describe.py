@@ -15,6 +15,17 @@ from ddpmx.models import shipped
 _ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 _FLOATS = {1, 10, 11, 16}
 _MAX_HEADER = 16 << 20
+_TRAINING: dict[str, type] = {
+    "step": int,
+    "loss": float,
+    "batch": int,
+    "mirrored": bool,
+    "begun_from": str,
+    "data": str,
+    "images": int,
+    "from": str,
+}
+"""What :func:`describe` says of a training, and its types."""
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -67,18 +78,59 @@ def _training(path: Path) -> dict[str, Any]:
         data, imported = settings.get("data") or {}, settings.get("imported") or {}
         train = settings.get("train") or {}
         found = {
-            "step": (step, int),
-            "loss": (settings.get("loss"), float),
-            "batch": (train.get("batch"), int),
-            "mirrored": (train.get("hflip"), bool),
-            "begun_from": ((settings.get("from") or {}).get("path"), str),
-            "data": (data.get("path"), str),
-            "images": (data.get("images"), int),
-            "from": (imported.get("from"), str),
+            "step": step,
+            "loss": settings.get("loss"),
+            "batch": train.get("batch"),
+            "mirrored": train.get("hflip"),
+            "begun_from": (settings.get("from") or {}).get("path"),
+            "data": data.get("path"),
+            "images": data.get("images"),
+            "from": imported.get("from"),
         }
     except (OSError, SpecError, LookupError, TypeError, AttributeError):
         return {}
-    return {name: value for name, (value, kind) in found.items() if type(value) is kind}
+    return {name: value for name, value in found.items() if type(value) is _TRAINING[name]}
+
+
+def training_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What an ONNX file may say of the checkpoint that it was made of, for people.
+
+    Args:
+        path: a checkpoint, or a run (its newest one).
+
+    Returns:
+        ``network``, ``parameters`` (the number of weights) and ``training``, with the names of files but not their folders:
+        a model file travels.
+
+    Raises:
+        FileFormatError, SpecError: it cannot be read.
+    """
+    values = _checkpoint(Path(path))
+    training = dict(values["training"])
+    for name in ("data", "from", "begun_from"):
+        if name in training:
+            training[name] = Path(training[name]).name
+    weights = values["parameters"].get("weights.safetensors")
+    return {"network": values["network"], "parameters": weights, "training": training}
+
+
+def _said(info: onnx_file.GraphInfo) -> dict[str, Any]:
+    """What a file says under :data:`~ddpmx.formats.onnx_file.TRAINING_KEY`: only what is of the right type."""
+    try:
+        values = parse_json(info.metadata.get(onnx_file.TRAINING_KEY, "{}"))
+    except SpecError:
+        return {}
+    if not isinstance(values, dict):
+        return {}
+    found = {"network": dict, "parameters": int, "training": dict}
+    said = {name: values[name] for name, kind in found.items() if type(values.get(name)) is kind}
+    if "training" in said:
+        said["training"] = {
+            name: value
+            for name, value in said["training"].items()
+            if name in _TRAINING and type(value) is _TRAINING[name]
+        }
+    return said
 
 
 def _onnx(path: Path) -> dict[str, Any]:
@@ -113,6 +165,7 @@ def _onnx(path: Path) -> dict[str, Any]:
             size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _FLOATS
         ),
         "external": [file.name for file in beside],
+        "made_of": _said(info) or None,
     }
 
 

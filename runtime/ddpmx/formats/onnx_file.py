@@ -6,6 +6,7 @@ metadata, inputs and outputs, how many bytes of weights of which type, and every
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections import Counter
@@ -26,6 +27,10 @@ METADATA_KEY = "ddpmx"
 
 BETAS_KEY = "ddpmx.betas"
 """The key of the array of a schedule ``betas``, see :mod:`ddpmx.formats.betas`."""
+
+TRAINING_KEY = "ddpmx.training"
+"""The metadata key of what people want to know of a checkpoint's file and nothing computes with: a JSON object with
+``network``, ``parameters`` and ``training``, as :func:`~ddpmx.formats.describe.describe` gives them of the checkpoint."""
 
 FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 """ONNX element types."""
@@ -123,14 +128,19 @@ def check_external(path: str | os.PathLike[str], info: GraphInfo) -> list[Path]:
     return found
 
 
-def metadata(spec: ModelSpec) -> dict[str, str]:
+def metadata(spec: ModelSpec, training: dict[str, Any] | None = None) -> dict[str, str]:
     """The ``metadata_props`` of an ONNX file of this model.
+
+    Args:
+        spec: of the model.
+        training: what :data:`TRAINING_KEY` holds; None for nothing.
 
     Raises:
         SpecError: the spec is too long.
     """
     beside = {} if spec.betas is None else {BETAS_KEY: free_betas.to_text(spec.betas)}
-    return {METADATA_KEY: spec.to_text(), **beside}
+    about = {} if training is None else {TRAINING_KEY: json.dumps(training, separators=(",", ":"))}
+    return {METADATA_KEY: spec.to_text(), **beside, **about}
 
 
 def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec | None = None) -> ModelSpec:
