@@ -125,7 +125,9 @@ def test_export_records_checks_and_names_the_command_for_a_plan(ddpmx, run, tmp_
     info = ddpmx("info", tmp_path / "model.onnx").out
     for line in ("unet: channels 8", "trained:     2 steps", f"10,000 images of {FASHION.name}"):
         assert line in info
-    assert str(FASHION.parent).encode() not in (tmp_path / "model.onnx").read_bytes(), "a file travels, its folders do not"
+    assert str(FASHION.parent).encode() not in (tmp_path / "model.onnx").read_bytes(), (
+        "a file travels, its folders do not"
+    )
 
 
 def test_export_without_proof_and_plan_writes_one_file(ddpmx, run, tmp_path):
