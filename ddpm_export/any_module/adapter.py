@@ -23,6 +23,7 @@ up to a factor (c_{t−1}/c_t)². A learned variance is between these two, and i
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,8 +184,22 @@ class Adapter:
         return {
             name: self.inputs.get(name, usual.get(name, name))
             for name in names
-            if (name == "x" or name not in self.channels) and (name != "t" or self.uses_time or "t" in self.inputs)
+            if (name == "x" or name not in self.channels) and (name != "t" or self._passes_time(names))
         }
+
+    def _passes_time(self, names: Sequence[str]) -> bool:
+        """Whether the module is given its time. One that ignores it on purpose may have to get it all the same."""
+        if self.uses_time or "t" in self.inputs:
+            return True
+        try:
+            second = list(inspect.signature(self.module.forward).parameters.values())[1]
+        except (IndexError, TypeError, ValueError):  # a forward without a signature is called with x alone
+            return False
+        required = second.default is second.empty and second.kind in (
+            second.POSITIONAL_ONLY,
+            second.POSITIONAL_OR_KEYWORD,
+        )
+        return required and 1 not in self.inputs.values() and second.name not in set(names) - {"t"}
 
 
 class Canonical(nn.Module):

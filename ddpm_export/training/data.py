@@ -96,7 +96,9 @@ def load_dataset(
         )
     dataset = load_source(source, progress=progress)
     if white is not None and dataset.source.white is None:
-        raise InputError("--white has no effect: no image is a grey of more than 8 bits", hint="omit it")
+        raise InputError(
+            "--white has no effect: no image is a grey of more than 8 bits that leaves its white open", hint="omit it"
+        )
     if background is not None and dataset.shape[0] == 4:
         raise InputError(
             "--background has no effect on images of four channels, which keep their transparency",

@@ -70,14 +70,15 @@ def read_header(file: Path, source: Source) -> Header:
     """
     with _opened(file, source) as image:
         width, height = image.size
-        wide_colour = _is_wide_colour(image)  # as long as nothing is loaded, which getexif does to a PNG
+        # as long as nothing is loaded, which getexif does to a PNG
+        wide_colour, stated = _is_wide_colour(image), _states_white(image)
         if source.size is None and image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
             width, height = height, width
         transparent = bool(image.has_transparency_data)
         wide = _wide_mode(image)
         mode = wide or ("RGBA" if transparent else image.mode)
         frames = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a photo with its depth map
-        unstated = wide is not None and not _states_white(image)
+        unstated = wide is not None and not stated
         return Header(height, width, mode, transparent, wide_colour, frames, unstated)
 
 
@@ -122,11 +123,11 @@ def read_image(file: Path, size: tuple[int, int], channels: int, source: Source)
     with _opened(file, source) as opened:
         if source.reading > 1:
             _draft(opened, size)
-        wide = _wide_mode(opened)
+        wide, stated = _wide_mode(opened), _states_white(opened)
         transparent = bool(opened.has_transparency_data)
         picture: Image.Image = ImageOps.exif_transpose(opened)
         if wide:
-            white = None if _states_white(opened) else source.white
+            white = None if stated else source.white
             picture = _to_8_bits(picture, 65535 if white is None else white)
         if transparent and channels != 4 and source.reading > 1:
             picture = _on_background(picture, source.background)
@@ -178,15 +179,19 @@ def _opened(file: Path, source: Source) -> Iterator[Image.Image]:
 
 
 def _wide_mode(image: Image.Image) -> str | None:
-    """The mode of a grey of more than 8 bits, or None. Older versions of Pillow open PNGs of 16 bits as 32-bit integers."""
-    if image.mode in _GREY_16 or (image.mode == "I" and image.format == "PNG"):
+    """The mode of a grey of more than 8 bits, or None. Pillow has 32 bits for PGMs, and older versions for PNGs, of 16."""
+    if image.mode in _GREY_16 or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return "I;16"
     return image.mode if image.mode in ("I", "F") else None
 
 
 def _states_white(image: Image.Image) -> bool:
-    """Whether the file says which number is white: portable greymaps do, and Pillow scales them to 65535."""
-    return image.mode == "I" and image.format == "PPM"
+    """Whether the file says which number is white, asked before it is decoded.
+
+    A portable greymap has a field for it, and Pillow scales its numbers to 65535. Where the field itself says 65535, it may
+    mean no more than that there are two bytes, as in a PNG: then Pillow reads the numbers as they are.
+    """
+    return image.mode == "I" and image.format == "PPM" and image.tile[0][0] != "raw"
 
 
 def _is_wide_colour(image: Image.Image) -> bool:

@@ -502,9 +502,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("data_range", [(-1, 1), (0, 1)])
-@pytest.mark.parametrize("takes", ["x alone", "t too"])
+@pytest.mark.parametrize("takes", ["x alone", "t too", "t of necessity"])
 def test_a_network_that_ignores_t_on_purpose_is_exported_and_the_report_says_so(tmp_path, data_range, takes):
-    net, inputs = (_Alone(), {}) if takes == "x alone" else (_Blind(), {"t": 1})
+    net, inputs = {
+        "x alone": (_Alone(), {}),
+        "t too": (_Blind(), {"t": 1}),
+        "t of necessity": (_Blind(), {}),  # forward(x, t) cannot be called without
+    }[takes]
     adapter = Adapter(ready(net), uses_time=False, inputs=inputs, data_range=data_range)
     exported = export(adapter, SPEC, tmp_path / "m.onnx")
     assert exported.passed, exported.verdict

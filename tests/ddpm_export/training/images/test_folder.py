@@ -117,3 +117,12 @@ def test_animations_are_said_to_be_read_in_part(tmp_path):
     dataset = load_dataset(tmp_path)
     assert len(dataset) == 1
     assert any("more than one image in 1 of 1 files" in note for note in dataset.notes)
+
+
+@pytest.mark.parametrize(("field", "white"), [(65535, 4095), (4095, 4095), (1023, 1023)])
+def test_a_greymap_s_white_is_its_field_unless_that_says_two_bytes_alone(tmp_path, field, white):
+    values = np.linspace(0, white, 64).round().astype(">u2").reshape(8, 8)
+    for i in range(3):
+        (tmp_path / f"{i}.pgm").write_bytes(b"P5\n8 8\n%d\n" % field + values.tobytes())
+    images = load_dataset(tmp_path).images
+    np.testing.assert_allclose(images[0, ..., 0], values.astype(float) * 255 / white, atol=1)
