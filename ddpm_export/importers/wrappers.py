@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ddpm_export.importers.reading.contents import CheckpointContents
+from ddpm_export.importers.reading.contents import EMA_FOLDER, CheckpointContents
 from ddpm_export.importers.settings import Options, SettingsResolver
 from ddpmx.errors import FileFormatError, InputError
 
@@ -279,7 +279,7 @@ def choose(
         )
     (chosen,) = candidates
     raw = trained[0] if chosen.averaged and len(trained) == 1 else None
-    settings.add_fact("weights", _kind(chosen, networks), _told(chosen, raw, averaged, contents))
+    settings.add_fact("weights", _kind(chosen, networks), _where(chosen, raw, averaged, contents))
     return Weights(chosen, raw)
 
 
@@ -289,18 +289,20 @@ def _kind(chosen: Network, networks: Sequence[Network]) -> str:
     return "raw" if any(network.averaged for network in networks) else "as stored"
 
 
-def _told(chosen: Network, raw: Network | None, averaged: Sequence[Network], contents: CheckpointContents) -> str:
+def _where(chosen: Network, raw: Network | None, averaged: Sequence[Network], contents: CheckpointContents) -> str:
     """Where the weights were, what was taken from their names, and what else there is."""
     inside = contents.file.is_relative_to(contents.path) and contents.file != contents.path
     file = str(contents.file.relative_to(contents.path)) if inside else contents.file.name
-    told = [f"{len(chosen.tensors)} tensors of {file}" + (f" at {_place(chosen)}" if chosen.stored else "")]
+    if inside and contents.file.parent != contents.path and contents.file.parent.name == EMA_FOLDER:
+        file = contents.path.name  # which has the average and the weights in a folder each
+    parts = [f"{len(chosen.tensors)} tensors of {file}" + (f" at {_place(chosen)}" if chosen.stored else "")]
     wrappers = [name for name in WRAPPERS if any(name in stored.split(".") for stored in _stored(chosen, contents))]
-    told += [f"without {name} of {WRAPPERS[name]}" for name in wrappers]
+    parts += [f"without {name} of {WRAPPERS[name]}" for name in wrappers]
     if raw is not None:
-        told.append(f"--weights raw takes {_place(raw)}")
+        parts.append(f"--weights raw takes {_place(raw)}")
     elif averaged and not chosen.averaged:
-        told.append(f"the average is at {_listed(averaged)}")
-    return "; ".join(told)
+        parts.append(f"the average is at {_listed(averaged)}")
+    return "; ".join(parts)
 
 
 def _stored(network: Network, contents: CheckpointContents) -> list[str]:

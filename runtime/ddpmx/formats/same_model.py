@@ -73,7 +73,7 @@ def check_same_model(path: Path, spec: ModelSpec) -> str | None:
         there = onnx_file.onnx_spec(path, info)
     except DdpmxError as error:
         raise OutputError(
-            f"refusing to overwrite {path}: its model cannot be told", note=error.fact, hint=hint
+            f"refusing to overwrite {path}: its model is not known", note=error.fact, hint=hint
         ) from error
     if there.replace(**_NOT_THE_MODEL) != spec.replace(**_NOT_THE_MODEL):
         mine, other = spec.to_json(), there.to_json()

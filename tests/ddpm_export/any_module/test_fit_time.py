@@ -1,4 +1,4 @@
-"""Whether t is 0…T−1 or 1…T is told by images: the perfect network of Gaussian images, with both conventions."""
+"""Whether t is 0…T−1 or 1…T is found by images: the perfect network of Gaussian images, with both conventions."""
 
 from __future__ import annotations
 

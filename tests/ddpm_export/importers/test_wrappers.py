@@ -1,4 +1,4 @@
-"""A network is found in whatever a program put around it, in every importer; and its average is told from it."""
+"""A network is found in whatever a program put around it, in every importer; and its average is known from it."""
 
 from __future__ import annotations
 
@@ -61,19 +61,19 @@ def taken(tensors: dict[str, torch.Tensor], weights: str = "ema") -> tuple[wrapp
     ],
 )
 def test_any_prefix_of_containers_attributes_and_wrappers_is_taken_away(prefix):
-    got, told = taken(
+    got, line = taken(
         {**under(prefix, network()), "optimizer.state.0.exp_avg": torch.zeros(2)} if prefix else network()
     )
     assert list(got.chosen.tensors) == list(network())
-    assert all(name in told for name in wrappers.WRAPPERS if name in prefix.split("."))
+    assert all(name in line for name in wrappers.WRAPPERS if name in prefix.split("."))
     assert got.raw is None
 
 
 def test_a_wrapper_inside_the_network_is_taken_away():
     state = {name.replace("down.0", "down._checkpoint_wrapped_module.0"): tensor for name, tensor in network().items()}
-    got, told = taken(state)
+    got, line = taken(state)
     assert list(got.chosen.tensors) == list(network())
-    assert "activation checkpointing" in told
+    assert "activation checkpointing" in line
 
 
 AVERAGED = {
@@ -109,17 +109,17 @@ AVERAGED = {
 
 @pytest.mark.parametrize("how", AVERAGED)
 def test_the_average_is_the_default_and_a_flag_takes_what_was_trained(how):
-    got, told = taken(AVERAGED[how])
+    got, line = taken(AVERAGED[how])
     assert (got.chosen.tensors["conv_in.weight"] == 5).all()
     assert (got.chosen.tensors["down.0.weight"] == 7).all()
     assert got.raw is not None
     assert (got.raw.tensors["conv_in.weight"] == 1).all()
-    assert told.startswith("ema (")
-    assert f"--weights raw takes {got.raw.stored}" in told
-    raw, told = taken(AVERAGED[how], "raw")
+    assert line.startswith("ema (")
+    assert f"--weights raw takes {got.raw.stored}" in line
+    raw, line = taken(AVERAGED[how], "raw")
     assert (raw.chosen.tensors["conv_in.weight"] == 1).all()
-    assert told.startswith("raw (")
-    assert "the average is at" in told
+    assert line.startswith("raw (")
+    assert "the average is at" in line
 
 
 def test_a_list_that_does_not_fit_is_no_average():

@@ -288,7 +288,7 @@ def writing(tmp_path):
         process.kill()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="leftovers are told by their age there")
+@pytest.mark.skipif(sys.platform == "win32", reason="leftovers are known by their age there")
 def test_the_next_run_removes_what_a_killed_one_left_and_nothing_else(tmp_path, writing):
     others = [".a.part", ".a.ddpmx-0123.part", ".a.0123456789abcdef.part", "a.ddpmx-0123456789abcdef.part"]
     for name in others:

@@ -60,8 +60,8 @@ def test_a_run_says_what_it_was_trained_on_and_how_far(run):
     file = run / "checkpoints" / "100" / "training.json"
     settings = {"train": {"batch": 64}, "loss": 0.03125, "data": {"path": "/photos", "images": 10000, "size": None}}
     file.write_text(json.dumps({"step": 1400, "settings": settings}))
-    told = {"step": 1400, "batch": 64, "loss": 0.03125, "data": "/photos", "images": 10000}
-    assert describe(run)["training"] == told
+    said = {"step": 1400, "batch": 64, "loss": 0.03125, "data": "/photos", "images": 10000}
+    assert describe(run)["training"] == said
     file.write_text(json.dumps({"step": 0, "settings": {"imported": {"from": "diffusers"}}}))
     assert describe(run)["training"] == {"step": 0, "from": "diffusers"}
 

@@ -58,5 +58,5 @@ def test_files_of_others_are_refused_and_damaged_ones_are_not(path, tmp_path):
     with pytest.raises(OutputError, match="ddpmx has not written it"):
         check_same_model(path, SPEC)
     path.write_bytes(whole.replace(b'"timesteps":20', b'"timesteps":21'))
-    with pytest.raises(OutputError, match="cannot be told"):
+    with pytest.raises(OutputError, match="is not known"):
         check_same_model(path, SPEC)
