@@ -293,7 +293,7 @@ def _where(chosen: Network, raw: Network | None, averaged: Sequence[Network], co
     """Where the weights were, what was taken from their names, and what else there is."""
     inside = contents.file.is_relative_to(contents.path) and contents.file != contents.path
     file = str(contents.file.relative_to(contents.path)) if inside else contents.file.name
-    if inside and contents.file.parent != contents.path and contents.file.parent.name == EMA_FOLDER:
+    if inside and any(name.startswith(f"{EMA_FOLDER}.") for name in contents.tensors):
         file = contents.path.name  # which has the average and the weights in a folder each
     parts = [f"{len(chosen.tensors)} tensors of {file}" + (f" at {_place(chosen)}" if chosen.stored else "")]
     wrappers = [name for name in WRAPPERS if any(name in stored.split(".") for stored in _stored(chosen, contents))]

@@ -125,8 +125,8 @@ def load_source(
         read = read_folder(source, progress, cached)
         return Dataset(read.images, read.source, read.notes, read.key)
     _check_npz(source.path)
-    images, white = _read_npz(source.path, source.white)
-    return Dataset(images, replace(source, white=white))
+    images, white, note = _read_npz(source.path, source.white)
+    return Dataset(images, replace(source, white=white), () if note is None else (note,))
 
 
 def _check_npz(path: Path) -> None:
@@ -141,8 +141,8 @@ def _check_npz(path: Path) -> None:
         raise DataError(f"{path}: neither a folder nor an .npz", hint="--data takes a folder of images or an .npz")
 
 
-def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float | None]:
-    """The images of an .npz, and the number that was read as white, None for uint8."""
+def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float | None, str | None]:
+    """The images of an .npz, the number that was read as white, and a line about it; both None for uint8 as it is."""
     try:
         arrays = read_npz(path, max_bytes=MAX_BYTES, kinds="biufcSUMmV")  # labels may be text
     except FileFormatError as error:
@@ -155,9 +155,14 @@ def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float
             note=f"it holds {listing}"[:300],
             hint="one array [N, H, W], [N, H, W, C] or [N, C, H, W], any name",
         )
-    array = arrays[images[0]]
+    array, note = arrays[images[0]], None
     if array.dtype != np.uint8 or white is not None:  # 0 and 1, say, may be uint8 as well
-        array = _to_8_bits(array, white, f"{path}: {images[0]!r}")
+        numbers, array = array, _to_8_bits(array, white, f"{path}: {images[0]!r}")
+        beyond = "; what is larger is white too" if numbers.max() > (white or 0) else ""
+        note = (
+            f"{images[0]!r} is {numbers.dtype}: numbers from {numbers.min():g} to {numbers.max():g}, "
+            f"white is {white or 0:g}{beyond} (--white sets it)"
+        )
     if array.ndim == 3 and array.shape[-1] in (3, 4):
         raise DataError(
             f"{path}: {images[0]!r} is [{', '.join(map(str, array.shape))}]: one image, or many of that width?",
@@ -171,7 +176,7 @@ def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float
         raise DataError(
             f"{path}: {images[0]!r} has the shape {list(array.shape)}", hint="N images of 1, 3 or 4 channels"
         )
-    return np.ascontiguousarray(array), white
+    return np.ascontiguousarray(array), white, note
 
 
 def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[np.uint8]:
@@ -181,6 +186,12 @@ def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[n
         DataError: ``white`` is unknown, or there are numbers below 0, NaN or infinities.
     """
     span = f"numbers from {array.min():g} to {array.max():g}" if array.size and array.dtype.kind in "iuf" else None
+    if span is not None and not (array.min() >= 0 and np.isfinite(array.max())):
+        raise DataError(
+            f"{what} holds numbers below 0, NaN or infinities",
+            note=span,
+            hint="save 0…255 as uint8, or numbers from 0 on and name white by --white",
+        )
     if white is None or span is None:
         raise DataError(
             f"{what} is {array.dtype}, not uint8",
@@ -189,8 +200,6 @@ def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[n
             if span
             else "save uint8",
         )
-    if not (array.min() >= 0 and np.isfinite(array.max())):
-        raise DataError(f"{what} holds numbers below 0, NaN or infinities", note=span, hint="save 0…255 as uint8")
     levels = np.empty(array.shape, np.uint8)
     for image, level in zip(array, levels, strict=True):  # one by one: the whole as float64 would take 8 times as much
         level[...] = np.minimum(np.floor(image.astype(np.float64) * (255 / white) + 0.5), 255)

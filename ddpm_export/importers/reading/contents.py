@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,9 @@ SMALL = 1 << 10
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".th", ".tar", ".pkl")
 _STEM = "diffusion_pytorch_model"
 _DIFFUSERS = (f"{_STEM}.safetensors", f"{_STEM}.bin")
+_BESIDE = re.compile(r"(optimizer|scheduler|sampler|scaler|dl_state_dict|random_states|training_args)(_\d+)?\.(bin|pt)")
+"""What accelerate's ``save_state`` puts beside a network's weights."""
+
 EMA_FOLDER = "unet_ema"
 """The folder of the averaged weights in a checkpoint of diffusers' training, beside ``unet``."""
 
@@ -126,6 +130,7 @@ def _folder(path: Path) -> CheckpointContents:
             raw = _diffusers_weights(path / "unet") if inside.name == EMA_FOLDER else None
             return averaged if raw is None else _both(averaged, raw)
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", *_TORCH_SUFFIXES))
+    files = [file for file in files if not _BESIDE.fullmatch(file.name)] or files
     if (path / "config.json").is_file() and len(files) == 1:
         return _file(files[0])
     if (path / "model_index.json").is_file() or (path / "config.json").is_file():

@@ -572,3 +572,10 @@ def test_the_hub_s_plain_weights_are_downloaded(names, taken, tmp_path, monkeypa
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert open_checkpoint("hf:somebody/something").file.name == f"diffusion_pytorch_model.{taken}"
+
+
+def test_what_accelerate_saves_beside_the_weights_is_no_second_checkpoint(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    for name in ("optimizer.bin", "scheduler.bin", "scaler.pt", "optimizer_1.bin"):
+        torch.save({"state": {}}, tmp_path / name)
+    assert open_checkpoint(tmp_path).file.name == "model.safetensors"
