@@ -195,7 +195,8 @@ def test_a_run_is_named_after_its_images(ddpmx, images, here):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "export", "build", "generate", "parity", "import", "convert", "bench", "info", "doctor"]
+    "command",
+    ["train", "export", "build", "generate", "parity", "import", "convert", "adopt", "bench", "info", "doctor"],
 )
 def test_every_flag_is_explained(command):
     parameters = get_command(app).commands[command].params
@@ -219,7 +220,19 @@ def test_arguments_that_cannot_be_parsed(ddpmx, here, arguments):
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)], ids=str)
 def test_help_names_the_commands(ddpmx, arguments):
     done = ddpmx(*arguments)
-    for command in ("train", "export", "build", "generate", "parity", "import", "convert", "bench", "info", "doctor"):
+    for command in (
+        "train",
+        "export",
+        "build",
+        "generate",
+        "parity",
+        "import",
+        "convert",
+        "adopt",
+        "bench",
+        "info",
+        "doctor",
+    ):
         assert command in done.out + done.err
 
 
@@ -237,7 +250,19 @@ def complete(words: str, instruction: str) -> str:
 
 def test_the_shell_gets_its_completion_script():
     assert "complete -o default -F _ddpmx_completion ddpmx" in complete("", "source_bash")
-    commands = ["train", "export", "build", "generate", "parity", "import", "convert", "bench", "info", "doctor"]
+    commands = [
+        "train",
+        "export",
+        "build",
+        "generate",
+        "parity",
+        "import",
+        "convert",
+        "adopt",
+        "bench",
+        "info",
+        "doctor",
+    ]
     assert complete("ddpmx ", "complete_bash").split() == commands
 
 

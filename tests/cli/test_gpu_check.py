@@ -98,7 +98,9 @@ def do(place, step):
 
 
 def test_a_step_keeps_its_output_and_its_environment(place):
-    result = do(place, Step("a b", script("import os, sys; print(os.environ['MARK']); print('e', file=sys.stderr)")))
+    result = do(
+        place, Step("a b", script("import os, sys; print(os.environ['MARK'], flush=True); print('e', file=sys.stderr)"))
+    )
     assert (result.status, result.code, result.why) == ("ok", 0, "")
     assert (place.out / "logs" / "a-b.log").read_text().split() == ["seen", "e"]
 

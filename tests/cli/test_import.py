@@ -174,12 +174,12 @@ def test_a_run_is_not_overwritten(refused, ddpmx, folder, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind(refused, folder, tmp_path, monkeypatch):
-    from ddpm_export.training import checkpoint
+    from ddpm_export.training import tensor_files
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     assert "No space left" in refused("import", folder, "-o", tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 

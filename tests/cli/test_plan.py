@@ -37,7 +37,7 @@ def expected(n, seed):
 def test_generate(ddpmx, plan, fake_tensorrt, tmp_path, cache, executor):
     out = tmp_path / "samples"
     done = ddpmx("generate", "--engine", plan, "-n", 3, "--seed", 7, "--steps", STEPS, "--out", out, "--grid",
-                 "--executor", executor)  # fmt: skip
+                 "--sampler", "ancestral", "--executor", executor)  # fmt: skip
     assert done.code == 0, done.err
     got = np.stack([np.asarray(Image.open(out / f"0000{i}.png")) for i in range(3)])
     assert got.tobytes() == expected(3, 7).tobytes()

@@ -382,7 +382,7 @@ DISK_FULL = OSError(errno.ENOSPC, "No space left on device")
         (onnx_export, "_trace", KeyboardInterrupt(), KeyboardInterrupt),
         (onnx.checker, "check_model", KeyboardInterrupt(), KeyboardInterrupt),
         (onnx.checker, "check_model", onnx.checker.ValidationError("bad"), Exception),
-        (atomic.tempfile, "mkstemp", PermissionError(errno.EACCES, "Permission denied"), OutputError),
+        (atomic, "_create", PermissionError(errno.EACCES, "Permission denied"), OutputError),
         (atomic.os, "fsync", DISK_FULL, OutputError),
         (atomic.os, "fsync", KeyboardInterrupt(), KeyboardInterrupt),
         (atomic.os, "replace", DISK_FULL, OutputError),

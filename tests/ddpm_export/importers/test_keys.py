@@ -12,6 +12,7 @@ from ddpm_export.importers import keys
 from ddpm_export.importers.keys import HWIO, NIN, SAME, SQUEEZE, TRANSPOSE, Columns, Op, Row, SplitQkv, layer
 from ddpm_export.importers.registry import Options, SettingsResolver
 from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpmx import ModelSpec
 from ddpmx.errors import DdpmxError, FileFormatError, InputError
 
 pytestmark = pytest.mark.torch
@@ -200,7 +201,7 @@ def test_an_unknown_setting_is_refused():
     settings = resolver(heads="4", heds="4")
     settings.resolve("heads", (1, 4))
     with pytest.raises(DdpmxError, match="heds"):
-        settings.finish("openai", None, None, {})  # type: ignore[arg-type]
+        settings.finish("openai", None, ModelSpec((3, 8, 8)), {})
 
 
 def test_a_row_by_default_changes_nothing():

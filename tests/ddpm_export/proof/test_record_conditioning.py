@@ -15,7 +15,7 @@ from ddpm_export.networks.torch_backend import TorchBackend  # noqa: E402
 from ddpm_export.proof.record import record  # noqa: E402
 from ddpmx.backends.base import Buffers  # noqa: E402
 from ddpmx.errors import BackendError, FileFormatError, NumericError, SpecError  # noqa: E402
-from ddpmx.parity import ladder  # noqa: E402
+from ddpmx.parity import propagation  # noqa: E402
 from ddpmx.parity.ladder import run_ladder  # noqa: E402
 from ddpmx.parity.reference import Reference  # noqa: E402
 from ddpmx.parity.report import to_json, to_markdown  # noqa: E402
@@ -242,12 +242,14 @@ def test_the_bound_is_that_of_the_networks_variance(v, figure):
         total += np.sum(nearest == i) * kl.mean() / np.log(2)
     figure(
         f"bound with v = {v}, relative to float64",
-        abs(ladder._bits(learned, t, x0, x, out, var) / total - 1),
+        abs(propagation.bits(learned, t, x0, x, out, var) / total - 1),
         at_most=1e-5,
     )
     if v == -1:
         fixed = gaussian.SPEC.replace(variance="fixed_small")
-        assert ladder._bits(learned, t, x0, x, out, var) == pytest.approx(ladder._bits(fixed, t, x0, x, out, None))
+        assert propagation.bits(learned, t, x0, x, out, var) == pytest.approx(
+            propagation.bits(fixed, t, x0, x, out, None)
+        )
 
 
 def test_a_record_stays_small_with_everything_in_it(tmp_path):

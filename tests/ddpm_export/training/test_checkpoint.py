@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm_export.networks.unet import UNet, UNetConfig
-from ddpm_export.training import checkpoint
+from ddpm_export.training import checkpoint, tensor_files
 from ddpm_export.training.checkpoint import TrainingState, checkpoints, load_network, load_training, newest_run, resolve
 from ddpmx.errors import DdpmxError, FileFormatError, OutputError
 from ddpmx.formats.spec import ModelSpec
@@ -316,13 +316,13 @@ def test_a_failure_while_writing_leaves_all_as_it_was(run, monkeypatch, error, k
     before = names(run)
     calls = []
 
-    def failing(tensors, path):
+    def failing(tensors, path, metadata=None):
         calls.append(path)
         if len(calls) > at:
             raise error
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", failing)
+    monkeypatch.setattr(tensor_files, "save_file", failing)
     with pytest.raises(kind) as caught:
         save(run, 15)
     if kind is OutputError:
