@@ -40,8 +40,13 @@ def say(text: str) -> None:
 
 def complain(error: DdpmxError) -> None:
     """Print an error on standard error."""
-    with contextlib.suppress(OSError, ValueError):  # without standard error the exit code has to do
+    try:
         print("Error: " + "\n".join(map(plain, str(error).split("\n"))), file=sys.stderr, flush=True)
+    except (
+        OSError,
+        ValueError,
+    ):  # without standard error the exit code has to do
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - Python would end with 120
 
 
 @contextlib.contextmanager
