@@ -191,7 +191,7 @@ def _states_white(image: Image.Image) -> bool:
     A portable greymap has a field for it, and Pillow scales its numbers to 65535. Where the field itself says 65535, it may
     mean no more than that there are two bytes, as in a PNG: then Pillow reads the numbers as they are.
     """
-    return image.mode == "I" and image.format == "PPM" and image.tile[0][0] != "raw"
+    return image.mode == "I" and image.format == "PPM" and getattr(image, "tile", [("raw",)])[0][0] != "raw"
 
 
 def _is_wide_colour(image: Image.Image) -> bool:

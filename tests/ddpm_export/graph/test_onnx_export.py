@@ -32,7 +32,7 @@ from ddpm_export.training.data import load_dataset
 from ddpm_export.training.diffusion import GaussianDiffusion
 from ddpmx.errors import InputError, OutputError
 from ddpmx.formats import atomic
-from ddpmx.formats.onnx_file import METADATA_KEY
+from ddpmx.formats.onnx_file import METADATA_KEY, TRAINING_KEY
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.pipeline import Pipeline, load
 from oracles.onnx_types import element_types, half_precision_faults
@@ -137,9 +137,10 @@ def test_plain_operators_of_opset_20(exports, name):
 @every_export
 def test_the_file_describes_itself(exports, name):
     _, file, spec, model = exports[name]
-    (entry,) = model.metadata_props
-    assert entry.key == METADATA_KEY
-    assert ModelSpec.from_text(entry.value) == spec
+    entries = {entry.key: entry.value for entry in model.metadata_props}
+    assert entries.keys() - {TRAINING_KEY} == {METADATA_KEY}
+    assert (TRAINING_KEY in entries) == name.startswith("trained"), "of a checkpoint, and of nothing else"
+    assert ModelSpec.from_text(entries[METADATA_KEY]) == spec
     with load(file) as pipeline:
         assert pipeline.spec == spec
 
@@ -411,8 +412,9 @@ def test_an_export_replaces_the_file_that_was_there(trained, tmp_path):
     output = tmp_path / "model.onnx"
     output.write_bytes(b"the model of yesterday")
     export(trained.run, output)
-    assert output.read_bytes() == trained.fp32.read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    export(trained.run, tmp_path / "new.onnx")
+    assert output.read_bytes() == (tmp_path / "new.onnx").read_bytes()
 
 
 @pytest.mark.usefixtures("traced")
