@@ -18,7 +18,7 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 endif
 
-.PHONY: help demo check test parts lint pytest others docs native fuzz bench gpu-check mutations faults clean
+.PHONY: help demo check test parts lint pytest long others docs native fuzz bench gpu-check mutations faults clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target what; do \
@@ -29,9 +29,9 @@ demo: $(DEMO) ## train on real images, export, generate, judge: about eleven min
 
 check: $(VENV)/.dev ## lint, types and the tests that are not slow: two minutes on two idle cores
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow and not long"
 
-test: $(VENV)/.dev $(VENV)/.docs ## everything that is checked without a GPU
+test: $(VENV)/.dev $(VENV)/.docs ## all that is checked without a GPU at every change; `make long` has the rest
 	@begun=$$(date +%s); $(MAKE) --no-print-directory parts && \
 	  echo "make test took $$((($$(date +%s) - begun) / 60)) minutes"
 
@@ -46,8 +46,11 @@ lint: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-pytest: $(VENV)/.dev ## the tests, in two processes
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+pytest: $(VENV)/.dev ## the tests but the long ones, in two processes
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not long"
+
+long: $(VENV)/.dev ## whole chains and whole demos that the other tests prove in parts: about five minutes
+	$(BIN)/pytest --numprocesses=2 -m long
 
 # The runtime and the command line on the other Pythons, from a built wheel, without torch and onnx.
 others: ## what needs no torch on the other Pythons (OTHER_PYTHONS)

@@ -137,7 +137,7 @@ def _train(folder: Path) -> None:
 
     dataset = load_dataset(FASHION)
     network = UNetConfig(1, 1, (16, 16), 16, (1, 2, 2), 1, (8,), 0.0, 8)
-    settings = TrainSettings(batch=64, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
+    settings = TrainSettings(batch=32, lr=2e-3, warmup=50, ema=0.99, ema_ramp=True, hflip=False)
     trainer = Trainer(folder / "run", dataset, ModelSpec(dataset.shape), network, settings, device="cpu")
     trainer.train(400)
     for precision in ("fp32", "fp16"):

@@ -194,6 +194,7 @@ def exported(tmp_path_factory):
     return file
 
 
+@pytest.mark.long
 def test_the_whole_command_on_a_small_network(exported, tmp_path):
     pytest.importorskip("diffusers", reason="not verified here: the benchmark against diffusers (not installed)")
     output = tmp_path / "peers.json"

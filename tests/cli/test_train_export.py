@@ -423,7 +423,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_old_file_stays(refused, copy, t
     damage(copy / "checkpoints" / "00000002")
     old = tmp_path / "model.onnx"
     old.write_text("mine")
-    assert message in refused("export", copy, "-o", old)
+    assert message in refused("export", copy, "-o", old, "--overwrite")
     assert old.read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "model.onnx"}
 

@@ -44,6 +44,7 @@ def test_a_little_noise_raises_the_total_variation_by_a_quarter(judge):
     assert judge(np.clip(noisy, 0, 255).astype(np.uint8)).variation == pytest.approx(1.25, abs=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_smoke_walks_the_whole_way(tmp_path: Path):
     done = subprocess.run(

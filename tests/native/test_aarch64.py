@@ -347,6 +347,7 @@ def tiny(tmp_path_factory) -> tuple[Path, Reference]:
     return folder / "tiny.onnx", record(module, spec, steps=20)
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_the_ladder_of_a_trained_network(emulated, aarch64_ort, tiny, tmp_path, figure):
     check_ladder(*tiny, emulated, aarch64_ort, tmp_path, figure)

@@ -303,6 +303,7 @@ def test_an_output_depends_on_no_other_image_of_the_batch(exports, name):
         assert np.abs(file_output(file, x[:size], t[:size]) - together[:size]).max() < 1e-5
 
 
+@pytest.mark.long
 def test_a_chain_in_half_precision_gives_the_same_images(exports, figure):
     """1000 steps with the same noise."""
     files = [exports[name].file for name in ("trained fp32", "trained fp16")]
