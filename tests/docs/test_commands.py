@@ -42,6 +42,7 @@ NATIVE = "compiles for minutes; tests/native/test_package.py does it"
 NOT_RUN = {
     "make demo*": "takes eleven minutes, and CI runs its parts",
     "make test": "is what runs this test",
+    "make long": "minutes; it runs tests",
     "make check": "runs tests",
     "make docs": "tests/docs/test_site.py runs it",
     "make bench": "takes minutes",
