@@ -28,5 +28,6 @@ def test_an_empty_path_is_refused_by_its_name(refused, tmp_path, monkeypatch, na
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.torch
 def test_other_texts_may_be_empty(refused, tmp_path):  # control
     assert "there is no such file" in refused("train", "--data", tmp_path / "x", "--attention", "")
