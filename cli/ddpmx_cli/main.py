@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from typing import Annotated
@@ -34,17 +35,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(cls=PathCommand, epilog=train.EXAMPLES)(train.train)
-app.command(cls=PathCommand, epilog=export.EXAMPLES)(export.export)
-app.command(cls=PathCommand, epilog=build.EXAMPLES)(build.build)
-app.command(cls=PathCommand, epilog=generate.EXAMPLES)(generate.generate)
-app.command(cls=PathCommand, epilog=parity.EXAMPLES)(parity.parity)
-app.command("import", cls=PathCommand, epilog=import_.EXAMPLES)(import_.import_)
-app.command(cls=PathCommand, epilog=convert.EXAMPLES)(convert.convert)
-app.command(cls=PathCommand, epilog=adopt.EXAMPLES)(adopt.adopt)
-app.command(cls=PathCommand, epilog=bench.EXAMPLES)(bench.bench)
-app.command(cls=PathCommand, epilog=info.EXAMPLES)(info.info)
-app.command(cls=PathCommand, epilog=doctor.EXAMPLES)(doctor.doctor)
+_command = functools.partial(app.command, cls=PathCommand)
+_command(epilog=train.EXAMPLES)(train.train)
+_command(epilog=export.EXAMPLES)(export.export)
+_command(epilog=build.EXAMPLES)(build.build)
+_command(epilog=generate.EXAMPLES)(generate.generate)
+_command(epilog=parity.EXAMPLES)(parity.parity)
+_command("import", epilog=import_.EXAMPLES)(import_.import_)
+_command(epilog=convert.EXAMPLES)(convert.convert)
+_command(epilog=adopt.EXAMPLES)(adopt.adopt)
+_command(epilog=bench.EXAMPLES)(bench.bench)
+_command(epilog=info.EXAMPLES)(info.info)
+_command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:

@@ -217,22 +217,13 @@ def test_arguments_that_cannot_be_parsed(ddpmx, here, arguments):
     assert not names(here)
 
 
+COMMANDS = ["train", "export", "build", "generate", "parity", "import", "convert", "adopt", "bench", "info", "doctor"]
+
+
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)], ids=str)
 def test_help_names_the_commands(ddpmx, arguments):
     done = ddpmx(*arguments)
-    for command in (
-        "train",
-        "export",
-        "build",
-        "generate",
-        "parity",
-        "import",
-        "convert",
-        "adopt",
-        "bench",
-        "info",
-        "doctor",
-    ):
+    for command in COMMANDS:
         assert command in done.out + done.err
 
 
@@ -250,20 +241,7 @@ def complete(words: str, instruction: str) -> str:
 
 def test_the_shell_gets_its_completion_script():
     assert "complete -o default -F _ddpmx_completion ddpmx" in complete("", "source_bash")
-    commands = [
-        "train",
-        "export",
-        "build",
-        "generate",
-        "parity",
-        "import",
-        "convert",
-        "adopt",
-        "bench",
-        "info",
-        "doctor",
-    ]
-    assert complete("ddpmx ", "complete_bash").split() == commands
+    assert complete("ddpmx ", "complete_bash").split() == COMMANDS
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
