@@ -110,7 +110,8 @@ def training_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in ("data", "from", "begun_from"):
         if name in training:
             training[name] = Path(training[name]).name
-    weights = values["parameters"].get("weights.safetensors")
+    files = values["parameters"]  # an imported average is alone
+    weights = files.get("weights.safetensors", files.get("ema.safetensors"))
     return {"network": values["network"], "parameters": weights, "training": training}
 
 

@@ -134,7 +134,10 @@ def adopt(
             note=f"relative RMS of the difference: {error:.3g}, at most {tolerance:g} allowed",
             hint="if that much is expected, as with few bits, pass a larger --tolerance",
         )
-    _write(changed, output, {} if had else onnx_file.metadata(spec))
+    entries = {} if had else onnx_file.metadata(spec)
+    if onnx_file.TRAINING_KEY in original.metadata.keys() - info.metadata.keys():
+        entries[onnx_file.TRAINING_KEY] = original.metadata[onnx_file.TRAINING_KEY]
+    _write(changed, output, entries)
     if copies:
         with source.open("rb") as stream, atomic_write(record) as copy:
             shutil.copyfileobj(stream, copy)

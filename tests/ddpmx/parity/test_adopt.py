@@ -67,7 +67,7 @@ def bare(path: Path, to: Path) -> Path:
 def files(tmp_path_factory) -> dict[str, Path]:
     folder: Path = tmp_path_factory.mktemp("adopt")
     made = {"original": folder / "model.onnx", "int8": folder / "int8.onnx", "other": folder / "other.onnx"}
-    export_network(unet(0), SPEC, made["original"])
+    export_network(unet(0), SPEC, made["original"], training={"network": {}, "training": {"step": 3}})
     record(unet(0), SPEC, steps=2).save(made["original"].with_suffix(".parity.npz"))
     quantization.quantize_static(str(made["original"]), str(folder / "q.onnx"), Reader(), per_channel=True)
     bare(folder / "q.onnx", made["int8"])
@@ -97,6 +97,7 @@ def test_a_file_gets_spec_betas_and_record_back_and_its_graph_is_untouched(files
     spec = onnx_spec(changed, info)
     assert spec == onnx_spec(files["original"], read_onnx(files["original"])).replace(precision=precision)
     np.testing.assert_array_equal(spec.betas, SPEC.betas)
+    assert describe(changed)["made_of"]["training"] == {"step": 3}
     assert onnx.load(changed).graph == before
     onnx.checker.check_model(onnx.load(changed), full_check=True)
     assert changed.with_suffix(".parity.npz").read_bytes() == files["original"].with_suffix(".parity.npz").read_bytes()
