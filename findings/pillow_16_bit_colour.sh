@@ -6,7 +6,7 @@ set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet pillow==13.0.0 numpy==2.3.5
+"$folder/venv/bin/pip" install --quiet pillow==13.0.0 numpy==2.2.6
 cat > "$folder/check.py" <<'PY'
 import struct, sys, warnings, zlib
 

@@ -44,4 +44,4 @@ seen = {"torch.export of it": alone, "plain": dims(Plain()), "guided": dims(Guid
 print("torch", torch.__version__, seen)
 sys.exit(seen != {"torch.export of it": "UserError", "plain": ["batch", 3], "guided": [2, 3]})
 PY
-"$folder/venv/bin/python" "$folder/check.py" "$folder" 2>/dev/null
+"$folder/venv/bin/python" "$folder/check.py" "$folder"

@@ -146,7 +146,9 @@ def test_a_hint_that_cannot_be_followed_is_found(file, text):  # control
 
 
 def hint_of(error: str) -> str:
-    return error.rpartition("Hint: ")[2].strip()
+    _, found, hint = error.rpartition("Hint: ")
+    assert found, error
+    return hint.strip()
 
 
 def nameless(path: Path, t_type: int | None = None) -> Path:

@@ -28,7 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from faults.world import COMMANDS, WHOLE, make, prepare, run_here, tree  # noqa: E402
+from faults.world import COMMANDS, LEFT, WHOLE, make, prepare, run_here, tree  # noqa: E402
 
 KINDS = {
     "full disk": (errno.ENOSPC, True),
@@ -40,8 +40,6 @@ KINDS = {
     "file size": (errno.EFBIG, False),
 }
 """Errors by name, and whether all later calls that need space fail as well. "file size" is the kernel's own limit."""
-
-LEFT = re.compile(r"\.part\b|ddpmx-|/\.old|/\.new")
 
 
 @dataclass

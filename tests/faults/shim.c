@@ -1,4 +1,4 @@
-/* Preloaded: lets the n-th writing call below a folder fail, whoever makes it (Python, Rust, C++).
+/* Preloaded: lets the n-th writing call below a folder fail, whoever makes it (Python, Rust). What opens by C's stdio is not seen.
    Counted are open for writing, write, fsync, rename, mkdir and ftruncate. */
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from faults.world import COMMANDS, make, tree  # noqa: E402
+from faults.world import COMMANDS, LEFT, make, tree  # noqa: E402
 
 MORE = {
     name: tuple(shlex.split(line))
@@ -37,7 +37,8 @@ MORE = {
     }.items()
 }
 EVERY = {**COMMANDS, **MORE}
-LEFT = re.compile(r"\.part\b|ddpmx-|/\.old|/\.new")
+LATE = 2.0
+"""Seconds after which a command that ends with 0 has not just been done when its signal came."""
 IN_PLACE = "import sys\nsys.argv[0] = 'ddpmx'\nfrom ddpmx_cli.entry import run\nprint('begun', flush=True)\nrun()"
 
 
@@ -68,6 +69,7 @@ def stopped(command, folder: Path, number: int, after: float) -> str | None:
     assert process.stdout is not None
     process.stdout.readline()  # before that it is the interpreter's start, and not ours
     time.sleep(after)
+    sent = time.monotonic()
     process.send_signal(number)
     try:
         _, err = process.communicate(timeout=120)
@@ -75,6 +77,8 @@ def stopped(command, folder: Path, number: int, after: float) -> str | None:
         process.kill()
         process.communicate()
         return "it does not end"
+    if process.returncode == 0 and time.monotonic() - sent > LATE:
+        return "the signal was swallowed"
     if process.returncode not in (128 + number, 0):
         return f"exit code {process.returncode}: {err.strip()[-300:]}"
     if process.returncode and re.search(r"^Error: |Traceback|Exception ignored", err, re.M):
@@ -103,15 +107,22 @@ def main(argv: list[str]) -> int:
                 raise RuntimeError(err)
 
         make(world, call, [name for name in args.only if name not in MORE])
-        seconds = {}
+        seconds: dict[str, float] = {}
+        missing: dict[str, str] = {}
         for number in range(args.count):
             rng = random.Random(f"{args.seed} {number}")
             name = args.only[number % len(args.only)]
             shutil.copytree(world, case)
             if name not in seconds:
-                seconds[name] = whole(EVERY[name], case)[2]
+                code, err, seconds[name] = whole(EVERY[name], case)
+                if code:
+                    missing[name] = err.strip()[-300:]
+                    print(f"not verified here: {name}: {missing[name]}", flush=True)
                 shutil.rmtree(case)
                 shutil.copytree(world, case)
+            if name in missing:
+                shutil.rmtree(case)
+                continue
             which, after = rng.choice((signal.SIGINT, signal.SIGTERM)), rng.uniform(0, seconds[name])
             if fault := stopped(EVERY[name], case, which, after):
                 wrong.append(fault)
@@ -119,7 +130,7 @@ def main(argv: list[str]) -> int:
             codes[name] += 1
             shutil.rmtree(case)
     print(", ".join(f"{name} {count}" for name, count in codes.items()))
-    print(f"{args.count} signals: {len(wrong)} wrong")
+    print(f"{sum(codes.values())} signals: {len(wrong)} wrong")
     return 1 if wrong else 0
 
 

@@ -18,6 +18,9 @@ TINY = (
     "--warmup 1 --ema 0.5"
 )
 
+LEFT = re.compile(r"\.part\b|ddpmx-|/\.old|/\.new")
+"""What a command may have in a folder while it runs, and not afterwards."""
+
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     name: tuple(shlex.split(line))
     for name, line in {

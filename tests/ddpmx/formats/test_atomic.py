@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -327,10 +328,11 @@ def test_only_one_at_a_time_holds_a_lock(tmp_path):
 
     def work():
         nonlocal inside, most
-        for _ in range(50):
+        for _ in range(10):
             with locked(tmp_path / "a"):
                 inside += 1
                 most = max(most, inside)
+                time.sleep(0.001)  # so that others would come in
                 inside -= 1
 
     threads = [threading.Thread(target=work) for _ in range(4)]

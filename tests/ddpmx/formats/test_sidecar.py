@@ -55,7 +55,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from ddpmx.formats import test_sidecar as test
+import test_sidecar as test
 count, deadly, real = 0, int(sys.argv[2]), os.replace
 def replace(*args):
     global count
@@ -80,8 +80,7 @@ def test_a_build_that_is_killed_leaves_a_plan_that_can_be_read(plan, started_wit
         old = ModelSpec(SHAPE, 4, ddpmx="0.1.0")  # β that follow from a formula need no sidecar
         plan.write_bytes(make_plan(spec=old))
         sidecar_path(plan).unlink()
-    code = KILLED.replace("from ddpmx.formats import test_sidecar", "import test_sidecar")
-    arguments = [sys.executable, "-c", code, str(plan), str(deadly), os.path.dirname(__file__)]
+    arguments = [sys.executable, "-c", KILLED, str(plan), str(deadly), os.path.dirname(__file__)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(arguments, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL
