@@ -39,7 +39,7 @@ from ddpm_export.training.checkpoint import weights_hash
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import staging
-from ddpmx.formats.same_model import check_output
+from ddpmx.formats.same_model import check_output, check_record
 from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
 from ddpmx.parity.ladder import ParityReport
 
@@ -117,6 +117,9 @@ def export(
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
     output = Path(output)
     check_output(output)
+    beside = output.with_suffix(".parity.npz")
+    if parity:
+        check_record(beside)
     adapter = module if isinstance(module, Adapter) else Adapter(module)
     network, ours = _on_cpu(adapter.network(spec)), adapter.spec_of(spec)
     with _without_fast_path():
@@ -142,7 +145,6 @@ def export(
         if precision != "fp32":
             module_report, reduced = judge(ready, ours, reference, progress=progress)
             reference = replace(reference, reduced=reduced)
-        beside = output.with_suffix(".parity.npz")
         reference.save(beside)
         report = check_file(output, ours, reference, module_report, progress=progress)
     return Exported(ours, output, beside, report, tuple(halved), tuple(notes))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ddpm_export.any_module import probes
 from ddpm_export.any_module.adapter import Adapter, Time
+from ddpm_export.proof.record import check_images
 from ddpmx.errors import DdpmxError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reference import diffusion_noise
@@ -71,8 +72,10 @@ def fit_time(adapter: Adapter, spec: ModelSpec, images: NDArray[np.uint8]) -> Ti
         images: uint8 [N, H, W, C] of the kind it was trained on; the first 64 count.
 
     Raises:
+        InputError: the images are not uint8, or not of the model's size.
         DdpmxError: the network fails.
     """
+    check_images(images, spec)
     images = images[:MOST_IMAGES]
     times = sorted({t for t in (*TIMES_TRIED, spec.timesteps - 1) if t < spec.timesteps})
     given = _name(adapter.time)

@@ -106,8 +106,8 @@ def _fixes(condition: Any) -> bool:
 def any_batch(network: nn.Module, watch: Watch | None = None) -> Iterator[None]:
     """Trace a network inside with symbolic sizes wherever that is possible.
 
-    Python's ``len`` cannot return a symbol, so for as long the code of the network's classes, and what it calls from
-    other files, sees another one, which is the same for everything but a traced tensor.
+    Python's ``len`` cannot return a symbol, so while it traces, the code of the network's classes, and what it calls from other files,
+    sees another one, which is the same for everything but a traced tensor.
     """
     log = ShapeEnv._log_guard
 
@@ -144,7 +144,10 @@ def _namespaces(network: nn.Module) -> list[dict[str, Any]]:
     for _ in range(2):
         further = []
         for call in calls:
-            function = inspect.unwrap(call) if callable(call) else call
+            try:
+                function = inspect.unwrap(call) if callable(call) else call
+            except ValueError:  # an object that answers to every name wraps itself
+                continue
             if isinstance(function, types.FunctionType) and id(function.__globals__) not in found:
                 names = function.__globals__
                 if not str(names.get("__name__", "")).startswith(("torch.", "ddpm_export.graph.any_batch")):

@@ -120,6 +120,7 @@ def export(
     """
     output = Path(output)
     check_output(output)
+    path = checkpoints.resolve(path)  # once: a run that trains has a newer one soon
     network, spec = checkpoints.load_network(path, weights)
     if weights == "raw":
         spec = spec.replace(weights=checkpoints.weights_hash(network.state_dict()))
@@ -171,6 +172,7 @@ def export_network(
     model = _trace(network, spec)
     names = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
     name_everything(model, names, root=root)
+    _check_size(model, output)  # before anything serialises it
     if refused is not None:
         refused += refusals(model) or parser_refusals(model)
     _clean(model)
@@ -179,12 +181,16 @@ def export_network(
         # operators only gained types; the checker below fails if that should change.
         model.opset_import[0].version = BF16_OPSET
     onnx.helper.set_model_props(model, metadata(spec, training))
-    if model.ByteSize() > MAX_PROTOBUF_BYTES:
-        raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
+    _check_size(model, output)
     onnx.checker.check_model(model, full_check=True)
     with atomic_write(output) as stream:
         stream.write(model.SerializeToString(deterministic=True))
     return spec
+
+
+def _check_size(model: onnx.ModelProto, output: str | os.PathLike[str]) -> None:
+    if model.ByteSize() > MAX_PROTOBUF_BYTES:
+        raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
 
 
 def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:

@@ -95,7 +95,7 @@ def _adapter(contents: CheckpointContents) -> FileFormatError | None:
 def _textual_inversion(contents: CheckpointContents) -> FileFormatError | None:
     """A few rows for a text encoder's table."""
     names = list(contents.tensors)
-    vectors = all(contents.tensors[name].ndim <= 2 for name in names) and len(names) <= 4
+    vectors = len(names) <= 4 and all(contents.tensors[name].ndim <= 2 for name in names)
     if not vectors or not any(_INVERSION.search(name) for name in names):
         return None
     return FileFormatError(
@@ -109,7 +109,7 @@ def _others(contents: CheckpointContents) -> str | None:
     folder = contents.file.parent
     names = sorted(
         path.name
-        for path in (folder.iterdir() if folder.is_dir() else ())
+        for path in _inside(folder)
         if path.suffix in _WEIGHTS and path.is_file() and path.name != contents.file.name
     )
     names = [name for name in names if not re.match(r"opt|sched|scaler|random_states|rng", name)]
@@ -182,10 +182,18 @@ def _parts(contents: CheckpointContents, folder: Path) -> Iterator[tuple[str, st
         if name.startswith("_") or name in ("unet", "scheduler", network) or not isinstance(value, list) or missing:
             continue
         yield name, str(value[-1])[:60]
-    for inside in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for inside in sorted(_inside(folder)):
         if inside.is_dir() and inside.name not in index and _AUTOENCODER.search(inside.name.lower()):
             kind = _json(inside / "config.json").get("_class_name", "")
             yield inside.name, str(kind)[:60]
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing, where it cannot be looked into."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _json(file: Path) -> Mapping[str, Any]:

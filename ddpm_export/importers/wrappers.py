@@ -302,6 +302,10 @@ def _where(chosen: Network, raw: Network | None, averaged: Sequence[Network], co
         parts.append(f"--weights raw takes {_place(raw)}")
     elif averaged and not chosen.averaged:
         parts.append(f"the average is at {_listed(averaged)}")
+    elif lists := [name for name in plain_names(contents) if f".{name}".endswith(_SHADOW)]:
+        container = lists[0].removesuffix(".0")
+        count = sum(name.startswith(f"{container}.") for name in contents.tensors)
+        parts.append(f"{container} is no average of it: {count} tensors, not {len(chosen.tensors)}, or of other shapes")
     return "; ".join(parts)
 
 

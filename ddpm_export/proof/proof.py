@@ -70,7 +70,8 @@ def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple
         recorded = Source(data)
     if not data.is_dir():
         return Source(data, white=recorded.white if data.resolve() == recorded.path else None)
-    return replace(recorded, path=data, size=size, channels=channels)
+    white = None if recorded.path.suffix.lower() == ".npz" else recorded.white  # an .npz's says nothing of files
+    return replace(recorded, path=data, size=size, channels=channels, white=white)
 
 
 def judge_reduced(
@@ -100,30 +101,6 @@ def judge_reduced(
     return replace(reference, reduced=reduced), report
 
 
-def check_export(
-    file: str | os.PathLike[str],
-    spec: ModelSpec,
-    source: str | os.PathLike[str],
-    reference: Reference,
-    *,
-    weights: Weights = "ema",
-    progress: Callable[[int, int], None] | None = None,
-) -> ParityReport:
-    """Run the ladder with an exported file, in ONNX Runtime on the CPU.
-
-    An fp16 file is judged in two ways: the file as ONNX Runtime computes it, mostly in float32, and the module with every
-    operation rounded to half, by ``reference.reduced``. ONNX Runtime has no bfloat16 on a CPU, so of a bf16 file the
-    module alone is checked: the report says that the file itself was not run.
-
-    Raises:
-        BackendError: ONNX Runtime is missing, or refuses the file.
-    """
-    report = None
-    if spec.precision == "bf16" or (spec.precision != "fp32" and reference.reduced is None):
-        reference, report = judge_reduced(spec, source, reference, weights=weights, progress=progress)
-    return check_file(file, spec, reference, report, progress=progress)
-
-
 def check_file(
     file: str | os.PathLike[str],
     spec: ModelSpec,
@@ -132,9 +109,18 @@ def check_file(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
-    """Run the ladder with a file in ONNX Runtime on the CPU; of a bf16 file give ``module_report`` instead.
+    """Run the ladder with an exported file, in ONNX Runtime on the CPU.
 
-    Outputs that are not finite are a report that fails.
+    An fp16 file is judged in two ways: the file as ONNX Runtime computes it, mostly in float32, and the module with every
+    operation rounded to half, by ``reference.reduced``. ONNX Runtime has no bfloat16 on a CPU, so of a bf16 file the
+    module alone is checked, as ``module_report`` has it. Outputs that are not finite are a report that fails.
+
+    Args:
+        file: the exported file.
+        spec: of the file.
+        reference: the record, of :func:`judge_reduced` where the file is not in float32.
+        module_report: what that gave with it.
+        progress: called with (network calls done, network calls in all).
 
     Raises:
         BackendError: ONNX Runtime is missing, or refuses the file.

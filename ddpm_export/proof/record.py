@@ -244,12 +244,14 @@ def _spread(classes: int, n: int) -> NDArray[np.int32]:
 
 
 def check_images(data: NDArray[np.uint8], spec: ModelSpec) -> None:
-    """Check that images have the model's size.
+    """Check that images are uint8 and have the model's size.
 
     Raises:
         InputError: they do not.
     """
     channels, height, width = spec.shape
+    if data.dtype != np.uint8:
+        raise InputError(f"the images are {data.dtype}, not uint8", hint="0…255, whatever the model's own range is")
     if data.ndim != 4 or data.shape[1:] != (height, width, channels) or not len(data):
         raise InputError(
             f"the images are {list(data.shape[1:])} (height, width, channels), and the model's {[height, width, channels]}",

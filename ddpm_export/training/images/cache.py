@@ -60,18 +60,8 @@ def load(file: Path, key: str) -> tuple[NDArray[np.uint8], tuple[str, ...]] | No
 def store(folder: Path, key: str, images: NDArray[np.uint8], notes: Sequence[str]) -> None:
     """Write the cache into an existing folder, unless it is there or would be too large. A full disk is no error."""
     file = folder / NAME
-    if images.nbytes > MAX_BYTES or _key_in(file) == key:
+    if images.nbytes > MAX_BYTES or load(file, key) is not None:
         return
     about = json.dumps({"key": key, "notes": list(notes)}).encode()
     with contextlib.suppress(OutputError), atomic_write(file) as stream:
         np.savez(stream, about=np.frombuffer(about[:_MAX_ABOUT], np.uint8), images=images)
-
-
-def _key_in(file: Path) -> str | None:
-    """The key of a cache, without reading its images."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            key = json.loads(arrays["about"].tobytes())["key"]
-            return key if isinstance(key, str) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

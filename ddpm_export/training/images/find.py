@@ -111,11 +111,16 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
     of_run = _is_samples(folder)
     for name in names:
         path = folder / name
+        try:
+            is_folder = path.is_dir()
+        except OSError as error:  # a folder that may be listed and not entered
+            found.unreadable.append((path, error.strerror or str(error)))
+            continue
         if name.startswith("."):
             found.leave_out(path, _HIDDEN)
         elif of_run and _GRID_NAME.fullmatch(name):
             found.leave_out(path, _GRID)
-        elif path.is_dir():
+        elif is_folder:
             if path.is_symlink():
                 links.append(path)
             elif _enter(path, seen, found):

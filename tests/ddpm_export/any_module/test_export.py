@@ -541,3 +541,11 @@ def test_impossible_outputs_are_refused(tmp_path):
     ):
         with pytest.raises(error):
             export(ready(_Small()), SPEC, output)
+
+
+def test_a_record_that_is_none_is_not_overwritten(tmp_path):
+    (tmp_path / "m.parity.npz").write_text("mine")
+    with pytest.raises(OutputError, match=r"m\.parity\.npz"):
+        export(ready(_Small()), SPEC, tmp_path / "m.onnx")
+    assert (tmp_path / "m.parity.npz").read_text() == "mine"
+    assert not (tmp_path / "m.onnx").exists()

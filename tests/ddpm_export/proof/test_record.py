@@ -42,6 +42,11 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 STEPS = 50
 
 
+def check_export(file, spec, run, reference):
+    """As ``ddpmx export`` does it."""
+    return proof.check_file(file, spec, *proof.judge_reduced(spec, run, reference))
+
+
 @pytest.fixture(scope="module")
 def network(trained) -> UNet:
     return load_network(trained.run)[0]
@@ -276,7 +281,7 @@ def test_a_checkpoint_is_recorded_with_the_requested_weights(trained, spec, reco
     assert not np.allclose(ema.out, raw.out, atol=1e-3)
     for file, theirs in ((trained.fp32, raw), (trained.fp16, raw)):
         with pytest.raises(SpecError, match="another model") as caught:
-            proof.check_export(file, open_spec(file), trained.run, theirs)
+            check_export(file, open_spec(file), trained.run, theirs)
         assert "weights" in caught.value.note
 
 
@@ -329,7 +334,7 @@ def test_the_module_itself_passes(network, spec, recorded):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_export_passes(trained, recorded, precision, figure):
     file = getattr(trained, precision)
-    result = proof.check_export(file, open_spec(file), trained.run, recorded)
+    result = check_export(file, open_spec(file), trained.run, recorded)
     check_report(figure, precision, result)
     assert "onnxruntime" in result.ran_on
 
@@ -372,7 +377,7 @@ def transposed(values: np.ndarray) -> None:
 )
 def test_a_file_with_other_weights_than_it_declares_fails(trained, recorded, tmp_path, precision, change):
     file = with_changed_weights(getattr(trained, precision), tmp_path / "model.onnx", change)
-    result = proof.check_export(file, open_spec(file), trained.run, recorded)
+    result = check_export(file, open_spec(file), trained.run, recorded)
     assert not result.passed
     assert result.verdict.startswith("FAILED: this is not the PyTorch model: ε, ")
     assert "worst at t = " in result.verdict
@@ -458,7 +463,7 @@ def test_a_bf16_file_does_not_run_here_and_the_hint_says_where_it_does(bf16):
 
 
 def test_in_place_of_a_bf16_file_the_module_is_checked_and_the_report_says_so(bf16, trained, spec, recorded, figure):
-    result = proof.check_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
+    result = check_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
     assert "NOT the file" in result.ran_on
     check_report(figure, "the bf16 module", result)
     figure("the bf16 module against the record: RMS error over 32 t", result.curves["eps"].max(), at_most=3e-2)

@@ -96,6 +96,8 @@ def test_a_damaged_cache_is_passed_over(monkeypatch, kept, damage):
         data[-400] ^= 0xFF  # a pixel: the archive's checksum finds it
         cached.write_bytes({"empty": b"", "cut": data[:-50], "text": b"hello", "flipped": bytes(data)}[damage])
     assert read_again(monkeypatch, dataset.source, cached)
+    cache.store(cached.parent, dataset.cache_key, dataset.images, ())
+    assert cache.load(cached, dataset.cache_key) is not None, "and written anew"
 
 
 def test_too_many_pixels_and_a_full_disk_are_no_error(monkeypatch, tmp_path, images):

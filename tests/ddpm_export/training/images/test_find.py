@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -109,3 +110,21 @@ def test_what_should_be_an_image_and_cannot_be_read_is_not_left_out(tmp_path):
 def test_a_pipe_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     assert find_images(tmp_path).files == []
+
+
+def test_a_folder_that_may_be_listed_and_not_entered_is_named(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "shut" / name).write_bytes(b"")
+    is_dir = Path.is_dir
+
+    def refused(path, **how):
+        if path.parent.name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return is_dir(path, **how)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    found = find_images(tmp_path)
+    assert [(path.name, why) for path, why in found.unreadable] == [
+        (n, "Permission denied") for n in ("a.png", "b.png")
+    ]
