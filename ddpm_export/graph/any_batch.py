@@ -106,8 +106,8 @@ def _fixes(condition: Any) -> bool:
 def any_batch(network: nn.Module, watch: Watch | None = None) -> Iterator[None]:
     """Trace a network inside with symbolic sizes wherever that is possible.
 
-    Python's ``len`` cannot return a symbol, so while it traces, the code of the network's classes, and what it calls from other files,
-    sees another one, which is the same for everything but a traced tensor.
+    Python's ``len`` cannot return a symbol, so while it traces, the code of the network's classes, and what it calls from
+    other files, sees another one, which is the same for everything but a traced tensor.
     """
     log = ShapeEnv._log_guard
 

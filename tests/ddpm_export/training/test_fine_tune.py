@@ -125,3 +125,15 @@ def test_new_networks_have_no_attention_without_effect_and_old_runs_may(tmp_path
     save_run(Imported("test", odd, spec, dict(make_network(odd).state_dict())), tmp_path / "old")
     Trainer.fine_tune(tmp_path / "b", dataset(tmp_path), tmp_path / "old", SETTINGS, device="cpu").train(1)
     Trainer.resume(tmp_path / "b", dataset(tmp_path), device="cpu").train(2)
+
+
+def test_the_white_of_an_npz_says_nothing_of_a_folder(tmp_path):
+    from ddpm_export.proof.proof import images_for
+
+    np.savez(tmp_path / "unit.npz", images=np.random.default_rng(0).random((8, 8, 8)).astype(np.float32))
+    images = load_dataset(tmp_path / "unit.npz", white=1)
+    Trainer(tmp_path / "run", images, ModelSpec((1, 8, 8), 20), UNET, SETTINGS, device="cpu").train(1)
+    (tmp_path / "greys").mkdir()
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "greys" / "a.png")
+    assert len(np.unique(images_for(tmp_path / "greys", tmp_path / "run"))) == 64
