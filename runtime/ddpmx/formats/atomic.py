@@ -30,6 +30,7 @@ else:
 
 _OURS = re.compile(r"\..{0,40}\.ddpmx-([0-9a-f]{16}\.part|lock)", re.DOTALL)
 _OLD, _NEW = ".old", ".new"  # in a temporary folder: the files that are being replaced, and the names of the new ones
+_FOLDER = "folder"  # the name of the lock under which the files of a folder are exchanged
 _LEFT_SECONDS = 86400  # where nothing can be locked, a temporary file of this age belongs to nobody
 
 _tidied: set[str] = set()
@@ -75,18 +76,22 @@ def staging(folder: Path, target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     tidy(folder)
     part = _temporary_path(folder / (Path(target).name or "folder"))  # "." and "/" have no name
-    with contextlib.ExitStack() as stack:
-        stack.callback(_discard, part)
-        try:
-            stack.callback(_close, _create_folder(part))
-            yield part
-        except OSError as error:
-            raise write_error(target, error) from error
-        except OutputError as error:
-            if str(part) not in error.fact:
-                raise
-            # nobody knows the temporary folder, which is gone
-            raise OutputError(f"{target}: cannot be written", note=error.note, hint=error.hint) from error
+    descriptor = -1
+    try:
+        descriptor = _create_folder(part)
+        yield part
+    except OSError as error:
+        raise write_error(target, error) from error
+    except OutputError as error:
+        if str(part) not in error.fact:
+            raise
+        # nobody knows the temporary folder, which is gone
+        raise OutputError(f"{target}: cannot be written", note=error.note, hint=error.hint) from error
+    finally:
+        with contextlib.suppress(OSError), _exchange_lock(part):
+            _discard(part)
+        if descriptor >= 0:  # now only: what nobody holds, another run takes for left behind
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -137,7 +142,7 @@ def exchange(folder: Path, part: Path, names: Sequence[str], *, instead_of: Iter
     old = part / _OLD
     write_synced(part / _NEW, json.dumps(list(names)).encode())
     old.mkdir()
-    with locked(folder / "folder"):
+    with locked(folder / _FOLDER):
         try:
             for name in dict.fromkeys((*names, *instead_of)):
                 if os.path.lexists(folder / name):
@@ -178,16 +183,19 @@ def locked(path: Path) -> Iterator[None]:
 def tidy(folder: Path) -> None:
     """Remove the temporary files that killed runs of ddpmx left in ``folder``; once per folder and process.
 
-    What a running process still writes is left alone, and so is everything with a name of another kind.
+    What a running process still writes is left alone, and so is everything with a name of another kind. Where another
+    process puts old files back, this one waits for them.
     """
     key = os.path.realpath(folder)
     if key in _tidied:
         return
     _tidied.add(key)
     with contextlib.suppress(OSError):
-        for name in os.listdir(key):
-            if _OURS.fullmatch(name) and _is_left(left := Path(key, name)):
-                _discard(left)
+        for name in filter(_OURS.fullmatch, os.listdir(key)):
+            left = Path(key, name)
+            with contextlib.suppress(OSError), _exchange_lock(left), _taken(left) as is_left:
+                if is_left:
+                    _discard(left)
 
 
 def write_synced(path: Path, data: bytes | memoryview) -> None:
@@ -321,11 +329,6 @@ def _create_folder(part: Path) -> int:
             part.rmdir()
 
 
-def _close(descriptor: int) -> None:
-    if descriptor >= 0:
-        os.close(descriptor)
-
-
 def _hold(descriptor: int, *, wait: bool = False) -> bool:
     """Lock an open file for as long as it stays open. False: another process holds the lock."""
     if sys.platform == "win32":
@@ -354,26 +357,41 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _is_left(path: Path) -> bool:
-    """Whether the process that made the temporary ``path`` is gone."""
+@contextlib.contextmanager
+def _taken(path: Path) -> Iterator[bool]:
+    """Whether the process that made the temporary ``path`` is gone. Then nobody else takes it within the block."""
+    descriptor = -1
     try:
         state = os.lstat(path)
-        if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
-            return False
-        if sys.platform == "win32":
-            return time.time() - state.st_mtime > _LEFT_SECONDS
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        is_left = stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)
+        by_age = time.time() - state.st_mtime > _LEFT_SECONDS
+        if is_left and sys.platform == "win32":
+            is_left = by_age
+        elif is_left:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_left = _is_at(path, descriptor)
+            except BlockingIOError:
+                is_left = False
+            except OSError:  # a file system without locks
+                is_left = by_age
     except OSError:
-        return False
+        is_left = False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return time.time() - state.st_mtime > _LEFT_SECONDS
+        yield is_left
     finally:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _exchange_lock(part: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock of an :func:`exchange`, if one in ``part`` has not come to its end: to put old files back is one as well."""
+    return locked(part.parent / _FOLDER) if _is_interrupted(part) else contextlib.nullcontext()
+
+
+def _is_interrupted(part: Path) -> bool:
+    return (part / _OLD).is_dir() and (part / _NEW).is_file()
 
 
 def _discard(part: Path) -> None:
@@ -387,9 +405,9 @@ def _discard(part: Path) -> None:
 
 
 def _put_back(part: Path) -> bool:
-    """Undo an :func:`exchange` that did not come to its end. False: an old file is still in ``part``."""
+    """Undo an :func:`exchange` that did not come to its end, under its lock. False: an old file is still in ``part``."""
     folder, old = part.parent, part / _OLD
-    if not old.is_dir() or not (part / _NEW).is_file():
+    if not _is_interrupted(part):
         return True
     try:
         for name in json.loads((part / _NEW).read_bytes()):

@@ -266,6 +266,46 @@ def test_after_a_kill_the_next_run_finds_the_old_files_or_the_new_ones(folder, d
     assert tree(folder) == (OLD if deadly < 7 else NEW)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="leftovers are known by their age there")
+def test_two_runs_that_put_old_files_back_at_once_lose_none(folder, monkeypatch):
+    subprocess.run([sys.executable, "-c", EXCHANGE, str(folder), "5"], check=False)
+    real, seconds = os.replace, []
+
+    def second():
+        atomic._tidied.clear()
+        atomic.tidy(folder)
+
+    def replace(*args):
+        real(*args)
+        seconds.append(threading.Thread(target=second))
+        seconds[-1].start()
+        seconds[-1].join(0.3)  # by then it is done, or it waits
+
+    monkeypatch.setattr(os, "replace", replace)
+    atomic.tidy(folder)
+    assert len(seconds) == 3, "the three old files"  # control: the others did begin in the middle
+    for thread in seconds:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert tree(folder) == OLD
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="leftovers are known by their age there")
+def test_what_a_run_takes_away_itself_no_other_run_takes_for_left_behind(folder, monkeypatch):
+    taken, discard = [], atomic._discard
+
+    def watched(part):
+        with atomic._taken(part) as is_left:
+            taken.append(is_left)
+        discard(part)
+
+    monkeypatch.setattr(atomic, "_discard", watched)
+    with staging(folder, folder) as part:
+        (part / "a").touch()
+    assert taken == [False]
+    assert tree(folder) == OLD
+
+
 # --- what a killed run leaves ----------------------------------------------------------------------------------------
 
 WRITE = """
