@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,9 @@ from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.pixels import from_uint8
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_BYTES = 1 << 32
 """Of all conditions of a call, unpacked."""
@@ -92,25 +96,32 @@ def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     )
 
 
+def _odd_size(picture: Image, height: int, width: int) -> ValueError:
+    return ValueError(f"it is {picture.height}×{picture.width}, and the model takes {height}×{width}")
+
+
 def _picture(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     """One picture as float32 [K, H, W]. Raises OSError or ValueError."""
-    from PIL import Image, ImageOps
+    from PIL import Image as PilImage
+    from PIL import ImageOps
 
     channels, height, width = dims
     try:
-        with Image.open(path) as opened:
-            if opened.size != (width, height):
-                raise ValueError(f"it is {opened.height}×{opened.width}, and the model takes {height}×{width}")
+        with PilImage.open(path) as opened:
+            if sorted(opened.size) != sorted((width, height)):  # before anything is decoded: it may be huge
+                raise _odd_size(opened, height, width)
             if opened.mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA"):
                 raise ValueError(f"pictures of mode {opened.mode} have no range that is known")
-            picture = ImageOps.exif_transpose(opened)
+            picture = ImageOps.exif_transpose(opened)  # cameras store a picture as it is, and how to turn it
+            if picture.size != (width, height):
+                raise _odd_size(picture, height, width)
             if channels != 4 and picture.has_transparency_data:
                 picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
+                white = PilImage.new("RGBA", picture.size, "white")
+                picture = PilImage.alpha_composite(white, picture)
             picture = picture.convert(_MODES[channels])
     except OSError as error:
         raise OSError(error.strerror or "no picture that Pillow can read, or a damaged one") from error
-    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's, for some damaged files
+    except (SyntaxError, PilImage.DecompressionBombError) as error:  # Pillow's, for some damaged files
         raise ValueError(str(error)[:200]) from error
     return from_uint8(np.asarray(picture).reshape(height, width, channels)).transpose(2, 0, 1)

@@ -62,7 +62,7 @@ class Origin:
             if each is not None:
                 shown = each[position : position + count]
                 values[keyword] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
-        return {keyword: str(value) for keyword, value in values.items()}
+        return {keyword: _line(str(value)) for keyword, value in values.items()}
 
 
 def model_hash(spec: ModelSpec, path: str | os.PathLike[str]) -> str:
@@ -110,6 +110,11 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
         if keyword not in unknown and theirs != here:
             return f"{keyword} {(theirs or 'not stated')[:64]}, and now {(here or 'not stated')[:64]}"
     return None
+
+
+def _line(text: str) -> str:
+    """One line that any file can hold. The name of a condition's file may be no Unicode, or hold a line break."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def comment(texts: dict[str, str]) -> bytes:

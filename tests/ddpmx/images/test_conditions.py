@@ -40,6 +40,18 @@ def test_a_folder_is_taken_by_name_and_transparency_is_white(tmp_path):
     )  # with an alpha of its own, nothing is composed
 
 
+def test_a_picture_that_says_how_to_be_turned_is_turned(tmp_path):
+    upright = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown, turn it by 90° clockwise
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "turned.png", exif=exif)
+    values, _ = read_conditions(tmp_path / "turned.png", ModelSpec((1, 4, 6), condition=1))
+    np.testing.assert_array_equal(np.rint((values[0, 0] + 1) * 127.5), upright)
+    Image.fromarray(upright).save(tmp_path / "turned.png", exif=exif)  # 4×6 in the file, 6×4 to be seen
+    with pytest.raises(FileFormatError, match=r"it is 6×4, and the model takes 4×6"):
+        read_conditions(tmp_path / "turned.png", ModelSpec((1, 4, 6), condition=1))
+
+
 def test_all_that_does_not_fit_is_named_at_once(tmp_path):
     Image.new("RGB", (4, 6)).save(tmp_path / "turned.png")
     Image.new("I;16", (6, 4)).save(tmp_path / "deep.png")

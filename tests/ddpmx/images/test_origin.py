@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import zlib
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ddpmx import ModelSpec
+from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import FileFormatError, OutputError
 from ddpmx.formats.png_text import read_png_text
-from ddpmx.images.gallery import check_replaceable, save_gallery
-from ddpmx.images.origin import Origin
+from ddpmx.images.gallery import Animation, check_replaceable, save_gallery
+from ddpmx.images.origin import Origin, difference
 from ddpmx.sampling.request import Sampling
 
 PICTURES = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6, 1)
@@ -32,6 +36,18 @@ def test_each_image_says_its_own_index_and_label(tmp_path):
     for path in written:
         with Image.open(path) as picture:
             assert read_png_text(path) == (picture.size[::-1], dict(picture.text))
+
+
+def test_a_condition_s_name_may_be_any_file_name(tmp_path):
+    names = [os.fsdecode(b"\xe4.png"), "a\nmodel: b.png", "ä.png"]
+    origin = dataclasses.replace(ORIGIN, labels=None, conditions=names)
+    spec = ModelSpec((1, 4, 6), timesteps=20)
+    animation = Animation(spec, make_table(spec.make_schedule(), spec.prediction, spec.variance), 3)
+    for path in save_gallery(tmp_path, PICTURES, first=7, animation=animation, origin=origin):
+        assert difference(path, origin, 3) is None
+    assert read_png_text(tmp_path / "00007.png")[1]["condition"] == "?.png"
+    assert read_png_text(tmp_path / "00008.png")[1]["condition"] == "a?model: b.png"
+    assert read_png_text(tmp_path / "00009.png")[1]["condition"] == "ä.png"
 
 
 def test_text_of_other_programs_is_read(tmp_path):
