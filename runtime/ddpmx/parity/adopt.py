@@ -7,8 +7,9 @@ new file is that model is checked by its inputs and outputs, by its weights, and
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ddpmx.backends.open import open_model
 from ddpmx.errors import DdpmxError, InputError, NumericError, OutputError, SpecError
 from ddpmx.formats import model_file, onnx_file, same_model
 from ddpmx.formats.atomic import atomic_write
-from ddpmx.formats.protobuf import as_message, as_number, fields, packed
+from ddpmx.formats.protobuf import as_message, as_number, as_text, fields, packed, varint
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import check_same_model
@@ -115,9 +116,13 @@ def adopt(
         if record.exists() and not overwrite and (why := _why_not(record, spec)):
             raise OutputError(f"refusing to overwrite {record}: {why}", hint="another -o, or --overwrite")
     had = onnx_file.METADATA_KEY in info.metadata
-    if had and onnx_file.onnx_spec(changed, info).weights != spec.weights:
-        raise InputError(f"{changed}: describes itself already, as another model", hint=f"ddpmx info {changed}")
-    spec = spec.replace(precision=_precision(info, spec))
+    said = onnx_file.onnx_spec(changed, info) if had else spec
+    origin: dict[str, Any] = {"precision": "fp32", "ddpmx": ""}  # in which a file may differ from what it was made of
+    if said.replace(**origin) != spec.replace(**origin):
+        raise InputError(
+            f"{changed}: describes itself already, as another model", hint=f"ddpmx info {shlex.quote(str(changed))}"
+        )
+    spec = said.replace(precision=_precision(info, said))
     if not had:
         onnx_file.onnx_spec(changed, info, spec)  # inputs and outputs
     alike = kinship(changed, like)
@@ -134,7 +139,7 @@ def adopt(
             note=f"relative RMS of the difference: {error:.3g}, at most {tolerance:g} allowed",
             hint="if that much is expected, as with few bits, pass a larger --tolerance",
         )
-    entries = {} if had else onnx_file.metadata(spec)
+    entries = {} if had and said == spec else onnx_file.metadata(spec)
     if onnx_file.TRAINING_KEY in original.metadata.keys() - info.metadata.keys():
         entries[onnx_file.TRAINING_KEY] = original.metadata[onnx_file.TRAINING_KEY]
     _write(changed, output, entries)
@@ -254,13 +259,35 @@ def _difference(changed: Path, like: Path, spec: ModelSpec | None, threads: int)
 
 
 def _write(changed: Path, output: Path, metadata: dict[str, str]) -> None:
-    """A repeated field of a protobuf message may be continued at its end, so that nothing of the graph is touched."""
-    data = changed.read_bytes()
+    """A repeated field of a protobuf message may be continued at its end, so that nothing of the graph is touched.
+
+    Entries of the same keys go: what readers make of two is not the same.
+    """
+    data = memoryview(changed.read_bytes())
     with atomic_write(output) as stream:
-        stream.write(data)
+        for part in _without(data, metadata.keys()):
+            stream.write(part)
         for key, value in metadata.items():
-            entry = b"".join(_field(number, text.encode()) for number, text in ((1, key), (2, value)))
+            texts = [text.encode("utf-8", "surrogateescape") for text in (key, value)]  # as as_text reads them
+            entry = b"".join(_field(number, text) for number, text in enumerate(texts, 1))
             stream.write(_field(14, entry))
+
+
+def _without(data: memoryview, keys: Set[str]) -> Iterator[memoryview]:
+    """The parts of a model file, which has been read, that are no metadata of these keys."""
+    start = position = 0
+    while position < len(data):
+        begun = position
+        key, position = varint(data, position)
+        if (wire_type := key & 7) == 0:
+            _, position = varint(data, position)
+            continue
+        length, position = varint(data, position) if wire_type == 2 else ((8 if wire_type == 1 else 4), position)
+        value, position = data[position : position + length], position + length
+        if key >> 3 == 14 and as_text(dict(fields(value)).get(1, memoryview(b""))) in keys:
+            yield data[start:begun]
+            start = position
+    yield data[start:]
 
 
 def _field(number: int, data: bytes) -> bytes:

@@ -107,6 +107,21 @@ def test_a_file_gets_spec_betas_and_record_back_and_its_graph_is_untouched(files
     assert read_onnx(changed).metadata == info.metadata
 
 
+def test_a_description_that_was_kept_says_the_precision_that_the_file_has_now(files, tmp_path):
+    model, said = onnx.load(files["fp16"]), onnx.load(files["original"]).metadata_props
+    model.metadata_props.extend([onnx.StringStringEntryProto(key="author", value="a tool"), *said])
+    changed = tmp_path / "half.onnx"
+    onnx.save(model, changed)
+    assert onnx_spec(changed, read_onnx(changed)).precision == "fp32"  # control
+    adopted = adopt(changed, files["original"])
+    assert adopted.spec.precision == "fp16"
+    assert adopted.spec == onnx_spec(changed, read_onnx(changed))
+    again = onnx.load(changed)
+    assert sorted(entry.key for entry in again.metadata_props) == sorted(["author", *(entry.key for entry in said)])
+    assert again.graph == model.graph
+    onnx.checker.check_model(again)
+
+
 def test_another_model_is_refused_by_its_weights_and_then_by_epsilon(files, tmp_path, monkeypatch):
     changed = copied(files["other"], tmp_path)
     before = changed.read_bytes()
@@ -126,9 +141,10 @@ def test_other_inputs_and_a_description_of_another_model_are_refused(files, tmp_
     onnx.save(model, tmp_path / "t.onnx")
     with pytest.raises(SpecError, match="does not match the spec"):
         adopt(tmp_path / "t.onnx", files["original"])
-    export_network(unet(1), SPEC.replace(weights="cd" * 32), tmp_path / "o.onnx")
-    with pytest.raises(InputError, match="describes itself already, as another model"):
-        adopt(tmp_path / "o.onnx", files["original"])
+    for name, changes in {"weights": {"weights": "cd" * 32}, "variance": {"variance": "fixed_small"}}.items():
+        export_network(unet(1), SPEC.replace(**changes), tmp_path / f"{name}.onnx")
+        with pytest.raises(InputError, match="describes itself already, as another model"):
+            adopt(tmp_path / f"{name}.onnx", files["original"])
     with pytest.raises(InputError, match="it is the original"):
         adopt(files["int8"], files["original"], files["original"])
 
