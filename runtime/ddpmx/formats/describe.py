@@ -12,7 +12,6 @@ from ddpmx.formats import model_file, onnx_file, plan_file, png_text
 from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
-_ELEMENT_TYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
 _FLOATS = {1, 10, 11, 16}
 _MAX_HEADER = 16 << 20
 _TRAINING: dict[str, type] = {
@@ -150,8 +149,7 @@ def _onnx(path: Path) -> dict[str, Any]:
 
     def shown(tensors: dict[str, onnx_file.TensorInfo]) -> dict[str, str]:
         return {
-            name: f"{_ELEMENT_TYPES.get(tensor.element_type, f'type {tensor.element_type}')} {list(tensor.dims or ())}"
-            for name, tensor in tensors.items()
+            name: f"{_type_name(tensor.element_type)} {list(tensor.dims or ())}" for name, tensor in tensors.items()
         }
 
     return {
@@ -161,13 +159,17 @@ def _onnx(path: Path) -> dict[str, Any]:
         "opset": info.opset,
         "inputs": shown(info.inputs),
         "outputs": shown(info.outputs),
-        "weights": {_ELEMENT_TYPES.get(key, f"type {key}"): size for key, size in sorted(info.weights.items())},
+        "weights": {_type_name(key): size for key, size in sorted(info.weights.items())},
         "parameters": sum(
             size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _FLOATS
         ),
         "external": [file.name for file in beside],
         "made_of": _said(info) or None,
     }
+
+
+def _type_name(element_type: int) -> str:
+    return onnx_file.TYPE_NAMES.get(element_type, f"type {element_type}")
 
 
 def _plan(path: Path) -> dict[str, Any]:

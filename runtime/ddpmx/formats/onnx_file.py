@@ -37,7 +37,8 @@ FLOAT, INT32, FLOAT16, BFLOAT16 = 1, 6, 10, 16
 WIDTH = {1: 4, 4: 2, 5: 2, 6: 4, 7: 8, 10: 2, 11: 8, 12: 4, 13: 8, 14: 8, 15: 16, 16: 2}
 """Bytes of an element of each type."""
 _NAMES = "float32 uint8 int8 uint16 int16 int32 int64 string bool float16 float64 uint32 uint64 complex64 complex128"
-TYPE_NAMES = dict(enumerate([*_NAMES.split(), "bfloat16"], 1))
+_SMALL = "bfloat16 float8e4m3fn float8e4m3fnuz float8e5m2 float8e5m2fnuz uint4 int4 float4e2m1"
+TYPE_NAMES = dict(enumerate(f"{_NAMES} {_SMALL}".split(), 1))
 """Their names."""
 _MAX_DEPTH = 32  # subgraphs within subgraphs; real models have a handful
 

@@ -259,8 +259,10 @@ std::string listed(const std::vector<Input> &inputs) {
 
 // The name of an ONNX element type.
 std::string type_name(uint64_t type) {
-  static const char *const kNames[] = {"float32", "uint8",  "int8",   "uint16", "int16",     "int32",      "int64",   "string",
-                                       "bool",    "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
+  static const char *const kNames[] = {
+      "float32", "uint8",   "int8",   "uint16", "int16",     "int32",      "int64",    "string",
+      "bool",    "float16", "float64", "uint32", "uint64",    "complex64",  "complex128", "bfloat16",
+      "float8e4m3fn", "float8e4m3fnuz", "float8e5m2", "float8e5m2fnuz", "uint4", "int4", "float4e2m1"};
   if (type < 1 || type > std::size(kNames)) return "of ONNX's type " + std::to_string(type);
   return kNames[type - 1];
 }

@@ -175,6 +175,15 @@ def test_weights_beside_an_onnx_file_count(tmp_path):
     assert description["inputs"] == {"x": "type 99 []"}
 
 
+def test_the_types_of_a_graph_have_their_names(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="not verified here: the names of ONNX's types (no onnx)")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(protobuf.model({f"i{n}": (n, ()) for n in range(1, 24)}, {}))
+    shown = [text.removesuffix(" []") for text in describe(path)["inputs"].values()]
+    theirs = [onnx.TensorProto.DataType.Name(n).lower() for n in range(1, 24)]
+    assert shown == [{"float": "float32", "double": "float64"}.get(name, name) for name in theirs]
+
+
 def test_a_foreign_onnx_file_is_described_with_what_is_missing(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(protobuf.model({"x": (1, ("N", None, 3))}, {"y": (10, (1,))}))
