@@ -116,6 +116,12 @@ def parity(
     if "polygraphy" in extra:
         say(f"  Polygraphy on ε: {extra['polygraphy']['verdict']}")
     say(f"report: {written[0]}")
+    if not result.judged:
+        raise BackendError(
+            f"{file}: {result.verdict}",
+            note="; ".join(map(str, result.checks)),
+            hint="--against FILE.parity.npz, whose checks need neither a larger batch nor a second executor",
+        )
     if not result.passed:
         fail(file, result.verdict)
     if "polygraphy" in extra and not extra["polygraphy"]["passed"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 
+from ddpmx.parity import ladder
 from ddpmx.parity.reference import Reference
 from oracles.gaussian import SPEC, coefficients
 from oracles.parity import make_reference
@@ -65,6 +67,14 @@ def test_without_a_record_the_error_names_the_flags(ddpmx, refused, judged):
     done = ddpmx("parity", judged, "--self-test")
     assert done.code == 0
     assert "NOT VERIFIED" in done.out
+
+
+def test_where_no_check_can_be_made_that_is_an_error_and_no_pass(refused, judged, monkeypatch):
+    monkeypatch.setattr(ladder, "run_ladder", functools.partial(ladder.run_ladder, batch=1))
+    error = refused("parity", judged, "--self-test")
+    assert "NOT VERIFIED: nothing could be judged\nNote: identical rows, largest difference: not judged" in error
+    text = (judged.with_suffix(".self-test") / "report.md").read_text()
+    assert text.startswith(f"# {judged.name}: NOT VERIFIED\n")
 
 
 @pytest.mark.parametrize(

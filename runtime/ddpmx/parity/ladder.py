@@ -70,9 +70,14 @@ class ParityReport:
     finals: NDArray[np.uint8] | None = None
 
     @property
+    def judged(self) -> bool:
+        """Whether anything could be judged: not every check was skipped."""
+        return any(check.skipped is None for check in self.checks)
+
+    @property
     def passed(self) -> bool:
-        """Whether every check holds."""
-        return all(check.passed for check in self.checks)
+        """Whether every check holds that could be judged, and there is one."""
+        return self.judged and all(check.passed for check in self.checks)
 
     @property
     def verdict(self) -> str:
@@ -82,9 +87,9 @@ class ParityReport:
             if failed[0].name == RANGE:
                 what = "half precision ends at 65504, and this network comes too near"
             return f"FAILED: {what}: {failed[0]}" + (f"; and {len(failed) - 1} more" if len(failed) > 1 else "")
-        judged = [check for check in self.checks if check.skipped is None]
-        if not judged:
+        if not self.judged:
             return "NOT VERIFIED: nothing could be judged"
+        judged = [check for check in self.checks if check.skipped is None]
         skipped = len(self.checks) - len(judged)
         what = "the PyTorch model" if self.reference is not None else "consistent with itself"
         return (

@@ -43,7 +43,7 @@ class Reduced:
     largest: dict[str, float]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, infinity as null."""
+        """As plain JSON values. Null is infinity, or NaN in a check that was skipped."""
         return {
             "precision": self.precision,
             "made_with": self.made_with,
@@ -84,7 +84,7 @@ class Reduced:
                 tuple(
                     Check(
                         _text(one["name"]),
-                        _float(one["value"], math.nan),
+                        _value(one),
                         _float(one["bound"], None),
                         at_least=bool(one["at_least"]),
                         worst=_text(one["worst"]),
@@ -134,6 +134,11 @@ def not_known(precision: Precision, made_with: str) -> Check:
 
 def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def _value(one: dict[str, Any]) -> float:
+    """A check's value. Null is what was not measured, or an overflow: NaN would say of it neither how much nor too much."""
+    return _float(one["value"], math.nan if one["skipped"] is not None or one["at_least"] else math.inf)
 
 
 def _float(value: Any, missing: float | None) -> float:

@@ -102,7 +102,8 @@ def write(
     with staging(folder, folder) as part:
         pictures = _pictures(report, part)
         (part / "report.json").write_text(json.dumps(to_json(report, file, extra), indent=2, allow_nan=False) + "\n")
-        (part / "report.md").write_text(to_markdown(report, file, pictures, extra), encoding="utf-8")
+        text = to_markdown(report, file, pictures, extra)
+        (part / "report.md").write_text(text, encoding="utf-8", errors="replace")  # the file's name may be no Unicode
         for name, content in (attachments or {}).items():
             (part / name).write_bytes(content)
         sync_folder(part)
@@ -208,6 +209,8 @@ def _is_report(path: Path) -> bool:
 
 
 def _title(report: ParityReport) -> str:
+    if not report.judged:
+        return "NOT VERIFIED"
     if not report.passed:
         return "FAILED"
     return "passed" if report.reference is not None else "consistent with itself"

@@ -112,6 +112,8 @@ def test_the_text_lists_every_check_with_its_bound(results, name):
     result = results[name]
     text = report.to_markdown(result, "some/model.onnx", {})
     title = "FAILED" if not result.passed else "passed" if result.reference else "consistent with itself"
+    if all(one.skipped for one in result.checks):
+        title = "NOT VERIFIED"
     assert text.startswith(f"# model.onnx: {title}\n")
     assert result.verdict in text
     rows = [line for line in text.splitlines() if line.startswith("| ") and "measured" not in line]
@@ -141,6 +143,19 @@ def test_a_report_without_a_reference_says_not_verified(results, tmp_path):
     assert names == ["report.md", "report.json"]
     assert "NOT VERIFIED" in (tmp_path / "report.md").read_text()
     assert "NOT VERIFIED" not in report.to_markdown(results["passed"], "model.onnx", {})
+
+
+def test_where_nothing_was_judged_nothing_has_passed(results):
+    nothing = results["itself, one"]
+    assert not nothing.judged
+    assert not nothing.passed
+    assert nothing.verdict == "NOT VERIFIED: nothing could be judged"
+    assert results["itself"].judged  # control
+
+
+def test_a_report_is_written_for_any_file_name(results, tmp_path):
+    report.write(results["itself"], os.fsdecode(b"\xe4.onnx"), tmp_path)
+    assert (tmp_path / "report.md").read_text().startswith("# ?.onnx: ")
 
 
 def test_a_report_names_its_reference(results):
