@@ -68,13 +68,17 @@ def generate(
     steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
     sampler: Annotated[
         str | None,
-        Option(help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; ddim for few steps]", metavar="NAME"),
+        Option(
+            help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; ddim for few steps, without --variance]",
+            metavar="NAME",
+        ),
     ] = None,
     eta: Annotated[float | None, Option(help="Noise η of the ddim sampler, 0 … 1.  \\[default: 0]")] = None,
     spacing: Annotated[
         str | None,
         Option(
-            help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.  \\[default: linspace; trailing for few steps]",
+            help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.  \\[default: linspace; trailing "
+            "where ddim is the default]",
             metavar="NAME",
         ),
     ] = None,
@@ -223,8 +227,9 @@ def generate(
             written = gallery.save_gallery(
                 out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=replaced()
             )
+        chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         say(
-            f"{n} image{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{_choice(sampler, sampling)}, seed {seed}, "
+            f"{n} image{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}, seed {seed}, "
             f"in {seconds:.1f} s on {pipeline.backend}"
         )
     if picture:
@@ -277,14 +282,16 @@ def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, ref
     return pipeline.load(path, device=provider, threads=threads)
 
 
-def _choice(asked: str | None, sampling: object) -> str:
-    """What the result says of a sampler that was not asked for."""
+def _choice(sampler: str | None, spacing: str | None, sampling: object, timesteps: int) -> str:
+    """What the result says of a sampler that was not asked for, and of its spacing."""
     from ddpmx.sampling.request import FEW_STEPS, Sampling
 
     assert isinstance(sampling, Sampling)
-    if asked is not None or sampling.sampler == "ancestral":
+    if sampler is not None or sampling.sampler == "ancestral":
         return ""
-    return f" with {sampling.spacing} spacing (the default below {FEW_STEPS} steps)"
+    default = f" (the default below {min(FEW_STEPS, timesteps)} steps)"
+    with_spacing = f" with {sampling.spacing} spacing"
+    return with_spacing + default if spacing is None else default + with_spacing
 
 
 def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:

@@ -13,7 +13,7 @@ from typer import Option
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS
 from ddpmx.diffusion.schedule import SCHEDULES, scaled_params
 from ddpmx.errors import BackendError, InputError
-from ddpmx_cli import begin, signals
+from ddpmx_cli import begin, console, signals
 from ddpmx_cli.console import busy, duration, parse_colour, parse_numbers, parse_size, plain, progress_bar, say
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ Examples:\n
   ddpmx train --out runs/photos --resume --steps 900000\n
   ddpmx train --data photos/ --from runs/imported --out runs/tuned --steps 20000 --lr 2e-5 --warmup 500
 """
-
-LOG_SECONDS = 30.0
-"""Between lines of progress, if standard error is not a terminal."""
 
 _MODEL, _NETWORK, _TRAINING = "Diffusion", "Network", "Training"
 
@@ -231,7 +228,7 @@ def _train(trainer: Trainer, steps: int, sample_every: int, save_seconds: float,
             figures = f"loss {state.loss:.4f} · {state.images_per_second:,.0f} images/s"
             left = f"{duration(state.seconds_left)} left"  # rich would count the time of sample grids as slow steps
             display.update(task, completed=state.step, figures=f"{figures} · {left}")
-            if display.disable and time.monotonic() - logged > LOG_SECONDS:
+            if display.disable and time.monotonic() - logged > console.LOG_SECONDS:
                 logged = time.monotonic()
                 say(f"step {state.step:,} of {state.steps:,}: {figures}, {left}")
 

@@ -16,7 +16,7 @@ from ddpmx.errors import BackendError
 from ddpmx.formats import model_file, plan_file
 from ddpmx.formats.onnx_file import onnx_spec, read_onnx
 from ddpmx.parity.check import BOUNDS
-from ddpmx.parity.ladder import check_same_model
+from ddpmx.parity.ladder import check_record_of
 from ddpmx.parity.reference import Reference, elements
 
 _REFERENCE = "PyTorch float32"
@@ -47,7 +47,7 @@ def compare(
         rtx = info.flavour == "TensorRT-RTX"
     else:
         spec, rtx = onnx_spec(path, read_onnx(path)), False
-    check_same_model(spec, reference)
+    check_record_of(spec, reference)
 
     try:
         from polygraphy.logger import G_LOGGER

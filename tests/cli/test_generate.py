@@ -109,6 +109,8 @@ def test_few_steps_without_a_sampler_are_run_by_ddim_and_the_result_says_so(ddpm
             chosen = "spacing" in how
             assert f"of {how.get('sampler', 'ancestral')}" in done.out
             assert ("ddim with trailing spacing (the default below" in done.out) == chosen
+    asked = ddpmx("generate", gaussian_onnx, "--steps", 20, "--spacing", "leading", "--out", tmp_path / "two.png")
+    assert "20 steps of ddim (the default below 100 steps) with leading spacing, seed" in asked.out
 
 
 def test_one_image_or_one_sheet_is_written_to_one_file(ddpmx, refused, gaussian_onnx, tmp_path):

@@ -20,6 +20,7 @@ import pytest
         ("--data", ["train", "--data", ""]),
         ("--out", ["train", "--data", "x", "--out", ""]),
         ("ONNX", ["adopt", "", "--like", "x"]),
+        ("--like", ["adopt", "x", "--like", ""]),
     ],
 )
 def test_an_empty_path_is_refused_by_its_name(refused, tmp_path, monkeypatch, named, words):

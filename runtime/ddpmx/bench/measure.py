@@ -16,6 +16,7 @@ import numpy as np
 import ddpmx
 from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend, DeviceBackend
 from ddpmx.backends.open import OpenOptions, open_model
+from ddpmx.backends.ort_common import device_provider
 from ddpmx.bench.figures import LEAST_STEPS, Cell, Settings, beginning
 from ddpmx.bench.host import measure_host
 from ddpmx.device.discovery import gpus
@@ -95,7 +96,9 @@ def bench(
     """
     path = shipped.find(path)
     _check(path, batches, executor, steps, seconds)
-    on_gpu = model_file.identify(path) == "plan" or list(options.get("providers", ("cpu",))) != ["cpu"]
+    providers = options.get("providers", ("cpu",))
+    wanted = [providers] if isinstance(providers, str) else providers
+    on_gpu = model_file.identify(path) == "plan" or any(map(device_provider, wanted))
     with contextlib.ExitStack() as stack:
         begun = time.perf_counter()
         free_before = stack.enter_context(_context()) if on_gpu else None

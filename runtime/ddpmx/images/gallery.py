@@ -111,7 +111,7 @@ def save_picture(path: Path, drawn: NDArray[np.uint8], *, grid: bool = False, or
     return path
 
 
-def check_replaceable(paths: Iterable[Path], model: str) -> None:
+def check_pictures_replaceable(paths: Iterable[Path], model: str) -> None:
     """Refuse to overwrite pictures of another model or of somebody else, before time is spent on new ones.
 
     Args:
@@ -170,7 +170,7 @@ def check_free(paths: Sequence[Path], origin: Origin, n: int, *, folder: Path | 
     Raises:
         OutputError: there are pictures of another model or run, or ddpmx has not drawn them.
     """
-    check_replaceable(paths, origin.model)
+    check_pictures_replaceable(paths, origin.model)
     if folder is not None:
         check_one_run(folder, origin, n)
     for path in paths:

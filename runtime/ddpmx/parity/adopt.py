@@ -24,7 +24,7 @@ from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.protobuf import as_message, as_number, as_text, fields, packed, varint
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
-from ddpmx.parity.ladder import check_same_model
+from ddpmx.parity.ladder import check_record_of
 from ddpmx.parity.reference import Reference
 from ddpmx.sampling import chain
 from ddpmx.sampling.conditioning import example
@@ -159,7 +159,7 @@ def _check_onnx(path: Path, wanted: str) -> None:
 def _why_not(record: Path, spec: ModelSpec) -> str | None:
     """Why a file is no record of this model's outputs, in words; None if it is one."""
     try:
-        check_same_model(spec, Reference.load(record))
+        check_record_of(spec, Reference.load(record))
     except DdpmxError as error:
         return f"{error.fact} ({error.note})" if error.note else error.fact
     return None

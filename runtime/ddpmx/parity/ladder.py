@@ -104,7 +104,7 @@ class ParityReport:
         )
 
 
-def check_same_model(spec: ModelSpec, reference: Reference) -> None:
+def check_record_of(spec: ModelSpec, reference: Reference) -> None:
     """Check that a record was made from this model.
 
     Raises:
@@ -162,7 +162,7 @@ def run_ladder(
     if not 1 <= batch <= 1 << 16:
         raise InputError(f"a batch is 1…{1 << 16}, not {batch}")
     if reference is not None:
-        check_same_model(spec, reference)
+        check_record_of(spec, reference)
         if reference.scale < SILENT:
             raise SpecError(
                 "the recorded outputs are almost zero, so any file would pass",

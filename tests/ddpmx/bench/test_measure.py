@@ -5,6 +5,7 @@ Chains on a GPU run on the fake driver, where each kernel advances the clock by 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 from types import SimpleNamespace
@@ -465,6 +466,15 @@ def test_progress_is_reported_before_each_line(gaussian_onnx):
     seen = []
     bench(gaussian_onnx, batches=[1, 2], steps=3, seconds=1e-3, progress=lambda *now: seen.append(now))
     assert seen == [("batch 1, host", 0, 2), ("batch 2, host", 1, 2)]
+
+
+@pytest.mark.parametrize(("provider", "opened"), [("openvino", 0), ("WebGpuExecutionProvider", 0), ("cuda", 1)])
+def test_a_context_is_opened_only_for_what_runs_in_cuda(gaussian_onnx, monkeypatch, provider, opened):
+    contexts: list[None] = []
+    monkeypatch.setattr(package, "_context", lambda: contexts.append(None) or contextlib.nullcontext())
+    with contextlib.suppress(BackendError):  # where there is no such provider
+        bench(gaussian_onnx, providers=[provider], batches=[1], steps=3, seconds=1e-3)
+    assert len(contexts) == opened
 
 
 def test_an_executor_that_does_not_work_is_a_line_of_the_table_too(on_gpu, cuda):

@@ -15,7 +15,7 @@ from ddpmx import ModelSpec
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import FileFormatError, OutputError
 from ddpmx.formats.png_text import read_png_text
-from ddpmx.images.gallery import Animation, check_replaceable, save_gallery
+from ddpmx.images.gallery import Animation, check_pictures_replaceable, save_gallery
 from ddpmx.images.origin import Origin, difference
 from ddpmx.sampling.request import Sampling
 
@@ -81,14 +81,14 @@ def test_damaged_pngs_are_refused(tmp_path):
 
 def test_pictures_of_others_are_not_overwritten(tmp_path):
     written = save_gallery(tmp_path, PICTURES, grid=True, origin=ORIGIN)
-    check_replaceable([*written, tmp_path / "new.png"], "a" * 64)
+    check_pictures_replaceable([*written, tmp_path / "new.png"], "a" * 64)
     for path in written:
         with pytest.raises(OutputError, match="another model, aaaaaaaaaaaa"):
-            check_replaceable([path], "b" * 64)
+            check_pictures_replaceable([path], "b" * 64)
     Image.new("RGB", (3, 3)).save(written[0])
     Image.new("RGB", (3, 3)).save(tmp_path / "x0.gif")
     for path in (written[0], tmp_path / "x0.gif"):
         with pytest.raises(OutputError, match="ddpmx has not drawn it"):
-            check_replaceable([path], "a" * 64)
+            check_pictures_replaceable([path], "a" * 64)
     written[0].write_bytes(b"cut off")
-    check_replaceable([written[0]], "a" * 64)
+    check_pictures_replaceable([written[0]], "a" * 64)

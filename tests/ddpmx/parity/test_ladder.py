@@ -12,7 +12,7 @@ import ddpmx
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.errors import InputError, NumericError, SpecError
 from ddpmx.parity.check import BOUNDS, Check
-from ddpmx.parity.ladder import ParityReport, check_same_model, run_ladder
+from ddpmx.parity.ladder import ParityReport, check_record_of, run_ladder
 from ddpmx.parity.reference import Reference
 from oracles.parity import (
     ALL,
@@ -430,7 +430,7 @@ ONE, OTHER = "1" * 64, "2" * 64
 def test_the_record_of_another_model_is_refused(reference, mine, theirs, named):
     record = dataclasses.replace(reference, spec=SPEC.replace(**theirs))
     with pytest.raises(SpecError, match="another model") as caught:
-        check_same_model(SPEC.replace(**mine), record)
+        check_record_of(SPEC.replace(**mine), record)
     assert named in caught.value.note
     with pytest.raises(SpecError, match="another model"):
         run_ladder(ToyBackend(), SPEC.replace(**mine), record)
@@ -447,7 +447,7 @@ def test_the_record_of_another_model_is_refused(reference, mine, theirs, named):
     ],
 )
 def test_precision_version_and_unknown_weights_do_not_matter(reference, mine, theirs):
-    check_same_model(SPEC.replace(**mine), dataclasses.replace(reference, spec=SPEC.replace(**theirs)))
+    check_record_of(SPEC.replace(**mine), dataclasses.replace(reference, spec=SPEC.replace(**theirs)))
 
 
 # --- pixels that agree whatever the file computes ------------------------------------------------------------------------
