@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -120,4 +121,5 @@ def show(built: object, onnx: Path, output: Path) -> None:
 
 def note_missing(name: str | os.PathLike[str]) -> None:
     """Print how to build a plan elsewhere, if there is no TensorRT."""
-    say(f"no plan, since TensorRT is not installed here: `ddpmx build {name}` builds one on the target machine")
+    command = f"ddpmx build {shlex.quote(os.fspath(name))}"
+    say(f"no plan, since TensorRT is not installed here: `{command}` builds one on the target machine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -248,7 +249,9 @@ def _one_model(file: str | None, engine: str | None) -> str:
     """FILE, or --engine."""
     name = file if engine is None else engine
     if file is not None and engine is not None:
-        raise InputError("FILE and --engine are the same, and both were passed", hint=f"ddpmx generate {file}")
+        raise InputError(
+            "FILE and --engine are the same, and both were passed", hint=f"ddpmx generate {shlex.quote(file)}"
+        )
     if name is None:
         raise InputError(
             "missing model: which one is to draw?",
@@ -268,7 +271,7 @@ def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, ref
     if refused:
         raise InputError(
             f"{path}: a checkpoint is run by torch, and {' and '.join(refused)} would have no effect",
-            hint=f"leave it out, or export the checkpoint first: ddpmx export {path} -o model.onnx",
+            hint=f"leave it out, or export the checkpoint first: ddpmx export {shlex.quote(str(path))} -o model.onnx",
         )
     try:
         with busy("loading torch"):
@@ -277,7 +280,7 @@ def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, ref
         raise BackendError(
             f"{path}: a checkpoint, which needs torch to run",
             note=str(error),
-            hint=f"pip install torch safetensors; or, where torch is: ddpmx export {path} -o model.onnx",
+            hint=f"pip install torch safetensors; or, where torch is: ddpmx export {shlex.quote(str(path))} -o model.onnx",
         ) from error
     return pipeline.load(path, device=provider, threads=threads)
 

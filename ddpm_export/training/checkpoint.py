@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if path.is_file():
         raise FileFormatError(
             f"{path}: a file, and a checkpoint of ddpmx is a folder",
-            hint=f"ddpmx import {path} -o runs/NAME makes one of another project's checkpoint",
+            hint=f"ddpmx import {shlex.quote(str(path))} -o runs/NAME makes one of another project's checkpoint",
         )
     raise FileFormatError(
         f"{path}: no checkpoint there",

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -385,7 +386,7 @@ def recorded_source(run: Path) -> Source:
     if "imported" in settings and "data" not in settings:
         raise FileFormatError(
             f"{run} was imported: there is no training of it to resume",
-            hint=f"--from {run} --data FOLDER --out runs/NEW begins one with its weights",
+            hint=f"--from {shlex.quote(str(run))} --data FOLDER --out runs/NEW begins one with its weights",
         )
     return Source.from_json(settings.get("data"), str(checkpoint))
 
@@ -398,7 +399,9 @@ def _newest(run: Path) -> Path:
         FileFormatError: it has none.
     """
     if (run / SPEC_FILE).is_file():
-        raise InputError(f"{run} is a checkpoint; only a run can be resumed", hint=f"--out {run.parent.parent}")
+        raise InputError(
+            f"{run} is a checkpoint; only a run can be resumed", hint=f"--out {shlex.quote(str(run.parent.parent))}"
+        )
     return checkpoints.resolve(run)
 
 

@@ -205,6 +205,62 @@ def test_a_hint_that_cannot_be_followed_is_found(file, text):  # control
     assert faults(Hint(file, 1, text))
 
 
+# --- what is put into a command is one word of it --------------------------------------------------------------------
+
+TAKES_A_PATH = "-o|--output|--out|--from|--report|--against|--spec|--cond|--data|--like|--checkpoint"
+SHOWN = rf"(?<!from )\bddpmx ({'|'.join(COMMANDS)})\b[^;,`]*"
+SHOWN_IN_HINTS = rf"{SHOWN}|(?<![\w-])({TAKES_A_PATH}) \x00\d+\x00"
+NO_PATHS = {"found", "batch", "next(iter(SHIPPED))", "raw", "steps"}
+"""Expressions in commands that are never a path: names of ours and numbers."""
+
+
+def unquoted(source: str) -> list[str]:
+    """What is put into a command of an f-string, and not quoted for a shell: a path may hold spaces."""
+    wrong = []
+    parsed = ast.parse(source)
+    file = File.of(parsed)
+    calls = [node for node in ast.walk(parsed) if isinstance(node, ast.Call)]
+    hints = [keyword for call in calls for keyword in call.keywords if keyword.arg == "hint"]
+    in_hints = {node for hint in hints for node in ast.walk(hint)}
+    for node in ast.walk(parsed):
+        if isinstance(node, ast.JoinedStr):
+            parts = list(enumerate(node.values))
+            text = "".join(str(p.value) if isinstance(p, ast.Constant) else f"\0{i}\0" for i, p in parts)
+            for shown in re.finditer(SHOWN_IN_HINTS if node in in_hints else SHOWN, text):
+                for index in re.findall(r"\0(\d+)\0", shown[0]):
+                    value = node.values[int(index)]
+                    assert isinstance(value, ast.FormattedValue)
+                    given = file.values.get(ast.unparse(value.value), [value.value])
+                    words = {ast.unparse(each) for each in (value.value, *given)}
+                    if not (words & NO_PATHS or all(ast.unparse(each).startswith("shlex.quote(") for each in given)):
+                        wrong.append(f"line {node.lineno}: {ast.unparse(value.value)}")
+    return wrong
+
+
+def test_paths_in_the_commands_that_are_shown_are_quoted():
+    found = {
+        f"{path.relative_to(ROOT)}: {fault}"
+        for tree in TREES
+        for path in (ROOT / tree).rglob("*.py")
+        for fault in unquoted(path.read_text(encoding="utf-8"))
+    }
+    assert not found, "\n".join(sorted(found))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'f"{path}: no; ddpmx export {path} -o model.onnx"',
+        'f"ddpmx build model.onnx --batch {n} -o {str(path)}"',
+        'InputError(fact, hint=f"another, or -o {output / 1}")',
+        'name = str(path); f"`ddpmx build {name}` builds it"',
+    ],
+)
+def test_a_path_that_is_not_quoted_is_found(source):  # control
+    assert unquoted(source)
+    assert not unquoted('name = shlex.quote(x); f"{path}: ddpmx build {name} -o {shlex.quote(str(path))}; {path}"')
+
+
 # --- hints that show a command are run -------------------------------------------------------------------------------
 
 

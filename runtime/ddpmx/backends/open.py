@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -41,7 +42,8 @@ def open_model(
     if kind == "checkpoint":
         raise FileFormatError(
             f"{path}: a checkpoint, which needs torch to run",
-            hint=f"ddpmx export {os.fspath(path)} -o model.onnx, and use that; ddpm_export.load runs it in torch",
+            hint=f"ddpmx export {shlex.quote(os.fspath(path))} -o model.onnx, and use that; "
+            "ddpm_export.load runs it in torch",
         )
     if kind == "plan":
         return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
@@ -60,7 +62,8 @@ def open_model(
         raise BackendError(
             f"{path}: ONNX Runtime cannot run this bfloat16 file here",
             note=error.note,
-            hint=f"it is made for TensorRT 10.13 and later: ddpmx build {path.name}; fp16 and fp32 files run here",
+            hint=f"it is made for TensorRT 10.13 and later: ddpmx build {shlex.quote(path.name)}; "
+            "fp16 and fp32 files run here",
         ) from error
 
 

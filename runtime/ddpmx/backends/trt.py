@@ -10,6 +10,7 @@ import contextlib
 import math
 import mmap
 import os
+import shlex
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -130,7 +131,7 @@ class TrtEngine:
         if info.engine.options.get("strip"):
             raise BackendError(
                 f"{path}: a plan without weights, which this version of ddpmx does not fill",
-                hint=f"ddpmx build {info.engine.source}, without --strip",
+                hint=f"ddpmx build {shlex.quote(info.engine.source)}, without --strip",
             )
         self.library, self.device = library, found.devices[0]
         self.stream, self.executors = 0, EXECUTORS
@@ -186,7 +187,7 @@ class TrtEngine:
             largest = max(high for _, high in self.batches)
             raise InputError(
                 f"{self.path}: the plan takes batches of {ranges}, not {batch}",
-                hint=f"--batch {largest}, or a plan for more: ddpmx build {self.info.engine.source} "
+                hint=f"--batch {largest}, or a plan for more: ddpmx build {shlex.quote(self.info.engine.source)} "
                 f"--batch 1,{batch},{batch}",
             )
         return min(fitting)[1]

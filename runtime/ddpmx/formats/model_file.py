@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -61,13 +62,13 @@ def identify(path: str | os.PathLike[str]) -> Kind:
     if path.name.endswith(".parity.npz"):
         raise FileFormatError(
             f"{path}: a parity record, not a model file",
-            hint=f"ddpmx parity model.onnx --against {path}",
+            hint=f"ddpmx parity model.onnx --against {shlex.quote(str(path))}",
         )
     if head.startswith((b"PK\x03\x04", b"\x80")) or path.name.endswith(".safetensors"):
         raise FileFormatError(
             f"{path}: weights or an archive, neither an ONNX file nor a TensorRT plan",
             note=f"it begins with {head!r}",
-            hint=f"ddpmx import {path} -o runs/NAME, then ddpmx export runs/NAME, where torch is",
+            hint=f"ddpmx import {shlex.quote(str(path))} -o runs/NAME, then ddpmx export runs/NAME, where torch is",
         )
     raise FileFormatError(
         f"{path}: neither an ONNX file nor a TensorRT plan",

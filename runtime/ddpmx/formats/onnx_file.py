@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ def onnx_spec(path: str | os.PathLike[str], info: GraphInfo, override: ModelSpec
         raise SpecError(
             f"{path}: the file does not say which diffusion model it is",
             note=f"an ONNX file, but without the metadata {METADATA_KEY!r} that `ddpmx export` writes",
-            hint=f"if a tool made it of an exported one: ddpmx adopt {path} --like ORIGINAL.onnx; "
+            hint=f"if a tool made it of an exported one: ddpmx adopt {shlex.quote(os.fspath(path))} --like ORIGINAL.onnx; "
             "if you know its schedule and prediction: --spec spec.json, or spec= from Python",
         )
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from ddpmx.errors import DdpmxError, InputError, OutputError
@@ -23,11 +24,13 @@ def check_output(output: Path) -> None:
         OutputError, InputError: it cannot, or something else is there.
     """
     if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.onnx'}")
+        raise OutputError(f"{output}: is a folder", hint=f"-o {shlex.quote(str(output / 'model.onnx'))}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
     if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
-        raise InputError(f"{output}: not a name for an ONNX file", hint=f"-o {output.with_suffix('.onnx')}")
+        raise InputError(
+            f"{output}: not a name for an ONNX file", hint=f"-o {shlex.quote(str(output.with_suffix('.onnx')))}"
+        )
     check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(_BEGINS,))
 
 

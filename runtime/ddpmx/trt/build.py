@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def build(
 
 def _check_output(output: Path, inputs: list[Path]) -> None:
     if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {output / 'model.plan'}")
+        raise OutputError(f"{output}: is a folder", hint=f"-o {shlex.quote(str(output / 'model.plan'))}")
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
     for written in (output, sidecar_path(output)):

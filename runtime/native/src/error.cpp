@@ -82,6 +82,14 @@ std::string in_quotes(std::string_view text, size_t most) {
   return out += quote;
 }
 
+std::string shell_word(const std::string &word) {
+  const std::string_view plain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-";
+  if (!word.empty() && word.find_first_not_of(plain) == word.npos) return word;
+  std::string out = "'";
+  for (const char c : word) out += c == '\'' ? std::string("'\"'\"'") : std::string(1, c);
+  return out + "'";
+}
+
 bool printable(std::string_view text) {
   for (size_t at = 0; at < text.size();) {
     const CodePoint point = code_point(text, at);

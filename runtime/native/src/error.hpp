@@ -31,6 +31,9 @@ Failure at(const std::string &where, const Failure &failure);
 // Foreign text in quotes, unprintable bytes as \xNN, and at most `most` bytes of it.
 std::string in_quotes(std::string_view text, size_t most = 200);
 
+// A word quoted for a shell, where a hint shows a command.
+std::string shell_word(const std::string &word);
+
 // Whether a text is UTF-8 without control and format characters, as str.isprintable() in Python.
 bool printable(std::string_view text);
 

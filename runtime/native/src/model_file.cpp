@@ -149,12 +149,12 @@ Kind identify(const std::string &path) {
   if (head[0] == 0x08) return Kind::onnx;
   if (ends_with(path, ".parity.npz")) {
     throw Failure(DDPMX_FILE_FORMAT, path + ": a parity record, not a model file", "",
-                  "ddpmx parity model.onnx --against " + path);
+                  "ddpmx parity model.onnx --against " + shell_word(path));
   }
   if (head.substr(0, 4) == std::string("PK\x03\x04") || head.substr(0, 1) == "\x80" || ends_with(path, ".safetensors")) {
     throw Failure(DDPMX_FILE_FORMAT, path + ": weights or an archive, neither an ONNX file nor a TensorRT plan",
                   "it begins with " + in_quotes(head),
-                  "ddpmx import " + path + " -o runs/NAME, then ddpmx export runs/NAME, where torch is");
+                  "ddpmx import " + shell_word(path) + " -o runs/NAME, then ddpmx export runs/NAME, where torch is");
   }
   throw Failure(DDPMX_FILE_FORMAT, path + ": neither an ONNX file nor a TensorRT plan",
                 "it begins with " + in_quotes(head), "`ddpmx export` writes model.onnx from a checkpoint");

@@ -101,17 +101,6 @@ bool are_options(const Json &values) {
   });
 }
 
-// A word quoted for a shell.
-std::string shell_word(const std::string &word) {
-  const auto plain = [](char c) {
-    return is_letter(c) || is_digit(c) || std::string_view("@%+=:,./-").find(c) != std::string_view::npos;
-  };
-  if (!word.empty() && std::all_of(word.begin(), word.end(), plain)) return word;
-  std::string out = "'";
-  for (const char c : word) out += c == '\'' ? std::string("'\"'\"'") : std::string(1, c);
-  return out + "'";
-}
-
 // The command that rebuilds this plan on this machine, for its GPU and library.
 std::string rebuild_command(const std::string &path, const PlanRecord &engine, const Json::Object &options) {
   std::string out = "ddpmx build " + shell_word(engine.source) + " -o " + shell_word(path) + " --batch ";

@@ -59,7 +59,7 @@ std::unique_ptr<Runner> open_plan(const std::string &path, const MappedFile &fil
   check_fits(path, info, here);
   if (info.engine.stripped) {
     throw Failure(DDPMX_BACKEND, path + ": a plan without weights, which this version of ddpmx does not fill", "",
-                  "ddpmx build " + info.engine.source + ", without --strip");
+                  "ddpmx build " + shell_word(info.engine.source) + ", without --strip");
   }
   driver->start();
   auto engine = std::make_unique<cuda::TrtEngine>(*driver, std::move(module), path, file.bytes(), info,

@@ -216,8 +216,8 @@ int32_t TrtEngine::profile_for(int64_t batch) const {
   if (best >= 0) return best;
   const std::string more = std::to_string(batch);
   throw Failure(DDPMX_INPUT, path_ + ": the plan takes batches of " + ranges + ", not " + more, "",
-                "a batch of " + std::to_string(largest) + ", or a plan for more: ddpmx build " + record_.source +
-                    " --batch 1," + more + "," + more);
+                "a batch of " + std::to_string(largest) + ", or a plan for more: ddpmx build " +
+                    shell_word(record_.source) + " --batch 1," + more + "," + more);
 }
 
 std::unique_ptr<TrtContext> TrtEngine::bind(int64_t batch, const Addresses &at, Stream stream) {
