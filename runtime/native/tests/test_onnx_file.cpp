@@ -350,6 +350,8 @@ void kinds() {
   for (const char *weights : {"PK\x03\x04", "\x80\x02"}) {
     CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx import ", [&] { kind(weights); }));
   }
+  const std::string path = folder / "my model.onnx", quoted = "'" + path + "'";  // a command's word for a shell
+  CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx import " + quoted + " -o ", [&] { kind("\x80\x02", "my model.onnx"); }));
   CHECK(fails(DDPMX_FILE_FORMAT, ": the file is empty", [&] { kind(""); }));
   CHECK(fails(DDPMX_FILE_FORMAT, "Hint: ddpmx parity model.onnx --against ",
               [&] { kind("PK\x03\x04", "m.parity.npz"); }));
