@@ -34,6 +34,7 @@ class OrtBackend:
         path: the file. Its spec and external data have been checked by the caller.
         output: the name of the graph's output.
         providers: execution providers in order of preference: "cpu", "cuda", "tensorrt" or ONNX Runtime's own names.
+            A plugin (OpenVINO, WebGPU) runs with the CPU alone beside it.
         fallback: whether another provider than the first, in the end the CPU, may run the network. Otherwise that is an
             error, since a chain that silently runs on the CPU looks like a slow chain.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
@@ -67,25 +68,24 @@ class OrtBackend:
         available = available_providers(ort)
         options = session_options(ort)
         options.intra_op_num_threads = threads
-        plugins = [name for name in wanted if name in PLUGINS and name not in available]
-        for name in list(plugins):
-            try:
-                devices = plugin_devices(ort, name)
-            except BackendError as error:
-                if not fallback:
-                    raise
-                plugins.remove(name)
-                left_out.append(f"{name} ({error.fact})")
-            else:
-                options.add_provider_for_devices(devices[:1], {})
-                available.append(name)
-        missing = [name for name in wanted if name not in available]
-        if missing and not (fallback and len(missing) < len(wanted)):
-            raise no_provider(ort, missing[0])
-        known = " ".join(left_out)
-        left_out += [f"{name} ({no_provider(ort, name).fact})" for name in missing if name not in known]
-        # ONNX Runtime takes plugins by their devices, or providers by their names
-        listed = None if plugins else [name for name in wanted if name in available]
+        taken: list[str] = []
+        plugin = None  # ONNX Runtime takes a plugin by its devices, or providers by their names
+        for name in dict.fromkeys(wanted):
+            if plugin is not None:
+                left_out += [f"{name} (beside {plugin} runs only the CPU)"] * (name != NAMES["cpu"])
+            elif name in available:
+                taken.append(name)
+            elif name not in PLUGINS or not taken:  # a plugin after a provider that works is not needed
+                try:
+                    if name not in PLUGINS:
+                        raise no_provider(ort, name)
+                    options.add_provider_for_devices(plugin_devices(ort, name)[:1], {})
+                    plugin = name
+                except BackendError as error:
+                    if not fallback:
+                        raise
+                    left_out.append(f"{name} ({error.fact})")
+        listed = None if plugin is not None else taken
         try:
             self._session = ort.InferenceSession(os.fspath(Path(path)), options, providers=listed)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base

@@ -86,3 +86,19 @@ def test_a_plugin_that_is_not_installed_is_named(runtime):
     with pytest.raises(BackendError, match="has no OpenVINOExecutionProvider here") as caught:
         OrtBackend("m.onnx", "eps", providers=("openvino",))
     assert "pip install onnxruntime-ep-openvino" in str(caught.value.hint)
+
+
+def test_beside_a_plugin_runs_only_the_cpu_and_the_description_says_so(runtime, monkeypatch):
+    ort = runtime(1)
+    available = ["DnnlExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: available)
+    backend = OrtBackend("m.onnx", "eps", providers=("openvino", "DnnlExecutionProvider", "cpu"))
+    assert backend.provider == NAME
+    assert backend.description.endswith(f"{NAME}, not DnnlExecutionProvider (beside {NAME} runs only the CPU)")
+
+
+def test_the_first_provider_that_works_is_used_and_no_plugin_after_it(runtime):
+    ort = runtime(1)
+    assert OrtBackend("m.onnx", "eps", providers=("cpu", "openvino")).provider == "CPUExecutionProvider"
+    assert ort.registered == 0
+    assert ort.opened == ["CPUExecutionProvider"] * 2, "by its name"
