@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import FASHION
+from ddpmx import Sampling, load
 
 pytest.importorskip("sklearn", reason="not verified here: the demo's judge (no scikit-learn)")
 
@@ -42,6 +43,15 @@ def test_controls_fail(judge, control, seed):
 def test_a_little_noise_raises_the_total_variation_by_a_quarter(judge):
     noisy = judge.real + np.random.default_rng(0).normal(0, 0.1 * 127.5, judge.real.shape)
     assert judge(np.clip(noisy, 0, 255).astype(np.uint8)).variation == pytest.approx(1.25, abs=0.05)
+
+
+@pytest.mark.parametrize(("steps", "confident", "variation"), [(20, 0.55, 1.02)])
+def test_the_model_that_comes_along_draws_what_its_readme_says(judge, steps, confident, variation):
+    with load("garments") as pipeline:
+        drawn = pipeline.generate(256, seed=1, batch=64, sampling=Sampling.chosen(1000, steps=steps))[..., 0]
+    verdict = judge(drawn)
+    assert verdict.classes == 10
+    assert (verdict.confident, verdict.variation) == pytest.approx((confident, variation), abs=0.02)
 
 
 @pytest.mark.long

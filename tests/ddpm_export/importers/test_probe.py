@@ -77,7 +77,8 @@ def test_a_network_that_outputs_nothing_decides_nothing(share, monkeypatch):
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_a_weak_network_is_read_rightly_or_not_at_all(prediction, monkeypatch):
     """(1 − 0.36)² = 0.41 is the error of a briefly trained network."""
-    for weight in (0.2, 0.36, 0.6):
+    decided = []
+    for weight in (0.2, 0.36, 0.6, 0.8, 0.9, 0.97):
         answer = perfect(prediction, "linear")
         candidates = judged(lambda x, t, w=weight, a=answer: w * a(x, t), PICTURE, monkeypatch)
         right = next(c for c in candidates if c.values == {"prediction": prediction, "schedule": "linear"})
@@ -87,6 +88,8 @@ def test_a_weak_network_is_read_rightly_or_not_at_all(prediction, monkeypatch):
         except InputError:
             continue
         assert winner is right
+        decided.append(weight)
+    assert decided == ([0.8, 0.9, 0.97] if prediction == "eps" else [0.36, 0.6, 0.8, 0.9, 0.97]), "less is left open"
 
 
 def test_an_easier_schedule_does_not_win_by_being_easier(monkeypatch):
