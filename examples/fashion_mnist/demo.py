@@ -40,19 +40,24 @@ def main() -> int:
     if out.exists() and not any((out / mine).exists() for mine in ("run/checkpoints", "shipped")):
         parser.error(f"{out} exists, and was not written by this demo")
     shutil.rmtree(out, ignore_errors=True)
-    ddpmx(f"generate garments -n 16 --steps 20 --grid --out {out / 'shipped'}")
+
+    def at(name: str) -> str:
+        """A path as one word of a command line."""
+        return shlex.quote(str(out / name))
+
+    ddpmx(f"generate garments -n 16 --steps 20 --grid --out {at('shipped')}")
     print("that is a model that was trained before; now one of your own")
-    run, fp32, fp16 = out / "run", out / "model.onnx", out / "model-fp16.onnx"
+    data, run, fp32, fp16 = shlex.quote(str(DATA)), at("run"), at("model.onnx"), at("model-fp16.onnx")
     every, network = (steps, TINY) if arguments.smoke else (steps // 4, NETWORK)
-    ddpmx(f"train --data {DATA} --out {run} --steps {steps} {network} {TRAINING} --sample-every {every}")
+    ddpmx(f"train --data {data} --out {run} --steps {steps} {network} {TRAINING} --sample-every {every}")
     whole = "" if arguments.smoke else " --full"
-    ddpmx(f"export {run} -o {fp32} --data {DATA} --no-plan")
-    ddpmx(f"export {run} --fp16 -o {fp16} --data {DATA} --no-plan{whole}")
-    ddpmx(f"parity {fp16} --report {out / 'parity'}")
-    ddpmx(f"generate {fp32} -n {shown} --steps {shown_steps} --out {out / 'samples'} --batch 64 --grid --animate")
-    ddpmx(f"generate {fp16} -n 8 --steps 50 --out {out / 'samples-fp16'}")
-    ddpmx(f"generate {fp32} -n 8 --steps 50 --out {out / 'samples-fp32'}")
-    ddpmx(f"generate {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {out / 'judged'} --batch 64 --grid")
+    ddpmx(f"export {run} -o {fp32} --data {data} --no-plan")
+    ddpmx(f"export {run} --fp16 -o {fp16} --data {data} --no-plan{whole}")
+    ddpmx(f"parity {fp16} --report {at('parity')}")
+    ddpmx(f"generate {fp32} -n {shown} --steps {shown_steps} --out {at('samples')} --batch 64 --grid --animate")
+    ddpmx(f"generate {fp16} -n 8 --steps 50 --out {at('samples-fp16')}")
+    ddpmx(f"generate {fp32} -n 8 --steps 50 --out {at('samples-fp32')}")
+    ddpmx(f"generate {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {at('judged')} --batch 64 --grid")
 
     apart = np.abs(pictures(out / "samples-fp16").astype(int) - pictures(out / "samples-fp32"))
     print(
