@@ -140,10 +140,10 @@ def exchange(folder: Path, part: Path, names: Sequence[str], *, instead_of: Iter
         OSError: a file could not be renamed. ``folder`` is then as it was.
     """
     old = part / _OLD
-    write_synced(part / _NEW, json.dumps(list(names)).encode())
-    old.mkdir()
-    with locked(folder / _FOLDER):
+    with locked(folder / _FOLDER):  # first: where not even that can be made, nothing has to be put back under it
         try:
+            write_synced(part / _NEW, json.dumps(list(names)).encode())
+            old.mkdir()
             for name in dict.fromkeys((*names, *instead_of)):
                 if os.path.lexists(folder / name):
                     os.replace(folder / name, old / name)

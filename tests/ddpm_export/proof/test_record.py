@@ -349,9 +349,12 @@ def test_half_precision_would_not_pass_as_float32(trained, recorded):
 
 
 def with_changed_weights(file: Path, output: Path, change) -> Path:
-    """A copy of the file, with the same metadata, whose largest initializer is changed."""
+    """A copy of the file, with the same metadata, in which one convolution is changed.
+
+    It is the last of a block: the scale of one before a normalisation makes no difference.
+    """
     model = onnx.load(file)
-    tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    [tensor] = [tensor for tensor in model.graph.initializer if tensor.name == "up.2.stages.1.block.conv2.weight"]
     values = numpy_helper.to_array(tensor).copy()
     change(values)
     tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -364,7 +367,7 @@ def a_percent(values: np.ndarray) -> None:
 
 
 def one_weight(values: np.ndarray) -> None:
-    """One of 18432, by a tenth of the largest. A hundredth moves ε by 7e-6, which the bound allows."""
+    """One of 2304, by a tenth of the largest."""
     values.flat[values.size // 2] += 0.1 * np.abs(values).max()
 
 

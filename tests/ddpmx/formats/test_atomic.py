@@ -256,6 +256,21 @@ def test_an_exchange_that_fails_changes_nothing(folder, monkeypatch, fails):
     assert tree(folder) == OLD
 
 
+def test_where_not_even_a_lock_can_be_made_nothing_is_left(folder, monkeypatch):
+    real = os.open
+
+    def full(path, *args, **kwargs):
+        if str(path).endswith("-lock"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OutputError, match="No space left"), staging(folder, folder) as part:  # noqa: PT012
+        (part / "00000.png").write_bytes(b"new 0")
+        exchange(folder, part, ["00000.png"])
+    assert tree(folder) == OLD
+
+
 @pytest.mark.parametrize("deadly", range(1, 9))
 def test_after_a_kill_the_next_run_finds_the_old_files_or_the_new_ones(folder, deadly):
     done = subprocess.run([sys.executable, "-c", EXCHANGE, str(folder), str(deadly)], check=False)
