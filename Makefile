@@ -100,6 +100,7 @@ $(DEMO): $(VENV)/.venv pyproject.toml
 $(VENV)/.dev: $(DEMO)
 	$(BIN)/pip install --quiet --editable '.[cpu,export,demo,dev]'
 	$(BIN)/pip install --quiet tensorrt-rtx-cu13 || echo "NOT VERIFIED: TensorRT-RTX cannot be installed here, so no engine is built"
+	$(BIN)/pip install --quiet --editable '.[mnn]' || echo "NOT VERIFIED: MNN cannot be installed here, so no .mnn file runs"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.venv pyproject.toml

@@ -20,6 +20,7 @@ DDPMX = (
     "sampling",
     "backends",
     "trt",
+    "mnn",
     "arrays",
     "device",
     "formats",

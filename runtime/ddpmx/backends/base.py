@@ -84,9 +84,8 @@ class Buffers:
         """The arrays that it writes: ``out``, and ``var`` if there is one."""
         return {"out": self.out, **({} if self.var is None else {"var": self.var})}
 
-    def row(self, index: int) -> Buffers:
-        """Views of the buffers of one image."""
-        part = slice(index, index + 1)
+    def rows(self, part: slice) -> Buffers:
+        """Views of the buffers of some images."""
         arrays: list[Any] = [getattr(self, f.name) for f in fields(self)]
         parts: list[Any] = [None if array is None else array[part] for array in arrays]
         return Buffers(*parts)
@@ -124,6 +123,21 @@ class SharedBackend(Backend, Protocol):
         """
 
 
+@runtime_checkable
+class PartBackend(Backend, Protocol):
+    """A backend that cuts a batch into parts of equal size, and fills up the last one.
+
+    The bits of an image's output depend on its place in its part and on the part's size, not on its neighbours.
+    """
+
+    @property
+    def largest_part(self) -> int:
+        """How many images may be in a part."""
+
+    def use_part(self, part: int) -> None:
+        """Cut all batches that are bound from now on into parts of this size."""
+
+
 class Users:
     """A thread-safe count of the users of something shared. It begins with one."""
 
@@ -156,7 +170,7 @@ class RowByRow:
 
     def bind(self, buffers: Buffers) -> None:
         """Use these buffers."""
-        self._rows = [buffers.row(index) for index in range(len(buffers.x))]
+        self._rows = [buffers.rows(slice(index, index + 1)) for index in range(len(buffers.x))]
 
     def enqueue(self) -> None:
         """Compute each row."""

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 from ddpmx.backends.base import Backend, CopyingBackend
 from ddpmx.errors import BackendError, FileFormatError, InputError
-from ddpmx.formats import model_file, onnx_file
+from ddpmx.formats import mnn_file, model_file, onnx_file
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models import shipped
 
@@ -47,6 +47,8 @@ def open_model(
         )
     if kind == "plan":
         return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
+    if kind == "mnn":
+        return _open_mnn(path, spec, providers, threads)
     # A link is followed here, once: the weights lie beside the file that it leads to, and those are checked.
     path = path.resolve()
     info = onnx_file.read_onnx(path)
@@ -82,3 +84,15 @@ def _open_plan(
     except BaseException:
         engine.close()
         raise
+
+
+def _open_mnn(path: Path, spec: ModelSpec | None, providers: Sequence[str], threads: int) -> tuple[ModelSpec, Backend]:
+    if spec is not None:
+        raise InputError(f"{path}: an MNN model carries its own spec", hint="spec is for ONNX files that carry none")
+    if tuple(providers) != ("cpu",):
+        raise InputError(f"{path}: an MNN model runs on the CPU, by MNN alone", hint="providers are for ONNX files")
+    path = path.resolve()
+    info = mnn_file.read_mnn(path)
+    from ddpmx.backends.mnn import MnnBackend
+
+    return info.spec, MnnBackend(path, info, threads=threads)

@@ -9,24 +9,25 @@ import contextlib
 import hashlib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from ddpmx.errors import FileFormatError, InputError, SpecError
 from ddpmx.formats.betas import as_betas
 from ddpmx.formats.envelope import parse_json
+from ddpmx.formats.mnn_file import is_mnn
 from ddpmx.formats.plan_file import MAGIC
 from ddpmx.formats.spec import ModelSpec
 
 SPEC_FILE = "spec.json"
 MAX_SPEC_FILE = 1 << 20
 
-Kind = Literal["onnx", "plan", "checkpoint"]
+Kind = Literal["onnx", "plan", "mnn", "checkpoint"]
 
 
 def identify(path: str | os.PathLike[str]) -> Kind:
-    """Whether ``path`` is an ONNX file, a TensorRT plan or a ddpmx checkpoint.
+    """Whether ``path`` is an ONNX file, a TensorRT plan, an MNN model or a ddpmx checkpoint.
 
     Raises:
         FileFormatError: missing, empty, or none of these.
@@ -44,6 +45,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with path.open("rb") as stream:
             head = stream.read(4)
+        mnn = is_mnn(path)
     except FileNotFoundError as error:
         raise FileFormatError(
             f"{path}: cannot be read",
@@ -56,6 +58,8 @@ def identify(path: str | os.PathLike[str]) -> Kind:
         raise FileFormatError(f"{path}: the file is empty")
     if head in MAGIC:
         return "plan"
+    if mnn:
+        return "mnn"
     # A ModelProto begins with ir_version (field 1, a number): every writer puts the lowest field first.
     if head[0] == 0x08:
         return "onnx"
@@ -141,3 +145,15 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """The sha256 of an ONNX file, or of it and the files of its weights, whose names are part of it.
+
+    Args:
+        files: the ONNX file, then those beside it.
+    """
+    if len(files) == 1:
+        return sha256(files[0])
+    digests = [sha256(files[0]), *(f"{file.name} {sha256(file)}" for file in sorted(files[1:]))]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -6,13 +6,13 @@ and x_{t−1} must feel no more than 0.02 of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import NO_CONDITIONING, Backend, Buffers
+from ddpmx.backends.base import NO_CONDITIONING, Backend, Buffers, PartBackend
 from ddpmx.diffusion import noise
 from ddpmx.diffusion.noise import Purpose
 from ddpmx.diffusion.samplers import Table
@@ -153,9 +153,41 @@ def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int
     """
     if batch == 1:
         return 1
-    images, var = np.arange(batch), spec.variance == "learned_range"
+    images, output = np.arange(batch), _probe(backend, spec, batch)
+    whole, moved = output(images), np.roll(images, 1)
+    if not np.array_equal(output(images), whole, equal_nan=True):
+        return batch
+    if not np.array_equal(output(moved), whole[moved], equal_nan=True):
+        return 1
+    last = images[batch - n :]
+    return n if n == batch or np.array_equal(output(last), whole[last], equal_nan=True) else batch
+
+
+def fixed_places(backend: PartBackend, spec: ModelSpec, part: int) -> bool:
+    """Whether an image in a part of ``part`` has the same bits at the same place, whatever its neighbours are.
+
+    Random images run in two parts, and once more beside others in the other part. It takes two runs of ``2·part`` images.
+    """
+    backend.use_part(part)
+    if part == 1:
+        return True
+    mine, others, even = np.arange(part), np.arange(part, 2 * part), np.arange(part) % 2 == 0
+    output = _probe(backend, spec, 2 * part)
+    first = output(np.concatenate([mine, np.where(even, mine, others)]))
+    second = output(np.concatenate([np.where(even, others, mine), mine]))
+    whole = first[:part]
+    return (
+        np.array_equal(second[part:], whole, equal_nan=True)
+        and np.array_equal(first[part:][even], whole[even], equal_nan=True)
+        and np.array_equal(second[:part][~even], whole[~even], equal_nan=True)
+    )
+
+
+def _probe(backend: Backend, spec: ModelSpec, count: int) -> Callable[[NDArray[np.int64]], Float32]:
+    """What the network answers to some of ``count`` random images, at timesteps of all of 0…T−1."""
+    images, var = np.arange(count), spec.variance == "learned_range"
     inputs = {"x": initial(0, images, spec.shape), **example(spec, images)}
-    inputs["t"] = np.linspace(0, spec.timesteps - 1, batch).round().astype(np.int32)
+    inputs["t"] = np.linspace(0, spec.timesteps - 1, count).round().astype(np.int32)
     if spec.self_condition:
         inputs["x0_prev"] = np.clip(inputs["x"][::-1], -1, 1)
 
@@ -167,13 +199,7 @@ def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int
         backend.enqueue()
         return buffers.out if buffers.var is None else np.stack([buffers.out, buffers.var], axis=1)
 
-    whole, moved = output(images), np.roll(images, 1)
-    if not np.array_equal(output(images), whole, equal_nan=True):
-        return batch
-    if not np.array_equal(output(moved), whole[moved], equal_nan=True):
-        return 1
-    last = images[batch - n :]
-    return n if n == batch or np.array_equal(output(last), whole[last], equal_nan=True) else batch
+    return output
 
 
 def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) -> Iterator[Float32]:

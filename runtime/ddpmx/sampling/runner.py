@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.device_array import DeviceArray
-from ddpmx.backends.base import Backend, RowByRow, SharedBackend
+from ddpmx.backends.base import Backend, PartBackend, RowByRow, SharedBackend
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.formats.spec import ModelSpec
@@ -124,6 +124,7 @@ class HostRunner:
     def __init__(self, backend: Backend, spec: ModelSpec) -> None:
         self._backend, self._spec = backend, spec
         self._executed: dict[tuple[int, int], int] = {}
+        self._parts: dict[int, int] = {}
 
     @property
     def description(self) -> str:
@@ -159,18 +160,16 @@ class HostRunner:
         """See :meth:`Runner.steps`."""
         if isinstance(x, int):
             raise InputError("the chain runs on the CPU, but its first state is in GPU memory")
-        n, indices = len(job.images), job.images
-        executed = self._measured(n, job.batch)
-        backend = RowByRow(self._backend) if executed < n else self._backend
+        backend, rows, executed = self._arranged(job)
         conditioning: dict[str, NDArray[Any]] = {}
         for name, array in job.conditioning.items():
             if isinstance(array, int):
                 raise InputError(f"the chain runs on the CPU, but its {name} is in GPU memory")
-            conditioning[name] = _filled(array, executed)
-        indices = _filled(indices, executed)
-        x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _filled(x, executed)
+            conditioning[name] = _placed(array, rows, executed)
+        indices = _placed(job.images, rows, executed)
+        x = chain.initial(job.seed, indices, self._spec.shape) if x is None else _placed(x, rows, executed)
         yield from (
-            Step(step.t, step.x[:n], step.x0[:n], step.x_next[:n])
+            Step(step.t, step.x[rows], step.x0[rows], step.x_next[rows])
             for step in chain.run(
                 backend,
                 job.table,
@@ -197,6 +196,29 @@ class HostRunner:
         """Close the backend."""
         self._backend.close()
 
+    def _arranged(self, job: Job) -> tuple[Backend, slice | NDArray[np.int64], int]:
+        """What computes, the row of each image in its batch, and that batch's size: so that neighbours do not matter."""
+        n = len(job.images)
+        if isinstance(self._backend, PartBackend):
+            part = self._part(self._backend, job.batch)
+            # image i is always number i mod part of its part, whatever else is drawn
+            number, place = np.divmod(job.images, part)
+            parts, which = np.unique(number, return_inverse=True)
+            rows = which * part + place
+            whole = slice(int(rows[0]), int(rows[0]) + n)
+            ascending = np.array_equal(rows, np.arange(whole.start, whole.stop))
+            return self._backend, whole if ascending else rows, len(parts) * part
+        executed = self._measured(n, job.batch)
+        return RowByRow(self._backend) if executed < n else self._backend, slice(n), max(n, executed)
+
+    def _part(self, backend: PartBackend, batch: int) -> int:
+        """The size of the parts of a batch; measured once for every size, see :func:`ddpmx.sampling.chain.fixed_places`."""
+        if batch not in self._parts:
+            part = next(size for size in range(min(backend.largest_part, batch), 0, -1) if batch % size == 0)
+            self._parts[batch] = part if chain.fixed_places(backend, self._spec, part) else 1
+        backend.use_part(self._parts[batch])
+        return self._parts[batch]
+
     def _measured(self, n: int, batch: int) -> int:
         """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
         if (n, batch) not in self._executed:
@@ -204,6 +226,10 @@ class HostRunner:
         return self._executed[n, batch]
 
 
-def _filled(array: NDArray[Any], executed: int) -> NDArray[Any]:
-    """The array with its last row repeated, up to as many rows as the network runs."""
-    return np.concatenate([array, np.repeat(array[-1:], max(0, executed - len(array)), axis=0)])
+def _placed(array: NDArray[Any], rows: slice | NDArray[np.int64], executed: int) -> NDArray[Any]:
+    """The array with its rows at these places, among as many rows as the network runs; its last row fills the others."""
+    if len(array) == executed and isinstance(rows, slice):
+        return array
+    placed = np.repeat(array[-1:], executed, axis=0)
+    placed[rows] = array
+    return placed

@@ -11,19 +11,19 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ddpmx.device.discovery import Gpus, gpus
-from ddpmx.errors import BackendError, DdpmxError, FileFormatError, InputError, OutputError, SpecError
+from ddpmx.errors import BackendError, DdpmxError, FileFormatError, InputError, SpecError
 from ddpmx.formats import model_file, onnx_file, plan_file
-from ddpmx.formats.atomic import check_replaceable
 from ddpmx.formats.envelope import wrap
+from ddpmx.formats.output_file import begins_with, check_output
 from ddpmx.formats.plan_file import MAX_BATCH, RECORD_PREFIX, PlanInfo, PlanRecord, sidecar_path
 from ddpmx.formats.spec import MAX_TEXT, ModelSpec
 from ddpmx.trt import library as trt_library
@@ -33,8 +33,6 @@ from ddpmx.trt.precision import assert_precision, check_weights
 
 SMALLEST_BF16 = (10, 13)
 """The first release whose InstanceNormalization takes bfloat16. JetPack 6 has 10.3."""
-
-_LONGEST_NAME = 230  # bytes: with the additions of its temporary name it must fit into 255
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,11 @@ def build(
     weights = onnx_file.check_external(real, info)
     # a link to a plan stays a link; the sidecar lies beside its target
     output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
-    _check_output(output, [real, *weights])
+    for written, what, begins in (
+        (output, "a plan", tuple(plan_file.MAGIC)),
+        (sidecar_path(output), "a plan's sidecar", (b"{",)),
+    ):
+        check_output(written, [real, *weights], what=what, suffix=".plan", is_ours=partial(begins_with, begins=begins))
     spec = onnx_file.onnx_spec(path, info, spec)
     check_weights(path, spec, info)
     library = library or trt_library.load()
@@ -173,23 +175,6 @@ def build(
     about = {"seconds": round(seconds, 2), "layers": layers, "precision": precision}
     plan_file.write_plan(output, memoryview(plan), spec, record, about)
     return Built(plan_file.read_plan(output), seconds, False, precision)
-
-
-def _check_output(output: Path, inputs: list[Path]) -> None:
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {shlex.quote(str(output / 'model.plan'))}")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
-    for written in (output, sidecar_path(output)):
-        if written.exists() and not written.is_file():
-            raise OutputError(f"{written}: exists and is not a regular file", hint="another -o")
-        if len(os.fsencode(written.name)) > _LONGEST_NAME:
-            raise OutputError(f"{written.name[:40]}…: too long for a file name", hint="another -o")
-        for path in inputs:
-            if written.exists() and written.samefile(path):
-                raise OutputError(f"refusing to overwrite {written}: the plan is built from it", hint="another -o")
-    check_replaceable(output, what="a plan", suffixes=(), begins=tuple(plan_file.MAGIC))
-    check_replaceable(sidecar_path(output), what="a plan's sidecar", suffixes=(), begins=(b"{",))
 
 
 def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, devices: Gpus) -> None:
@@ -229,8 +214,6 @@ def _record(
         targets = tuple(sorted(set(options.targets), key=float)) or ("8.0+",)
     else:
         targets = (devices.devices[0].sm,)
-    # the names of the external files are part of the graph, that of the ONNX file is not
-    digests = [model_file.sha256(files[0]), *(f"{f.name} {model_file.sha256(f)}" for f in sorted(files[1:]))]
     settings = dataclasses.asdict(options)
     record = PlanRecord(
         flavour=library.flavour,
@@ -238,7 +221,7 @@ def _record(
         targets=tuple(targets),
         platform=host_platform(),
         batch=batch,
-        onnx=hashlib.sha256("\n".join(digests).encode()).hexdigest() if len(digests) > 1 else digests[0],
+        onnx=model_file.sha256_of(files),
         source=path.name if plan_file.is_plain_name(path.name) else "model.onnx",
         options={name: settings[name] for name in ("workspace", "level", "tf32", "refit", "strip")},
         key="",

@@ -28,7 +28,7 @@ def test_buffers_of_one_image_are_views_of_its_own_row():
     buffers = Buffers.of(3, spec.shape, var=True, conditioning_shapes=spec.conditioning_shapes)
     for number, array in enumerate({**buffers.inputs(), **buffers.outputs()}.values()):
         array[...] = (number + 10 * np.arange(3)).reshape(3, *(1,) * (array.ndim - 1))
-    row = {**buffers.row(2).inputs(), **buffers.row(2).outputs()}
+    row = {**buffers.rows(slice(2, 3)).inputs(), **buffers.rows(slice(2, 3)).outputs()}
     assert list(row) == ["x", "t", "y", "x0_prev", "cond", "out", "var"]
     for number, array in enumerate(row.values()):
         assert len(array) == 1

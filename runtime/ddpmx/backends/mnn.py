@@ -1,0 +1,204 @@
+"""Runs a network by MNN on the CPU: its convolutions need fewer multiplications (Winograd) than ONNX Runtime's.
+
+MNN's own threads gain little, and with another number of them an answer has other bits. So each core gets a copy of the
+network that runs in one thread, and a batch is cut into parts that the copies take in turn. Which copy takes a part makes
+no difference; how many images are in it does, and so does an image's place: both are the same wherever a file runs.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.backends.base import Buffers
+from ddpmx.errors import BackendError, FileFormatError, InputError
+from ddpmx.formats.mnn_file import MnnInfo
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.mnn import library
+
+MAX_THREADS = 256
+
+_PRECISION_NORMAL, _PRECISION_LOW = 0, 2  # of MNN's BackendConfig; by name each session would print a line
+_WINOGRAD_MEMORY = 3  # of MNN's HintMode: how much memory transformed weights may take, 0…3
+_FP16_MACHINES = (
+    "aarch64",
+    "arm64",
+)  # where MNN computes in half, if the CPU does; elsewhere a half network runs in float32
+
+
+class MnnBackend:
+    """One .mnn file, in as many copies as there are threads.
+
+    Args:
+        path: the file. Its description and its hash have been checked by the caller.
+        info: that description.
+        threads: how many parts run at once; 0 for one per core.
+
+    Raises:
+        BackendError: MNN is not installed.
+        FileFormatError: MNN refuses the file, or it is not the network that it says.
+        InputError: a negative number of threads.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], info: MnnInfo, *, threads: int = 0) -> None:
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(f"threads must be from 0 to {MAX_THREADS}, not {threads}", hint="0 for one per core")
+        self._module = library.load()
+        self._path, self._info, self._threads = Path(path), info, threads or _cores()
+        self._part = info.record.part
+        self._copies: list[_Copy] = []
+        self._pool: ThreadPoolExecutor | None = None
+        self._parts: list[Buffers] = []
+        self._closed = False
+        self._copy(0)
+
+    @property
+    def description(self) -> str:
+        """Library, version, and how many threads compute."""
+        used = max(1, len(self._copies))
+        return f"MNN {self._module.version()}, CPU, {used} thread{'s' if used > 1 else ''}"
+
+    @property
+    def largest_part(self) -> int:
+        """As the file says, which was made for it: see :attr:`ddpmx.formats.mnn_file.MnnRecord.part`."""
+        return self._info.record.part
+
+    def use_part(self, part: int) -> None:
+        """See :meth:`ddpmx.backends.base.PartBackend.use_part`."""
+        self._part = part
+
+    def bind(self, buffers: Buffers) -> None:
+        """Use these buffers, and make as many copies of the network as can run at once.
+
+        Raises:
+            BackendError: it is closed, or its graph lacks an input or output.
+        """
+        if self._closed:
+            raise BackendError(f"{self.description}: the file is closed")
+        self._parts = [buffers.rows(slice(at, at + self._part)) for at in range(0, len(buffers.x), self._part)]
+        for number in range(min(len(self._parts), self._threads)):
+            self._copy(number).bind(self._part, buffers)
+
+    def enqueue(self) -> None:
+        """Run the network once.
+
+        Raises:
+            BackendError: MNN failed.
+        """
+        left = iter(self._parts)  # taking the next of a list iterator is one operation, whatever the threads do
+        used = self._copies[: min(len(self._parts), self._threads)]
+        if len(used) == 1:
+            _run_all(used[0], left)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="ddpmx-mnn")
+        others = [self._pool.submit(_run_all, copy, left) for copy in used[1:]]
+        try:
+            _run_all(used[0], left)
+        finally:
+            for _ in left:  # after an error or Ctrl-C: nobody begins another
+                pass
+            errors = [other.exception() for other in others]  # waits: the buffers belong to the caller again
+        for error in filter(None, errors):
+            raise error
+
+    def share(self) -> MnnBackend:
+        """A backend of the same file for another thread, with copies and buffers of its own."""
+        return MnnBackend(self._path, self._info, threads=self._threads)
+
+    def close(self) -> None:
+        """Free the copies. Safe to call again."""
+        self._closed = True
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool, self._parts = None, []
+        self._copies.clear()
+
+    def _copy(self, number: int) -> _Copy:
+        if number == len(self._copies):
+            self._copies.append(_Copy(self._module, self._path, self._info.spec))
+        return self._copies[number]
+
+
+class _Copy:
+    """A network with weights and arrays of its own, for one thread at a time."""
+
+    def __init__(self, module: Any, path: Path, spec: ModelSpec) -> None:
+        self._mnn, self._spec = module, spec
+        try:
+            self._network = module.Interpreter(os.fspath(path))
+            low = spec.precision == "fp16" and platform.machine().lower() in _FP16_MACHINES
+            precision = _PRECISION_LOW if low else _PRECISION_NORMAL
+            self._session = self._network.createSession({"backend": "CPU", "numThread": 1, "precision": precision})
+        except Exception as error:  # MNN raises plain exceptions
+            raise FileFormatError(f"{path}: MNN {module.version()} refuses this file", note=str(error)[:300]) from error
+        self._names = {"out": spec.prediction, "var": "var"}
+        self._batch = 0
+        self._tensors: dict[str, Any] = {}
+        self._views: dict[str, NDArray[Any]] = {}
+
+    def bind(self, batch: int, buffers: Buffers) -> None:
+        """Prepare the network for ``batch`` images with the arrays of ``buffers``."""
+        if batch == self._batch:
+            return
+        self._batch = 0
+        network, session = self._network, self._session
+        inputs, outputs = buffers.inputs(), buffers.outputs()
+        try:
+            for name, array in inputs.items():
+                network.resizeTensor(network.getSessionInput(session, name), (batch, *array.shape[1:]))
+            network.resizeSession(session)
+            for name, array in {**inputs, **outputs}.items():
+                self._tensors[name] = self._host_tensor((batch, *array.shape[1:]), array.dtype)
+                self._views[name] = self._tensors[name].getNumpyData()
+            self._inputs = [(name, network.getSessionInput(session, name)) for name in inputs]
+            self._outputs = [(name, network.getSessionOutput(session, self._names[name])) for name in outputs]
+        except Exception as error:
+            raise BackendError("MNN does not take these arrays", note=str(error)[:300]) from error
+        for name, tensor in (*self._inputs, *self._outputs):
+            expected = (batch, *(inputs.get(name, buffers.out)).shape[1:])
+            if tuple(tensor.getShape()) != expected:
+                raise BackendError(
+                    f"MNN gives {self._names.get(name, name)} the shape {list(tensor.getShape())}, not {list(expected)}",
+                    hint="build the file again from its ONNX file",
+                )
+        self._batch = batch
+
+    def run(self, part: Buffers) -> None:
+        """Compute the outputs of a part. Where it has fewer images than the others, its last one fills it up."""
+        n = len(part.x)
+        inputs, outputs = part.inputs(), part.outputs()
+        for name, tensor in self._inputs:
+            view, array = self._views[name], inputs[name]
+            view[:n] = array
+            view[n:] = array[-1]
+            if not tensor.copyFrom(self._tensors[name]):
+                raise BackendError(f"MNN does not take the input {name}")
+        if (code := self._network.runSession(self._session)) != 0:  # other Python threads run meanwhile
+            raise BackendError("MNN failed to run the network", note=f"error code {code}")
+        for name, tensor in self._outputs:
+            if not tensor.copyToHostTensor(self._tensors[name]):
+                raise BackendError(f"MNN does not give the output {self._names[name]}")
+            outputs[name][...] = self._views[name][:n]
+
+    def _host_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        kind = self._mnn.Halide_Type_Int if dtype == np.int32 else self._mnn.Halide_Type_Float
+        return self._mnn.Tensor(shape, kind, np.zeros(shape, dtype), self._mnn.Tensor_DimensionType_Caffe)
+
+
+def _run_all(copy: _Copy, left: Iterator[Buffers]) -> None:
+    for part in left:
+        copy.run(part)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,1 @@
+"""MNN as a tool: the library, and its converter."""
