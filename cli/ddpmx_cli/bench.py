@@ -23,7 +23,7 @@ _WIDTH = 100
 
 
 def bench(
-    file: Annotated[str, Argument(help="A model.onnx or model.plan, or a model that comes along.")],
+    file: Annotated[str, Argument(help="A model.onnx, model.plan or model.mnn, or a model that comes along.")],
     batch: Annotated[
         str | None,
         Option(help="Batch sizes.  \\[default: those of 1,4,16,64 that fit; 1,4 on a CPU]", metavar="N,N,…"),

@@ -10,15 +10,17 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ddpmx.errors import InputError
-from ddpmx_cli.console import cache_folder, megabytes, parse_numbers, phases, say
+from ddpmx_cli.console import busy, cache_folder, megabytes, parse_numbers, phases, say
 
 EXAMPLES = """
 Examples:\n
   ddpmx build model.onnx\n
   ddpmx build model.onnx --batch 1,1,4 --workspace 512   # small Jetson\n
-  ddpmx build model.onnx --target 8.6,8.9                # TensorRT-RTX
+  ddpmx build model.onnx --target 8.6,8.9                # TensorRT-RTX\n
+  ddpmx build model.onnx --for mnn                       # model.mnn, for CPUs and ARM boards
 """
 
+_FOR = ("tensorrt", "mnn")
 _LIBRARIES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
@@ -27,8 +29,16 @@ def build(
         str, Argument(help="The model.onnx that `ddpmx export` wrote, or a model that comes along.", metavar="ONNX")
     ],
     output: Annotated[
-        Path | None, Option("--output", "-o", help="The plan to write.  \\[default: beside the ONNX file]")
+        Path | None, Option("--output", "-o", help="The file to write.  \\[default: beside the ONNX file]")
     ] = None,
+    made_for: Annotated[
+        str,
+        Option(
+            "--for",
+            help="tensorrt: a .plan for NVIDIA GPUs. mnn: an .mnn for CPUs, where MNN is often faster than ONNX Runtime.",
+            metavar="NAME",
+        ),
+    ] = "tensorrt",
     batch: Annotated[
         str | None,
         Option(
@@ -59,9 +69,16 @@ def build(
     timing_cache: Annotated[
         Path | None, Option(help="Folder for the builder's measurements.  \\[default: in the user's cache]")
     ] = None,
-    force: Annotated[bool, Option("--force", help="Build even if the plan is up to date.")] = False,
+    part: Annotated[
+        int | None,
+        Option(
+            help="Images in one call, 1 … 64, with --for mnn. It decides an image's last bits.  \\[default: by their size]"
+        ),
+    ] = None,
+    force: Annotated[bool, Option("--force", help="Build even if the file is up to date.")] = False,
 ) -> None:
     """Build a TensorRT plan from an ONNX file for the GPU of this machine; TensorRT-RTX builds for RTX cards anywhere.
+    With --for mnn, make an .mnn file, which runs on any CPU.
 
     It needs neither torch nor onnx, so it runs on the device itself. The precision is that of the ONNX file. A plan works
     only with the version of TensorRT that built it and on one GPU architecture; a plan of TensorRT-RTX on all RTX cards.
@@ -72,6 +89,25 @@ def build(
     from ddpmx.trt import library as trt_library
 
     onnx = shipped.find(model)
+    if made_for not in _FOR:
+        raise InputError(f"--for {made_for!r}: not one of {' and '.join(_FOR)}")
+    if made_for == "mnn":
+        plans: dict[str, object] = {
+            "--batch": batch,
+            "--workspace": workspace,
+            "--level": level,
+            "--tf32": tf32,
+            "--target": target,
+        }
+        plans |= {"--refit": refit, "--strip": strip, "--library": library, "--timing-cache": timing_cache}
+        if used := [flag for flag, value in plans.items() if value not in (None, False)]:
+            raise InputError(
+                f"{', '.join(used)}: for plans of TensorRT only", hint="leave it out, or leave out --for mnn"
+            )
+        _build_mnn(onnx, output or shipped.beside(model, ".mnn"), spec, part, force)
+        return
+    if part is not None:
+        raise InputError("--part is for MNN only", hint="--for mnn; a plan has --batch MIN,OPT,MAX")
     output = output or shipped.beside(model, ".plan")
     if library is not None and library not in _LIBRARIES:
         raise InputError(f"--library {library!r}: not one of {' and '.join(_LIBRARIES)}")
@@ -99,6 +135,22 @@ def build(
             progress=progress,
         )
     show(built, onnx, output)
+
+
+def _build_mnn(onnx: Path, output: Path, spec: Path | None, part: int | None, force: bool) -> None:
+    from ddpmx.formats import model_file
+    from ddpmx.mnn import build as mnn_build
+
+    with busy(f"converting {onnx.name}"):
+        built = mnn_build.build(
+            onnx, output, spec=model_file.read_spec(spec) if spec is not None else None, part=part, force=force
+        )
+    if built.reused:
+        say(f"{output} is up to date, made from this {onnx.name} with these settings (--force makes it again)")
+        return
+    record = built.info.record
+    together = f"{record.part} images in a call" if record.part > 1 else "one image in a call"
+    say(f"{onnx} → {output}: MNN {record.version}, {together}; {megabytes(output)} in {built.seconds:.1f} s")
 
 
 def show(built: object, onnx: Path, output: Path) -> None:

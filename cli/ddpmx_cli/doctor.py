@@ -17,7 +17,8 @@ Examples:\n
 
 
 def doctor(as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False) -> None:
-    """Show what is installed, and what is missing for which command: torch, CUDA, the driver, ONNX Runtime, TensorRT."""
+    """Show what is installed, and what is missing for which command: torch, CUDA, the driver, ONNX Runtime, MNN,
+    TensorRT."""
     from ddpmx.system.doctor import examine
 
     with busy("examining this machine"):

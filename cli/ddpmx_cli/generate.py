@@ -39,7 +39,7 @@ def generate(
     file: Annotated[
         str | None,
         Argument(
-            help=f"A model that comes along ({', '.join(SHIPPED)}), a model.onnx or model.plan, or a run.",
+            help=f"A model that comes along ({', '.join(SHIPPED)}), a model.onnx, model.plan or model.mnn, or a run.",
             show_default=False,
         ),
     ] = None,
@@ -255,7 +255,7 @@ def _one_model(file: str | None, engine: str | None) -> str:
     if name is None:
         raise InputError(
             "missing model: which one is to draw?",
-            hint=f"ddpmx generate {next(iter(SHIPPED))}, which comes along; or a model.onnx, a model.plan, a run",
+            hint=f"ddpmx generate {next(iter(SHIPPED))}, which comes along; or a model.onnx, .plan or .mnn, or a run",
         )
     if name in SHIPPED and os.path.lexists(name):
         say(f"Note: {name} is the model that comes with ddpmx; ./{name} is yours")

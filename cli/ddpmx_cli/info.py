@@ -21,7 +21,7 @@ def info(
     file: Annotated[
         str,
         Argument(
-            help="A run or checkpoint, an ONNX file, a plan, a PNG that ddpmx has drawn, or a model that comes along."
+            help="A run or checkpoint, a model.onnx, .plan or .mnn, a PNG that ddpmx has drawn, or a model that comes along."
         ),
     ],
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
@@ -93,7 +93,13 @@ def _training(training: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-_KINDS = {"checkpoint": "a checkpoint", "onnx": "an ONNX file", "plan": "a TensorRT plan", "png": "a PNG"}
+_KINDS = {
+    "checkpoint": "a checkpoint",
+    "onnx": "an ONNX file",
+    "plan": "a TensorRT plan",
+    "mnn": "an MNN model",
+    "png": "a PNG",
+}
 
 
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
@@ -137,6 +143,13 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("image", f"{height}×{width}"))
         for keyword, text in values["text"].items():
             lines.append(("drawn by", text) if keyword == "Software" else (keyword, text))
+    elif values["kind"] == "mnn":
+        if record := values.get("record"):
+            lines += [
+                ("made with", f"MNN {record['version']}"),
+                ("in a call", f"{record['part']} image{'s' if record['part'] > 1 else ''}, at most"),
+                ("from", f"{record['source']}, sha256 {record['onnx']}"),
+            ]
     else:
         lines.append(("built with", f"{values['flavour']} {values['version']}"))
         if engine := values.get("engine"):

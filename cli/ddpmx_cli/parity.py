@@ -26,7 +26,8 @@ Examples:\n
 
 def parity(
     model: Annotated[
-        str, Argument(help="The model.onnx or model.plan to check, or a model that comes along.", metavar="FILE")
+        str,
+        Argument(help="The model.onnx, model.plan or model.mnn to check, or a model that comes along.", metavar="FILE"),
     ],
     against: Annotated[
         Path | None, Option(help="The record of PyTorch's outputs.  \\[default: the .parity.npz beside the file]")
@@ -129,10 +130,13 @@ def parity(
 
 
 def _engine(file: Path) -> dict[str, Any] | None:
-    """The record and hash of a plan, for the report: two builds of one network differ, so a verdict is about one file."""
-    from ddpmx.formats import model_file, plan_file
+    """The record and hash of a plan or an .mnn, for the report: two builds of one network differ, and one is judged."""
+    from ddpmx.formats import mnn_file, model_file, plan_file
 
-    if model_file.identify(file) != "plan":
+    kind = model_file.identify(file)
+    if kind == "mnn":
+        return {"mnn": {**mnn_file.read_mnn(file, brief=True).record.to_json(), "sha256": model_file.sha256(file)}}
+    if kind != "plan":
         return None
     engine = plan_file.read_plan(file, trust_host_code=True, brief=True).engine
     return {"engine": {**engine.to_json(), "sha256": model_file.sha256(file)}}

@@ -41,6 +41,8 @@ def compare(
     """
     path = Path(file)
     kind = model_file.identify(path)
+    if kind == "mnn":
+        raise BackendError(f"{path}: Polygraphy runs no MNN models", hint="leave out --polygraphy")
     if kind == "plan":
         info = plan_file.read_plan(path)
         spec = info.spec

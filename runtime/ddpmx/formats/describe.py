@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint, an ONNX file, a plan or an image, as plain JSON values. Nothing is loaded or run."""
+"""The metadata of a checkpoint, a model file or an image, as plain JSON values. Nothing is loaded or run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.formats import model_file, onnx_file, plan_file, png_text
+from ddpmx.formats import mnn_file, model_file, onnx_file, plan_file, png_text
 from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
@@ -31,8 +31,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of a model file, a checkpoint folder, or a PNG that ``ddpmx generate`` has written.
 
     Returns:
-        ``path``, ``kind`` (checkpoint, onnx, plan or png), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it, or
-        None if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
+        ``path``, ``kind`` (checkpoint, onnx, plan, mnn or png), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it,
+        or None if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
 
     Raises:
         FileFormatError, SpecError: none of these kinds, truncated, damaged, or contradicts itself.
@@ -41,7 +41,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     if png_text.is_png(path):
         return {"path": os.fspath(path), "kind": "png", **_png(path)}
     kind = model_file.identify(path)
-    values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan}[kind](path)
+    values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan, "mnn": _mnn}[kind](path)
     return {"path": os.fspath(path), "kind": kind, **values}
 
 
@@ -188,6 +188,16 @@ def _plan(path: Path) -> dict[str, Any]:
         "engine": info.engine.to_json(),
         "build": sidecar.get("build"),
     }
+
+
+def _mnn(path: Path) -> dict[str, Any]:
+    try:
+        info = mnn_file.read_mnn(path, brief=True)
+    except SpecError as error:
+        if "does not say" not in error.fact:
+            raise
+        return {"bytes": path.stat().st_size, "spec": None, "note": error.fact.removeprefix(f"{path}: ")}
+    return {"bytes": info.size, "spec": info.spec.to_json(), "note": None, "record": info.record.to_json()}
 
 
 def _png(path: Path) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def adopt(
 def _check_onnx(path: Path, wanted: str) -> None:
     """Refuse a plan or a checkpoint by name."""
     if (kind := model_file.identify(path)) != "onnx":
-        what = "a TensorRT plan" if kind == "plan" else "a checkpoint"
+        what = {"plan": "a TensorRT plan", "mnn": "an MNN model"}.get(kind, "a checkpoint")
         raise InputError(f"{path}: {what}, and not an ONNX file", hint=f"pass {wanted}")
 
 

@@ -31,6 +31,19 @@ print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpu
 import onnxruntime
 print(json.dumps({"version": onnxruntime.__version__, "providers": onnxruntime.get_available_providers()}))
 """,
+    "MNN": """
+from ddpmx import errors
+from ddpmx.mnn import library
+try:
+    values = {"version": library.load().version(), "no_converter": None}
+    try:
+        library.converter()
+    except errors.BackendError as error:
+        values["no_converter"] = error.fact
+except errors.BackendError as error:
+    values = {"missing": error.fact}
+print(json.dumps(values))
+""",
     "chains on the GPU": """
 from ddpmx import errors
 from ddpmx.device.driver import Driver
@@ -134,6 +147,12 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
         if "missing" in ort
         else Finding("generate, parity with an .onnx on the CPU", True, f"onnxruntime {ort['version']}")
     )
+    mnn, what = libraries["MNN"], "build --for mnn, generate, parity with an .mnn"
+    if "missing" in mnn:
+        findings.append(Finding(what, False, mnn["missing"], "pip install 'ddpmx[mnn]'"))
+    else:
+        why = mnn["no_converter"]
+        findings.append(Finding(what, why is None, f"MNN {mnn['version']}" + (f", but {why}" if why else "")))
     cuda = "CUDAExecutionProvider" in ort.get("providers", ())
     if cuda and gpu:
         findings.append(
