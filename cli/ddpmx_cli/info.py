@@ -20,9 +20,7 @@ Examples:\n
 def info(
     file: Annotated[
         str,
-        Argument(
-            help="A run or checkpoint, a model.onnx, .plan or .mnn, a PNG that ddpmx has drawn, or a model that comes along."
-        ),
+        Argument(help="A run or checkpoint, a model.onnx, .plan or .mnn, a PNG of ddpmx, or a model that comes along."),
     ],
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 EXECUTORS: tuple[str, ...] = ("while", "graph", "plain")
 """How a chain is run, see :mod:`ddpmx.cuda.device_chain`, in the order in which ``auto`` tries them."""
 
+VARIANCE = "var"
+"""The graph's second output, where the network learns its variance."""
+
 NO_CONDITIONING: Mapping[str, Any] = MappingProxyType({})
 """The conditioning, or its shapes, of a network that takes x and t alone."""
 

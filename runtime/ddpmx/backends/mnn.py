@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import Buffers
+from ddpmx.backends.base import VARIANCE, Buffers
 from ddpmx.errors import BackendError, FileFormatError, InputError
-from ddpmx.formats.mnn_file import MnnInfo
-from ddpmx.formats.spec import ModelSpec
+from ddpmx.formats.mnn_file import MnnInfo, rebuild_command
+from ddpmx.formats.spec import input_type
 from ddpmx.mnn import library
 
 MAX_THREADS = 256
@@ -123,15 +123,16 @@ class MnnBackend:
 
     def _copy(self, number: int) -> _Copy:
         if number == len(self._copies):
-            self._copies.append(_Copy(self._module, self._path, self._info.spec))
+            self._copies.append(_Copy(self._module, self._path, self._info))
         return self._copies[number]
 
 
 class _Copy:
     """A network with weights and arrays of its own, for one thread at a time."""
 
-    def __init__(self, module: Any, path: Path, spec: ModelSpec) -> None:
-        self._mnn, self._spec = module, spec
+    def __init__(self, module: Any, path: Path, info: MnnInfo) -> None:
+        spec = info.spec
+        self._mnn, self._spec, self._record = module, spec, info.record
         try:
             self._network = module.Interpreter(os.fspath(path))
             low = spec.precision == "fp16" and platform.machine().lower() in _FP16_MACHINES
@@ -139,7 +140,8 @@ class _Copy:
             self._session = self._network.createSession({"backend": "CPU", "numThread": 1, "precision": precision})
         except Exception as error:  # MNN raises plain exceptions
             raise FileFormatError(f"{path}: MNN {module.version()} refuses this file", note=str(error)[:300]) from error
-        self._names = {"out": spec.prediction, "var": "var"}
+        self._names = {"out": spec.prediction, "var": VARIANCE}
+        self._check(path)
         self._batch = 0
         self._tensors: dict[str, Any] = {}
         self._views: dict[str, NDArray[Any]] = {}
@@ -162,13 +164,6 @@ class _Copy:
             self._outputs = [(name, network.getSessionOutput(session, self._names[name])) for name in outputs]
         except Exception as error:
             raise BackendError("MNN does not take these arrays", note=str(error)[:300]) from error
-        for name, tensor in (*self._inputs, *self._outputs):
-            expected = (batch, *(inputs.get(name, buffers.out)).shape[1:])
-            if tuple(tensor.getShape()) != expected:
-                raise BackendError(
-                    f"MNN gives {self._names.get(name, name)} the shape {list(tensor.getShape())}, not {list(expected)}",
-                    hint="build the file again from its ONNX file",
-                )
         self._batch = batch
 
     def run(self, part: Buffers) -> None:
@@ -188,9 +183,36 @@ class _Copy:
                 raise BackendError(f"MNN does not give the output {self._names[name]}")
             outputs[name][...] = self._views[name][:n]
 
+    def _check(self, path: Path) -> None:
+        """Refuse a network with other inputs or outputs than its description: MNN itself would not notice."""
+        spec, network, session = self._spec, self._network, self._session
+        wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+            **{name: (input_type(name), dims) for name, dims in spec.inputs.items()},
+            **dict.fromkeys(spec.outputs, (np.float32, spec.shape)),
+        }
+        kinds = {self._mnn.Halide_Type_Int: np.int32, self._mnn.Halide_Type_Float: np.float32}
+        there = {
+            name: (kinds.get(tensor.getDataType()), tuple(tensor.getShape())[1:])
+            for name, tensor in {**network.getSessionInputAll(session), **network.getSessionOutputAll(session)}.items()
+        }
+        if odd := sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name)):
+            raise FileFormatError(
+                f"{path}: the network in this file is not the one that its description says",
+                note="; ".join(f"{name}: {_shown(there.get(name))}, not {_shown(wanted.get(name))}" for name in odd),
+                hint=rebuild_command(path, self._record),
+            )
+
     def _host_tensor(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         kind = self._mnn.Halide_Type_Int if dtype == np.int32 else self._mnn.Halide_Type_Float
         return self._mnn.Tensor(shape, kind, np.zeros(shape, dtype), self._mnn.Tensor_DimensionType_Caffe)
+
+
+def _shown(tensor: tuple[Any, tuple[int, ...]] | None) -> str:
+    if tensor is None:
+        return "nothing"
+    return (
+        f"{'another type' if tensor[0] is None else tensor[0].__name__} [batch{''.join(f', {n}' for n in tensor[1])}]"
+    )
 
 
 def _run_all(copy: _Copy, left: Iterator[Buffers]) -> None:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddpmx.backends.base import Backend, Buffers, CopyingBackend
+from ddpmx.backends.base import VARIANCE, Backend, Buffers, CopyingBackend
 from ddpmx.backends.ort_common import (
     NAMES,
     PLUGINS,
-    VARIANCE,
     available_providers,
     device_provider,
     import_onnxruntime,

@@ -9,9 +9,6 @@ from typing import Any
 from ddpmx.device.discovery import gpus
 from ddpmx.errors import BackendError
 
-VARIANCE = "var"
-"""The graph's second output, where the network learns its variance."""
-
 NAMES = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",

@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpmx.backends.base import NO_CONDITIONING, Buffers, CopyingBackend
+from ddpmx.backends.base import NO_CONDITIONING, VARIANCE, Buffers, CopyingBackend
 from ddpmx.backends.ort_common import (
     GPU_PACKAGE,
     NAMES,
     PROVIDERS,
-    VARIANCE,
     available_providers,
     device_provider,
     import_onnxruntime,

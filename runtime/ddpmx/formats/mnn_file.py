@@ -150,7 +150,8 @@ def read_mnn(path: str | os.PathLike[str], *, brief: bool = False) -> MnnInfo:
             raw = stream.read(min(length, _TEXT))
             spec, record = _parse(path, raw)
             end = at + 4 + length
-            if size != end + _padding(length):
+            stream.seek(end)
+            if size != end + _padding(length) or any(stream.read(size - end)):
                 raise FileFormatError(
                     f"{path}: not a valid MNN model",
                     note=f"{size} bytes, and its description ends at {end}",

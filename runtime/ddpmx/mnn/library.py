@@ -33,7 +33,7 @@ def load() -> Any:
         BackendError: it is not installed, does not load, or is too old.
     """
     with _importing:
-        if "MNN" in sys.modules:
+        if sys.modules.get("MNN") is not None:
             return _checked(sys.modules["MNN"])
         try:
             with _quiet():
