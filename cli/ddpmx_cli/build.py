@@ -75,6 +75,10 @@ def build(
             help="Images in one call, 1 … 64, with --for mnn. It decides an image's last bits.  \\[default: by their size]"
         ),
     ] = None,
+    low_memory: Annotated[
+        bool,
+        Option("--low-memory", help="With --for mnn: less than half of the memory, at three quarters of the speed."),
+    ] = False,
     force: Annotated[bool, Option("--force", help="Build even if the file is up to date.")] = False,
 ) -> None:
     """Build a TensorRT plan from an ONNX file for the GPU of this machine; TensorRT-RTX builds for RTX cards anywhere.
@@ -104,10 +108,11 @@ def build(
             raise InputError(
                 f"{', '.join(used)}: for plans of TensorRT only", hint="leave it out, or leave out --for mnn"
             )
-        _build_mnn(onnx, output or shipped.beside(model, ".mnn"), spec, part, force)
+        _build_mnn(onnx, output or shipped.beside(model, ".mnn"), spec, part, low_memory, force)
         return
-    if part is not None:
-        raise InputError("--part is for MNN only", hint="--for mnn; a plan has --batch MIN,OPT,MAX")
+    if part is not None or low_memory:
+        flag = "--part" if part is not None else "--low-memory"
+        raise InputError(f"{flag} is for MNN only", hint="--for mnn; a plan has --batch MIN,OPT,MAX and --workspace MB")
     output = output or shipped.beside(model, ".plan")
     if library is not None and library not in _LIBRARIES:
         raise InputError(f"--library {library!r}: not one of {' and '.join(_LIBRARIES)}")
@@ -137,19 +142,25 @@ def build(
     show(built, onnx, output)
 
 
-def _build_mnn(onnx: Path, output: Path, spec: Path | None, part: int | None, force: bool) -> None:
+def _build_mnn(onnx: Path, output: Path, spec: Path | None, part: int | None, low_memory: bool, force: bool) -> None:
     from ddpmx.formats import model_file
     from ddpmx.mnn import build as mnn_build
 
     with busy(f"converting {onnx.name}"):
         built = mnn_build.build(
-            onnx, output, spec=model_file.read_spec(spec) if spec is not None else None, part=part, force=force
+            onnx,
+            output,
+            spec=model_file.read_spec(spec) if spec is not None else None,
+            part=part,
+            low_memory=low_memory,
+            force=force,
         )
     if built.reused:
         say(f"{output} is up to date, made from this {onnx.name} with these settings (--force makes it again)")
         return
     record = built.info.record
     together = f"{record.part} images in a call" if record.part > 1 else "one image in a call"
+    together += ", in little memory" * (record.memory == "low")
     say(f"{onnx} → {output}: MNN {record.version}, {together}; {megabytes(output)} in {built.seconds:.1f} s")
 
 

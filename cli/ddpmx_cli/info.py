@@ -145,6 +145,7 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         if record := values.get("record"):
             lines += [
                 ("made with", f"MNN {record['version']}"),
+                ("memory", record["memory"]),
                 ("in a call", f"{record['part']} image{'s' if record['part'] > 1 else ''}, at most"),
                 ("from", f"{record['source']}, sha256 {record['onnx']}"),
             ]

@@ -26,7 +26,8 @@ from ddpmx.mnn import library
 MAX_THREADS = 256
 
 _PRECISION_NORMAL, _PRECISION_LOW = 0, 2  # of MNN's BackendConfig; by name each session would print a line
-_WINOGRAD_MEMORY = 3  # of MNN's HintMode: how much memory transformed weights may take, 0…3
+_WINOGRAD_MEMORY = 3  # of MNN's HintMode: how much memory transformed weights may take
+_WINOGRAD_LEVELS = {"normal": 3, "low": 1}
 _FP16_MACHINES = (
     "aarch64",
     "arm64",
@@ -135,6 +136,7 @@ class _Copy:
         self._mnn, self._spec, self._record = module, spec, info.record
         try:
             self._network = module.Interpreter(os.fspath(path))
+            self._network.setSessionHint(_WINOGRAD_MEMORY, _WINOGRAD_LEVELS[info.record.memory])
             low = spec.precision == "fp16" and platform.machine().lower() in _FP16_MACHINES
             precision = _PRECISION_LOW if low else _PRECISION_NORMAL
             self._session = self._network.createSession({"backend": "CPU", "numThread": 1, "precision": precision})

@@ -21,14 +21,15 @@ def check_output(
         output: the file.
         inputs: the files that it is made from.
         what: the kind of file, for messages: "a plan".
-        suffix: of such files, for the hint.
+        suffix: of such files, for the hint; "" where nobody chooses their name.
         is_ours: whether an existing file may be replaced. So may an empty one.
 
     Raises:
         OutputError: it cannot be written there.
     """
     if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {shlex.quote(str(output / f'model{suffix}'))}")
+        inside = f"-o {shlex.quote(str(output / f'model{suffix}'))}" if suffix else "another -o"
+        raise OutputError(f"{output}: is a folder", hint=inside)
     if not output.parent.is_dir():
         raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
     if len(os.fsencode(output.name)) > _LONGEST_NAME:
@@ -44,7 +45,9 @@ def check_output(
     except OSError:
         ours = False
     if not ours:
-        raise OutputError(f"refusing to overwrite {output}: not {what}", hint=f"-o NAME{suffix}")
+        raise OutputError(
+            f"refusing to overwrite {output}: not {what}", hint=f"-o NAME{suffix}" if suffix else "another -o"
+        )
 
 
 def begins_with(path: Path, begins: tuple[bytes, ...]) -> bool:

@@ -152,11 +152,11 @@ def build(
     weights = onnx_file.check_external(real, info)
     # a link to a plan stays a link; the sidecar lies beside its target
     output = Path(os.path.realpath(output if output is not None else path.with_suffix(".plan")))
-    for written, what, begins in (
-        (output, "a plan", tuple(plan_file.MAGIC)),
-        (sidecar_path(output), "a plan's sidecar", (b"{",)),
+    for written, what, suffix, begins in (
+        (output, "a plan", ".plan", tuple(plan_file.MAGIC)),
+        (sidecar_path(output), "a plan's sidecar", "", (b"{",)),
     ):
-        check_output(written, [real, *weights], what=what, suffix=".plan", is_ours=partial(begins_with, begins=begins))
+        check_output(written, [real, *weights], what=what, suffix=suffix, is_ours=partial(begins_with, begins=begins))
     spec = onnx_file.onnx_spec(path, info, spec)
     check_weights(path, spec, info)
     library = library or trt_library.load()

@@ -153,6 +153,7 @@ def test_what_is_no_flatbuffer_is_refused(path, data):
         {"part": True},
         {"other": 1},
         {"part": "4"},
+        {"memory": "none"},
     ],
 )
 def test_a_damaged_record_is_refused(change):
@@ -168,3 +169,5 @@ def test_a_file_without_room_for_a_description_is_not_written():
 def test_the_hint_makes_the_file_again(path):
     record = dataclasses.replace(RECORD, source="a model.onnx")
     assert files.rebuild_command(path, record) == f"ddpmx build 'a model.onnx' --for mnn -o {path}"
+    low = dataclasses.replace(record, memory="low")
+    assert files.rebuild_command(path, low) == f"ddpmx build 'a model.onnx' --for mnn --low-memory -o {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -53,8 +54,11 @@ def test_a_file_that_is_there_is_not_made_again(onnx):
     assert not build(onnx, force=True).reused
     assert build(onnx, part=2).info.record.part == 2
     assert not build(onnx).reused, "it had another part"
+    assert build(onnx, low_memory=True).info.record.memory == "low"
+    assert not build(onnx).reused, "it had little memory"
     onnx.with_suffix(".mnn").write_bytes(b"")
-    assert build(onnx).info.record == before
+    again = build(onnx).info.record  # MNN's converter gives each file a random number
+    assert dataclasses.replace(again, network=before.network) == before
 
 
 def test_free_betas_travel_in_the_file(tmp_path):

@@ -248,9 +248,9 @@ def test_outputs_that_cannot_be_written_are_refused(toy):
     assert "is a folder" in attempt(toy.parent)
     assert "there is no folder" in attempt(toy.parent / "missing" / "model.plan")
     assert "there is no folder" in attempt(toy / "model.plan")
-    assert "the plan is built from it" in attempt(toy)
+    assert "it is made from this file" in attempt(toy)
     (toy.parent / "link").symlink_to(toy)
-    assert "the plan is built from it" in attempt(toy.parent / "link")
+    assert "it is made from this file" in attempt(toy.parent / "link")
     (toy.parent / "link").unlink()
     assert content(toy.parent) == before
 
@@ -283,7 +283,7 @@ def test_a_sidecar_does_not_replace_the_onnx_file(build, toy):
 
 def test_an_obstacle_to_the_sidecar_is_found_before_the_build(toy):
     (toy.parent / "model.plan.json").mkdir()
-    for output, message in ((None, "not a regular file"), (toy.parent / ("x" * 240), "too long")):
+    for output, message in ((None, "is a folder"), (toy.parent / ("x" * 240), "too long")):
         with pytest.raises(OutputError, match=message):
             trt_build.build(toy, output, library=fake("1.7.1", "TensorRT-RTX"), devices=NO_GPU)
 
