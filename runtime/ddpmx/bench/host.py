@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import Backend, Buffers, RowByRow
+from ddpmx.backends.base import Backend, Buffers, PartBackend, RowByRow
 from ddpmx.bench.figures import WARM_UP_STEPS, Cell, Durations, Settings, beginning, cell
 from ddpmx.diffusion.samplers import Table, make_table
 from ddpmx.formats.spec import ModelSpec
@@ -64,7 +64,10 @@ def measure_host(
     table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
     notes: tuple[str, ...] = ()
     # as the pipeline does before it runs a chain
-    if chain.executed_batch(backend, spec, batch, batch) < batch:
+    if isinstance(backend, PartBackend):
+        part = chain.choose_part(backend, spec, batch)
+        notes = (f"in parts of {part}",) if 1 < part < batch else ()
+    elif chain.executed_batch(backend, spec, batch, batch) < batch:
         backend = RowByRow(backend)
         notes = ("each image alone: an image's output depends on its place in the batch here",)
     step, warm_up = _warm_up(backend, spec, batch, table, settings.seconds / 5, clock)

@@ -163,6 +163,16 @@ def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int
     return n if n == batch or np.array_equal(output(last), whole[last], equal_nan=True) else batch
 
 
+def choose_part(backend: PartBackend, spec: ModelSpec, batch: int) -> int:
+    """The size of the parts into which a batch is to be cut, and set in the backend: without a rest, and no larger than
+    the backend takes; 1 if neighbours in a part make a difference, which is measured.
+    """
+    part = next(size for size in range(min(backend.largest_part, batch), 0, -1) if batch % size == 0)
+    part = part if fixed_places(backend, spec, part) else 1
+    backend.use_part(part)
+    return part
+
+
 def fixed_places(backend: PartBackend, spec: ModelSpec, part: int) -> bool:
     """Whether an image in a part of ``part`` has the same bits at the same place, whatever its neighbours are.
 

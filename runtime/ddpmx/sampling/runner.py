@@ -212,10 +212,9 @@ class HostRunner:
         return RowByRow(self._backend) if executed < n else self._backend, slice(n), max(n, executed)
 
     def _part(self, backend: PartBackend, batch: int) -> int:
-        """The size of the parts of a batch; measured once for every size, see :func:`ddpmx.sampling.chain.fixed_places`."""
+        """The size of the parts of a batch; measured once for every size, see :func:`ddpmx.sampling.chain.choose_part`."""
         if batch not in self._parts:
-            part = next(size for size in range(min(backend.largest_part, batch), 0, -1) if batch % size == 0)
-            self._parts[batch] = part if chain.fixed_places(backend, self._spec, part) else 1
+            self._parts[batch] = chain.choose_part(backend, self._spec, batch)
         backend.use_part(self._parts[batch])
         return self._parts[batch]
 
