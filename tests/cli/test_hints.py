@@ -140,6 +140,8 @@ COMPUTED = {
     "ddpm_export/importers/reading/foreign.py: hint": "of a table of what files are",
     "ddpm_export/importers/reading/tensor_bundle.py: hint": "the caller's",
     "ddpm_export/training/images/folder.py: '; '.join(hints)": "those of all problems",
+    "runtime/ddpmx/backends/mnn.py: rebuild_command(path, self._record)": "a command; tests/ddpmx/formats has it",
+    "runtime/ddpmx/formats/mnn_file.py: rebuild_command(path, record)": "the same",
     "runtime/ddpmx/backends/trt.py: plan_file.rebuild_command(path, self.info.engine)": "a command; tests/ddpmx/trt has it",
     "runtime/ddpmx/formats/plan_file.py: rebuild_command(path, engine)": "the same",
     "runtime/ddpmx/trt/compat.py: again": "the same",

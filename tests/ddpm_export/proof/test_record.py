@@ -339,6 +339,25 @@ def test_an_export_passes(trained, recorded, precision, figure):
     assert "onnxruntime" in result.ran_on
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_mnn_model_passes(trained, recorded, tmp_path, precision, figure):
+    """With the bounds of its precision, Winograd's convolutions and all."""
+    from ddpmx.mnn import build, library
+
+    try:
+        library.load()
+    except BackendError as why:
+        pytest.skip(f"not verified here: MNN's models against PyTorch ({why.fact})")
+    for low_memory in (False, True):
+        file = tmp_path / f"{low_memory}.mnn"
+        build.build(getattr(trained, precision), file, low_memory=low_memory)
+        spec, backend = open_model(file)
+        result = run_ladder(backend, spec, recorded)
+        backend.close()
+        assert result.passed, result.verdict
+        figure(f"MNN, {precision}: ε, RMS", float(result.curves["eps"].max()), at_most=BOUNDS[precision].eps)
+
+
 def test_half_precision_would_not_pass_as_float32(trained, recorded):
     """So the bounds distinguish the two."""
     _, backend = open_model(trained.fp16)
