@@ -27,7 +27,7 @@ from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import RECORD_PREFIX
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reference import Reference
-from oracles import plans, protobuf
+from oracles import mnn, plans, protobuf
 
 Files = dict[str, bytes]
 """Name → content of the files of one mutant, all in one folder."""
@@ -518,6 +518,27 @@ def plan_change(rng: random.Random, data: bytes) -> bytes:
     return data
 
 
+# --- MNN models ------------------------------------------------------------------------------------------------------
+
+
+def mnn_change(rng: random.Random, data: bytes) -> bytes:
+    """Another object in an envelope of an MNN model, with the correct length around it; or noise."""
+    if rng.random() < 0.35:
+        return noise(rng, data)
+    at, spec = data.rindex(SPEC.to_text().encode()), SPEC.to_text().encode()
+    record, rest = data[at + len(spec) + 1 :].rstrip(b"\0"), b""
+    action = rng.randrange(4)
+    if action == 0:
+        spec = spec_text_change(rng, spec)
+    elif action == 1:
+        record = spec_text_change(rng, record)
+    elif action == 2:
+        rest = b" " + rng.choice((b"betas1 2 00000000 AAAA", noise(rng, record), b"x" * rng.choice((1, 300_000))))
+    text = spec + (b" " if rng.random() < 0.9 else b"") + record + rest
+    length = len(text) if rng.random() < 0.8 else rng.choice((0, len(text) + 1, 2**31, 2**32 - 1))
+    return data[: at - 4] + struct.pack("<I", length) + text + bytes(4 - len(text) % 4)
+
+
 # --- npy and zip -----------------------------------------------------------------------------------------------------
 
 _SHAPES = (
@@ -732,6 +753,10 @@ def _spec(rng: random.Random, torch_too: bool) -> tuple[str, Files]:
     return "spec.json", {"spec.json": (json_change if rng.random() < 0.75 else noise)(rng, text)}
 
 
+def _mnn(rng: random.Random, torch_too: bool) -> tuple[str, Files]:
+    return "model.mnn", {"model.mnn": mnn_change(rng, mnn.mnn_file(SPEC))}
+
+
 def _images_npz(rng: random.Random, torch_too: bool) -> tuple[str, Files]:
     members = _images()
     data = npz_change(rng, members) if rng.random() < 0.7 else noise(rng, zipped(members))
@@ -764,6 +789,7 @@ _MAKERS: dict[str, Callable[[random.Random, bool], tuple[str, Files]]] = {
     "onnx": _onnx,
     "plan": _plan,
     "plan+sidecar": _sidecar,
+    "mnn": _mnn,
     "spec": _spec,
     "images": _images_npz,
     "parity": _parity_npz,
@@ -788,6 +814,7 @@ def good(*, torch_too: bool) -> list[Mutant]:
         *(Mutant("onnx", "model.onnx", {"model.onnx": data, "weights.bin": bytes(16)}) for data in onnx_files()),
         Mutant("plan", "model.plan", {"model.plan": plan}),
         Mutant("plan+sidecar", "model.plan", {"model.plan": plan, "model.plan.json": sidecar_of(plan)}),
+        Mutant("mnn", "model.mnn", {"model.mnn": mnn.mnn_file(SPEC)}),
         *(Mutant("spec", name, {name: text}) for name, text in texts.items()),
         Mutant("images", "images.npz", {"images.npz": zipped(_images())}),
         Mutant("parity", "parity.npz", {"parity.npz": zipped(_parity())}),

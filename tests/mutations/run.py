@@ -52,7 +52,7 @@ PLANTED_AT = 3
 
 def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
     """The readers of a file of this kind in ddpmx, by name."""
-    from ddpmx.formats import model_file, onnx_file, plan_file
+    from ddpmx.formats import mnn_file, model_file, onnx_file, plan_file
     from ddpmx.formats.spec import ModelSpec
     from ddpmx.parity.reference import Reference
     from ddpmx_cli.info import info
@@ -106,6 +106,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
         "onnx": {"read_onnx, onnx_spec": contract, "check_external": external, **describing},
         "plan": {"plan_flavour": plan_file.plan_flavour, "read_plan": plan_file.read_plan, **describing},
         "plan+sidecar": {"read_plan": plan_file.read_plan, **describing},
+        "mnn": {"read_mnn": mnn_file.read_mnn, **describing},
         "spec": {"spec": spec},
         "images": {"load_dataset": images},
         "parity": {"Reference.load": record},
