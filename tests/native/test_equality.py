@@ -18,6 +18,7 @@ from native import binding
 from native.binding import Native, NativeError
 from oracles import conditioning
 from oracles.conditioning import KINDS, as_arguments, conditioning_of, spec_of
+from oracles.mnn import mnn_file
 
 pytest.importorskip("onnxruntime", reason="not verified here: that libddpmx gives Python's images (no ONNX Runtime)")
 
@@ -162,6 +163,12 @@ def test_free_betas(both, tmp_path):
     path.write_bytes(conditioning.onnx(spec, metadata=onnx_file.metadata(spec)))
     python, native = both(path)
     assert native.generate(3, seed=1).tobytes() == python.generate(3, seed=1).tobytes()
+
+
+def test_an_mnn_model_is_refused_by_its_kind(native, tmp_path):
+    (tmp_path / "m.mnn").write_bytes(mnn_file())
+    with pytest.raises(NativeError, match="FILE_FORMAT: .*an MNN model, which libddpmx does not run"):
+        native.open(tmp_path / "m.mnn")
 
 
 def test_a_spec_beside_the_file(native, ort_library, tmp_path):

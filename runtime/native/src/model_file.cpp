@@ -145,6 +145,10 @@ Kind identify(const std::string &path) {
   }
   if (head.empty()) throw Failure(DDPMX_FILE_FORMAT, path + ": the file is empty");
   if (head == "ftrt" || head == "vtrt") return Kind::plan;
+  if (ends_with(path, ".mnn")) {
+    throw Failure(DDPMX_FILE_FORMAT, path + ": an MNN model, which libddpmx does not run", "",
+                  "the ONNX file that it was made from");
+  }
   // A ModelProto begins with ir_version (field 1, a number): every writer puts the lowest field first.
   if (head[0] == 0x08) return Kind::onnx;
   if (ends_with(path, ".parity.npz")) {
