@@ -167,7 +167,7 @@ def test_free_betas(both, tmp_path):
 
 def test_an_mnn_model_is_refused_by_its_kind(native, tmp_path):
     (tmp_path / "m.mnn").write_bytes(mnn_file())
-    with pytest.raises(NativeError, match="FILE_FORMAT: .*an MNN model, which libddpmx does not run"):
+    with pytest.raises(NativeError, match=r"FILE_FORMAT: .*an MNN model, which libddpmx does not run"):
         native.open(tmp_path / "m.mnn")
 
 
