@@ -1,13 +1,17 @@
-"""The same chain in other libraries and in ddpmx, as ratios: diffusers, diffusers compiled, a loop of session.run.
+"""The same chain in other libraries and in ddpmx, as ratios: diffusers, diffusers compiled, loops over other runtimes.
 
     python tests/benchmarks/peers.py [--small] [--batch 1,64] [--steps 10] [--rounds 5] [--json peers.json]
     python tests/benchmarks/peers.py --checkpoint runs/photos --engine model.plan model.onnx
+    python tests/benchmarks/peers.py --only mnn diffusers --batch 1,16 --threads 2 --busy 2
 
 All runs have the same weights, batch and number of steps, and end with images of the same shape in host memory. Each is a
 process of its own, so that no library disturbs another's memory or threads; they take turns, call by call. A ratio is the
 median over the rounds of a run's time ÷ ddpmx's in the same precision and round. It excludes everything before the first
 round, which is listed separately: imports, loading, the first output (in which torch compiles), the first chain (in which
 it compiles for the next batch). Peak memory is the largest in any chain of a batch, the first included.
+
+On a CPU ddpmx also runs on MNN models of the same ONNX files; these are compared with all other runs, in a table that has
+the goals. With ``--busy N`` N processes compute without pause beside all rounds, and MNN in one thread is a run of its own.
 
 Before anything is timed, each run's ε is compared with the network in float32, and each peer's reverse step with ddpmx's
 table at every t. Runs of another network or another chain get no table.
@@ -32,13 +36,16 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`, wherever this is started
 
+from benchmarks import peers_goals
 from benchmarks.peers_measure import (
     EPS_BOUND,
+    OURS,
     STEP_BOUND,
     Different,
     GpuMemory,
     NotRun,
     Worker,
+    busy,
     check_eps,
     check_steps,
     measure,
@@ -53,7 +60,17 @@ from ddpmx.errors import DdpmxError
 from ddpmx.formats import model_file, onnx_file
 from ddpmx.formats.spec import ModelSpec
 
-PEERS = {"diffusers": "diffusers", "compile": "diffusers, compiled", "ort": "session.run in a loop"}
+PEERS = {
+    "diffusers": "diffusers",
+    "compile": "diffusers, compiled",
+    "ort": "session.run in a loop",
+    "mnn": "ddpmx on MNN",
+    "mnn-low": "ddpmx on MNN, low memory",
+    "openvino": "OpenVINO in a loop",
+    "ncnn": "ncnn in a loop",
+}
+BY_TORCH = ("diffusers", "compile")
+ON_CPU = ("mnn", "mnn-low", "openvino", "ncnn")
 
 
 class Bench:
@@ -82,7 +99,7 @@ class Bench:
     def source(self) -> Worker | None:
         """The network, its weights, and, unless files were passed, its ONNX files."""
         options = self.options
-        exports = {} if options.engine else {p: str(self.folder / f"{p}.onnx") for p in ("fp32", "fp16")}
+        exports = {} if options.engine else {p: str(self.folder / f"{p}.onnx") for p in options.precision}
         return self.start(
             "source",
             "the reference, and the runs by torch",
@@ -113,12 +130,27 @@ class Bench:
     def plan(self, onnx: Path) -> list[Path]:
         """The plan of an ONNX file, if one can be built."""
         plan = onnx.with_suffix(".plan")
-        built = self.start("plan", plan.name, onnx=str(onnx), file=str(plan), batches=self.options.batch)
+        return [plan] if self.build("plan", onnx, plan, batches=self.options.batch) else []
+
+    def build(self, kind: str, onnx: Path, output: Path, **job: Any) -> bool:
+        """Make another file of an ONNX file, in a process of its own. Returns whether it could be made."""
+        built = self.start(kind, output.name, onnx=str(onnx), file=str(output), **job)
         if built is None:
-            return []
+            return False
         built.close()
-        print(f"{plan.name}: {built.description}", flush=True)
-        return [plan]
+        print(f"{output.name}: {built.description}", flush=True)
+        return True
+
+    def mnn(self, kind: str, precision: str, onnx: Path) -> list[Worker]:
+        """ddpmx on the MNN model of an ONNX file; beside busy processes also in one thread, for comparison."""
+        options, name = self.options, PEERS[kind]
+        file = self.folder / f"{precision}{kind.removeprefix('mnn')}.mnn"
+        if not self.build("mnn model", onnx, file, low_memory=kind == "mnn-low"):
+            return []
+        found = [self.start(kind, name, precision, file=str(file))]
+        if kind == "mnn" and options.busy and options.threads > 1:
+            found.append(self.start("mnn1", f"{name}, one thread", precision, file=str(file), threads=1))
+        return [worker for worker in found if worker]
 
     def peers(
         self, ours: Sequence[Worker], files: Sequence[Path], source: Worker | None, spec: ModelSpec
@@ -134,23 +166,32 @@ class Bench:
             "diffusers": ["fp32", "fp16"] if gpu else ["fp32"],
             "compile": ["fp16"] if gpu else ["fp32"],
             "ort": list(onnx),
+            "mnn": [precision for precision in onnx if precision != "bf16"],
+            "openvino": list(onnx),
+            "ncnn": [precision for precision in onnx if precision == "fp32"],
         }
+        wanted["mnn-low"] = wanted["mnn"]
         found = []
         for kind in self.options.only:
             name = PEERS[kind]
-            if kind != "ort" and source is None:
+            if kind in BY_TORCH and source is None:
                 self.not_run.append((name, "without torch there are no weights for it"))
                 continue
+            if kind in ON_CPU and gpu:
+                self.not_run.append((name, "it computes on CPUs"))
+                continue
             if not wanted[kind]:
-                self.not_run.append((name, "none of the files is an ONNX file"))
+                self.not_run.append((name, "none of the files is an ONNX file that it takes"))
             for precision in wanted[kind]:
                 job: dict[str, Any] = {"spec": spec.to_json()}
-                if kind == "ort":
+                if kind not in BY_TORCH:
                     job["file"] = str(onnx[precision])
                 elif source:
                     job.update(weights=source.job["weights"], network=source.about)
                 if precision not in here:
                     self.not_run.append((f"{name}, {precision}", f"ddpmx does not run in {precision} here"))
+                elif kind in peers_goals.BESIDE:
+                    found += self.mnn(kind, precision, onnx[precision])
                 elif worker := self.start(kind, name, precision, **job):
                     found.append(worker)
         return found
@@ -207,7 +248,7 @@ class Bench:
         x, eps = step_probe(spec, timesteps)
         np.savez(probe, x=x, eps=eps, t=timesteps)
         stepped = 0.0
-        for worker in (worker for worker in workers if worker.kind != "ddpmx"):
+        for worker in (worker for worker in workers if worker.kind not in OURS):
             worker.ask("walk", file=probe, out=out)
             with np.load(out) as walked:
                 stepped = max(stepped, check_steps(worker.label, spec, steps, walked))
@@ -246,16 +287,19 @@ class Bench:
         if source:
             source.close()
         found = []
-        for batch in options.batch:
-            for worker in workers:
-                worker.image = (*spec.shape[1:], spec.shape[0])
-            here = self.able(workers, f", batch {batch}", partial(warm, batch=batch, steps=steps, gpu=self.gpu))
-            found += rows(here, measure(here, batch, steps, options.rounds), batch, steps, options.device)
+        with busy(options.busy):
+            for batch in options.batch:
+                for worker in workers:
+                    worker.image = (*spec.shape[1:], spec.shape[0])
+                here = self.able(workers, f", batch {batch}", partial(warm, batch=batch, steps=steps, gpu=self.gpu))
+                found += rows(here, measure(here, batch, steps, options.rounds), batch, steps, options.device)
+        network = peers_goals.network_of(int(source.description)) if source else ""
         devices = [device.name for device in gpus().devices][:1] if options.device == "cuda" else []
         return {
             "load_average": load,
             "device": ", ".join([options.device, *devices, platform.machine(), platform.system()]),
             "threads": options.threads,
+            "busy": options.busy,
             "versions": {"python": platform.python_version(), **{k: v for w in workers for k, v in w.versions.items()}},
             "network": source.about if source else None,
             "shape": list(spec.shape),
@@ -265,6 +309,7 @@ class Bench:
             "same": same,
             "before": [{"run": w.label, "precision": w.precision, "says": w.description, **w.before} for w in workers],
             "rows": found,
+            "mnn": peers_goals.beside(found, network, options.threads, options.busy),
             "not_run": [{"run": label, "why": why} for label, why in self.not_run],
         }
 
@@ -285,6 +330,8 @@ def show(report: dict[str, Any]) -> None:
         chains = ", ".join(f"{batch}: {seconds:.2f}" for batch, seconds in row["chain"].items())
         three = " | ".join(f"{row[name]:.2f}" for name in ("imports", "load", "first answer"))
         print(f"| {row['run']} | {row['precision']} | {three} | {chains} | {row['says']} |")
+    if report["busy"]:
+        print(f"\nBeside {report['busy']} processes that computed without pause in all rounds:")
     print("\n| run | | batch | ms per step | images/s | peak RSS | GPU memory | time ÷ ddpmx | goal |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in report["rows"]:
@@ -298,6 +345,7 @@ def show(report: dict[str, Any]) -> None:
             f"| {row['run']} | {row['precision']} | {row['batch']} | {row['ms_per_step']:.3g} | "
             f"{row['images_per_s']:.3g} | {row['peak_rss'] / 1e6:.0f} MB | {gpu} | {ratio} | {goal} |"
         )
+    peers_goals.show(report["mnn"])
     for entry in report["not_run"]:
         print(f"\nnot run: {entry['run']}: {entry['why']}")
 
@@ -330,8 +378,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda if a GPU is found")
     parser.add_argument("--threads", type=count, help="CPU threads of every run; by default all that there are")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "fp16"), default=["fp32", "fp16"], help="of exports")
+    parser.add_argument("--busy", type=count, default=0, metavar="N", help="N processes that compute without pause")
     parser.add_argument(
-        "--only", nargs="+", choices=tuple(PEERS), default=list(PEERS), help="these peers; by default all"
+        "--only", nargs="+", choices=tuple(PEERS), help="these peers; by default all that fit the device"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything, each time included")
     options = parser.parse_args(arguments)
@@ -340,6 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.steps = options.steps or (1000 if on_gpu else 10)
     options.batch = options.batch or ([1, 64] if on_gpu else [1, 8])
     options.threads = options.threads or os.cpu_count() or 1
+    options.only = options.only or [kind for kind in PEERS if not (on_gpu and kind in ON_CPU)]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         try:
             report = Bench(options, Path(folder), stack).run()

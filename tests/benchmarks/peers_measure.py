@@ -24,6 +24,9 @@ from ddpmx.sampling import chain
 
 RUNS = Path(__file__).with_name("peers_runs.py")
 
+OURS = ("ddpmx", "mnn", "mnn-low", "mnn1")
+"""The kinds that are ddpmx itself: on a file as it was passed or built, and on MNN, also in little memory or one thread."""
+
 EPS_BOUND = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2}
 """fp32: largest error ÷ largest ε. Others: RMS of the error ÷ RMS of ε."""
 
@@ -203,6 +206,43 @@ def check_steps(label: str, spec: ModelSpec, steps: int, walked: Mapping[str, ND
             raise Different(f"{label}: x_{{t−1}} is off by {error:.2g} at t = {t}, more than {STEP_BOUND:g}")
         worst = max(worst, error)
     return worst
+
+
+# --- the load --------------------------------------------------------------------------------------------------------
+
+_COMPUTE = """
+import os, sys
+import numpy
+parent, a = int(sys.argv[1]), numpy.ones((256, 256), numpy.float32)
+a @ a
+print(flush=True)
+while os.getppid() == parent:
+    a @ a
+"""
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """That many processes compute without pause meanwhile, in one thread each, pinned to no core.
+
+    Raises:
+        NotRun: one of them did not start, or ended early.
+    """
+    one = {**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")}
+    command = [sys.executable, "-c", _COMPUTE, str(os.getpid())]
+    with contextlib.ExitStack() as stack:
+        running = []
+        for _ in range(processes):
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=one)
+            stack.enter_context(process)  # waits for its end
+            stack.callback(process.kill)
+            running.append(process)
+        for process in running:
+            if process.stdout is None or not process.stdout.readline():
+                raise NotRun("a busy process did not start")
+        yield running
+        if any(process.poll() is not None for process in running):
+            raise NotRun("a busy process ended before the last round")
 
 
 # --- the measurement -------------------------------------------------------------------------------------------------

@@ -8,19 +8,21 @@ goes to standard error.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for `oracles`
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `oracles` and `benchmarks`
 
 SPACING = "leading"  # diffusers' default; at S = T there is only one
 
@@ -28,7 +30,7 @@ Float32 = NDArray[np.float32]
 
 
 class Ddpmx:
-    """ddpmx on an ONNX file or a plan."""
+    """ddpmx on an ONNX file, a plan or an MNN model."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         import ddpmx
@@ -40,12 +42,18 @@ class Ddpmx:
             import onnxruntime
 
             self.versions["onnxruntime"] = onnxruntime.__version__
+        if Path(job["file"]).suffix == ".mnn":
+            from ddpmx.mnn import library
+
+            self.versions["MNN"] = library.load().version()
 
     def load(self) -> str:
         from ddpmx import load
 
         self.pipeline = load(self.job["file"], **self._how())
         self.about = self.pipeline.spec.to_json()
+        if "MNN" in self.versions:  # which makes its copies later, as many as a batch has parts
+            return f"MNN {self.versions['MNN']}, CPU, threads: {self.job['threads']} at most"
         return self.pipeline.backend
 
     def _how(self) -> dict[str, Any]:
@@ -77,36 +85,32 @@ class Ddpmx:
         return self.pipeline.generate(batch, seed=seed, batch=batch, steps=steps, spacing=SPACING)
 
 
-class OrtLoop:
-    """A simple hand-written chain: ``session.run`` per step, NumPy's noise, new arrays everywhere."""
+class Loop:
+    """A simple hand-written chain: a call of some runtime per step, NumPy's noise, new arrays everywhere.
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        import onnxruntime
+    Args:
+        module: of the runtime, imported here.
+    """
 
+    def __init__(self, module: str, job: dict[str, Any]) -> None:
         from ddpmx.formats.spec import ModelSpec
 
-        self.job, self.versions = job, {"onnxruntime": onnxruntime.__version__}
+        self.job, self.module = job, module
+        self.versions = {module: importlib.import_module(module).__version__}
         spec = ModelSpec.from_json(job["spec"])
         if spec.prediction != "eps":
             raise ValueError(f"this loop is written for ε, and the file predicts {spec.prediction}")
         self.spec, self.alpha_bar = spec, np.cumprod(1 - spec.make_schedule().betas)
 
     def load(self) -> str:
-        import onnxruntime
+        """Open the file as ``runtimes.py`` does."""
+        from benchmarks.runtimes import RUNTIMES
 
-        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.job["device"]]
-        if provider not in onnxruntime.get_available_providers():
-            raise RuntimeError(f"onnxruntime {onnxruntime.__version__} has no {provider}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.job["threads"]
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(self.job["file"], options, providers=[provider])
-        if self.session.get_providers()[0] != provider:
-            raise RuntimeError(f"{provider} did not start")
-        return f"onnxruntime {onnxruntime.__version__}, {provider}"
+        _, self.call = RUNTIMES[self.module][1](self.job["file"], "eps", self.job["threads"])
+        return f"{self.module}, CPU"
 
     def eps(self, x: Float32, t: int) -> Float32:
-        out: Float32 = self.session.run(["eps"], {"x": x, "t": np.full(len(x), t, np.int32)})[0]
+        out: Float32 = self.call(x, np.full(len(x), t, np.int32))
         return out
 
     def step(self, t: int, previous: int, x: Float32, eps: Float32, rng: np.random.Generator) -> Float32:
@@ -137,6 +141,31 @@ class OrtLoop:
         for t, previous in zip(timesteps, [*timesteps[1:], -1], strict=True):
             x = self.step(t, previous, x, self.eps(x, t), rng)
         return np.round((x.transpose(0, 2, 3, 1).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+class OrtLoop(Loop):
+    """The same over ``session.run``, on a GPU too."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        super().__init__("onnxruntime", job)
+
+    def load(self) -> str:
+        import onnxruntime
+
+        provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[self.job["device"]]
+        if provider not in onnxruntime.get_available_providers():
+            raise RuntimeError(f"onnxruntime {onnxruntime.__version__} has no {provider}")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.job["threads"]
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(self.job["file"], options, providers=[provider])
+        if self.session.get_providers()[0] != provider:
+            raise RuntimeError(f"{provider} did not start")
+        return f"onnxruntime {onnxruntime.__version__}, {provider}"
+
+    def eps(self, x: Float32, t: int) -> Float32:
+        out: Float32 = self.session.run(["eps"], {"x": x, "t": np.full(len(x), t, np.int32)})[0]
+        return out
 
 
 class Diffusers:
@@ -271,6 +300,23 @@ class Plan:
         return f"{built.info.flavour} {built.info.version}, batch {batch}, built in {built.seconds:.1f} s"
 
 
+class MnnModel:
+    """Makes an MNN model as ``ddpmx build --for mnn`` does."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from ddpmx.mnn import library
+
+        self.job = job
+        self.versions = {"MNN": library.load().version()}
+
+    def load(self) -> str:
+        from ddpmx.mnn.build import build
+
+        built = build(self.job["onnx"], self.job["file"], low_memory=self.job["low_memory"])
+        record = built.info.record
+        return f"MNN {record.version}, parts of {record.part}, memory {record.memory}, made in {built.seconds:.1f} s"
+
+
 def small_network() -> Any:
     """The network of ``--small``: 1.1 million parameters."""
     from ddpm_export.networks.unet import UNetConfig
@@ -318,11 +364,17 @@ def ddpm_scheduler(values: dict[str, Any]) -> Any:
 
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "ddpmx": Ddpmx,
+    "mnn": Ddpmx,
+    "mnn-low": Ddpmx,
+    "mnn1": Ddpmx,
     "diffusers": Diffusers,
     "compile": Compiled,
     "ort": OrtLoop,
+    "openvino": partial(Loop, "openvino"),
+    "ncnn": partial(Loop, "ncnn"),
     "source": Source,
     "plan": Plan,
+    "mnn model": MnnModel,
 }
 
 

@@ -4,8 +4,8 @@
     python tests/benchmarks/runtimes.py model.onnx --batch 1,16 -o runtimes.json
 
 Each runtime is measured in a process of its own, since several bring their own OpenMP, with one thread. Those that take
-another format convert the file themselves (MNN). The figures of docs/runtimes.md come from here; a runtime that is not
-installed is named and left out.
+another format convert the file themselves (MNN, ncnn). The figures of docs/runtimes.md come from here; a runtime that is
+not installed is named and left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,30 +34,30 @@ Array = NDArray[Any]
 Run = Callable[[Array, Array], Array]
 
 
-def onnxruntime(path: str, output: str) -> tuple[str, Run]:
+def onnxruntime(path: str, output: str, threads: int = 1) -> tuple[str, Run]:
     """The reference."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return ort.__version__, lambda x, t: np.asarray(session.run([output], {"x": x, "t": t})[0])
 
 
-def openvino(path: str, output: str) -> tuple[str, Run]:
+def openvino(path: str, output: str, threads: int = 1) -> tuple[str, Run]:
     """As it is; with f32 as the inference precision, since some CPUs would take bf16."""
     import openvino as ov
 
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     model = ov.Core().compile_model(path, "CPU", settings)
     return ov.__version__, lambda x, t: np.array(model({"x": x, "t": t})[output])
 
 
-def opencv(path: str, output: str) -> tuple[str, Run]:
+def opencv(path: str, output: str, threads: int = 1) -> tuple[str, Run]:
     """As it is, by the engine that OpenCV chooses."""
     import cv2
 
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(threads)
     net = cv2.dnn.readNetFromONNX(path)
 
     def run(x: Array, t: Array) -> Array:
@@ -66,7 +68,7 @@ def opencv(path: str, output: str) -> tuple[str, Run]:
     return cv2.__version__, run
 
 
-def mnn(path: str, output: str) -> tuple[str, Run]:
+def mnn(path: str, output: str, threads: int = 1) -> tuple[str, Run]:
     """Converted by the extension module: the package's own script calls pip and logs usage."""
     import MNN
     import MNN.expr as expr
@@ -76,7 +78,7 @@ def mnn(path: str, output: str) -> tuple[str, Run]:
     script = "import sys, _tools; _tools.mnnconvert(['mnnconvert', *sys.argv[1:]])"
     command = ["-f", "ONNX", "--modelFile", path, "--MNNModel", target, "--bizCode", "x"]
     subprocess.run([sys.executable, "-c", script, *command], check=True, capture_output=True)
-    net = nn.load_module_from_file(target, ["x", "t"], [output], backend=expr.Backend.CPU, thread_num=1)
+    net = nn.load_module_from_file(target, ["x", "t"], [output], backend=expr.Backend.CPU, thread_num=threads)
 
     def run(x: Array, t: Array) -> Array:
         inputs = [expr.const(x, list(x.shape), expr.NCHW), expr.const(t, list(t.shape), expr.NCHW, expr.int)]
@@ -85,13 +87,53 @@ def mnn(path: str, output: str) -> tuple[str, Run]:
     return MNN.version(), run
 
 
-RUNTIMES: dict[str, tuple[str, Callable[[str, str], tuple[str, Run]]]] = {
+def ncnn(path: str, output: str, threads: int = 1) -> tuple[str, Run]:
+    """Converted by pnnx, in float32 and for one image at a time; t is passed as float32."""
+    import ncnn as engine
+
+    package = importlib.util.find_spec("pnnx")  # importing it would import torch
+    if package is None or package.origin is None:
+        raise RuntimeError("pnnx, which converts the file, is not installed")
+    spec = onnx_spec(Path(path), read_onnx(Path(path)))
+    net = engine.Net()
+    net.opt.num_threads = threads
+    net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = False
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(path, Path(folder, "model.onnx"))
+        shape = ",".join(map(str, (1, *spec.shape)))
+        command = [str(Path(package.origin).with_name("pnnx")), "model.onnx", f"inputshape=[{shape}],[1]i32", "fp16=0"]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        layers = Path(folder, "model.ncnn.param")
+        layers.write_text(without_casts(layers.read_text()))
+        if net.load_param(str(layers)) or net.load_model(str(Path(folder, "model.ncnn.bin"))):
+            raise RuntimeError("ncnn does not load the file that pnnx made")
+
+    def one(x: Array, t: float) -> Array:
+        extractor = net.create_extractor()
+        # an ncnn.Mat of an array does not keep that array alive
+        extractor.input("in0", engine.Mat(np.ascontiguousarray(x)).clone())
+        extractor.input("in1", engine.Mat(np.array([t], np.float32)).clone())
+        failed, eps = extractor.extract("out0")
+        if failed:
+            raise RuntimeError("ncnn failed to run the network")
+        return np.array(eps)
+
+    return engine.__version__, lambda x, t: np.stack([one(*pair) for pair in zip(x, t, strict=True)])
+
+
+def without_casts(layers: str) -> str:
+    """A .param file without casts, for which ncnn has no layer."""
+    return re.sub(r"^Tensor\.to ", "Noop      ", layers, flags=re.MULTILINE)
+
+
+RUNTIMES: dict[str, tuple[str, Callable[..., tuple[str, Run]]]] = {
     "onnxruntime": ("onnxruntime", onnxruntime),
     "openvino": ("openvino", openvino),
     "opencv": ("cv2", opencv),
     "mnn": ("MNN", mnn),
+    "ncnn": ("ncnn", ncnn),
 }
-"""The module that has to be there, and how the file is opened."""
+"""The module that has to be there, and how the file is opened: ``(path, output, threads)`` → (version, call)."""
 
 
 def inputs_of(path: Path, batch: int) -> tuple[str, Array, Array]:
