@@ -229,6 +229,8 @@ class Bench:
         def first_output(worker: Worker) -> None:
             with self.gpu.watch(worker):
                 worker.before["first answer"] = worker.ask("eps", file=probe, out=out)["seconds"]
+                if worker.kind in OURS:  # which opened its file a second time for ε
+                    worker.restart()
             with np.load(out) as arrays:
                 outputs[id(worker)] = arrays["eps"]
 

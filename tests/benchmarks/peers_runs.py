@@ -76,11 +76,6 @@ class Ddpmx:
         self.backend.enqueue()
         return buffers.out
 
-    def end_eps(self) -> None:
-        """Free what ``eps`` needs, so that its memory does not count as the chain's."""
-        self.backend.close()
-        self.backend = None
-
     def draw(self, batch: int, steps: int, seed: int) -> NDArray[Any]:
         return self.pipeline.generate(batch, seed=seed, batch=batch, steps=steps, spacing=SPACING)
 
@@ -396,7 +391,6 @@ def reply_to(run: Any, request: dict[str, Any]) -> dict[str, Any]:
         outputs = [run.eps(x, first)]
         seconds = time.perf_counter() - begun
         np.savez(request["out"], eps=np.stack(outputs + [run.eps(x, t) for t in rest]))
-        getattr(run, "end_eps", lambda: None)()
         return {"seconds": seconds}
     if what == "walk":
         with np.load(request["file"]) as arrays:

@@ -216,7 +216,7 @@ def test_mnn_s_run_is_ddpmx_on_a_model_built_here(gaussian_onnx, tmp_path):
     assert run.versions["MNN"] == library.load().version()
     x = np.random.default_rng(0).standard_normal((3, *spec.shape), np.float32)
     check_eps("mnn", "fp32", run.eps(x, 3), gaussian.optimal_eps(x, SCHEDULE, 3))
-    run.end_eps()
+    run.backend.close()
     assert run.draw(2, 5, 0).shape == (2, *spec.shape[1:], spec.shape[0])
     run.pipeline.close()
 
@@ -249,6 +249,7 @@ def test_the_command_runs_mnn_beside_busy_processes(tmp_path):
         assert each["times"] == peers_measure.ratios(other["seconds"], mine["seconds"])[0]
     (one,) = (each for each in report["mnn"] if each["beside"] == "ddpmx on MNN, one thread")
     assert one["goal"] == 1.0
+    assert {"imports", "load", "first answer", "chain"} <= set(report["before"][0])
     assert report["busy"] == 2
     assert "Beside 2 processes that computed without pause" in done.stdout
     assert "not run: ncnn in a loop: none of the files is an ONNX file that it takes" in done.stdout
