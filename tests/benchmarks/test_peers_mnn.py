@@ -221,6 +221,21 @@ def test_mnn_s_run_is_ddpmx_on_a_model_built_here(gaussian_onnx, tmp_path):
     run.pipeline.close()
 
 
+@pytest.mark.slow
+def test_a_restarted_run_is_a_new_process_with_the_times_of_the_first(gaussian_onnx, tmp_path):
+    job = {"file": str(gaussian_onnx), "threads": 1, "device": "cpu"}
+    worker = peers_measure.Worker("ddpmx", "fp32", "ddpmx", job, tmp_path / "log").prepare()
+    try:
+        first, worker.before["imports"] = worker.process, 123.0
+        worker.restart()
+        assert first.poll() == 0
+        assert worker.process.pid != first.pid
+        assert worker.before["imports"] == 123.0
+        assert worker.ask("draw", batch=2, steps=2, seed=0)["shape"] == [2, 8, 8, 3]
+    finally:
+        worker.close()
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
