@@ -20,6 +20,7 @@ from ddpmx.backends.ort_common import (
     plugin_devices,
     session_options,
 )
+from ddpmx.backends.ort_waiting import set_waiting
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats.spec import ModelSpec
 
@@ -38,6 +39,10 @@ class OrtBackend:
             error, since a chain that silently runs on the CPU looks like a slow chain.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         instead: the providers that it replaces, and why, for :attr:`description`.
+
+    Attributes:
+        provider: the provider in use, by ONNX Runtime's name.
+        sleeping: whether its threads sleep while they wait, since others compute here: see :mod:`.ort_waiting`.
 
     Raises:
         BackendError: ONNX Runtime is not installed, or lacks a provider.
@@ -67,6 +72,7 @@ class OrtBackend:
         available = available_providers(ort)
         options = session_options(ort)
         options.intra_op_num_threads = threads
+        self.sleeping = set_waiting(options, threads)
         taken: list[str] = []
         plugin = None  # ONNX Runtime takes a plugin by its devices, or providers by their names
         for name in dict.fromkeys(wanted):

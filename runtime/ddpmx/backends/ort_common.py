@@ -31,11 +31,6 @@ PLUGINS = {
 }
 """The packages of providers that are plugins and compute from host memory."""
 
-SPIN_MICROSECONDS = 20
-"""How long a waiting thread spins before it sleeps. By itself ONNX Runtime spins for tens of milliseconds, and takes CPU
-time from other processes, and from its own next step on a busy machine. It is no option that changes bits: how work is
-split depends on the number of threads alone. Versions before 1.26 ignore it."""
-
 _registering = threading.Lock()
 _registered: set[str] = set()
 
@@ -113,12 +108,11 @@ def no_provider(ort: Any, name: str) -> BackendError:
 
 
 def session_options(ort: Any) -> Any:
-    """Options for a session that logs errors only, and whose threads sleep while they wait."""
+    """Options for a session that logs errors only."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # else the file's name decides the format, and a checked ONNX file may be valid in another one as well
     options.add_session_config_entry("session.load_model_format", "ONNX")
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
     return options
 
 

@@ -130,7 +130,7 @@ def bench(
                     progress(f"batch {batch}, {name}", len(cells), len(chosen) * len(names))
                 cells.append(measure(batch, name))
         after = None if ordinal is None else machine.gpu_state(ordinal)
-        description = backend.description
+        description, sleeping = backend.description, getattr(backend, "sleeping", False)
     if all(cell.failed for cell in cells):
         raise BackendError(
             f"{path}: nothing could be measured",
@@ -143,7 +143,7 @@ def bench(
         settings={"executor": executor, "seconds": seconds, "steps": steps},
         cells=cells,
         left_out=left_out,
-        method=_method(cells, on_gpu=device is not None),
+        method=_method(cells, on_gpu=device is not None, sleeping=sleeping),
     )
 
 
@@ -291,7 +291,7 @@ def _plain(state: machine.GpuState) -> dict[str, Any]:
     return dataclasses.asdict(state) | {"slowed_by": list(state.slowed_by)}
 
 
-def _method(cells: Sequence[Cell], *, on_gpu: bool) -> list[str]:
+def _method(cells: Sequence[Cell], *, on_gpu: bool, sleeping: bool) -> list[str]:
     """Sentences that explain the figures of these cells."""
     measured = [cell for cell in cells if not cell.failed]
     lines = [
@@ -315,6 +315,11 @@ def _method(cells: Sequence[Cell], *, on_gpu: bool) -> list[str]:
             "over the chains.",
             "Memory: the peak of the process so far.",
         ]
+        if sleeping:
+            lines.append(
+                "Other processes computed here when the file was opened: ONNX Runtime's threads sleep while they wait. On an "
+                "idle machine they spin."
+            )
     if any(cell.extrapolated for cell in measured):
         lines.append(
             "*: extrapolated. Only the first steps of the full chain were measured, as many as the table shows; all T are "

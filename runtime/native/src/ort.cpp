@@ -104,9 +104,6 @@ class OrtNetwork : public Network {
     runtime_.check(api.SetSessionLogSeverityLevel(options.get(), ORT_LOGGING_LEVEL_FATAL), DDPMX_BACKEND, own);
     // otherwise the file's name decides its format, and a checked ONNX file might be valid in another one too
     runtime_.check(api.AddSessionConfigEntry(options.get(), "session.load_model_format", "ONNX"), DDPMX_BACKEND, own);
-    // as in ort_common.py, which says why: a waiting thread soon sleeps
-    runtime_.check(api.AddSessionConfigEntry(options.get(), "session.intra_op.spin_duration_us", "20"), DDPMX_BACKEND,
-                   own);
     if (threads) runtime_.check(api.SetIntraOpNumThreads(options.get(), threads), DDPMX_BACKEND, own);
     OrtStatus *status = api.CreateSession(env_.get(), path.c_str(), options.get(), session_.out());
     if (spec.precision == "bf16") {

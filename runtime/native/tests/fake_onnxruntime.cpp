@@ -26,7 +26,7 @@ struct OrtStatus : Malloced {
 struct OrtEnv : Malloced {};
 struct OrtSessionOptions : Malloced {
   int threads = 0;
-  bool is_onnx = false, sleeps = false;
+  bool is_onnx = false;
 };
 struct OrtMemoryInfo : Malloced {};
 struct OrtSession : Malloced {
@@ -83,8 +83,7 @@ OrtStatus *ORT_API_CALL set_threads(OrtSessionOptions *options, int threads) noe
 OrtStatus *ORT_API_CALL set_severity(OrtSessionOptions *, int) noexcept { return nullptr; }
 
 OrtStatus *ORT_API_CALL configure(OrtSessionOptions *options, const char *key, const char *value) noexcept {
-  if (!std::strcmp(key, "session.load_model_format")) options->is_onnx = !std::strcmp(value, "ONNX");
-  if (!std::strcmp(key, "session.intra_op.spin_duration_us")) options->sleeps = !std::strcmp(value, "20");
+  options->is_onnx = !std::strcmp(key, "session.load_model_format") && !std::strcmp(value, "ONNX");
   return nullptr;
 }
 
@@ -96,7 +95,6 @@ OrtStatus *ORT_API_CALL create_memory(OrtAllocatorType, OrtMemType, OrtMemoryInf
 OrtStatus *ORT_API_CALL create_session(const OrtEnv *, const ORTCHAR_T *path, const OrtSessionOptions *options,
                                        OrtSession **out) noexcept {
   if (!options->is_onnx) return error("the file's name decides its format");
-  if (!options->sleeps) return error("waiting threads spin");
   auto *session = new OrtSession;
   const char *slash = std::strrchr(path, '/');
   std::snprintf(session->name, sizeof session->name, "%s", slash ? slash + 1 : path);
