@@ -317,8 +317,8 @@ def _method(cells: Sequence[Cell], *, on_gpu: bool, sleeping: bool) -> list[str]
         ]
         if sleeping:
             lines.append(
-                "Other processes computed here when the file was opened: ONNX Runtime's threads sleep while they wait. On an "
-                "idle machine they spin."
+                "Other processes computed here when the file was opened: ONNX Runtime's threads sleep while they wait. On "
+                "an idle machine they spin."
             )
     if any(cell.extrapolated for cell in measured):
         lines.append(
