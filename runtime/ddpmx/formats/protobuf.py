@@ -15,8 +15,19 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     Raises:
         MalformedError: truncated, or not a protobuf message.
     """
+    for number, value, _ in raw_fields(view):
+        yield number, value
+
+
+def raw_fields(view: memoryview) -> Iterator[tuple[int, int | memoryview, memoryview]]:
+    """As :func:`fields`, and with each the bytes of the whole field, key included.
+
+    Raises:
+        MalformedError: truncated, or not a protobuf message.
+    """
     position, end = 0, len(view)
     while position < end:
+        begin = position
         key, position = varint(view, position)
         number, wire_type = key >> 3, key & 7
         if number == 0:
@@ -25,7 +36,7 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise MalformedError("a field numbered beyond 2^29 - 1")
         if wire_type == 0:
             value, position = varint(view, position)
-            yield number, value
+            yield number, value, view[begin:position]
             continue
         if wire_type == 2:
             length, position = varint(view, position)
@@ -35,8 +46,8 @@ def fields(view: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             raise MalformedError(f"a field of wire type {wire_type}")
         if position + length > end:
             raise MalformedError(f"{position + length - end} bytes are missing at the end")
-        yield number, view[position : position + length]
         position += length
+        yield number, view[position - length : position], view[begin:position]
 
 
 def varint(view: memoryview, position: int) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from ddpmx.formats.output_file import check_output
 from ddpmx.formats.plan_record import is_plain_name
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.mnn import library
+from ddpmx.mnn.graph import keep_images_apart
 
 _CONVERT = """
 import importlib.machinery, importlib.util, sys
@@ -112,19 +113,31 @@ def build(
     if not force and (there := _already(output, spec, record)):
         return BuiltMnn(there, 0.0, True)
     begun = time.monotonic()
-    network = _convert(real, library.converter(), cancel)
+    network = _convert(real, beside, library.converter(), cancel, apart=record.part > 1)
     data = mnn_file.describe_network(network, spec, record)
     with atomic_write(output) as stream:
         stream.write(data)
     return BuiltMnn(mnn_file.read_mnn(output), time.monotonic() - begun, False)
 
 
-def _convert(onnx: Path, tools: Path, cancel: Callable[[], bool] | None) -> bytes:
-    """What MNN's converter makes of an ONNX file. It runs in a process of its own: it prints, and may crash."""
+def _convert(onnx: Path, beside: list[Path], tools: Path, cancel: Callable[[], bool] | None, *, apart: bool) -> bytes:
+    """What MNN's converter makes of an ONNX file. It runs in a process of its own: it prints, and may crash.
+
+    With ``apart``, of a copy in which neighbours make no difference: see :mod:`ddpmx.mnn.graph`.
+    """
     with tempfile.TemporaryDirectory(prefix="ddpmx-") as folder:
-        made, log = Path(folder, "model.mnn"), Path(folder, "log")
+        made, log, source = Path(folder, "model.mnn"), Path(folder, "log"), onnx
+        if apart:
+            changed, convolutions = keep_images_apart(onnx.read_bytes())
+            if convolutions:
+                source = Path(folder, "model.onnx")
+                source.write_bytes(changed)
+                for file in beside:  # weights are looked for beside the copy
+                    link = Path(folder, file.relative_to(onnx.parent))
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(file)
         # without its flag --fp16, which also rounds the frequencies of the time embedding: an fp16 ONNX file does not
-        options = ["-f", "ONNX", "--modelFile", str(onnx), "--MNNModel", str(made), "--bizCode", "ddpmx"]
+        options = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(made), "--bizCode", "ddpmx"]
         with log.open("wb") as stream:
             command = [sys.executable, "-c", _CONVERT, str(tools), *options]
             process = subprocess.Popen(
