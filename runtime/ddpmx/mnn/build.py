@@ -75,7 +75,7 @@ def build(
         output: the file to write; by default beside the ONNX file. It appears only when it is complete.
         spec: of the model, for a file that does not describe itself.
         part: how many images run in one call, 1…64; by default :func:`default_part`.
-        low_memory: give up a quarter of the speed, and take less than half of the memory.
+        low_memory: take a sixth more time, and 60 % of the memory.
         force: convert even if the same file already exists.
         cancel: called repeatedly; the conversion stops if it returns True.
 
