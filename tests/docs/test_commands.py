@@ -51,6 +51,7 @@ NOT_RUN = {
     "pip install *": INSTALL,
     "pip uninstall *": INSTALL,
     "pre-commit install": INSTALL,
+    "sh .ci/native-tools": INSTALL,
     "python3 -m venv *": INSTALL,
     ". .venv/bin/activate": "is of the shell",
     "sudo *": SYSTEM,

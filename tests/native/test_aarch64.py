@@ -8,10 +8,8 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 import pytest
 
 import ddpmx
-from conftest import FASHION
 from ddpmx.backends.base import Buffers
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.formats import onnx_file, protobuf
@@ -31,9 +28,9 @@ from ddpmx.parity.reference import Reference
 from native.conftest import ROOT, SOURCE, build_native
 from oracles import parity
 from oracles import protobuf as write_protobuf
+from oracles.aarch64 import TOOLS, Unavailable, find_emulator, unpacked_wheels
 from oracles.conditioning import conditioning_of, onnx, spec_of
 
-TOOLS = ROOT / ".cache" / "native-tools"
 SYSROOT = Path("/usr/aarch64-linux-gnu")
 NOT_VERIFIED = "not verified here: libddpmx on aarch64 ({})"
 # The quick tests that may depend on the processor (sizes, threads, arithmetic, the sign of char).
@@ -51,13 +48,10 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def emulator() -> list[str]:
     """The command that runs a program of aarch64."""
-    for place in (TOOLS / "qemu-aarch64", "qemu-aarch64", "qemu-aarch64-static"):
-        if found := shutil.which(place):
-            output = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-            version = re.search(r"version (\d+)", output)
-            if version and int(version[1]) >= 8:  # older ones crash when they load ONNX Runtime
-                return [found, "-L", str(SYSROOT)]
-    pytest.skip(NOT_VERIFIED.format("no qemu-aarch64 of version 8 or later; .ci/native-tools gets one"))
+    try:
+        return [find_emulator(), "-L", str(SYSROOT)]
+    except Unavailable as why:
+        pytest.skip(NOT_VERIFIED.format(why))
 
 
 @pytest.fixture(scope="module")
@@ -77,27 +71,16 @@ def aarch64_build(emulator) -> Path:
 def aarch64_ort(emulator) -> Path:
     """ONNX Runtime for aarch64, of the same version as this Python's."""
     onnxruntime = pytest.importorskip("onnxruntime", reason=NOT_VERIFIED.format("no ONNX Runtime"))
-    folder = TOOLS / f"onnxruntime-{onnxruntime.__version__}-aarch64"
-    if not folder.exists():
-        TOOLS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=TOOLS) as work:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-            command += [f"--platform=manylinux_2_{minor}_aarch64" for minor in (28, 27, 17)]
-            command += ["--timeout=20", "--retries=1", f"--dest={work}", f"onnxruntime=={onnxruntime.__version__}"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                why = f"no ONNX Runtime for it: {done.stderr.strip()[-200:]}"
-                pytest.skip(NOT_VERIFIED.format(why))
-            (wheel,) = Path(work).glob("*.whl")
-            unpacked = Path(work) / "unpacked"
-            unpacked.mkdir()
-            with zipfile.ZipFile(wheel) as archive:
-                for name in archive.namelist():
-                    if Path(name).name.startswith("libonnxruntime.so."):
-                        (unpacked / Path(name).name).write_bytes(archive.read(name))
-            with contextlib.suppress(OSError):  # another process was faster
-                unpacked.rename(folder)
-    (library,) = folder.iterdir()
+    version = onnxruntime.__version__
+    try:
+        folder = unpacked_wheels(
+            TOOLS / f"onnxruntime-{version}-aarch64",
+            f"onnxruntime=={version}",
+            wanted=lambda name: Path(name).name.startswith("libonnxruntime.so."),
+        )
+    except Unavailable as why:
+        pytest.skip(NOT_VERIFIED.format(why))
+    (library,) = folder.rglob("libonnxruntime.so.*")
     return library
 
 
@@ -322,27 +305,14 @@ def test_the_chain_of_a_closed_form(emulated, aarch64_ort, gaussian_onnx, tmp_pa
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, Reference]:
-    """A trained U-Net that is small enough for an emulator, with convolutions, norms and attention, and the record of
-    PyTorch's outputs.
-    """
+    """A trained network, and the record of PyTorch's outputs."""
     pytest.importorskip("torch", reason=NOT_VERIFIED.format("a trained network: no torch"))
     from ddpm_export.graph.onnx_export import export_network
-    from ddpm_export.networks.unet import UNetConfig
     from ddpm_export.proof.record import record
-    from ddpm_export.training.checkpoint import load_network
-    from ddpm_export.training.data import load_dataset
-    from ddpm_export.training.train import Trainer, TrainSettings
+    from oracles.tiny import train
 
     folder = tmp_path_factory.mktemp("tiny")
-    with np.load(FASHION) as archive:
-        images = archive["images"]
-    halves = images.reshape(len(images), 8, 2, 8, 2).mean(axis=(2, 4)).astype(np.uint8)
-    np.savez(folder / "images.npz", images=halves)
-    dataset = load_dataset(folder / "images.npz")
-    network = UNetConfig(1, 1, (8, 8), 8, (1, 2), 1, (4,), 0.0, 4)
-    settings = TrainSettings(batch=64, lr=4e-3, warmup=20, ema=0.95, ema_ramp=True, hflip=False)
-    Trainer(folder / "run", dataset, ModelSpec(dataset.shape), network, settings, device="cpu").train(80)
-    module, spec = load_network(folder / "run")
+    module, spec = train(folder)
     export_network(module, spec, folder / "tiny.onnx")
     return folder / "tiny.onnx", record(module, spec, steps=20)
 

@@ -7,6 +7,7 @@ no difference; how many images are in it does, and so does an image's place: bot
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from ddpmx.backends.base import VARIANCE, Buffers
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats.mnn_file import MnnInfo, rebuild_command
-from ddpmx.formats.spec import input_type
+from ddpmx.formats.spec import ModelSpec, input_type
 from ddpmx.mnn import library
 
 MAX_THREADS = 256
@@ -28,10 +29,8 @@ MAX_THREADS = 256
 _PRECISION_NORMAL, _PRECISION_LOW = 0, 2  # of MNN's BackendConfig; by name each session would print a line
 _WINOGRAD_MEMORY = 3  # of MNN's HintMode: how much memory transformed weights may take
 _WINOGRAD_LEVELS = {"normal": 3, "low": 1}
-_FP16_MACHINES = (
-    "aarch64",
-    "arm64",
-)  # where MNN computes in half, if the CPU does; elsewhere a half network runs in float32
+_WINOGRAD_IN_HALF = 1  # MNN sums in half as well, and then large tiles cost two to three times the precision
+_HWCAP, _FPHP, _ASIMDHP = 16, 1 << 9, 1 << 10  # of Linux' <elf.h> and its <asm/hwcap.h> for aarch64
 
 
 class MnnBackend:
@@ -62,9 +61,10 @@ class MnnBackend:
 
     @property
     def description(self) -> str:
-        """Library, version, and how many threads compute."""
+        """Library, version, whether it computes in half, and how many threads do."""
         used = max(1, len(self._copies))
-        return f"MNN {self._module.version()}, CPU, {used} thread{'s' if used > 1 else ''}"
+        half = " in half" if _in_half(self._info.spec) else ""
+        return f"MNN {self._module.version()}, CPU{half}, {used} thread{'s' if used > 1 else ''}"
 
     @property
     def largest_part(self) -> int:
@@ -136,9 +136,10 @@ class _Copy:
         self._mnn, self._spec, self._record = module, spec, info.record
         try:
             self._network = module.Interpreter(os.fspath(path))
-            self._network.setSessionHint(_WINOGRAD_MEMORY, _WINOGRAD_LEVELS[info.record.memory])
-            low = spec.precision == "fp16" and platform.machine().lower() in _FP16_MACHINES
-            precision = _PRECISION_LOW if low else _PRECISION_NORMAL
+            half = _in_half(spec)
+            level = _WINOGRAD_IN_HALF if half else _WINOGRAD_LEVELS[info.record.memory]
+            self._network.setSessionHint(_WINOGRAD_MEMORY, level)
+            precision = _PRECISION_LOW if half else _PRECISION_NORMAL
             self._session = self._network.createSession({"backend": "CPU", "numThread": 1, "precision": precision})
         except Exception as error:  # MNN raises plain exceptions
             raise FileFormatError(f"{path}: MNN {module.version()} refuses this file", note=str(error)[:300]) from error
@@ -220,6 +221,19 @@ def _shown(tensor: tuple[Any, tuple[int, ...]] | None) -> str:
 def _run_all(copy: _Copy, left: Iterator[Buffers]) -> None:
     for part in left:
         copy.run(part)
+
+
+def _in_half(spec: ModelSpec) -> bool:
+    """Whether a network is computed in half: an fp16 file's, on an ARM CPU that can. MNN asks for the same features."""
+    if spec.precision != "fp16" or platform.machine() != "aarch64":
+        return False
+    try:
+        getauxval = ctypes.CDLL(None).getauxval
+    except (OSError, AttributeError):  # not Linux
+        return False
+    getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    features: int = getauxval(_HWCAP)
+    return bool(features & _FPHP and features & _ASIMDHP)
 
 
 def _cores() -> int:
