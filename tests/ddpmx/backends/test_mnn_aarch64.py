@@ -93,7 +93,7 @@ def apart(images: Path, model: Path) -> np.ndarray:
     """By how many levels the pixels of ``images`` differ from ONNX Runtime's."""
     with ddpmx.load(model, threads=1) as pipeline:
         expected = pipeline.generate(6, seed=5, sampler="ddim", steps=4)
-    assert expected.std() > 50, "images, not a flat grey"
+    assert expected.std() > 10, "images, not a flat grey"
     return np.abs(np.load(images) - expected.astype(int))
 
 
