@@ -145,15 +145,16 @@ class _Copy:
             raise FileFormatError(f"{path}: MNN {module.version()} refuses this file", note=str(error)[:300]) from error
         self._names = {"out": spec.prediction, "var": VARIANCE}
         self._check(path)
-        self._batch = 0
+        self._bound = (0, False)
         self._tensors: dict[str, Any] = {}
         self._views: dict[str, NDArray[Any]] = {}
 
     def bind(self, batch: int, buffers: Buffers) -> None:
         """Prepare the network for ``batch`` images with the arrays of ``buffers``."""
-        if batch == self._batch:
+        bound = (batch, buffers.var is not None)  # a chain of fixed σ reads no var, whatever the network has
+        if bound == self._bound:
             return
-        self._batch = 0
+        self._bound = (0, False)
         network, session = self._network, self._session
         inputs, outputs = buffers.inputs(), buffers.outputs()
         try:
@@ -167,7 +168,7 @@ class _Copy:
             self._outputs = [(name, network.getSessionOutput(session, self._names[name])) for name in outputs]
         except Exception as error:
             raise BackendError("MNN does not take these arrays", note=str(error)[:300]) from error
-        self._batch = batch
+        self._bound = bound
 
     def run(self, part: Buffers) -> None:
         """Compute the outputs of a part. Where it has fewer images than the others, its last one fills it up."""

@@ -159,6 +159,14 @@ def _convert(onnx: Path, beside: list[Path], tools: Path, cancel: Callable[[], b
             raise BackendError(
                 f"{onnx}: MNN's converter cannot convert this file", note=f"{ended}: {said[-300:] or 'it said nothing'}"
             )
+        try:
+            library.load().Interpreter(str(made))  # the converter ends with 0 even where the disk was full
+        except Exception as error:  # MNN raises plain exceptions
+            raise BackendError(
+                f"{onnx}: MNN's converter wrote a file that MNN refuses",
+                note=f"{made.stat().st_size} bytes: {str(error)[:300]}",
+                hint=f"there may be no room for temporary files: free some space in {tempfile.gettempdir()}",
+            ) from error
         return made.read_bytes()
 
 

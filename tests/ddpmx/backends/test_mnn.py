@@ -105,6 +105,17 @@ def test_a_learned_variance_is_read(tmp_path):
     np.testing.assert_allclose(buffers.var, buffers.x / 2, rtol=1e-6)  # as the file computes it
 
 
+def test_a_chain_that_reads_no_variance_runs_before_and_after_one_that_does(tmp_path):
+    spec = conditioning.spec_of("classes", variance="learned_range")
+    (tmp_path / "m.onnx").write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    build(tmp_path / "m.onnx")
+    chains = ({"sampler": "ddim", "steps": 5}, {"sampler": "ancestral"}, {"sampler": "ddim", "steps": 5})
+    with ddpmx.load(tmp_path / "m.mnn") as pipeline, ddpmx.load(tmp_path / "m.onnx") as expected:
+        for chain in chains:
+            images = (each.generate(3, seed=1, labels=[0, 1, 2], **chain).astype(int) for each in (pipeline, expected))
+            assert np.abs(next(images) - next(images)).max() <= 1
+
+
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 

@@ -186,6 +186,19 @@ def test_a_converter_that_fails_leaves_the_old_file(onnx, monkeypatch, code, wor
     assert sorted(path.name for path in onnx.parent.iterdir()) == ["model.mnn", "model.onnx"]
 
 
+def test_a_file_that_the_converter_cut_short_leaves_the_old_one(onnx, monkeypatch):
+    """MNN's converter ends with 0 on a full disk."""
+    build(onnx)
+    before = onnx.with_suffix(".mnn").read_bytes()
+    cut = (
+        "\nimport os; file = sys.argv[sys.argv.index('--MNNModel') + 1]; os.truncate(file, os.path.getsize(file) // 2)"
+    )
+    monkeypatch.setattr(mnn_build, "_CONVERT", mnn_build._CONVERT + cut)
+    with pytest.raises(BackendError, match="wrote a file that MNN refuses"):
+        build(onnx, force=True)
+    assert onnx.with_suffix(".mnn").read_bytes() == before
+
+
 def test_a_conversion_can_be_cancelled(onnx, monkeypatch):
     monkeypatch.setattr(mnn_build, "_CONVERT", "import time; time.sleep(60)")
     calls = iter([False, True])
