@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ddpmx.backends.base import VARIANCE, Buffers
 from ddpmx.errors import BackendError, FileFormatError, InputError
-from ddpmx.formats.mnn_file import MnnInfo, rebuild_command
+from ddpmx.formats.mnn_file import MnnInfo, read_mnn, rebuild_command
 from ddpmx.formats.spec import ModelSpec, input_type
 from ddpmx.mnn import library
 
@@ -57,6 +57,7 @@ class MnnBackend:
         self._pool: ThreadPoolExecutor | None = None
         self._parts: list[Buffers] = []
         self._closed = False
+        self._opened = _identity(self._path)
         self._copy(0)
 
     @property
@@ -80,6 +81,7 @@ class MnnBackend:
 
         Raises:
             BackendError: it is closed, or its graph lacks an input or output.
+            FileFormatError: another copy is needed, and the file has changed since it was opened.
         """
         if self._closed:
             raise BackendError(f"{self.description}: the file is closed")
@@ -111,7 +113,12 @@ class MnnBackend:
             raise error
 
     def share(self) -> MnnBackend:
-        """A backend of the same file for another thread, with copies and buffers of its own."""
+        """A backend of the same file for another thread, with copies and buffers of its own.
+
+        Raises:
+            FileFormatError: the file has changed since it was opened.
+        """
+        self._check_unchanged()
         return MnnBackend(self._path, self._info, threads=self._threads)
 
     def close(self) -> None:
@@ -124,8 +131,14 @@ class MnnBackend:
 
     def _copy(self, number: int) -> _Copy:
         if number == len(self._copies):
+            self._check_unchanged()
             self._copies.append(_Copy(self._module, self._path, self._info))
         return self._copies[number]
+
+    def _check_unchanged(self) -> None:
+        """Every copy reads the file again: of another one, some images of a batch would come from another network."""
+        if _identity(self._path) != self._opened and read_mnn(self._path) != self._info:
+            raise FileFormatError(f"{self._path}: has changed since it was opened", hint="load it again")
 
 
 class _Copy:
@@ -235,6 +248,15 @@ def _in_half(spec: ModelSpec) -> bool:
     getauxval.argtypes, getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
     features: int = getauxval(_HWCAP)
     return bool(features & _FPHP and features & _ASIMDHP)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written; None if it cannot be asked."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _cores() -> int:

@@ -272,6 +272,25 @@ def test_what_mnn_refuses_is_an_error(tmp_path):
         ddpmx.load(tmp_path / "x.mnn")
 
 
+def test_a_file_that_changed_while_open_gives_no_more_copies(garments, tmp_path):
+    path, new = tmp_path / "x.mnn", tmp_path / "new.mnn"
+    path.write_bytes(garments.read_bytes())
+    with ddpmx.load(path, threads=3) as pipeline:
+        images = pipeline.generate(2, seed=5, **DDIM)
+        new.write_bytes(garments.read_bytes())
+        new.replace(path)
+        with pipeline.share() as other:  # another file of the same content
+            assert np.array_equal(other.generate(2, seed=5, **DDIM), images)
+        info = read_mnn(path)
+        network = path.read_bytes()[: path.read_bytes().rindex(b"ddpmx1 ") - 4]
+        new.write_bytes(describe_network(network + bytes(4), info.spec, info.record))
+        new.replace(path)
+        assert np.array_equal(pipeline.generate(2, seed=5, **DDIM), images)
+        for more in (pipeline.share, lambda: pipeline.generate(24, seed=5, batch=24, **DDIM)):
+            with pytest.raises(FileFormatError, match="has changed since it was opened"):
+                more()
+
+
 def test_options_of_other_files_are_refused(garments):
     with pytest.raises(InputError, match="carries its own spec"):
         ddpmx.load(garments, spec=ModelSpec((1, 16, 16)))
