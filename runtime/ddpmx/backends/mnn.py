@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,10 @@ class MnnBackend:
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="ddpmx-mnn")
-        others = [self._pool.submit(_run_all, copy, left) for copy in used[1:]]
+        others: list[Future[None]] = []
         try:
+            for copy in used[1:]:
+                others.append(self._pool.submit(_run_all, copy, left))
             _run_all(used[0], left)
         finally:
             for _ in left:  # after an error or Ctrl-C: nobody begins another

@@ -199,8 +199,8 @@ def describe_network(network: bytes, spec: ModelSpec, record: MnnRecord) -> byte
 
 def rebuild_command(path: str | os.PathLike[str], record: MnnRecord) -> str:
     """The command that makes this file again."""
-    low = ["--low-memory"] * (record.memory == "low")
-    return shlex.join(["ddpmx", "build", record.source, "--for", "mnn", *low, "-o", os.fspath(path)])
+    options = ["--part", str(record.part), *["--low-memory"] * (record.memory == "low")]
+    return shlex.join(["ddpmx", "build", record.source, "--for", "mnn", *options, "-o", os.fspath(path)])
 
 
 def _padding(length: int) -> int:

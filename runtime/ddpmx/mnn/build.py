@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, FileFormatError, InputError
 from ddpmx.formats import mnn_file, model_file, onnx_file
-from ddpmx.formats.atomic import atomic_write
+from ddpmx.formats.atomic import atomic_write, write_error
 from ddpmx.formats.mnn_file import MAX_PART, MnnInfo, MnnRecord
 from ddpmx.formats.output_file import check_output
 from ddpmx.formats.plan_record import is_plain_name
@@ -113,7 +113,10 @@ def build(
     if not force and (there := _already(output, spec, record)):
         return BuiltMnn(there, 0.0, True)
     begun = time.monotonic()
-    network = _convert(real, beside, library.converter(), cancel, apart=record.part > 1)
+    try:
+        network = _convert(real, beside, library.converter(), cancel, apart=record.part > 1)
+    except OSError as error:  # of temporary files
+        raise write_error(output, error) from error
     data = mnn_file.describe_network(network, spec, record)
     with atomic_write(output) as stream:
         stream.write(data)

@@ -168,6 +168,6 @@ def test_a_file_without_room_for_a_description_is_not_written():
 
 def test_the_hint_makes_the_file_again(path):
     record = dataclasses.replace(RECORD, source="a model.onnx")
-    assert files.rebuild_command(path, record) == f"ddpmx build 'a model.onnx' --for mnn -o {path}"
+    assert files.rebuild_command(path, record) == f"ddpmx build 'a model.onnx' --for mnn --part 4 -o {path}"
     low = dataclasses.replace(record, memory="low")
-    assert files.rebuild_command(path, low) == f"ddpmx build 'a model.onnx' --for mnn --low-memory -o {path}"
+    assert files.rebuild_command(path, low) == f"ddpmx build 'a model.onnx' --for mnn --part 4 --low-memory -o {path}"

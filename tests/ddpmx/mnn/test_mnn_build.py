@@ -225,3 +225,13 @@ def test_an_old_mnn_is_named(onnx, monkeypatch):
     monkeypatch.setitem(sys.modules, "MNN", Old)
     with pytest.raises(BackendError, match="too old"):
         build(onnx)
+
+
+def test_a_full_disk_for_temporary_files_is_an_error_about_the_output(onnx, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    with pytest.raises(OutputError, match=r"model\.mnn: cannot be written") as caught:
+        build(onnx)
+    assert caught.value.note == "No space left on device; nothing was left behind"
