@@ -789,12 +789,12 @@ _MAKERS: dict[str, Callable[[random.Random, bool], tuple[str, Files]]] = {
     "onnx": _onnx,
     "plan": _plan,
     "plan+sidecar": _sidecar,
-    "mnn": _mnn,
     "spec": _spec,
     "images": _images_npz,
     "parity": _parity_npz,
     "safetensors": _safetensors,
     "checkpoint": _checkpoint_json,
+    "mnn": _mnn,
 }
 KINDS = tuple(_MAKERS)
 

@@ -287,6 +287,7 @@ CHAINS = "chains on the GPU"
 EVERYTHING = {
     "torch": {"version": "2.9.0", "cuda": "12.6", "gpu": True},
     "onnxruntime": {"version": "1.23.0", "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]},
+    "MNN": {"version": "3.6.1", "no_converter": None},
     "TensorRT": {"version": "10.3.0", "libraries": ["/usr/lib/libnvinfer.so.10"]},
     "TensorRT-RTX": {"version": "1.7.1.116", "libraries": []},
     CHAINS: {"version": "by CUDA 12.6", "why_no_while": None},
@@ -335,7 +336,9 @@ def test_without_a_gpu_only_what_needs_none_works(examine):
 
 def test_every_finding_names_what_is_missing(examine):
     missing = {"missing": "no"}
-    findings = examine(NO_GPU, False, torch=missing, onnxruntime=missing, TensorRT=missing, TensorRT_RTX=missing)
+    findings = examine(
+        NO_GPU, False, torch=missing, onnxruntime=missing, MNN=missing, TensorRT=missing, TensorRT_RTX=missing
+    )
     assert not any(finding.works for finding in findings.values())
     assert "torch, safetensors, onnx, onnxscript" in findings["export"].why
     assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
@@ -347,6 +350,14 @@ def test_an_onnxruntime_without_cuda_is_distinguished_from_a_missing_gpu(examine
     cpu = {"version": "1.23.0", "providers": ["CPUExecutionProvider"]}
     assert "onnxruntime-gpu" in examine(onnxruntime=cpu)["generate --provider cuda"].fix
     assert examine(NO_GPU, onnxruntime=cpu)["generate --provider cuda"].fix is None
+
+
+def test_an_mnn_without_its_converter_is_a_finding(examine):
+    what = "build --for mnn, generate, parity with an .mnn"
+    assert examine()[what].why == "MNN 3.6.1"
+    without = examine(MNN={"version": "3.6.1", "no_converter": "this MNN comes without its converter"})[what]
+    assert (without.works, without.why) == (False, "MNN 3.6.1, but this MNN comes without its converter")
+    assert examine(MNN={"missing": "MNN is not installed"})[what].fix == "pip install 'ddpmx[mnn]'"
 
 
 def test_the_executor_of_plans_is_named_with_its_reason(examine):
