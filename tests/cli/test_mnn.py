@@ -100,7 +100,7 @@ def test_info_needs_no_mnn(ddpmx, refused, tmp_path, monkeypatch):
 
 def test_other_commands_refuse_it_by_its_kind(refused, onnx, tmp_path):
     (tmp_path / "m.mnn").write_bytes(mnn_file())
-    assert "not an ONNX file" in refused("build", tmp_path / "m.mnn", "-o", tmp_path / "x.plan")
+    assert "not an ONNX file" in refused("build", tmp_path / "m.mnn", "--for", "mnn", "-o", tmp_path / "x.mnn")
     assert "an MNN model, and not an ONNX file" in refused(
         "adopt", tmp_path / "m.mnn", "--like", onnx, "-o", tmp_path / "x.onnx"
     )
