@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -49,15 +50,13 @@ def bench(
 ) -> None:
     """Measure a model file on this machine: ms per step, images per second, and what the chain adds to the network."""
     from ddpmx.bench.measure import bench as measure
-    from ddpmx.errors import OutputError
     from ddpmx.formats import model_file
-    from ddpmx.formats.atomic import atomic_write, check_replaceable
+    from ddpmx.formats.atomic import atomic_write
+    from ddpmx.formats.output_file import begins_with, check_output
 
     batches = None if batch is None else parse_numbers("--batch", batch)
     if out is not None:  # checked before minutes are spent
-        if not out.parent.is_dir():
-            raise OutputError(f"{out}: there is no folder {out.parent}", hint="create it, or choose another -o")
-        check_replaceable(out, what="a JSON file", suffixes=(), begins=(b"{",))
+        check_output(out, [], what="a JSON file", suffix="", is_ours=partial(begins_with, begins=(b"{",)))
     description = model_file.read_spec(spec) if spec is not None else None
     with phases("measuring") as progress:
         report = measure(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from ddpmx.device.cores import usable_cores
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -19,7 +20,7 @@ def in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_O
 
     Only a few items are begun ahead, so that an exception (of the work, or Ctrl-C) ends it soon.
     """
-    threads = min(MOST, _cores(), len(items))
+    threads = min(MOST, usable_cores(), len(items))
     if threads <= 1:
         yield from map(work, items)
         return
@@ -35,10 +36,3 @@ def in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> Iterator[_O
         finally:
             for future in begun:
                 future.cancel()
-
-
-def _cores() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

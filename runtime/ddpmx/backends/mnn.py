@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import VARIANCE, Buffers
+from ddpmx.device.cores import usable_cores
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats.mnn_file import MnnInfo, read_mnn, rebuild_command
 from ddpmx.formats.spec import ModelSpec, input_type
@@ -51,7 +52,7 @@ class MnnBackend:
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"threads must be from 0 to {MAX_THREADS}, not {threads}", hint="0 for one per core")
         self._module = library.load()
-        self._path, self._info, self._threads = Path(path), info, threads or _cores()
+        self._path, self._info, self._threads = Path(path), info, threads or usable_cores()
         self._part = info.record.part
         self._copies: list[_Copy] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -259,9 +260,3 @@ def _identity(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

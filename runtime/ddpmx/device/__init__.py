@@ -1,1 +1,1 @@
-"""The NVIDIA driver by ctypes, and which GPUs it sees."""
+"""The NVIDIA driver by ctypes, which GPUs it sees, and how many cores there are."""

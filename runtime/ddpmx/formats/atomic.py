@@ -233,28 +233,6 @@ def foreign_writer(path: str | os.PathLike[str], *errors: type[Exception]) -> It
         raise write_error(path, error) from error
 
 
-def check_replaceable(path: Path, *, what: str, suffixes: tuple[str, ...], begins: tuple[bytes, ...]) -> None:
-    """Refuse to overwrite a file of another kind.
-
-    Args:
-        path: the file to be written.
-        what: the kind of file, for the message: "a plan".
-        suffixes: lower-case suffixes; a file with one of them may be replaced. None: what is in the file decides.
-        begins: the first bytes of files of this kind, which may be replaced whatever their name. So may an empty file.
-
-    Raises:
-        OutputError: there is a file of another kind.
-    """
-    if path.suffix.lower() in suffixes or not path.is_file():
-        return
-    with contextlib.suppress(OSError), path.open("rb") as stream:
-        head = stream.read(16)
-        if not head or head.startswith(begins):
-            return
-    hint = f"-o NAME{suffixes[0]}" if suffixes else "another -o"
-    raise OutputError(f"refusing to overwrite {path}: not {what}", hint=hint)
-
-
 def write_error(path: str | os.PathLike[str], error: Exception) -> OutputError:
     """The :class:`OutputError` for an error that was raised while ``path`` was written."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)

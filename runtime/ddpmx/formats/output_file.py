@@ -1,4 +1,4 @@
-"""What is refused before a model file is written, however long its making takes."""
+"""What is refused before a file is written, however long its making takes."""
 
 from __future__ import annotations
 

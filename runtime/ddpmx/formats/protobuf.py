@@ -1,4 +1,4 @@
-"""Protobuf's wire format, read field by field: nothing is copied, and every length is checked before it is used."""
+"""Protobuf's wire format: read field by field, nothing copied and every length checked before it is used; and written."""
 
 from __future__ import annotations
 
@@ -97,3 +97,19 @@ def as_number(value: int | memoryview) -> int:
     if not isinstance(value, int):
         raise MalformedError("a message in place of a number")
     return value
+
+
+def write_field(number: int, value: int | bytes | str) -> bytes:
+    """A field: a number, 0 or more, as a varint; bytes, or a text as :func:`as_text` reads it, with their length."""
+    if isinstance(value, int):
+        return _write_varint(number << 3) + _write_varint(value)
+    data = value.encode("utf-8", errors="surrogateescape") if isinstance(value, str) else value
+    return _write_varint(number << 3 | 2) + _write_varint(len(data)) + data
+
+
+def _write_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])

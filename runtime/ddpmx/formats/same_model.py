@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 from ddpmx.errors import DdpmxError, InputError, OutputError
-from ddpmx.formats import onnx_file
-from ddpmx.formats.atomic import check_replaceable
+from ddpmx.formats import onnx_file, output_file
 from ddpmx.formats.spec import ModelSpec
 
 _NOT_THE_MODEL = {"precision": "fp32", "weights": None, "ddpmx": ""}
@@ -23,15 +23,17 @@ def check_output(output: Path) -> None:
     Raises:
         OutputError, InputError: it cannot, or something else is there.
     """
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder", hint=f"-o {shlex.quote(str(output / 'model.onnx'))}")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}", hint="create it, or choose another -o")
-    if output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
+    if not output.is_dir() and output.suffix.lower() in (".plan", ".engine", ".npz", ".json", ".safetensors"):
         raise InputError(
             f"{output}: not a name for an ONNX file", hint=f"-o {shlex.quote(str(output.with_suffix('.onnx')))}"
         )
-    check_replaceable(output, what="an ONNX file", suffixes=(".onnx",), begins=(_BEGINS,))
+    output_file.check_output(
+        output,
+        [],
+        what="an ONNX file",
+        suffix=".onnx",
+        is_ours=lambda path: path.suffix.lower() == ".onnx" or output_file.begins_with(path, (_BEGINS,)),
+    )
 
 
 def check_record(record: Path) -> None:
@@ -40,9 +42,8 @@ def check_record(record: Path) -> None:
     Raises:
         OutputError: there is such a file.
     """
-    if record.exists() and not record.is_file():
-        raise OutputError(f"{record}: exists and is not a regular file", hint="another -o")
-    check_replaceable(record, what="a parity record", suffixes=(), begins=(b"PK\x03\x04",))
+    is_ours = partial(output_file.begins_with, begins=(b"PK\x03\x04",))
+    output_file.check_output(record, [], what="a parity record", suffix="", is_ours=is_ours)
 
 
 def check_same_model(path: Path, spec: ModelSpec) -> str | None:

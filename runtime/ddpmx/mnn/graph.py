@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ddpmx.errors import FileFormatError
-from ddpmx.formats.protobuf import MalformedError, as_message, as_number, as_text, fields, packed, raw_fields
+from ddpmx.formats.protobuf import (
+    MalformedError,
+    as_message,
+    as_number,
+    as_text,
+    fields,
+    packed,
+    raw_fields,
+    write_field,
+)
 
 _FIRST, _LAST, _AXIS = "ddpmx/first", "ddpmx/before_last", "ddpmx/width"
 _CONSTANTS = {_FIRST: 0, _LAST: -1, _AXIS: 3}
@@ -36,7 +45,7 @@ def keep_images_apart(model: bytes) -> tuple[bytes, int]:
         for number, value, raw in raw_fields(memoryview(model)):
             if number == _GRAPH:
                 graph, changed = _graph(as_message(value))
-                parts.append(_field(_GRAPH, graph))
+                parts.append(write_field(_GRAPH, graph))
             else:
                 parts.append(raw)
         return b"".join(parts), changed
@@ -49,12 +58,12 @@ def _graph(view: memoryview) -> tuple[bytes, int]:
     changed = 0
     for number, value, raw in raw_fields(view):
         if number == _NODE and (nodes := _apart(as_message(value))) is not None:
-            parts += (_field(_NODE, node) for node in nodes)
+            parts += (write_field(_NODE, node) for node in nodes)
             changed += 1
         else:
             parts.append(raw)
     if changed:
-        parts += (_field(_INITIALIZER, _constant(name, value)) for name, value in _CONSTANTS.items())
+        parts += (write_field(_INITIALIZER, _constant(name, value)) for name, value in _CONSTANTS.items())
     return b"".join(parts), changed
 
 
@@ -85,10 +94,11 @@ def _apart(node: memoryview) -> tuple[bytes, bytes] | None:
         for number, value, raw in inside
         if number != _OUTPUT and not (number == _ATTRIBUTE and next(_values(value))[0] == "pads")
     ]
-    pads = _text(1, "pads") + b"".join(_number(8, count) for count in (0, 0, 0, 1)) + _number(20, _INTS)
-    padded = b"".join(parts) + _text(_OUTPUT, wide) + _field(_ATTRIBUTE, pads)
-    cut = b"".join(_text(1, name) for name in (wide, _FIRST, _LAST, _AXIS))
-    return padded, cut + _text(_OUTPUT, outputs[0]) + _text(3, f"{outputs[0]}/narrow") + _text(_OP_TYPE, "Slice")
+    pads = write_field(1, "pads") + b"".join(write_field(8, count) for count in (0, 0, 0, 1)) + write_field(20, _INTS)
+    padded = b"".join(parts) + write_field(_OUTPUT, wide) + write_field(_ATTRIBUTE, pads)
+    cut = b"".join(write_field(1, name) for name in (wide, _FIRST, _LAST, _AXIS))
+    cut += write_field(_OUTPUT, outputs[0]) + write_field(3, f"{outputs[0]}/narrow")
+    return padded, cut + write_field(_OP_TYPE, "Slice")
 
 
 def _values(attribute: int | memoryview) -> Iterator[tuple[str, list[int | str | None]]]:
@@ -109,25 +119,5 @@ def _values(attribute: int | memoryview) -> Iterator[tuple[str, list[int | str |
 
 
 def _constant(name: str, value: int) -> bytes:
-    return _number(1, 1) + _number(2, _INT64) + _text(8, name) + _field(9, value.to_bytes(8, "little", signed=True))
-
-
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _field(field: int, data: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
-
-
-def _text(field: int, text: str) -> bytes:
-    return _field(field, text.encode("utf-8", errors="surrogateescape"))
+    data = value.to_bytes(8, "little", signed=True)
+    return write_field(1, 1) + write_field(2, _INT64) + write_field(8, name) + write_field(9, data)

@@ -21,7 +21,7 @@ from ddpmx.backends.open import open_model
 from ddpmx.errors import DdpmxError, InputError, NumericError, OutputError, SpecError
 from ddpmx.formats import model_file, onnx_file, same_model
 from ddpmx.formats.atomic import atomic_write
-from ddpmx.formats.protobuf import as_message, as_number, as_text, fields, packed, varint
+from ddpmx.formats.protobuf import as_message, as_number, as_text, fields, packed, raw_fields, write_field
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import check_record_of
@@ -268,35 +268,11 @@ def _write(changed: Path, output: Path, metadata: dict[str, str]) -> None:
         for part in _without(data, metadata.keys()):
             stream.write(part)
         for key, value in metadata.items():
-            texts = [text.encode("utf-8", "surrogateescape") for text in (key, value)]  # as as_text reads them
-            entry = b"".join(_field(number, text) for number, text in enumerate(texts, 1))
-            stream.write(_field(14, entry))
+            stream.write(write_field(14, write_field(1, key) + write_field(2, value)))
 
 
 def _without(data: memoryview, keys: Set[str]) -> Iterator[memoryview]:
     """The parts of a model file, which has been read, that are no metadata of these keys."""
-    start = position = 0
-    while position < len(data):
-        begun = position
-        key, position = varint(data, position)
-        if (wire_type := key & 7) == 0:
-            _, position = varint(data, position)
-            continue
-        length, position = varint(data, position) if wire_type == 2 else ((8 if wire_type == 1 else 4), position)
-        value, position = data[position : position + length], position + length
-        if key >> 3 == 14 and as_text(dict(fields(value)).get(1, memoryview(b""))) in keys:
-            yield data[start:begun]
-            start = position
-    yield data[start:]
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*out, value])
+    for number, value, raw in raw_fields(data):
+        if number != 14 or as_text(dict(fields(as_message(value))).get(1, memoryview(b""))) not in keys:
+            yield raw

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddpmx.device.cores import usable_cores
 from ddpmx.device.discovery import DRIVER as CUDA
 
 NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
@@ -159,14 +160,10 @@ def cpu(root: Path = Path("/")) -> Cpu:
     """This machine's processor."""
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read(root / "proc/cpuinfo"), re.MULTILINE)
     model = found[1] if found else _read(root / "proc/device-tree/model").strip("\0\n ")
-    try:
-        threads = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        threads = os.cpu_count() or 1
     load = None
     with contextlib.suppress(OSError, AttributeError):
         load = round(os.getloadavg()[0], 2)
-    return Cpu(" ".join((model or platform.processor() or platform.machine()).split()), threads, load)
+    return Cpu(" ".join((model or platform.processor() or platform.machine()).split()), usable_cores(), load)
 
 
 # --- NVML -------------------------------------------------------------------------------------------------------------

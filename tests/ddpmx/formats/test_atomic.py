@@ -19,7 +19,6 @@ from ddpmx.formats import atomic
 from ddpmx.formats.atomic import (
     atomic_folder,
     atomic_write,
-    check_replaceable,
     exchange,
     foreign_writer,
     locked,
@@ -138,30 +137,6 @@ def test_a_folder_below_a_file_is_an_output_error(tmp_path):
     with pytest.raises(OutputError, match="link: is a link to nothing"):
         make_folder(tmp_path / "link")
     assert not (tmp_path / "gone").exists()
-
-
-def refusal(path):
-    with pytest.raises(OutputError) as caught:
-        check_replaceable(path, what="a plan", suffixes=(".plan", ".engine"), begins=(b"ftrt", b"vtrt"))
-    return str(caught.value)
-
-
-def test_a_file_of_another_kind_is_not_overwritten(tmp_path):
-    path = tmp_path / "notes"
-    path.write_text("mine")
-    assert refusal(path) == f"refusing to overwrite {path}: not a plan\nHint: -o NAME.plan"
-    assert path.read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("new", None), ("old.plan", b"anything"), ("old.ENGINE", b"x"), ("old", b"ftrt1234"), ("empty", b"")],
-)
-def test_a_file_of_the_same_kind_may_be_replaced(tmp_path, name, content):
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    check_replaceable(path, what="a plan", suffixes=(".plan", ".engine"), begins=(b"ftrt", b"vtrt"))
 
 
 # --- folders, and files that belong together -------------------------------------------------------------------------

@@ -85,9 +85,9 @@ def test_a_large_sheet_is_read_if_the_user_allows_it(tmp_path, monkeypatch):
 
 def test_threads_give_what_one_after_another_gives(tmp_path, monkeypatch):
     fill(tmp_path, 40)
-    monkeypatch.setattr(threads, "_cores", lambda: 1)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 1)
     alone = load_dataset(tmp_path, size=(8, 8)).images
-    monkeypatch.setattr(threads, "_cores", lambda: 4)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
     seen = []
     images = load_dataset(tmp_path, size=(8, 8), progress=lambda *counts: seen.append(counts)).images
     assert np.array_equal(images, alone)
@@ -96,7 +96,7 @@ def test_threads_give_what_one_after_another_gives(tmp_path, monkeypatch):
 
 def test_an_interruption_ends_the_threads_soon(tmp_path, monkeypatch):
     fill(tmp_path, 60, size=8)
-    monkeypatch.setattr(threads, "_cores", lambda: 2)
+    monkeypatch.setattr(threads, "usable_cores", lambda: 2)
     begun = []
     work = decode.read_image
     monkeypatch.setattr(
