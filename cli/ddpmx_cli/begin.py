@@ -16,11 +16,11 @@ from ddpmx.errors import InputError
 from ddpmx_cli.console import busy, counting
 
 if TYPE_CHECKING:
-    from ddpm_export.training.data import Dataset
+    from ddpm_export.training.data import Dataset, Source
     from ddpm_export.training.train import Trainer, TrainSettings
 
 # Flags that may be used with --resume; everything else is fixed when a run is started.
-FREE = {"data", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes", "cache"}
+FREE = {"data", "condition", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes", "cache"}
 # Flags that a network has settled, of which training begins by --from.
 SETTLED = {
     "timesteps",
@@ -181,6 +181,21 @@ def resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None)
         )
     recorded = recorded_source(out)
     with counting("reading images") as progress:
-        source = recorded if data is None else dataclasses.replace(recorded, path=data)
+        source = _moved(recorded, data, ctx.params.get("condition"))
         dataset = load_source(source, progress=progress, cached=out / NAME)
     return Trainer.resume(out, dataset, device=device)
+
+
+def _moved(recorded: Source, data: Path | None, condition: Path | None) -> Source:
+    """A run's source with the places that images and conditions may have moved to.
+
+    Raises:
+        InputError: the run has no conditions.
+    """
+    if condition is not None and recorded.condition is None:
+        raise InputError("--condition: this run was begun without condition images", hint="omit it, or start a new run")
+    if data is None:
+        return recorded if condition is None else dataclasses.replace(recorded, condition=condition)
+    if condition is None:  # conditions in the same .npz move with it
+        condition = data if recorded.condition == recorded.path else recorded.condition
+    return dataclasses.replace(recorded, path=data, condition=condition)

@@ -71,7 +71,7 @@ def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple
     if not data.is_dir():
         return Source(data, white=recorded.white if data.resolve() == recorded.path else None)
     white = None if recorded.path.suffix.lower() == ".npz" else recorded.white  # an .npz's says nothing of files
-    return replace(recorded, path=data, size=size, channels=channels, white=white)
+    return replace(recorded.images_alone(), path=data, size=size, channels=channels, white=white)
 
 
 def judge_reduced(

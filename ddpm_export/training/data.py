@@ -7,52 +7,111 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_export.training.images.folder import MAX_BYTES, read_folder
+from ddpm_export.training import arrays as arrays_of
+from ddpm_export.training import conditions as conditions_of
+from ddpm_export.training import labels as labels_of
+from ddpm_export.training.images.folder import read_folder
+from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.source import WHITE, Source
-from ddpmx.errors import DataError, FileFormatError, InputError
-from ddpmx.formats.npz import read_npz
+from ddpmx.errors import InputError
 
-__all__ = ["WHITE", "Dataset", "Source", "load_dataset"]
-
-_CHANNELS = (1, 3, 4)
+__all__ = ["WHITE", "Conditions", "Dataset", "Source", "load_dataset"]
 
 
-@dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in memory.
+    """Images, and what belongs to each of them.
 
-    Attributes:
-        images: uint8 [N, H, W, C].
+    Args:
+        images: uint8 [N, H, W, C], or where else they can be taken from.
         source: where they came from.
         notes: what a user should know before training: files left out, how transparency and numbers were read.
         cache_key: of a folder's images, see :mod:`.images.cache`.
+        labels: int32 [N], the class of each image, 0…K−1.
+        classes: the K names.
+        conditions: an image for each image, uint8 [N, H, W, K], or where else they can be taken from.
     """
 
-    images: NDArray[np.uint8]
-    source: Source
-    notes: tuple[str, ...] = ()
-    cache_key: str | None = None
+    def __init__(
+        self,
+        images: NDArray[np.uint8] | Pixels,
+        source: Source,
+        notes: tuple[str, ...] = (),
+        cache_key: str | None = None,
+        *,
+        labels: NDArray[np.int32] | None = None,
+        classes: tuple[str, ...] | None = None,
+        conditions: NDArray[np.uint8] | Pixels | None = None,
+    ) -> None:
+        self.pixels: Pixels = InMemory(images) if isinstance(images, np.ndarray) else images
+        self.source, self.notes, self.cache_key = source, notes, cache_key
+        self.labels, self.classes = labels, classes
+        if isinstance(conditions, np.ndarray):
+            conditions = InMemory(conditions)
+        self.conditions = None if conditions is None else Conditions(conditions)
 
     def __len__(self) -> int:
         """The number of images."""
-        return len(self.images)
+        return self.pixels.shape[0]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        _, height, width, channels = self.images.shape
+        _, height, width, channels = self.pixels.shape
         return channels, height, width
 
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images of these numbers, in this order: uint8 [B, H, W, C].
+
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        return self.pixels.take(indices)
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """All images, uint8 [N, H, W, C]. They are read into memory unless they are there."""
+        if isinstance(self.pixels, InMemory):
+            return self.pixels.array
+        return self.pixels.take(np.arange(len(self), dtype=np.int64))
+
     def fingerprint(self) -> str:
-        """A hash of shape and pixels, to check that a resumed run has the images that it began with."""
-        digest = hashlib.sha256(repr(self.images.shape).encode())
-        digest.update(np.ascontiguousarray(self.images).data)
+        """A hash of shape, pixels, labels and conditions, to check that a resumed run has what it began with."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        self.pixels.hash_into(digest.update)
+        if self.labels is not None:
+            digest.update(b"labels" + repr(self.classes).encode() + self.labels.astype("<i4").tobytes())
+        if self.conditions is not None:
+            digest.update(b"conditions" + repr(self.conditions.pixels.shape).encode())
+            self.conditions.pixels.hash_into(digest.update)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Conditions:
+    """The condition images of a data set.
+
+    Attributes:
+        pixels: where they are.
+    """
+
+    pixels: Pixels
+
+    @property
+    def channels(self) -> int:
+        """The K of [N, H, W, K]."""
+        return self.pixels.shape[3]
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Those of the images of these numbers, in this order: uint8 [B, H, W, K].
+
+        Raises:
+            DataError: a file cannot be read any more.
+        """
+        return self.pixels.take(indices)
 
 
 def load_dataset(
@@ -63,6 +122,8 @@ def load_dataset(
     background: tuple[int, int, int] | None = None,
     white: float | None = None,
     max_pixels: int | None = None,
+    classes: bool = False,
+    condition: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read a folder of images (with its subfolders and the folders linked there) or an ``.npz``.
@@ -77,6 +138,11 @@ def load_dataset(
         white: the number that is white, in greys of more than 8 bits and in an ``.npz``. Greys of 16 bits may do without:
             white is then the full scale of 8, 10, 12, 14 or 16 bits, by the largest number in all images.
         max_pixels: the largest H·W of a file, 178,956,970 by default. Folders only.
+        classes: whether the images have labels: in a folder, its subfolders, sorted by name; in an ``.npz``, an array of N
+            whole numbers, and one of K names if there is one.
+        condition: the condition images. For a folder, a folder with one for each image, of the same name apart from the
+            suffix. For an ``.npz``, another with one array of images, or the same with them as ``cond``. They are brought
+            to the size of the images, and have 1 or 3 channels.
         progress: called with (images read, images in all).
 
     Raises:
@@ -84,18 +150,27 @@ def load_dataset(
             sizes or modes and ``size`` or ``channels`` is None.
         InputError: an argument is out of its range, or has no effect on these images.
     """
-    source = Source(Path(path), size, channels, WHITE if background is None else background, white)
+    source = Source(
+        Path(path),
+        size,
+        channels,
+        WHITE if background is None else background,
+        white,
+        classes=classes,
+        condition=None if condition is None else Path(condition),
+        condition_white=None if condition is None else white,
+    )
     if max_pixels is not None:
         source = replace(source, max_pixels=max_pixels)
     if not os.path.isdir(path) and any(setting is not None for setting in (size, channels, background, max_pixels)):
         source.check()
-        _check_npz(source.path)
+        arrays_of.check_npz(source.path)
         raise InputError(
             "size, channels, background and max_pixels change images in a folder; an .npz is taken as it is",
             hint="without them, or a folder of images",
         )
     dataset = load_source(source, progress=progress)
-    if white is not None and dataset.source.white is None:
+    if white is not None and dataset.source.white is None and dataset.source.condition_white is None:
         raise InputError(
             "--white has no effect: no image is a grey of more than 8 bits that leaves its white open", hint="omit it"
         )
@@ -122,85 +197,52 @@ def load_source(
     """
     source.check()
     if os.path.isdir(source.path):
-        read = read_folder(source, progress, cached)
-        return Dataset(read.images, read.source, read.notes, read.key)
-    _check_npz(source.path)
-    images, white, note = _read_npz(source.path, source.white)
-    return Dataset(images, replace(source, white=white), () if note is None else (note,))
+        return _of_folder(source, progress, cached)
+    return _of_npz(source)
 
 
-def _check_npz(path: Path) -> None:
-    """Check that ``path`` has the name of an ``.npz`` and is a file.
-
-    Raises:
-        DataError: it is not.
-    """
-    if not os.path.exists(path):
-        raise DataError(f"{path}: there is no such file or folder", hint="--data takes a folder of images or an .npz")
-    if path.suffix.lower() != ".npz" or not path.is_file():
-        raise DataError(f"{path}: neither a folder nor an .npz", hint="--data takes a folder of images or an .npz")
+def _of_folder(source: Source, progress: Callable[[int, int], None] | None, cached: Path | None) -> Dataset:
+    read = read_folder(source.images_alone(), progress, cached)
+    labels = labels_of.from_folders(source.path, read.files) if source.classes else None
+    pairs = None if source.condition is None else conditions_of.from_folder(source, read, progress)
+    return _dataset(read.images, replace(source, white=read.source.white), read.notes, read.key, labels, pairs)
 
 
-def _read_npz(path: Path, white: float | None) -> tuple[NDArray[np.uint8], float | None, str | None]:
-    """The images of an .npz, the number that was read as white, and a line about it; both None for uint8 as it is."""
+def _of_npz(source: Source) -> Dataset:
+    arrays_of.check_npz(source.path)
+    arrays = arrays_of.read_arrays(source.path)
+    within = source.condition is not None and _is_same(source.condition, source.path)
+    images, name, note = arrays_of.images_of(
+        source.path, arrays, source.white, besides={conditions_of.NAME} if within else ()
+    )
+    labels = labels_of.from_arrays(source.path, arrays, name) if source.classes else None
+    pairs = None
+    if source.condition is not None:
+        pairs = conditions_of.from_arrays(source, arrays if within else None, images)
+    return _dataset(images, source, () if note is None else (note,), None, labels, pairs)
+
+
+def _dataset(
+    images: NDArray[np.uint8],
+    source: Source,
+    notes: tuple[str, ...],
+    key: str | None,
+    labels: labels_of.Labels | None,
+    pairs: conditions_of.Pairs | None,
+) -> Dataset:
+    return Dataset(
+        images,
+        replace(source, condition_white=None if pairs is None else pairs.white),
+        (*notes, *(() if labels is None else labels.notes), *(() if pairs is None else pairs.notes)),
+        key,
+        labels=None if labels is None else labels.numbers,
+        classes=None if labels is None else labels.names,
+        conditions=None if pairs is None else pairs.images,
+    )
+
+
+def _is_same(one: Path, other: Path) -> bool:
     try:
-        arrays = read_npz(path, max_bytes=MAX_BYTES, kinds="biufcSUMmV")  # labels may be text
-    except FileFormatError as error:
-        raise DataError(error.fact, note=error.note, hint="made with numpy.savez(path, images=…)?") from error
-    images = [name for name, array in arrays.items() if array.ndim in (3, 4)]
-    if len(images) != 1:
-        listing = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "nothing"
-        raise DataError(
-            f"{path}: {'more than one array' if images else 'no array'} of images in it",
-            note=f"it holds {listing}"[:300],
-            hint="one array [N, H, W], [N, H, W, C] or [N, C, H, W], any name",
-        )
-    array, note = arrays[images[0]], None
-    if array.dtype != np.uint8 or white is not None:  # 0 and 1, say, may be uint8 as well
-        numbers, array = array, _to_8_bits(array, white, f"{path}: {images[0]!r}")
-        beyond = "; what is larger is white too" if numbers.max() > (white or 0) else ""
-        note = (
-            f"{images[0]!r} is {numbers.dtype}: numbers from {numbers.min():g} to {numbers.max():g}, "
-            f"white is {white or 0:g}{beyond} (--white sets it)"
-        )
-    if array.ndim == 3 and array.shape[-1] in (3, 4):
-        raise DataError(
-            f"{path}: {images[0]!r} is [{', '.join(map(str, array.shape))}]: one image, or many of that width?",
-            hint="images[None] for one image, images[..., None] for many",
-        )
-    if array.ndim == 3:
-        array = array[..., None]
-    elif array.shape[-1] not in _CHANNELS and array.shape[1] in _CHANNELS:
-        array = array.transpose(0, 2, 3, 1)
-    if array.shape[-1] not in _CHANNELS or 0 in array.shape:
-        raise DataError(
-            f"{path}: {images[0]!r} has the shape {list(array.shape)}", hint="N images of 1, 3 or 4 channels"
-        )
-    return np.ascontiguousarray(array), white, note
-
-
-def _to_8_bits(array: NDArray[Any], white: float | None, what: str) -> NDArray[np.uint8]:
-    """Numbers from 0 to ``white`` as 0…255: 255·v/white, rounded.
-
-    Raises:
-        DataError: ``white`` is unknown, or there are numbers below 0, NaN or infinities.
-    """
-    span = f"numbers from {array.min():g} to {array.max():g}" if array.size and array.dtype.kind in "iuf" else None
-    if span is not None and not (array.min() >= 0 and np.isfinite(array.max())):
-        raise DataError(
-            f"{what} holds numbers below 0, NaN or infinities",
-            note=span,
-            hint="save 0…255 as uint8, or numbers from 0 on and name white by --white",
-        )
-    if white is None or span is None:
-        raise DataError(
-            f"{what} is {array.dtype}, not uint8",
-            note=span,
-            hint="--white N (ddpmx train), the number that is white (black is 0); or save 0…255 as uint8"
-            if span
-            else "save uint8",
-        )
-    levels = np.empty(array.shape, np.uint8)
-    for image, level in zip(array, levels, strict=True):  # one by one: the whole as float64 would take 8 times as much
-        level[...] = np.minimum(np.floor(image.astype(np.float64) * (255 / white) + 0.5), 255)
-    return levels
+        return os.path.samefile(one, other)
+    except OSError:
+        return False

@@ -33,7 +33,7 @@ _MAX_ABOUT = 1 << 20
 
 def key_of(source: Source, files: Sequence[Path]) -> str:
     """A hash of everything on which the pixels depend: the settings, Pillow, and each file's name, size and times."""
-    settings = {name: value for name, value in source.to_json().items() if name != "path"}
+    settings = {name: value for name, value in source.images_alone().to_json().items() if name != "path"}
     digest = hashlib.sha256(json.dumps([PIL.__version__, settings]).encode())
     for file in files:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from ddpm_export.training.images import cache
 from ddpm_export.training.images.decode import (
+    BICUBIC,
     CHANNELS,
+    LANCZOS,
     Header,
     Unreadable,
     check_image,
@@ -48,12 +50,21 @@ class Read:
         source: with ``white`` as it was found.
         notes: what a user should know before training: what was left out, and how numbers were read.
         key: of the cache.
+        files: where each image is from.
+        headers: of the files that were looked at: all, or none where the cache had the pixels.
     """
 
     images: NDArray[np.uint8]
     source: Source
     notes: tuple[str, ...]
     key: str
+    files: tuple[Path, ...]
+    headers: Mapping[Path, Header] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.images.shape[1], self.images.shape[2]
 
 
 def read_folder(source: Source, progress: Progress | None = None, cached: Path | None = None) -> Read:
@@ -78,9 +89,24 @@ def read_folder(source: Source, progress: Progress | None = None, cached: Path |
     if cached is not None and not found.unreadable:
         key = cache.key_of(source, found.files)
         if kept := cache.load(cached, key):
-            return Read(kept[0], source, kept[1], key)
+            return Read(kept[0], source, kept[1], key, tuple(found.files))
     with own_limit():
         return _read(source, found, progress)
+
+
+def read_conditions(source: Source, found: Found, progress: Progress | None = None) -> Read:
+    """Read condition images: grey if all of them are, RGB otherwise; those that are smaller are enlarged, bicubic.
+
+    Args:
+        source: where they are, with ``size``.
+        found: those that are paired with an image.
+        progress: called with (images read, images in all).
+
+    Raises:
+        DataError: some cannot be read.
+    """
+    with own_limit():
+        return _read(source, found, progress, conditions=True)
 
 
 @dataclass(frozen=True)
@@ -95,19 +121,22 @@ class _Problem:
 _Broken = list[tuple[Path, Unreadable]]
 
 
-def _read(source: Source, found: Found, progress: Progress | None) -> Read:
+def _read(source: Source, found: Found, progress: Progress | None, *, conditions: bool = False) -> Read:
     headers, broken = _attempt(lambda file: read_header(file, source), found.files)
     broken = [*((path, Unreadable(reason)) for path, reason in found.unreadable), *broken]
     white, range_read, problems, more = _white(source, headers)
     source = dataclasses.replace(source, white=white)
     broken += more
-    problems = [*_sizes(source, headers), *_modes(source, headers), *problems]
+    problems = [*_sizes(source, headers), *([] if conditions else _modes(source, headers)), *problems]
     if problems or not headers:  # decoded nevertheless, so that whatever is wrong is said at once
         known = {path for path, _ in broken}
         _, more = _attempt(lambda file: check_image(file, source), [file for file in headers if file not in known])
         raise _refusal(source.path, len(found.files) + len(found.unreadable), problems, broken + more)
     size = source.size or next((header.height, header.width) for header in headers.values())
-    channels = source.channels or next(_channels(header) for header in headers.values())
+    if conditions:
+        channels = 3 if any(_channels(header) != 1 for header in headers.values()) else 1
+    else:
+        channels = source.channels or next(_channels(header) for header in headers.values())
     total = len(headers) * size[0] * size[1] * channels
     if total > MAX_BYTES:
         raise DataError(
@@ -120,7 +149,7 @@ def _read(source: Source, found: Found, progress: Progress | None) -> Read:
     images = np.empty((len(files), *size, channels), np.uint8)
 
     def decode(index: int) -> None:
-        images[index] = read_image(files[index], size, channels, source)
+        images[index] = read_image(files[index], size, channels, source, BICUBIC if conditions else LANCZOS)
 
     _, undecoded = _attempt(decode, range(len(files)), progress)
     known = {path for path, _ in broken}
@@ -128,7 +157,7 @@ def _read(source: Source, found: Found, progress: Progress | None) -> Read:
     if broken:
         raise _refusal(source.path, len(found.files) + len(found.unreadable), [], broken)
     notes = [found.describe(), *_notes(source, channels, list(headers.values())), range_read]
-    return Read(images, source, tuple(note for note in notes if note), key)
+    return Read(images, source, tuple(note for note in notes if note), key, tuple(files), headers)
 
 
 def _attempt(

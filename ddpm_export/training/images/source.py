@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ class Source:
         white: the number that is white in greys of more than 8 bits; None where there are none.
         max_pixels: the largest H·W of an image file.
         reading: the rules by which files were found and decoded, see :data:`READING`.
+        classes: whether the images have labels: the subfolders of a folder, or an array in an ``.npz``.
+        condition: where the condition images are, a folder or an ``.npz``, or None.
+        condition_white: as ``white``, for them.
     """
 
     path: Path
@@ -39,6 +42,9 @@ class Source:
     white: float | None = None
     max_pixels: int = MAX_PIXELS
     reading: int = READING
+    classes: bool = False
+    condition: Path | None = None
+    condition_white: float | None = None
 
     def check(self) -> None:
         """Check the ranges.
@@ -52,14 +58,15 @@ class Source:
             raise InputError(f"a size is two whole numbers from 1 to 65536, not {self.size!r}")
         if len(self.background) != 3 or not all(type(c) is int and 0 <= c <= 255 for c in self.background):
             raise InputError(f"background must be three whole numbers from 0 to 255, not {self.background!r}")
-        if self.white is not None and not (math.isfinite(self.white) and self.white > 0):
-            raise InputError(f"white must be a number above 0, not {self.white!r}")
+        for white in (self.white, self.condition_white):
+            if white is not None and not (math.isfinite(white) and white > 0):
+                raise InputError(f"white must be a number above 0, not {white!r}")
         if self.max_pixels < 1:
             raise InputError(f"max_pixels must be a whole number above 0, not {self.max_pixels!r}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the path is absolute."""
-        return {
+        """Plain JSON values; paths are absolute. Labels and conditions are there only if they were asked for."""
+        values: dict[str, Any] = {
             "path": str(self.path.resolve()),
             "size": self.size,
             "channels": self.channels,
@@ -68,6 +75,17 @@ class Source:
             "max_pixels": self.max_pixels,
             "reading": self.reading,
         }
+        if self.classes:
+            values["classes"] = True
+        if self.condition is not None:
+            values["condition"] = str(self.condition.resolve())
+        if self.condition_white is not None:
+            values["condition_white"] = self.condition_white
+        return values
+
+    def images_alone(self) -> Source:
+        """The same images without labels and conditions."""
+        return replace(self, classes=False, condition=None, condition_white=None)
 
     @classmethod
     def from_json(cls, values: Any, where: str) -> Source:
@@ -78,6 +96,7 @@ class Source:
         """
         try:
             size, channels, white = values["size"], values["channels"], values.get("white")
+            condition, condition_white = values.get("condition"), values.get("condition_white")
             background = values.get("background", WHITE)
             source = cls(
                 Path(values["path"]),
@@ -87,9 +106,13 @@ class Source:
                 white,
                 int(values.get("max_pixels", MAX_PIXELS)),
                 int(values.get("reading", 1)),
+                values.get("classes", False),
+                None if condition is None else Path(condition),
+                condition_white,
             )
             assert channels is None or type(channels) is int
-            assert white is None or type(white) in (int, float)
+            assert all(number is None or type(number) in (int, float) for number in (white, condition_white))
+            assert type(source.classes) is bool
             assert 1 <= source.reading <= READING
             source.check()
         except (

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("torch", reason="not verified here: the training side (no torch)")
 
-from ddpm_export.training import data
+from ddpm_export.training import arrays
 from ddpm_export.training.data import Dataset, Source, load_dataset
 from ddpm_export.training.images import folder as folder_room
 from ddpmx.errors import DataError, FileFormatError, InputError
@@ -297,7 +297,7 @@ def test_damaged_npz(tmp_path, kind):
 def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     path = tmp_path / "a.npz"
     np.savez_compressed(path, images=np.zeros((4, 256, 256), np.uint8))
-    monkeypatch.setattr(data, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(arrays, "MAX_BYTES", 200_000)
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
     assert path.stat().st_size < 2_000
     assert "unpacks to" in refused(path)
