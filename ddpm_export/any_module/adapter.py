@@ -145,16 +145,16 @@ class Adapter:
                 f"{declared}, and the network takes its own x̂_0: this is not supported",
                 note="x0_prev is 0 at first, which is another image in that range than in [−1, 1]",
             )
+        if spec.prediction == "mu":
+            raise InputError(f"{declared}, and the network predicts μ, which has no such range: this is not supported")
         if not self.diffused_in_range:
             if spec.prediction == "v":
                 raise InputError(
                     f"{declared}, noise was added in [−1, 1], and v could be in either range: this is not supported"
                 )
             return spec
-        if spec.variance == "learned_range":
-            raise InputError(
-                f"{declared}, and the bounds of a learned variance depend on the range: this is not supported"
-            )
+        if spec.learns_variance:
+            raise InputError(f"{declared}, and a learned variance depends on the range: this is not supported")
         if a == 1.0:
             return spec
         theirs = spec.make_schedule()
@@ -210,7 +210,7 @@ class Canonical(nn.Module):
         self.module = adapter.module
         self._places, self._channels = adapter._places(list(spec.inputs)), adapter.channels
         self._time, self._time_dims = adapter.time, adapter.time_dims
-        self._output, self._learned = adapter.output, spec.variance == "learned_range"
+        self._output, self._learned = adapter.output, spec.learns_variance
         self._prediction, (self._a, self._b) = spec.prediction, adapter.scale
         self._fixed = {name: value for name, value in adapter.fixed.items() if not isinstance(value, Tensor)}
         self._whole, self._each = _Tensors(adapter.fixed), _Tensors(adapter.fixed_per_image)

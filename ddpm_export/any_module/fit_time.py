@@ -22,6 +22,7 @@ from torch import Tensor
 from ddpm_export.any_module import probes
 from ddpm_export.any_module.adapter import Adapter, Time
 from ddpm_export.proof.record import check_images
+from ddpmx.diffusion.samplers import x0_coefficients
 from ddpmx.errors import DdpmxError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reference import diffusion_noise
@@ -144,5 +145,8 @@ def _errors(adapter: Adapter, spec: ModelSpec, images: NDArray[np.uint8], times:
             out = (x_t - signal * out) / sigma
         elif ours.prediction == "v":  # ε = √ᾱ·v + √(1−ᾱ)·x_t
             out = signal * out + sigma * x_t
+        elif ours.prediction == "mu":
+            p, q = x0_coefficients(schedule, "mu")
+            out = (x_t - signal * (p[t] * x_t + q[t] * out)) / sigma
         total += np.mean((out - eps) ** 2, axis=(1, 2, 3))
     return total / len(times)

@@ -84,7 +84,7 @@ def _config(settings: SettingsResolver, theirs: Mapping[str, Tensor], published:
     c_in, c_out = side(theirs, _MARK, 1), side(theirs, "out_conv.2.weight", 0)
     if c_out == 2 * c_in:
         raise FileFormatError(
-            "the network predicts log σ² itself, and ddpmx supports learned_range only",
+            "the network learned its variance, which is not read from these checkpoints",
             note="model_var_type is learned: the output has twice the image's channels",
         )
     size, dropout = size_and_dropout(settings, widths, blocks, published, "that model's config", attends=attends)

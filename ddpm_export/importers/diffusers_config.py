@@ -431,6 +431,10 @@ def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
     """
     if spec.self_condition or spec.condition is not None:
         raise InputError("UNet2DModel takes no conditioning except the class")
+    if spec.prediction not in _PREDICTIONS.values():
+        raise InputError(f"DDPMScheduler takes ε, x_0 or v, and this network predicts {spec.prediction}")
+    if spec.variance == "learned":  # it has that name too, for an output that is σ² and not its logarithm
+        raise InputError("DDPMScheduler cannot take a second output that is log σ²")
     theirs = {ours: theirs for theirs, ours in _SCHEDULES.items()}
     params = dict(spec.schedule_params)
     ranges: dict[str, Any] = {name: params.pop(name) for name in ("beta_start", "beta_end") if name in params}

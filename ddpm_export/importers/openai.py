@@ -346,6 +346,8 @@ def write(imported: Imported, folder: Path) -> None:
         )
     if spec.prediction not in ("eps", "x0"):
         raise InputError(f"OpenAI's chain takes ε or x_0, and this network predicts {spec.prediction}")
+    if spec.variance == "learned":
+        raise InputError("the scripts' learned variance lies between two bounds, and this network's is log σ² itself")
     if spec.clip not in (1.0, None):
         raise InputError(f"OpenAI's chain clips x̂_0 to ±1 or not at all, and this one to ±{spec.clip:g}")
     save_state_dict(folder / "model.pt", to_theirs(rows(config), imported.tensors))

@@ -157,7 +157,7 @@ def check_spec(config: LucidrainsConfig, spec: ModelSpec) -> None:
     """
     pairs = (
         ("the image", (config.in_channels, *config.size), spec.shape),
-        ("a learned variance", config.out_channels != config.in_channels, spec.variance == "learned_range"),
+        ("a learned variance", config.out_channels != config.in_channels, spec.learns_variance),
         ("self-conditioning", config.self_condition, spec.self_condition),
         ("classes", None, spec.classes),
         ("a condition", None, spec.condition),

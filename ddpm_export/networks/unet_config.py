@@ -245,11 +245,11 @@ def check_spec(config: UNetConfig, spec: ModelSpec) -> None:
             "or twice as many",
             note=f"this one has {config.out_channels}",
         )
-    if config.learned_variance != (spec.variance == "learned_range"):
+    if config.learned_variance != spec.learns_variance:
         raise SpecError(
             "network and model disagree about the variance",
             note=f"{config.out_channels} channels for an image of {config.in_channels}, and variance {spec.variance!r}",
-            hint="learned_range if, and only if, the output has twice the image's channels",
+            hint="learned_range or learned if, and only if, the output has twice the image's channels",
         )
     if config.classes != spec.classes:
         raise SpecError("network and model disagree about the classes", note=f"{config.classes} and {spec.classes}")

@@ -13,7 +13,7 @@ from torch import nn
 
 from ddpm_export.networks.torch_backend import TorchBackend
 from ddpmx.backends.base import Buffers
-from ddpmx.diffusion.samplers import timestep_grid
+from ddpmx.diffusion.samplers import timestep_grid, x0_coefficients
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
@@ -66,7 +66,7 @@ def record(
     steps = spec.timesteps if steps is None else min(steps, spec.timesteps)
     t = timestep_grid(spec.timesteps, min(TIMESTEPS, spec.timesteps)).astype(np.int32)
     size = int(np.prod(spec.shape))
-    learns = spec.variance == "learned_range"  # the second output takes as much space again
+    learns = spec.learns_variance  # the second output takes as much space again
     images_per_t, chains = int(np.clip((1 << 15) // size, 1, 1 if learns else 2)), int(np.clip((1 << 18) // size, 1, 4))
     total, done = 2 * steps + len(t) + len(recorded_steps(steps, spec.shape)), 0
 
@@ -129,8 +129,12 @@ def record(
                 unit[i] = magnitude(x_t, np.full(len(x0), ti, np.int32), output)
             if var is not None and variance is not None:
                 var[i] = variance.reshape(len(x0), -1)[:, kept]
-            target = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction]
-            losses.append(float(np.mean(np.square(target - output)) / max(float(np.var(target)), 1e-6)))
+            if spec.prediction == "mu":  # nearly all of μ is in x_t: what the network knows shows in ε alone
+                p, q = (column[ti] for column in x0_coefficients(schedule, "mu"))
+                target, found = z, (x_t - signal * (p * x_t + q * output)) / noise
+            else:
+                target, found = {"eps": z, "x0": clean, "v": signal * z - noise * clean}[spec.prediction], output
+            losses.append(float(np.mean(np.square(target - found)) / max(float(np.var(target)), 1e-6)))
             out[i] = output.reshape(len(x0), -1)[:, kept]
             tick()
         states_out = np.empty((len(at), len(kept)), np.float32)

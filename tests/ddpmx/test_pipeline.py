@@ -371,7 +371,7 @@ def test_numbers_out_of_range_are_refused_before_any_work(call):
 
 def test_an_unknown_variance_is_refused(toy):
     with pytest.raises(SpecError, match="variance"):
-        toy.generate(1, variance="learned")
+        toy.generate(1, variance="learnt")
 
 
 @pytest.mark.parametrize("batch", [2**32, 10**7])

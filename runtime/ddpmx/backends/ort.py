@@ -173,7 +173,7 @@ def open_onnx(
         if NAMES.get(name, name) not in (*NAMES.values(), *ort.get_all_providers(), *available_providers(ort)):
             raise no_provider(ort, name)  # an unknown name is an error even with fallback
     while left and device_provider(left[0]) is not None:
-        learned = spec.variance == "learned_range"
+        learned = spec.learns_variance
         try:
             device = OrtDevice(
                 path,

@@ -312,7 +312,7 @@ class TrtContext:
         for name, dims in engine.spec.inputs.items():
             shape = (batch, *dims)
             _demand(library, context.set_input_shape(name, shape), f"{name} of shape {shape}")
-        if engine.spec.variance == "learned_range":
+        if engine.spec.learns_variance:
             if not var:  # the engine writes it, wanted or not
                 self._own_var = engine.driver.allocate(4 * batch * math.prod(engine.spec.shape), "the variance")
                 var = self._own_var.value

@@ -3,10 +3,11 @@
     x̂_0    = clip(p·x_t + q·out)
     x_next = A·x̂_0 + B·x_t + σ·z,   z ~ N(0, I)
 
-``out`` is the network's output (ε, x_0 or v), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are float64
+``out`` is the network's output (ε, x_0, v or μ), (p, q) turn it into x̂_0, and (A, B, σ) are the sampler. Tables are float64
 and rounded to float32 once, by the chain that runs them.
 
 A network that learns its variance has a second output, v, and two more numbers give σ = exp(c + d·v) for every element.
+What v means is the model's ``variance``: a place between two bounds (``learned_range``), or log σ² itself (``learned``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ddpmx.diffusion import elementary
 from ddpmx.diffusion.schedule import Float64, Schedule, respace
 from ddpmx.errors import InputError, SpecError
 
-Prediction = Literal["eps", "x0", "v"]
-Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+Prediction = Literal["eps", "x0", "v", "mu"]
+Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
 Sampler = Literal["ancestral", "ddim"]
 Spacing = Literal["linspace", "leading", "trailing", "quad"]
 
@@ -31,6 +32,8 @@ PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
 FIXED_VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
 """The variances that need no second output of the network."""
+LEARNED_VARIANCES: tuple[Variance, ...] = ("learned_range", "learned")
+"""The variances that are a second output of the network, ``var``."""
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
@@ -99,6 +102,8 @@ def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64
     - ``eps``: √(1/ᾱ)·x − √(1/ᾱ − 1)·ε (equation 15)
     - ``x0``: out itself
     - ``v``: √ᾱ·x − √(1−ᾱ)·v (Salimans & Ho 2022)
+    - ``mu``: (μ − B·x)/A, with A and B of μ̃ = A·x_0 + B·x (equation 7). μ belongs to a single step, so the schedule must
+      not be respaced: a chain that leaves out timesteps takes the rows of the whole schedule.
 
     Raises:
         SpecError: an unknown prediction, or ε where ᾱ reaches 0.
@@ -115,22 +120,37 @@ def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64
         return np.zeros_like(alpha_bar), np.ones_like(alpha_bar)
     if prediction == "v":
         return np.sqrt(alpha_bar), -np.sqrt(schedule.one_minus_alpha_bar)
+    if prediction == "mu":
+        a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
+        return -b / a, 1 / a
     raise SpecError(f"there is no prediction {prediction!r}", hint=f"one of: {', '.join(PREDICTIONS)}")
 
 
-def ancestral(schedule: Schedule, prediction: Prediction, variance: Variance) -> Table:
-    """Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0."""
+X0Coefficients = tuple[Float64, Float64]
+"""(p, q) of :func:`x0_coefficients`."""
+
+
+def ancestral(
+    schedule: Schedule, prediction: Prediction, variance: Variance, *, x0: X0Coefficients | None = None
+) -> Table:
+    """Ho et al., Algorithm 2: x_{t−1} = μ̃(x_t, x̂_0) + σ_t·z, no noise at t = 0.
+
+    Args:
+        schedule, prediction, variance: of the model, the schedule perhaps respaced.
+        x0: p and q at the schedule's timesteps, where they are not :func:`x0_coefficients` of it.
+    """
     if variance not in VARIANCES:
         raise SpecError(f"there is no variance {variance!r}", hint=f"one of: {', '.join(VARIANCES)}")
     learned = None
-    if variance == "learned_range":
-        sigma, learned = np.ones(len(schedule)), learned_range(schedule)
+    if variance in LEARNED_VARIANCES:
+        sigma = np.ones(len(schedule))
+        learned = learned_range(schedule) if variance == "learned_range" else learned_log(schedule)
     else:
         log_variance = schedule.log_variance_large if variance == "fixed_large" else schedule.log_variance_small
         sigma = elementary.exp(0.5 * log_variance)
     sigma[0] = 0.0
     a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
-    return _table(schedule, prediction, a, b, sigma, learned)
+    return _table(schedule, x0 or x0_coefficients(schedule, prediction), a, b, sigma, learned)
 
 
 def learned_range(schedule: Schedule) -> Float64:
@@ -143,11 +163,20 @@ def learned_range(schedule: Schedule) -> Float64:
     return np.stack([(large + small) / 4, (large - small) / 4], axis=1)
 
 
-def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
+def learned_log(schedule: Schedule) -> Float64:
+    """c = 0 and d = 1/2 of σ = exp(c + d·v) at every t, float64 [S, 2]: v is log σ² (Ho et al. 2020, Table 2)."""
+    return np.tile([0.0, 0.5], (len(schedule), 1))
+
+
+def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0, *, x0: X0Coefficients | None = None) -> Table:
     """Song et al. 2020, equation 12, with ε̂ re-derived from the clipped x̂_0. η = 0 draws no noise after x_T.
 
     x_next = √ᾱ_prev·x̂_0 + √(1−ᾱ_prev−σ²)·ε̂ + σ·z,  ε̂ = (x_t − √ᾱ·x̂_0)/√(1−ᾱ),
     σ = η·√((1−ᾱ_prev)/(1−ᾱ))·√(1−ᾱ/ᾱ_prev)
+
+    Args:
+        schedule, prediction, x0: as for :func:`ancestral`.
+        eta: η.
 
     Raises:
         InputError: η outside 0…1.
@@ -162,7 +191,8 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0) -> Table:
         noise_previous * ((1 - schedule.betas) * noise_previous + (1 - eta * eta) * schedule.betas) / noise
     )
     b = direction / np.sqrt(noise)
-    return _table(schedule, prediction, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
+    x0 = x0 or x0_coefficients(schedule, prediction)
+    return _table(schedule, x0, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
 
 
 def make_table(
@@ -178,15 +208,15 @@ def make_table(
 ) -> Table:
     """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
 
-    ``learned_range`` is for networks with a second output ``var``, which the caller has to check. The ddim sampler has
-    its own σ and ignores ``variance``.
+    A learned variance is for networks with a second output ``var``, which the caller has to check. ``learned`` is that of
+    single steps, so its ancestral chain takes all T. The ddim sampler has its own σ and ignores ``variance``.
 
     With ``start`` the chain begins at this timestep: x is then x_t at that t, and the rows before it are left out. Where it
     is not visited, the chain begins at the nearest that is, and a UserWarning says so.
 
     Raises:
-        InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with the ancestral sampler, or a
-            ``start`` outside 0…T−1.
+        InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with the ancestral sampler, a
+            ``start`` outside 0…T−1, or fewer than T steps of the ancestral chain with the variance ``learned``.
         SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is not a finite float32.
     """
     if sampler not in SAMPLERS:
@@ -195,9 +225,20 @@ def make_table(
         raise InputError("η is for the ddim sampler only", hint="sampler ddim, or leave out η")
     T = len(schedule)
     timesteps = timestep_grid(T, T if steps is None else steps, spacing)
+    if sampler == "ancestral" and variance == "learned" and len(timesteps) < T:
+        raise InputError(
+            f"the network learned the variance of single steps, and this chain takes {len(timesteps)} of {T}",
+            hint="sampler ddim, or variance fixed_small",
+        )
     with np.errstate(all="ignore"):
-        part = respace(schedule, timesteps)
-        table = ddim(part, prediction, eta) if sampler == "ddim" else ancestral(part, prediction, variance)
+        part, x0 = respace(schedule, timesteps), None
+        if prediction == "mu":  # also in a chain that leaves out timesteps, μ is the mean of a single step
+            p, q = x0_coefficients(schedule, prediction)
+            x0 = p[timesteps], q[timesteps]
+        if sampler == "ddim":
+            table = ddim(part, prediction, eta, x0=x0)
+        else:
+            table = ancestral(part, prediction, variance, x0=x0)
         if not np.isfinite(table.coefficients.astype(np.float32)).all():
             raise SpecError(
                 "this schedule leaves no signal or adds no noise at some timestep",
@@ -227,12 +268,11 @@ def _starting_at(table: Table, start: int, T: int) -> Table:
 
 def _table(
     schedule: Schedule,
-    prediction: Prediction,
+    x0: X0Coefficients,
     a: Float64,
     b: Float64,
     sigma: Float64,
     learned: Float64 | None = None,
 ) -> Table:
-    p, q = x0_coefficients(schedule, prediction)
-    rows = np.stack([p, q, a, b, sigma], axis=1)
+    rows = np.stack([*x0, a, b, sigma], axis=1)
     return Table(schedule.timesteps[::-1].copy(), rows[::-1].copy(), None if learned is None else learned[::-1].copy())

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.diffusion.samplers import PREDICTIONS, VARIANCES, Prediction, Variance, make_table
+from ddpmx.diffusion.samplers import LEARNED_VARIANCES, PREDICTIONS, VARIANCES, Prediction, Variance, make_table
 from ddpmx.diffusion.schedule import Schedule, is_number, make_schedule, schedule_params
 from ddpmx.errors import InputError, SpecError
 from ddpmx.formats import betas as free_betas
@@ -58,9 +58,9 @@ class ModelSpec:
         timesteps: T. The network is evaluated at t = 0…T−1.
         schedule: name of the variance schedule, see :data:`ddpmx.diffusion.schedule.SCHEDULES`, or ``betas``.
         schedule_params: its parameters, defaults filled in.
-        prediction: the network's output: ``eps``, ``x0`` or ``v``.
-        variance: σ² of the ancestral chain, ``fixed_small`` (β̃), ``fixed_large`` (β), or ``learned_range``: between the
-            two, by the network's second output ``var``.
+        prediction: the network's output: ``eps``, ``x0``, ``v``, or ``mu``, the mean of x_{t−1} (Ho et al. 2020, Table 2).
+        variance: σ² of the ancestral chain, ``fixed_small`` (β̃), ``fixed_large`` (β), or by the network's second output
+            ``var``: ``learned_range``, between the two, or ``learned``, exp(var).
         clip: the largest |x̂_0| that the chain keeps, or None for no clipping.
         precision: of the numbers inside the graph; its inputs and outputs are float32 and int32 in every precision.
         weights: sha256 of the weights that were exported, or None.
@@ -188,7 +188,12 @@ class ModelSpec:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The network's outputs, each float32 [batch, C, H, W]: its prediction, and ``var`` with a learned variance."""
-        return (self.prediction, "var") if self.variance == "learned_range" else (self.prediction,)
+        return (self.prediction, "var") if self.learns_variance else (self.prediction,)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second output, ``var``."""
+        return self.variance in LEARNED_VARIANCES
 
     def replace(self, **changes: Any) -> ModelSpec:
         """A copy with some fields changed.

@@ -63,7 +63,7 @@ class Evaluator:
             NumericError: an output is not finite.
             BackendError: the network could not be run.
         """
-        size, learned = batch or self.batch, self._spec.variance == "learned_range"
+        size, learned = batch or self.batch, self._spec.learns_variance
         buffers = Buffers.of(size, self._spec.shape, var=learned, conditioning_shapes=self._spec.conditioning_shapes)
         self._backend.bind(buffers)
         out, var = np.empty_like(x), np.empty_like(x) if learned else None

@@ -230,8 +230,9 @@ def _self_consistency(
     rows, neighbours = float(np.abs(same.out - same.out[:1]).max()), float(np.abs(alone.out - whole.out).max())
     rows, neighbours = rows / unit, neighbours / unit
     if same.var is not None and alone.var is not None and whole.var is not None:
-        rows = max(rows, float(np.abs(same.var - same.var[:1]).max()))
-        neighbours = max(neighbours, float(np.abs(alone.var - whole.var).max()))
+        own = 1.0 if spec.variance == "learned_range" else max(1.0, rms(whole.var))
+        rows = max(rows, float(np.abs(same.var - same.var[:1]).max()) / own)
+        neighbours = max(neighbours, float(np.abs(alone.var - whole.var).max()) / own)
     one = "a batch of one" if n == 1 else None
     few = one or (None if least < n else f"the network takes only batches of {n} and more")
     why = "that of the largest error of a single number"
@@ -267,8 +268,9 @@ def _over_timesteps(
     curves["eps"] = np.array([rms(e) for e in error]) / unit
     curves["eps_pixel"] = np.abs(error).reshape(k, -1).max(axis=1) / unit
     curves["eps_bound"], curves["eps_pixel_bound"] = bounds.eps, bounds.eps_pixel
+    var_error = usual.eps * reference.var_scale
     curves["step"], curves["step_bound"] = _steps(
-        spec, reference.t, x, (out, var), (reference.out, reference.var), bounds.eps * unit, usual.eps
+        spec, reference.t, x, (out, var), (reference.out, reference.var), bounds.eps * unit, var_error
     )
     x0 = from_uint8(reference.x0).reshape(n, -1)[:, kept]
     mine = bits(spec, reference.t, x0, x, out, var)
@@ -276,8 +278,8 @@ def _over_timesteps(
     second = []
     if var is not None and reference.var is not None:
         difference = var - reference.var
-        curves["var"] = np.array([rms(e) for e in difference])
-        curves["var_pixel"] = np.abs(difference).reshape(k, -1).max(axis=1)
+        curves["var"] = np.array([rms(e) for e in difference]) / reference.var_scale
+        curves["var_pixel"] = np.abs(difference).reshape(k, -1).max(axis=1) / reference.var_scale
         second = [
             _worst("v, RMS", curves["var"], usual.eps, reference.t),
             _worst("v, largest error", curves["var_pixel"], usual.eps_pixel, reference.t),
@@ -290,7 +292,7 @@ def _over_timesteps(
         Check(
             "variational bound, change in bits/dim",
             abs(mine - theirs),
-            bits_bound(spec, reference.t, x0, x, reference.out, reference.var, bounds.eps * unit, usual.eps),
+            bits_bound(spec, reference.t, x0, x, reference.out, reference.var, bounds.eps * unit, var_error),
             worst=f"{theirs:.4f} by PyTorch, {mine:.4f} by the file, terms t ≥ 1",
             why="A²/(2σ²)·(2ρ·|q|δ·‖x_0 − x̂_0‖ + (qδ)²) over all t, δ the bound on ε, ρ = 1/4",
         ),
@@ -310,14 +312,21 @@ def _chains(
     curves["chain_t"] = t
     curves["forced"] = np.array([rms(a - b) for a, b in zip(out, reference.state_out, strict=True)]) / unit
     curves["forced_step"], forced_bound = _steps(
-        spec, t, states, (out, var), (reference.state_out, reference.state_var), bounds.state_eps * unit, usual.eps
+        spec,
+        t,
+        states,
+        (out, var),
+        (reference.state_out, reference.state_var),
+        bounds.state_eps * unit,
+        usual.eps * reference.var_scale,
     )
     checks = [
         _worst("teacher-forced chain, RMS of ε", curves["forced"], bounds.state_eps, t, bounds.why, usual.eps),
         _worst("teacher-forced chain, RMS of x_{t−1}", curves["forced_step"], forced_bound, t, _why_step),
     ]
     if var is not None and reference.state_var is not None:
-        curves["forced_var"] = np.array([rms(a - b) for a, b in zip(var, reference.state_var, strict=True)])
+        differences = [rms(a - b) for a, b in zip(var, reference.state_var, strict=True)]
+        curves["forced_var"] = np.array(differences) / reference.var_scale
         checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], usual.eps, t))
     free, finals = free_chain(evaluate, backend, usual.pixels, rms(bounds.state_eps), reference, curves)
     return [*checks, free], finals

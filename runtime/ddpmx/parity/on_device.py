@@ -8,11 +8,11 @@ from ddpmx.backends.base import CopyingBackend
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
-from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import BackendError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.check import Check
 from ddpmx.parity.free_chain import saturated, too_few
+from ddpmx.parity.reference import chain_table
 from ddpmx.sampling import chain
 from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import to_nhwc
@@ -36,7 +36,7 @@ def checks(backend: CopyingBackend, spec: ModelSpec) -> list[Check]:
     batch = fitting_batch(backend.device.batches, IMAGES)
     indices = np.arange(min(IMAGES, batch))
     filled = np.concatenate([indices, np.repeat(indices[-1:], batch - len(indices))])
-    table = make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=min(STEPS, spec.timesteps))
+    table = chain_table(spec, min(STEPS, spec.timesteps))
     start = chain.initial(SEED, filled, spec.shape)
     conditioning = example(spec, filled)
     *_, last = chain.run(

@@ -133,7 +133,7 @@ class Reference:
         }
         if spec.classes is not None:
             expected |= {"y": (np.int32, (k, n)), "final_y": (np.int32, (len(self.final),))}
-        if spec.variance == "learned_range":
+        if spec.learns_variance:
             expected |= {"var": (np.float32, (k, n, kept)), "state_var": (np.float32, (m, kept))}
         if spec.self_condition:
             expected["state_x0"] = (np.uint8, (m, *shape))
@@ -182,6 +182,13 @@ class Reference:
     def scale(self) -> float:
         """RMS of all recorded outputs: the unit of errors."""
         return float(np.sqrt(np.mean(np.square(self.out, dtype=np.float64))))
+
+    @property
+    def var_scale(self) -> float:
+        """The unit of errors of the second output: 1 where it is a place in −1…1, else the RMS of what was recorded."""
+        if self.var is None or self.spec.variance == "learned_range":
+            return 1.0
+        return max(1.0, float(np.sqrt(np.mean(np.square(self.var, dtype=np.float64)))))
 
     def table(self) -> Table:
         """The coefficient table of the recorded chain."""
@@ -270,8 +277,12 @@ class Reference:
 
 
 def chain_table(spec: ModelSpec, steps: int) -> Table:
-    """The table of a recorded chain: ancestral, over ``steps`` of the T timesteps."""
-    return make_table(spec.make_schedule(), spec.prediction, spec.variance, steps=steps)
+    """The table of a recorded chain: ancestral, over ``steps`` of the T timesteps.
+
+    A network that learned the variance of single steps is recorded with σ² = β̃ where some are left out.
+    """
+    variance = "fixed_small" if spec.variance == "learned" and steps < spec.timesteps else spec.variance
+    return make_table(spec.make_schedule(), spec.prediction, variance, steps=steps)
 
 
 def elements(shape: tuple[int, int, int]) -> NDArray[np.int64]:

@@ -90,7 +90,7 @@ def learned_sigma(learned: Float32, var: Float32) -> Float32:
     """σ = exp(c + d·v), float32, of the network's output ``var``, v.
 
     Args:
-        learned: float32 [2], c and d, see :func:`ddpmx.diffusion.samplers.learned_range`.
+        learned: float32 [2], c and d, see :func:`ddpmx.diffusion.samplers.learned_range` and ``learned_log``.
         var: v, finite float32 of any shape.
     """
     c, d = learned
@@ -195,7 +195,7 @@ def fixed_places(backend: PartBackend, spec: ModelSpec, part: int) -> bool:
 
 def _probe(backend: Backend, spec: ModelSpec, count: int) -> Callable[[NDArray[np.int64]], Float32]:
     """What the network answers to some of ``count`` random images, at timesteps of all of 0…T−1."""
-    images, var = np.arange(count), spec.variance == "learned_range"
+    images, var = np.arange(count), spec.learns_variance
     inputs = {"x": initial(0, images, spec.shape), **example(spec, images)}
     inputs["t"] = np.linspace(0, spec.timesteps - 1, count).round().astype(np.int32)
     if spec.self_condition:

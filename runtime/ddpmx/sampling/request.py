@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import AnyArray, Labels
 from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
-from ddpmx.diffusion.samplers import Sampler, Spacing, Table, Variance, make_table
+from ddpmx.diffusion.samplers import LEARNED_VARIANCES, Sampler, Spacing, Table, Variance, make_table
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
@@ -98,8 +98,13 @@ class Sampling:
             InputError: as there, and for a learned variance that the network does not give.
             SpecError: as there.
         """
-        if self.variance == "learned_range" and spec.variance != "learned_range":
-            raise InputError("the network has no variance output", note=f"the file says {spec.variance!r}")
+        if self.variance in LEARNED_VARIANCES and self.variance != spec.variance:
+            raise InputError(
+                "the network's variance output means something else"
+                if spec.learns_variance
+                else "the network has no variance output",
+                note=f"the file says {spec.variance!r}",
+            )
         return make_table(
             spec.make_schedule() if schedule is None else schedule,
             spec.prediction,

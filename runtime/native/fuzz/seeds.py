@@ -50,7 +50,10 @@ JSON_WORDS = [
     "{",
 ]
 SPEC_WORDS = [f'"{field.name}":' for field in dataclasses.fields(ModelSpec)] + ['"coefficients":', '"model":']
-SPEC_WORDS += [f'"{word}"' for word in ("linear", "cosine", "quad", "jsd", "betas", "eps", "x0", "v", "learned_range")]
+SPEC_WORDS += [
+    f'"{word}"'
+    for word in ("linear", "cosine", "quad", "jsd", "betas", "eps", "x0", "v", "mu", "learned_range", "learned")
+]
 SPEC_WORDS += ["beta_start", "beta_end", "betas1 20 "]
 RECORD_WORDS = [f'"{field.name}":' for field in dataclasses.fields(plan_file.PlanRecord)] + [
     '"workspace":',

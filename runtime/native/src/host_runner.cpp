@@ -89,7 +89,7 @@ class Chain {
     // a network that learns its variance has a second output, used or not
     std::optional<Floats> &unwanted = unwanted_;
     all.var = var_.get();
-    if (!all.var && spec.variance == Variance::learned_range) all.var = unwanted.emplace(rows_ * N_).get();
+    if (!all.var && spec.learns_variance()) all.var = unwanted.emplace(rows_ * N_).get();
     if (static_cast<int64_t>(executed) < n_) {
       for (int64_t row = 0; row < rows_; ++row) bound_.push_back(network.bind(row_of(all, row)));
     } else {
@@ -185,7 +185,7 @@ Example example_of(const Spec &spec, const std::vector<uint64_t> &which, uint64_
   example.x.resize(static_cast<size_t>(n * N));
   example.out.resize(example.x.size());
   example.cond.resize(static_cast<size_t>(n * K));
-  if (spec.variance == Variance::learned_range) example.var.resize(example.x.size());
+  if (spec.learns_variance()) example.var.resize(example.x.size());
   if (spec.self_condition) example.x0_prev.resize(example.x.size());
   for (int64_t row = 0; row < n; ++row) {
     const auto image = static_cast<uint32_t>(which[static_cast<size_t>(row)]);

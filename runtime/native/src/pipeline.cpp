@@ -159,10 +159,13 @@ Table Pipeline::table(const ddpmx_request &request) const {
     const auto named = variance_named(request.variance);
     if (!named) {
       throw Failure(DDPMX_INPUT, "there is no variance " + in_quotes(request.variance), "",
-                    "one of: fixed_small, fixed_large, learned_range");
+                    "one of: fixed_small, fixed_large, learned_range, learned");
     }
-    if (*named == Variance::learned_range && spec_.variance != Variance::learned_range) {
-      throw Failure(DDPMX_INPUT, "the network has no variance output", "the file says " + in_quotes(name_of(spec_.variance)));
+    if (is_learned(*named) && *named != spec_.variance) {
+      throw Failure(DDPMX_INPUT,
+                    spec_.learns_variance() ? "the network's variance output means something else"
+                                            : "the network has no variance output",
+                    "the file says " + in_quotes(name_of(spec_.variance)));
     }
     variance = *named;
   }

@@ -18,7 +18,7 @@ struct Row {
   double p = 0, q = 0, a = 0, b = 0, sigma = 0;
 };
 
-// x̂_0 = p·x_t + q·out at the position t.
+// x̂_0 = p·x_t + q·out at the position t. For Prediction::mu the schedule must not be respaced.
 void set_x0_coefficients(const Schedule &schedule, Prediction prediction, size_t t, Row &row) {
   const double alpha_bar = schedule.alpha_bar[t], noise = schedule.one_minus_alpha_bar[t];
   switch (prediction) {
@@ -34,6 +34,12 @@ void set_x0_coefficients(const Schedule &schedule, Prediction prediction, size_t
       row.p = std::sqrt(alpha_bar);
       row.q = -std::sqrt(noise);
       break;
+    case Prediction::mu: {  // (μ − B·x)/A, with A and B of μ̃ = A·x_0 + B·x, equation 7
+      const double a = schedule.posterior_mean_coef_x0(t);
+      row.p = -schedule.posterior_mean_coef_xt(t) / a;
+      row.q = 1 / a;
+      break;
+    }
   }
 }
 
@@ -44,7 +50,7 @@ void set_ancestral(const Schedule &schedule, Variance variance, size_t t, Row &r
   row.b = schedule.posterior_mean_coef_xt(t);
   if (t == 0) {
     row.sigma = 0;
-  } else if (variance == Variance::learned_range) {
+  } else if (is_learned(variance)) {
     row.sigma = 1;
   } else {
     const bool large = variance == Variance::fixed_large;
@@ -57,6 +63,9 @@ ddpmx_learned learned_range(const Schedule &schedule, size_t t) {
   const double small = schedule.log_variance_small(t), large = elementary::log(schedule.betas[t]);
   return {static_cast<float>((large + small) / 4), static_cast<float>((large - small) / 4)};
 }
+
+// c and d of σ = exp(c + d·v) where v is log σ² itself.
+constexpr ddpmx_learned kLearnedLog = {0.0F, 0.5F};
 
 // Song et al. 2020, equation 12, with ε̂ re-derived from the clipped x̂_0: see ddim() in samplers.py.
 void set_ddim(const Schedule &schedule, double eta, size_t t, Row &row) {
@@ -148,7 +157,14 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
     throw Failure(DDPMX_INPUT, "η is for the ddim sampler only", "", "sampler ddim, or leave out η");
   }
   const auto T = static_cast<int64_t>(schedule.size());
-  const Schedule part = respace(schedule, timestep_grid(T, sampling.steps.value_or(T), sampling.spacing));
+  const std::vector<int64_t> timesteps = timestep_grid(T, sampling.steps.value_or(T), sampling.spacing);
+  if (!ddim && variance == Variance::learned && timesteps.size() < schedule.size()) {
+    throw Failure(DDPMX_INPUT,
+                  "the network learned the variance of single steps, and this chain takes " +
+                      std::to_string(timesteps.size()) + " of " + std::to_string(T),
+                  "", "sampler ddim, or variance fixed_small");
+  }
+  const Schedule part = respace(schedule, timesteps);
   if (ddim && !(sampling.eta >= 0 && sampling.eta <= 1)) {
     throw Failure(DDPMX_INPUT, "η must lie between 0 (no noise) and 1 (as much as the ancestral chain), not " +
                                    shown(sampling.eta));
@@ -158,7 +174,7 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
                   "predict x0 or v, or choose a schedule that keeps some signal");
   }
   const size_t S = part.size();
-  const bool learns = !ddim && variance == Variance::learned_range;
+  const bool learns = !ddim && is_learned(variance);
   Table table;
   table.timesteps.reserve(S);
   table.rows.reserve(S);
@@ -166,7 +182,11 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
   bool numbers = true;
   for (size_t t = S; t-- > 0;) {
     Row row;
-    set_x0_coefficients(part, prediction, t, row);
+    if (prediction == Prediction::mu) {  // also in a chain that leaves out timesteps, μ is the mean of a single step
+      set_x0_coefficients(schedule, prediction, static_cast<size_t>(part.timesteps[t]), row);
+    } else {
+      set_x0_coefficients(part, prediction, t, row);
+    }
     if (ddim) {
       set_ddim(part, sampling.eta, t, row);
     } else {
@@ -176,7 +196,7 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
     table.rows.push_back(rounded(row));
     numbers = numbers && finite(table.rows.back());
     if (learns) {
-      table.learned.push_back(learned_range(part, t));
+      table.learned.push_back(variance == Variance::learned ? kLearnedLog : learned_range(part, t));
       numbers = numbers && std::isfinite(table.learned.back().c) && std::isfinite(table.learned.back().d);
     }
   }

@@ -19,8 +19,8 @@ constexpr int64_t kMaxClasses = 1 << 20;          // 50 times what is in use, as
 constexpr int64_t kMaxCondition = 1 << 12;
 constexpr size_t kMaxBetas = 1 << 14;
 
-constexpr std::string_view kPredictions[] = {"eps", "x0", "v"};
-constexpr std::string_view kVariances[] = {"fixed_small", "fixed_large", "learned_range"};
+constexpr std::string_view kPredictions[] = {"eps", "x0", "v", "mu"};
+constexpr std::string_view kVariances[] = {"fixed_small", "fixed_large", "learned_range", "learned"};
 constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16"};
 
 // The fields of a spec. "coefficients" is not a field of its own, but a checksum of what the others mean.
@@ -235,7 +235,7 @@ std::vector<Input> Spec::inputs() const {
 
 std::vector<std::string> Spec::outputs() const {
   std::vector<std::string> all = {std::string(name_of(prediction))};
-  if (variance == Variance::learned_range) all.push_back("var");
+  if (learns_variance()) all.push_back("var");
   return all;
 }
 

@@ -13,8 +13,13 @@
 
 namespace ddpmx {
 
-enum class Prediction { eps, x0, v };
-enum class Variance { fixed_small, fixed_large, learned_range };
+enum class Prediction { eps, x0, v, mu };
+enum class Variance { fixed_small, fixed_large, learned_range, learned };
+
+// Whether the variance is a second output of the network.
+constexpr bool is_learned(Variance variance) {
+  return variance == Variance::learned_range || variance == Variance::learned;
+}
 
 // An input of the network: its name in the graph, whether it is int32 (else float32), and its dimensions for one image.
 struct Input {
@@ -41,6 +46,7 @@ struct Spec {
 
   int64_t elements() const { return channels * height * width; }  // N
   std::vector<Input> inputs() const;                              // x and t, then y, x0_prev and cond if it takes them
+  bool learns_variance() const { return is_learned(variance); }  // whether the network has a second output, "var"
   std::vector<std::string> outputs() const;                       // its prediction, and "var" with a learned variance
 };
 

@@ -83,7 +83,7 @@ class Rig {
     trt().network.channels = spec.channels, trt().network.pixels = spec.height * spec.width;
     trt().network.condition = spec.condition.value_or(0);
     trt().network.classes = spec.classes.has_value(), trt().network.self_condition = spec.self_condition;
-    trt().network.learned = spec.variance == ddpmx::Variance::learned_range;
+    trt().network.learned = spec.learns_variance();
     inputs_ = spec.inputs(), outputs_ = spec.outputs();
     for (const ddpmx::Input &input : inputs_) {
       trt().tensors.push_back(tensor(input.name.c_str(), true, input.is_int, input.dims));

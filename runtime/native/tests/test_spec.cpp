@@ -80,10 +80,11 @@ void everything_set() {
 
 void names() {
   CHECK(name_of(Prediction::eps) == "eps" && name_of(Prediction::x0) == "x0" && name_of(Prediction::v) == "v");
-  for (const Variance variance : {Variance::fixed_small, Variance::fixed_large, Variance::learned_range}) {
+  for (const Variance variance : {Variance::fixed_small, Variance::fixed_large, Variance::learned_range,
+                                  Variance::learned}) {
     CHECK(variance_named(name_of(variance)) == variance);
   }
-  CHECK(!variance_named("learned") && !variance_named(""));
+  CHECK(!variance_named("learnt") && !variance_named(""));
 }
 
 void sizes_that_no_image_has() {

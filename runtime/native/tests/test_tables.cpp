@@ -30,7 +30,7 @@ Sampling ddim(double eta) {
 
 constexpr const char *kNames[] = {"linear", "quad",   "const",             "warmup10",    "warmup50",
                                   "jsd",    "cosine", "sigmoid_alpha_bar", "sigmoid_beta"};
-constexpr Prediction kPredictions[] = {Prediction::eps, Prediction::x0, Prediction::v};
+constexpr Prediction kPredictions[] = {Prediction::eps, Prediction::x0, Prediction::v, Prediction::mu};
 constexpr Variance kVariances[] = {Variance::fixed_small, Variance::fixed_large, Variance::learned_range};
 
 void functions() {
@@ -157,6 +157,37 @@ void learned_variances() {
   CHECK(make_table(schedule, Prediction::v, Variance::learned_range, ddim(0.5)).learned.empty());
 }
 
+void learned_log_variances() {
+  const Schedule schedule = make_schedule("linear", 1000, {});
+  const Table table = make_table(schedule, Prediction::eps, Variance::learned);
+  CHECK(table.learned.size() == 1000);
+  for (size_t k = 0; k < 1000; ++k) {
+    CHECK(table.learned[k].c == 0 && table.learned[k].d == 0.5F);
+    CHECK(table.rows[k].sigma == (k < 999 ? 1 : 0));
+  }
+  CHECK(fails(DDPMX_INPUT, "variance of single steps, and this chain takes 50 of 1000",
+              [&] { make_table(schedule, Prediction::eps, Variance::learned, over(50)); }));
+  Sampling song = ddim(0.5);
+  song.steps = 50;
+  CHECK(make_table(schedule, Prediction::eps, Variance::learned, song).learned.empty());
+}
+
+// μ is the mean of a single step also where the chain leaves out timesteps: A·(p·x + q·μ) + B·x = μ for the whole schedule's
+// A and B, and so −p/q = B, 1/q = A.
+void predicted_means() {
+  const Schedule schedule = make_schedule("linear", 1000, {});
+  const Table whole = make_table(schedule, Prediction::mu, Variance::fixed_small);
+  for (const ddpmx_row &row : whole.rows) {
+    CHECK(near(double{row.q} * row.a, 1, 2e-7) && near(-double{row.p} / row.q, row.b, 2e-7));
+  }
+  const Table part = make_table(schedule, Prediction::mu, Variance::fixed_small, over(10));
+  for (size_t k = 0; k < 10; ++k) {
+    const ddpmx_row &row = whole.rows[999 - static_cast<size_t>(part.timesteps[k])];
+    CHECK(part.rows[k].p == row.p && part.rows[k].q == row.q);
+  }
+  CHECK(!near(double{part.rows[0].q} * part.rows[0].a, 1, 0.1));
+}
+
 void ddim_with_all_the_noise_is_ancestral() {
   for (const char *name : kNames) {
     const Schedule schedule = make_schedule(name, 200, {});
@@ -236,6 +267,8 @@ int main() {
   ancestral_is_algorithm_2();
   the_last_step_gives_x0();
   learned_variances();
+  learned_log_variances();
+  predicted_means();
   ddim_with_all_the_noise_is_ancestral();
   starts();
   refusals();

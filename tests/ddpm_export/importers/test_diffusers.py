@@ -18,7 +18,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
-from ddpm_export.importers.diffusers_config import UNET_DEFAULTS, read_chain
+from ddpm_export.importers.diffusers_config import UNET_DEFAULTS, read_chain, scheduler_json
 from ddpm_export.importers.probe import module_of
 from ddpm_export.importers.registry import Imported, Options, convert, import_checkpoint
 from ddpm_export.importers.settings import SettingsResolver
@@ -553,3 +553,11 @@ def test_a_scheduler_with_contradictory_or_unknown_fields_is_refused(changes):
     contents = SimpleNamespace(configs={"scheduler_config.json": {"_class_name": "DDPMScheduler", **changes}})
     with pytest.raises(FileFormatError):
         read_chain(SettingsResolver(Options()), contents, UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.0, 4))
+
+
+@pytest.mark.parametrize("change", [{"prediction": "mu"}, {"variance": "learned"}])
+def test_a_chain_that_diffusers_would_read_otherwise_is_not_written(change):
+    """Its "learned" takes σ² where ours is log σ², and it has no μ at all."""
+    with pytest.raises(InputError, match="DDPMScheduler"):
+        scheduler_json(ModelSpec((3, 8, 8), **change))
+    assert scheduler_json(ModelSpec((3, 8, 8), variance="learned_range"))["variance_type"] == "learned_range"

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch", reason="not verified here: records of PyTor
 from ddpm_export.networks.torch_backend import TorchBackend  # noqa: E402
 from ddpm_export.proof.record import record  # noqa: E402
 from ddpmx.backends.base import Buffers  # noqa: E402
+from ddpmx.diffusion.samplers import x0_coefficients  # noqa: E402
 from ddpmx.errors import BackendError, FileFormatError, NumericError, SpecError  # noqa: E402
 from ddpmx.parity import propagation  # noqa: E402
 from ddpmx.parity.ladder import run_ladder  # noqa: E402
@@ -27,7 +28,13 @@ pytestmark = pytest.mark.torch
 
 STEPS = 12
 LEARNED = {"variance": "learned_range"}
-CASES = {**KINDS, "variance": LEARNED, "everything": {**ALL, **LEARNED}}
+CASES = {
+    **KINDS,
+    "variance": LEARNED,
+    "log variance": {"variance": "learned"},
+    "mean": {"prediction": "mu"},
+    "everything": {**ALL, **LEARNED},
+}
 EPS, V, FORCED, FORCED_V = "ε, RMS", "v, RMS", "teacher-forced chain, RMS of ε", "teacher-forced chain, RMS of v"
 FREE = f"free chain of {STEPS} steps, pixels within one level"
 
@@ -38,9 +45,13 @@ class Closed(torch.nn.Module):
     def __init__(self, spec) -> None:
         super().__init__()
         slope, offset = gaussian.coefficients(spec.make_schedule())
-        self.learns = spec.variance == "learned_range"
+        self.learns, self.log = spec.learns_variance, spec.variance == "learned"
+        schedule = spec.make_schedule()
+        p, q = x0_coefficients(schedule, "eps")
+        a, b = schedule.posterior_mean_coef_x0, schedule.posterior_mean_coef_xt
+        self.mean = spec.prediction == "mu"
         mu = np.linspace(-0.5, 0.5, math.prod(spec.shape)).reshape(spec.shape)
-        for name, value in (("slope", slope), ("offset", offset), ("mu", mu)):
+        for name, value in (("slope", slope), ("offset", offset), ("mu", mu), ("of_x", a * p + b), ("of_eps", a * q)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         generator = torch.Generator().manual_seed(0)
         self.table = torch.nn.Parameter(0.2 * torch.randn(spec.classes or 1, generator=generator))
@@ -53,7 +64,10 @@ class Closed(torch.nn.Module):
             out = out + 0.1 * x0_prev
         if cond is not None:
             out = out + 0.1 * cond[:, :1] - 0.05 * cond[:, -1:]
-        return (out, torch.tanh(x - self.mu)) if self.learns else out
+        if self.mean:
+            out = self.of_x[t.long()].view(-1, 1, 1, 1) * x + self.of_eps[t.long()].view(-1, 1, 1, 1) * out
+        var = torch.tanh(x - self.mu)
+        return (out, var - 6 if self.log else var) if self.learns else out
 
 
 def spec_of(case, **changes):
@@ -104,10 +118,10 @@ def test_the_network_itself_passes(case, tmp_path):
     result = run_ladder(TorchBackend(Closed(spec)), spec, reference)
     assert result.passed, result.verdict
     names = [check.name for check in result.checks]
-    assert ({V, FORCED_V} <= set(names)) == (spec.variance == "learned_range")
+    assert ({V, FORCED_V} <= set(names)) == spec.learns_variance
     assert {check.name: check.value for check in result.checks}[FREE] == 1.0
     report = to_json(result, "model.onnx")
-    assert ("var" in report["curves"]) == (spec.variance == "learned_range")
+    assert ("var" in report["curves"]) == spec.learns_variance
     assert all(f"**{name}.** " in to_markdown(result, "model.onnx", {}) for name in names)
 
 

@@ -10,11 +10,12 @@ pytest.importorskip("torch", reason="not verified here: the training objective (
 import torch
 
 from ddpm_export.training.diffusion import GaussianDiffusion
-from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS, make_table
+from ddpmx.diffusion.samplers import FIXED_VARIANCES, make_table
 from ddpmx.diffusion.schedule import make_schedule
 
 pytestmark = pytest.mark.torch
 
+PREDICTIONS = ("eps", "x0", "v")
 T = 1000
 SHAPE = (2, 3, 4)  # C, H, W
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, T))  # the paper's schedule, written down again

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ddpmx.diffusion.samplers import (
     FIXED_VARIANCES,
+    LEARNED_VARIANCES,
     PREDICTIONS,
     SPACINGS,
     VARIANCES,
@@ -23,8 +24,11 @@ from ddpmx.diffusion.samplers import (
 )
 from ddpmx.diffusion.schedule import SCHEDULES, make_schedule, respace
 from ddpmx.errors import InputError, SpecError
+from ddpmx.sampling import chain
 
 LINEAR = make_schedule("linear", 1000)
+
+ALPHA_BAR = np.cumprod(1 - np.array([1e-4 + 0.0199 * t / 999 for t in range(1000)]))  # the paper's, written down again
 
 LENGTH_AND_STEPS = st.integers(1, 3000).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T)))
 
@@ -125,10 +129,15 @@ def test_all_predictions_lead_back_to_the_same_x0(name):
     x0, eps = rng.uniform(-1, 1, 1000), rng.standard_normal(1000)
     signal, noise = np.sqrt(schedule.alpha_bar), np.sqrt(1 - schedule.alpha_bar)
     x = signal * x0 + noise * eps
-    outputs = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}
+    # μ̃ of equation 7, by completing the square in q(x_t | x_{t−1})·q(x_{t−1} | x_0)
+    before = np.concatenate([[1.0], schedule.alpha_bar[:-1]])
+    alpha, spread = schedule.alpha_bar / before, np.maximum(1 - before, 1e-300)
+    precision = alpha / (1 - alpha) + 1 / spread
+    mean = (np.sqrt(alpha) * x / (1 - alpha) + np.sqrt(before) * x0 / spread) / precision
+    outputs = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0, "mu": mean}
     for prediction in PREDICTIONS:
         p, q = x0_coefficients(schedule, prediction)
-        np.testing.assert_allclose(p * x + q * outputs[prediction], x0, atol=1e-10)
+        assert np.all(np.abs(p * x + q * outputs[prediction] - x0) < 1e-10 + 1e-13 * np.abs(q))
 
 
 def test_epsilon_cannot_lead_back_from_pure_noise():
@@ -137,6 +146,46 @@ def test_epsilon_cannot_lead_back_from_pure_noise():
         x0_coefficients(jsd, "eps")
     for prediction in ("x0", "v"):
         assert np.all(np.isfinite(x0_coefficients(jsd, prediction)))
+
+
+def one_update(row, x, out, limit=np.inf):
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    chain.update(row.astype(np.float32), limit, x, out, None, x0=x0, x_next=x_next)
+    return x0, x_next
+
+
+@pytest.mark.parametrize("t", [0, 1, 500, 999])
+def test_the_mean_that_a_network_predicts_is_what_the_chain_takes(t):
+    """A·(p·x + q·μ) + B·x = μ to float32's accuracy, although q is 7600 at t = 999."""
+    rng = np.random.default_rng(t)
+    x, mu = rng.standard_normal((2, 4096)).astype(np.float32)
+    row = make_table(LINEAR, "mu", "fixed_small").rows[999 - t]
+    assert (row[1] > 7500) == (t == 999)
+    _, x_next = one_update(row, x, mu)
+    assert np.all(np.abs(x_next - mu) <= 6 * 2.0**-24 * (np.abs(x) + np.abs(mu)))
+
+
+def test_a_predicted_mean_is_clipped_by_its_x0():
+    row = make_table(LINEAR, "mu", "fixed_small").rows[0]
+    x = np.zeros(1, np.float32)
+    x0, x_next = one_update(row, x, np.ones(1, np.float32), 1.0)
+    assert x0 == 1
+    assert x_next == np.float32(row[2])  # A alone, 1.3e-4
+
+
+@pytest.mark.parametrize("sampling", [{"steps": 10}, {"steps": 7, "sampler": "ddim", "eta": 0.5}])
+def test_a_predicted_mean_is_that_of_a_single_step_in_a_shorter_chain_too(sampling):
+    """The network knows μ̃ of t → t−1 and nothing of the timesteps that the chain leaves out."""
+    table = make_table(LINEAR, "mu", "fixed_small", **sampling)
+    rng = np.random.default_rng(0)
+    for t, row in zip(table.timesteps, table.rows, strict=True):
+        x0, x = rng.uniform(-1, 1, 64), rng.standard_normal(64)
+        beta = 1e-4 + 0.0199 * t / 999
+        before = ALPHA_BAR[t - 1] if t else 1.0
+        mean = (np.sqrt(before) * beta * x0 + np.sqrt(1 - beta) * (1 - before) * x) / (1 - ALPHA_BAR[t])
+        np.testing.assert_allclose(row[0] * x + row[1] * mean, x0, atol=1e-9)
+    other = make_table(LINEAR, "eps", "fixed_small", **sampling)
+    np.testing.assert_array_equal(table.rows[:, 2:], other.rows[:, 2:])
 
 
 def test_unknown_predictions_are_refused():
@@ -230,7 +279,7 @@ def test_a_respaced_table_tells_the_network_the_original_timesteps():
 @pytest.mark.parametrize("steps", [1000, 50, 7])
 def test_a_learned_variance_lies_between_the_two_fixed_ones(steps):
     """Nichol & Dhariwal, equation 15, on the chain that is really walked: v = −1 is β̃, v = 1 is β, 0 their mean."""
-    small, large, learned = (make_table(LINEAR, "eps", variance, steps=steps) for variance in VARIANCES)
+    small, large, learned = (make_table(LINEAR, "eps", variance, steps=steps) for variance in VARIANCES[:3])
     np.testing.assert_array_equal(learned.timesteps, small.timesteps)
     np.testing.assert_array_equal(learned.rows[:, :4], small.rows[:, :4])
     assert learned.rows[:, 4].tolist() == [1.0] * (steps - 1) + [0.0]
@@ -253,13 +302,34 @@ def test_a_learned_variance_at_the_last_step_is_that_of_the_paper():
 
 def test_only_the_ancestral_sampler_asks_for_a_learned_variance():
     for eta in (0.0, 1.0):
-        fixed, learned = (make_table(LINEAR, "eps", v, sampler="ddim", eta=eta, steps=9) for v in VARIANCES[1:])
-        assert learned.learned is None
-        np.testing.assert_array_equal(learned.rows, fixed.rows)
+        fixed = make_table(LINEAR, "eps", "fixed_large", sampler="ddim", eta=eta, steps=9)
+        for variance in LEARNED_VARIANCES:
+            learned = make_table(LINEAR, "eps", variance, sampler="ddim", eta=eta, steps=9)
+            assert learned.learned is None
+            np.testing.assert_array_equal(learned.rows, fixed.rows)
     for variance in FIXED_VARIANCES:
         table = make_table(LINEAR, "eps", variance)
         assert table.learned is None
         np.testing.assert_array_equal(table.coefficients, table.rows)
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(999, 999), (1, 1), (50, 50)])
+def test_the_variance_of_single_steps_is_not_that_of_longer_ones(steps, taken):
+    with pytest.raises(InputError, match=f"variance of single steps, and this chain takes {taken} of 1000") as caught:
+        make_table(LINEAR, "eps", "learned", steps=steps)
+    assert caught.value.hint == "sampler ddim, or variance fixed_small"
+    for variance in ("learned_range", "fixed_small"):
+        make_table(LINEAR, "eps", variance, steps=steps)
+    assert len(make_table(LINEAR, "eps", "learned", steps=steps, sampler="ddim")) == taken
+
+
+@pytest.mark.parametrize("sampling", [{}, {"steps": 1000}, {"start": 400}])
+def test_a_learned_log_variance_is_taken_as_it_is(sampling):
+    """σ = exp(var/2) at every t, and none in the last step."""
+    table = make_table(LINEAR, "eps", "learned", **sampling)
+    for log_variance in (-9.2, -4.0, 0.3):
+        np.testing.assert_allclose(np.exp(table.learned @ [1, log_variance]) ** 2, np.exp(log_variance), rtol=1e-14)
+    assert table.rows[:, 4].tolist() == [1.0] * (len(table) - 1) + [0.0]
 
 
 def test_one_step_of_a_learned_variance_draws_no_noise():
@@ -284,7 +354,7 @@ def test_a_table_has_numbers_or_is_refused(name, T, params, sampling, share):
     """A NaN here would come out as an image, or as a complaint about the network."""
     schedule = make_schedule(name, T, params)
     with np.errstate(all="ignore"), contextlib.suppress(InputError, SpecError):
-        for variance in VARIANCES:
+        for variance in VARIANCES[:3] if share > 1 else VARIANCES:
             table = make_table(schedule, "v", variance, steps=T // share, **sampling)
             assert np.all(np.isfinite(table.coefficients.astype(np.float32)))
 
@@ -294,6 +364,8 @@ def test_a_table_has_numbers_or_is_refused(name, T, params, sampling, share):
     "sampling", [{}, {"steps": 10}, {"steps": 7, "spacing": "trailing"}, {"sampler": "ddim", "eta": 0.5, "steps": 25}]
 )
 def test_a_table_with_a_start_is_the_end_of_the_whole_one(variance, sampling):
+    if variance == "learned" and sampling.get("sampler") != "ddim":
+        sampling = {}  # all steps
     whole = make_table(LINEAR, "eps", variance, **sampling)
     for at in {0, 1, len(whole) // 2, len(whole) - 1}:
         table = make_table(LINEAR, "eps", variance, start=int(whole.timesteps[at]), **sampling)
@@ -351,4 +423,4 @@ def test_impossible_sampling_is_refused(sampling):
 
 def test_unknown_variances_are_refused():
     with pytest.raises(SpecError, match="variance"):
-        make_table(LINEAR, "eps", "learned")
+        make_table(LINEAR, "eps", "learnt")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ddpmx.diffusion.samplers import VARIANCES, make_table
+from ddpmx.diffusion.samplers import PREDICTIONS, VARIANCES, make_table
 from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.errors import SpecError
 from ddpmx.formats.envelope import parse_json
@@ -26,6 +26,7 @@ SPECS = [
     ModelSpec((1, 16, 16), 250, "cosine", {"s": 0.01}, "v", "fixed_small", None, "fp16", "ab" * 32, "9.9.9"),
     ModelSpec((4, 8, 8), 4000, "jsd", prediction="x0", clip=2.5),
     ModelSpec((3, 64, 64), 4000, "cosine", variance="learned_range"),
+    ModelSpec((3, 64, 64), prediction="mu", variance="learned"),
     *(ModelSpec((1, 1, 1), 50, name, prediction="v") for name in SCHEDULES),
 ]
 
@@ -151,7 +152,9 @@ def test_another_meaning_of_the_schedule_is_noticed():
         {"schedule": "quad"},
         {"variance": "fixed_small"},
         {"variance": "learned_range"},
+        {"variance": "learned"},
         {"prediction": "v"},
+        {"prediction": "mu"},
         {"timesteps": 999},
     ):
         with pytest.raises(SpecError, match="coefficients"):
@@ -192,7 +195,7 @@ WRONG = {
         {"beta_end": 10**400},
     ],
     "prediction": [None, "epsilon", "EPS", 1, [], {}, True, ["eps"]],
-    "variance": [None, "learned", "learned_variance", 1, [], {}, True, ["fixed_small"]],
+    "variance": [None, "learnt", "learned_variance", 1, [], {}, True, ["fixed_small"]],
     "clip": [0, -1, True, "1", [], {}, [1.0], math.nan, math.inf, 10**400],
     "precision": [None, "tf32", "int8", 16, [], {}],
     "weights": ["", "ab", "AB" * 32, "g" * 64, "a" * 65, "a" * 64 + "\n", 5, [], {}, True],
@@ -246,7 +249,7 @@ objects = st.fixed_dictionaries(
         "timesteps": st.integers(-5, 50) | anything,
         "schedule": st.sampled_from(list(SCHEDULES)) | anything,
         "schedule_params": params | anything,
-        "prediction": st.sampled_from(["eps", "x0", "v"]) | anything,
+        "prediction": st.sampled_from(PREDICTIONS) | anything,
         "variance": st.sampled_from(VARIANCES) | anything,
         "clip": anything,
         "precision": st.sampled_from(["fp32", "fp16"]) | anything,

@@ -11,9 +11,10 @@ import pytest
 from ddpmx.backends.base import Buffers
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, Table, make_table
 from ddpmx.diffusion.schedule import make_schedule
-from ddpmx.errors import NumericError
+from ddpmx.errors import InputError, NumericError
 from ddpmx.parity.ladder import run_ladder
 from ddpmx.sampling import chain
+from ddpmx.sampling.request import Sampling
 from oracles import gaussian
 from oracles.toy_backend import ToyBackend
 
@@ -176,6 +177,36 @@ def test_a_chain_has_the_variance_of_the_network_s_output(v, steps, figure):
     figure(f"{steps} steps, v = {v}, against a fixed σ", np.abs(learned.x_next - fixed.x_next).max(), at_most=2e-5)
     *_, other = walk(ToyBackend(v=v + 0.01), table)
     assert np.abs(learned.x_next - other.x_next).max() > 2e-5  # the control
+
+
+@pytest.mark.parametrize("log_variance", [-9.0, -4.0])
+def test_a_chain_takes_a_learned_log_variance_as_it_is(log_variance, figure):
+    """Every step adds noise of σ² = exp(var)."""
+    table = toy_table("learned", start=40)
+    rows = table.rows.copy()
+    rows[:, 4] *= np.exp(log_variance / 2)
+    *_, learned = walk(ToyBackend(v=log_variance), table)
+    *_, fixed = walk(ToyBackend(), Table(table.timesteps, rows))
+    figure(f"var = {log_variance} against a fixed σ", np.abs(learned.x_next - fixed.x_next).max(), at_most=2e-5)
+    *_, other = walk(ToyBackend(v=log_variance + 0.02), table)
+    assert np.abs(learned.x_next - other.x_next).max() > 2e-5  # the control
+
+
+def test_a_request_for_another_learned_variance_is_refused():
+    fixed, ranged, log = (gaussian.SPEC.replace(variance=v) for v in ("fixed_large", "learned_range", "learned"))
+    for spec, wanted, fact in (
+        (fixed, "learned", "has no variance output"),
+        (fixed, "learned_range", "has no variance output"),
+        (ranged, "learned", "means something else"),
+        (log, "learned_range", "means something else"),
+    ):
+        with pytest.raises(InputError, match=fact):
+            Sampling(variance=wanted).table(spec)
+    assert log.outputs == ("eps", "var")
+    assert Sampling(variance="learned").table(log).learned is not None
+    assert Sampling(variance="fixed_small", steps=10).table(log).learned is None
+    with pytest.raises(InputError, match="variance of single steps"):
+        Sampling(steps=10).table(log)
 
 
 def test_every_element_has_its_own_variance():

@@ -121,8 +121,8 @@ typedef struct ddpmx_model {
   int32_t condition;               /* channels of a condition image; 0 if it takes none */
   int32_t self_condition;          /* 1 if the network takes x0 of the step before, which the chain passes */
   int32_t default_batch;           /* how many images run at once by default */
-  char prediction[8];              /* "eps", "x0" or "v" */
-  char variance[16];               /* "fixed_small", "fixed_large" or "learned_range" */
+  char prediction[8];              /* "eps", "x0", "v" or "mu" */
+  char variance[16];               /* "fixed_small", "fixed_large", "learned_range" or "learned" */
   char precision[8];               /* "fp32", "fp16" or "bf16", inside the network; this API uses float */
 } ddpmx_model;
 
@@ -166,7 +166,7 @@ typedef struct ddpmx_request {
   uint64_t batch;     /* the most that run at once; 0: ddpmx_model.default_batch. A plan may take fewer */
   const char *sampler; /* "ancestral" (or NULL), "ddim" */
   const char *spacing; /* which timesteps, if not all: "linspace" (or NULL), "leading", "trailing", "quad" */
-  const char *variance; /* "fixed_small", "fixed_large", "learned_range"; NULL: the file's */
+  const char *variance; /* "fixed_small", "fixed_large", "learned_range", "learned"; NULL: the file's */
   double eta;          /* of ddim: 0 (no noise in the steps) … 1; default 0 */
   int32_t steps;       /* how many of the T timesteps are visited; 0: all */
   int32_t start;       /* begin at this t, or at the nearest that is visited (the t of the first step in the callback): x

@@ -24,7 +24,7 @@ void Trial::prepare(int64_t batch) {
     at_.x = allocate(size, "x");
     at_.t = allocate(images, "t");
     at_.out = allocate(size, "the network's output");
-    if (spec_.variance == Variance::learned_range) at_.var = allocate(size, "its variance");
+    if (spec_.learns_variance()) at_.var = allocate(size, "its variance");
     if (spec_.classes) at_.y = allocate(images, "y");
     if (spec_.self_condition) at_.x0_prev = allocate(size, "x0_prev");
     if (spec_.condition) {

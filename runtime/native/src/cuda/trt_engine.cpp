@@ -259,7 +259,7 @@ void TrtContext::prepare(int64_t batch, Addresses at, Stream stream) {
   demand(trt.open_context(engine_.engine_, profile, stream, &context_, message.at(), message.size()),
          "an execution context for profile " + std::to_string(profile));
   engine_.driver_.wait_for_stream(stream, "choosing a profile");
-  if (spec.variance == Variance::learned_range && !at.var) {  // the network writes it, used or not
+  if (spec.learns_variance() && !at.var) {  // the network writes it, used or not
     unused_ = engine_.driver_.allocate(static_cast<uint64_t>(batch * spec.elements()) * 4, "the variance");
     at.var = unused_.value();
   }
