@@ -182,7 +182,8 @@ def resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None)
     recorded = recorded_source(out)
     with counting("reading images") as progress:
         source = _moved(recorded, data, ctx.params.get("condition"))
-        dataset = load_source(source, progress=progress, cached=out / NAME)
+        keep = out if ctx.params.get("cache", True) else None
+        dataset = load_source(source, progress=progress, cached=out / NAME, keep=keep)
     return Trainer.resume(out, dataset, device=device)
 
 

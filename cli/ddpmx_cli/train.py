@@ -134,6 +134,9 @@ def train(
     sample_every: Annotated[int, Option(help="Steps between grids of samples; 0 for none.")] = 1000,
     save_minutes: Annotated[float, Option(help="Minutes between checkpoints.")] = 10.0,
     cache: Annotated[bool, Option(help="Keep a folder's pixels in the run, to resume without decoding.")] = True,
+    skip_broken: Annotated[
+        bool, Option("--skip-broken", help="Leave out files that cannot be read, and name them.")
+    ] = False,
 ) -> None:
     """Train a DDPM on a folder of images or an .npz.
 
@@ -176,6 +179,7 @@ def train(
         begin.check_new(out)
         how: dict[str, Any] = {"size": parse_size(size), "channels": channels, "white": white}
         how["background"] = None if background is None else parse_colour("--background", background)
+        how |= {"skip_broken": skip_broken, "keep": out if cache else None}
         how["max_pixels"] = None if max_megapixels is None else begin.pixels(max_megapixels)
         if begin_from is None and weights != "ema":
             raise InputError("--weights has no effect without --from", hint="--from RUN, or omit it")

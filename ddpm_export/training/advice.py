@@ -5,10 +5,14 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training.average import MOST_FIRST, share_of_first
 from ddpm_export.training.checkpoint import read_training_json
+from ddpm_export.training.data import Dataset
 from ddpm_export.training.images.cache import NAME
+from ddpm_export.training.images.pixels import InMemory
 from ddpm_export.training.settings import TrainSettings
 from ddpm_export.training.train import Trainer
 from ddpmx.diffusion.last_step import signal_warning
@@ -39,7 +43,7 @@ def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
     if trainer.begun_from is not None:
         lines.append(f"begun with the {trainer.begun_from.get('weights')} weights of {trainer.begun_from.get('path')}")
     lines += trainer.dataset.notes
-    most = int(trainer.dataset.images.max())
+    most = _brightest(trainer.dataset)
     if most < DARK:
         lines.append(
             f"Note: no number in the images is above {most} of 255, so all of them are nearly black: white should be 255 "
@@ -57,6 +61,13 @@ def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
     if note := average_note(trainer, steps, "will hold"):
         lines.append(note)
     return lines
+
+
+def _brightest(dataset: Dataset) -> int:
+    """The largest number in the images; in some of them where they are not in memory."""
+    if isinstance(dataset.pixels, InMemory):
+        return int(dataset.pixels.array.max())
+    return int(dataset.take(np.unique(np.linspace(0, len(dataset) - 1, 64).astype(np.int64))).max())
 
 
 def average_note(trainer: Trainer, steps: int, verb: str) -> str | None:

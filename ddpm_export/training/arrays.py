@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpm_export.training.images.folder import MAX_BYTES
 from ddpmx.errors import DataError, FileFormatError
 from ddpmx.formats.npz import read_npz
+
+MAX_BYTES = 8 << 30
+"""Arrays that are not read in parts may unpack to this much."""
 
 _CHANNELS = (1, 3, 4)
 

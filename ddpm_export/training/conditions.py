@@ -15,7 +15,9 @@ from PIL import Image
 from ddpm_export.training import arrays as arrays_of
 from ddpm_export.training.images.decode import BICUBIC, MODES, resized
 from ddpm_export.training.images.find import Found, find_images
-from ddpm_export.training.images.folder import Read, read_conditions
+from ddpm_export.training.images.folder import Read, Where, read_images
+from ddpm_export.training.images.items import Item, name_of, stem_of
+from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.source import Source
 from ddpmx.errors import DataError, InputError
 
@@ -28,23 +30,26 @@ class Pairs:
     """Condition images in the order of their images.
 
     Attributes:
-        images: uint8 [N, H, W, K], K 1 or 3.
+        pixels: uint8 [N, H, W, K], K 1 or 3.
         white: the number that was read as white, see :class:`.Source`.
         notes: how many were enlarged, and how numbers were read.
     """
 
-    images: NDArray[np.uint8]
+    pixels: Pixels
     white: float | None
     notes: tuple[str, ...]
 
 
-def from_folder(source: Source, read: Read, progress: Callable[[int, int], None] | None) -> Pairs:
+def from_folder(
+    source: Source, read: Read, progress: Callable[[int, int], None] | None = None, where: Where | None = None
+) -> Pairs:
     """The condition images in the folder ``source.condition``, each named as its image apart from the suffix.
 
     Args:
         source: of images and conditions.
         read: the images.
         progress: called with (conditions read, conditions in all).
+        where: where their pixels are to be.
 
     Raises:
         DataError: an image or a condition has no partner, a pair differs in shape, or a condition cannot be read.
@@ -64,18 +69,28 @@ def from_folder(source: Source, read: Read, progress: Callable[[int, int], None]
             hint="two folders side by side: data/images, data/conditions",
         )
     found = find_images(folder)
-    partner = _pair(source.path, read.files, folder, found)
-    paired = Found([partner[file] for file in read.files], found.unreadable)
+    partner = _pair(source.path, read, folder, found)
+    paired = Found([partner[item] for item in read.items], unreadable=found.unreadable)
     white = source.white if source.condition_white is None else source.condition_white
-    how = replace(source.images_alone(), path=folder, size=read.size, channels=None, white=white, reading=2)
-    conditions = read_conditions(how, paired, progress)
+    how = replace(
+        source.images_alone(),
+        path=folder,
+        size=read.size,
+        channels=None,
+        white=white,
+        reading=max(2, source.reading),
+        skip_broken=False,
+        identity=read.source.identity,  # as the images: what is recorded is one for both
+    )
+    where = replace(Where() if where is None else where.of_conditions(), first=False)
+    conditions = read_images(how, paired, progress, where, conditions=True)
     _check_shapes(folder, read, conditions)
     smaller = [header for header in conditions.headers.values() if _enlarged(header.height, header.width, read.size)]
     notes = [f"condition images: {note}" for note in conditions.notes]
     if smaller:
         sizes = {(header.height, header.width) for header in smaller}
-        notes.append(_enlargement(len(smaller), len(read.files), sizes, read.size))
-    return Pairs(conditions.images, conditions.source.white, tuple(notes))
+        notes.append(_enlargement(len(smaller), len(read.items), sizes, read.size))
+    return Pairs(conditions.pixels, conditions.source.white, tuple(notes))
 
 
 def from_arrays(source: Source, arrays: Mapping[str, NDArray[Any]] | None, images: NDArray[np.uint8]) -> Pairs:
@@ -128,21 +143,22 @@ def from_arrays(source: Source, arrays: Mapping[str, NDArray[Any]] | None, image
         if _enlarged(height, width, size):
             notes.append(_enlargement(count, count, {(height, width)}, size))
         conditions = _resized(conditions, size)
-    return Pairs(conditions, white, tuple(notes))
+    return Pairs(InMemory(conditions), white, tuple(notes))
 
 
-def _pair(folder: Path, files: Iterable[Path], condition_folder: Path, found: Found) -> dict[Path, Path]:
+def _pair(folder: Path, read: Read, condition_folder: Path, found: Found) -> dict[Item, Item]:
     """The condition of every image.
 
     Raises:
         DataError: not each has exactly one, all of which are named.
     """
-    ours, theirs = _by_stem(folder, files), _by_stem(condition_folder, found.files)
+    ours, theirs = _by_stem(folder, read.items), _by_stem(condition_folder, found.files)
     items = [f"{stem}: {len(same)} images of that name" for stem, same in ours.items() if len(same) > 1]
     items += [f"{stem}: {len(same)} condition images of that name" for stem, same in theirs.items() if len(same) > 1]
     unreadable = _by_stem(condition_folder, [path for path, _ in found.unreadable])
     missing = [stem for stem in ours if stem not in theirs and stem not in unreadable]
-    surplus = [stem for stem in theirs if stem not in ours]
+    skipped = {Path(name).with_suffix("").as_posix() for name in read.skipped}
+    surplus = [stem for stem in theirs if stem not in ours and stem not in skipped]
     items += [f"{stem}: no condition image" for stem in missing]
     items += [f"{stem}: no image" for stem in surplus]
     if items:
@@ -155,10 +171,10 @@ def _pair(folder: Path, files: Iterable[Path], condition_folder: Path, found: Fo
     return {same[0]: theirs[stem][0] for stem, same in ours.items() if stem in theirs}
 
 
-def _by_stem(folder: Path, files: Iterable[Path]) -> dict[str, list[Path]]:
-    stems: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
-        stems[file.relative_to(folder).with_suffix("").as_posix()].append(file)
+def _by_stem(folder: Path, items: Iterable[Item]) -> dict[str, list[Item]]:
+    stems: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        stems[stem_of(item, folder)].append(item)
     return stems
 
 
@@ -169,13 +185,13 @@ def _check_shapes(folder: Path, read: Read, conditions: Read) -> None:
         DataError: some do not, all of which are named.
     """
     items = []
-    for file, partner in zip(read.files, conditions.files, strict=True):
-        image, condition = read.headers.get(file), conditions.headers[partner]
-        if image is None:  # of the cache: they were alike when it was written
+    for file, partner in zip(read.items, conditions.items, strict=True):
+        image, condition = read.headers.get(file), conditions.headers.get(partner)
+        if image is None or condition is None:  # of the cache: they were alike when it was written
             continue
         ours, theirs = (image.height, image.width), (condition.height, condition.width)
         if not (_is_alike(theirs, ours) or _is_alike(theirs[::-1], ours)):  # a camera's may be turned only when decoded
-            items.append(f"{partner.relative_to(folder)}: {theirs[0]}×{theirs[1]} for an image of {ours[0]}×{ours[1]}")
+            items.append(f"{name_of(partner, folder)}: {theirs[0]}×{theirs[1]} for an image of {ours[0]}×{ours[1]}")
     if items:
         raise DataError(
             f"{folder}: {len(items)} condition images have another shape than their images",

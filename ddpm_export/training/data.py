@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from ddpm_export.training import arrays as arrays_of
 from ddpm_export.training import conditions as conditions_of
 from ddpm_export.training import labels as labels_of
-from ddpm_export.training.images.folder import read_folder
+from ddpm_export.training.images import cache
+from ddpm_export.training.images.folder import Where, read_folder
 from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.source import WHITE, Source
 from ddpmx.errors import InputError
@@ -124,6 +125,9 @@ def load_dataset(
     max_pixels: int | None = None,
     classes: bool = False,
     condition: str | os.PathLike[str] | None = None,
+    skip_broken: bool = False,
+    keep: Path | None = None,
+    memory_limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Dataset:
     """Read a folder of images (with its subfolders and the folders linked there) or an ``.npz``.
@@ -143,6 +147,10 @@ def load_dataset(
         condition: the condition images. For a folder, a folder with one for each image, of the same name apart from the
             suffix. For an ``.npz``, another with one array of images, or the same with them as ``cond``. They are brought
             to the size of the images, and have 1 or 3 channels.
+        skip_broken: leave out files that cannot be read; the notes name them. Folders only.
+        keep: a run's folder. Pixels that do not fit into memory are decoded once and kept there; without it, they are
+            decoded whenever they are taken. Folders only.
+        memory_limit: images of more bytes than this are not kept in memory; half of what is free by default.
         progress: called with (images read, images in all).
 
     Raises:
@@ -159,17 +167,21 @@ def load_dataset(
         classes=classes,
         condition=None if condition is None else Path(condition),
         condition_white=None if condition is None else white,
+        skip_broken=skip_broken,
     )
     if max_pixels is not None:
         source = replace(source, max_pixels=max_pixels)
-    if not os.path.isdir(path) and any(setting is not None for setting in (size, channels, background, max_pixels)):
+    if not os.path.isdir(path) and (
+        skip_broken or any(setting is not None for setting in (size, channels, background, max_pixels))
+    ):
         source.check()
         arrays_of.check_npz(source.path)
         raise InputError(
-            "size, channels, background and max_pixels change images in a folder; an .npz is taken as it is",
+            "size, channels, background, max_pixels and skip_broken are for images in a folder; an .npz is taken as it is",
             hint="without them, or a folder of images",
         )
-    dataset = load_source(source, progress=progress)
+    kept = None if keep is None else keep / cache.NAME
+    dataset = _load(source, Where(memory_limit, kept, kept, first=True), progress)
     if white is not None and dataset.source.white is None and dataset.source.condition_white is None:
         raise InputError(
             "--white has no effect: no image is a grey of more than 8 bits that leaves its white open", hint="omit it"
@@ -183,7 +195,12 @@ def load_dataset(
 
 
 def load_source(
-    source: Source, *, progress: Callable[[int, int], None] | None = None, cached: Path | None = None
+    source: Source,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    cached: Path | None = None,
+    keep: Path | None = None,
+    memory_limit: int | None = None,
 ) -> Dataset:
     """Read images as ``source`` says: a run's own, which are read as they were when it began.
 
@@ -191,21 +208,33 @@ def load_source(
         source: where they are, and how to read them.
         progress: called with (images read, images in all).
         cached: the cache that a run may have of a folder, see :mod:`.images.cache`.
+        keep: as in :func:`load_dataset`.
+        memory_limit: as in :func:`load_dataset`.
 
     Raises:
         DataError, InputError: as :func:`load_dataset`.
     """
+    return _load(source, Where(memory_limit, cached, None if keep is None else keep / cache.NAME), progress)
+
+
+_Progress = Callable[[int, int], None] | None
+
+
+def _load(source: Source, where: Where, progress: _Progress) -> Dataset:
     source.check()
     if os.path.isdir(source.path):
-        return _of_folder(source, progress, cached)
+        return _of_folder(source, where, progress)
     return _of_npz(source)
 
 
-def _of_folder(source: Source, progress: Callable[[int, int], None] | None, cached: Path | None) -> Dataset:
-    read = read_folder(source.images_alone(), progress, cached)
-    labels = labels_of.from_folders(source.path, read.files) if source.classes else None
-    pairs = None if source.condition is None else conditions_of.from_folder(source, read, progress)
-    return _dataset(read.images, replace(source, white=read.source.white), read.notes, read.key, labels, pairs)
+def _of_folder(source: Source, where: Where, progress: _Progress) -> Dataset:
+    read = read_folder(source.images_alone(), progress, where)
+    labels = None
+    if source.classes:
+        labels = labels_of.from_folders(source.path, [item for item in read.items if isinstance(item, Path)])
+    pairs = None if source.condition is None else conditions_of.from_folder(source, read, progress, where)
+    source = replace(source, white=read.source.white, identity=read.source.identity)
+    return _dataset(read.pixels, source, read.notes, read.key, labels, pairs)
 
 
 def _of_npz(source: Source) -> Dataset:
@@ -219,11 +248,11 @@ def _of_npz(source: Source) -> Dataset:
     pairs = None
     if source.condition is not None:
         pairs = conditions_of.from_arrays(source, arrays if within else None, images)
-    return _dataset(images, source, () if note is None else (note,), None, labels, pairs)
+    return _dataset(InMemory(images), source, () if note is None else (note,), None, labels, pairs)
 
 
 def _dataset(
-    images: NDArray[np.uint8],
+    images: Pixels,
     source: Source,
     notes: tuple[str, ...],
     key: str | None,
@@ -237,7 +266,7 @@ def _dataset(
         key,
         labels=None if labels is None else labels.numbers,
         classes=None if labels is None else labels.names,
-        conditions=None if pairs is None else pairs.images,
+        conditions=None if pairs is None else pairs.pixels,
     )
 
 

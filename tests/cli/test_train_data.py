@@ -37,9 +37,7 @@ def test_the_first_lines_say_what_is_trained_on_what(ddpmx, photos, tmp_path):
     for part in (
         "4 images of 8×8×3, none mirrored",
         "network: 8×8 (8, attention) → 4×4 (16)",
-        "1 not PNG",
-        "1 .csv",
-        "transparency in 4 of 4 images: it becomes #102030",
+        "4 images: 4 with transparency (it becomes #102030, --background); not read: 1 .csv (labels.csv)",
         "images-cache.npz",
     ):
         assert part in done.out, part

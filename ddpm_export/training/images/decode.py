@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -11,11 +12,16 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, features
 
+from ddpm_export.training.images.items import Item
 from ddpm_export.training.images.source import Source
+from ddpmx.errors import DdpmxError
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+PLUGINS = {"AVIF": "pillow>=11.3", "HEIF": "pillow-heif"}
+"""Formats that are read if they can be, from reading 3 on, and what has to be installed for that."""
+
 CHANNELS = {"1": 1, "L": 1, "LA": 4, "P": 3, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3, "I;16": 1, "I": 1, "F": 1}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -26,6 +32,9 @@ _ROTATED = (5, 6, 7, 8)
 """The values of Exif's orientation that exchange height and width."""
 
 _LARGE = 32_000_000
+_limit_lock = threading.Lock()
+_limit_users = 0
+_limit: int | None = None
 _one_at_a_time = threading.Lock()
 """Held while an image of more than :data:`_LARGE` pixels is in memory: one takes up to a gigabyte."""
 
@@ -35,7 +44,8 @@ class Header:
     """What a file says of its image before anything is decoded.
 
     Attributes:
-        height, width: as it is looked at, turned by its Exif orientation (not turned if ``source.size`` makes it needless).
+        height, width: as it is looked at, turned by its Exif orientation. Of a PNG, which says that only when it is
+            decoded, not turned if ``source.size`` makes it needless.
         mode: Pillow's; ``I;16`` for every grey of 16 bits, and ``RGBA`` for whatever has transparent parts.
         transparent: whether pixels may be transparent.
         wide_colour: colours of 16 bits, of which Pillow keeps the upper 8.
@@ -64,7 +74,7 @@ class Unreadable(Exception):  # noqa: N818 - what is wrong with one file of many
         self.megapixels = megapixels
 
 
-def read_header(file: Path, source: Source) -> Header:
+def read_header(file: Item, source: Source) -> Header:
     """The header of an image file.
 
     Raises:
@@ -74,7 +84,12 @@ def read_header(file: Path, source: Source) -> Header:
         width, height = image.size
         # as long as nothing is loaded, which getexif does to a PNG
         wide_colour, stated = _is_wide_colour(image), _states_white(image)
-        if source.size is None and image.getexif().get(ExifTags.Base.Orientation) in _ROTATED:
+        if isinstance(image, TiffImagePlugin.TiffImageFile) and source.reading > 2:
+            # newer versions of Pillow have turned the size already when a TIFF is opened, older ones when it is decoded
+            width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        if (source.size is None or image.format != "PNG") and image.getexif().get(
+            ExifTags.Base.Orientation
+        ) in _ROTATED:
             width, height = height, width
         transparent = bool(image.has_transparency_data)
         wide = _wide_mode(image)
@@ -84,7 +99,7 @@ def read_header(file: Path, source: Source) -> Header:
         return Header(height, width, mode, transparent, wide_colour, frames, unstated)
 
 
-def read_range(file: Path, source: Source) -> tuple[float, float, bool]:
+def read_range(file: Item, source: Source) -> tuple[float, float, bool]:
     """The smallest and the largest number in an image; for colours of 16 bits, of the upper 8 that Pillow keeps.
 
     And whether all are multiples of 257, as 8 bits are that were stretched to 0…65535.
@@ -102,7 +117,7 @@ def read_range(file: Path, source: Source) -> tuple[float, float, bool]:
         return least, most, bool(values.dtype.kind != "f" and not np.any(values.astype(np.int64) % 257))
 
 
-def check_image(file: Path, source: Source) -> None:
+def check_image(file: Item, source: Source) -> None:
     """Decode an image as cheaply as possible, to see whether it is whole.
 
     Raises:
@@ -114,7 +129,7 @@ def check_image(file: Path, source: Source) -> None:
 
 
 def read_image(
-    file: Path, size: tuple[int, int], channels: int, source: Source, enlarging: Image.Resampling = LANCZOS
+    file: Item, size: tuple[int, int], channels: int, source: Source, enlarging: Image.Resampling = LANCZOS
 ) -> NDArray[np.uint8]:
     """An image brought to (H, W) ``size`` and to ``channels``, uint8 [H, W, C].
 
@@ -155,24 +170,46 @@ def resized(picture: Image.Image, size: tuple[int, int], enlarging: Image.Resamp
 @contextlib.contextmanager
 def own_limit() -> Iterator[None]:
     """Leave the limit of an image's size to :func:`_opened`: Pillow's holds for the process and warns in between."""
-    earlier, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    global _limit_users, _limit
+    with _limit_lock:
+        if not _limit_users:
+            _limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _limit_users += 1
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = earlier
+        with _limit_lock:
+            _limit_users -= 1
+            if not _limit_users:
+                Image.MAX_IMAGE_PIXELS = _limit
+
+
+@functools.cache
+def plugins() -> frozenset[str]:
+    """Those of :data:`PLUGINS` that are here."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return frozenset(name for name in PLUGINS if name in Image.OPEN and (name != "AVIF" or features.check("avif")))
 
 
 @contextlib.contextmanager
-def _opened(file: Path, source: Source) -> Iterator[Image.Image]:
+def _opened(file: Item, source: Source) -> Iterator[Image.Image]:
     """An image of a common format; for some others Pillow starts external programs.
 
     Raises:
         Unreadable: whatever happens in the block, since decoders can raise anything on damaged files.
     """
     try:
-        if not file.is_file():  # reading a pipe could block
+        if isinstance(file, Path) and not file.is_file():  # reading a pipe could block
             raise Unreadable("not a regular file")
-        with Image.open(file, formats=FORMATS) as image:
+        formats = FORMATS if source.reading < 3 else (*FORMATS, *sorted(plugins()))
+        with (
+            contextlib.nullcontext(file) if isinstance(file, Path) else file.open() as place,
+            Image.open(place, formats=formats) as image,
+        ):
             pixels = image.width * image.height
             if pixels > source.max_pixels:
                 megapixels = math.ceil(pixels / 1e6)
@@ -185,6 +222,8 @@ def _opened(file: Path, source: Source) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise Unreadable("not an image") from error
+    except DdpmxError as error:
+        raise Unreadable(error.fact) from error
     except Exception as error:
         raise Unreadable(str(error)[:200] or type(error).__name__) from error
 

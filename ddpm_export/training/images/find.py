@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ddpm_export.training.images import cache
+from ddpm_export.training.images.decode import PLUGINS, plugins
+from ddpm_export.training.images.items import Item
+from ddpm_export.training.images.source import READING
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".webp"}
@@ -20,9 +24,11 @@ _FIRST_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", "
 """Those of reading 1, see :data:`.source.READING`."""
 
 _SIGNATURES = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|P[1-6Ff]\s+[#\d]|(?P<tiff>II[*+]\0|MM\0[*+])",
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|BM....\0\0\0\0|P[1-6Ff]\s+[#\d]|(?P<tiff>II[*+]\0|MM\0[*+])"
+    rb"|....ftyp(?:(?P<avif>avif|avis)|(?P<heif>hei[cxms]|hev[cmsx]|mif1|msf1))",
     re.DOTALL,
 )
+_PLUGIN_SUFFIXES = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 _TIFF = frozenset({"", ".tif", ".tiff"})
 """Cameras' raw files begin as TIFF does, and Pillow would read their thumbnails."""
 
@@ -33,49 +39,64 @@ class Found:
 
     Attributes:
         files: the images, sorted.
+        containers: the files in which images lie that are no files.
         unreadable: what should be read and cannot be, each with the reason.
         left_out: what is no image, by the reason.
     """
 
-    files: list[Path] = field(default_factory=list)
+    files: list[Item] = field(default_factory=list)
+    containers: list[Path] = field(default_factory=list)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
-    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    left_out: dict[str, list[PurePath]] = field(default_factory=dict)
 
-    def leave_out(self, path: Path, why: str) -> None:
+    def leave_out(self, path: PurePath, why: str) -> None:
         """Note that ``path`` is not read."""
         self.left_out.setdefault(why, []).append(path)
 
     def describe(self) -> str | None:
-        """What is left out and why, as one line, or None if nothing is."""
+        """What is left out and why, as the end of a line, or None if nothing is."""
         parts = []
-        for why, paths in self.left_out.items():
-            if why == NOT_IMAGES:
+        for why, paths in sorted(self.left_out.items(), key=lambda pair: pair[0] in _WITH_NAMES):
+            if why == NOT_IMAGES or why in _MISSING.values():
                 kinds = Counter(path.suffix.lower() or "without a suffix" for path in paths)
-                named = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(6))
-                more = ", …" if len(kinds) > 6 else ""
-                example = f", as {paths[0].name}" if len(kinds) == 1 else ""
-                parts.append(f"{len(paths)} {why} ({named}{more}{example})")
+                parts += [f"{n} {kind}" for kind, n in kinds.most_common(6)]
+                if len(kinds) > 6:
+                    parts.append(f"{sum(n for _, n in kinds.most_common()[6:])} of other kinds")
+                if why != NOT_IMAGES:
+                    parts[-1] += f" ({why})"
+                elif len(paths) == 1:
+                    parts[-1] += f" ({paths[0].name})"
             else:
                 named = ", ".join(path.name for path in paths[:3])
                 parts.append(f"{len(paths)} {why} ({named}{', …' if len(paths) > 3 else ''})")
-        return f"left out: {'; '.join(parts)}" if parts else None
+        return f"not read: {', '.join(parts)}" if parts else None
 
 
-NOT_IMAGES = "not PNG, JPEG, BMP, WebP, TIFF, GIF or PPM"
-_HIDDEN = "hidden (a name that begins with a dot)"
+NOT_IMAGES = "no images"
+_MISSING = {name: f"pip install '{package}' reads them" for name, package in PLUGINS.items()}
+"""Why an image of these formats is left out."""
+
+_HIDDEN = "hidden by a dot"
 _NOWHERE = "links to nothing"
 _AGAIN = "other names of a folder that is read already"
 _CLOSED = "not readable"
 _GRID = "grids that a run has drawn"
+_WITH_NAMES = (_HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID)
 _GRID_NAME = re.compile(r"grid-[0-9]{8,}\.png", re.ASCII)
 
 
-def find_images(folder: Path) -> Found:
+def find_images(folder: Path, reading: int = READING) -> Found:
     """Every image below ``folder``, in subfolders and in folders that are linked there.
 
     A folder is read once, however many links lead to it: links that lead back to a folder above themselves would have no
     end, and several links to one would count its images several times. Links to single files are files like others.
+
+    Args:
+        folder: where to look.
+        reading: the rules, see :data:`.source.READING`.
     """
+    if reading == 1:
+        return _find_by_suffix(folder)
     found = Found()
     seen: set[tuple[int, int]] = set()
     links = [folder]  # real folders come first, so that a folder keeps its own name
@@ -84,20 +105,37 @@ def find_images(folder: Path) -> Found:
         folders = [link] if _enter(link, seen, found) else []
         while folders:
             _read_one(folders.pop(), folders, links, seen, found)
-    found.files.sort()
+    files = sorted(file for file in found.files if isinstance(file, Path))
+    found.files = []
+    for file in files:
+        plugin = _plugin(file)
+        if plugin is None or (reading > 2 and plugin in plugins()):
+            found.files.append(file)
+        else:
+            found.leave_out(file, _MISSING[plugin] if reading > 2 else NOT_IMAGES)
     return found
 
 
-def find_by_suffix(folder: Path) -> Found:
+def _plugin(file: Path) -> str | None:
+    """The one of :data:`PLUGINS` that an image needs."""
+    suffix = file.suffix.lower()
+    if suffix in _PLUGIN_SUFFIXES or suffix not in SUFFIXES:
+        with contextlib.suppress(OSError), file.open("rb") as stream:
+            if match := _SIGNATURES.match(stream.read(16)):
+                return "AVIF" if match["avif"] or suffix == ".avif" else "HEIF" if match["heif"] else None
+    return None
+
+
+def _find_by_suffix(folder: Path) -> Found:
     """The images of reading 1: those with one of ten suffixes, without linked folders."""
     return Found(
-        sorted(
+        [
             file
-            for file in folder.rglob("*")
+            for file in sorted(folder.rglob("*"))
             if file.suffix.lower() in _FIRST_SUFFIXES
             and not file.is_dir()
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        )
+        ]
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -25,13 +27,16 @@ from ddpm_export.training.images.decode import (
     read_image,
     read_range,
 )
-from ddpm_export.training.images.find import Found, find_by_suffix, find_images
+from ddpm_export.training.images.decoding import Decoding
+from ddpm_export.training.images.find import Found, find_images
+from ddpm_export.training.images.items import Item, ends_of, name_of
+from ddpm_export.training.images.memory import default_limit
+from ddpm_export.training.images.on_disk import OnDisk, slots_of_npz
+from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.source import Source
 from ddpm_export.training.images.threads import in_threads
 from ddpmx.errors import DataError
-
-MAX_BYTES = 8 << 30
-"""All images are kept in memory as uint8, up to this much."""
+from ddpmx.formats.atomic import make_folder
 
 WHITES = (255, 1023, 4095, 16383, 65535)
 """Full scale of 8, 10, 12, 14 and 16 bits, which sensors and scanners have."""
@@ -42,71 +47,107 @@ _Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
+class Where:
+    """Where pixels are to be.
+
+    Attributes:
+        limit: more bytes of pixels than this are not kept in memory; None for half of what is free.
+        cached: a cache of the pixels that there may be, see :mod:`.cache`.
+        keep: where pixels that are not kept in memory go; without, they are decoded whenever they are taken.
+        first: whether a run begins: then the pixels' place decides what they are known by, see ``Source.identity``.
+    """
+
+    limit: int | None = None
+    cached: Path | None = None
+    keep: Path | None = None
+    first: bool = False
+
+    def of_conditions(self) -> Where:
+        """The same for the condition images."""
+        cached, keep = (file and file.with_name(cache.CONDITIONS) for file in (self.cached, self.keep))
+        return dataclasses.replace(self, cached=cached, keep=keep)
+
+
+@dataclass(frozen=True)
 class Read:
     """What came of a folder.
 
     Attributes:
-        images: uint8 [N, H, W, C], in the order of the files' names.
+        pixels: uint8 [N, H, W, C], in the order of the files' names.
         source: with ``white`` as it was found.
         notes: what a user should know before training: what was left out, and how numbers were read.
-        key: of the cache.
-        files: where each image is from.
-        headers: of the files that were looked at: all, or none where the cache had the pixels.
+        key: of the cache, if the pixels may be stored there and are not.
+        items: where each image is from.
+        headers: of the images that were looked at: all, or none where the cache had the pixels.
+        skipped: the images that could not be read, by their names.
     """
 
-    images: NDArray[np.uint8]
+    pixels: Pixels
     source: Source
     notes: tuple[str, ...]
-    key: str
-    files: tuple[Path, ...]
-    headers: Mapping[Path, Header] = field(default_factory=dict)
+    key: str | None
+    items: tuple[Item, ...]
+    headers: Mapping[Item, Header] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
-        return self.images.shape[1], self.images.shape[2]
+        return self.pixels.shape[1], self.pixels.shape[2]
 
 
-def read_folder(source: Source, progress: Progress | None = None, cached: Path | None = None) -> Read:
+def read_folder(source: Source, progress: Progress | None = None, where: Where = Where()) -> Read:
     """Read every image of ``source.path``.
 
     Args:
         source: where the images are and how to read them.
         progress: called with (images read, images in all).
-        cached: a cache that a run has of it, see :mod:`.cache`.
+        where: where their pixels are to be.
 
     Raises:
         DataError: there are none, they do not fit together, or some cannot be read.
+        OutputError: their pixels could not be written.
     """
-    folder = source.path
-    found = find_images(folder) if source.reading > 1 else find_by_suffix(folder)
+    found = find_images(source.path, source.reading)
     if not found.files and not found.unreadable:
         raise DataError(
-            f"{folder}: no images in this folder",
+            f"{source.path}: no images in this folder",
             note=found.describe(),
-            hint="it reads PNG, JPEG, BMP, WebP, TIFF, GIF and PPM (.png, .jpg, …)",
+            hint="it reads PNG, JPEG, BMP, WebP, TIFF, GIF, PPM and AVIF (.png, .jpg, …)",
         )
-    if cached is not None and not found.unreadable:
-        key = cache.key_of(source, found.files)
-        if kept := cache.load(cached, key):
-            return Read(kept[0], source, kept[1], key, tuple(found.files))
-    with own_limit():
-        return _read(source, found, progress)
+    return read_images(source, found, progress, where)
 
 
-def read_conditions(source: Source, found: Found, progress: Progress | None = None) -> Read:
-    """Read condition images: grey if all of them are, RGB otherwise; those that are smaller are enlarged, bicubic.
+def read_images(
+    source: Source,
+    found: Found,
+    progress: Progress | None = None,
+    where: Where = Where(),
+    *,
+    conditions: bool = False,
+) -> Read:
+    """Read the images that were found.
 
     Args:
-        source: where they are, with ``size``.
-        found: those that are paired with an image.
+        source: where they are and how to read them.
+        found: the images.
         progress: called with (images read, images in all).
+        where: where their pixels are to be.
+        conditions: whether they are condition images: grey if all of them are, RGB otherwise, and smaller ones, with
+            ``source.size``, are enlarged by a bicubic filter.
 
     Raises:
-        DataError: some cannot be read.
+        DataError: they do not fit together, or some cannot be read.
+        OutputError: their pixels could not be written.
     """
+    limit = default_limit() if where.limit is None else where.limit
+    if where.cached is not None and (source.skip_broken or not found.unreadable):
+        key = cache.key_of(source, found.files, found.containers)
+        kept = cache.load(where.cached, key, limit)
+        if kept and (read := _of_cache(kept, key, source, found, where)):
+            return read
     with own_limit():
-        return _read(source, found, progress, conditions=True)
+        return _Reading(source, found, progress, where, limit, conditions).read()
 
 
 @dataclass(frozen=True)
@@ -118,51 +159,205 @@ class _Problem:
     hint: str
 
 
-_Broken = list[tuple[Path, Unreadable]]
+_NAMED = 20
+"""So many of the files that were left out are named."""
 
 
-def _read(source: Source, found: Found, progress: Progress | None, *, conditions: bool = False) -> Read:
-    headers, broken = _attempt(lambda file: read_header(file, source), found.files)
-    broken = [*((path, Unreadable(reason)) for path, reason in found.unreadable), *broken]
-    white, range_read, problems, more = _white(source, headers)
-    source = dataclasses.replace(source, white=white)
-    broken += more
-    problems = [*_sizes(source, headers), *([] if conditions else _modes(source, headers)), *problems]
-    if problems or not headers:  # decoded nevertheless, so that whatever is wrong is said at once
-        known = {path for path, _ in broken}
-        _, more = _attempt(lambda file: check_image(file, source), [file for file in headers if file not in known])
-        raise _refusal(source.path, len(found.files) + len(found.unreadable), problems, broken + more)
-    size = source.size or next((header.height, header.width) for header in headers.values())
-    if conditions:
-        channels = 3 if any(_channels(header) != 1 for header in headers.values()) else 1
-    else:
-        channels = source.channels or next(_channels(header) for header in headers.values())
-    total = len(headers) * size[0] * size[1] * channels
-    if total > MAX_BYTES:
-        raise DataError(
-            f"{source.path}: {len(headers)} images of {size[0]}×{size[1]} take {total / 2**30:.1f} GiB",
-            note=f"all are kept in memory, up to {MAX_BYTES / 2**30:.0f} GiB",
-            hint="a smaller --size, or fewer images",
+def _of_cache(kept: cache.Kept, key: str, source: Source, found: Found, where: Where) -> Read | None:
+    items = tuple(item for item in found.files if name_of(item, source.path) not in kept.skipped)
+    if len(items) != kept.pixels.shape[0]:
+        return None
+    on_disk = isinstance(kept.pixels, OnDisk)
+    if where.first and on_disk:
+        source = dataclasses.replace(source, identity="files")
+    kept.pixels.identity = identity_of(source, items)
+    return Read(kept.pixels, source, kept.notes, None if on_disk else key, items, skipped=kept.skipped)
+
+
+class _Reading:
+    """The reading of images that were found, step by step."""
+
+    def __init__(
+        self,
+        source: Source,
+        found: Found,
+        progress: Progress | None,
+        where: Where,
+        limit: int,
+        conditions: bool,
+    ) -> None:
+        self._source, self._found, self._progress = source, found, progress
+        self._where, self._limit, self._conditions = where, limit, conditions
+        self._filter = BICUBIC if conditions else LANCZOS
+        self._broken: dict[Item, Unreadable] = {path: Unreadable(reason) for path, reason in found.unreadable}
+
+    def read(self) -> Read:
+        """All steps."""
+        headers, broken = _attempt(lambda item: read_header(item, self._source), self._found.files)
+        self._fail(broken)
+        white, range_read, problems, broken = _white(self._source, headers)
+        self._fail(broken)
+        self._source = dataclasses.replace(self._source, white=white)
+        # before anything is decoded: what changes meanwhile is noticed the next time
+        key = cache.key_of(self._source, self._found.files, self._found.containers)
+        problems += _sizes(self._source, headers)
+        if not self._conditions:
+            problems += _modes(self._source, headers)
+        left = [item for item in headers if item not in self._broken]
+        if problems or not left:  # decoded nevertheless, so that whatever is wrong is said at once
+            self._check(left)
+            raise self._refusal(problems)
+        size = self._source.size or next((headers[item].height, headers[item].width) for item in left)
+        channels = self._channels([headers[item] for item in left])
+        pixels, items = self._pixels(left, size, channels)
+        if self._broken and not (self._source.skip_broken and items):
+            raise self._refusal([])
+        seen = {item: headers[item] for item in items}
+        notes = [
+            _summary(self._source, self._found, list(seen.values()), size, channels, self._conditions),
+            self._skipped(),
+            range_read,
+        ]
+        written = tuple(note for note in notes if note)
+        if self._where.first and pixels is None:
+            self._source = dataclasses.replace(self._source, identity="files")
+        skipped = frozenset(name for _, name in self._names())
+        if pixels is None:
+            elsewhere = self._elsewhere(items, size, channels, key, written)
+            return Read(elsewhere, self._source, written, None, items, seen, skipped)
+        store = InMemory(pixels, identity_of(self._source, items))
+        # what was left out is looked at again the next time: a small cache does not say which
+        return Read(store, self._source, written, None if skipped else key, items, seen, skipped)
+
+    def _fail(self, broken: Mapping[Item, Unreadable]) -> None:
+        for item, error in broken.items():
+            self._broken.setdefault(item, error)
+
+    def _check(self, items: Sequence[Item]) -> None:
+        self._fail(_attempt(lambda item: check_image(item, self._source), items)[1])
+
+    def _channels(self, headers: Sequence[Header]) -> int:
+        if self._conditions:
+            return 3 if any(_channels(header) != 1 for header in headers) else 1
+        return self._source.channels or _channels(headers[0])
+
+    def _decoded(self, item: Item, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+        return read_image(item, size, channels, self._source, self._filter)
+
+    def _pixels(
+        self, items: list[Item], size: tuple[int, int], channels: int
+    ) -> tuple[NDArray[np.uint8] | None, tuple[Item, ...]]:
+        """The pixels, or None if they do not fit into memory; and the images that can be read."""
+        if len(items) * size[0] * size[1] * channels > self._limit:
+            if self._source.skip_broken:  # how many are left has to be known before the first is written
+                self._check(items)
+            return None, tuple(item for item in items if item not in self._broken)
+        images = np.empty((len(items), *size, channels), np.uint8)
+
+        def decode(index: int) -> None:
+            images[index] = self._decoded(items[index], size, channels)
+
+        _, undecoded = _attempt(decode, range(len(items)), self._progress)
+        self._fail({items[index]: error for index, error in undecoded.items()})
+        whole = np.array([item not in self._broken for item in items])
+        return (images if whole.all() else images[whole]), tuple(item for item in items if item not in self._broken)
+
+    def _elsewhere(
+        self, items: Sequence[Item], size: tuple[int, int], channels: int, key: str, notes: tuple[str, ...]
+    ) -> Pixels:
+        """Pixels that do not fit into memory: written to the run, or decoded whenever they are taken."""
+        source = self._source
+        identity = identity_of(source, items)
+        if self._where.keep is None:
+            return Decoding(items, size, channels, source, self._conditions, identity, self._progress)
+        failed: dict[Item, Unreadable] = {}
+
+        def decoded() -> Iterator[NDArray[np.uint8]]:
+            blank = np.zeros((*size, channels), np.uint8)
+
+            def tried(item: Item) -> NDArray[np.uint8]:
+                try:
+                    return self._decoded(item, size, channels)
+                except Unreadable as error:
+                    failed[item] = error
+                    return blank
+
+            for count, image in enumerate(in_threads(tried, items), start=1):
+                yield image
+                if self._progress is not None:
+                    self._progress(count, len(items))
+            if failed:
+                self._fail(failed)
+                raise self._refusal([])
+
+        skipped = [name_of(item, source.path) for item in self._broken]
+        file = self._where.keep
+        make_folder(file.parent)
+        cache.write(file, key, (len(items), *size, channels), decoded(), notes, skipped)
+        return OnDisk(slots_of_npz(file)["images"], identity=identity)
+
+    def _skipped(self) -> str | None:
+        if not self._broken:
+            return None
+        names = [f"{name} ({self._broken[item]})" for item, name in self._names()]
+        more = f", and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        return f"left out, since they cannot be read (--skip-broken): {', '.join(names[:_NAMED])}{more}"
+
+    def _names(self) -> list[tuple[Item, str]]:
+        named = ((item, name_of(item, self._source.path)) for item in self._broken)
+        return sorted(named, key=lambda pair: pair[1])
+
+    def _refusal(self, problems: Sequence[_Problem]) -> DataError:
+        """One error for everything that is wrong."""
+        facts, notes, hints = [p.fact for p in problems], [p.note for p in problems], [p.hint for p in problems]
+        items: list[str] = []
+        place = str(self._source.path)
+        broken, names = self._broken, self._names()
+        count = len(self._found.files) + len(self._found.unreadable)
+        if len(broken) == 1 and not problems:
+            ((item, name),) = names
+            place = str(item) if isinstance(item, Path) else f"{place}: {name}"
+            facts.append("not an image that can be read")
+            notes.append(str(broken[item]))
+        elif broken:
+            facts.append(f"{len(broken)} of {count} files cannot be read as images")
+            items = [f"{name}: {broken[item]}" for item, name in names]
+        large = [error.megapixels for error in broken.values() if error.megapixels is not None]
+        if large:
+            trusted = "the file" if len(large) == 1 else "the files"
+            hints.append(f"--max-megapixels {max(large)} (ddpmx train), if you trust {trusted}")
+        if len(broken) > len(large):
+            it = "it" if len(broken) == 1 else "them"
+            hints.append(f"remove {it} from the folder, replace {it}, or leave {it} out by --skip-broken (ddpmx train)")
+        return DataError(
+            f"{place}: {'; '.join(facts)}", note="; ".join(notes) or None, hint="; ".join(hints), items=items
         )
-    files = list(headers)
-    key = cache.key_of(source, found.files)  # before they are read: what changes meanwhile is noticed the next time
-    images = np.empty((len(files), *size, channels), np.uint8)
 
-    def decode(index: int) -> None:
-        images[index] = read_image(files[index], size, channels, source, BICUBIC if conditions else LANCZOS)
 
-    _, undecoded = _attempt(decode, range(len(files)), progress)
-    known = {path for path, _ in broken}
-    broken += [(files[index], error) for index, error in undecoded if files[index] not in known]
-    if broken:
-        raise _refusal(source.path, len(found.files) + len(found.unreadable), [], broken)
-    notes = [found.describe(), *_notes(source, channels, list(headers.values())), range_read]
-    return Read(images, source, tuple(note for note in notes if note), key, tuple(files), headers)
+def identity_of(source: Source, items: Sequence[Item]) -> bytes | None:
+    """What images are known by if that is not their pixels: the settings, and of each file its name, size and both ends.
+
+    Raises:
+        DataError: a file cannot be read any more.
+    """
+    if source.identity == "pixels":
+        return None
+    kept = ("size", "channels", "background", "white", "reading")
+    values = source.to_json()
+    digest = hashlib.sha256(json.dumps([values[name] for name in kept]).encode())
+    try:
+        for ends in in_threads(lambda item: ends_of(item, source.path), items):
+            digest.update(ends)
+    except OSError as error:
+        raise DataError(
+            f"{source.path}: images can no longer be read", note=str(error)[:200], hint="put them back as they were"
+        ) from error
+    return digest.digest()
 
 
 def _attempt(
     work: Callable[[_In], _Out], items: Sequence[_In], progress: Progress | None = None
-) -> tuple[dict[_In, _Out], list[tuple[_In, Unreadable]]]:
+) -> tuple[dict[_In, _Out], dict[_In, Unreadable]]:
     """The results of ``work`` by item, and what was unreadable."""
 
     def tried(item: _In) -> _Out | Unreadable:
@@ -172,10 +367,10 @@ def _attempt(
             return error
 
     done: dict[_In, _Out] = {}
-    failed: list[tuple[_In, Unreadable]] = []
+    failed: dict[_In, Unreadable] = {}
     for count, (item, result) in enumerate(zip(items, in_threads(tried, items), strict=True), start=1):
         if isinstance(result, Unreadable):
-            failed.append((item, result))
+            failed[item] = result
         else:
             done[item] = result
         if progress is not None:
@@ -187,7 +382,7 @@ def _channels(header: Header) -> int:
     return CHANNELS.get(header.mode, 3)
 
 
-def _sizes(source: Source, headers: Mapping[Path, Header]) -> list[_Problem]:
+def _sizes(source: Source, headers: Mapping[Item, Header]) -> list[_Problem]:
     sizes = Counter((header.height, header.width) for header in headers.values())
     if source.size is not None or len(sizes) <= 1:
         return []
@@ -201,7 +396,7 @@ def _sizes(source: Source, headers: Mapping[Path, Header]) -> list[_Problem]:
     ]
 
 
-def _modes(source: Source, headers: Mapping[Path, Header]) -> list[_Problem]:
+def _modes(source: Source, headers: Mapping[Item, Header]) -> list[_Problem]:
     if source.channels is not None or len({_channels(header) for header in headers.values()}) <= 1:
         return []
     modes = Counter(header.mode for header in headers.values())
@@ -216,7 +411,9 @@ def _modes(source: Source, headers: Mapping[Path, Header]) -> list[_Problem]:
     ]
 
 
-def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None, str | None, list[_Problem], _Broken]:
+def _white(
+    source: Source, headers: Mapping[Item, Header]
+) -> tuple[float | None, str | None, list[_Problem], dict[Item, Unreadable]]:
     """The number that is white in greys of more than 8 bits, a line about it, and what is in the way.
 
     A file of 16 bits may hold 10, 12 or 14 of a sensor; read as 65535, its white would be nearly black. So all are looked
@@ -227,7 +424,7 @@ def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None
     colours = [file for file, header in headers.items() if header.wide_colour]
     if source.reading == 1:
         numbers = [file for file in greys if headers[file].mode != "I;16"]
-        return None, None, [_unknown_white(numbers, "")] if numbers else [], []
+        return None, None, [_unknown_white(numbers, "")] if numbers else [], {}
     ranges, broken = _attempt(lambda file: read_range(file, source), [*greys, *colours])
     problems = []
     upper = max((ranges[file][1] for file in colours if file in ranges), default=255)
@@ -266,7 +463,7 @@ def _white(source: Source, headers: Mapping[Path, Header]) -> tuple[float | None
     return white, note, problems, broken
 
 
-def _unknown_white(files: Sequence[Path], span: str) -> _Problem:
+def _unknown_white(files: Sequence[Item], span: str) -> _Problem:
     return _Problem(
         "greys of which the files do not say which number is white",
         f"{len(files)} images, such as {files[0].name}{span and ': '}{span}",
@@ -274,43 +471,32 @@ def _unknown_white(files: Sequence[Path], span: str) -> _Problem:
     )
 
 
-def _notes(source: Source, channels: int, headers: Sequence[Header]) -> list[str]:
-    notes = []
+def _summary(
+    source: Source, found: Found, headers: Sequence[Header], size: tuple[int, int], channels: int, conditions: bool
+) -> str | None:
+    """One line about all images, or None if nothing is to be said: what is odd about how many, and what was not read."""
+    facts = []
     if transparent := sum(header.transparent for header in headers):
-        becomes = f"it becomes {colour_name(source.background)} (--background)"
+        becomes = f"it becomes {colour_name(source.background)}, --background"
         if channels == 4:
-            becomes = "it stays, as the fourth channel (--channels 3 lays the images on white)"
+            becomes = "it stays, as the fourth channel: --channels 3 lays the images on white"
         elif source.reading == 1:
             becomes = "this run was begun with the colours hidden under it; a new one lays the images on white"
-        notes.append(f"transparency in {transparent} of {len(headers)} images: {becomes}")
+        facts.append(f"{transparent} with transparency ({becomes})")
     if frames := sum(header.frames for header in headers):
-        notes.append(f"more than one image in {frames} of {len(headers)} files: the first of each is read")
-    return notes
+        facts.append(f"{frames} animated (first frame)")
+    # conditions have a line of their own about that
+    if not conditions and (small := sum(max(size[0] / h.height, size[1] / h.width) > 1 for h in headers)):
+        facts.append(f"{small} smaller than {size[0]}×{size[1]} (enlarged)")
+    left_out = found.describe()
+    if not facts and left_out is None:
+        return None
+    line = f"{len(headers):,} image{'' if len(headers) == 1 else 's'}"
+    if facts:
+        line += f": {', '.join(facts)}"
+    return line if left_out is None else f"{line}; {left_out}"
 
 
 def colour_name(colour: tuple[int, int, int]) -> str:
     """A colour as text: white, black, or #rrggbb."""
     return {(255, 255, 255): "white", (0, 0, 0): "black"}.get(colour) or "#{:02x}{:02x}{:02x}".format(*colour)
-
-
-def _refusal(folder: Path, count: int, problems: Sequence[_Problem], broken: _Broken) -> DataError:
-    """One error for everything that is wrong."""
-    facts, notes, hints = [p.fact for p in problems], [p.note for p in problems], [p.hint for p in problems]
-    items: list[str] = []
-    where = folder
-    if len(broken) == 1 and not problems:
-        where, reason = broken[0]
-        facts.append("not an image that can be read")
-        notes.append(str(reason))
-    elif broken:
-        facts.append(f"{len(broken)} of {count} files cannot be read as images")
-        items = [f"{path.relative_to(folder)}: {error}" for path, error in sorted(broken, key=lambda pair: pair[0])]
-    large = [error.megapixels for _, error in broken if error.megapixels is not None]
-    if large:
-        hints.append(
-            f"--max-megapixels {max(large)} (ddpmx train), if you trust {'the file' if len(large) == 1 else 'the files'}"
-        )
-    if len(broken) > len(large):
-        it = "it" if len(broken) == 1 else "them"
-        hints.append(f"remove {it} from the folder, or replace {it}")
-    return DataError(f"{where}: {'; '.join(facts)}", note="; ".join(notes) or None, hint="; ".join(hints), items=items)

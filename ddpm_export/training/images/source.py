@@ -13,9 +13,10 @@ WHITE = (255, 255, 255)
 MAX_PIXELS = 178_956_970
 """H·W of one image, unless the user allows more: Pillow's own limit. A file of a few bytes can unpack to gigabytes."""
 
-READING = 2
+READING = 3
 """1: files are found by their suffix and links to folders are not followed, hidden colours of transparent pixels are
-kept, 65535 is white in 16 bits, and JPEGs are decoded whole. 2: as :mod:`.find` and :mod:`.decode` say."""
+kept, 65535 is white in 16 bits, and JPEGs are decoded whole. 2: AVIF and HEIC are left out, and TIFFs on their side are
+cropped to the shape that they lie in. 3: as :mod:`.find` and :mod:`.decode` say."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Source:
         classes: whether the images have labels: the subfolders of a folder, or an array in an ``.npz``.
         condition: where the condition images are, a folder or an ``.npz``, or None.
         condition_white: as ``white``, for them.
+        skip_broken: whether files that cannot be read are left out.
+        identity: what the images are known by when a run is resumed: their ``pixels``, or ``files``, of which names, sizes
+            and both ends count, since pixels that do not fit into memory would have to be decoded for that.
     """
 
     path: Path
@@ -45,6 +49,8 @@ class Source:
     classes: bool = False
     condition: Path | None = None
     condition_white: float | None = None
+    skip_broken: bool = False
+    identity: str = "pixels"
 
     def check(self) -> None:
         """Check the ranges.
@@ -77,6 +83,10 @@ class Source:
         }
         if self.classes:
             values["classes"] = True
+        if self.skip_broken:
+            values["skip_broken"] = True
+        if self.identity != "pixels":
+            values["identity"] = self.identity
         if self.condition is not None:
             values["condition"] = str(self.condition.resolve())
         if self.condition_white is not None:
@@ -109,10 +119,13 @@ class Source:
                 values.get("classes", False),
                 None if condition is None else Path(condition),
                 condition_white,
+                values.get("skip_broken", False),
+                values.get("identity", "pixels"),
             )
             assert channels is None or type(channels) is int
             assert all(number is None or type(number) in (int, float) for number in (white, condition_white))
-            assert type(source.classes) is bool
+            assert type(source.classes) is type(source.skip_broken) is bool
+            assert source.identity in ("pixels", "files")
             assert 1 <= source.reading <= READING
             source.check()
         except (

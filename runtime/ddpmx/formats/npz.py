@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -49,13 +49,25 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biuf
         raise FileFormatError(f"{path}: not a valid .npz file", note=str(error)[:200] or None) from error
 
 
+def read_npy_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether the first index varies fastest, and dtype, from the header of an .npy; its numbers come next.
+
+    Raises:
+        ValueError: it is none, of another version, or of a negative size. NumPy's parser may raise other exceptions.
+    """
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"the array has the unknown version {version}")
+    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read_header(stream, max_header_size=10_000)
+    if any(side < 0 for side in shape):
+        raise ValueError(f"an array of the shape {list(shape)}")
+    return shape, fortran, dtype
+
+
 def _member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, kinds: str) -> NDArray[Any]:
     with archive.open(entry) as stream:
-        version = npy.read_magic(stream)
-        if version not in ((1, 0), (2, 0), (3, 0)):
-            raise ValueError(f"{entry.filename} has the unknown version {version}")
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream, max_header_size=10_000)
+        shape, fortran, dtype = read_npy_header(stream)
         if dtype.hasobject or dtype.kind not in kinds:
             raise ValueError(f"{entry.filename} holds {dtype}, not plain numbers")
         wanted = dtype.itemsize

@@ -16,7 +16,6 @@ pytest.importorskip("torch", reason="not verified here: the training side (no to
 
 from ddpm_export.training import arrays
 from ddpm_export.training.data import Dataset, Source, load_dataset
-from ddpm_export.training.images import folder as folder_room
 from ddpmx.errors import DataError, FileFormatError, InputError
 
 pytestmark = pytest.mark.torch
@@ -301,13 +300,6 @@ def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_pa
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("unpacked"))
     assert path.stat().st_size < 2_000
     assert "unpacks to" in refused(path)
-
-
-def test_a_folder_that_would_not_fit_is_refused_before_it_is_decoded(folder, monkeypatch):
-    put(folder / "a.png", GREY)
-    monkeypatch.setattr(folder_room, "MAX_BYTES", GREY.size - 1)
-    monkeypatch.setattr(folder_room, "read_image", lambda *_: pytest.fail("decoded"))
-    assert "--size" in refused(folder)
 
 
 @pytest.mark.parametrize("how", [{"size": (8, 8)}, {"channels": 3}])

@@ -122,6 +122,6 @@ def test_runs_from_before_are_read_as_they_were(tmp_path):
     assert len(load_dataset(data)) == 2
     new = load_dataset(data, channels=3, background=(1, 2, 3)).source
     assert Source.from_json(new.to_json(), "run") == new
-    for junk in ({"reading": 3}, {"reading": 0}, {"background": [1, 2]}, {"white": "x"}, {"max_pixels": 0}):
+    for junk in ({"reading": 4}, {"reading": 0}, {"background": [1, 2]}, {"white": "x"}, {"max_pixels": 0}):
         with pytest.raises(FileFormatError):
             Source.from_json(new.to_json() | junk, "run")

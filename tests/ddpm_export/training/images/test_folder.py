@@ -116,7 +116,7 @@ def test_animations_are_said_to_be_read_in_part(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     dataset = load_dataset(tmp_path)
     assert len(dataset) == 1
-    assert any("more than one image in 1 of 1 files" in note for note in dataset.notes)
+    assert "1 image: 1 animated (first frame)" in dataset.notes
 
 
 @pytest.mark.parametrize(("field", "white"), [(65535, 4095), (4095, 4095), (1023, 1023)])
