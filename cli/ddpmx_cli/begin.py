@@ -122,6 +122,7 @@ def fine_tune(
 ) -> Trainer:
     """A new run with the weights of another. A folder's images are brought to its size and channels."""
     from ddpm_export.training import checkpoint
+    from ddpm_export.training.data import are_files
     from ddpm_export.training.train import Trainer
 
     if weights not in ("ema", "raw"):
@@ -142,7 +143,7 @@ def fine_tune(
     with busy(f"reading {source}"):
         _, spec = checkpoint.load_network(source)
     c, height, width = spec.shape
-    if data.is_dir():
+    if are_files(data):
         how = {**how, "size": how["size"] or (height, width), "channels": how["channels"] or c}
     dataset = load(data, **how)
     if dataset.shape != spec.shape:

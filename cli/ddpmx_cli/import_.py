@@ -181,13 +181,13 @@ def _probe(contents: CheckpointContents, options: Options, source: str, imported
 
     from ddpm_export.importers import probe
     from ddpm_export.importers import registry as importers
-    from ddpm_export.training.data import load_dataset
+    from ddpm_export.training.data import are_files, load_dataset
 
     questions = [question for question in imported.questions if question.probed]
     if len(questions) < len(imported.questions):
         raise _unknown(tuple(question for question in imported.questions if not question.probed))
     channels, *size = imported.spec.shape
-    folder = data.is_dir()
+    folder = are_files(data)
     images = load_dataset(
         data, size=(size[0], size[1]) if folder else None, channels=channels if folder else None
     ).images

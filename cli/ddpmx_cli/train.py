@@ -32,7 +32,9 @@ _MODEL, _NETWORK, _TRAINING = "Diffusion", "Network", "Training"
 
 def train(
     ctx: typer.Context,
-    data: Annotated[Path | None, Option(help="Folder of images (with its subfolders), or an .npz.")] = None,
+    data: Annotated[
+        Path | None, Option(help="Folder of images (with its subfolders), an .npz or .npy, or .tar shards.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder of the run.  \\[default: runs/NAME-OF-DATA]")] = None,
     steps: Annotated[int, Option(help="Optimiser steps in all.")] = 800_000,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out.")] = False,

@@ -14,7 +14,7 @@ from ddpm_export.proof import in_precision
 from ddpm_export.proof.record import check_images, record, short_chain
 from ddpm_export.training import checkpoint
 from ddpm_export.training.checkpoint import Weights
-from ddpm_export.training.data import Source, load_source
+from ddpm_export.training.data import Source, are_files, load_source
 from ddpmx.backends.open import open_model
 from ddpmx.errors import FileFormatError, NumericError
 from ddpmx.formats.spec import ModelSpec
@@ -68,7 +68,7 @@ def _as_trained(data: Path, checkpoint_path: str | os.PathLike[str], size: tuple
         recorded = Source.from_json(settings.get("data"), str(checkpoint_path))
     except FileFormatError:  # an imported network, or the training state is not there
         recorded = Source(data)
-    if not data.is_dir():
+    if not are_files(data):
         return Source(data, white=recorded.white if data.resolve() == recorded.path else None)
     white = None if recorded.path.suffix.lower() == ".npz" else recorded.white  # an .npz's says nothing of files
     return replace(recorded.images_alone(), path=data, size=size, channels=channels, white=white)

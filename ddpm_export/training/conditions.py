@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ddpm_export.training import arrays as arrays_of
+from ddpm_export.training.arrays import Arrays
 from ddpm_export.training.images.decode import BICUBIC, MODES, resized
 from ddpm_export.training.images.find import Found, find_images
 from ddpm_export.training.images.folder import Read, Where, read_images
 from ddpm_export.training.images.items import Item, name_of, stem_of
-from ddpm_export.training.images.pixels import InMemory, Pixels
+from ddpm_export.training.images.pixels import Pixels
+from ddpm_export.training.images.shards import find_in_shards, is_shards
 from ddpm_export.training.images.source import Source
 from ddpmx.errors import DataError, InputError
 
@@ -40,10 +41,10 @@ class Pairs:
     notes: tuple[str, ...]
 
 
-def from_folder(
+def from_images(
     source: Source, read: Read, progress: Callable[[int, int], None] | None = None, where: Where | None = None
 ) -> Pairs:
-    """The condition images in the folder ``source.condition``, each named as its image apart from the suffix.
+    """The condition images in the folder or shards ``source.condition``, each named as its image apart from the suffix.
 
     Args:
         source: of images and conditions.
@@ -57,20 +58,20 @@ def from_folder(
     """
     assert source.condition is not None
     folder = source.condition
-    if not folder.is_dir():
+    if not (in_shards := is_shards(folder)) and not folder.is_dir():
         raise DataError(
-            f"{folder}: no folder of condition images", hint="conditions for a folder of images are a folder as well"
+            f"{folder}: no folder of condition images", hint="conditions for image files are image files as well"
         )
     ours, theirs = source.path.resolve(), folder.resolve()
-    if ours in (theirs, *theirs.parents) or theirs in ours.parents:
+    if (not in_shards and ours in (theirs, *theirs.parents)) or (not in_shards and theirs in ours.parents):
         raise InputError(
             f"{folder}: the folder of condition images and that of the images lie in one another",
             note="each would count the other's files as its own",
             hint="two folders side by side: data/images, data/conditions",
         )
-    found = find_images(folder)
+    found = find_in_shards(folder).found if in_shards else find_images(folder, source.reading)
     partner = _pair(source.path, read, folder, found)
-    paired = Found([partner[item] for item in read.items], unreadable=found.unreadable)
+    paired = Found([partner[item] for item in read.items], found.containers, found.unreadable)
     white = source.white if source.condition_white is None else source.condition_white
     how = replace(
         source.images_alone(),
@@ -93,13 +94,14 @@ def from_folder(
     return Pairs(conditions.pixels, conditions.source.white, tuple(notes))
 
 
-def from_arrays(source: Source, arrays: Mapping[str, NDArray[Any]] | None, images: NDArray[np.uint8]) -> Pairs:
-    """The condition images in the .npz ``source.condition``.
+def from_arrays(source: Source, arrays: Arrays | None, images: Pixels, limit: int) -> Pairs:
+    """The condition images in the .npz or .npy ``source.condition``.
 
     Args:
         source: of images and conditions.
         arrays: what ``source.path`` holds, if the conditions are there as well, as ``cond``.
-        images: uint8 [N, H, W, C].
+        images: the images.
+        limit: conditions of more bytes are left in the file.
 
     Raises:
         DataError: there is no array of N condition images of 1 or 3 channels and the images' shape.
@@ -107,24 +109,24 @@ def from_arrays(source: Source, arrays: Mapping[str, NDArray[Any]] | None, image
     assert source.condition is not None
     path, (count, *sides, _) = source.condition, images.shape
     size = (sides[0], sides[1])
+    white = source.white if source.condition_white is None else source.condition_white
     if arrays is None:
-        arrays_of.check_npz(path, for_conditions=True)
-        arrays = arrays_of.read_arrays(path)
-        if NAME in arrays:
-            arrays = {NAME: arrays[NAME]}
-    elif NAME not in arrays:
+        arrays_of.check_place(path, for_conditions=True)
+        arrays = arrays_of.read_arrays(path, limit, None)
+        if NAME in arrays.values:
+            arrays = arrays.only(NAME)
+    elif NAME not in arrays.values:
         raise DataError(
             f"{path}: no array {NAME!r} of condition images",
-            note=f"it holds {', '.join(arrays)}"[:300],
+            note=f"it holds {', '.join(arrays.values)}"[:300],
             hint=f"numpy.savez(path, images=…, {NAME}=…)",
         )
     else:
-        arrays = {NAME: arrays[NAME]}
-    white = source.white if source.condition_white is None else source.condition_white
-    numbers = {name: array for name, array in arrays.items() if array.ndim in (3, 4)}
-    is_8_bits = len(numbers) == 1 and next(iter(numbers.values())).dtype == np.uint8
-    white = None if is_8_bits else white
-    conditions, name, note = arrays_of.images_of(path, arrays, white)
+        arrays = arrays.only(NAME)
+    shown = [array for array in arrays.values.values() if array.ndim in (3, 4)]
+    if len(shown) == 1 and shown[0].dtype == np.uint8:
+        white = None
+    conditions, name, note = arrays_of.images_of(arrays, white, identity=source.identity)
     n, height, width, channels = conditions.shape
     if n != count or channels == 4:
         raise DataError(
@@ -142,8 +144,37 @@ def from_arrays(source: Source, arrays: Mapping[str, NDArray[Any]] | None, image
     if (height, width) != size:
         if _enlarged(height, width, size):
             notes.append(_enlargement(count, count, {(height, width)}, size))
-        conditions = _resized(conditions, size)
-    return Pairs(InMemory(conditions), white, tuple(notes))
+        conditions = Resized(conditions, size)
+    return Pairs(conditions, white, tuple(notes))
+
+
+class Resized(Pixels):
+    """Condition images that are brought to another size when they are taken.
+
+    Args:
+        pixels: the images.
+        size: (H, W).
+    """
+
+    def __init__(self, pixels: Pixels, size: tuple[int, int]) -> None:
+        self._pixels, self._size = pixels, size
+        self.identity = pixels.identity
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, H, W, K)."""
+        n, _, _, channels = self._pixels.shape
+        return n, *self._size, channels
+
+    def take(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The images of these numbers, the smaller ones enlarged by a bicubic filter."""
+        images = self._pixels.take(indices)
+        channels = images.shape[3]
+        out = np.empty((len(images), *self._size, channels), np.uint8)
+        for image, to in zip(images, out, strict=True):
+            picture = Image.fromarray(image[..., 0] if channels == 1 else image, MODES[channels])
+            to[...] = np.asarray(resized(picture, self._size, BICUBIC)).reshape(*self._size, channels)
+        return out
 
 
 def _pair(folder: Path, read: Read, condition_folder: Path, found: Found) -> dict[Item, Item]:
@@ -155,10 +186,9 @@ def _pair(folder: Path, read: Read, condition_folder: Path, found: Found) -> dic
     ours, theirs = _by_stem(folder, read.items), _by_stem(condition_folder, found.files)
     items = [f"{stem}: {len(same)} images of that name" for stem, same in ours.items() if len(same) > 1]
     items += [f"{stem}: {len(same)} condition images of that name" for stem, same in theirs.items() if len(same) > 1]
-    unreadable = _by_stem(condition_folder, [path for path, _ in found.unreadable])
+    unreadable = _by_stem(condition_folder, [item for item, _ in found.unreadable])
     missing = [stem for stem in ours if stem not in theirs and stem not in unreadable]
-    skipped = {Path(name).with_suffix("").as_posix() for name in read.skipped}
-    surplus = [stem for stem in theirs if stem not in ours and stem not in skipped]
+    surplus = [stem for stem in theirs if stem not in ours and stem not in read.skipped]
     items += [f"{stem}: no condition image" for stem in missing]
     items += [f"{stem}: no image" for stem in surplus]
     if items:
@@ -213,12 +243,3 @@ def _enlarged(height: int, width: int, size: tuple[int, int]) -> bool:
 def _enlargement(count: int, total: int, sizes: set[tuple[int, int]], size: tuple[int, int]) -> str:
     of = ", ".join(f"{h}×{w}" for h, w in sorted(sizes)[:3]) + (", …" if len(sizes) > 3 else "")
     return f"condition images: {count} of {total} are smaller ({of}) and enlarged to {size[0]}×{size[1]}, bicubic"
-
-
-def _resized(images: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    channels = images.shape[3]
-    out = np.empty((len(images), *size, channels), np.uint8)
-    for image, to in zip(images, out, strict=True):
-        picture = Image.fromarray(image[..., 0] if channels == 1 else image, MODES[channels])
-        to[...] = np.asarray(resized(picture, size, BICUBIC)).reshape(*size, channels)
-    return out

@@ -1,4 +1,4 @@
-"""Image folders and .npz files → uint8 [N, H, W, C], checked before training begins."""
+"""Image folders, arrays and shards → uint8 [N, H, W, C], checked before training begins."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from ddpm_export.training import arrays as arrays_of
 from ddpm_export.training import conditions as conditions_of
 from ddpm_export.training import labels as labels_of
 from ddpm_export.training.images import cache
-from ddpm_export.training.images.folder import Where, read_folder
+from ddpm_export.training.images.folder import Read, Where, read_folder, read_images
+from ddpm_export.training.images.items import name_of
 from ddpm_export.training.images.pixels import InMemory, Pixels
+from ddpm_export.training.images.shards import find_in_shards, is_shards, label_texts
 from ddpm_export.training.images.source import WHITE, Source
 from ddpmx.errors import InputError
 
-__all__ = ["WHITE", "Conditions", "Dataset", "Source", "load_dataset"]
+__all__ = ["WHITE", "Conditions", "Dataset", "Source", "are_files", "load_dataset"]
 
 
 class Dataset:
@@ -133,23 +135,24 @@ def load_dataset(
     """Read a folder of images (with its subfolders and the folders linked there) or an ``.npz``.
 
     Args:
-        path: a folder, or an ``.npz`` with one array of images: [N, H, W], [N, H, W, C] or [N, C, H, W], uint8, or with
-            ``white`` any whole numbers or floats from 0 on.
-        size: (H, W) to bring every image to: the largest centred part of that shape, resized. Folders only.
-        channels: 1, 3 or 4, to convert every image to grey, RGB or RGBA. Folders only.
+        path: a folder of images; an ``.npz`` or ``.npy`` with one array of images: [N, H, W], [N, H, W, C] or [N, C, H, W],
+            uint8, or with ``white`` any whole numbers or floats from 0 on; or WebDataset's shards: a ``.tar``, a folder of
+            them, or several as ``shards-{0000..0009}.tar``.
+        size: (H, W) to bring every image to: the largest centred part of that shape, resized. Image files only.
+        channels: 1, 3 or 4, to convert every image to grey, RGB or RGBA. Image files only.
         background: the colour (R, G, B), 0…255, behind transparent pixels of images without a channel for it. White by
-            default. Folders only.
+            default. Image files only.
         white: the number that is white, in greys of more than 8 bits and in an ``.npz``. Greys of 16 bits may do without:
             white is then the full scale of 8, 10, 12, 14 or 16 bits, by the largest number in all images.
-        max_pixels: the largest H·W of a file, 178,956,970 by default. Folders only.
+        max_pixels: the largest H·W of a file, 178,956,970 by default. Image files only.
         classes: whether the images have labels: in a folder, its subfolders, sorted by name; in an ``.npz``, an array of N
-            whole numbers, and one of K names if there is one.
-        condition: the condition images. For a folder, a folder with one for each image, of the same name apart from the
-            suffix. For an ``.npz``, another with one array of images, or the same with them as ``cond``. They are brought
-            to the size of the images, and have 1 or 3 channels.
-        skip_broken: leave out files that cannot be read; the notes name them. Folders only.
+            whole numbers, and one of K names if there is one; in shards, ``KEY.cls`` or ``KEY.txt``.
+        condition: the condition images. For a folder or shards, a folder or shards with one for each image, of the same
+            name or key apart from the suffix. For an ``.npz``, another with one array of images, or the same with them as
+            ``cond``. They are brought to the size of the images, and have 1 or 3 channels.
+        skip_broken: leave out files that cannot be read; the notes name them. Image files only.
         keep: a run's folder. Pixels that do not fit into memory are decoded once and kept there; without it, they are
-            decoded whenever they are taken. Folders only.
+            decoded whenever they are taken. Image files only.
         memory_limit: images of more bytes than this are not kept in memory; half of what is free by default.
         progress: called with (images read, images in all).
 
@@ -171,13 +174,13 @@ def load_dataset(
     )
     if max_pixels is not None:
         source = replace(source, max_pixels=max_pixels)
-    if not os.path.isdir(path) and (
+    if not are_files(source.path) and (
         skip_broken or any(setting is not None for setting in (size, channels, background, max_pixels))
     ):
         source.check()
-        arrays_of.check_npz(source.path)
+        arrays_of.check_place(source.path)
         raise InputError(
-            "size, channels, background, max_pixels and skip_broken are for images in a folder; an .npz is taken as it is",
+            "size, channels, background, max_pixels and skip_broken are for image files; an array is taken as it is",
             hint="without them, or a folder of images",
         )
     kept = None if keep is None else keep / cache.NAME
@@ -222,9 +225,21 @@ _Progress = Callable[[int, int], None] | None
 
 def _load(source: Source, where: Where, progress: _Progress) -> Dataset:
     source.check()
+    if is_shards(source.path):
+        return _of_shards(source, where, progress)
     if os.path.isdir(source.path):
         return _of_folder(source, where, progress)
-    return _of_npz(source)
+    return _of_arrays(source, where)
+
+
+def _of_shards(source: Source, where: Where, progress: _Progress) -> Dataset:
+    shards = find_in_shards(source.path)
+    read = read_images(source.images_alone(), shards.found, progress, where)
+    labels = None
+    if source.classes:
+        names = [name_of(item, source.path) for item in read.items]
+        labels = labels_of.from_texts(source.path, names, label_texts(shards, read.items))
+    return _of_items(source, read, labels, where, progress)
 
 
 def _of_folder(source: Source, where: Where, progress: _Progress) -> Dataset:
@@ -232,23 +247,40 @@ def _of_folder(source: Source, where: Where, progress: _Progress) -> Dataset:
     labels = None
     if source.classes:
         labels = labels_of.from_folders(source.path, [item for item in read.items if isinstance(item, Path)])
-    pairs = None if source.condition is None else conditions_of.from_folder(source, read, progress, where)
+    return _of_items(source, read, labels, where, progress)
+
+
+def _of_items(
+    source: Source, read: Read, labels: labels_of.Labels | None, where: Where, progress: _Progress
+) -> Dataset:
+    pairs = None if source.condition is None else conditions_of.from_images(source, read, progress, where)
     source = replace(source, white=read.source.white, identity=read.source.identity)
     return _dataset(read.pixels, source, read.notes, read.key, labels, pairs)
 
 
-def _of_npz(source: Source) -> Dataset:
-    arrays_of.check_npz(source.path)
-    arrays = arrays_of.read_arrays(source.path)
+def _of_arrays(source: Source, where: Where) -> Dataset:
+    arrays_of.check_place(source.path)
+    limit = where.most()
+    arrays = arrays_of.read_arrays(source.path, limit, source.white)
     within = source.condition is not None and _is_same(source.condition, source.path)
     images, name, note = arrays_of.images_of(
-        source.path, arrays, source.white, besides={conditions_of.NAME} if within else ()
+        arrays,
+        source.white,
+        besides={conditions_of.NAME} if within else (),
+        identity=source.identity,
+        first=where.first,
     )
-    labels = labels_of.from_arrays(source.path, arrays, name) if source.classes else None
+    notes = [] if note is None else [note]
+    if images.identity is not None:
+        source = replace(source, identity="files")
+    if isinstance(images, InMemory) and images.array.nbytes > limit:
+        takes = f"{images.array.nbytes / 2**30:.1f} GiB of memory"
+        notes.append(f"{name!r} takes {takes}: it is compressed or no uint8, so that it cannot be left in the file")
+    labels = labels_of.from_arrays(source.path, arrays.values, name) if source.classes else None
     pairs = None
     if source.condition is not None:
-        pairs = conditions_of.from_arrays(source, arrays if within else None, images)
-    return _dataset(InMemory(images), source, () if note is None else (note,), None, labels, pairs)
+        pairs = conditions_of.from_arrays(source, arrays if within else None, images, limit)
+    return _dataset(images, source, tuple(notes), None, labels, pairs)
 
 
 def _dataset(
@@ -268,6 +300,11 @@ def _dataset(
         classes=None if labels is None else labels.names,
         conditions=None if pairs is None else pairs.pixels,
     )
+
+
+def are_files(path: Path) -> bool:
+    """Whether a path means image files, which can be brought to a size and to channels: a folder of them, or shards."""
+    return path.is_dir() or is_shards(path)
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpm_export.training.images.on_disk import Slot
 from ddpmx.errors import DataError
 from ddpmx.formats.spec import MAX_CLASSES
 
@@ -66,7 +67,41 @@ def from_folders(folder: Path, files: Sequence[Path]) -> Labels:
     return _labels(np.array([number[part[0]] for part in parts], np.int32), names, notes)
 
 
-def from_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], images: str) -> Labels:
+def from_texts(path: Path, names: Sequence[str], texts: Sequence[str | None]) -> Labels:
+    """The classes of images that have a text each: numbers 0…K−1, or names, which are sorted.
+
+    Args:
+        path: the data set, for errors.
+        names: of the images, for errors.
+        texts: the labels, None where there is none.
+
+    Raises:
+        DataError: images have no label, all of which are named, or the labels are no classes.
+    """
+    if without := [name for name, text in zip(names, texts, strict=True) if not text]:
+        raise DataError(
+            f"{path}: {len(without)} of {len(names)} images have no label",
+            hint="a number 0…K−1 in KEY.cls, or a name in KEY.txt, beside each; or train without classes",
+            items=without,
+        )
+    given = [text or "" for text in texts]
+    different = sorted(set(given))
+    if all(text.isascii() and text.isdigit() and len(text) < 10 for text in different):
+        most = max(map(int, different))
+        if most >= MAX_CLASSES:
+            raise DataError(f"{path}: {most} is no class", hint="labels are 0…K−1")
+        return _labels(np.array([int(text) for text in given], np.int32), tuple(map(str, range(most + 1))), [])
+    if len(different) > max(2, len(given) // 2):
+        raise DataError(
+            f"{path}: the labels of {len(given)} images are {len(different)} different texts",
+            note=f"such as {different[0][:80]!r}",
+            hint="classes are shared by many images; captions are none",
+        )
+    number = {text: index for index, text in enumerate(different)}
+    return _labels(np.array([number[text] for text in given], np.int32), tuple(different), [])
+
+
+def from_arrays(path: Path, arrays: Mapping[str, NDArray[Any] | Slot], images: str) -> Labels:
     """The classes of the images in an .npz: its array of N whole numbers, and a text array of K names if there is one.
 
     Args:
@@ -77,8 +112,8 @@ def from_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], images: str) -> 
     Raises:
         DataError: there is no such array, or more than one, or its numbers are no classes.
     """
-    n = len(arrays[images])
-    others = {name: array for name, array in arrays.items() if name != images}
+    n = arrays[images].shape[0]
+    others = {name: array for name, array in arrays.items() if name != images and isinstance(array, np.ndarray)}
     found = [
         name
         for name, array in others.items()
@@ -95,7 +130,7 @@ def from_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], images: str) -> 
             note=f"beside {images!r}: {listing or 'nothing'}",
             hint="remove all but one" if found else as_numbers or f"whole numbers [{n}], 0…K−1, under any name",
         )
-    numbers = arrays[found[0]].reshape(n)
+    numbers = others[found[0]].reshape(n)
     least, most = int(numbers.min()), int(numbers.max())
     if least < 0 or most >= MAX_CLASSES:
         raise DataError(
@@ -111,7 +146,7 @@ def from_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], images: str) -> 
             note=", ".join(named),
             hint="remove all but one",
         )
-    names = _texts(path, named[0], arrays[named[0]]) if named else tuple(map(str, range(count)))
+    names = _texts(path, named[0], others[named[0]]) if named else tuple(map(str, range(count)))
     return _labels(numbers.astype(np.int32), names, [])
 
 

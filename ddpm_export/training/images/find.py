@@ -28,9 +28,14 @@ _SIGNATURES = re.compile(
     rb"|....ftyp(?:(?P<avif>avif|avis)|(?P<heif>hei[cxms]|hev[cmsx]|mif1|msf1))",
     re.DOTALL,
 )
-_PLUGIN_SUFFIXES = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
+PLUGIN_SUFFIXES = {".avif": "AVIF", ".heic": "HEIF", ".heif": "HEIF", ".hif": "HEIF"}
 _TIFF = frozenset({"", ".tif", ".tiff"})
 """Cameras' raw files begin as TIFF does, and Pillow would read their thumbnails."""
+
+
+def missing(plugin: str) -> str:
+    """Why an image of this format is left out."""
+    return f"pip install '{PLUGINS[plugin]}' reads them"
 
 
 @dataclass
@@ -46,7 +51,7 @@ class Found:
 
     files: list[Item] = field(default_factory=list)
     containers: list[Path] = field(default_factory=list)
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+    unreadable: list[tuple[Item, str]] = field(default_factory=list)
     left_out: dict[str, list[PurePath]] = field(default_factory=dict)
 
     def leave_out(self, path: PurePath, why: str) -> None:
@@ -57,7 +62,7 @@ class Found:
         """What is left out and why, as the end of a line, or None if nothing is."""
         parts = []
         for why, paths in sorted(self.left_out.items(), key=lambda pair: pair[0] in _WITH_NAMES):
-            if why == NOT_IMAGES or why in _MISSING.values():
+            if why == NOT_IMAGES or why.startswith("pip install"):
                 kinds = Counter(path.suffix.lower() or "without a suffix" for path in paths)
                 parts += [f"{n} {kind}" for kind, n in kinds.most_common(6)]
                 if len(kinds) > 6:
@@ -73,15 +78,12 @@ class Found:
 
 
 NOT_IMAGES = "no images"
-_MISSING = {name: f"pip install '{package}' reads them" for name, package in PLUGINS.items()}
-"""Why an image of these formats is left out."""
-
-_HIDDEN = "hidden by a dot"
+HIDDEN = "hidden by a dot"
 _NOWHERE = "links to nothing"
 _AGAIN = "other names of a folder that is read already"
 _CLOSED = "not readable"
 _GRID = "grids that a run has drawn"
-_WITH_NAMES = (_HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID)
+_WITH_NAMES = (HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID)
 _GRID_NAME = re.compile(r"grid-[0-9]{8,}\.png", re.ASCII)
 
 
@@ -112,14 +114,14 @@ def find_images(folder: Path, reading: int = READING) -> Found:
         if plugin is None or (reading > 2 and plugin in plugins()):
             found.files.append(file)
         else:
-            found.leave_out(file, _MISSING[plugin] if reading > 2 else NOT_IMAGES)
+            found.leave_out(file, missing(plugin) if reading > 2 else NOT_IMAGES)
     return found
 
 
 def _plugin(file: Path) -> str | None:
     """The one of :data:`PLUGINS` that an image needs."""
     suffix = file.suffix.lower()
-    if suffix in _PLUGIN_SUFFIXES or suffix not in SUFFIXES:
+    if suffix in PLUGIN_SUFFIXES or suffix not in SUFFIXES:
         with contextlib.suppress(OSError), file.open("rb") as stream:
             if match := _SIGNATURES.match(stream.read(16)):
                 return "AVIF" if match["avif"] or suffix == ".avif" else "HEIF" if match["heif"] else None
@@ -155,7 +157,7 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
             found.unreadable.append((path, error.strerror or str(error)))
             continue
         if name.startswith("."):
-            found.leave_out(path, _HIDDEN)
+            found.leave_out(path, HIDDEN)
         elif of_run and _GRID_NAME.fullmatch(name):
             found.leave_out(path, _GRID)
         elif is_folder:

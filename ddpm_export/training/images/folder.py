@@ -29,7 +29,7 @@ from ddpm_export.training.images.decode import (
 )
 from ddpm_export.training.images.decoding import Decoding
 from ddpm_export.training.images.find import Found, find_images
-from ddpm_export.training.images.items import Item, ends_of, name_of
+from ddpm_export.training.images.items import Item, ends_of, name_of, stem_of
 from ddpm_export.training.images.memory import default_limit
 from ddpm_export.training.images.on_disk import OnDisk, slots_of_npz
 from ddpm_export.training.images.pixels import InMemory, Pixels
@@ -62,6 +62,10 @@ class Where:
     keep: Path | None = None
     first: bool = False
 
+    def most(self) -> int:
+        """The limit in bytes."""
+        return default_limit() if self.limit is None else self.limit
+
     def of_conditions(self) -> Where:
         """The same for the condition images."""
         cached, keep = (file and file.with_name(cache.CONDITIONS) for file in (self.cached, self.keep))
@@ -79,7 +83,7 @@ class Read:
         key: of the cache, if the pixels may be stored there and are not.
         items: where each image is from.
         headers: of the images that were looked at: all, or none where the cache had the pixels.
-        skipped: the images that could not be read, by their names.
+        skipped: the images that could not be read, by their names without suffix.
     """
 
     pixels: Pixels
@@ -140,7 +144,7 @@ def read_images(
         DataError: they do not fit together, or some cannot be read.
         OutputError: their pixels could not be written.
     """
-    limit = default_limit() if where.limit is None else where.limit
+    limit = where.most()
     if where.cached is not None and (source.skip_broken or not found.unreadable):
         key = cache.key_of(source, found.files, found.containers)
         kept = cache.load(where.cached, key, limit)
@@ -171,7 +175,10 @@ def _of_cache(kept: cache.Kept, key: str, source: Source, found: Found, where: W
     if where.first and on_disk:
         source = dataclasses.replace(source, identity="files")
     kept.pixels.identity = identity_of(source, items)
-    return Read(kept.pixels, source, kept.notes, None if on_disk else key, items, skipped=kept.skipped)
+    whole = set(items)
+    every = [*found.files, *(item for item, _ in found.unreadable)]
+    skipped = frozenset(stem_of(item, source.path) for item in every if item not in whole)
+    return Read(kept.pixels, source, kept.notes, None if on_disk else key, items, skipped=skipped)
 
 
 class _Reading:
@@ -221,7 +228,7 @@ class _Reading:
         written = tuple(note for note in notes if note)
         if self._where.first and pixels is None:
             self._source = dataclasses.replace(self._source, identity="files")
-        skipped = frozenset(name for _, name in self._names())
+        skipped = frozenset(stem_of(item, self._source.path) for item in self._broken)
         if pixels is None:
             elsewhere = self._elsewhere(items, size, channels, key, written)
             return Read(elsewhere, self._source, written, None, items, seen, skipped)

@@ -51,6 +51,16 @@ class Slot:
     crc: int | None = None
 
     @property
+    def ndim(self) -> int:
+        """The number of sides."""
+        return len(self.shape)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether single images can be read out of it."""
+        return self.offset is not None and self.dtype == np.uint8 and not self.fortran
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         size = self.dtype.itemsize
@@ -130,7 +140,7 @@ class OnDisk(Pixels):
     """
 
     def __init__(self, slot: Slot, *, channels_first: bool = False, identity: bytes | None = None) -> None:
-        if slot.offset is None or slot.dtype != np.uint8 or slot.fortran:
+        if not slot.in_parts:
             raise ValueError("not an array of bytes that can be read in parts")
         self.slot, self._channels_first, self.identity = slot, channels_first, identity
         self._image = slot.shape[1:] if len(slot.shape) == 4 else (*slot.shape[1:], 1)
@@ -159,28 +169,6 @@ class OnDisk(Pixels):
             self._read(memoryview(image).cast("B"), (self.slot.offset or 0) + index * self._bytes)
         return np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if self._channels_first else images
 
-    def pieces(self) -> bytes:
-        """An identity: of an .npz's member its checksum; of an .npy pieces at equal distances, first and last among them.
-
-        A data set that was changed all over is noticed. One of which a few images were exchanged is not, unless it is an
-        .npz, whose checksum is over every byte.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        digest = hashlib.sha256(repr((self.slot.shape, self._channels_first)).encode())
-        if self.slot.crc is not None:
-            digest.update(b"crc32 %d" % self.slot.crc)
-            return digest.digest()
-        size = self.slot.nbytes
-        piece = bytearray(min(PIECE, size))
-        count = min(PIECES, -(-size // len(piece)))  # all of it, if it is small
-        for number in range(count):
-            start = (size - len(piece)) * number // max(1, count - 1)
-            self._read(memoryview(piece), (self.slot.offset or 0) + start)
-            digest.update(piece)
-        return digest.digest()
-
     def _read(self, into: memoryview, offset: int) -> None:
         """Fill ``into`` with the bytes from ``offset`` on.
 
@@ -202,3 +190,31 @@ class OnDisk(Pixels):
                 note=error.strerror or str(error),
                 hint="put the file back as it was, and --resume",
             ) from error
+
+
+def identity_of(slot: Slot) -> bytes:
+    """What an array is known by if that is not all its bytes: in an .npz its checksum, in an .npy pieces of it.
+
+    The pieces lie at equal distances, the first and the last among them.
+
+    An .npy that was changed all over is noticed, and so are its first and last bytes. If a few images were exchanged in the
+    middle, that is not, unless it is an .npz, whose checksum is over every byte.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    digest = hashlib.sha256(repr((slot.shape, slot.dtype.str)).encode())
+    if slot.crc is not None:
+        digest.update(b"crc32 %d" % slot.crc)
+        return digest.digest()
+    size = slot.nbytes
+    length = min(PIECE, size)
+    count = min(PIECES, -(-size // length))  # all of it, if it is small
+    try:
+        with slot.path.open("rb") as stream:
+            for number in range(count):
+                stream.seek((slot.offset or 0) + (size - length) * number // max(1, count - 1))
+                digest.update(stream.read(length))
+    except OSError as error:
+        raise DataError(f"{slot.path}: images can no longer be read", note=error.strerror or str(error)) from error
+    return digest.digest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,13 +17,16 @@ from ddpmx.errors import FileFormatError
 MAX_MEMBERS = 256
 
 
-def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biufc") -> dict[str, NDArray[Any]]:
+def read_npz(
+    path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biufc", besides: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
     """Every array of an .npz, by name.
 
     Args:
         path: the archive.
         max_bytes: the most that it may unpack to.
         kinds: the kinds of dtype that it may hold (``dtype.kind``); objects are always refused.
+        besides: arrays that are neither read nor counted.
 
     Raises:
         FileFormatError: damaged, too large, or holds anything but arrays of these kinds.
@@ -32,7 +36,8 @@ def read_npz(path: str | os.PathLike[str], *, max_bytes: int, kinds: str = "biuf
         if path.exists() and not path.is_file():  # reading a pipe would block, reading a device might never end
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            left = {f"{name}.npy" for name in besides}
+            entries = [entry for entry in archive.infolist() if not entry.is_dir() and entry.filename not in left]
             size = sum(entry.file_size for entry in entries)
             if size > max_bytes or len(entries) > MAX_MEMBERS:
                 raise FileFormatError(

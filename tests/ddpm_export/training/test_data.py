@@ -305,7 +305,7 @@ def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_pa
 @pytest.mark.parametrize("how", [{"size": (8, 8)}, {"channels": 3}])
 def test_an_npz_is_taken_as_it_is(tmp_path, how):
     np.savez(tmp_path / "a.npz", NHWC)
-    with pytest.raises(InputError, match="npz"):
+    with pytest.raises(InputError, match="an array is taken as it is"):
         load_dataset(tmp_path / "a.npz", **how)
 
 
@@ -318,7 +318,7 @@ def test_nothing_there(tmp_path):
 
 def test_neither_a_folder_nor_an_npz(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
-    assert "neither a folder nor an .npz" in refused(tmp_path / "a.zip")
+    assert "neither a folder nor an .npz, .npy or .tar" in refused(tmp_path / "a.zip")
 
 
 def test_a_folder_without_images(folder):
