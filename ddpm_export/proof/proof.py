@@ -15,11 +15,14 @@ from ddpm_export.proof.record import check_images, record, short_chain
 from ddpm_export.training import checkpoint
 from ddpm_export.training.checkpoint import Weights
 from ddpm_export.training.data import Source, are_files, load_source
+from ddpm_export.training.images.pixels import InMemory
 from ddpmx.backends.open import open_model
 from ddpmx.errors import FileFormatError, NumericError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 from ddpmx.parity.reference import Reference
+
+MOST_IMAGES = 4096
 
 
 def record_checkpoint(
@@ -49,14 +52,18 @@ def record_checkpoint(
 
 
 def images_for(data: str | os.PathLike[str], source: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Real images of a checkpoint's size, uint8 [N, H, W, C].
+    """Real images of a checkpoint's size, uint8 [N, H, W, C]; a part of them where they do not fit into memory.
 
     Raises:
         DdpmxError: they cannot be read, or are an .npz of another size.
     """
     spec = checkpoint.load_network(source)[1]
     channels, height, width = spec.shape
-    images = load_source(_as_trained(Path(data), source, (height, width), channels)).images
+    dataset = load_source(_as_trained(Path(data), source, (height, width), channels))
+    if isinstance(dataset.pixels, InMemory):
+        images = dataset.images
+    else:  # a record takes a few hundred at most
+        images = dataset.take(np.unique(np.linspace(0, len(dataset) - 1, MOST_IMAGES).astype(np.int64)))
     check_images(images, spec)
     return images
 

@@ -20,6 +20,7 @@ from ddpm_export.training.images.items import Item, name_of, stem_of
 from ddpm_export.training.images.pixels import Pixels
 from ddpm_export.training.images.shards import find_in_shards, is_shards
 from ddpm_export.training.images.source import Source
+from ddpm_export.training.images.tables import Tables, is_tables
 from ddpmx.errors import DataError, InputError
 
 NAME = "cond"
@@ -58,20 +59,24 @@ def from_images(
     """
     assert source.condition is not None
     folder = source.condition
-    if not (in_shards := is_shards(folder)) and not folder.is_dir():
+    inside = is_shards(folder) or is_tables(folder)
+    if not inside and not folder.is_dir():
         raise DataError(
             f"{folder}: no folder of condition images", hint="conditions for image files are image files as well"
         )
     ours, theirs = source.path.resolve(), folder.resolve()
-    if (not in_shards and ours in (theirs, *theirs.parents)) or (not in_shards and theirs in ours.parents):
+    if not inside and (ours in (theirs, *theirs.parents) or theirs in ours.parents):
         raise InputError(
             f"{folder}: the folder of condition images and that of the images lie in one another",
             note="each would count the other's files as its own",
             hint="two folders side by side: data/images, data/conditions",
         )
-    found = find_in_shards(folder).found if in_shards else find_images(folder, source.reading)
+    if is_shards(folder):
+        found = find_in_shards(folder).found
+    else:
+        found = Tables(folder).found if inside else find_images(folder, source.reading)
     partner = _pair(source.path, read, folder, found)
-    paired = Found([partner[item] for item in read.items], found.containers, found.unreadable)
+    paired = Found([partner[item] for item in read.items], found.containers, found.in_order, found.unreadable)
     white = source.white if source.condition_white is None else source.condition_white
     how = replace(
         source.images_alone(),

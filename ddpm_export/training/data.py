@@ -20,6 +20,7 @@ from ddpm_export.training.images.items import name_of
 from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.shards import find_in_shards, is_shards, label_texts
 from ddpm_export.training.images.source import WHITE, Source
+from ddpm_export.training.images.tables import Tables, checked, is_tables
 from ddpmx.errors import InputError
 
 __all__ = ["WHITE", "Conditions", "Dataset", "Source", "are_files", "load_dataset"]
@@ -137,7 +138,8 @@ def load_dataset(
     Args:
         path: a folder of images; an ``.npz`` or ``.npy`` with one array of images: [N, H, W], [N, H, W, C] or [N, C, H, W],
             uint8, or with ``white`` any whole numbers or floats from 0 on; or WebDataset's shards: a ``.tar``, a folder of
-            them, or several as ``shards-{0000..0009}.tar``.
+            them, or several as ``shards-{0000..0009}.tar``; or, with pyarrow, Parquet files in the same forms, and what
+            ``datasets`` has saved by ``save_to_disk``.
         size: (H, W) to bring every image to: the largest centred part of that shape, resized. Image files only.
         channels: 1, 3 or 4, to convert every image to grey, RGB or RGBA. Image files only.
         background: the colour (R, G, B), 0…255, behind transparent pixels of images without a channel for it. White by
@@ -146,10 +148,11 @@ def load_dataset(
             white is then the full scale of 8, 10, 12, 14 or 16 bits, by the largest number in all images.
         max_pixels: the largest H·W of a file, 178,956,970 by default. Image files only.
         classes: whether the images have labels: in a folder, its subfolders, sorted by name; in an ``.npz``, an array of N
-            whole numbers, and one of K names if there is one; in shards, ``KEY.cls`` or ``KEY.txt``.
-        condition: the condition images. For a folder or shards, a folder or shards with one for each image, of the same
-            name or key apart from the suffix. For an ``.npz``, another with one array of images, or the same with them as
-            ``cond``. They are brought to the size of the images, and have 1 or 3 channels.
+            whole numbers, and one of K names if there is one; in shards, ``KEY.cls`` or ``KEY.txt``; in tables
+            the column that is marked as such, or the only one of whole numbers, or ``label``.
+        condition: the condition images. For a folder, shards or tables, the same with one for each image, of the same
+            name, key or row apart from the suffix. For an ``.npz``, another with one array of images, or the same with
+            them as ``cond``. They are brought to the size of the images, and have 1 or 3 channels.
         skip_broken: leave out files that cannot be read; the notes name them. Image files only.
         keep: a run's folder. Pixels that do not fit into memory are decoded once and kept there; without it, they are
             decoded whenever they are taken. Image files only.
@@ -227,6 +230,8 @@ def _load(source: Source, where: Where, progress: _Progress) -> Dataset:
     source.check()
     if is_shards(source.path):
         return _of_shards(source, where, progress)
+    if is_tables(source.path):
+        return _of_tables(source, where, progress)
     if os.path.isdir(source.path):
         return _of_folder(source, where, progress)
     return _of_arrays(source, where)
@@ -248,6 +253,33 @@ def _of_folder(source: Source, where: Where, progress: _Progress) -> Dataset:
     if source.classes:
         labels = labels_of.from_folders(source.path, [item for item in read.items if isinstance(item, Path)])
     return _of_items(source, read, labels, where, progress)
+
+
+def _of_tables(source: Source, where: Where, progress: _Progress) -> Dataset:
+    tables = Tables(source.path)
+    items, numbers = tables.found.files, tables.pixels()
+    if numbers is None:
+        read = read_images(source.images_alone(), tables.found, progress, where)
+        items = list(read.items)
+    elif source.size or source.channels or source.condition or source.skip_broken:
+        raise InputError(
+            f"{source.path}: size, channels, condition and skip_broken are for encoded images",
+            note="this table holds lists of numbers, which are taken as they are",
+            hint="without them, or a table of encoded images",
+        )
+    labels = None
+    if source.classes:
+        texts, names = tables.labels()
+        # rows whose image cannot be read are left out, and their labels with them
+        texts = [texts[int(item.stem)] for item in items if not isinstance(item, Path)]
+        labels = labels_of.from_texts(
+            source.path, [name_of(item, source.path) for item in items], texts, checked(texts, names)
+        )
+    if numbers is None:
+        return _of_items(source, read, labels, where, progress)
+    arrays = arrays_of.Arrays(source.path, {tables.image: numbers}, {})
+    images, _, note = arrays_of.images_of(arrays, source.white)
+    return _dataset(images, source, () if note is None else (note,), None, labels, None)
 
 
 def _of_items(
@@ -303,8 +335,8 @@ def _dataset(
 
 
 def are_files(path: Path) -> bool:
-    """Whether a path means image files, which can be brought to a size and to channels: a folder of them, or shards."""
-    return path.is_dir() or is_shards(path)
+    """Whether a path means image files, which can be brought to a size and to channels: a folder, shards, or tables."""
+    return path.is_dir() or is_shards(path) or is_tables(path)
 
 
 def _is_same(one: Path, other: Path) -> bool:

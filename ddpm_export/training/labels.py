@@ -67,13 +67,16 @@ def from_folders(folder: Path, files: Sequence[Path]) -> Labels:
     return _labels(np.array([number[part[0]] for part in parts], np.int32), names, notes)
 
 
-def from_texts(path: Path, names: Sequence[str], texts: Sequence[str | None]) -> Labels:
+def from_texts(
+    path: Path, names: Sequence[str], texts: Sequence[str | None], classes: tuple[str, ...] | None = None
+) -> Labels:
     """The classes of images that have a text each: numbers 0…K−1, or names, which are sorted.
 
     Args:
         path: the data set, for errors.
         names: of the images, for errors.
         texts: the labels, None where there is none.
+        classes: the names of classes, of which the texts are the numbers.
 
     Raises:
         DataError: images have no label, all of which are named, or the labels are no classes.
@@ -81,7 +84,7 @@ def from_texts(path: Path, names: Sequence[str], texts: Sequence[str | None]) ->
     if without := [name for name, text in zip(names, texts, strict=True) if not text]:
         raise DataError(
             f"{path}: {len(without)} of {len(names)} images have no label",
-            hint="a number 0…K−1 in KEY.cls, or a name in KEY.txt, beside each; or train without classes",
+            hint="a label for each (in a tar a number 0…K−1 in KEY.cls, or a name in KEY.txt), or train without classes",
             items=without,
         )
     given = [text or "" for text in texts]
@@ -90,7 +93,8 @@ def from_texts(path: Path, names: Sequence[str], texts: Sequence[str | None]) ->
         most = max(map(int, different))
         if most >= MAX_CLASSES:
             raise DataError(f"{path}: {most} is no class", hint="labels are 0…K−1")
-        return _labels(np.array([int(text) for text in given], np.int32), tuple(map(str, range(most + 1))), [])
+        numbers = np.array([int(text) for text in given], np.int32)
+        return _labels(numbers, tuple(map(str, range(most + 1))) if classes is None else classes, [])
     if len(different) > max(2, len(given) // 2):
         raise DataError(
             f"{path}: the labels of {len(given)} images are {len(different)} different texts",

@@ -84,6 +84,14 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
 
         load_dataset(path).fingerprint()
 
+    def images_on_disk(path: Path) -> None:
+        import numpy as np
+
+        from ddpm_export.training.data import load_dataset
+
+        dataset = load_dataset(path, memory_limit=0)
+        dataset.take(np.arange(len(dataset)))
+
     def record(path: Path) -> None:
         reference = Reference.load(path)
         reference.table()
@@ -108,7 +116,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
         "plan+sidecar": {"read_plan": plan_file.read_plan, **describing},
         "mnn": {"read_mnn": mnn_file.read_mnn, **describing},
         "spec": {"spec": spec},
-        "images": {"load_dataset": images},
+        "images": {"load_dataset": images, "load_dataset, on disk": images_on_disk},
         "parity": {"Reference.load": record},
         "safetensors": checkpoint,
         "checkpoint": checkpoint,

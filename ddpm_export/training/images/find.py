@@ -45,12 +45,14 @@ class Found:
     Attributes:
         files: the images, sorted.
         containers: the files in which images lie that are no files.
+        in_order: whether they can only be read one after another, in order.
         unreadable: what should be read and cannot be, each with the reason.
         left_out: what is no image, by the reason.
     """
 
     files: list[Item] = field(default_factory=list)
     containers: list[Path] = field(default_factory=list)
+    in_order: bool = False
     unreadable: list[tuple[Item, str]] = field(default_factory=list)
     left_out: dict[str, list[PurePath]] = field(default_factory=dict)
 

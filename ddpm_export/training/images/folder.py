@@ -276,6 +276,12 @@ class _Reading:
         source = self._source
         identity = identity_of(source, items)
         if self._where.keep is None:
+            if self._found.in_order:
+                raise DataError(
+                    f"{source.path}: {len(items):,} images that do not fit into memory and can only be read in order",
+                    note="they lie in groups of rows, of which each would be unpacked for every image",
+                    hint="without --no-cache, their pixels are kept in the run",
+                )
             return Decoding(items, size, channels, source, self._conditions, identity, self._progress)
         failed: dict[Item, Unreadable] = {}
 

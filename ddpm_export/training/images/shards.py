@@ -122,19 +122,19 @@ def is_shards(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def expand(path: Path) -> list[Path]:
-    """The tars that a path means, in their order.
+def expand(path: Path, suffix: str = ".tar") -> list[Path]:
+    """The tars, or the files of another suffix, that a path means, in their order.
 
     Raises:
         DataError: some are not there, all of which are named.
     """
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix.lower() == ".tar" and file.name[0] != ".")
+        return sorted(file for file in path.iterdir() if file.suffix.lower() == suffix and file.name[0] != ".")
     paths = [path] if path.exists() else [Path(text) for text in _expanded(str(path))]
     if gone := [file.name for file in paths if not file.is_file()]:
         raise DataError(
             f"{path}: {len(gone)} of {len(paths)} shards are not there",
-            hint="a .tar, a folder of them, or several as shards-{0000..0009}.tar",
+            hint="one file, a folder of them, or several as shards-{0000..0009}.tar",
             items=gone,
         )
     return paths
