@@ -31,6 +31,7 @@ Examples:\n
   ddpmx generate model.onnx -n 32 --first 32          # images 32…63 of the same seed\n
   ddpmx generate model.plan -n 256 --batch 64         # on an NVIDIA GPU, with TensorRT\n
   ddpmx generate model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5\n
+  ddpmx generate model.onnx --label 3 --guidance 2    # more clearly of class 3 than the data\n
   ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i
 """
 
@@ -58,6 +59,14 @@ def generate(
         str | None,
         Option(help="The classes of the images, repeated in order of their index: 0,1,2.", metavar="CLASS,…"),
     ] = None,
+    guidance: Annotated[
+        float,
+        Option(
+            help="How much more the images are of their class: 1 is as trained, 2 to 4 is usual. For a model that was "
+            "also trained without classes.",
+            metavar="W",
+        ),
+    ] = 1.0,
     cond: Annotated[
         Path | None,
         Option(
@@ -175,7 +184,9 @@ def generate(
             raise InputError("--eta is for the ddim sampler only", hint="--sampler ddim, or omit --eta")
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = _classes(pipeline.spec, label, labels, n, first)
-        pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=classes, sampling=sampling)
+        pipeline.check_request(
+            n, seed=seed, first=first, batch=batch, labels=classes, guidance=guidance, sampling=sampling
+        )
         conditions, conditioned_by = None, None
         if cond is not None:
             conditions, names = read_conditions(cond, pipeline.spec)
@@ -191,7 +202,15 @@ def generate(
         animation = gallery.Animation(pipeline.spec, table, n) if animate else None
         model = model_hash(pipeline.spec, path)
         origin = Origin(
-            model, pipeline.spec.precision, seed, sampling, len(table), first, labels=classes, conditions=conditioned_by
+            model,
+            pipeline.spec.precision,
+            seed,
+            sampling,
+            len(table),
+            first,
+            labels=classes,
+            conditions=conditioned_by,
+            guidance=guidance,
         )
         targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate)
         gone: list[Path] = []
@@ -215,6 +234,7 @@ def generate(
                 batch=batch,
                 labels=classes,
                 cond=conditions,
+                guidance=guidance,
                 progress=progress,
                 preview=animation,
                 sampling=sampling,
@@ -310,7 +330,7 @@ def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, fir
             turns = [int(word) for word in labels.split(",")]
         except ValueError as error:
             raise InputError(f"--labels {labels[:40]!r} are not whole numbers", hint="--labels 0,1,2") from error
-    elif spec.classes is not None:
+    elif spec.classes is not None and not spec.null_class:
         raise InputError(
             f"missing labels: the model has {spec.classes} classes",
             hint=f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",

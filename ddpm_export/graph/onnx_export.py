@@ -228,7 +228,7 @@ def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _examples(spec: ModelSpec, n: int) -> dict[str, Tensor]:
     """Inputs of n images, no two of them equal."""
     generator = torch.Generator().manual_seed(n)
-    limits = {"t": spec.timesteps, "y": spec.classes or 1}
+    limits = {"t": spec.timesteps, "y": spec.label_count or 1}
     return {
         name: (torch.arange(n) * (limits[name] // 7 + 1) % limits[name]).to(torch.int32)
         if input_type(name) is np.int32

@@ -419,7 +419,7 @@ def unet_json(config: object) -> dict[str, Any]:
         "attn_norm_num_groups": config.groups if config.scale_shift else None,
         "norm_eps": config.norm_eps,
         "resnet_time_scale_shift": "scale_shift" if config.scale_shift else "default",
-        "num_class_embeds": config.classes,
+        "num_class_embeds": config.label_count or None,  # "no class" is one more of them there
     }
 
 

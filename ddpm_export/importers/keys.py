@@ -345,7 +345,7 @@ def walk(config: UNetConfig) -> Iterator[Slot]:
     yield Slot("time0", "time.dense0", c_in=config.channels, c_out=4 * config.channels)
     yield Slot("time1", "time.dense1", c_in=4 * config.channels, c_out=4 * config.channels)
     if config.classes is not None:
-        yield Slot("classes", "time.classes", c_in=config.classes, c_out=4 * config.channels)
+        yield Slot("classes", "time.classes", c_in=config.label_count, c_out=4 * config.channels)
     c = config.channels
     yield Slot("conv_in", "conv_in", c_in=config.in_channels, c_out=c)
     skips = [c]

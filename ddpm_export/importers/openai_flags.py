@@ -270,7 +270,7 @@ def flag_lines(config: UNetConfig, spec: ModelSpec) -> str:
     for name, usual, value in (
         ("attention_resolutions", config.attention or None, config.attention),
         ("in_channels", 3, config.in_channels),
-        ("num_classes", CLASSES, config.classes or CLASSES),
+        ("num_classes", CLASSES, config.label_count or CLASSES),
         ("conv_resample", True, not config.average_pool),
     ):
         if value != usual:

@@ -136,10 +136,10 @@ class TimeShifts(nn.Module):
         self.dense0 = dense(config.channels, hidden)
         self.dense1 = dense(hidden, hidden)
         self.projections = nn.ModuleList(dense(hidden, rows * width) for width in block_widths)
-        self.classes = None if config.classes is None else nn.Embedding(config.classes, hidden)
+        self.classes = None if config.classes is None else nn.Embedding(config.label_count, hidden)
 
     def forward(self, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
-        """For t [B], and y int [B] in 0…classes−1."""
+        """For t [B], and y int [B] in 0…classes−1, or classes where that stands for none."""
         config = self.config
         t = t.to(torch.float32)
         if config.time_scale != 1:

@@ -40,6 +40,7 @@ class UNetConfig:
         resample_blocks: the size changes inside residual blocks of their own, in place of convolutions.
         average_pool: the size changes without convolutions: by the mean of 2×2 pixels, and by repeating them.
         classes: number of classes of y; None for a network without.
+        null_class: whether y = classes stands for "no class".
     """
 
     in_channels: int
@@ -62,6 +63,7 @@ class UNetConfig:
     resample_blocks: bool = False
     average_pool: bool = False
     classes: int | None = None
+    null_class: bool = False
 
     def __post_init__(self) -> None:
         """Check that such a network can be built.
@@ -137,9 +139,11 @@ class UNetConfig:
             raise InputError(f"frequency_shift must be 0 or 1, not {self.frequency_shift!r}")
         if type(self.time_scale) not in (int, float) or not (math.isfinite(self.time_scale) and self.time_scale > 0):
             raise InputError(f"time_scale must be a number above 0, not {self.time_scale!r}")
-        for name in ("cos_first", "symmetric_padding", "scale_shift", "resample_blocks", "average_pool"):
+        for name in ("cos_first", "symmetric_padding", "scale_shift", "resample_blocks", "average_pool", "null_class"):
             if type(getattr(self, name)) is not bool:
                 raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if self.null_class and self.classes is None:
+            raise InputError("null_class is for networks with classes, and this one has none")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -156,6 +160,11 @@ class UNetConfig:
         """Widths at which there is attention, the middle's last."""
         widths = [width for width, height in zip(self.widths, self.heights, strict=True) if height in self.attention]
         return (*widths, self.widths[-1])
+
+    @property
+    def label_count(self) -> int:
+        """How many values y may have: the classes, and one more with ``null_class``; 0 without classes."""
+        return 0 if self.classes is None else self.classes + self.null_class
 
     @property
     def learned_variance(self) -> bool:
@@ -253,6 +262,10 @@ def check_spec(config: UNetConfig, spec: ModelSpec) -> None:
         )
     if config.classes != spec.classes:
         raise SpecError("network and model disagree about the classes", note=f"{config.classes} and {spec.classes}")
+    if config.null_class != spec.null_class:
+        raise SpecError(
+            'network and model disagree about "no class"', note=f"null_class {config.null_class} and {spec.null_class}"
+        )
     if spec.self_condition or spec.condition is not None:
         raise SpecError("this network takes neither x0_prev nor cond", note="the spec has self_condition or condition")
 

@@ -89,7 +89,7 @@ def record(
         chain_conditioning = example(spec, indices, seed=seed)
         if spec.classes is not None:
             # reversed, so that the first image, whose states are recorded, is not of class 0
-            chain_conditioning["y"] = _spread(spec.classes, chains)[::-1].copy()
+            chain_conditioning["y"] = _spread(spec.label_count, chains)[::-1].copy()
         run = chain.run(
             backend,
             table,
@@ -114,7 +114,7 @@ def record(
         unit, state_unit = (None if magnitude is None else np.empty(n, np.float32) for n in (len(t), len(at)))
         out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
         var = np.empty_like(out) if learns else None
-        y = None if spec.classes is None else _spread(spec.classes, len(t) * len(x0)).reshape(len(t), len(x0))
+        y = None if spec.classes is None else _spread(spec.label_count, len(t) * len(x0)).reshape(len(t), len(x0))
         conditioning = example(spec, np.arange(len(x0)), seed=seed)
         if spec.self_condition:
             conditioning["x0_prev"] = np.zeros_like(clean)
@@ -243,7 +243,7 @@ class _Disturbed:
 
 
 def _spread(classes: int, n: int) -> NDArray[np.int32]:
-    """``n`` classes, evenly spread over 0…classes−1, int32 [n]."""
+    """``n`` labels, evenly spread over all that the network takes, int32 [n]."""
     return np.linspace(0, classes - 1, n).round().astype(np.int32)
 
 

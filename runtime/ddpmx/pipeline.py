@@ -23,6 +23,7 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import request as requests
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.guidance import guided, guided_batches
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.sampling.request import Conditioning, Request, Sampling, SamplingOptions
 from ddpmx.sampling.runner import HostRunner, Job, Runner, fitting_batch, rows
@@ -41,6 +42,7 @@ class GenerateOptions(SamplingOptions, total=False):
     batch: int | None
     labels: Labels | None
     cond: AnyArray | None
+    guidance: float
     x: AnyArray | None
     stream: CudaStream | None
     progress: Callable[[int, int], None] | None
@@ -144,6 +146,7 @@ class Pipeline:
         first: int = 0,
         batch: int | None = None,
         labels: Labels | None = None,
+        guidance: float = 1.0,
         sampling: Sampling | None = None,
         conditioning: Conditioning | None = None,
         **options: Unpack[SamplingOptions],
@@ -160,11 +163,11 @@ class Pipeline:
             SpecError: the schedule does not go with this sampler.
         """
         sampling = requests.merge_sampling(sampling, options)
-        labels = requests.merge_conditioning(conditioning, labels).labels
-        return self._request(n, seed, first, batch, sampling, labels).batch
+        conditioning = requests.merge_conditioning(conditioning, labels, None, guidance)
+        return self._request(n, seed, first, batch, sampling, conditioning).batch
 
     def _request(
-        self, n: int, seed: int, first: int, batch: int | None, sampling: Sampling, labels: Labels | None = None
+        self, n: int, seed: int, first: int, batch: int | None, sampling: Sampling, conditioning: Conditioning
     ) -> Request:
         self._check_open()
         return requests.check_request(
@@ -174,7 +177,8 @@ class Pipeline:
             first=first,
             batch=batch,
             sampling=sampling,
-            labels=labels,
+            labels=conditioning.labels,
+            guidance=conditioning.guidance,
             ranges=self._runner.batches,
             schedule=self._schedule,
         )
@@ -203,6 +207,7 @@ class Pipeline:
         batch: int | None = None,
         labels: Labels | None = None,
         cond: AnyArray | None = None,
+        guidance: float = 1.0,
         x: AnyArray | None = None,
         out: AnyArray | None = None,
         on_device: bool = False,
@@ -227,7 +232,11 @@ class Pipeline:
                 device's arithmetic depends on the batch, an image does so by its last bits, but never on ``n``,
                 ``first`` or its neighbours.
             labels: the class of each image, whole numbers [n], or one for all; on the host. For models that have classes.
+                Without them a model that knows "no class" draws images of none.
             cond: float32 [n, K, H, W], the condition of each image. For models that have one.
+            guidance: w of classifier-free guidance (Ho & Salimans 2022), for models that know "no class":
+                out_∅ + w·(out_y − out_∅), with two rows of the network's batch for each image. 1 is none, 0 the network
+                without classes.
             x: float32 [n, C, H, W], states to begin with, at the table's first timestep; by default x_T ~ N(0, I). With
                 ``start`` x_t at that t: the rest of the chain is then a denoiser. For a network that conditions on
                 itself, x̂_0 is 0 at its first step, wherever that is.
@@ -255,8 +264,8 @@ class Pipeline:
             BackendError: the network could not be run.
         """
         channels, height, width = shape = self.spec.shape
-        request = self._request(n, seed, first, batch, requests.merge_sampling(sampling, options))
-        conditioning = requests.merge_conditioning(conditioning, labels, cond)
+        conditioning = requests.merge_conditioning(conditioning, labels, cond, guidance)
+        request = self._request(n, seed, first, batch, requests.merge_sampling(sampling, options), conditioning)
         n, batch, table = request.n, request.batch, request.table
         if x is None and request.sampling.start is not None:
             raise InputError(
@@ -271,7 +280,7 @@ class Pipeline:
             stack.enter_context(self._work())
             after = [] if stream is None else [stream_handle(stream)]
             start = None if x is None else self._take(stack, x, (n, *shape), np.float32, "x", after)
-            inputs, shapes = self._inputs(stack, n, conditioning, after), self.spec.conditioning_shapes
+            inputs, shapes = self._inputs(stack, request, conditioning, after), self.spec.conditioning_shapes
             result: AnyArray
             target: NDArray[Any] | int
             if out is not None:
@@ -299,6 +308,7 @@ class Pipeline:
                     cancel=cancel,
                     after=tuple(after) if number == 0 else (),
                     conditioning={name: rows(array, part, shapes[name]) for name, array in inputs.items()},
+                    guidance=guided(self.spec, request.guidance),
                 )
                 begin = start + 4 * size * at if isinstance(start, int) else None if start is None else start[part]
                 pixels = target + size * at if isinstance(target, int) else target[part]
@@ -317,6 +327,7 @@ class Pipeline:
         batch: int | None = None,
         labels: Labels | None = None,
         cond: AnyArray | None = None,
+        guidance: float = 1.0,
         sampling: Sampling | None = None,
         conditioning: Conditioning | None = None,
         **options: Unpack[SamplingOptions],
@@ -330,22 +341,31 @@ class Pipeline:
             As :meth:`generate`, and InputError for a ``start``: what is watched here begins with noise.
         """
         sampling = requests.merge_sampling(sampling, options)
-        conditioning = requests.merge_conditioning(conditioning, labels, cond)
+        conditioning = requests.merge_conditioning(conditioning, labels, cond, guidance)
         if sampling.start is not None:
             raise InputError(
                 f"stream begins with x_T, not at t = {sampling.start}",
                 hint="generate(…, x=…, start=…, preview=…) shows a chain from your own states",
             )
-        request = self._request(n, seed, first, batch, sampling)
-        batch = max(request.n, request.batch)
-        requests.check_batch(self.spec, batch)
-        if batch > (largest := fitting_batch(self._runner.batches, batch)):
+        request = self._request(n, seed, first, batch, sampling, conditioning)
+        batch, twice = max(request.n, request.batch), guided(self.spec, request.guidance)
+        requests.check_batch(self.spec, batch, guided=twice is not None)
+        ranges = self._runner.batches if twice is None else guided_batches(self._runner.batches)
+        if batch > (largest := fitting_batch(ranges, batch)):
             raise InputError(f"{n} images cannot be streamed together", note=f"the plan takes at most {largest}")
         ((_, indices),) = request.batches(batch)
         with ExitStack() as stack:
             after: list[int] = []
-            inputs = self._inputs(stack, request.n, conditioning, after)
-            job = Job(request.table, request.seed, indices, batch, after=tuple(after), conditioning=inputs)
+            inputs = self._inputs(stack, request, conditioning, after)
+            job = Job(
+                request.table,
+                request.seed,
+                indices,
+                batch,
+                after=tuple(after),
+                conditioning=inputs,
+                guidance=twice,
+            )
             with self._work():
                 turn = self._turn
                 steps = self._runner.steps(job, x=None)
@@ -403,12 +423,15 @@ class Pipeline:
                     job.progress(done + 1, len(job.table))
 
     def _inputs(
-        self, stack: ExitStack, n: int, conditioning: Conditioning, after: list[int]
+        self, stack: ExitStack, request: Request, conditioning: Conditioning, after: list[int]
     ) -> Mapping[str, NDArray[Any] | int]:
-        """The network's inputs for ``n`` images beside x and t."""
+        """The network's inputs for the images beside x and t. Without guidance to a class there is no class."""
         found: dict[str, NDArray[Any] | int] = {}
-        if conditioning.labels is not None or self.spec.classes is not None:
-            found["y"] = class_labels(self.spec, n, conditioning.labels)
+        n, labels = request.n, request.labels if request.guidance != 0 else None
+        if labels is not None:
+            found["y"] = labels
+        elif self.spec.classes is not None:
+            found["y"] = class_labels(self.spec, n, None)
         dims = self.spec.conditioning_shapes.get("cond")
         if dims is None and conditioning.cond is not None:
             raise InputError("the model takes no condition, but cond was passed")

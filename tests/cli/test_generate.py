@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -372,6 +373,28 @@ def conditioned_onnx(conditioned_onnx):
 
 def pixels(folder):
     return [np.asarray(Image.open(path)) for path in sorted(folder.glob("[0-9]*.png"))]
+
+
+def test_guidance(ddpmx, tmp_path, conditioned_onnx):
+    path = conditioned_onnx("classes", null_class=True)
+    common = ("generate", path, "-n", 3, "--seed", 4)
+    assert ddpmx(*common, "--label", 3, "--guidance", "2.5", "--out", tmp_path / "guided").code == 0
+    assert ddpmx(*common, "--out", tmp_path / "nobody").code == 0
+    with load(path) as pipeline:
+        np.testing.assert_array_equal(pixels(tmp_path / "guided"), pipeline.generate(3, seed=4, labels=3, guidance=2.5))
+        np.testing.assert_array_equal(pixels(tmp_path / "nobody"), pipeline.generate(3, seed=4))
+    said = ddpmx("info", tmp_path / "guided" / "00000.png")
+    assert said.code == 0
+    assert re.search(r"guidance\W+2\.5", said.out)
+    assert re.search(r"label\W+3", said.out)
+    for arguments, fact in (
+        (("--guidance", 2), "guidance needs the class of each image"),
+        (("--guidance", "nan", "--label", 1), "finite"),
+    ):
+        refused = ddpmx(*common, *arguments, "--out", tmp_path / "nothing")
+        assert refused.code == 2
+        assert fact in refused.err
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_labels_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onnx):

@@ -172,3 +172,61 @@ def test_images_that_run_one_by_one_keep_their_own_conditioning(conditioned_plan
                 assert got.tobytes() == wanted.tobytes()
             with pytest.raises(InputError, match="labels are in GPU memory"):
                 p.generate(3, labels=OnGpu(memory.value, (3,), "<i4"), cond=there)
+
+
+GUIDED = {
+    "classes": {"classes": CLASSES, "null_class": True},
+    "all": {**KINDS["all"], "null_class": True},
+}
+
+
+@pytest.mark.parametrize("kind", GUIDED)
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_plan_gives_the_guided_images_of_the_chain_in_numpy(conditioned_plan, kind, executor):
+    spec = spec_of("classes", timesteps=6, **GUIDED[kind])
+    mine = as_arguments(conditioning_of(spec, 5))
+    with Pipeline(spec, Toy(spec.shape)) as p:
+        wanted = {w: p.generate(5, seed=3, guidance=w, **mine).tobytes() for w in (2.5, -1, 0, 1)}
+    assert len(set(wanted.values())) == 4
+    with pipeline.load(conditioned_plan(spec), executor=executor) as p:
+        for w, images in wanted.items():
+            for batch in (5, 3):  # the plan takes eight rows, so four images
+                assert p.generate(5, seed=3, batch=batch, guidance=w, **mine).tobytes() == images, (w, batch)
+        four = {name: array[:4] for name, array in mine.items()}
+        *_, last = p.stream(4, seed=3, guidance=2.5, **four)
+        assert to_nhwc(last.x0).tobytes() == wanted[2.5][: 4 * last.x0[0].size]
+        with pytest.raises(InputError, match="at most 4"):
+            next(p.stream(5, guidance=2.5, **mine))
+
+
+def test_guidance_halves_what_a_plan_takes(conditioned_plan):
+    spec = spec_of("classes", timesteps=4, **GUIDED["all"])
+    mine = as_arguments(conditioning_of(spec, 3))
+    with Pipeline(spec, Toy(spec.shape)) as p:
+        wanted = p.generate(3, seed=3, guidance=2, **mine)
+    for profiles, batch in ((((1, 4, 8),), 3), (((1, 1, 1), (4, 4, 4)), 2), (((1, 3, 3),), 1)):
+        with pipeline.load(conditioned_plan(spec, profiles=profiles)) as p:
+            assert p.check_request(3, batch=3, guidance=2, labels=mine["labels"]) == batch
+            assert p.generate(3, seed=3, guidance=2, batch=3, **mine).tobytes() == wanted.tobytes()
+    with pipeline.load(conditioned_plan(spec, profiles=((1, 1, 1), (3, 3, 3)))) as p:
+        with pytest.raises(InputError, match="no even number of rows") as caught:
+            p.generate(3, seed=3, guidance=2, **mine)
+        assert caught.value.note == "it takes 1, 3"
+        p.generate(3, seed=3, guidance=1, **mine)
+
+
+def test_guided_images_that_run_one_by_one_keep_their_own_conditioning(conditioned_plan, monkeypatch):
+    spec = spec_of("classes", timesteps=4, **GUIDED["all"])
+    mine = conditioning_of(spec, 3)
+    monkeypatch.setattr(chain, "executed_batch", lambda *_: 1)
+    with Pipeline(spec, Toy(spec.shape)) as p:
+        wanted = p.generate(3, seed=3, guidance=2, **as_arguments(mine))
+    with pipeline.load(conditioned_plan(spec)) as p:
+        driver = p._runner.driver
+        assert p.generate(3, seed=3, guidance=2, **as_arguments(mine)).tobytes() == wanted.tobytes()
+        with driver.current(), driver.allocate(mine["cond"].nbytes, "the caller's") as memory:
+            array_at(memory.value, mine["cond"].shape, ctypes.c_float)[...] = mine["cond"]
+            there = OnGpu(memory.value, mine["cond"].shape, "<f4")
+            for batch in (3, 2):
+                got = p.generate(3, seed=3, batch=batch, labels=mine["y"], cond=there, guidance=2)
+                assert got.tobytes() == wanted.tobytes()

@@ -28,13 +28,13 @@ def short(pipeline: ddpmx.Pipeline) -> NDArray[np.uint8]:
 
 def long(pipeline: ddpmx.Pipeline) -> NDArray[np.uint8]:
     sampling = Sampling(sampler="ddim", steps=50, eta=0.5)
-    return pipeline.generate(16, sampling=sampling, conditioning=Conditioning(labels=[3] * 16), batch=4)
+    return pipeline.generate(16, sampling=sampling, conditioning=Conditioning([3] * 16, guidance=2), batch=4)
 
 
 def arrays(pipeline: ddpmx.Pipeline, x: NDArray[np.float32], out: NDArray[np.uint8]) -> tuple[int, ...]:
     written: NDArray[np.uint8] = pipeline.generate(4, x=x, start=500, out=out)
     kept = pipeline.generate(4, on_device=True)
-    for preview in pipeline.stream(2, labels=1, variance="fixed_small"):
+    for preview in pipeline.stream(2, labels=1, guidance=1.5, variance="fixed_small"):
         x = preview.x0
     return kept.shape + written.shape
 """
@@ -46,6 +46,7 @@ WRONG = {
     "what comes back is no list": "images: list[int] = pipeline.generate(16)",
     "no array": 'pipeline.generate(16, x="noise.npy")',
     "what stays on the GPU is no NumPy array": "array: np.ndarray = pipeline.generate(1, on_device=True)",
+    "guidance is a number": 'pipeline.generate(16, labels=3, guidance="2")',
     "eta is a number": 'ddpmx.Sampling(eta="0.5")',
     "out and on_device exclude each other": "pipeline.generate(1, out=np.zeros(3, np.uint8), on_device=True)",
 }

@@ -69,6 +69,7 @@ NOT_RUN = {
     "ddpmx bench *.plan*": PLAN,
     "ddpmx generate *.plan*": PLAN,
     "ddpmx generate *--provider cuda*": "needs a GPU; tests/ddpmx/backends/test_ort_device.py runs it on a fake",
+    "ddpmx generate *--guidance *": "needs a model with null_class; tests/cli/test_generate.py runs it",
     "ddpmx export runs/x *": "needs the images of the network at hand; other exports are run",
 }
 """Commands (with wildcards) that are not run, and why. Every one of them stands in a page."""

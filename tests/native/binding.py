@@ -15,6 +15,7 @@ STATUS = (
     ["OK", "INPUT", "FILE_FORMAT", "SPEC", "BACKEND", "PLAN_MISMATCH", "NUMERIC", "CANCELLED", "MEMORY", "BUSY", "INTERNAL"]
 )  # fmt: skip
 PREVIEWS, ON_DEVICE = 1, 2
+GUIDED = 4
 
 
 class OpenOptions(ctypes.Structure):
@@ -36,6 +37,7 @@ class Model(ctypes.Structure):
         ("prediction", c_char * 8),
         ("variance", c_char * 16),
         ("precision", c_char * 8),
+        ("null_class", c_int32),
     ]
 
 
@@ -68,6 +70,7 @@ class Request(ctypes.Structure):
         ("stream", c_void_p),
         ("callback", Callback),
         ("user", c_void_p),
+        ("guidance", c_double),
     ]
 
 
@@ -136,6 +139,7 @@ class NativePipeline:
         callback: Callable[[Progress, np.ndarray | None, np.ndarray | None], int] | None = None,
         previews: bool = False,
         samples: bool = False,
+        guidance: float | None = None,
         **numbers: Any,
     ) -> Any:
         """uint8 [n, H, W, C], and with ``samples`` float32 [n, C, H, W] as well."""
@@ -145,6 +149,9 @@ class NativePipeline:
         request.n, request.flags = n, PREVIEWS if previews else 0
         for name, value in numbers.items():
             setattr(request, name, value.encode() if isinstance(value, str) else value)
+        if guidance is not None:
+            request.flags |= GUIDED
+            request.guidance = guidance
         kept = []
         for name, array, dtype in (("x", x, np.float32), ("cond", cond, np.float32), ("labels", labels, np.int32)):
             if array is not None:

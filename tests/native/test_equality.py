@@ -133,6 +133,42 @@ def test_conditioning(kind, both, tmp_path):
             native.generate(4, **{other: array for other, array in arrays.items() if other != name})
 
 
+@pytest.mark.parametrize("change", [{}, {"variance": "learned_range"}, {"self_condition": True, "condition": 2}])
+def test_guidance(change, both, tmp_path):
+    spec = spec_of("classes", null_class=True, **change)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    python, native = both(path)
+    arrays = as_arguments(conditioning_of(spec, 5))
+    assert native.model.null_class == 1
+    seen = set()
+    for w in (2.0, 1.3, -0.5, 0, 1):
+        wanted = python.generate(5, seed=9, batch=3, guidance=w, **arrays)
+        assert native.generate(5, seed=9, batch=3, guidance=w, **arrays).tobytes() == wanted.tobytes()
+        seen.add(wanted.tobytes())
+    assert len(seen) == 5
+    labels = arrays.pop("labels")
+    nobody = python.generate(5, seed=9, **arrays)
+    assert native.generate(5, seed=9, **arrays).tobytes() == nobody.tobytes()
+    assert python.generate(5, seed=9, labels=labels, guidance=0, **arrays).tobytes() == nobody.tobytes()
+    for bad in ({"guidance": 2.0}, {"guidance": np.inf, "labels": labels}):
+        with pytest.raises(InputError) as ours:
+            python.generate(5, **arrays, **bad)
+        with pytest.raises(NativeError) as theirs:
+            native.generate(5, **arrays, **bad)
+        assert theirs.value.text == str(ours.value)
+
+
+def test_guidance_of_a_model_that_cannot_be_guided(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    with pytest.raises(InputError) as ours:
+        python.generate(1, steps=2, guidance=2)
+    with pytest.raises(NativeError) as theirs:
+        native.generate(1, steps=2, guidance=2)
+    assert theirs.value.text == str(ours.value)
+    assert native.generate(1, steps=2, guidance=1).tobytes() == python.generate(1, steps=2).tobytes()
+
+
 @pytest.mark.parametrize(
     ("prediction", "schedule", "clip"),
     [("x0", "cosine", 1.0), ("v", "cosine", None), ("v", "sigmoid_alpha_bar", 0.5), ("eps", "quad", 2.5)],

@@ -76,7 +76,7 @@ def onnx(spec: ModelSpec, *, metadata: Mapping[str, str], inputs: Mapping[str, A
             protobuf.node("Mul", ["channel", "by_condition"], ["by_cond"]),
         ],
     }
-    table = (np.float32(BY_CLASS) * (np.arange(spec.classes or 0) - 1)).astype(np.float32)
+    table = (np.float32(BY_CLASS) * (np.arange(spec.label_count) - 1)).astype(np.float32)
     parts = {
         "y": [protobuf.tensor("table", FLOAT, (len(table), 1, 1, 1), table.tobytes())],
         "x0_prev": [protobuf.tensor("by_itself", FLOAT, (), np.float32(BY_ITSELF).tobytes())],

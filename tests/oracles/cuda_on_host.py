@@ -15,6 +15,7 @@ from ddpmx.backends.base import Buffers
 from ddpmx.cuda.layout import Chain, Control, Done
 from ddpmx.diffusion.samplers import Table
 from ddpmx.sampling import chain
+from ddpmx.sampling.guidance import Guidance, GuidedBackend
 from ddpmx.sampling.pixels import to_nhwc
 from oracles import conditioning, gaussian
 
@@ -118,16 +119,19 @@ class Device:
         offset: int = 0,
         var_offset: int = 0,
         with_x0: bool = True,
+        guidance: Guidance | None = None,
+        labels: Sequence[int] = (),
     ) -> None:
-        batch = len(images)
+        batch, rows = len(images), len(images) * (1 if guidance is None else 2)
         C, H, W = shape
         self.kernels, self.grid, self.block, self.order = kernels, grid, block, order
-        floats = [self._floats(batch, shape, offset + more) for more in (0, 0, 0, var_offset)]
+        floats = [self._floats(rows, shape, offset + more) for more in (0, 0, 0, var_offset)]
         self._memory = [memory for memory, _ in floats]
         self.x, self.out, self.x0, self.var = (array for _, array in floats)
-        self._image_bytes = np.full(self.x.size + 8, self.GUARD, np.uint8)
-        self.pixels = self._image_bytes[: self.x.size].reshape(batch, H, W, C)
-        self.t = np.full(batch, -1, np.int32)
+        size = batch * C * H * W
+        self._image_bytes = np.full(size + 8, self.GUARD, np.uint8)
+        self.pixels = self._image_bytes[:size].reshape(batch, H, W, C)
+        self.t = np.full(rows, -1, np.int32)
         self.rows = np.ascontiguousarray(table.rows, np.float32)
         learns = table.learned is not None
         self.learned = np.zeros((0, 2)) if table.learned is None else np.ascontiguousarray(table.learned, np.float32)
@@ -152,13 +156,16 @@ class Device:
             pixels=H * W,
             S=len(table),
             limit=np.inf if clip is None else clip,
+            guided=guidance is not None,
+            guidance=0.0 if guidance is None else guidance.scale,
             # left over from an earlier chain
             step=17,
             arrived=3,
             bad=1,
             halted=1,
         )
-        self.buffers = Buffers(self.x, self.t, self.out, self.var if learns else None)
+        y = None if guidance is None else np.array([*labels, *[guidance.null] * batch], np.int32)
+        self.buffers = Buffers(self.x, self.t, self.out, self.var if learns else None, y)
 
     def _floats(self, batch: int, shape: tuple[int, int, int], offset: int) -> tuple[np.ndarray, np.ndarray]:
         size = batch * int(np.prod(shape))
@@ -208,24 +215,42 @@ def first_difference(
     seed: int,
     indices: Sequence[int],
     clip: float | None = 1.0,
+    guidance: Guidance | None = None,
+    labels: Sequence[int] = (),
 ) -> str | None:
     """Where the kernels differ from NumPy's chain, or None."""
     backend = Toy(shape)
     drawn = np.array(indices, np.int64)
     x_start = chain.initial(seed, drawn, shape)
-    expected = chain.run(Toy(shape), table, x_start, seed=seed, images=drawn, clip=clip)
+    spec = gaussian.SPEC.replace(shape=shape, classes=conditioning.CLASSES, null_class=True)
+    network = Toy(shape) if guidance is None else GuidedBackend(Toy(shape), spec, guidance)
+    expected = chain.run(
+        network,
+        table,
+        x_start,
+        seed=seed,
+        images=drawn,
+        clip=clip,
+        conditioning_shapes={} if guidance is None else {"y": ()},
+        conditioning={} if guidance is None else {"y": np.array(labels, np.int32)},
+    )
     counts = device.run(backend)
-    if next(counts) != 0 or not same_bits(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(indices):
+
+    def is_same(rows: np.ndarray, images: np.ndarray) -> bool:
+        """Also in the rows without a class."""
+        return same_bits(rows, images if guidance is None else np.concatenate([images, images]))
+
+    if next(counts) != 0 or not is_same(device.x, x_start) or list(device.t) != [table.timesteps[0]] * len(device.t):
         return "at the start"
     for index, step in enumerate(expected):
         if next(counts, None) != index + 1:
             return f"in the count after step {index}"
-        if not same_bits(device.x, step.x_next):
+        if not is_same(device.x, step.x_next):
             return f"in x after step {index}"
-        if device.chain.x0 and not same_bits(device.x0, step.x0):
+        if device.chain.x0 and not is_same(device.x0, step.x0):
             return f"in x0 after step {index}"
         last = index + 1 == len(table)
-        if list(device.t) != [table.timesteps[index if last else index + 1]] * len(indices):
+        if list(device.t) != [table.timesteps[index if last else index + 1]] * len(device.t):
             return f"in t after step {index}"
         if not last and not (device.pixels == Device.GUARD).all():
             return f"in images after step {index} already"

@@ -54,13 +54,15 @@ DDPMX_AT(ddpmx_control, bad_step, 8);
 DDPMX_AT(ddpmx_control, done, 12);
 DDPMX_ASSERT(sizeof(ddpmx_control) == 16);
 
-/* In device memory. The host fills in everything up to the counters, which belong to the kernels. N = C H W. */
+/* In device memory. The host fills in everything up to the counters, which belong to the kernels. N = C H W.
+ *
+ * R, the rows of the network's batch, is B, and 2 B where guided: image i is row i with its class and row B + i without. */
 typedef struct {
-  ddpmx_u64 x;           /* float32 [B, N], x_t: the engine's input, updated in place */
-  ddpmx_u64 out;         /* float32 [B, N]: the engine's output */
-  ddpmx_u64 var;         /* float32 [B, N]: its output var, where sigma is learned, or 0 */
-  ddpmx_u64 t;           /* int32 [B]: the engine's timestep input */
-  ddpmx_u64 x0;          /* float32 [B, N], where each step writes x0, or 0 */
+  ddpmx_u64 x;           /* float32 [R, N], x_t: the engine's input, updated in place */
+  ddpmx_u64 out;         /* float32 [R, N]: the engine's output */
+  ddpmx_u64 var;         /* float32 [R, N]: its output var, where sigma is learned, or 0 */
+  ddpmx_u64 t;           /* int32 [R]: the engine's timestep input */
+  ddpmx_u64 x0;          /* float32 [R, N], where each step writes x0, or 0 */
   ddpmx_u64 image_bytes; /* uint8 [B, H, W, C], where the last step writes the images, or 0 */
   ddpmx_u64 rows;        /* ddpmx_row [S] */
   ddpmx_u64 learned;     /* ddpmx_learned [S], or 0; var and learned are both set or both 0 */
@@ -74,6 +76,8 @@ typedef struct {
   ddpmx_i32 S;        /* steps */
   float limit;        /* the largest |x0|, or infinity for no clipping */
   ddpmx_u32 flags;
+  ddpmx_i32 guided;   /* whether the chain is guided: 1 or 0 */
+  float guidance;     /* w of a guided chain */
   /* the counters */
   ddpmx_i32 step;    /* the next step, or the running one */
   ddpmx_u32 arrived; /* blocks that have finished their part of it */
@@ -99,11 +103,13 @@ DDPMX_AT(ddpmx_chain, pixels, 104);
 DDPMX_AT(ddpmx_chain, S, 108);
 DDPMX_AT(ddpmx_chain, limit, 112);
 DDPMX_AT(ddpmx_chain, flags, 116);
-DDPMX_AT(ddpmx_chain, step, 120);
-DDPMX_AT(ddpmx_chain, arrived, 124);
-DDPMX_AT(ddpmx_chain, bad, 128);
-DDPMX_AT(ddpmx_chain, halted, 132);
-DDPMX_ASSERT(sizeof(ddpmx_chain) == 136);
+DDPMX_AT(ddpmx_chain, guided, 120);
+DDPMX_AT(ddpmx_chain, guidance, 124);
+DDPMX_AT(ddpmx_chain, step, 128);
+DDPMX_AT(ddpmx_chain, arrived, 132);
+DDPMX_AT(ddpmx_chain, bad, 136);
+DDPMX_AT(ddpmx_chain, halted, 140);
+DDPMX_ASSERT(sizeof(ddpmx_chain) == 144);
 DDPMX_ASSERT(sizeof(ddpmx_row) == 20);
 DDPMX_ASSERT(sizeof(ddpmx_learned) == 8);
 

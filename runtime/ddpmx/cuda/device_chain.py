@@ -32,6 +32,7 @@ from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ConditioningShapes
 from ddpmx.sampling.chain import Step
 from ddpmx.sampling.conditioning import check_conditioning
+from ddpmx.sampling.guidance import Guidance
 
 Enqueue = Callable[[int], None]
 """Enqueues the network into a stream: it reads its inputs and writes out. Raises BackendError; waits for nothing."""
@@ -79,15 +80,17 @@ class DeviceChain:
         table: the sampler.
         clip: the largest |x̂_0|, or None.
         conditioning_shapes: the conditioning inputs: :attr:`ModelSpec.conditioning_shapes`.
+        guidance: of a guided chain. The engine then has two rows for each image, see :attr:`rows`.
         with_x0: keep x̂_0 of each step, for :meth:`steps`.
         description: of what runs the network, for messages.
         stream: the stream to run in, if the network requires one; by default one of the chain's own.
 
     Attributes:
-        x: address of x_t, float32 [batch, C, H, W]: the engine's input, and after a run the sample.
-        t: address of the timesteps, int32 [batch]: its other input.
-        out: address of its output, float32 [batch, C, H, W].
-        var: address of its output ``var``, float32 [batch, C, H, W]; 0 unless the table learns its variance.
+        rows: of the engine's batch: ``batch``, or guided twice that: first each image with its class, then each without.
+        x: address of x_t, float32 [rows, C, H, W]: the engine's input, and after a run the sample.
+        t: address of the timesteps, int32 [rows]: its other input.
+        out: address of its output, float32 [rows, C, H, W].
+        var: address of its output ``var``, float32 [rows, C, H, W]; 0 unless the table learns its variance.
         conditioning: the addresses of the engine's conditioning inputs, by name. ``x0_prev`` is where the chain keeps x̂_0:
             0 at its beginning, and then what each step writes there for the next.
         pixels: address of the images, uint8 [batch, H, W, C].
@@ -112,6 +115,7 @@ class DeviceChain:
         *,
         clip: float | None = 1.0,
         conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
+        guidance: Guidance | None = None,
         with_x0: bool = False,
         description: str = "",
         stream: int = 0,
@@ -119,7 +123,8 @@ class DeviceChain:
         channels, height, width = shape
         elements = channels * height * width
         fours = batch * -(-elements // 4)
-        if batch < 1 or len(table) < 1 or not 0 < fours < 1 << 31:
+        self.rows, self._guidance = batch * (1 if guidance is None else 2), guidance
+        if batch < 1 or len(table) < 1 or not 0 < self.rows * -(-elements // 4) < 1 << 31:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps cannot run as a chain on a GPU")
         self.driver, self.kernels, self._description = driver, kernels, description
         self._shape, self._batch, self._table, self._conditioning_shapes = (
@@ -139,13 +144,13 @@ class DeviceChain:
         self.stream = stream
         try:
             with driver.current():
-                self._allocate(
-                    batch * elements, with_x0 or "x0_prev" in conditioning_shapes, learned=table.learned is not None
-                )
+                self._allocate(elements, with_x0 or "x0_prev" in conditioning_shapes, learned=table.learned is not None)
                 self._chain = Chain(
                     x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, image_bytes=self.pixels
                 )
                 self._chain.control = self._pinned.device
+                if guidance is not None:
+                    self._chain.guided, self._chain.guidance = 1, guidance.scale
                 self._chain.B, self._chain.channels, self._chain.pixels = batch, channels, height * width
                 self._chain.S, self._chain.limit = len(table), math.inf if clip is None else clip
                 # the host's arrays must live until the copies from them are done
@@ -164,8 +169,8 @@ class DeviceChain:
             self.close()
             raise
 
-    def _allocate(self, elements: int, with_x0: bool, *, learned: bool) -> None:
-        driver = self.driver
+    def _allocate(self, image: int, with_x0: bool, *, learned: bool) -> None:
+        driver, elements = self.driver, self.rows * image
         if not self.stream:
             self.stream = self._keep(driver.stream()).value
         self._pinned = driver.allocate_pinned(ctypes.sizeof(Control), "the control block")
@@ -175,15 +180,15 @@ class DeviceChain:
         self.x = self._memory(4 * elements, "x")
         self.out = self._memory(4 * elements, "the network's output")
         self.var = self._memory(4 * elements, "its variance") if learned else 0
-        self.t = self._memory(4 * self._batch, "t")
+        self.t = self._memory(4 * self.rows, "t")
         self._x0 = self._memory(4 * elements, "x0") if with_x0 else 0
         self.conditioning: dict[str, int] = {}
         for name, dims in self._conditioning_shapes.items():
-            size = 4 * self._batch * math.prod(dims)
+            size = 4 * self.rows * math.prod(dims)
             self.conditioning[name] = self._x0 if name == "x0_prev" else self._memory(size, name)
             # a class is an index into the engine's tables, so it must be a legal one before any run
             driver.zero(self.conditioning[name], size, self.stream)
-        self.pixels = self._memory(elements, "the images")
+        self.pixels = self._memory(self._batch * image, "the images")
 
     @property
     def at(self) -> dict[str, int]:
@@ -351,7 +356,7 @@ class DeviceChain:
     def _one_step(self, launch: Callable[[], None], timeout: float) -> bytes:
         """The network's output at x_T, and the state after the first step, as bytes."""
         driver = self.driver
-        out, x = (np.full((self._batch, *self._shape), np.nan, np.float32) for _ in range(2))
+        out, x = (np.full((self.rows, *self._shape), np.nan, np.float32) for _ in range(2))
         self._begin(1, self._batch, None)  # other noise than it was captured with
         driver.copy_in(self.out, out, self.stream)  # NaN shows an output that is not written
         driver.wait_for_stream(self.stream, "beginning a step")
@@ -534,7 +539,7 @@ class DeviceChain:
         if x is not None:
             self._fill(self.x, n, x, self._shape, "x")
         if "x0_prev" in self._conditioning_shapes:
-            driver.zero(self._x0, 4 * self._batch * math.prod(self._shape), self.stream)
+            driver.zero(self._x0, 4 * self.rows * math.prod(self._shape), self.stream)
         control.stop, control.step, control.bad_step, control.done = stop, 0, -1, Done.RUNNING
         driver.copy_in(chain.images, self._images, self.stream)
         driver.copy_in(self._at, chain, self.stream)
@@ -546,17 +551,23 @@ class DeviceChain:
             self._fill(self.conditioning[name], n, array, self._conditioning_shapes[name], name)
 
     def _fill(self, to: int, n: int, source: NDArray[Any] | int, dims: tuple[int, ...], what: str) -> None:
-        """Copy ``n`` images' numbers, of four bytes each; the last image is repeated up to the batch size."""
+        """Copy ``n`` images' numbers, of four bytes each; the last image is repeated up to the batch size.
+
+        Guided, the rows without a class get the same, and for the class the label of none.
+        """
         driver, image = self.driver, 4 * math.prod(dims)
         if isinstance(source, int):
-            driver.copy(to, source, n * image, self.stream)
-            for left in range(n, self._batch):
-                driver.copy(to + left * image, source + (n - 1) * image, image, self.stream)
+            for begin in range(0, self.rows, self._batch):
+                driver.copy(to + begin * image, source, n * image, self.stream)
+                for left in range(begin + n, begin + self._batch):
+                    driver.copy(to + left * image, source + (n - 1) * image, image, self.stream)
             return
         if source.shape != (n, *dims):
             raise InputError(f"{what} must be {(n, *dims)}, not {source.shape}")
-        filled = np.empty((self._batch, *dims), np.float32 if what == "x" else source.dtype)
-        filled[:n], filled[n:] = source, source[-1:]
+        filled = np.empty((self.rows, *dims), np.float32 if what == "x" else source.dtype)
+        filled[:n], filled[n : self._batch] = source, source[-1:]
+        if self._guidance is not None:
+            filled[self._batch :] = self._guidance.null if what == "y" else filled[: self._batch]
         driver.copy_in(to, filled, self.stream)
         driver.wait_for_stream(self.stream, f"copying {what}")
 

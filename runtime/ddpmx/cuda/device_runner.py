@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.device_array import DeviceArray
-from ddpmx.backends.base import CopyingBackend, DeviceNetwork
+from ddpmx.backends.base import Backend, CopyingBackend, DeviceNetwork
 from ddpmx.cuda.device_chain import Choice, DeviceChain
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
-from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Step
+from ddpmx.sampling.guidance import Guidance, GuidedBackend, guided_batches
 from ddpmx.sampling.runner import Job, rows
 
 
@@ -46,7 +46,7 @@ class DeviceRunner:
         self._key: Any = None
         self._chain: DeviceChain | None = None
         self._network: DeviceNetwork | None = None
-        self._executed: dict[tuple[int, int], int] = {}
+        self._executed: dict[tuple[int, int, bool], int] = {}
         self._choice: Choice | None = None
         self._alone = False
 
@@ -70,7 +70,7 @@ class DeviceRunner:
         """Run a chain, see :meth:`ddpmx.sampling.runner.Runner.run`."""
         n, alone = len(job.images), self._is_alone(job)
         size, shapes = math.prod(self._spec.shape), self._spec.conditioning_shapes
-        prepared = self._prepared(job.table, self._batch_of(job, with_x0=False), with_x0=False)
+        prepared = self._prepared(job, self._batch_of(job, with_x0=False), with_x0=False)
         reported = [0]
         for first in range(0, n, 1 if alone else n):
             part = slice(first, first + 1 if alone else n)
@@ -93,7 +93,7 @@ class DeviceRunner:
                 "at a time",
                 hint="batch = 1 (--batch 1)",
             )
-        return self._prepared(job.table, self._batch_of(job, with_x0=True), with_x0=True).steps(
+        return self._prepared(job, self._batch_of(job, with_x0=True), with_x0=True).steps(
             seed=job.seed, images=job.images, x=x, conditioning=job.conditioning, after=job.after
         )
 
@@ -115,28 +115,36 @@ class DeviceRunner:
 
     def _is_alone(self, job: Job) -> bool:
         """Whether images have to run one by one, since neighbours make a difference."""
-        self._alone = self._measured(job.batch, job.batch) == 1 < job.batch
+        self._alone = self._measured(job.batch, job.batch, job.guidance) == 1 < job.batch
         return self._alone
 
     def _batch_of(self, job: Job, *, with_x0: bool) -> int:
         """The batch size at which the network runs the job's images."""
-        if self._chain is not None and self._key == self._key_of(job.table, job.batch, with_x0):
+        if self._chain is not None and self._key == self._key_of(job, job.batch, with_x0):
             return job.batch  # padding costs less than another chain
-        measured = self._measured(len(job.images), job.batch)
-        return max(measured, min(low for low, _ in self.batches))
+        measured = self._measured(len(job.images), job.batch, job.guidance)
+        return max(measured, min(low for low, _ in self._batches_of(job.guidance)))
 
-    def _measured(self, n: int, batch: int) -> int:
+    def _batches_of(self, guidance: Guidance | None) -> tuple[tuple[int, int], ...]:
+        """Smallest and largest batch of images of each range."""
+        return self.batches if guidance is None else guided_batches(self.batches)
+
+    def _measured(self, n: int, batch: int, guidance: Guidance | None) -> int:
         """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
-        if (n, batch) not in self._executed:
-            fewer = n if any(low <= n <= high for low, high in self.batches) else batch
+        key = n, batch, guidance is not None
+        if key not in self._executed:
+            fewer = n if any(low <= n <= high for low, high in self._batches_of(guidance)) else batch
             self._release()  # a small device has no room for both
-            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, fewer, batch)
+            network: Backend = self._backend
+            if guidance is not None:
+                network = GuidedBackend(self._backend, self._spec, guidance)
+            self._executed[key] = chain.executed_batch(network, self._spec, fewer, batch)
             self._backend.release()
-        return self._executed[n, batch]
+        return self._executed[key]
 
-    def _prepared(self, table: Table, batch: int, *, with_x0: bool) -> DeviceChain:
+    def _prepared(self, job: Job, batch: int, *, with_x0: bool) -> DeviceChain:
         """The chain, with its network and executor."""
-        key = self._key_of(table, batch, with_x0)
+        key = self._key_of(job, batch, with_x0)
         if self._chain is not None and key == self._key:
             return self._chain
         self._release()
@@ -148,15 +156,16 @@ class DeviceRunner:
                     Kernels.of(device.driver),
                     self._spec.shape,
                     batch,
-                    table,
+                    job.table,
                     clip=self._spec.clip,
                     conditioning_shapes=self._spec.conditioning_shapes,
+                    guidance=job.guidance,
                     with_x0=with_x0,
                     description=device.description,
                     stream=device.stream,
                 )
                 self._network = network = device.network(
-                    batch, **made.at, conditioning=made.conditioning, stream=made.stream
+                    made.rows, **made.at, conditioning=made.conditioning, stream=made.stream
                 )
                 choice = choose_executor(made, network.enqueue, self._wanted(with_x0), among=self._among(with_x0))
         except BaseException:
@@ -166,10 +175,11 @@ class DeviceRunner:
         return made
 
     @staticmethod
-    def _key_of(table: Table, batch: int, with_x0: bool) -> tuple[Any, ...]:
+    def _key_of(job: Job, batch: int, with_x0: bool) -> tuple[Any, ...]:
         """What identifies a chain: a job with the same key can use it."""
+        table = job.table
         learned = b"" if table.learned is None else table.learned.tobytes()
-        return batch, with_x0, table.timesteps.tobytes(), table.rows.tobytes(), learned
+        return batch, with_x0, job.guidance, table.timesteps.tobytes(), table.rows.tobytes(), learned
 
     def _wanted(self, stepwise: bool) -> str:
         """Step by step the host acts after every step, which a WHILE node does not allow."""

@@ -64,6 +64,8 @@ class Chain(ctypes.Structure):
     S: int
     limit: float
     flags: int
+    guided: int
+    guidance: float
     step: int
     arrived: int
     bad: int
@@ -75,6 +77,8 @@ class Chain(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("B", "channels", "pixels", "S")),
         ("limit", ctypes.c_float),
         ("flags", ctypes.c_uint32),
+        ("guided", ctypes.c_int32),
+        ("guidance", ctypes.c_float),
         ("step", ctypes.c_int32),
         ("arrived", ctypes.c_uint32),
         ("bad", ctypes.c_int32),

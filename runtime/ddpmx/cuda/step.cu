@@ -25,6 +25,11 @@ DDPMX_FN ddpmx_u32 ddpmx_elements(const ddpmx_chain *chain) {
   return (ddpmx_u32)chain->channels * (ddpmx_u32)chain->pixels;
 }
 
+/* From the row of an image to its row without a class, in elements. */
+DDPMX_FN ddpmx_u64 ddpmx_half(const ddpmx_chain *chain, ddpmx_u32 elements) {
+  return (ddpmx_u64)chain->B * elements;
+}
+
 DDPMX_FN ddpmx_u32 ddpmx_fours(ddpmx_u32 elements) { return (elements + 3) / 4; }
 
 DDPMX_FN ddpmx_four ddpmx_locate(ddpmx_u32 index, ddpmx_u32 elements) {
@@ -69,7 +74,7 @@ DDPMX_FN int ddpmx_is_refused(const ddpmx_chain *chain) {
   if (chain->B < 1 || chain->channels < 1 || chain->pixels < 1 || chain->S < 1) return 1;
   if ((chain->var != 0) != (chain->learned != 0)) return 1;
   const ddpmx_u64 elements = (ddpmx_u64)chain->channels * (ddpmx_u64)chain->pixels, most = 0x7FFFFFFF;
-  return elements > most || (ddpmx_u64)chain->B * ((elements + 3) / 4) > most;
+  return elements > most || (ddpmx_u64)chain->B * (chain->guided ? 2 : 1) * ((elements + 3) / 4) > most;
 }
 
 /* Called by one thread, when every block has finished its part of the step. */
@@ -112,19 +117,24 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   const ddpmx_i32 first = ((const ddpmx_i32 *)chain->timesteps)[0];
   const int keep_x = (chain->flags & DDPMX_KEEP_X) != 0, wide = ddpmx_is_wide(elements, chain->x);
   const ddpmx_u64 seed = chain->seed;
+  const ddpmx_u64 half = ddpmx_half(chain, elements);
+  const int guided = chain->guided;
   float *x = (float *)chain->x;
   ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
   for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
     const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
     if (four.block == 0) t[four.image] = first;
+    if (four.block == 0 && guided) t[chain->B + four.image] = first;
     if (keep_x) continue;
     float z[4];
     ddpmx_normal4(seed, four.block, images[four.image], 0, DDPMX_PURPOSE_INITIAL, 0, z);
     ddpmx_store(z, four.count, wide, x + four.at);
+    if (guided) ddpmx_store(z, four.count, wide, x + half + four.at);
   }
 }
 
 /* Turns x_t and the network's output, with var if there is one, into x_{t-1}, in place, and t into the next timestep.
+ * Guided, the output is that of both rows of an image, var that of the row with a class, and both rows get x, t and x0.
  *
  * Where the output is not finite x keeps its value. No block knows what the others have seen, so the rest of x moves
  * on: after a bad step x holds elements of two steps, and x0, image_bytes and t cannot be used either. After a stop x
@@ -157,6 +167,12 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
     float here[4], output[4], lead[4], v[4] = {0.0f, 0.0f, 0.0f, 0.0f}, z[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     ddpmx_load(x + four.at, four.count, wide, here);
     ddpmx_load(out + four.at, four.count, wide, output);
+    if (chain->guided) { /* read here, and half computed again: kept, they would spill registers */
+      float without[4];
+      const ddpmx_u64 half = ddpmx_half(chain, elements);
+      ddpmx_load(out + half + four.at, four.count, wide, without);
+      for (int k = 0; k < 4; ++k) output[k] = ddpmx_guide(chain->guidance, output[k], without[k]);
+    }
     if (var) ddpmx_load(var + four.at, four.count, wide, v);
     if (row.sigma != 0.0f)
       ddpmx_normal4(seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
@@ -170,6 +186,11 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
     }
     ddpmx_store(here, four.count, wide, x + four.at);
     if (x0) ddpmx_store(lead, four.count, wide, x0 + four.at);
+    if (chain->guided) {
+      const ddpmx_u64 half = ddpmx_half(chain, elements);
+      ddpmx_store(here, four.count, wide, x + half + four.at);
+      if (x0) ddpmx_store(lead, four.count, wide, x0 + half + four.at);
+    }
     if (image_bytes) {
       for (int k = 0; k < 4; ++k) {
         if (k >= four.count) continue;
@@ -179,6 +200,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
       }
     }
     if (four.block == 0) t[four.image] = next; /* the network is done with it */
+    if (four.block == 0 && chain->guided) t[chain->B + four.image] = next;
   }
   /* The last block to arrive closes the step. */
   if (bad) atomicOr(&chain->bad, 1);

@@ -150,6 +150,11 @@ DDPMX_FN ddpmx_row ddpmx_learn(ddpmx_row row, ddpmx_learned learned, float v) {
   return row;
 }
 
+/* Classifier-free guidance: the outputs with and without a class as one. Not finite where one of them is not. */
+DDPMX_FN float ddpmx_guide(float scale, float with_class, float without) {
+  return DDPMX_ADD(without, DDPMX_MUL(scale, DDPMX_ADD(with_class, -without)));
+}
+
 /* NaN passes through: whether the network's output is finite is checked before. */
 DDPMX_FN float ddpmx_clip(float x, float limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
 

@@ -40,7 +40,13 @@ ConditioningShapes = Mapping[str, tuple[int, ...]]
 """The inputs of a network besides x and t, each with its dimensions for one image."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNLESS_SET: dict[str, object] = {"classes": None, "self_condition": False, "condition": None, "betas": None}
+_UNLESS_SET: dict[str, object] = {
+    "classes": None,
+    "self_condition": False,
+    "condition": None,
+    "null_class": False,
+    "betas": None,
+}
 """Fields that are not written at these values, so that the text of models from before these fields stays the same."""
 
 
@@ -68,6 +74,7 @@ class ModelSpec:
         classes: number of classes of a class-conditional network, which takes a label 0…classes−1 as ``y``; None without.
         self_condition: whether it takes x̂_0 of the step before as ``x0_prev``, which is 0 in the first step.
         condition: number of channels of the condition image ``cond``, of the same size as the images; None without.
+        null_class: whether y = classes stands for "no class", which classifier-free guidance needs.
         betas: with the schedule ``betas``, β_t, float64 [T], read-only. It is too long for the text, which holds only its
             checksum; each kind of file stores the array elsewhere.
 
@@ -87,6 +94,7 @@ class ModelSpec:
     classes: int | None = None
     self_condition: bool = False
     condition: int | None = None
+    null_class: bool = False
     betas: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
     _betas: str = field(init=False, repr=False)  # the checksum of the array, compared in place of it
     _schedule: Schedule = field(init=False, repr=False, compare=False)
@@ -121,8 +129,11 @@ class ModelSpec:
             raise SpecError("ddpmx must be a printable version")
         if not isinstance(self.schedule_params, Mapping):
             raise SpecError("schedule_params must be an object")
-        if type(self.self_condition) is not bool:
-            raise SpecError(f"self_condition must be true or false, not {self.self_condition!r}")
+        for name, flag in (("self_condition", self.self_condition), ("null_class", self.null_class)):
+            if type(flag) is not bool:
+                raise SpecError(f"{name} must be true or false, not {flag!r}")
+        if self.null_class and self.classes is None:
+            raise SpecError("null_class is for networks with classes, and this one has none")
         for name, count, most in (
             ("classes", self.classes, MAX_CLASSES),
             ("condition", self.condition, MAX_CONDITION),
@@ -179,6 +190,11 @@ class ModelSpec:
         if self.condition is not None:
             found["cond"] = (self.condition, *self.shape[1:])
         return found
+
+    @property
+    def label_count(self) -> int:
+        """How many values the input y may have: the classes, and one more with :attr:`null_class`; 0 without classes."""
+        return 0 if self.classes is None else self.classes + self.null_class
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:

@@ -30,6 +30,7 @@ class Origin:
         first: the index of the first image.
         labels: the class of each image, or None.
         conditions: the name of each image's condition, or None.
+        guidance: w of classifier-free guidance, 1 for none.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Origin:
     first: int = 0
     labels: Sequence[int] | None = None
     conditions: Sequence[str] | None = None
+    guidance: float = 1.0
 
     def text(self, position: int, count: int = 1) -> dict[str, str]:
         """The text for the image at ``position`` of the request, or for a sheet of ``count`` images from there on."""
@@ -58,6 +60,8 @@ class Origin:
             values["eta"] = f"{sampling.eta:g}"
         if sampling.variance is not None:
             values["variance"] = sampling.variance
+        if self.guidance != 1:
+            values["guidance"] = f"{self.guidance:g}"
         for keyword, each in (("label", self.labels), ("condition", self.conditions)):
             if each is not None:
                 shown = each[position : position + count]
@@ -105,7 +109,7 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     position = int(index) - origin.first if index.isascii() and index.isdecimal() else -1
     mine = origin.text(position if 0 <= position < n else 0)
     unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label", "condition"})
-    for keyword in dict.fromkeys((*mine, "eta", "variance", "label", "condition")):
+    for keyword in dict.fromkeys((*mine, "eta", "variance", "guidance", "label", "condition")):
         theirs, here = texts.get(keyword), mine.get(keyword)
         if keyword not in unknown and theirs != here:
             return f"{keyword} {(theirs or 'not stated')[:64]}, and now {(here or 'not stated')[:64]}"

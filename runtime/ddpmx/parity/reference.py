@@ -153,7 +153,7 @@ class Reference:
             if dtype == np.float32 and not np.isfinite(array).all():
                 raise FileFormatError(f"the record's {name!r} holds NaN or infinities")
         for labels in (self.y, self.final_y):
-            if labels is not None and not np.all((labels >= 0) & (labels < (spec.classes or 0))):
+            if labels is not None and not np.all((labels >= 0) & (labels < spec.label_count)):
                 raise FileFormatError("the record's numbers are out of range")
         if not (
             type(self.steps) is int

@@ -22,7 +22,8 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
     Args:
         spec: the model.
         n: images.
-        labels: one whole number for all of them, or n, in a list or in an array on the host; None if missing.
+        labels: one whole number for all of them, or n, in a list or in an array on the host; None if missing: no class,
+            which only a network with :attr:`ModelSpec.null_class` knows.
 
     Raises:
         InputError: the model has no classes, labels are missing or of another type or shape, or the model has no such
@@ -31,6 +32,8 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
     classes = spec.classes
     if classes is None:
         raise InputError("the model has no classes, but labels were passed")
+    if labels is None and spec.null_class:
+        return np.full(n, classes, np.int32)
     if labels is None:
         raise InputError(f"missing labels: the model has {classes} classes", hint=f"labels: 0…{classes - 1}")
     with ExitStack() as stack:
@@ -56,11 +59,12 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
 def example(spec: ModelSpec, images: NDArray[np.int64], *, seed: int = 0) -> dict[str, NDArray[Any]]:
     """Conditioning for measurements: ``y`` int32 [n] and ``cond`` float32 [n, K, H, W], as far as the model takes them.
 
-    Classes in turns, and noise in −1…1, as a function of the image's index and the seed.
+    Classes in turns, "no class" among them where the network knows it, and noise in −1…1, as a function of the image's
+    index and the seed.
     """
     conditioning: dict[str, NDArray[Any]] = {}
     if spec.classes is not None:
-        conditioning["y"] = (images % spec.classes).astype(np.int32)
+        conditioning["y"] = (images % spec.label_count).astype(np.int32)
     if (dims := spec.conditioning_shapes.get("cond")) is not None:
         z = noise.normal(seed, images, 0, Purpose.CONDITION, int(np.prod(dims)))
         conditioning["cond"] = np.clip(z, -1, 1).reshape(len(images), *dims)

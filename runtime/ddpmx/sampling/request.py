@@ -20,6 +20,7 @@ from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.guidance import check_guidance, guided, guided_batches
 from ddpmx.sampling.runner import fitting_batch
 
 DEFAULT_BATCH, DEFAULT_BATCH_ELEMENTS = 16, 1 << 22
@@ -135,10 +136,13 @@ class Conditioning:
     Attributes:
         labels: the class of each image, whole numbers [n], or one for all; on the host.
         cond: float32 [n, K, H, W], the condition of each image.
+        guidance: w of classifier-free guidance: 1 for none, 0 for the network without classes, more than 1 beyond the
+            class, below 0 away from it.
     """
 
     labels: Labels | None = None
     cond: AnyArray | None = None
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +156,8 @@ class Request:
         batch: how many run at once, at most.
         sampling: how the chain is run.
         table: its coefficients.
-        labels: int32 [n], the class of each image, or None for a model without classes.
+        labels: int32 [n], the class of each image, or None where none were passed.
+        guidance: w of classifier-free guidance, 1 for none.
     """
 
     n: int
@@ -162,6 +167,7 @@ class Request:
     sampling: Sampling
     table: Table
     labels: NDArray[np.int32] | None
+    guidance: float = 1.0
 
     def batches(self, batch: int | None = None) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """(position in the result, image indices) of each batch, of ``batch`` images instead of the request's."""
@@ -193,7 +199,10 @@ def merge_sampling(sampling: Sampling | None, options: SamplingOptions) -> Sampl
 
 
 def merge_conditioning(
-    conditioning: Conditioning | None, labels: Labels | None, cond: AnyArray | None = None
+    conditioning: Conditioning | None,
+    labels: Labels | None,
+    cond: AnyArray | None = None,
+    guidance: float = 1.0,
 ) -> Conditioning:
     """One :class:`Conditioning`, from an object or from keywords.
 
@@ -201,13 +210,14 @@ def merge_conditioning(
         InputError: both were passed, or ``conditioning`` is something else.
     """
     if conditioning is None:
-        return Conditioning(labels, cond)
+        return Conditioning(labels, cond, guidance)
     if not isinstance(conditioning, Conditioning):
         raise InputError(
             f"conditioning must be a ddpmx.Conditioning, not {type(conditioning).__name__}",
             hint="Conditioning(labels=3), or labels=3 alone",
         )
     twice = [name for name, value in (("labels", labels), ("cond", cond)) if value is not None]
+    twice += ["guidance"] if guidance != 1 else []
     if twice:
         raise InputError(f"conditioning was passed, and {' and '.join(twice)} as well", hint="pass one of the two")
     return conditioning
@@ -222,6 +232,7 @@ def check_request(
     batch: int | None = None,
     sampling: Sampling | None = None,
     labels: Labels | None = None,
+    guidance: float = 1.0,
     ranges: tuple[tuple[int, int], ...] = ((1, 1 << 32),),
     schedule: Schedule | None = None,
 ) -> Request:
@@ -229,7 +240,8 @@ def check_request(
 
     Args:
         spec: the model.
-        n, seed, first, batch, sampling, labels: see :class:`Request`; ``batch`` may be None for :func:`default_batch`.
+        n, seed, first, batch, sampling, labels, guidance: see :class:`Request`; ``batch`` may be None for
+            :func:`default_batch`.
         ranges: smallest and largest batch of each range that the network takes.
         schedule: the model's, if it was made before.
 
@@ -237,12 +249,16 @@ def check_request(
         The request in Python's own numbers, whose products do not wrap around. Its batch is one that the network takes.
 
     Raises:
-        InputError: a number out of its range, labels that are none, or images that would not fit into memory.
+        InputError: a number out of its range, labels that are none, guidance of a model that cannot be guided, or images
+            that would not fit into memory.
         SpecError: the schedule does not go with this sampler.
     """
     sampling = Sampling() if sampling is None else sampling
     table = sampling.table(spec, schedule)
     seed = check_seed(seed)
+    guidance = check_guidance(spec, guidance, labelled=labels is not None)
+    twice = guided(spec, guidance) is not None
+    ranges = guided_batches(ranges) if twice else ranges
     batch = fitting_batch(ranges, default_batch(spec)) if batch is None else batch
     for name, value, least in (("n", n, 1), ("first", first, 0), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value <= MAX_IMAGE + 1:
@@ -253,18 +269,18 @@ def check_request(
     channels, height, width = spec.shape
     if n * channels * height * width > MAX_RESULT_BYTES:
         raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
-    check_batch(spec, batch)
+    check_batch(spec, batch, guided=twice)
     classes = None if labels is None else class_labels(spec, n, labels)
-    return Request(n, seed, first, fitting_batch(ranges, batch), sampling, table, classes)
+    return Request(n, seed, first, fitting_batch(ranges, batch), sampling, table, classes, guidance)
 
 
-def check_batch(spec: ModelSpec, batch: int) -> None:
-    """Check that a batch fits into memory.
+def check_batch(spec: ModelSpec, batch: int, *, guided: bool = False) -> None:
+    """Check that a batch fits into memory; guided, an image takes two rows of it.
 
     Raises:
         InputError: it does not.
     """
-    if batch * _elements(spec) > MAX_BATCH_ELEMENTS:
+    if batch * (1 + guided) * _elements(spec) > MAX_BATCH_ELEMENTS:
         _, height, width = spec.shape
         raise InputError(f"{batch} images of {height}×{width} at once do not fit into memory", hint="a smaller batch")
 

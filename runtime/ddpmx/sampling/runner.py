@@ -18,6 +18,7 @@ from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Step
+from ddpmx.sampling.guidance import Guidance, GuidedBackend
 from ddpmx.sampling.pixels import to_nhwc
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Job:
         after: CUDA streams whose work so far has to finish before the caller's arrays are read or written.
         conditioning: of each image: ``y`` int32 [n], ``cond`` float32 [n, K, H, W], or the address of such an array on
             the device where the chain runs.
+        guidance: of a guided chain, or None.
     """
 
     table: Table
@@ -48,6 +50,7 @@ class Job:
     cancel: Callable[[], bool] | None = None
     after: tuple[int, ...] = ()
     conditioning: Mapping[str, NDArray[Any] | int] = field(default_factory=dict)
+    guidance: Guidance | None = None
 
 
 def fitting_batch(ranges: tuple[tuple[int, int], ...], wanted: int) -> int:
@@ -123,7 +126,7 @@ class HostRunner:
 
     def __init__(self, backend: Backend, spec: ModelSpec) -> None:
         self._backend, self._spec = backend, spec
-        self._executed: dict[tuple[int, int], int] = {}
+        self._executed: dict[tuple[int, int, bool], int] = {}
         self._parts: dict[int, int] = {}
 
     @property
@@ -207,9 +210,13 @@ class HostRunner:
             rows = which * part + place
             whole = slice(int(rows[0]), int(rows[0]) + n)
             ascending = np.array_equal(rows, np.arange(whole.start, whole.stop))
-            return self._backend, whole if ascending else rows, len(parts) * part
-        executed = self._measured(n, job.batch)
-        return RowByRow(self._backend) if executed < n else self._backend, slice(n), max(n, executed)
+            return self._network(job.guidance), whole if ascending else rows, len(parts) * part
+        network, executed = self._network(job.guidance), self._measured(n, job.batch, job.guidance)
+        return RowByRow(network) if executed < n else network, slice(n), max(n, executed)
+
+    def _network(self, guidance: Guidance | None) -> Backend:
+        """The network, or both halves of a guided one. With parts, each half is cut in the same way."""
+        return self._backend if guidance is None else GuidedBackend(self._backend, self._spec, guidance)
 
     def _part(self, backend: PartBackend, batch: int) -> int:
         """The size of the parts of a batch; measured once for every size, see :func:`ddpmx.sampling.chain.choose_part`."""
@@ -218,11 +225,12 @@ class HostRunner:
         backend.use_part(self._parts[batch])
         return self._parts[batch]
 
-    def _measured(self, n: int, batch: int) -> int:
+    def _measured(self, n: int, batch: int, guidance: Guidance | None) -> int:
         """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
-        if (n, batch) not in self._executed:
-            self._executed[n, batch] = chain.executed_batch(self._backend, self._spec, n, batch)
-        return self._executed[n, batch]
+        key = n, batch, guidance is not None
+        if key not in self._executed:
+            self._executed[key] = chain.executed_batch(self._network(guidance), self._spec, n, batch)
+        return self._executed[key]
 
 
 def _placed(array: NDArray[Any], rows: slice | NDArray[np.int64], executed: int) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 #include <cxxabi.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -61,35 +62,45 @@ void check_pointer(const void *pointer, const char *name) {
   if (!pointer) throw Failure(DDPMX_INPUT, std::string(name) + " is NULL");
 }
 
-void check_size(size_t size, size_t own, const char *name) {
-  if (size < own || size > kLargestStruct) {
+// The bytes of a struct in the first version that had it: programs that were compiled with that header go on.
+template <class Struct>
+constexpr size_t kFirstSize = sizeof(Struct);
+template <>
+constexpr size_t kFirstSize<ddpmx_request> = offsetof(ddpmx_request, guidance);
+template <>
+constexpr size_t kFirstSize<ddpmx_model> = offsetof(ddpmx_model, null_class);
+
+void check_size(size_t size, size_t first, size_t own, const char *name) {
+  if ((size < own && size != first) || size > kLargestStruct) {
     throw Failure(DDPMX_INPUT, "no version of " + std::string(name) + " has " + std::to_string(size) + " bytes",
                   "here it has " + std::to_string(own), "use sizeof in the program; an _init function sets struct_size");
   }
 }
 
 // The caller's struct as this version knows it. A program that was compiled with a later header may have set fields that
-// would be ignored here: that is an error.
+// would be ignored here: that is an error. What an earlier header does not have is 0 here.
 template <class Struct>
 Struct whole(const Struct *argument, const char *name) {
   check_pointer(argument, name);
   const size_t size = argument->struct_size;
-  check_size(size, sizeof(Struct), name);
+  check_size(size, kFirstSize<Struct>, sizeof(Struct), name);
   const auto *bytes = reinterpret_cast<const unsigned char *>(argument);
-  if (std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
+  if (size > sizeof(Struct) && std::any_of(bytes + sizeof(Struct), bytes + size, [](unsigned char byte) { return byte != 0; })) {
     throw Failure(DDPMX_INPUT, std::string(name) + " has fields set that this version does not know",
                   "it is libddpmx " DDPMX_VERSION_TEXT, "use a newer libddpmx");
   }
-  return *argument;
+  Struct known{};
+  std::memcpy(&known, bytes, std::min(size, sizeof known));
+  return known;
 }
 
 // Sets the default values, and zeros in what later versions have appended.
 template <class Struct>
 void initialise(Struct *argument, size_t size, const Struct &defaults, const char *name) {
   check_pointer(argument, name);
-  check_size(size, sizeof(Struct), name);
+  check_size(size, kFirstSize<Struct>, sizeof(Struct), name);
   std::memset(argument, 0, size);
-  std::memcpy(argument, &defaults, sizeof defaults);
+  std::memcpy(argument, &defaults, std::min(size, sizeof defaults));
   argument->struct_size = static_cast<uint32_t>(size);
 }
 
@@ -180,6 +191,7 @@ ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, 
     values.condition = static_cast<int32_t>(spec.condition.value_or(0));
     values.self_condition = spec.self_condition;
     values.default_batch = static_cast<int32_t>(pipeline->inside->default_batch());
+    values.null_class = spec.null_class;
     copy_name(values.prediction, sizeof values.prediction, name_of(spec.prediction));
     copy_name(values.variance, sizeof values.variance, name_of(spec.variance));
     copy_name(values.precision, sizeof values.precision, spec.precision);

@@ -200,7 +200,7 @@ Example example_of(const Spec &spec, const std::vector<uint64_t> &which, uint64_
       normal(0, image, 0, kPurposeCondition, K, cond);
       for (int64_t k = 0; k < K; ++k) cond[k] = ddpmx_clip(cond[k], 1.0f);
     }
-    if (spec.classes) example.y.push_back(static_cast<int32_t>(image % *spec.classes));
+    if (spec.classes) example.y.push_back(static_cast<int32_t>(image % spec.label_count()));
     // rint rounds halves to even, as NumPy does
     const double step = static_cast<double>(spec.timesteps - 1) / static_cast<double>(batch - 1);
     example.t.push_back(image == batch - 1 ? static_cast<int32_t>(spec.timesteps - 1)
@@ -240,24 +240,27 @@ uint64_t executed_batch(const Spec &spec, uint64_t n, uint64_t batch, const std:
 HostRunner::HostRunner(std::unique_ptr<Network> network, const Spec &spec) : network_(std::move(network)), spec_(spec) {}
 
 void HostRunner::run(const Job &job) {
-  Chain chain(*network_, spec_, job, measured(job.images.size(), job.batch));
+  std::optional<GuidedNetwork> guided;
+  if (job.guidance) guided.emplace(*network_, spec_, *job.guidance);
+  const Network &network = guided ? static_cast<const Network &>(*guided) : *network_;
+  Chain chain(network, spec_, job, measured(network, job.images.size(), job.batch, job.guidance.has_value()));
   chain.run(network_->description());
 }
 
-uint64_t HostRunner::measured(uint64_t n, uint64_t batch) {
-  const auto key = std::make_pair(n, batch);
+uint64_t HostRunner::measured(const Network &network, uint64_t n, uint64_t batch, bool guided) {
+  const auto key = std::make_tuple(n, batch, guided);
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (const auto found = executed_.find(key); found != executed_.end()) return found->second;
   }
   // Not under the mutex: it takes as long as a few steps, and two threads that measure get the same result.
-  const uint64_t executed = executed_batch(spec_, n, batch, [this](Example &example) {
+  const uint64_t executed = executed_batch(spec_, n, batch, [&network](Example &example) {
     const auto data = [](auto &array) { return array.empty() ? nullptr : array.data(); };
     Buffers buffers;
     buffers.batch = static_cast<int64_t>(example.t.size());
     buffers.x = data(example.x), buffers.t = data(example.t), buffers.out = data(example.out), buffers.var = data(example.var);
     buffers.y = data(example.y), buffers.x0_prev = data(example.x0_prev), buffers.cond = data(example.cond);
-    network_->bind(buffers)->run();
+    network.bind(buffers)->run();
   });
   const std::lock_guard<std::mutex> lock(mutex_);
   return executed_.emplace(key, executed).first->second;

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "network.hpp"
@@ -36,12 +37,12 @@ class HostRunner : public Runner {
   void run(const Job &job) override;
 
  private:
-  uint64_t measured(uint64_t n, uint64_t batch);
+  uint64_t measured(const Network &network, uint64_t n, uint64_t batch, bool guided);
 
   const std::unique_ptr<Network> network_;
   const Spec spec_;
   std::mutex mutex_;
-  std::map<std::pair<uint64_t, uint64_t>, uint64_t> executed_;  // (n, batch); under the mutex
+  std::map<std::tuple<uint64_t, uint64_t, bool>, uint64_t> executed_;  // (n, batch, guided); under the mutex
 };
 
 }  // namespace ddpmx

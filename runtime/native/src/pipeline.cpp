@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 
 #include "cuda/device_runner.hpp"
 #include "error.hpp"
@@ -79,7 +80,7 @@ void check_room(const char *name, const void *buffer, uint64_t has, uint64_t nee
 }
 
 // The class of each image.
-std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
+std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request, bool with_class) {
   if (!request.labels && request.labels_count) {
     throw Failure(DDPMX_INPUT, "labels is NULL, and labels_count is " + std::to_string(request.labels_count));
   }
@@ -87,6 +88,8 @@ std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
     if (request.labels) throw Failure(DDPMX_INPUT, "the model has no classes, but labels were passed");
     return {};
   }
+  const auto null = static_cast<int32_t>(*spec.classes);
+  if (!request.labels && spec.null_class) return std::vector<int32_t>(request.n, null);
   const std::string range = "0…" + std::to_string(*spec.classes - 1);
   if (!request.labels) {
     throw Failure(DDPMX_INPUT, "missing labels: the model has " + std::to_string(*spec.classes) + " classes", "",
@@ -103,7 +106,28 @@ std::vector<int32_t> labels_of(const Spec &spec, const ddpmx_request &request) {
     }
   }
   labels.resize(request.n, labels.front());
+  if (!with_class) std::fill(labels.begin(), labels.end(), null);
   return labels;
+}
+
+// w of classifier-free guidance, 1 for none.
+float scale_of(const Spec &spec, const ddpmx_request &request) {
+  if (!(request.flags & DDPMX_GUIDED)) return 1;
+  const double w = request.guidance;
+  if (!std::isfinite(w) || std::abs(w) > double{std::numeric_limits<float>::max()}) {
+    throw Failure(DDPMX_INPUT, "guidance must be a finite number, not " + shown(w), "",
+                  "1 is no guidance, 2 to 4 is usual");
+  }
+  if (w == 1) return 1;
+  if (!spec.null_class) {
+    throw Failure(DDPMX_INPUT, "the model cannot be guided: it was not trained to do without a class",
+                  "its spec has no null_class", "guidance 1 draws without");
+  }
+  if (w != 0 && !request.labels) {
+    throw Failure(DDPMX_INPUT, "guidance needs the class of each image", "",
+                  "labels: 0…" + std::to_string(*spec.classes - 1));
+  }
+  return static_cast<float>(w);
 }
 
 }  // namespace
@@ -116,9 +140,11 @@ struct Pipeline::Numbers {
 Pipeline::Pipeline(Spec spec, std::unique_ptr<Runner> runner)
     : spec_(std::move(spec)), runner_(std::move(runner)), description_(runner_->description()) {}
 
-uint64_t Pipeline::default_batch() const {
+uint64_t Pipeline::default_batch() const { return usual_batch(runner_->batches()); }
+
+uint64_t Pipeline::usual_batch(const Ranges &ranges) const {
   const auto elements = largest_image(spec_);
-  return fitting_batch(runner_->batches(), std::clamp<uint64_t>(kDefaultBatchElements / elements, 1, kDefaultBatch));
+  return fitting_batch(ranges, std::clamp<uint64_t>(kDefaultBatchElements / elements, 1, kDefaultBatch));
 }
 
 uint64_t Pipeline::output_size(uint64_t n) const {
@@ -133,18 +159,19 @@ uint64_t Pipeline::output_size(uint64_t n) const {
   return bytes;
 }
 
-Pipeline::Numbers Pipeline::checked(const ddpmx_request &request) const {
-  const uint64_t batch = request.batch ? request.batch : default_batch();
+Pipeline::Numbers Pipeline::checked(const ddpmx_request &request, bool guided) const {
+  const Ranges ranges = guided ? guided_batches(runner_->batches()) : runner_->batches();
+  const uint64_t batch = request.batch ? request.batch : usual_batch(ranges);
   output_size(request.n);
   if (request.first >= kImages || request.first + request.n > kImages) {
     throw Failure(DDPMX_INPUT, "images are numbered 0…2**32 - 1, and " + std::to_string(request.first) + " + " +
                                    std::to_string(request.n) + " is beyond that");
   }
-  if (batch > kImages || batch * largest_image(spec_) > kBatchElements) {
+  if (batch > kImages || batch * (guided ? 2 : 1) * largest_image(spec_) > kBatchElements) {
     throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + sides(spec_) + " at once do not fit into memory", "",
                   "a smaller batch");
   }
-  return {request.n, request.first, fitting_batch(runner_->batches(), batch)};
+  return {request.n, request.first, fitting_batch(ranges, batch)};
 }
 
 Table Pipeline::table(const ddpmx_request &request) const {
@@ -175,7 +202,7 @@ Table Pipeline::table(const ddpmx_request &request) const {
 void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t images_size, float *samples,
                         uint64_t samples_size) {
   const DefaultFloats floats;
-  if (request.flags & ~(DDPMX_PREVIEWS | DDPMX_ON_DEVICE)) {
+  if (request.flags & ~(DDPMX_PREVIEWS | DDPMX_ON_DEVICE | DDPMX_GUIDED)) {
     throw Failure(DDPMX_INPUT, "unknown flags in " + std::to_string(request.flags));
   }
   const bool on_device = request.flags & DDPMX_ON_DEVICE, previews = request.flags & DDPMX_PREVIEWS;
@@ -187,7 +214,9 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
     throw Failure(DDPMX_INPUT, "the chain runs on the CPU and cannot wait for a CUDA stream", description_);
   }
   const Table table = this->table(request);
-  const Numbers numbers = checked(request);
+  const float scale = scale_of(spec_, request);
+  const bool guided = scale != 0 && scale != 1;
+  const Numbers numbers = checked(request, guided);
   const auto N = static_cast<uint64_t>(spec_.elements());
   const auto K = static_cast<uint64_t>(spec_.condition.value_or(0) * spec_.height * spec_.width);
   if (!images && !samples) throw Failure(DDPMX_INPUT, "there is no place for the images", "images and samples are NULL");
@@ -209,7 +238,7 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
     if (request.x) check_finite(request.x, numbers.n * N, "x");
     if (request.cond) check_finite(request.cond, numbers.n * K, "cond");
   }
-  const std::vector<int32_t> labels = labels_of(spec_, request);
+  const std::vector<int32_t> labels = labels_of(spec_, request, scale != 0);
 
   const uint64_t steps = table.rows.size(), total = (numbers.n + numbers.batch - 1) / numbers.batch * steps;
   for (uint64_t at = 0, before = 0; at < numbers.n; at += numbers.batch, before += steps) {
@@ -218,6 +247,7 @@ void Pipeline::generate(const ddpmx_request &request, uint8_t *images, uint64_t 
     for (uint64_t i = 0; i < n; ++i) job.images.push_back(static_cast<uint32_t>(numbers.first + at + i));
     job.x = request.x ? request.x + at * N : nullptr;
     job.y = labels.empty() ? nullptr : labels.data() + at;
+    if (guided) job.guidance = Guidance{scale, static_cast<int32_t>(*spec_.classes)};
     job.cond = request.cond ? request.cond + at * K : nullptr;
     job.pixels = images ? images + at * N : nullptr;
     job.samples = samples ? samples + at * N : nullptr;

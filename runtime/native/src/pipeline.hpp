@@ -32,7 +32,8 @@ class Pipeline {
 
  private:
   struct Numbers;
-  Numbers checked(const ddpmx_request &request) const;
+  Numbers checked(const ddpmx_request &request, bool guided) const;
+  uint64_t usual_batch(const Ranges &ranges) const;
   Table table(const ddpmx_request &request) const;
 
   const Spec spec_;

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "guidance.hpp"
 #include "samplers.hpp"
 
 namespace ddpmx {
@@ -25,6 +27,7 @@ struct Job {
   const float *x = nullptr;      // [n, C, H, W], the state to begin with, or nullptr for noise
   const int32_t *y = nullptr;    // [n], on the host, for models with classes
   const float *cond = nullptr;   // [n, K, H, W], for models with a condition
+  std::optional<Guidance> guidance = {};  // of a guided chain
   uint8_t *pixels = nullptr;     // [n, H, W, C], or nullptr
   float *samples = nullptr;      // [n, C, H, W], or nullptr
   bool on_device = false;        // x, cond, pixels and samples are addresses on the GPU

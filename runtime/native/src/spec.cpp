@@ -26,7 +26,8 @@ constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16"};
 // The fields of a spec. "coefficients" is not a field of its own, but a checksum of what the others mean.
 constexpr std::string_view kFields[] = {"shape",    "timesteps", "schedule",  "schedule_params", "prediction",
                                         "variance", "clip",      "precision", "weights",         "ddpmx",
-                                        "classes",  "condition", "betas",     "self_condition",  "coefficients"};
+                                        "classes",  "condition", "betas",     "self_condition",  "null_class",
+                                        "coefficients"};
 
 [[noreturn]] void refuse(const std::string &fact, const std::string &note = "", const std::string &hint = "") {
   throw Failure(DDPMX_SPEC, fact, note, hint);
@@ -215,6 +216,13 @@ void set_fields(Spec &spec, const Json::Object &values) {
     if (!value->as<bool>()) refuse("self_condition must be true or false, not " + shown(*value));
     spec.self_condition = *value->as<bool>();
   }
+  if (const Json *value = given("null_class")) {
+    if (!value->as<bool>()) refuse("null_class must be true or false, not " + shown(*value));
+    spec.null_class = *value->as<bool>();
+  }
+  if (spec.null_class && (!given("classes") || is_null(*given("classes")))) {
+    refuse("null_class is for networks with classes, and this one has none");
+  }
   if (const Json *value = given("classes")) spec.classes = count("classes", *value, kMaxClasses);
   if (const Json *value = given("condition")) spec.condition = count("condition", *value, kMaxCondition);
   if (spec.condition.value_or(0) * spec.height * spec.width > kMaxElements) {  // 2¹²·2²⁸ at most
@@ -243,7 +251,8 @@ bool same_model(const Spec &a, const Spec &b) {
   return a.channels == b.channels && a.height == b.height && a.width == b.width && a.timesteps == b.timesteps &&
          a.schedule_name == b.schedule_name && a.schedule_params == b.schedule_params && a.prediction == b.prediction &&
          a.variance == b.variance && a.clip == b.clip && a.precision == b.precision && a.classes == b.classes &&
-         a.condition == b.condition && a.self_condition == b.self_condition && a.betas == b.betas;
+         a.condition == b.condition && a.self_condition == b.self_condition &&
+         a.null_class == b.null_class && a.betas == b.betas;
 }
 
 std::string_view name_of(Prediction prediction) { return kPredictions[static_cast<size_t>(prediction)]; }

@@ -41,11 +41,13 @@ struct Spec {
   std::string ddpmx;  // the version that wrote the spec
   std::optional<int64_t> classes, condition;
   bool self_condition = false;
+  bool null_class = false;  // whether y = classes stands for "no class", which guidance needs
   std::vector<double> betas;  // only with the schedule "betas"
   Schedule schedule;
 
   int64_t elements() const { return channels * height * width; }  // N
   std::vector<Input> inputs() const;                              // x and t, then y, x0_prev and cond if it takes them
+  int64_t label_count() const { return classes ? *classes + (null_class ? 1 : 0) : 0; }  // the values that y may have
   bool learns_variance() const { return is_learned(variance); }  // whether the network has a second output, "var"
   std::vector<std::string> outputs() const;                       // its prediction, and "var" with a learned variance
 };

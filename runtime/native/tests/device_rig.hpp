@@ -32,6 +32,11 @@ inline const std::string kConditioned = R"({"shape":[3,4,5],"timesteps":20,"ddpm
                                  R"("classes":10,"condition":2,"self_condition":true})";
 inline const std::string kLearned = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","variance":"learned_range"})";
 
+inline const std::string kGuided = R"({"shape":[3,4,5],"timesteps":20,"ddpmx":"0.1.0","classes":10,"null_class":true,)"
+                            R"("condition":2,"self_condition":true})";
+inline const std::string kGuidedLearned = R"({"shape":[1,3,3],"timesteps":20,"ddpmx":"0.1.0","classes":10,)"
+                                   R"("null_class":true,"variance":"learned_range"})";
+
 template <class Function>
 Function exported(const char *library, const char *name) {
   void *const handle = dlopen(library, RTLD_NOW | RTLD_LOCAL);
@@ -164,6 +169,7 @@ struct Request {
   std::vector<uint32_t> images{7, 0, 2};
   std::vector<float> x, cond;
   std::vector<int32_t> y;
+  std::optional<ddpmx::Guidance> guidance;
 
   // With a value for every conditioning input of the network.
   static Request of(const Rig &rig) {
@@ -180,6 +186,7 @@ struct Request {
     job.x = x.empty() ? nullptr : x.data();
     job.y = y.empty() ? nullptr : y.data();
     job.cond = cond.empty() ? nullptr : cond.data();
+    job.guidance = guidance;
     return job;
   }
 };
@@ -210,6 +217,12 @@ inline Images expected(const Rig &rig, const Request &request) {
       arrays.y = request.y.empty() ? nullptr : request.y.data() + i, arrays.x0_prev = x0.data();
       arrays.cond = request.cond.empty() ? nullptr : request.cond.data() + i * static_cast<size_t>(rig.K());
       fake_output(network, arrays);
+      if (request.guidance) {
+        std::vector<float> without(out), ignored(var);
+        arrays.y = &request.guidance->null, arrays.out = without.data(), arrays.var = ignored.data();
+        fake_output(network, arrays);
+        for (size_t k = 0; k < x.size(); ++k) out[k] = ddpmx_guide(request.guidance->scale, out[k], without[k]);
+      }
       ddpmx::normal(request.seed, request.images[i], static_cast<uint32_t>(t), DDPMX_PURPOSE_STEP, N, z.data());
       std::memcpy(made.x[step].data() + i * x.size(), x.data(), x.size() * sizeof(float));
       for (size_t k = 0; k < x.size(); ++k) {

@@ -3,8 +3,10 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -238,6 +240,9 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "unknown flags in 8", [](R r, S, S) { r.flags = 8; });
   refused(DDPMX_INPUT, "the chain runs on the CPU", [](R r, S, S) { r.flags = DDPMX_ON_DEVICE; });
   refused(DDPMX_INPUT, "cannot wait for a CUDA stream", [](R r, S, S) { r.stream = &r; });
+  refused(DDPMX_INPUT, "cannot be guided", [](R r, S, S) { r.flags = DDPMX_GUIDED, r.guidance = 2; });
+  refused(DDPMX_INPUT, "cannot be guided", [](R r, S, S) { r.flags = DDPMX_GUIDED; });  // 0: without classes
+  refused(DDPMX_INPUT, "finite number, not nan", [](R r, S, S) { r.flags = DDPMX_GUIDED, r.guidance = NAN; });
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = 0; });
   refused(DDPMX_INPUT, "n must be", [](R r, S, S) { r.n = UINT64_MAX; });
   refused(DDPMX_INPUT, "do not fit into memory", [](R r, S, S) { r.n = uint64_t{1} << 32; });
@@ -326,6 +331,26 @@ void a_thread_ends_in_its_callback() {
   };
   CHECK(pthread_create(&thread, nullptr, run, &passed) == 0 && pthread_join(thread, nullptr) == 0);
   CHECK(drawn(pipeline, request(2)) == wanted);
+  CHECK(ddpmx_close(pipeline) == DDPMX_OK);
+}
+
+// A program that was compiled before there was guidance, whose structs are shorter: nothing beyond them is touched.
+void shorter_structs() {
+  ddpmx_pipeline *pipeline = opened("model");
+  const std::vector<uint8_t> wanted = drawn(pipeline, request(1));
+  constexpr size_t kRequest = offsetof(ddpmx_request, guidance), kModel = offsetof(ddpmx_model, null_class);
+  ddpmx_request asked;
+  std::memset(&asked, 0x5A, sizeof asked);
+  CHECK(ddpmx_request_init(&asked, kRequest) == DDPMX_OK && asked.struct_size == kRequest && asked.n == 1);
+  const auto *bytes = reinterpret_cast<const unsigned char *>(&asked);
+  CHECK(std::all_of(bytes + kRequest, bytes + sizeof asked, [](unsigned char byte) { return byte == 0x5A; }));
+  asked.steps = kSteps, asked.seed = 7;
+  std::vector<uint8_t> images(N);
+  CHECK(ddpmx_generate(pipeline, &asked, images.data(), N, nullptr, 0) == DDPMX_OK);
+  CHECK(images == std::vector<uint8_t>(wanted.begin(), wanted.begin() + static_cast<long>(N)));
+  ddpmx_model model;
+  std::memset(&model, 0x5A, sizeof model);
+  CHECK(ddpmx_describe(pipeline, &model, kModel) == DDPMX_OK && model.channels == 3 && model.null_class == 0x5A5A5A5A);
   CHECK(ddpmx_close(pipeline) == DDPMX_OK);
 }
 
@@ -426,6 +451,7 @@ int main() {
   what_is_refused();
   rounding_is_the_library_s_own();
   a_thread_ends_in_its_callback();
+  shorter_structs();
   longer_structs();
   models_that_do_not_open();
   networks_that_fail();

@@ -27,7 +27,7 @@ static void layouts(void) {
   AT(ddpmx_open_options, trt_library, 40);
   AT(ddpmx_open_options, executor, 48);
   AT(ddpmx_open_options, cache, 56);
-  CHECK(sizeof(ddpmx_model) == 68);
+  CHECK(sizeof(ddpmx_model) == 72);
   AT(ddpmx_model, channels, 4);
   AT(ddpmx_model, timesteps, 16);
   AT(ddpmx_model, classes, 20);
@@ -37,6 +37,7 @@ static void layouts(void) {
   AT(ddpmx_model, prediction, 36);
   AT(ddpmx_model, variance, 44);
   AT(ddpmx_model, precision, 60);
+  AT(ddpmx_model, null_class, 68);
   CHECK(sizeof(ddpmx_progress) == 56);
   AT(ddpmx_progress, t, 4);
   AT(ddpmx_progress, done, 8);
@@ -45,7 +46,7 @@ static void layouts(void) {
   AT(ddpmx_progress, n, 32);
   AT(ddpmx_progress, x, 40);
   AT(ddpmx_progress, x0, 48);
-  CHECK(sizeof(ddpmx_request) == 136);
+  CHECK(sizeof(ddpmx_request) == 144);
   AT(ddpmx_request, flags, 4);
   AT(ddpmx_request, n, 8);
   AT(ddpmx_request, seed, 16);
@@ -64,6 +65,7 @@ static void layouts(void) {
   AT(ddpmx_request, stream, 112);
   AT(ddpmx_request, callback, 120);
   AT(ddpmx_request, user, 128);
+  AT(ddpmx_request, guidance, 136);
 }
 
 static void null_arguments(void) {
@@ -80,6 +82,7 @@ static void null_arguments(void) {
   CHECK(ddpmx_open_options_init(NULL, sizeof options) == DDPMX_INPUT);
   CHECK(ddpmx_request_init(&request, sizeof request - 1) == DDPMX_INPUT);
   CHECK(ddpmx_request_init(&request, 5000) == DDPMX_INPUT);
+  CHECK(ddpmx_request_init(&request, 136) == DDPMX_OK && request.struct_size == 136); /* as it was before guidance */
   CHECK(ddpmx_request_init(&request, sizeof request) == DDPMX_OK);
   CHECK(request.struct_size == sizeof request && request.n == 1 && request.start == -1 && request.seed == 0);
   CHECK(ddpmx_open_options_init(&options, sizeof options) == DDPMX_OK && options.struct_size == sizeof options);

@@ -30,6 +30,66 @@ void whole_chains() {
   }
 }
 
+// Guided: each image has a row with its class and one without.
+void guided_chains() {
+  for (const std::string &json : {kGuided, kGuidedLearned}) {
+    for (const char *executor : {"graph", "plain"}) {
+      Rig rig(json);
+      {
+        const auto runner = rig.open(executor);
+        Request request = Request::of(rig);
+        const Images plain = drawn(*runner, rig, request);
+        for (const float scale : {2.5f, -1.0f}) {
+          request.guidance = ddpmx::Guidance{scale, 10};
+          const Images wanted = expected(rig, request), made = drawn(*runner, rig, request, true);
+          CHECK(same(drawn(*runner, rig, request), wanted) && same(made, wanted));
+          CHECK(same(made.x.back(), wanted.x.back()) && same(made.x0.front(), wanted.x0.front()));
+          CHECK(trt().batches.back() == 6);
+          CHECK(!same(wanted, plain));
+        }
+        request.guidance.reset();
+        CHECK(same(drawn(*runner, rig, request), plain));
+      }
+      CHECK(clean());
+    }
+  }
+  {  // conditions on the device, a batch that is filled up, and images that run alone
+    for (bool FakeNetwork::*sways : {&FakeNetwork::by_size, &FakeNetwork::by_place}) {
+      Rig rig(kGuided);
+      trt().network.*sways = true;
+      Request request = Request::of(rig);
+      request.guidance = ddpmx::Guidance{2.0f, 10};
+      Images made[2];
+      {
+        const auto runner = rig.open();
+        made[0] = drawn(*runner, rig, request);
+        CHECK(trt().batches.back() == (sways == &FakeNetwork::by_size ? 8 : 2));
+      }
+      {
+        const auto runner = rig.open();
+        ddpmx::cuda::Driver mine(0);
+        mine.start();
+        const ddpmx::cuda::Current current(mine);
+        const size_t size = request.cond.size() * sizeof(float);
+        const ddpmx::cuda::Handle cond = mine.allocate(size, "cond"),
+                                  pixels = mine.allocate(made[0].pixels.size(), "pixels");
+        std::memcpy(cond.pointer(), request.cond.data(), size);  // the fake's memory is the host's
+        ddpmx::Job job = request.job(rig.table);
+        job.cond = reinterpret_cast<const float *>(cond.value());
+        job.pixels = reinterpret_cast<uint8_t *>(pixels.value()), job.on_device = true;
+        runner->run(job);
+        made[1].pixels.assign(reinterpret_cast<uint8_t *>(pixels.pointer()),
+                              reinterpret_cast<uint8_t *>(pixels.pointer()) + made[0].pixels.size());
+      }
+      CHECK(same(made[0].pixels, made[1].pixels));
+      CHECK(clean());
+    }
+  }
+  CHECK((ddpmx::guided_batches({{1, 16}}) == ddpmx::Ranges{{1, 8}}));
+  CHECK((ddpmx::guided_batches({{3, 3}, {5, 9}}) == ddpmx::Ranges{{3, 4}}));
+  CHECK(fails(DDPMX_INPUT, "takes no even number of rows", [] { ddpmx::guided_batches({{1, 1}, {3, 3}}); }));
+}
+
 void previews() {
   for (const std::string &json : {kSmall, kConditioned, kLearned}) {
     for (const char *executor : {"graph", "plain"}) {
@@ -409,6 +469,7 @@ void through_the_c_api() {
 int main() {
   through_the_c_api();
   whole_chains();
+  guided_chains();
   previews();
   memory_is_kept();
   what_is_wanted();

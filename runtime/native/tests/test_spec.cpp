@@ -151,6 +151,17 @@ void texts_of_betas() {
   CHECK(fails(DDPMX_SPEC, "16385", [] { betas_from_text(betas_text(std::vector<double>((1 << 14) + 1, 0.5))); }));
 }
 
+void no_class() {
+  const Spec spec = parsed(R"({"shape":[1,4,4],"classes":3,"null_class":true})");
+  CHECK(spec.null_class && spec.label_count() == 4);
+  CHECK(parsed(R"({"shape":[1,4,4],"classes":3,"null_class":false})").label_count() == 3);
+  CHECK(parsed(R"({"shape":[1,4,4]})").label_count() == 0);
+  CHECK(!same_model(spec, parsed(R"({"shape":[1,4,4],"classes":3})")));
+  CHECK(refused("null_class is for networks with classes", small(R"("null_class":true)")));
+  CHECK(refused("null_class is for networks with classes", small(R"("null_class":true,"classes":null)")));
+  CHECK(refused("null_class must be true or false, not 1", small(R"("classes":3,"null_class":1)")));
+}
+
 void the_same_model() {
   const Spec spec = parsed(R"({"shape":[1,4,4],"clip":1})");
   CHECK(same_model(spec, parsed(R"({"shape":[1,4,4],"schedule_params":{"beta_end":0.02},"clip":1.0})")));
@@ -158,7 +169,7 @@ void the_same_model() {
   for (const char *change :
        {R"("timesteps":999)", R"("schedule":"quad")", R"("schedule_params":{"beta_end":0.03})", R"("prediction":"v")",
         R"("variance":"fixed_small")", R"("clip":null)", R"("clip":0.5)", R"("precision":"fp16")", R"("classes":2)",
-        R"("condition":1)", R"("self_condition":true)"}) {
+        R"("condition":1)", R"("self_condition":true)", R"("classes":2,"null_class":true)"}) {
     CHECK(!same_model(spec, parsed(R"({"shape":[1,4,4],)" + std::string(change) + "}")));
   }
   CHECK(!same_model(spec, parsed(R"({"shape":[1,4,5]})")) && !same_model(spec, parsed(R"({"shape":[1,5,4]})")));
@@ -183,6 +194,7 @@ int main() {
   unknown_fields();
   free_betas();
   texts_of_betas();
+  no_class();
   the_same_model();
   texts();
   return ddpmx_test::finish();

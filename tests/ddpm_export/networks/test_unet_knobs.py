@@ -341,6 +341,8 @@ IMAGE = (3, 16, 16)
         ({"classes": 3}, ModelSpec(IMAGE), "classes"),
         ({}, ModelSpec(IMAGE, classes=3), "classes"),
         ({"classes": 3}, ModelSpec(IMAGE, classes=4), "classes"),
+        ({"classes": 3}, ModelSpec(IMAGE, classes=3, null_class=True), '"no class"'),
+        ({"classes": 3, "null_class": True}, ModelSpec(IMAGE, classes=3), '"no class"'),
         ({}, ModelSpec(IMAGE, self_condition=True), "neither x0_prev nor cond"),
         ({}, ModelSpec(IMAGE, condition=3), "neither x0_prev nor cond"),
     ],
@@ -353,6 +355,20 @@ def test_a_spec_of_another_network_is_refused(knobs, spec, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_class_is_one_more_row_of_the_table():
+    config = with_knobs(classes=3, null_class=True)
+    network = UNet(config).eval()
+    assert network.time.classes.weight.shape[0] == 4
+    assert UNetConfig.from_json(config.to_json()) == config
+    x, t = torch.zeros(1, *IMAGE), torch.zeros(1, dtype=torch.int64)
+    network(x, t, torch.tensor([3]))
+    with pytest.raises(IndexError):
+        network(x, t, torch.tensor([4]))
+    with pytest.raises(InputError, match="null_class is for networks with classes"):
+        with_knobs(null_class=True)
+
+
 def test_specs_that_fit():
+    check_spec(with_knobs(classes=3, null_class=True), ModelSpec(IMAGE, classes=3, null_class=True))
     check_spec(BASE, ModelSpec(IMAGE))
     check_spec(with_knobs(out_channels=6, classes=3), ModelSpec(IMAGE, variance="learned_range", classes=3))

@@ -33,6 +33,7 @@ CASES = {
     "variance": LEARNED,
     "log variance": {"variance": "learned"},
     "mean": {"prediction": "mu"},
+    "no class": {"classes": 4, "null_class": True},
     "everything": {**ALL, **LEARNED},
 }
 EPS, V, FORCED, FORCED_V = "ε, RMS", "v, RMS", "teacher-forced chain, RMS of ε", "teacher-forced chain, RMS of v"
@@ -54,7 +55,7 @@ class Closed(torch.nn.Module):
         for name, value in (("slope", slope), ("offset", offset), ("mu", mu), ("of_x", a * p + b), ("of_eps", a * q)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32))
         generator = torch.Generator().manual_seed(0)
-        self.table = torch.nn.Parameter(0.2 * torch.randn(spec.classes or 1, generator=generator))
+        self.table = torch.nn.Parameter(0.2 * torch.randn(spec.label_count or 1, generator=generator))
 
     def forward(self, x, t, y=None, x0_prev=None, cond=None):
         out = self.slope[t.long()].view(-1, 1, 1, 1) * x - self.offset[t.long()].view(-1, 1, 1, 1) * self.mu
@@ -139,6 +140,20 @@ def test_the_recorded_classes_are_spread_over_all():
     assert reference.y.shape == reference.out.shape[:2]
     assert len(np.unique(reference.y)) == 60
     assert list(reference.final_y) == [59, 39, 20, 0]
+
+
+def test_no_class_is_recorded_with_the_classes():
+    """So a file whose "no class" is wrong does not pass."""
+    spec = spec_of("no class")
+    reference = recorded(spec)
+    assert set(reference.y.ravel()) == {0, 1, 2, 3, 4}
+    assert list(reference.final_y) == [4, 3, 1, 0]
+
+    def fault(when, buffers):
+        if when == "before":
+            buffers.y[buffers.y == 4] = 2
+
+    assert EPS in failed(spec, fault)
 
 
 def test_two_classes_swapped_are_found():

@@ -23,6 +23,7 @@ from ddpmx.cuda.layout import Chain, Control, Done
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import NumericError
 from ddpmx.sampling import chain
+from ddpmx.sampling.guidance import Guidance
 from oracles import cuda_on_host, gaussian, ptx
 from oracles.cuda_on_host import Device, Toy, first_difference, same_bits
 
@@ -55,6 +56,8 @@ def table_of(sampler="ancestral", steps=12, variance="fixed_small", **more):
 
 FAR = 2**32 - 1
 LEARNED = {"variance": "learned_range"}
+GUIDED = {"guidance": Guidance(2.3, 5), "labels": [1, 4, 0], "indices": [FAR, 0, 7]}
+ONE_GUIDED = {"guidance": Guidance(-0.7, 5), "labels": [3], "indices": [3]}
 CHAINS = {
     "one image": {},
     "three images": {"indices": [7, 0, 2]},
@@ -87,14 +90,25 @@ CHAINS = {
     "learned, one step": {**LEARNED, "indices": [0, 1], "steps": 1},
     "learned, all 1000 steps": {**LEARNED, "indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
     "learned, not by ddim": {**LEARNED, "indices": [0, 1], "sampler": "ddim", "eta": 1.0},
+    "guided": {**GUIDED, "seed": 2**64 - 3},
+    "guided, one image, one thread": {**ONE_GUIDED, "grid": 1, "block": 1},
+    "guided, four at a time": {**GUIDED, "shape": EVEN},
+    "guided, four elements, not aligned": {**GUIDED, "shape": EVEN, "offset": 1},
+    "guided, less than four elements": {**GUIDED, "shape": (3, 1, 1)},
+    "guided, no clipping, without x0": {**GUIDED, "clip": None, "with_x0": False},
+    "guided, threads in another order": {**GUIDED, "order": 1, "grid": 5, "block": 16},
+    "guided, ddim": {**GUIDED, "sampler": "ddim"},
+    "guided, learned": {**GUIDED, **LEARNED},
+    "guided, learned, four at a time": {**GUIDED, **LEARNED, "shape": EVEN},
 }
 
 
 def compare(kernels, *, shape=ODD, indices=(5,), seed=0, clip=1.0, **more):
     sampling = {name: more.pop(name) for name in ("sampler", "steps", "eta", "variance") if name in more}
     table, launch = table_of(**sampling), more
-    device = Device(kernels, table, shape, seed=seed, images=indices, clip=clip, **launch)
-    return first_difference(device, table, shape, seed=seed, indices=indices, clip=clip)
+    guided = {name: more.pop(name) for name in ("guidance", "labels") if name in more}
+    device = Device(kernels, table, shape, seed=seed, images=indices, clip=clip, **guided, **launch)
+    return first_difference(device, table, shape, seed=seed, indices=indices, clip=clip, **guided)
 
 
 @pytest.mark.parametrize("case", CHAINS)
@@ -152,8 +166,23 @@ MISTAKES = {
     "a fused exponent": ("step.h", "DDPMX_ADD(learned.c, DDPMX_MUL(learned.d, v))", "fmaf(learned.d, v, learned.c)"),
     "another exponential": ("step.h", "return DDPMX_MUL(y, ddpmx_float((ddpmx_i32)power))", "return expf(x)"),
     "no exponential": ("step.h", "row.sigma = ddpmx_exp(", "row.sigma = ("),
+    "a fused guidance": (
+        "step.h",
+        "DDPMX_ADD(without, DDPMX_MUL(scale, DDPMX_ADD(with_class, -without)))",
+        "fmaf(scale, DDPMX_ADD(with_class, -without), without)",
+    ),
+    "the two rows exchanged": (
+        "step.cu",
+        "ddpmx_guide(chain->guidance, output[k], without[k])",
+        "ddpmx_guide(chain->guidance, without[k], output[k])",
+    ),
+    "the other row of another image": ("step.cu", "ddpmx_load(out + half + four.at", "ddpmx_load(out + half"),
+    "x of the first row alone": ("step.cu", "ddpmx_store(here, four.count, wide, x + half + four.at);", ""),
+    "x0 of the first row alone": ("step.cu", "if (x0) ddpmx_store(lead, four.count, wide, x0 + half + four.at);", ""),
+    "t of the first row alone": ("step.cu", "t[chain->B + four.image] = next", "t[four.image] = next"),
+    "x_T of the first row alone": ("step.cu", "if (guided) ddpmx_store(z,", "if (0) ddpmx_store(z,"),
 }
-NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid", "learned")
+NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid", "learned", "guided")
 
 
 def mistaken(folder, file, right, wrong):
@@ -240,6 +269,22 @@ def test_an_output_that_is_not_finite_ends_the_chain(kernels, k, values, varianc
     others[0].reshape(-1)[-len(values) :] = False
     assert same_bits(device.x[others], healthy.x[others])
     assert np.isfinite(device.x).all()
+
+
+@pytest.mark.parametrize("row", [0, 1, 2, 3])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_either_row_of_a_guided_image_ends_the_chain(kernels, row, value):
+    class Poisoned(Toy):
+        def enqueue(self):
+            super().enqueue()
+            if self.buffers.t[0] == int(table.timesteps[5]):
+                self.buffers.out[row, 0, 0, 0] = value
+
+    table = table_of()
+    device = Device(kernels, table, ODD, seed=0, images=[1, 2], guidance=Guidance(2.0, 5), labels=[0, 1])
+    list(device.run(Poisoned(ODD)))
+    assert (device.control.done, device.control.bad_step) == (Done.NOT_FINITE, 5)
+    assert_nothing_moves(device)
 
 
 @pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in OUTPUTS)])
@@ -468,6 +513,8 @@ EXECUTED = {
     "learned": {**LEARNED, "indices": [FAR, 2], "seed": 2**64 - 3, "steps": 4},
     "learned, four at a time": {**LEARNED, "indices": [1, 2, 3], "shape": EVEN, "steps": 3},
     "learned, v alone not aligned": {**LEARNED, "indices": [1, 2], "shape": EVEN, "steps": 2, "var_offset": 1},
+    "guided": {**GUIDED, "steps": 3},
+    "guided, learned, four at a time": {**GUIDED, **LEARNED, "shape": EVEN, "steps": 2},
 }
 
 

@@ -14,6 +14,7 @@ import ddpmx
 from ddpmx.diffusion import noise
 from ddpmx.diffusion.noise import Purpose
 from ddpmx.sampling import chain
+from ddpmx.sampling.guidance import combine
 from ddpmx.sampling.pixels import to_uint8
 
 SOURCE = """
@@ -39,6 +40,9 @@ void learned(const ddpmx_row *row, const ddpmx_learned *range, float limit, size
 }
 void exponential(const float *x, size_t n, float *y) {
   for (size_t i = 0; i < n; ++i) y[i] = ddpmx_exp(x[i]);
+}
+void guide(float scale, const float *with_class, const float *without, size_t n, float *out) {
+  for (size_t i = 0; i < n; ++i) out[i] = ddpmx_guide(scale, with_class[i], without[i]);
 }
 void pixels(const float *x, size_t n, unsigned char *u) {
   for (size_t i = 0; i < n; ++i) u[i] = ddpmx_uint8(x[i]);
@@ -232,6 +236,22 @@ EXPONENTS = np.concatenate(
     ]
 )
 EXPONENTS = EXPONENTS[~np.isnan(EXPONENTS)]
+
+
+@pytest.mark.parametrize("scale", [2.0, 1.3, -0.7, 1e30])
+def test_guidance_has_the_same_bits(compiled, scale):
+    rng = np.random.default_rng(5)
+    drawn = rng.standard_normal((2, 4096)).astype(np.float32)
+    special = np.stack(np.meshgrid(SPECIAL, SPECIAL)).reshape(2, -1)
+    with_class, without = np.ascontiguousarray(np.concatenate([drawn, special], axis=1))
+    ours, theirs = np.empty_like(with_class), np.empty_like(with_class)
+    with np.errstate(all="ignore"):
+        combine(np.float32(scale), with_class, without, ours)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (with_class, without, theirs)]
+    compiled.guide(ctypes.c_float(scale), *pointers[:2], ctypes.c_size_t(with_class.size), pointers[2])
+    assert_same_bits(theirs, ours)
+    broken = ~(np.isfinite(with_class) & np.isfinite(without))
+    assert not np.isfinite(ours[broken]).any(), "what is not finite has to stay so"
 
 
 def test_the_exponential_has_the_same_bits(compiled):

@@ -15,7 +15,7 @@ from oracles import conditioning
 from oracles.conditioning import CHANNELS, KINDS, spec_of
 from oracles.protobuf import FLOAT, FLOAT16, INT32, INT64
 
-FIELDS = {"classes", "self_condition", "condition", "betas"}
+FIELDS = {"classes", "self_condition", "condition", "null_class", "betas"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,6 +78,9 @@ def test_the_inputs_by_name():
         ("self_condition", 1, "self_condition must be"),
         ("self_condition", None, "self_condition must be"),
         ("self_condition", "yes", "self_condition must be"),
+        ("null_class", 1, "null_class must be"),
+        ("null_class", None, "null_class must be"),
+        ("null_class", True, "for networks with classes"),
         ("classess", 3, "does not know: classess"),
     ],
 )
@@ -85,6 +88,15 @@ def test_fields_out_of_range_are_refused(field, value, message):
     values = json.loads(json.dumps({"shape": [3, 8, 8], field: value}))
     with pytest.raises(SpecError, match=message):
         ModelSpec.from_json(values)
+
+
+def test_no_class_is_one_more_label_and_no_other_input():
+    plain = ModelSpec((3, 8, 8), classes=4)
+    spec = plain.replace(null_class=True)
+    assert (plain.label_count, spec.label_count, plain.replace(classes=None).label_count) == (4, 5, 0)
+    assert spec.inputs == plain.inputs
+    assert ModelSpec.from_text(spec.to_text()) == spec != plain
+    assert (spec.to_json()["null_class"], "null_class" in plain.to_json()) == (True, False)
 
 
 def test_a_condition_that_fills_memory_is_refused():

@@ -38,6 +38,16 @@ def test_each_image_says_its_own_index_and_label(tmp_path):
             assert read_png_text(path) == (picture.size[::-1], dict(picture.text))
 
 
+def test_guidance_is_stated_where_there_is_some(tmp_path):
+    guided = dataclasses.replace(ORIGIN, guidance=2.5)
+    assert (guided.text(0)["guidance"], guided.text(0)["label"]) == ("2.5", "0")
+    assert "guidance" not in ORIGIN.text(0)
+    path, *_ = save_gallery(tmp_path, PICTURES, first=7, origin=guided)
+    assert read_png_text(path)[1]["guidance"] == "2.5"
+    assert difference(path, guided, 3) is None
+    assert difference(path, ORIGIN, 3) == "guidance 2.5, and now not stated"
+
+
 def test_a_condition_s_name_may_be_any_file_name(tmp_path):
     names = [os.fsdecode(b"\xe4.png"), "a\nmodel: b.png", "ä.png"]
     origin = dataclasses.replace(ORIGIN, labels=None, conditions=names)

@@ -124,6 +124,7 @@ typedef struct ddpmx_model {
   char prediction[8];              /* "eps", "x0", "v" or "mu" */
   char variance[16];               /* "fixed_small", "fixed_large", "learned_range" or "learned" */
   char precision[8];               /* "fp32", "fp16" or "bf16", inside the network; this API uses float */
+  int32_t null_class;              /* 1 if the network knows "no class": labels may be NULL, and DDPMX_GUIDED is possible */
 } ddpmx_model;
 
 /* Set *model. size: sizeof(ddpmx_model) in the caller.
@@ -156,10 +157,11 @@ typedef int32_t (*ddpmx_callback)(const ddpmx_progress *progress, void *user);
 /* ddpmx_request.flags */
 #define DDPMX_PREVIEWS 1u  /* pass x and x0 to the callback. On a GPU the device then waits for the host in every step */
 #define DDPMX_ON_DEVICE 2u /* x, cond and both results are addresses on the GPU that runs the plan */
+#define DDPMX_GUIDED 4u    /* ddpmx_request.guidance is set */
 
 typedef struct ddpmx_request {
   uint32_t struct_size;
-  uint32_t flags;     /* DDPMX_PREVIEWS, DDPMX_ON_DEVICE, or 0 */
+  uint32_t flags;     /* DDPMX_PREVIEWS | DDPMX_ON_DEVICE | DDPMX_GUIDED, or 0 */
   uint64_t n;         /* number of images; default 1 */
   uint64_t seed;      /* default 0 */
   uint64_t first;     /* index of the first image: 8 images equal 4, and 4 more with first = 4; default 0 */
@@ -180,6 +182,9 @@ typedef struct ddpmx_request {
                           waits for its present work on the device. When ddpmx_generate returns, everything is done */
   ddpmx_callback callback; /* or NULL */
   void *user;              /* passed to the callback */
+  double guidance;         /* with DDPMX_GUIDED: w of classifier-free guidance, out_0 + w (out_y - out_0), for models with
+                              null_class. 1: none; 0: the network without classes. The network's batch takes two rows for
+                              each image */
 } ddpmx_request;
 
 /* Set the defaults: one image of seed 0. size: sizeof(ddpmx_request) in the caller.

@@ -30,16 +30,19 @@ Address Addresses::of(const std::string &tensor) const {
 }
 
 DeviceChain::DeviceChain(const Driver &driver, const Kernels &kernels, const Spec &spec, int64_t batch,
-                         const Table &table, bool with_x0, const std::string &description)
+                         const Table &table, const std::optional<Guidance> &guidance, bool with_x0,
+                         const std::string &description)
     : driver_(driver),
       kernels_(kernels),
       spec_(spec),
       table_(table),
+      guidance_(guidance),
       batch_(batch),
+      rows_(guidance ? 2 * batch : batch),
       elements_(spec.elements()),
       description_(description) {
   const int64_t fours_per_image = (elements_ + 3) / 4, most = (int64_t{1} << 31) - 1;
-  if (batch < 1 || table.rows.empty() || elements_ < 1 || fours_per_image > most / batch) {
+  if (batch < 1 || table.rows.empty() || elements_ < 1 || fours_per_image > most / (guidance ? 2 : 1) / batch) {
     throw Failure(DDPMX_INPUT, std::to_string(batch) + " images of " + std::to_string(spec.height) + "×" +
                                    std::to_string(spec.width) + " in " + std::to_string(table.rows.size()) +
                                    " steps cannot run as a chain on a GPU");
@@ -58,7 +61,7 @@ DeviceChain::DeviceChain(const Driver &driver, const Kernels &kernels, const Spe
 }
 
 void DeviceChain::allocate(bool with_x0) {
-  const uint64_t images = static_cast<uint64_t>(batch_), size = images * static_cast<uint64_t>(elements_) * 4;
+  const uint64_t images = static_cast<uint64_t>(rows_), size = images * static_cast<uint64_t>(elements_) * 4;
   stream_ = driver_.stream();
   pinned_ = driver_.allocate_pinned(sizeof(ddpmx_control), "the control block", &chain_.control);
   for (int64_t i = 0; i < kLookAhead; ++i) events_.push_back(driver_.event());
@@ -74,7 +77,7 @@ void DeviceChain::allocate(bool with_x0) {
     const uint64_t bytes = images * static_cast<uint64_t>(*spec_.condition * spec_.height * spec_.width) * 4;
     driver_.zero(at_.cond = keep(bytes, "cond"), bytes, stream());
   }
-  pixels_ = keep(size / 4, "the images");
+  pixels_ = keep(static_cast<uint64_t>(batch_ * elements_), "the images");
 }
 
 Address DeviceChain::keep(uint64_t size, const char *what) {
@@ -96,6 +99,7 @@ void DeviceChain::upload(const Table &table) {
   chain_.channels = static_cast<ddpmx_i32>(spec_.channels);
   chain_.pixels = static_cast<ddpmx_i32>(spec_.height * spec_.width);
   chain_.limit = spec_.clip ? static_cast<float>(*spec_.clip) : std::numeric_limits<float>::infinity();
+  if (guidance_) chain_.guided = 1, chain_.guidance = guidance_->scale;
   chain_.images = keep(images_.size() * sizeof images_[0], "the images' indices");
   chain_at_ = keep(sizeof chain_, "the chain");
   chain_.rows = put(table.rows, "the table");
@@ -156,23 +160,30 @@ void DeviceChain::set_inputs(const Run &run) {
   if (run.x) fill(at_.x, run, run.x, run.on_device, elements_, "x");
 }
 
-// Copies n images' numbers, of four bytes each; the last image is repeated to fill the batch.
+// Copies n images' numbers, of four bytes each; the last image is repeated to fill the batch. Guided, the rows without a
+// class get the same, and for the class the label of none.
 void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_device, int64_t numbers,
                        const char *what) {
   if (!source) throw Failure(DDPMX_INPUT, std::string("missing model input '") + what + "'");
   const uint64_t image = static_cast<uint64_t>(numbers) * 4;
-  const auto n = static_cast<uint64_t>(run.n), all = static_cast<uint64_t>(batch_);
+  const auto n = static_cast<uint64_t>(run.n), all = static_cast<uint64_t>(batch_), rows = static_cast<uint64_t>(rows_);
   if (on_device) {
     const Address from = reinterpret_cast<Address>(source);
-    driver_.copy(to, from, n * image, stream());
-    for (uint64_t left = n; left < all; ++left)
-      driver_.copy(to + left * image, from + (n - 1) * image, image, stream());
+    for (uint64_t begin = 0; begin < rows; begin += all) {
+      driver_.copy(to + begin * image, from, n * image, stream());
+      for (uint64_t left = begin + n; left < begin + all; ++left)
+        driver_.copy(to + left * image, from + (n - 1) * image, image, stream());
+    }
     return;
   }
-  filled_.resize(all * image);
+  filled_.resize(rows * image);
   std::memcpy(filled_.data(), source, n * image);
   for (uint64_t left = n; left < all; ++left) {
     std::memcpy(filled_.data() + left * image, static_cast<const char *>(source) + (n - 1) * image, image);
+  }
+  if (guidance_) std::memcpy(filled_.data() + all * image, filled_.data(), all * image);
+  if (guidance_ && to == at_.y) {
+    for (uint64_t row = all; row < rows; ++row) std::memcpy(filled_.data() + row * image, &guidance_->null, image);
   }
   driver_.copy_in(to, filled_.data(), filled_.size(), stream());
   driver_.wait_for_stream(stream(), "copying the network's inputs");
@@ -181,7 +192,7 @@ void DeviceChain::fill(Address to, const Run &run, const void *source, bool on_d
 void DeviceChain::begin(uint64_t seed, int stop, bool given) {
   chain_.seed = seed;
   chain_.flags = given ? DDPMX_KEEP_X : 0;
-  if (at_.x0_prev) driver_.zero(at_.x0_prev, static_cast<uint64_t>(batch_ * elements_) * 4, stream());
+  if (at_.x0_prev) driver_.zero(at_.x0_prev, static_cast<uint64_t>(rows_ * elements_) * 4, stream());
   volatile ddpmx_control &control = this->control();
   control.stop = stop, control.step = 0, control.bad_step = -1, control.done = DDPMX_RUNNING;
   driver_.copy_in(chain_.images, images_.data(), images_.size() * sizeof images_[0], stream());

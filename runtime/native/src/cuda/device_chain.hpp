@@ -8,11 +8,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "chain.h"
 #include "driver.hpp"
+#include "guidance.hpp"
 #include "samplers.hpp"
 #include "spec.hpp"
 
@@ -66,15 +68,17 @@ struct Run {
 // allocated in the constructor. For one thread at a time.
 class DeviceChain {
  public:
+  // guidance: of a guided chain, whose network has two rows for each image, or nothing.
   // with_x0: keep x0 of each step, for watch and for samples. description: of the backend, for messages.
   // Failure(DDPMX_BACKEND): out of memory, or the driver fails.
   DeviceChain(const Driver &driver, const Kernels &kernels, const Spec &spec, int64_t batch, const Table &table,
-              bool with_x0, const std::string &description);
+              const std::optional<Guidance> &guidance, bool with_x0, const std::string &description);
   ~DeviceChain() { close(); }
   DeviceChain(const DeviceChain &) = delete;
   DeviceChain &operator=(const DeviceChain &) = delete;
 
   const Addresses &at() const { return at_; }
+  int64_t rows() const { return rows_; }  // of the network's batch
   Stream stream() const { return stream_.pointer(); }
   const std::string &executor() const { return executor_; }  // or empty
   // Whether it was abandoned while running, and may still run. Then none of its memory can be freed.
@@ -128,7 +132,8 @@ class DeviceChain {
   const Kernels &kernels_;
   const Spec spec_;
   const Table table_;
-  const int64_t batch_, elements_;  // elements: N of one image
+  const std::optional<Guidance> guidance_;
+  const int64_t batch_, rows_, elements_;  // elements: N of one image
   const std::string description_;
   unsigned grid_ = 1;
 

@@ -92,7 +92,7 @@ void DeviceChain::check_capture(const Enqueue &enqueue, double seconds, Step ste
 }
 
 void DeviceChain::one_step(const std::function<void()> &launch, double seconds, Step *step) {
-  const auto count = static_cast<size_t>(batch_ * elements_);
+  const auto count = static_cast<size_t>(rows_ * elements_);
   step->out.assign(count, std::numeric_limits<float>::quiet_NaN());  // so that a missing output is noticed
   step->x.assign(count, 0.0f);
   begin(1, 0, false);  // other noise than in the capture

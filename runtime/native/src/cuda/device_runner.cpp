@@ -118,7 +118,7 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
                   description() + " gives an image other bits in a batch than alone, so only one can be watched at a time", "",
                   "batch = 1");
   }
-  DeviceChain &chain = prepared(job.table, batch_of(job, with_x0), with_x0);
+  DeviceChain &chain = prepared(job, batch_of(job, with_x0), with_x0);
   const auto part_of = [](auto *array, int64_t numbers) { return array ? array + numbers : nullptr; };
   const int64_t N = spec_.elements(), K = spec_.condition.value_or(0) * spec_.height * spec_.width;
   int64_t reported = 0;
@@ -144,48 +144,62 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
 }
 
 // Whether each image has to run alone, since its place in a batch changes its bits.
-bool DeviceRunner::is_alone(const Job &job) { return measured(job.batch, job.batch) == 1 && job.batch > 1; }
+bool DeviceRunner::is_alone(const Job &job) { return measured(job.batch, job.batch, job.guidance) == 1 && job.batch > 1; }
 
 // At which batch size the network runs the job's images.
 int64_t DeviceRunner::batch_of(const Job &job, bool with_x0) {
   const auto batch = static_cast<int64_t>(job.batch);
-  if (fits(job.table, batch, with_x0)) return batch;  // repeating an image costs less than another chain
+  if (fits(job, batch, with_x0)) return batch;  // repeating an image costs less than another chain
   uint64_t least = UINT64_MAX;
-  for (const auto &[low, high] : batches()) least = std::min(least, low);
-  return static_cast<int64_t>(std::max(measured(job.images.size(), job.batch), least));
+  for (const auto &[low, high] : batches_of(job.guidance)) least = std::min(least, low);
+  return static_cast<int64_t>(std::max(measured(job.images.size(), job.batch, job.guidance), least));
 }
 
 // See executed_batch; measured once for every size.
-uint64_t DeviceRunner::measured(uint64_t n, uint64_t batch) {
+uint64_t DeviceRunner::measured(uint64_t n, uint64_t batch, const std::optional<Guidance> &guidance) {
   if (batch == 1) return 1;
-  const auto key = std::make_pair(n, batch);
+  const auto key = std::make_tuple(n, batch, guidance.has_value());
   if (const auto found = executed_.find(key); found != executed_.end()) return found->second;
-  const auto ranges = batches();
+  const Ranges ranges = batches_of(guidance);
   const bool taken =
       std::any_of(ranges.begin(), ranges.end(), [n](auto range) { return range.first <= n && n <= range.second; });
   release();  // a small device has no memory for both
   Trial trial(*driver_, *engine_, spec_);
-  const auto evaluate = [&trial](Example &example) { trial.evaluate(example); };
+  const auto evaluate = [&](Example &example) {
+    if (guidance) {
+      trial.evaluate_guided(example, *guidance);
+    } else {
+      trial.evaluate(example);
+    }
+  };
   return executed_[key] = executed_batch(spec_, taken ? n : batch, batch, evaluate);
 }
 
-bool DeviceRunner::fits(const Table &table, int64_t batch, bool with_x0) const {
-  return chain_ && !chain_->executor().empty() && batch == batch_ && with_x0_ >= with_x0 &&
+// The smallest and the largest batch of images of each range.
+Ranges DeviceRunner::batches_of(const std::optional<Guidance> &guidance) const {
+  return guidance ? guided_batches(batches()) : batches();
+}
+
+bool DeviceRunner::fits(const Job &job, int64_t batch, bool with_x0) const {
+  const Table &table = job.table;
+  return chain_ && !chain_->executor().empty() && batch == batch_ && with_x0_ >= with_x0 && job.guidance == guidance_ &&
          same_bits(table.timesteps, table_.timesteps) && same_bits(table.rows, table_.rows) &&
          same_bits(table.learned, table_.learned);
 }
 
 // The chain, with its network and executor.
-DeviceChain &DeviceRunner::prepared(const Table &table, int64_t batch, bool with_x0) {
-  if (fits(table, batch, with_x0)) return *chain_;
+DeviceChain &DeviceRunner::prepared(const Job &job, int64_t batch, bool with_x0) {
+  const Table &table = job.table;
+  if (fits(job, batch, with_x0)) return *chain_;
   release();
   try {
     if (!kernels_) {
       const Current current(*driver_);
       kernels_ = std::make_unique<Kernels>(*driver_);
     }
-    chain_ = std::make_unique<DeviceChain>(*driver_, *kernels_, spec_, batch, table, with_x0, engine_->description());
-    context_ = engine_->bind(batch, chain_->at(), chain_->stream());
+    chain_ = std::make_unique<DeviceChain>(*driver_, *kernels_, spec_, batch, table, job.guidance, with_x0,
+                                           engine_->description());
+    context_ = engine_->bind(chain_->rows(), chain_->at(), chain_->stream());
     TrtContext &network = *context_;
     const std::string chosen =
         choose_executor(*chain_, [&network](Stream stream) { network.enqueue(stream); }, executor_, patience_);
@@ -196,7 +210,7 @@ DeviceChain &DeviceRunner::prepared(const Table &table, int64_t batch, bool with
     release();
     throw;
   }
-  table_ = table, batch_ = batch, with_x0_ = with_x0;
+  table_ = table, guidance_ = job.guidance, batch_ = batch, with_x0_ = with_x0;
   return *chain_;
 }
 

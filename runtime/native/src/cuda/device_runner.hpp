@@ -5,8 +5,10 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -45,9 +47,10 @@ class DeviceRunner : public Runner {
   void run_alone_or_together(const Job &job);
   bool is_alone(const Job &job);
   int64_t batch_of(const Job &job, bool with_x0);
-  uint64_t measured(uint64_t n, uint64_t batch);
-  DeviceChain &prepared(const Table &table, int64_t batch, bool with_x0);
-  bool fits(const Table &table, int64_t batch, bool with_x0) const;
+  uint64_t measured(uint64_t n, uint64_t batch, const std::optional<Guidance> &guidance);
+  Ranges batches_of(const std::optional<Guidance> &guidance) const;
+  DeviceChain &prepared(const Job &job, int64_t batch, bool with_x0);
+  bool fits(const Job &job, int64_t batch, bool with_x0) const;
   void release() noexcept;
 
   const std::unique_ptr<Driver> driver_;
@@ -62,9 +65,10 @@ class DeviceRunner : public Runner {
   std::unique_ptr<DeviceChain> chain_;
   std::unique_ptr<TrtContext> context_;  // the chain's network; destroyed before it
   Table table_;                          // of the chain
+  std::optional<Guidance> guidance_;     // of the chain
   int64_t batch_ = 0;
   bool with_x0_ = false, lost_ = false;
-  std::map<std::pair<uint64_t, uint64_t>, uint64_t> executed_;
+  std::map<std::tuple<uint64_t, uint64_t, bool>, uint64_t> executed_;
 
   mutable std::mutex executor_mutex_;
   std::string executor_text_;  // "executor graph", for description()

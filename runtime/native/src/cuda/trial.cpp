@@ -1,5 +1,7 @@
 #include "trial.hpp"
 
+#include <algorithm>
+
 namespace ddpmx::cuda {
 
 Trial::Trial(const Driver &driver, TrtEngine &engine, const Spec &spec)
@@ -67,6 +69,18 @@ void Trial::evaluate(Example &example) {
     }
     throw;
   }
+}
+
+void Trial::evaluate_guided(Example &example, const Guidance &guidance) {
+  Example both = example;
+  const auto append = [](auto &to, const auto &from) { to.insert(to.end(), from.begin(), from.end()); };
+  append(both.x, example.x), append(both.x0_prev, example.x0_prev), append(both.cond, example.cond);
+  append(both.t, example.t), append(both.out, example.out), append(both.var, example.var);
+  both.y.resize(2 * example.y.size(), guidance.null);
+  evaluate(both);
+  const size_t half = example.out.size();
+  for (size_t k = 0; k < half; ++k) example.out[k] = ddpmx_guide(guidance.scale, both.out[k], both.out[half + k]);
+  std::copy_n(both.var.begin(), example.var.size(), example.var.begin());
 }
 
 }  // namespace ddpmx::cuda

@@ -16,6 +16,8 @@ class Trial {
 
   // Computes the outputs, and waits for them. Device memory is reallocated only for another number of images.
   void evaluate(Example &example);
+  // The guided outputs, of twice as many rows.
+  void evaluate_guided(Example &example, const Guidance &guidance);
 
  private:
   void prepare(int64_t batch);
