@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -116,7 +118,7 @@ def load(file: Path, key: str, limit: int | None = None) -> Kept | None:
 def store(folder: Path, key: str, images: NDArray[np.uint8], notes: Sequence[str]) -> None:
     """Write the cache into an existing folder, unless it is there or would be too large. A full disk is no error."""
     file = folder / NAME
-    if images.nbytes > MAX_BYTES or load(file, key) is not None:
+    if images.nbytes > MAX_BYTES or load(file, key, MAX_BYTES) is not None:
         return
     with contextlib.suppress(OutputError), _written(file, images.shape, _about(key, notes, ())) as stream:
         stream.write(np.ascontiguousarray(images).data)
@@ -141,8 +143,15 @@ def write(
         skipped: the names of files that could not be read.
 
     Raises:
-        OutputError: it cannot be written. Nothing is left behind.
+        OutputError: there is no room for it, or it cannot be written. Nothing is left behind.
     """
+    needed, free = math.prod(shape), shutil.disk_usage(file.parent).free
+    if needed > free:  # known now, and not after hours of decoding
+        raise OutputError(
+            f"{file}: no room for {needed / 2**30:.1f} GiB of pixels",
+            note=f"{free / 2**30:.1f} GiB are free there",
+            hint="--out on another disk, a smaller --size, or --no-cache, which decodes images whenever they are taken",
+        )
     with _written(file, shape, _about(key, notes, skipped)) as stream:
         for image in images:
             stream.write(np.ascontiguousarray(image).data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,7 +179,16 @@ def _of_cache(kept: cache.Kept, key: str, source: Source, found: Found, where: W
     whole = set(items)
     every = [*found.files, *(item for item, _ in found.unreadable)]
     skipped = frozenset(stem_of(item, source.path) for item in every if item not in whole)
-    return Read(kept.pixels, source, kept.notes, None if on_disk else key, items, skipped=skipped)
+    notes = (*kept.notes, _place(kept.pixels, where.cached)) if on_disk else kept.notes
+    return Read(kept.pixels, source, notes, None if on_disk else key, items, skipped=skipped)
+
+
+def _place(pixels: Pixels, file: Path | None) -> str:
+    """A line about pixels that are not in memory."""
+    takes = f"{math.prod(pixels.shape) / 2**30:.1f} GiB of pixels, more than half of the free memory"
+    if isinstance(pixels, OnDisk):
+        return f"{takes}: read out of {file}, for which files are decoded once"
+    return f"{takes}: decoded whenever they are taken"
 
 
 class _Reading:
@@ -231,7 +241,8 @@ class _Reading:
         skipped = frozenset(stem_of(item, self._source.path) for item in self._broken)
         if pixels is None:
             elsewhere = self._elsewhere(items, size, channels, key, written)
-            return Read(elsewhere, self._source, written, None, items, seen, skipped)
+            place = _place(elsewhere, self._where.keep)
+            return Read(elsewhere, self._source, (*written, place), None, items, seen, skipped)
         store = InMemory(pixels, identity_of(self._source, items))
         # what was left out is looked at again the next time: a small cache does not say which
         return Read(store, self._source, written, None if skipped else key, items, seen, skipped)

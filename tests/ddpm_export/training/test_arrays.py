@@ -142,7 +142,8 @@ def test_flipped_bits_in_an_npz_that_stays_on_disk_are_an_error_or_change_nothin
         dataset = load_dataset(path, memory_limit=0)
     except DataError:
         return
-    assert np.array_equal(dataset.images, NHWC) or place >= 128
+    assert dataset.images.shape == NHWC.shape
+    assert np.count_nonzero(dataset.images != NHWC) <= 1, "the flipped byte itself, whose checksum is not computed here"
 
 
 def test_an_npy_that_is_cut_off_meanwhile_is_an_error_and_no_crash(tmp_path):

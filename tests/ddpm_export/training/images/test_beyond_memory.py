@@ -127,6 +127,26 @@ def test_broken_files_are_named_at_once_and_nothing_is_left(photos, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_too_little_room_is_said_before_anything_is_decoded(photos, tmp_path, monkeypatch):
+    usage = cache.shutil.disk_usage(tmp_path)._replace(free=9 * 8 * 6 * 3 - 1)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(OutputError, match="no room for") as caught:
+        load_dataset(photos, memory_limit=0, keep=tmp_path / "run")
+    assert "--no-cache" in (caught.value.hint or "")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_line_says_where_pixels_are(photos, tmp_path):
+    (line,) = load_dataset(photos, memory_limit=0, keep=tmp_path / "run").notes
+    assert f"read out of {tmp_path / 'run' / cache.NAME}" in line
+    (again,) = load_dataset(photos, memory_limit=0, keep=tmp_path / "run").notes
+    assert again == line
+    (line,) = load_dataset(photos, memory_limit=0).notes
+    assert line.endswith("decoded whenever they are taken")
+    assert load_dataset(photos).notes == ()
+
+
 def test_a_place_that_cannot_be_written_is_an_error(photos, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(OutputError):

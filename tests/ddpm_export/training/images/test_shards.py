@@ -227,6 +227,25 @@ def test_a_member_too_large_to_be_an_image_is_named(folder, monkeypatch):
         load_dataset(folder)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_flipped_bits_are_an_error_or_change_nothing_else(tmp_path, seed):
+    """Headers decide where images are read: whatever they say, it is an image of the tar, or an error."""
+    path = write(tmp_path / "a.tar", members(0, 9))
+    data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    at = [start + int(rng.integers(0, 512)) for start in range(0, len(data) - 10240, 512) if rng.random() < 0.05]
+    for place in at:
+        data[place] ^= 1 << int(rng.integers(0, 8))
+    path.write_bytes(bytes(data))
+    try:
+        images = load_dataset(path, memory_limit=0, size=(8, 6), channels=3).images
+    except DataError:
+        return
+    whole = {image.tobytes() for image in IMAGES}
+    assert all(image.tobytes() in whole for image in images)
+    assert len(images) == 9
+
+
 def test_a_folder_of_images_with_a_tar_beside_them_is_a_folder(tmp_path):
     write(tmp_path / "a.tar", members(0, 3))
     Image.fromarray(IMAGES[8]).save(tmp_path / "a.png")
