@@ -46,7 +46,8 @@ def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
     """The network's conditioning inputs."""
     lines = []
     if (classes := spec.get("classes")) is not None:
-        lines.append(("classes", f"{classes}, 0…{classes - 1}"))
+        none = f'; {classes} is "no class" (guidance)' if spec.get("null_class") else ""
+        lines.append(("classes", f"{classes}, 0…{classes - 1}{none}"))
     if spec.get("self_condition"):
         lines.append(("takes", "x̂_0 of the step before (self-conditioning)"))
     if (channels := spec.get("condition")) is not None:

@@ -88,6 +88,11 @@ def test_conditioning_inputs_are_listed(ddpmx, conditioned_onnx, kind):
     assert ("condition: 2 channels" in out) == (kind in ("condition", "all"))
 
 
+def test_no_class_is_listed_with_the_classes(ddpmx, conditioned_onnx):
+    out = " ".join(ddpmx("info", conditioned_onnx("classes", null_class=True)).out.split())
+    assert f'classes: {CLASSES}, 0…{CLASSES - 1}; {CLASSES} is "no class" (guidance)' in out
+
+
 def test_an_array_of_betas_is_named(ddpmx, conditioned_onnx):
     betas = np.linspace(0.01, 0.3, 20)
     path = conditioned_onnx("itself", schedule="betas", betas=betas)

@@ -116,6 +116,23 @@ def test_a_chain_that_reads_no_variance_runs_before_and_after_one_that_does(tmp_
             assert np.abs(next(images) - next(images)).max() <= 1
 
 
+def test_guided_images_depend_on_nothing_else(tmp_path):
+    """Both rows of an image are cut into the same parts, and lie at its place in them."""
+    spec = conditioning.spec_of("classes", null_class=True)
+    (tmp_path / "m.onnx").write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+    build(tmp_path / "m.onnx", part=2)
+    labels = [i % 5 for i in range(7)]
+    options = {"seed": 3, "guidance": 2.5, "steps": 8}
+    with ddpmx.load(tmp_path / "m.mnn") as pipeline, ddpmx.load(tmp_path / "m.onnx") as expected:
+        whole = pipeline.generate(7, labels=labels, batch=4, **options)
+        for first, n in ((0, 3), (3, 4), (5, 1)):
+            part = pipeline.generate(n, labels=labels[first : first + n], first=first, batch=4, **options)
+            assert np.array_equal(part, whole[first : first + n]), (first, n)
+        theirs = expected.generate(7, labels=labels, **options)
+        assert np.abs(whole.astype(int) - theirs).max() <= 1
+        assert np.abs(whole.astype(int) - expected.generate(7, labels=labels, seed=3, steps=8)).max() > 1  # the control
+
+
 # --- the same bits ---------------------------------------------------------------------------------------------------
 
 
