@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ddpmx.errors import InputError
-from ddpmx_cli.console import busy, counting
+from ddpmx_cli.console import busy, counting, duration, say
 
 if TYPE_CHECKING:
-    from ddpm_export.training.data import Dataset, Source
-    from ddpm_export.training.train import Trainer, TrainSettings
+    from ddpm_export.training.config import RunConfig
+    from ddpm_export.training.data import Dataset
+    from ddpm_export.training.log import Tracker
+    from ddpm_export.training.session import Housekeeping
+    from ddpm_export.training.train import Trainer
 
-# Flags that may be used with --resume; everything else is fixed when a run is started.
-FREE = {"data", "condition", "out", "steps", "resume", "device", "threads", "sample_every", "save_minutes", "cache"}
+# Flags that are about this session and change no weight.
+SESSION = {
+    "images",
+    "data",
+    "condition",
+    "out",
+    "steps",
+    "resume",
+    "other_images",
+    "dry_run",
+    "device",
+    "threads",
+    "compiled",
+    "checkpoint_activations",
+    "sample_every",
+    "log_every",
+    "save_minutes",
+    "keep",
+    "keep_every",
+    "cache",
+    "tensorboard",
+    "wandb",
+}
 # Flags that a network has settled, of which training begins by --from.
 SETTLED = {
     "timesteps",
@@ -28,18 +52,20 @@ SETTLED = {
     "scale_betas",
     "prediction",
     "variance",
+    "self_condition",
     "width",
     "mult",
     "blocks",
     "attention",
     "groups",
 }
+# Flags with another name than their setting.
+_NAMES = {"channels": "--width", "multipliers": "--mult", "compiled": "--compile"}
 
 
 @contextlib.contextmanager
 def as_flags() -> Iterator[None]:
     """Replace the names of settings by those of their flags in error messages."""
-    names = {"channels": "--width", "multipliers": "--mult", "grad_clip": "--grad-clip"}
     try:
         yield
     except InputError as error:
@@ -48,8 +74,13 @@ def as_flags() -> Iterator[None]:
             hint = (error.hint or "").replace("attention ", "--attention ", 1)
             error = InputError(f"--{error.fact}", note=error.note, hint=hint)
         elif rest and name.isidentifier() and name != "T":
-            error = InputError(f"{names.get(name, '--' + name)} must be {rest}", note=error.note, hint=error.hint)
+            error = InputError(f"{flag(name)} must be {rest}", note=error.note, hint=error.hint)
         raise error from None
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return _NAMES.get(name, f"--{name.replace('_', '-')}")
 
 
 @contextlib.contextmanager
@@ -63,30 +94,72 @@ def memory() -> Iterator[None]:
         raise InputError(
             "there is not enough memory for this training",
             note=str(error).splitlines()[0][:200],
-            hint="a smaller --batch or --width; checkpoints are untouched",
+            hint="a smaller --batch or --width, --accumulate 2, or --checkpoint-activations; checkpoints are untouched",
         ) from error
 
 
-def load(data: Path, **how: Any) -> Dataset:
-    """The images of --data, with a progress display; ``how`` goes to ``load_dataset``."""
-    from ddpm_export.training.data import load_dataset
+def given(ctx: typer.Context) -> dict[str, Any]:
+    """The parameters that stand on the command line, by their names, with their values."""
+    return {
+        name: value
+        for name, value in ctx.params.items()
+        if (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+
+
+def options(given: Mapping[str, Any], **parsed: Any) -> dict[str, Any]:
+    """What of ``given`` are choices of a :class:`RunConfig`; ``parsed`` replaces what was text."""
+    from ddpm_export.training.config import RunConfig
+
+    fields = {field.name for field in dataclasses.fields(RunConfig)}
+    return {name: parsed.get(name, value) for name, value in given.items() if name in fields}
+
+
+def check_device(device: str | None) -> str | None:
+    """The device as it was named.
+
+    Raises:
+        InputError: torch cannot use it.
+    """
+    import torch
+
+    if device is None:
+        return None
+    try:
+        (torch.zeros(1, device=device) + 1).item()
+    except Exception as error:  # torch raises RuntimeError, AssertionError or its own, by device
+        raise InputError(f"--device {device!r} cannot be used", note=str(error).splitlines()[0][:200]) from error
+    return device
+
+
+def data_of(config: Path) -> Path | None:
+    """The images that a configuration file names; a relative path is relative to the file."""
+    from ddpm_export.training.config import read_config
+
+    named = read_config(config).get("data")
+    return None if named is None else config.parent / named
+
+
+def load(data: Path, config: RunConfig, reading: Mapping[str, Any]) -> Dataset:
+    """The images of a new run, with a progress display."""
+    from ddpm_export.training.api import read_images
 
     with counting("reading images") as progress:
-        return load_dataset(data, **how, progress=progress)
+        return read_images(data, config, reading, progress=progress)
 
 
 def check_new(out: Path) -> None:
-    """Check that a new run may be made there.
+    """Check that a new run may be made there, see :func:`ddpm_export.training.api.check_new`."""
+    from ddpm_export.training import api
 
-    Raises:
-        InputError: there is a run already, or a file.
-    """
+    api.check_new(out)
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether there is a run to resume."""
     from ddpmx.formats import model_file
 
-    if os.path.lexists(out) and not out.is_dir():
-        raise InputError(f"{out}: is a file, and a run is a folder", hint="another --out")
-    if model_file.checkpoints(out):
-        raise InputError(f"{out} already holds a run", hint="--resume continues it; another --out starts a new one")
+    return bool(model_file.checkpoints(out))
 
 
 def pixels(megapixels: float) -> int:
@@ -100,104 +173,173 @@ def pixels(megapixels: float) -> int:
     return max(1, int(megapixels * 1e6))
 
 
-def _given(ctx: typer.Context, names: Iterable[str]) -> list[str]:
-    """The flags of ``names`` that stand on the command line."""
-    return [
-        f"--{name.replace('_', '-')}"
-        for name in ctx.params
-        if name in names and (source := ctx.get_parameter_source(name)) and source.name == "COMMANDLINE"
-    ]
+def _flags(names: Iterable[str]) -> str:
+    return " and ".join(flag(name) for name in names)
 
 
-def fine_tune(
-    ctx: typer.Context,
-    data: Path,
-    how: dict[str, Any],
-    source: Path,
-    weights: str,
-    out: Path,
-    settings: TrainSettings,
-    dropout: float,
-    device: str | None,
-) -> Trainer:
-    """A new run with the weights of another. A folder's images are brought to its size and channels."""
-    from ddpm_export.training import checkpoint
-    from ddpm_export.training.data import are_files
-    from ddpm_export.training.train import Trainer
+@dataclass(frozen=True)
+class New:
+    """A run that is to begin.
 
-    if weights not in ("ema", "raw"):
-        raise InputError(f"--weights {weights!r}: not one of ema and raw")
-    if flags := _given(ctx, SETTLED):
-        raise InputError(
-            f"{' and '.join(flags)} cannot be set with --from",
-            note=f"network and schedule are those of {source}",
-            hint="omit it, or train a new network without --from",
-        )
-    if source.suffix in (".onnx", ".plan"):
-        raise InputError(f"{source}: a model file cannot be trained", hint="--from the run that it was exported from")
-    if source.is_file():
-        raise InputError(
-            f"{source}: a file, and --from takes a run",
-            hint=f"ddpmx import {shlex.quote(str(source))} -o runs/imported makes one of another project's checkpoint",
-        )
-    with busy(f"reading {source}"):
-        _, spec = checkpoint.load_network(source)
-    c, height, width = spec.shape
-    if are_files(data):
-        how = {**how, "size": how["size"] or (height, width), "channels": how["channels"] or c}
-    dataset = load(data, **how)
-    if dataset.shape != spec.shape:
-        raise InputError(
-            f"{data}: images of {dataset.shape[1]}×{dataset.shape[2]}×{dataset.shape[0]}",
-            note=f"the network of {source} takes {height}×{width}×{c}",
-            hint="a folder is brought to that by itself, without --size and --channels",
-        )
-    with as_flags(), memory():
-        return Trainer.fine_tune(
-            out,
-            dataset,
-            source,
-            settings,
-            weights="raw" if weights == "raw" else "ema",
-            dropout=dropout if _given(ctx, {"dropout"}) else None,
-            device=device,
-        )
+    Attributes:
+        data: the images.
+        out: its folder.
+        preset, config: as named, or None.
+        options: choices over both.
+        reading: how images are read.
+        given: what stands on the command line.
+        how: the device and the like, for the trainer.
+    """
+
+    data: Path
+    out: Path
+    preset: str | None
+    config: Path | None
+    options: Mapping[str, Any]
+    reading: Mapping[str, Any]
+    given: Mapping[str, Any]
+    how: Mapping[str, Any]
+
+    def trainer(self) -> tuple[Trainer, int]:
+        """The trainer, and the steps in all."""
+        from ddpm_export.training import api
+
+        with as_flags():
+            chosen = api.choices(self.data, self.how["device"], self.preset, self.config, self.options)
+            chosen.settings()
+        dataset = load(self.data, chosen, self.reading)
+        with as_flags(), memory():
+            trainer = api.begin(chosen, dataset, self.out, **self.how)
+        return trainer, chosen.steps
+
+    def fine_tuned(self, source: Path, weights: str) -> tuple[Trainer, int]:
+        """The same with the weights of another run. A folder's images are brought to its size and channels."""
+        from ddpm_export.training import api, checkpoint
+        from ddpm_export.training.data import are_files
+        from ddpm_export.training.train import Trainer
+
+        if weights not in ("ema", "raw"):
+            raise InputError(f"--weights {weights!r}: not one of ema and raw")
+        if settled := [name for name in self.given if name in SETTLED]:
+            raise InputError(
+                f"{_flags(settled)} cannot be set with --from",
+                note=f"network and schedule are those of {source}",
+                hint="omit it, or train a new network without --from",
+            )
+        if source.suffix in (".onnx", ".plan", ".mnn"):
+            raise InputError(
+                f"{source}: a model file cannot be trained", hint="--from the run that it was exported from"
+            )
+        if source.is_file():
+            raise InputError(
+                f"{source}: a file, and --from takes a run",
+                hint=f"ddpmx import {shlex.quote(str(source))} -o runs/imported makes one of another project's checkpoint",
+            )
+        with busy(f"reading {source}"):
+            _, spec = checkpoint.load_network(source)
+        c, height, width = spec.shape
+        # a preset's rate is for a network that knows nothing: without a name the paper's is taken
+        preset = self.preset or "cifar10"
+        with as_flags():
+            chosen = api.choices(self.data, self.how["device"], preset, self.config, {"size": None, **self.options})
+        if are_files(self.data):
+            whole = (height, width) if chosen.crop is None else chosen.size
+            chosen = dataclasses.replace(chosen, size=self.options.get("size", whole), channels=chosen.channels or c)
+        chosen = dataclasses.replace(chosen, classes=spec.classes is not None)
+        dataset = load(self.data, chosen, self.reading)
+        if chosen.crop is None and dataset.shape != spec.shape:
+            raise InputError(
+                f"{self.data}: images of {dataset.shape[1]}×{dataset.shape[2]}×{dataset.shape[0]}",
+                note=f"the network of {source} takes {height}×{width}×{c}",
+                hint="a folder is brought to that by itself, without --size and --channels",
+            )
+        with as_flags(), memory():
+            settings = chosen.settings()
+            if not spec.null_class:
+                settings = dataclasses.replace(settings, label_dropout=0.0)
+            trainer = Trainer.fine_tune(
+                self.out,
+                dataset,
+                source,
+                settings,
+                weights="raw" if weights == "raw" else "ema",
+                dropout=self.given.get("dropout"),
+                **self.how,
+            )
+        return trainer, chosen.steps
 
 
-def resume(ctx: typer.Context, data: Path | None, out: Path, device: str | None) -> Trainer:
-    """The run in --out, with the images that it was begun with.
+def check_resumable(given: Mapping[str, Any], out: Path) -> None:
+    """Check that only what may change stands beside --resume.
 
     Raises:
-        InputError: a flag is set that a run keeps from its beginning.
+        InputError: something else does.
     """
-    from ddpm_export.training.data import load_source
-    from ddpm_export.training.images.cache import NAME
-    from ddpm_export.training.train import Trainer, recorded_source
+    from ddpm_export.training.train import CHANGEABLE
 
-    if flags := _given(ctx, ctx.params.keys() - FREE):
+    if fixed := [name for name in given if name not in SESSION | CHANGEABLE and name != "begin_from"]:
         raise InputError(
-            f"{' and '.join(flags)} cannot be changed when a run is resumed",
-            note=f"{out} keeps the settings that it was started with",
+            f"{_flags(fixed)} cannot be changed when a run is resumed",
+            note=f"{out} keeps the settings that it was started with, but for {_flags(sorted(CHANGEABLE))}",
             hint="omit it, or start a new run",
         )
-    recorded = recorded_source(out)
-    with counting("reading images") as progress:
-        source = _moved(recorded, data, ctx.params.get("condition"))
-        keep = out if ctx.params.get("cache", True) else None
-        dataset = load_source(source, progress=progress, cached=out / NAME, keep=keep)
-    return Trainer.resume(out, dataset, device=device)
 
 
-def _moved(recorded: Source, data: Path | None, condition: Path | None) -> Source:
-    """A run's source with the places that images and conditions may have moved to.
+def resume(
+    data: Path | None,
+    condition: Path | None,
+    out: Path,
+    options: Mapping[str, Any],
+    other_images: bool,
+    cache: bool,
+    how: Mapping[str, Any],
+) -> tuple[Trainer, int]:
+    """The run in --out, with the images that it was begun with, and the steps in all."""
+    from ddpm_export.training import api
 
-    Raises:
-        InputError: the run has no conditions.
-    """
-    if condition is not None and recorded.condition is None:
-        raise InputError("--condition: this run was begun without condition images", hint="omit it, or start a new run")
-    if data is None:
-        return recorded if condition is None else dataclasses.replace(recorded, condition=condition)
-    if condition is None:  # conditions in the same .npz move with it
-        condition = data if recorded.condition == recorded.path else recorded.condition
-    return dataclasses.replace(recorded, path=data, condition=condition)
+    changes = {name: value for name, value in options.items() if value is not None}
+    with counting("reading images") as progress, as_flags():
+        return api.resumed(
+            out,
+            data,
+            changes,
+            condition=condition,
+            cache=cache,
+            progress=progress,
+            other_images=other_images,
+            **how,
+        )
+
+
+def trackers(out: Path, tensorboard: bool, wandb: bool, trainer: Trainer) -> list[Tracker]:
+    """Those of TensorBoard and Weights & Biases that were asked for."""
+    from ddpm_export.training import watch
+
+    found: list[Tracker] = []
+    if tensorboard:
+        found.append(watch.TensorBoard(out))
+    if wandb:
+        found.append(watch.WeightsAndBiases(out, dataclasses.asdict(trainer.settings)))
+    return found
+
+
+def with_trackers(house: Housekeeping, trackers: Sequence[Tracker]) -> Housekeeping:
+    """The same with trackers."""
+    return dataclasses.replace(house, trackers=trackers)
+
+
+def print_estimate(trainer: Trainer, steps: int) -> None:
+    """What --dry-run says."""
+    from ddpm_export.training import advice
+    from ddpm_export.training.estimate import estimate
+
+    for line in advice.introduce(trainer, steps, cached=False):
+        say(line)
+    with busy("measuring"):
+        costs = estimate(trainer)
+    left = (steps - trainer.step) * costs.seconds
+    say(f"parameters    {costs.parameters:,}")
+    say(f"arithmetic    {costs.flops / 1e9:,.1f} GFLOP an image, forwards and backwards")
+    say(f"memory        about {costs.memory / 1e9:,.2f} GB for weights, moments and activations")
+    say(f"time          {costs.seconds:.3g} s a step, measured on {trainer.device}; {duration(left)} in all")
+    say("nothing was written (--dry-run)")

@@ -25,9 +25,25 @@ output_failed = False
 """Whether writing to standard output failed."""
 
 
+_quiet = False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Say nothing: another process of the same training does."""
+    global _quiet
+    _quiet = True
+    try:
+        yield
+    finally:
+        _quiet = False
+
+
 def say(text: str) -> None:
     """Print a line of result on standard output. If that fails, the work continues nevertheless."""
     signals.check()
+    if _quiet:
+        return
     try:
         print(text, flush=True)
     except OSError as error:
@@ -65,7 +81,7 @@ def progress_bar(*columns: str, unit: str = "", remaining: bool = True) -> Itera
         *[TimeRemainingColumn()] * remaining,
         console=(console := Console(stderr=True)),
         transient=True,
-        disable=not console.is_terminal,
+        disable=_quiet or not console.is_terminal,
     ) as progress:
         yield progress
 
@@ -187,7 +203,7 @@ def check_threads(threads: int) -> int:
     return threads
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None:
     """ "64" or "64x48" (height first) → (H, W).
 
     Raises:
@@ -200,7 +216,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         sides = [int(part) for part in parts]
         height, width = sides * 2 if len(sides) == 1 else sides
     except ValueError:
-        raise InputError(f"--size {text!r} is not a size", hint="--size 64, or --size 64x48 (height first)") from None
+        raise InputError(f"{flag} {text!r} is not a size", hint=f"{flag} 64, or {flag} 64x48 (height first)") from None
     return height, width
 
 

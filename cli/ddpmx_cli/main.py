@@ -22,6 +22,7 @@ from ddpmx_cli import (
     import_,
     info,
     parity,
+    plot,
     signals,
     train,
 )
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 _command = functools.partial(app.command, cls=PathCommand)
 _command(epilog=train.EXAMPLES)(train.train)
+_command(epilog=plot.EXAMPLES)(plot.plot)
 _command(epilog=export.EXAMPLES)(export.export)
 _command(epilog=build.EXAMPLES)(build.build)
 _command(epilog=generate.EXAMPLES)(generate.generate)

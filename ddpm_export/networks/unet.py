@@ -20,6 +20,7 @@ from typing import ClassVar, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm_export.networks.unet_config import UNetConfig, cifar10, lsun256
 from ddpmx.errors import InputError
@@ -33,16 +34,21 @@ ZERO_GAIN = 1e-5
 
 
 class UNet(nn.Module):
-    """ε_θ(x_t, t), or ε_θ(x_t, t, y).
+    """ε_θ(x_t, t), with more inputs for a network that has them.
 
     ``forward(x, t)`` takes x float32 [B, C, H, W] and t [B] in 0…T−1, whole or not, and gives float32 [B, C, H, W].
-    With classes, ``forward(x, t, y)`` also takes the class y int [B]. With a learned variance it gives two such tensors,
-    the prediction and ``var``.
+    With classes it also takes the class y int [B]; with self-conditioning x0_prev float32 [B, C, H, W], x̂_0 of the step
+    before (zeros at first, and if it is omitted); with a condition cond float32 [B, K, H, W]. With a learned variance it
+    gives two such tensors, the prediction and ``var``.
+
+    Attributes:
+        checkpoint_activations: compute the stages again in the backward pass, instead of keeping their activations.
     """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         widths = config.widths
         height = config.size[0]
         block_widths: list[int] = []  # of every residual block, in the order in which they run
@@ -59,7 +65,7 @@ class UNet(nn.Module):
                 return size
             return Downsample(c, config.symmetric_padding) if isinstance(size, Halve) else Upsample(c)
 
-        self.conv_in = conv3x3(config.in_channels, config.channels)
+        self.conv_in = conv3x3(config.image_inputs, config.channels)
         self.down = nn.ModuleList()
         skips = [c := config.channels]
         for level, width in enumerate(widths):
@@ -85,35 +91,60 @@ class UNet(nn.Module):
         self.conv_out = conv3x3(c, config.out_channels, gain=ZERO_GAIN)
         self.time: nn.Module = TimeShifts(config, block_widths)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        x0_prev: Tensor | None = None,
+        cond: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The network's output for each image at its own t, and its variance where that is learned.
 
         Raises:
-            InputError: a class for a network without classes, or none for one with classes.
+            InputError: a class or a condition for a network without, or none for one that has it.
         """
         if (y is None) != (self.config.classes is None):
             raise InputError("this network takes no class" if y is not None else "this network needs a class")
+        if (cond is None) != (self.config.condition is None):
+            raise InputError(
+                "this network takes no condition" if cond is not None else "this network needs a condition"
+            )
+        if x0_prev is not None and not self.config.self_condition:
+            raise InputError("this network takes no x0_prev")
+        if self.config.self_condition:
+            x = torch.cat([x, torch.zeros_like(x) if x0_prev is None else x0_prev], dim=1)
+        if cond is not None:
+            x = torch.cat([x, cond], dim=1)
         shifts = iter(self.time(t) if y is None else self.time(t, y))
         # conv_in and conv_out stay in float32 when the body is half: first and last layers cost little and matter most
         h = self.conv_in(x).to(self._body_dtype())
         skips = [h]
         for level in _levels(self.down):
             for stage in level.stages:
-                h = stage(h, next(shifts))
+                h = self._run(stage, h, next(shifts))
                 skips.append(h)
             if not isinstance(level.resample, nn.Identity):
                 h = _resampled(level, h, shifts)
                 skips.append(h)
         for stage in self.middle:
-            h = stage(h, next(shifts))
+            h = self._run(stage, h, next(shifts))
         for level in _levels(self.up):
             for stage in level.stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), next(shifts))
+                h = self._run(stage, torch.cat([h, skips.pop()], dim=1), next(shifts))
             h = _resampled(level, h, shifts)
         out: Tensor = self.conv_out(F.silu(self.norm_out(h.to(self.conv_out.weight.dtype))))
         if self.config.learned_variance:
             prediction, var = out.chunk(2, dim=1)
             return prediction, var
+        return out
+
+    def _run(self, stage: nn.Module, h: Tensor, shift: Tensor) -> Tensor:
+        """A stage; with :attr:`checkpoint_activations` it keeps nothing for the backward pass but its input."""
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            out: Tensor = checkpoint(stage, h, shift, use_reentrant=False)
+        else:
+            out = stage(h, shift)
         return out
 
     def _body_dtype(self) -> torch.dtype:

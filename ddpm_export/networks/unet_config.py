@@ -41,6 +41,8 @@ class UNetConfig:
         average_pool: the size changes without convolutions: by the mean of 2×2 pixels, and by repeating them.
         classes: number of classes of y; None for a network without.
         null_class: whether y = classes stands for "no class".
+        self_condition: whether x̂_0 of the step before is an input (Chen et al. 2022): C channels more of ``conv_in``.
+        condition: channels of the condition image, which are further channels of ``conv_in``; None for a network without.
     """
 
     in_channels: int
@@ -64,6 +66,8 @@ class UNetConfig:
     average_pool: bool = False
     classes: int | None = None
     null_class: bool = False
+    self_condition: bool = False
+    condition: int | None = None
 
     def __post_init__(self) -> None:
         """Check that such a network can be built.
@@ -121,9 +125,10 @@ class UNetConfig:
             "heads",
             "head_channels",
             "classes",
+            "condition",
         ):
             value = getattr(self, name)
-            if value is None and name in ("head_channels", "classes"):
+            if value is None and name in ("head_channels", "classes", "condition"):
                 continue
             if type(value) is not int or not 1 <= value <= 65536:
                 raise InputError(f"{name} must be a whole number from 1 to 65536, not {value!r}")
@@ -139,7 +144,15 @@ class UNetConfig:
             raise InputError(f"frequency_shift must be 0 or 1, not {self.frequency_shift!r}")
         if type(self.time_scale) not in (int, float) or not (math.isfinite(self.time_scale) and self.time_scale > 0):
             raise InputError(f"time_scale must be a number above 0, not {self.time_scale!r}")
-        for name in ("cos_first", "symmetric_padding", "scale_shift", "resample_blocks", "average_pool", "null_class"):
+        for name in (
+            "cos_first",
+            "symmetric_padding",
+            "scale_shift",
+            "resample_blocks",
+            "average_pool",
+            "self_condition",
+            "null_class",
+        ):
             if type(getattr(self, name)) is not bool:
                 raise InputError(f"{name} must be true or false, not {getattr(self, name)!r}")
         if self.null_class and self.classes is None:
@@ -165,6 +178,11 @@ class UNetConfig:
     def label_count(self) -> int:
         """How many values y may have: the classes, and one more with ``null_class``; 0 without classes."""
         return 0 if self.classes is None else self.classes + self.null_class
+
+    @property
+    def image_inputs(self) -> int:
+        """Channels of all images that enter ``conv_in``: x, x0_prev and cond, in this order."""
+        return self.in_channels * (2 if self.self_condition else 1) + (self.condition or 0)
 
     @property
     def learned_variance(self) -> bool:
@@ -266,8 +284,11 @@ def check_spec(config: UNetConfig, spec: ModelSpec) -> None:
         raise SpecError(
             'network and model disagree about "no class"', note=f"null_class {config.null_class} and {spec.null_class}"
         )
-    if spec.self_condition or spec.condition is not None:
-        raise SpecError("this network takes neither x0_prev nor cond", note="the spec has self_condition or condition")
+    if (config.self_condition, config.condition) != (spec.self_condition, spec.condition):
+        raise SpecError(
+            "network and model disagree about self-conditioning or the condition",
+            note=f"{(config.self_condition, config.condition)} and {(spec.self_condition, spec.condition)}",
+        )
 
 
 def cifar10() -> UNetConfig:

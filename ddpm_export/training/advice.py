@@ -11,12 +11,16 @@ from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training.average import MOST_FIRST, share_of_first
 from ddpm_export.training.checkpoint import read_training_json
 from ddpm_export.training.data import Dataset
+from ddpm_export.training.estimate import seconds_per_step
 from ddpm_export.training.images.cache import NAME
 from ddpm_export.training.images.pixels import InMemory
 from ddpm_export.training.settings import TrainSettings
 from ddpm_export.training.train import Trainer
 from ddpmx.diffusion.last_step import signal_warning
 from ddpmx.errors import DdpmxError
+
+LONG_SECONDS = 12 * 3600.0
+"""A training of which it is said what would be smaller."""
 
 DARK = 64
 """Images in which nothing reaches this are likely to be numbers of another range: 0 and 1, or a few bits."""
@@ -68,6 +72,23 @@ def _brightest(dataset: Dataset) -> int:
     if isinstance(dataset.pixels, InMemory):
         return int(dataset.pixels.array.max())
     return int(dataset.take(np.unique(np.linspace(0, len(dataset) - 1, 64).astype(np.int64))).max())
+
+
+def duration_line(trainer: Trainer, steps: int) -> str:
+    """How long the steps that are left take here, measured on a few images, and what would be smaller."""
+    seconds = seconds_per_step(trainer)
+    left = seconds * (steps - trainer.step)
+    line = f"about {_duration(left)} on this machine: {seconds:.2g} s a step (measured), without sample grids"
+    if left > LONG_SECONDS:
+        line += "; smaller: --preset tiny or small, --size, --width, fewer --steps (--dry-run says more)"
+    return line
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def average_note(trainer: Trainer, steps: int, verb: str) -> str | None:

@@ -70,8 +70,9 @@ def save(
     state: TrainingState,
     *,
     keep: int = 2,
+    keep_every: int = 0,
 ) -> Path:
-    """Write a checkpoint of ``run`` and remove all but the newest ``keep``.
+    """Write a checkpoint of ``run`` and remove all but the newest ``keep`` and those at multiples of ``keep_every``.
 
     Raises:
         OutputError: it could not be written. Earlier checkpoints are then untouched.
@@ -92,6 +93,8 @@ def save(
         save_tensors(part / TRAINING_TENSORS, state.moments)
         _replace(final, part)
     for old in checkpoints(run)[:-keep]:
+        if keep_every and int(old.name) % keep_every == 0:
+            continue
         if old == final:  # the folder has another run's checkpoints of later steps
             continue
         with contextlib.suppress(OSError, OutputError):

@@ -13,6 +13,7 @@ from ddpm_export.training.images import cache
 from ddpm_export.training.images.decode import PLUGINS, plugins
 from ddpm_export.training.images.items import Item
 from ddpm_export.training.images.source import READING
+from ddpm_export.training.log import LOG
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".webp"}
@@ -84,8 +85,9 @@ HIDDEN = "hidden by a dot"
 _NOWHERE = "links to nothing"
 _AGAIN = "other names of a folder that is read already"
 _CLOSED = "not readable"
-_GRID = "grids that a run has drawn"
+_GRID = "pictures that a run has drawn"
 _WITH_NAMES = (HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID)
+_RUN_PICTURES = re.compile(r"(data|curves)\.png")
 _GRID_NAME = re.compile(r"grid-[0-9]{8,}\.png", re.ASCII)
 
 
@@ -150,7 +152,7 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
     except OSError as error:
         found.unreadable.append((folder, error.strerror or str(error)))
         return
-    of_run = _is_samples(folder)
+    drawn = _drawn_by_a_run(folder)
     for name in names:
         path = folder / name
         try:
@@ -160,7 +162,7 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
             continue
         if name.startswith("."):
             found.leave_out(path, HIDDEN)
-        elif of_run and _GRID_NAME.fullmatch(name):
+        elif drawn and drawn.fullmatch(name):
             found.leave_out(path, _GRID)
         elif is_folder:
             if path.is_symlink():
@@ -181,11 +183,19 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
                 found.leave_out(path, _CLOSED)
 
 
-def _is_samples(folder: Path) -> bool:
-    """Whether training draws its grids here: a run may lie among its images, and must not be trained on what it drew."""
+def _drawn_by_a_run(folder: Path) -> re.Pattern[str] | None:
+    """The names of what training draws here: a run may lie among its images, and must not be trained on what it drew."""
     real = Path(os.path.realpath(folder))
-    run = real.parent
-    return real.name == "samples" and ((run / "checkpoints").is_dir() or (run / cache.NAME).is_file())
+    if _is_run(real):
+        return _RUN_PICTURES
+    return _GRID_NAME if real.name == "samples" and _is_run(real.parent) else None
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return (folder / "checkpoints").is_dir() or (folder / cache.NAME).is_file() or (folder / LOG).is_file()
+    except OSError:  # a folder that may be listed and not entered
+        return False
 
 
 def _by_content(path: Path, found: Found) -> None:

@@ -343,8 +343,8 @@ IMAGE = (3, 16, 16)
         ({"classes": 3}, ModelSpec(IMAGE, classes=4), "classes"),
         ({"classes": 3}, ModelSpec(IMAGE, classes=3, null_class=True), '"no class"'),
         ({"classes": 3, "null_class": True}, ModelSpec(IMAGE, classes=3), '"no class"'),
-        ({}, ModelSpec(IMAGE, self_condition=True), "neither x0_prev nor cond"),
-        ({}, ModelSpec(IMAGE, condition=3), "neither x0_prev nor cond"),
+        ({}, ModelSpec(IMAGE, self_condition=True), "self-conditioning or the condition"),
+        ({}, ModelSpec(IMAGE, condition=3), "self-conditioning or the condition"),
     ],
 )
 def test_a_spec_of_another_network_is_refused(knobs, spec, says, tmp_path):

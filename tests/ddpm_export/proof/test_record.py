@@ -91,7 +91,8 @@ def target_and_output(
     clean = torch.from_numpy(x0).float() / 127.5 - 1
     z = torch.from_numpy(normal(seed, range(len(x0)), t, Purpose.DIFFUSE, x0[0].size).reshape(x0.shape))
     steps = torch.full((len(x0),), t)
-    return diffusion.target(clean, steps, z), network(diffusion.q_sample(clean, steps, z), steps.int())
+    x_t = diffusion.q_sample(clean, steps, z)
+    return diffusion.target(clean, steps, z, x_t), network(x_t, steps.int())
 
 
 def test_the_outputs_are_those_of_the_network_at_diffused_images(network, spec, recorded, figure):

@@ -10,15 +10,15 @@ pytest.importorskip("torch", reason="not verified here: the training objective (
 import torch
 
 from ddpm_export.training.diffusion import GaussianDiffusion
-from ddpmx.diffusion.samplers import FIXED_VARIANCES, make_table
+from ddpmx.diffusion.samplers import FIXED_VARIANCES, PREDICTIONS, make_table
 from ddpmx.diffusion.schedule import make_schedule
 
 pytestmark = pytest.mark.torch
 
-PREDICTIONS = ("eps", "x0", "v")
 T = 1000
 SHAPE = (2, 3, 4)  # C, H, W
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, T))  # the paper's schedule, written down again
+BETA = np.linspace(1e-4, 0.02, T)
+ALPHA_BAR = np.cumprod(1 - BETA)  # the paper's schedule, written down again
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +41,14 @@ def column(values: np.ndarray) -> np.ndarray:
     return values.reshape(-1, 1, 1, 1)
 
 
-class Constant(torch.nn.Module):
-    """A network with a constant output."""
-
-    def __init__(self, output) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, x, t):
-        return self.output
-
-
 def exact_output(prediction: str, x0, eps, t) -> np.ndarray:
     """The output of a perfect network, in float64."""
     a = column(ALPHA_BAR[t.numpy()])
     x0, eps = x0.double().numpy(), eps.double().numpy()
-    return {"eps": eps, "x0": x0, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x0}[prediction]
+    beta, before = column(BETA[t.numpy()]), column(np.concatenate([[1.0], ALPHA_BAR])[t.numpy()])
+    x_t = np.sqrt(a) * x0 + np.sqrt(1 - a) * eps
+    mean = (np.sqrt(before) * beta * x0 + np.sqrt(1 - beta) * (1 - before) * x_t) / (1 - a)  # equation 7
+    return {"eps": eps, "x0": x0, "v": np.sqrt(a) * eps - np.sqrt(1 - a) * x0, "mu": mean}[prediction]
 
 
 # --- q(x_t | x_0) ----------------------------------------------------------------------------------------------------
@@ -103,61 +95,6 @@ def test_in_bfloat16_the_first_ten_timesteps_would_get_none():
     assert noise[10:].all()
 
 
-# --- the objective ---------------------------------------------------------------------------------------------------
-
-
-def test_a_perfect_network_has_no_loss(diffusion):
-    x0, eps = draw(T)
-    t = torch.arange(T)
-    out = torch.from_numpy(exact_output(diffusion.prediction, x0, eps, t)).float()
-    assert diffusion.loss(Constant(out), x0, t, eps).item() < 1e-13
-
-
-def test_the_loss_of_a_zero_output_is_the_mean_square_of_the_target(diffusion):
-    x0, eps = draw(20_000)
-    t = torch.from_numpy(np.random.default_rng(0).integers(0, T, len(x0)))
-    # x_0 uniform over ±1 has mean square 1/3, ε has 1, and in v they are mixed as ᾱ·1 + (1−ᾱ)/3
-    a = ALPHA_BAR.mean()
-    wanted = {"eps": 1.0, "x0": 1 / 3, "v": a + (1 - a) / 3}[diffusion.prediction]
-    loss = diffusion.loss(Constant(torch.zeros_like(x0)), x0, t, eps)
-    assert loss.item() == pytest.approx(wanted, rel=0.01)
-
-
-def test_the_network_gets_the_noisy_image_and_its_t(schedule):
-    diffusion = GaussianDiffusion(schedule)
-    x0, eps = draw(4)
-    t = torch.tensor([0, 1, 500, 999])
-    calls = []
-
-    class Recorder(torch.nn.Module):
-        def forward(self, x, t):
-            calls.append((x, t))
-            return torch.zeros_like(x)
-
-    diffusion.loss(Recorder(), x0, t, eps)
-    ((x, seen_t),) = calls
-    assert torch.equal(x, diffusion.q_sample(x0, t, eps))
-    assert torch.equal(seen_t, t)
-
-
-def test_the_loss_is_float32_though_the_output_is_bfloat16(diffusion):
-    x0, eps = draw(8)
-    t = torch.arange(8)
-    assert diffusion.loss(Constant(eps.bfloat16()), x0, t, eps).dtype == torch.float32
-
-
-def test_t_is_uniform_from_the_first_to_the_last():
-    diffusion = GaussianDiffusion(make_schedule("linear", 50))
-    torch.manual_seed(0)
-    t = diffusion.sample_t(100_000)
-    counts = np.bincount(t.numpy(), minlength=50)
-    assert len(counts) == 50
-    chi_square = ((counts - 2000) ** 2 / 2000).sum()
-    # of 49 degrees of freedom: mean 49, and one draw in ten thousand exceeds 94
-    assert chi_square < 94, counts
-    assert counts[[0, -1]].min() > 1800, "both ends as often as any other"
-
-
 # --- p(x_{t−1} | x_t) ------------------------------------------------------------------------------------------------
 
 
@@ -167,8 +104,9 @@ def test_the_exact_output_leads_back_to_the_image(diffusion):
     out = torch.from_numpy(exact_output(diffusion.prediction, x0, eps, t)).float()
     found = diffusion.predict_x0(diffusion.q_sample(x0, t, eps), t, out, clip=None)
     error = (found - x0).abs().amax((1, 2, 3)).numpy()
-    # an ε-network's rounding is multiplied by 1/√ᾱ, 157 at the last t; the others' is not
-    gain = 1 / np.sqrt(ALPHA_BAR) if diffusion.prediction == "eps" else 1.0
+    # an ε-network's rounding is multiplied by 1/√ᾱ, 157 at the last t, that of μ̃ by the inverse of x_0's share in it
+    share = BETA * np.sqrt(np.concatenate([[1.0], ALPHA_BAR[:-1]])) / (1 - ALPHA_BAR)
+    gain = {"eps": 1 / np.sqrt(ALPHA_BAR), "mu": 1 / share}.get(diffusion.prediction, 1.0)
     assert np.all(error < 1.5e-6 * gain)
 
 

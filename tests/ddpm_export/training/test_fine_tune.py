@@ -105,7 +105,7 @@ def test_what_cannot_be_trained_is_said(tmp_path):
     config = dataclasses.replace(UNET, classes=3)
     tensors = dict(make_network(config).state_dict())
     save_run(Imported("test", config, ModelSpec((1, 8, 8), 20, classes=3), tensors), tmp_path / "classes")
-    with pytest.raises(SpecError, match="x, t, y"):
+    with pytest.raises(SpecError, match="has classes, and the images have none"):
         Trainer.fine_tune(tmp_path / "b", dataset(tmp_path), tmp_path / "classes", SETTINGS, device="cpu")
     with pytest.raises(FileFormatError, match="no checkpoint"):
         Trainer.fine_tune(tmp_path / "b", dataset(tmp_path), tmp_path / "none", SETTINGS, device="cpu")

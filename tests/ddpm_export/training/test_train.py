@@ -17,10 +17,11 @@ import torch
 
 from conftest import FASHION
 from ddpm_export.networks.unet import UNet, UNetConfig
-from ddpm_export.training import checkpoint, train
+from ddpm_export.training import checkpoint, session
 from ddpm_export.training.checkpoint import checkpoints, load_network, load_training
 from ddpm_export.training.data import Dataset, Source, load_dataset
-from ddpm_export.training.diffusion import GaussianDiffusion
+from ddpm_export.training.objective import Objective
+from ddpm_export.training.session import Housekeeping
 from ddpm_export.training.train import Trainer, TrainSettings, recorded_source
 from ddpmx.errors import DdpmxError, FileFormatError, InputError, NumericError, OutputError, SpecError
 from ddpmx.formats.spec import ModelSpec
@@ -212,8 +213,10 @@ def test_the_gradients_norm_is_bounded(tmp_path, limit):
 def test_each_epoch_shows_every_image_once(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run", hflip=False)
     seen = []
-    q_sample = run._diffusion.q_sample
-    monkeypatch.setattr(run._diffusion, "q_sample", lambda x0, t, eps: seen.extend(x0.numpy()) or q_sample(x0, t, eps))
+    q_sample = run.objective.diffusion.q_sample
+    monkeypatch.setattr(
+        run.objective.diffusion, "q_sample", lambda x0, t, eps: seen.extend(x0.numpy()) or q_sample(x0, t, eps)
+    )
     run.train(10)  # forty images: four epochs of ten
     levels = np.round((np.stack(seen)[:, 0] + 1) * 127.5).astype(np.uint8)
     order = [next(i for i in range(10) if np.array_equal(IMAGES[i, ..., 0], image)) for image in levels]
@@ -227,7 +230,7 @@ def test_half_of_the_images_are_mirrored(tmp_path):
     images[:, :, 0] = 255
     run = trainer(tmp_path / "run", images=images, batch=1000)
     torch.manual_seed(0)
-    batch = run._batch()[:, 0]
+    batch = run.batches.draw(0).x0[:, 0]
     left, right = batch[:, :, 0].mean(1) == 1, batch[:, :, 7].mean(1) == 1
     assert torch.all(left ^ right)
     assert 400 < left.sum() < 600
@@ -256,7 +259,9 @@ def test_a_checkpoint_every_so_many_seconds(tmp_path):
     run = trainer(tmp_path / "run")
     seen = []
     run.train(
-        4, save_seconds=1e-9, progress=lambda _: seen.append([load_training(p).step for p in checkpoints(run.run)])
+        4,
+        housekeeping=Housekeeping(save_minutes=1e-9),
+        progress=lambda _: seen.append([load_training(p).step for p in checkpoints(run.run)]),
     )
     assert seen == [[], [1], [1, 2], [2, 3]]
     assert [load_training(path).step for path in checkpoints(run.run)] == [3, 4]
@@ -264,14 +269,14 @@ def test_a_checkpoint_every_so_many_seconds(tmp_path):
 
 def test_what_came_after_the_last_timed_checkpoint_is_saved_at_the_end(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run, seen = trainer(tmp_path / "run"), []
 
     def tick(_) -> None:
         seen.append([load_training(path).step for path in checkpoints(run.run)])
         clock[0] = 61.0  # a minute has passed when the first step is done, and none after that
 
-    path = run.train(3, save_seconds=60, progress=tick)
+    path = run.train(3, housekeeping=Housekeeping(save_minutes=1), progress=tick)
     assert seen == [[], [1], [1]]
     assert load_training(path).step == 3
     assert content(path) == content(trainer(tmp_path / "other").train(3))
@@ -283,7 +288,7 @@ def test_divergence_is_an_error_and_leaves_the_last_checkpoint(tmp_path):
     before = content(checkpoints(run.run)[-1])
     with torch.no_grad():
         run.network.conv_out.bias.fill_(math.nan)
-    with pytest.raises(NumericError, match="loss is nan at step 5"):
+    with pytest.raises(NumericError, match="not finite at step 5"):
         run.train(10)
     (path,) = checkpoints(run.run)
     assert content(path) == before
@@ -327,6 +332,13 @@ def test_a_file_where_the_run_should_be(tmp_path):
         ({"ema": -0.1}, "ema"),
         ({"seed": -1}, "seed"),
         ({"seed": 1 << 63}, "seed"),
+        ({"loss": "mse"}, "loss must be one of"),
+        ({"timestep_sampling": "all"}, "timestep_sampling must be one of"),
+        ({"label_dropout": 1.1}, "label_dropout"),
+        ({"crop": (8,)}, "crop"),
+        ({"accumulate": 3}, "not divisible by 3"),
+        ({"warmup": 100, "lr_decay": 100}, "longer than the warm-up"),
+        ({"holdout": -1}, "holdout"),
     ],
     ids=str,
 )
@@ -340,7 +352,7 @@ def test_settings_out_of_range(change, says):
 
 def test_a_grid_is_a_picture_and_leaves_no_trace_in_the_weights(tmp_path):
     without = trainer(tmp_path / "a").train(3)
-    with_grids = trainer(tmp_path / "b").train(3, sample_every=1)
+    with_grids = trainer(tmp_path / "b").train(3, housekeeping=Housekeeping(sample_every=1))
     assert content(with_grids) == content(without)
     grids = sorted((tmp_path / "b" / "samples").iterdir())
     assert [path.name for path in grids] == [f"grid-{step:08d}.png" for step in (1, 2, 3)]
@@ -353,7 +365,7 @@ def test_a_grid_is_a_picture_and_leaves_no_trace_in_the_weights(tmp_path):
 
 
 def test_grids_come_every_so_many_steps(tmp_path):
-    trainer(tmp_path / "run").train(5, sample_every=2)
+    trainer(tmp_path / "run").train(5, housekeeping=Housekeeping(sample_every=2))
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == [
         "grid-00000002.png",
         "grid-00000004.png",
@@ -370,7 +382,8 @@ def loss_on_images(network: UNet, spec: ModelSpec) -> float:
     generator = torch.Generator().manual_seed(0)
     t = torch.randint(spec.timesteps, (len(x0),), generator=generator)
     eps = torch.randn(x0.shape, generator=generator)
-    return GaussianDiffusion(spec.make_schedule(), spec.prediction).loss(network.eval(), x0, t, eps).item()
+    with torch.no_grad():
+        return Objective(spec.make_schedule(), spec.prediction)(network.eval(), x0, t, eps).loss.mean().item()
 
 
 def test_training_reduces_the_loss(trained, figure):
@@ -382,25 +395,37 @@ def test_training_reduces_the_loss(trained, figure):
 
 
 @pytest.mark.parametrize(
-    ("network", "spec"),
-    [({"classes": 4}, {"classes": 4}), ({"out_channels": 2}, {"variance": "learned_range"}), ({}, {"condition": 1})],
-    ids=["classes", "learned variance", "a condition"],
+    ("network", "spec", "settings", "says"),
+    [
+        ({"classes": 4}, {"classes": 4}, {}, "the network has classes, and the images have none"),
+        ({"out_channels": 2}, {"variance": "learned_range"}, {}, "does not train the variance"),
+        ({"condition": 1}, {"condition": 1}, {}, "disagree about the condition"),
+        ({}, {}, {"loss": "hybrid"}, "is for a learned variance"),
+        ({}, {}, {"loss": "vlb", "min_snr": 5.0}, "min_snr has no effect"),
+        ({}, {}, {"label_dropout": 0.1}, "label_dropout needs"),
+        ({}, {}, {"holdout": 10}, "holdout must leave images"),
+        ({}, {}, {"crop": (16, 8)}, "crop 16×8 is larger"),
+    ],
+    ids=["classes", "learned variance", "a condition", "hybrid", "min_snr", "label_dropout", "holdout", "crop"],
 )
-def test_what_l_simple_does_not_train_is_refused(tmp_path, network, spec):
+def test_a_loss_and_a_network_that_do_not_go_together(tmp_path, network, spec, settings, says):
     images = Dataset(IMAGES, Source(tmp_path))
-    with pytest.raises(SpecError, match="only networks of x and t"):
-        Trainer(tmp_path, images, SPEC.replace(**spec), dataclasses.replace(NETWORK, **network), SETTINGS, device="cpu")
+    spec, network = SPEC.replace(**spec), dataclasses.replace(NETWORK, **network)
+    with pytest.raises((SpecError, InputError), match=says):
+        Trainer(tmp_path, images, spec, network, dataclasses.replace(SETTINGS, **settings), device="cpu")
 
 
 def test_the_time_left_does_not_count_sample_grids(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(train.time, "monotonic", lambda: now)
-    rate = train._Rate()
+    monkeypatch.setattr(session.time, "monotonic", lambda: now)
+    rate = session._Rate()
     for step in range(1, 11):
         now += 2.0
-        assert rate.tick() == pytest.approx(0.5)
+        rate.tick()
+        assert rate.per_second == pytest.approx(0.5)
         if step % 5 == 0:
             with rate.paused():
                 now += 600.0  # a grid of samples
     now += 2.0
-    assert rate.tick() == pytest.approx(0.5)
+    rate.tick()
+    assert rate.per_second == pytest.approx(0.5)

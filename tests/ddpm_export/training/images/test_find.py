@@ -68,7 +68,7 @@ def test_the_grids_of_a_run_among_its_images_are_left_out(tmp_path, run, mark):
     (tmp_path / run / mark).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / run / mark).write_text("{}")
     assert names(tmp_path) == before
-    assert "1 grids that a run has drawn (grid-00000001.png)" in find_images(tmp_path).describe()
+    assert "1 pictures that a run has drawn (grid-00000001.png)" in find_images(tmp_path).describe()
 
 
 def test_linked_folders_are_read_like_others(tmp_path):
