@@ -186,7 +186,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         },
     ),
     "small": (
-        "13 million parameters, 60,000 steps: a few hours on a GPU",
+        "14.5 million parameters, 60,000 steps: a few hours on a GPU",
         {
             "steps": 60_000,
             "width": 96,
@@ -199,7 +199,7 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "ema": 0.9995,
         },
     ),
-    "cifar10": ("the paper's network for 32×32: 36 million parameters, 800,000 steps", {"flip": True}),
+    "cifar10": ("the paper's network for 32×32: 36 million parameters, 800,000 steps (the paper mirrors: flip)", {}),
     "256": (
         "the paper's network for 256×256: 114 million parameters, 500,000 steps",
         {

@@ -146,3 +146,95 @@ def test_training_begins_with_another_run(ddpmx, refused, photos, tmp_path):
     wrong = refused("train", "--data", photos, "--from", first, "--out", tmp_path / "x", "--size", 8)
     assert "16×16×1" in wrong
     assert not (tmp_path / "x").exists()
+
+
+def test_the_first_command_needs_nothing_but_a_folder(ddpmx, tmp_path, monkeypatch):
+    """Photos of different sizes: the preset's size is taken, and the run is named after the folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for number, size in enumerate([(40, 50), (64, 48), (33, 70)]):
+        Image.fromarray(RNG.integers(0, 256, (*size, 3), dtype=np.uint8)).save(tmp_path / "photos" / f"{number}.png")
+    done = ddpmx("train", "photos", "--steps", 1, "--width", 8, "--groups", 4, "--batch", 2, "--device", "cpu")
+    assert done.code == 0, done
+    assert "3 images of 32×32×3" in done.out
+    assert "s a step (measured)" in done.out
+    assert (tmp_path / "runs" / "photos" / "data.png").is_file()
+    values = (tmp_path / "runs" / "photos" / "config.toml").read_text()
+    assert "size = [32, 32]" in values
+    assert "lr = 0.001" in values, "of the preset tiny"
+    again = ddpmx("train", "--config", "runs/photos/config.toml", "--out", "runs/again", "--device", "cpu")
+    assert again.code == 0, again
+    first, second = (tmp_path / "runs" / name / "checkpoints" / "00000001" for name in ("photos", "again"))
+    assert (first / "ema.safetensors").read_bytes() == (second / "ema.safetensors").read_bytes()
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(ddpmx, photos, tmp_path):
+    done = ddpmx("train", photos, "--channels", 3, "--out", tmp_path / "run", *TINY, "--dry-run", "--device", "cpu")
+    assert done.code == 0, done
+    for part in ("parameters ", "GFLOP an image", "GB for weights", "s a step, measured on cpu", "nothing was written"):
+        assert part in done.out, part
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_are_the_folders(ddpmx, tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(2):
+            image = Image.fromarray(RNG.integers(0, 256, (8, 8), dtype=np.uint8))
+            image.save(tmp_path / "pets" / name / f"{number}.png")
+    done = ddpmx(
+        "train",
+        tmp_path / "pets",
+        "--classes",
+        "--out",
+        tmp_path / "run",
+        *TINY,
+        "--steps",
+        1,
+        "-T",
+        5,
+        "--device",
+        "cpu",
+    )
+    assert done.code == 0, done
+    assert "cats" in done.out
+    spec = json.loads((tmp_path / "run" / "checkpoints" / "00000001" / "spec.json").read_text())
+    assert spec["model"]["classes"] == 2
+    assert spec["model"]["null_class"] is True
+    assert spec["network"]["null_class"] is True
+    drawn = ddpmx("generate", tmp_path / "run", "-n", 2, "--label", 1, "--guidance", 2, "--out", tmp_path / "drawn")
+    assert drawn.code == 0, drawn
+
+
+def test_curves_are_drawn_by_a_command(ddpmx, refused, photos, tmp_path):
+    pytest.importorskip("matplotlib", reason="not verified here: the curves of a run (no matplotlib)")
+    run = tmp_path / "run"
+    done = ddpmx("train", photos, "--out", run, *TINY, "--steps", 2, "--log-every", 1, "--device", "cpu")
+    assert done.code == 0, done
+    drawn = ddpmx("plot", run)
+    assert drawn.code == 0, drawn
+    with Image.open(run / "curves.png") as picture:
+        assert picture.size[0] > 3 * picture.size[1]
+    assert "no log" in refused("plot", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--other-images"], "without --resume"),
+        (["--config", "none.toml"], "not a configuration"),
+        (["--resume", "--preset", "tiny"], "--preset"),
+        (["--resume", "--batch", "3"], "--batch"),
+        (["--tensorboard", "--steps", "1"], "pip install tensorboard"),
+        (["--wandb", "--steps", "1"], "pip install wandb"),
+    ],
+    ids=lambda flags: flags[0] if isinstance(flags, list) else None,
+)
+def test_new_flags_that_contradict(refused, photos, tmp_path, monkeypatch, flags, message):
+    import sys
+
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    assert message in refused("train", photos, "--out", tmp_path / "run", *TINY[:-2], *flags)
+    assert not (tmp_path / "run" / "checkpoints").exists()
