@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ class Processes:
 
 ALONE = Processes()
 
+_LOST = re.compile(r"gloo|nccl|peer|socket|connection|process group", re.IGNORECASE)
+"""Words in what torch raises where processes cannot talk to each other."""
+
 
 def restarts() -> int:
     """How often torchrun has started these processes again, after one of them had ended."""
@@ -144,7 +148,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "memory" in str(error):
+        if not _LOST.search(str(error)):
             raise
         raise BackendError(
             "another process of this training has ended",

@@ -187,6 +187,7 @@ class Session:
             if trainer.processes.first:
                 self._patiently(lambda: trainer.save(keep=house.keep, keep_every=house.keep_every))
             trainer.processes.wait()
+            trainer.saved_step = trainer.step  # in every process: all of them have to save at the same steps
         self._saved_at = time.monotonic()
 
     def _patiently(self, write: Callable[[], object]) -> None:

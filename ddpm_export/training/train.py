@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import math
 import shlex
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,11 @@ class Trainer:
         if processes.size > 1:
             gpus = [self.device] if self.device.type == "cuda" else None
             with processes.talking():
-                self._model = nn.parallel.DistributedDataParallel(self._model, device_ids=gpus)
+                # Without the flag torch sorts the gradients anew after the first step, a resumed run after its first as
+                # well, and sums of the same numbers in another order differ in their last bits.
+                self._model = nn.parallel.DistributedDataParallel(
+                    self._model, device_ids=gpus, find_unused_parameters=True
+                )
         if compiled:
             self._model = torch.compile(self._model)  # type: ignore[assignment]
 
@@ -368,6 +373,12 @@ class Trainer:
         Raises:
             NumericError: on a CPU, if the gradient is not finite. The step is then not made.
         """
+        with self.processes.talking(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*find_unused_parameters=True")
+            self._train_step()
+        self.step += 1
+
+    def _train_step(self) -> None:
         settings, step = self.settings, self.step
         torch.manual_seed(_seed(settings.seed, step, "step"))
         batch = self.batches.draw(step)
@@ -391,8 +402,7 @@ class Trainer:
             with contextlib.nullcontext() if last else self._model.no_sync():  # type: ignore[operator]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
                     losses = self.objective(self._model, x0, t[these], eps[these], named)
-                with self.processes.talking():
-                    ((losses.loss * weights[these]).mean() / parts).backward()
+                ((losses.loss * weights[these]).mean() / parts).backward()
             found.append(Losses(losses.loss.detach(), losses.simple, losses.out))
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), settings.grad_clip)
         loss, simple = (torch.cat([getattr(part, name) for part in found]) for name in ("loss", "simple"))
@@ -401,7 +411,6 @@ class Trainer:
         self._update_average()
         self._sums.add(t, simple, loss * weights, norm)
         self.timesteps.update(self.processes.gather(t), self.processes.gather(loss))
-        self.step += 1
 
     def _inputs(
         self, batch: Batch, t: Tensor, eps: Tensor, share: slice

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,13 +19,18 @@ pytest.importorskip("torch", reason="not verified here: training in several proc
 import torch
 from safetensors.torch import load_file
 
+from ddpm_export.training import api
 from ddpm_export.training.distributed import ALONE, Processes, joined
 from ddpm_export.training.log import read_log
-from ddpmx.errors import InputError
+from ddpm_export.training.session import Housekeeping
+from ddpmx.errors import BackendError, InputError
+from ddpmx.formats.model_file import checkpoints
 
-pytestmark = [pytest.mark.torch]
+pytestmark = pytest.mark.torch
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), np.uint8)
+CHOICES = {"width": 8, "groups": 4, "mult": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0, "batch": 6}
+CHOICES |= {"warmup": 0, "lr": 1e-3, "ema": 0.9, "timesteps": 20, "holdout": 2, "flip": True}
 FLAGS = [
     *("--width", "8", "--groups", "4", "--mult", "1,2", "--blocks", "1", "--attention", "4", "--dropout", "0"),
     *("--batch", "6", "--warmup", "0", "--lr", "1e-3", "--ema", "0.9", "-T", "20", "--sample-every", "0"),
@@ -39,56 +45,89 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
-def command(processes: int, data: Path, out: Path, steps: int, *more: str) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    ours = ["-m", "ddpmx_cli.main", "train", str(data), "--out", str(out), "--steps", str(steps), *FLAGS]
-    if processes == 1:
-        return [sys.executable, *ours, *more]
-    return [sys.executable, *torchrun, *more, *ours]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
 def tensors(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"{step:08d}" / f"{name}.safetensors")
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_steps_of_one(tmp_path, data):
-    done = [
-        subprocess.run(
-            command(n, data, tmp_path / str(n), 6), env=environment(), capture_output=True, text=True, timeout=120
-        )
-        for n in (1, 2)
-    ]
-    assert [result.returncode for result in done] == [0, 0], done
+def train_as(rank: int, size: int, port: int, restart: int, data: Path, out: Path, steps: int, changes: dict) -> None:
+    """One process of a training, forked: torch is loaded already."""
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        | {"MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": str(restart)}
+    )
+    house = Housekeeping(log_every=2, save_minutes=1e-3)
+    try:
+        if checkpoints(out):
+            api.train(data, out, resume=True, device="cpu", steps=steps, housekeeping=house)
+        else:
+            api.train(data, out, preset="tiny", device="cpu", steps=steps, housekeeping=house, **{**CHOICES, **changes})
+    except BackendError as error:
+        os._exit(2 if "another process" in error.fact else 3)
+    os._exit(0)
+
+
+def start(size: int, data: Path, out: Path, steps: int, *, restart: int = 0, **changes) -> list:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    arguments = (size, port, restart, data, out, steps, changes)
+    running = [context.Process(target=train_as, args=(rank, *arguments)) for rank in range(size)]
+    for process in running:
+        process.start()
+    return running
+
+
+def codes(running: list) -> list[int | None]:
+    for process in running:
+        process.join(60)
+    return [process.exitcode for process in running]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_make_the_steps_of_one(tmp_path, data, size):
+    for n in (1, size):
+        assert codes(start(n, data, tmp_path / str(n), 6)) == [0] * n
     for name in ("weights", "ema", "training"):
-        one, two = (tensors(tmp_path / n, 6, name) for n in ("1", "2"))
-        apart = max((one[key] - two[key]).abs().max().item() for key in one)
+        one, several = (tensors(tmp_path / str(n), 6, name) for n in (1, size))
+        apart = max((one[key] - several[key]).abs().max().item() for key in one)
         assert apart < 2e-6, name
-    logs = [read_log(tmp_path / n / "log.csv") for n in ("1", "2")]
+    logs = [read_log(tmp_path / str(n) / "log.csv") for n in (1, size)]
     for mine, theirs in zip(*logs, strict=True):
         for column in ("step", "loss", "grad_norm", "t0-1", "t18-19"):
             assert mine[column] == pytest.approx(theirs[column], rel=1e-4, nan_ok=True)
-    assert done[1].stdout.count("saved ") == 1, "one of them speaks"
-    control = subprocess.run(
-        command(1, data, tmp_path / "other", 6, "--seed", "1"), env=environment(), capture_output=True, text=True
-    )
-    assert control.returncode == 0, control
-    one, other = tensors(tmp_path / "1", 6, "weights"), tensors(tmp_path / "other", 6, "weights")
+    assert codes(start(1, data, tmp_path / "control", 6, seed=1)) == [0]
+    one, other = tensors(tmp_path / "1", 6, "weights"), tensors(tmp_path / "control", 6, "weights")
     assert max((one[key] - other[key]).abs().max().item() for key in one) > 1e-3
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_comes_back_and_nothing_is_lost(tmp_path, data):
-    """Three processes; one is killed once there is a checkpoint. torchrun starts all again, and they resume exactly."""
+def test_a_process_that_is_killed_ends_the_others_and_all_resume_exactly(tmp_path, data):
+    steps, out = 30, tmp_path / "run"
+    running = start(3, data, out, steps)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/0*/spec.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running[2].kill()
+    assert codes(running) == [2, 2, -signal.SIGKILL]
+    assert codes(start(3, data, out, steps, restart=1)) == [0, 0, 0]
+    assert [row["step"] for row in read_log(out / "log.csv")] == list(range(2, steps + 1, 2)), "a row for every step"
+    assert codes(start(3, data, tmp_path / "whole", steps)) == [0, 0, 0]
+    for name in ("weights", "ema", "training"):
+        one, other = tensors(out, steps, name), tensors(tmp_path / "whole", steps, name)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+@pytest.mark.long
+def test_torchrun_starts_a_killed_process_again(tmp_path, data):
+    """The real torchrun, with its own store: three processes, one of which is killed once there is a checkpoint."""
     steps, out = 60, tmp_path / "run"
-    more = ["--max-restarts", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    command += ["--max-restarts", "2", "-m", "ddpmx_cli.main", "train", str(data), "--out", str(out)]
+    command += ["--steps", str(steps), "--save-minutes", "0.01", *FLAGS]
     with subprocess.Popen(
-        [*command(3, data, out, steps, *more), "--save-minutes", "0.01"],
-        env=environment(),
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -100,12 +139,10 @@ def test_a_process_that_is_killed_comes_back_and_nothing_is_lost(tmp_path, data)
         os.kill(last_child(running.pid), signal.SIGKILL)
         output, _ = running.communicate(timeout=240)
     assert running.returncode == 0, output
-    state = json.loads((out / "checkpoints" / f"{steps:08d}" / "training.json").read_text())
-    assert state["step"] == steps
     rows = read_log(out / "log.csv")
     assert [row["step"] for row in rows] == list(range(2, steps + 1, 2)), "one row for every step"
-    # it began again in the middle: the log's clock did
-    assert min(np.diff([row["seconds"] for row in rows])) < 0
+    assert min(np.diff([row["seconds"] for row in rows])) < 0, "it began again in the middle: the log's clock did"
+    assert output.count("saved ") == 1, "one of them speaks"
 
 
 def last_child(pid: int) -> int:
