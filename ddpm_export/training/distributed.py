@@ -127,7 +127,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str | None]]:
         torch.cuda.set_device(device)
     try:
         store, rank, count = next(rendezvous("env://"))
-        # After a restart torchrun's store still has the addresses of the processes that are gone: findings/torchrun_restart
+        # after a restart torchrun's store still has the addresses of processes that are gone: findings/torchrun_restart.sh
         store = dist.PrefixStore(f"ddpmx-{restarts()}", store)  # type: ignore[attr-defined]
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count)
