@@ -59,6 +59,8 @@ def plot_run(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
         else:
             marker = "o" if panel == "bits_per_dim" or len(rows) < 3 else ""
             axis.plot(*_curve(rows, panel), color="#1f5f8b", lw=1, marker=marker, ms=3)
+        if panel == "images_per_second":
+            axis.set_ylim(bottom=0)
         if panel in ("loss", "by t", "grad_norm") and all(value > 0 for value in _curve(rows, "loss")[1]):
             axis.set_yscale("log")
     path = Path(out)
