@@ -295,14 +295,14 @@ def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, ref
         )
     try:
         with busy("loading torch"):
-            from ddpm_export.training import pipeline
+            from ddpm_export.training.pipeline import load as load_run
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
         raise BackendError(
             f"{path}: a checkpoint, which needs torch to run",
             note=str(error),
             hint=f"pip install torch safetensors; or, where torch is: ddpmx export {shlex.quote(str(path))} -o model.onnx",
         ) from error
-    return pipeline.load(path, device=provider, threads=threads)
+    return load_run(path, device=provider, threads=threads)
 
 
 def _choice(sampler: str | None, spacing: str | None, sampling: object, timesteps: int) -> str:

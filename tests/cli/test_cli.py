@@ -158,9 +158,9 @@ TINY = ("--width", 8, "--groups", 4, "--mult", 1, "--blocks", 1, "--attention", 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "--data is missing"),
-        (("--out", "new"), "--data is missing"),
-        (("--resume",), "--data is missing"),
+        ((), "images are missing"),
+        (("--out", "new"), "images are missing"),
+        (("--resume",), "images are missing"),
         (("--data", "nowhere"), "no such file"),
         (("--data", "images.npz", "--out", "file"), "is a file, and a run is a folder"),
         (("--data", "images.npz", "--out", "file/run"), "is a file, and a folder is needed"),
@@ -217,7 +217,20 @@ def test_arguments_that_cannot_be_parsed(ddpmx, here, arguments):
     assert not names(here)
 
 
-COMMANDS = ["train", "export", "build", "generate", "parity", "import", "convert", "adopt", "bench", "info", "doctor"]
+COMMANDS = [
+    "train",
+    "plot",
+    "export",
+    "build",
+    "generate",
+    "parity",
+    "import",
+    "convert",
+    "adopt",
+    "bench",
+    "info",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)], ids=str)

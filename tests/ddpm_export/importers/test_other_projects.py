@@ -196,5 +196,5 @@ def test_ddpm_torch_learned_variance_is_refused(tmp_path):
     weights = Peer("ddpm_torch").weights
     for part in ("weight", "bias"):
         weights[f"out_conv.2.{part}"] = weights[f"out_conv.2.{part}"].repeat_interleave(2, dim=0)
-    with pytest.raises(FileFormatError, match="log σ²"):
+    with pytest.raises(FileFormatError, match="learned its variance"):
         import_checkpoint(saved(tmp_path, weights), options_for("ddpm_torch"))
