@@ -99,7 +99,7 @@ def test_classes_and_a_learned_variance_survive(ddpmx, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.long), "fp16"])
 def test_an_import_is_exported_checked_and_built(ddpmx, folder, tmp_path, precision):
     assert ddpmx("import", folder, "-o", tmp_path / "run").code == 0
     try:

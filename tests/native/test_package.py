@@ -181,7 +181,7 @@ def test_the_readme_names_what_there_is():
     assert "12 functions" in README
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_as_a_folder_of_another_project(native_build, wanted, ort_library, tmp_path):
     """Then there are no tests and no installation by default."""
     cache = (native_build / "CMakeCache.txt").read_text()

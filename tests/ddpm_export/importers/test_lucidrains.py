@@ -381,8 +381,8 @@ SELF = CASES["2.3.4 self-conditioning"]
 EXPORTED = [
     (CHAIN, SELF, "fp32"),
     (CHAIN, SELF, "fp16"),
-    (CASES["2.3.4 learned variance"], CASES["2.3.4 learned variance"], "fp16"),
-    (CASES["1.6.4 plain"], CASES["1.6.4 plain"], "fp16"),
+    pytest.param(*[CASES["2.3.4 learned variance"]] * 2, "fp16", marks=pytest.mark.long),
+    pytest.param(*[CASES["1.6.4 plain"]] * 2, "fp16", marks=pytest.mark.long),
 ]
 
 
