@@ -140,6 +140,13 @@ def data_of(config: Path) -> Path | None:
     return None if named is None else config.parent / named
 
 
+def reading_of(config: Path | None) -> dict[str, Any]:
+    """How a configuration file says that images are read, see :func:`ddpm_export.training.api.reading_of`."""
+    from ddpm_export.training import api
+
+    return api.reading_of(config)
+
+
 def load(data: Path, config: RunConfig, reading: Mapping[str, Any]) -> Dataset:
     """The images of a new run, with a progress display."""
     from ddpm_export.training.api import read_images

@@ -329,12 +329,15 @@ def train(
                     raise InputError("--weights has no effect without --from", hint="--from RUN, or omit it")
                 assert data is not None
                 begin.check_new(out)
-                reading: dict[str, Any] = {"white": white}
-                reading["background"] = None if background is None else parse_colour("--background", background)
-                reading["max_pixels"] = None if max_megapixels is None else begin.pixels(max_megapixels)
-                if condition is not None:
-                    reading["condition"] = condition
-                reading |= {"skip_broken": bool(skip_broken), "keep": out if cache and not dry_run else None}
+                flags = {
+                    "white": white,
+                    "background": None if background is None else parse_colour("--background", background),
+                    "max_pixels": None if max_megapixels is None else begin.pixels(max_megapixels),
+                    "condition": condition,
+                    "skip_broken": skip_broken,
+                    "keep": out if cache and not dry_run else None,
+                }
+                reading = begin.reading_of(config) | {name: v for name, v in flags.items() if v is not None}
                 new = begin.New(data, out, preset, config, options, reading, given, how)
                 trainer, steps = new.trainer() if begin_from is None else new.fine_tuned(begin_from, weights)
             with begin.memory():

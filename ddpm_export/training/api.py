@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageColor
 
 from ddpm_export.training.batches import check_crop
 from ddpm_export.training.config import CONFIG, PRESET_SIZES, RunConfig, default_preset, read_config, resolve
@@ -96,9 +96,10 @@ def train(
         if resume:
             trainer, steps = resumed(out, Path(data), options, device=own_device, processes=processes, **how)
         else:
-            chosen = choices(Path(data), own_device, preset, None if config is None else Path(config), options)
+            file = None if config is None else Path(config)
+            chosen = choices(Path(data), own_device, preset, file, options)
             check_new(out)
-            dataset = read_images(Path(data), chosen, dict(reading or {}))
+            dataset = read_images(Path(data), chosen, {**reading_of(file), **(reading or {})})
             trainer = begin(chosen, dataset, out, device=own_device, processes=processes, **how)
             steps = chosen.steps
         stop = False
@@ -139,6 +140,34 @@ def choices(
         side = PRESET_SIZES[named]
         chosen = resolve(named, file, options, {"size": (side, side)})
     return chosen
+
+
+def reading_of(config: Path | None) -> dict[str, Any]:
+    """How a configuration file says that images are read: arguments of ``load_dataset``.
+
+    Args:
+        config: the file, or None. Paths in it are relative to it.
+
+    Raises:
+        InputError, FileFormatError: a name or value that does not exist.
+    """
+    file = {} if config is None else read_config(config)
+    found: dict[str, Any] = {name: file[name] for name in ("white", "skip_broken") if name in file}
+    if config is not None and "condition" in file:
+        found["condition"] = config.parent / file["condition"]
+    if "max_megapixels" in file:
+        if not 0 < file["max_megapixels"] <= 1e6:
+            raise InputError(f"{config}: max-megapixels must be above 0 and at most 1000000")
+        found["max_pixels"] = max(1, round(file["max_megapixels"] * 1e6))
+    if "background" in file:
+        try:
+            red, green, blue, *alpha = ImageColor.getrgb(file["background"])
+            if alpha and alpha[0] != 255:
+                raise ValueError("it is transparent itself")
+        except ValueError as error:
+            raise InputError(f"{config}: background {file['background']!r} is not a colour", note=str(error)) from None
+        found["background"] = (red, green, blue)
+    return found
 
 
 def on_gpu(device: str | None) -> bool:
@@ -244,16 +273,18 @@ def resumed(
     changes = dict(options)
     steps = changes.pop("steps", None)
     source = _moved(recorded_source(out), data, condition)
+    if steps is None:
+        steps = read_config(out / CONFIG).get("steps") if (out / CONFIG).is_file() else None
+    if steps is None:
+        raise InputError("steps is missing", hint="how many steps the run is to have made in all")
+    if "lr_decay" in changes:  # a choice says whether, a setting until which step
+        changes["lr_decay"] = steps if changes["lr_decay"] else 0
     trainer = Trainer.resume(
         out,
         load_source(source, cached=out / NAME, keep=out if cache else None, progress=progress),
         changes=changes,
         **how,
     )
-    if steps is None:
-        steps = read_config(out / CONFIG).get("steps") if (out / CONFIG).is_file() else None
-    if steps is None:
-        raise InputError("steps is missing", hint="how many steps the run is to have made in all")
     return trainer, steps
 
 

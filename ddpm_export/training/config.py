@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ddpm_export.networks.unet_config import UNetConfig, attention_heights
@@ -279,8 +280,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_config(run: Path, config: RunConfig, *, data: Path) -> None:
-    """Write ``config.toml`` into a run: the resolved choices, and where the images are.
+def write_config(
+    run: Path, config: RunConfig, *, data: Path, reading: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Write ``config.toml`` into a run: the resolved choices, where the images are, and how they are read.
+
+    Args:
+        run: its folder.
+        config: the choices.
+        data: the images.
+        reading: keys of the file beside those of :class:`RunConfig`: ``condition``, ``background``, …
 
     Raises:
         OutputError: it cannot be written.
@@ -288,7 +297,8 @@ def write_config(run: Path, config: RunConfig, *, data: Path) -> None:
     from ddpmx.formats.atomic import atomic_write
 
     text = config.to_toml("The resolved configuration of this run: ddpmx train --config FILE begins it again.")
-    text += f"data = {_toml(str(data.resolve()))}\n"
+    for name, value in {"data": str(data.resolve()), **reading}.items():
+        text += f"{name.replace('_', '-')} = {_toml(value)}\n"
     with atomic_write(run / CONFIG) as stream:
         stream.write(text.encode())
 

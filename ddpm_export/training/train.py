@@ -218,7 +218,8 @@ class Trainer(Learner):
                 if self.step == 0:
                     self._write_data_picture(house.trackers)
                     if self.config is not None:
-                        write_config(self.run, self.config, data=self.dataset.source.path)
+                        source = self.dataset.source
+                        write_config(self.run, self.config, data=source.path, reading=source.choices())
                 trackers = [CsvLog(self.run, self.spec.timesteps, self.step), *house.trackers]
             session = Session(
                 self, steps, house, trackers, progress, stop or (lambda: False), message or (lambda _: None)

@@ -70,6 +70,21 @@ class Source:
         if self.max_pixels < 1:
             raise InputError(f"max_pixels must be a whole number above 0, not {self.max_pixels!r}")
 
+    def choices(self) -> dict[str, Any]:
+        """Keys of a run's ``config.toml`` beside the fields of :class:`RunConfig`, where they are not the defaults."""
+        values: dict[str, Any] = {}
+        if self.condition is not None:
+            values["condition"] = str(self.condition.resolve())
+        if self.background != WHITE:
+            values["background"] = "#{:02x}{:02x}{:02x}".format(*self.background)
+        if self.white is not None:
+            values["white"] = float(self.white)
+        if self.max_pixels != MAX_PIXELS:
+            values["max_megapixels"] = self.max_pixels / 1e6
+        if self.skip_broken:
+            values["skip_broken"] = True
+        return values
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; paths are absolute. Labels and conditions are there only if they were asked for."""
         values: dict[str, Any] = {

@@ -256,3 +256,18 @@ def test_a_resumed_run_may_change_its_rate_and_its_images_with_a_word(tmp_path):
     assert "--other-images" in caught.value.hint
     resume(run, IMAGES[:6], other_images=True).train(3)
     resume(run, IMAGES[:6])
+
+
+def test_a_rate_that_falls_ends_with_the_run_that_is_resumed(tmp_path):
+    from ddpm_export.training import api
+
+    np.savez(tmp_path / "noise.npz", images=np.random.default_rng(0).integers(0, 256, (6, 8, 8), np.uint8))
+    small = {"width": 8, "groups": 4, "mult": (1, 2), "blocks": 1, "attention": (4,), "batch": 2, "warmup": 0}
+    api.train(tmp_path / "noise.npz", tmp_path / "run", preset="tiny", steps=2, lr_decay=True, device="cpu", **small)
+    longer, steps = api.resumed(tmp_path / "run", None, {"steps": 4, "lr_decay": True}, device="cpu")
+    assert (steps, longer.settings.lr_decay) == (4, 4)
+    assert longer.settings.lr_at(2) == pytest.approx(5e-4), "the middle of a half cosine from 1e-3"
+    constant, steps = api.resumed(tmp_path / "run", None, {"lr_decay": False}, device="cpu")
+    assert (steps, constant.settings.lr_decay) == (2, 0)
+    kept, _ = api.resumed(tmp_path / "run", None, {"steps": 4}, device="cpu")
+    assert kept.settings.lr_decay == 2
