@@ -18,7 +18,7 @@ PHOTOS = 24
 
 @pytest.fixture(scope="session")
 def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/photos, model.onnx and model-fp16.onnx with their records, photos/, model.plan, other.onnx and spec.json."""
+    """runs/photos, two model files and their records, images in three folders, model.plan, other.onnx, spec.json."""
     import onnx
 
     from ddpm_export.proof.proof import record_checkpoint
@@ -30,10 +30,13 @@ def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path
     for file, stem in ((trained.fp32, "model"), (trained.fp16, "model-fp16")):
         shutil.copy(file, folder / f"{stem}.onnx")
         record.save(folder / f"{stem}.parity.npz")
-    (folder / "photos").mkdir()
+    for name in ("photos", "blurred", "sorted/cats", "sorted/dogs"):
+        (folder / name).mkdir(parents=True)
     with np.load(FASHION) as data:
         for i, image in enumerate(data["images"][:PHOTOS]):
             Image.fromarray(image).save(folder / "photos" / f"{i:03d}.png")
+            Image.fromarray(image).reduce(2).resize((16, 16)).save(folder / "blurred" / f"{i:03d}.png")
+            Image.fromarray(image).save(folder / "sorted" / ("cats", "dogs")[i % 2] / f"{i:03d}.png")
     (folder / "model.plan").write_bytes(make_plan())
     foreign = onnx.load(trained.fp32)
     del foreign.metadata_props[:]

@@ -29,6 +29,14 @@ CHEAP = {
         **{"--attention": "", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
     },
     "train --from": {"--steps": "2", "--batch": "2", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
+    "train --dry-run": {
+        "--width": "8",
+        "--groups": "4",
+        "--mult": "1",
+        "--blocks": "1",
+        "--attention": "",
+        "--batch": "2",
+    },
     "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
@@ -62,6 +70,7 @@ NOT_RUN = {
     "python -m ddpmx.cuda.make_ptx*": "needs a compiler from the network; tests/ddpmx/cuda/test_kernels.py runs it",
     "*pytest -q *": "is a run of other tests",
     "python tests/gpu/check.py *": "needs a GPU",
+    "torchrun *": "starts processes; tests/ddpm_export/training/test_distributed.py does",
     "trtexec *": "is NVIDIA's, and needs a GPU",
     "ddpmx build *": BUILD,
     "ddpmx parity *.plan*": PLAN,
@@ -69,7 +78,7 @@ NOT_RUN = {
     "ddpmx bench *.plan*": PLAN,
     "ddpmx generate *.plan*": PLAN,
     "ddpmx generate *--provider cuda*": "needs a GPU; tests/ddpmx/backends/test_ort_device.py runs it on a fake",
-    "ddpmx generate *--guidance *": "needs a model with null_class; tests/cli/test_generate.py runs it",
+    "ddpmx generate model.onnx *--guidance *": "needs a model with null_class; tests/cli/test_generate.py runs it",
     "ddpmx export runs/x *": "needs the images of the network at hand; other exports are run",
 }
 """Commands (with wildcards) that are not run, and why. Every one of them stands in a page."""
@@ -106,7 +115,7 @@ def parsed(words: list[str]) -> dict[str, object]:
 
 def cheap(words: list[str]) -> list[str]:
     """The command with the options of :data:`CHEAP`."""
-    kind = next((flag for flag in ("--resume", "--from") if words[1] == "train" and flag in words), "")
+    kind = next((flag for flag in ("--resume", "--from", "--dry-run") if words[1] == "train" and flag in words), "")
     table = CHEAP.get(f"{words[1]} {kind}".rstrip(), {})
     words = list(words)
     for flag, value in table.items():
@@ -141,15 +150,23 @@ class Shell:
         assert "Traceback" not in err
 
     def _train(self, words: list[str]) -> None:
-        """Train two steps; then the run is the prepared one, so that what follows has a trained network."""
-        if "--resume" in words:
+        """Train two steps; then the run is the prepared one, so that what follows has a trained network.
+
+        Not where it takes classes or conditions, which the prepared one does not.
+        """
+        params = parsed(words)
+        if params["resume"] or params["dry_run"]:
             return self._run(words)
-        out = Path(words[words.index("--out") + 1])
+        images = params["images"] or params["data"]
+        out = Path("runs") / Path(str(images)).stem if params["out"] is None else Path(str(params["out"]))
         shutil.rmtree(out, ignore_errors=True)
         self._run(words)
         assert list(out.glob("checkpoints/*/ema.safetensors"))
+        if params["classes"] or params["condition"]:
+            return None
         shutil.rmtree(out)
         shutil.copytree(self._prepared / "runs" / "photos", out)
+        return None
 
     def _export(self, words: list[str]) -> None:
         """The prepared files in place of an export, which takes ten seconds; tests/cli/test_train_export.py exports."""
