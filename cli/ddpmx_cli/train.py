@@ -328,7 +328,8 @@ def train(
                 if begin_from is None and weights != "ema":
                     raise InputError("--weights has no effect without --from", hint="--from RUN, or omit it")
                 assert data is not None
-                begin.check_new(out)
+                if not dry_run:
+                    begin.check_new(out)
                 flags = {
                     "white": white,
                     "background": None if background is None else parse_colour("--background", background),
