@@ -64,6 +64,7 @@ class Worker:
         gpu: batch → bytes, the same of the GPU's memory.
         image: (H, W, C) of the images it has to draw.
         held: bytes of the GPU's memory that it holds now.
+        script: what its process runs.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class Worker:
     gpu: dict[int, int] = field(default_factory=dict)
     image: tuple[int, ...] = ()
     held: int = 0
+    script: Path = RUNS
 
     def __post_init__(self) -> None:
         threads = str(self.job["threads"])
@@ -93,7 +95,11 @@ class Worker:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(RUNS), json.dumps({**self.job, "kind": self.kind, "precision": self.precision})],
+                [
+                    sys.executable,
+                    str(self.script),
+                    json.dumps({**self.job, "kind": self.kind, "precision": self.precision}),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
