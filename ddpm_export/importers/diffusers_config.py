@@ -429,8 +429,6 @@ def scheduler_json(spec: ModelSpec) -> dict[str, Any]:
     Raises:
         InputError: DDPMScheduler cannot run it.
     """
-    if spec.self_condition or spec.condition is not None:
-        raise InputError("UNet2DModel takes no conditioning except the class")
     if spec.prediction not in _PREDICTIONS.values():
         raise InputError(f"DDPMScheduler takes ε, x_0 or v, and this network predicts {spec.prediction}")
     if spec.variance == "learned":  # it has that name too, for an output that is σ² and not its logarithm

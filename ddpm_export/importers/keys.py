@@ -347,7 +347,7 @@ def walk(config: UNetConfig) -> Iterator[Slot]:
     if config.classes is not None:
         yield Slot("classes", "time.classes", c_in=config.label_count, c_out=4 * config.channels)
     c = config.channels
-    yield Slot("conv_in", "conv_in", c_in=config.in_channels, c_out=c)
+    yield Slot("conv_in", "conv_in", c_in=config.image_inputs, c_out=c)
     skips = [c]
     for level, width in enumerate(widths):
         for block in range(config.blocks):

@@ -20,7 +20,7 @@ from ddpm_export.importers.openai_flags import ALWAYS, PUBLISHED, SIZES, openai_
 from ddpm_export.importers.openai_keys import rows
 from ddpm_export.importers.reading.contents import CheckpointContents
 from ddpm_export.importers.settings import Imported, Options, SettingsResolver
-from ddpm_export.networks.unet_config import UNetConfig, check_spec
+from ddpm_export.networks.unet_config import UNetConfig
 from ddpm_export.training.tensor_files import save_state_dict
 from ddpmx.diffusion.samplers import Prediction, Variance
 from ddpmx.errors import FileFormatError, InputError
@@ -328,7 +328,6 @@ def write(imported: Imported, folder: Path) -> None:
     config, spec = imported.config, imported.spec
     if not isinstance(config, UNetConfig):
         raise InputError("OpenAI's code cannot compute this network", note="it is not a U-Net of Ho's kind")
-    check_spec(config, spec)
     fixed = {**ALWAYS, "time_scale": 1.0 if config.time_scale == 1 else 1000 / spec.timesteps}
     if len(config.multipliers) == 1 or config.resample_blocks or config.average_pool:
         del fixed["symmetric_padding"]  # the network has no padded convolution

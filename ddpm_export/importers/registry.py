@@ -18,6 +18,7 @@ import ddpmx
 from ddpm_export.importers import unsupported
 from ddpm_export.importers.reading.contents import CheckpointContents, open_checkpoint
 from ddpm_export.importers.settings import Fact, Imported, Options, Question, SettingsResolver
+from ddpm_export.networks.registry import check_spec
 from ddpm_export.training import checkpoint
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.atomic import atomic_folder
@@ -149,10 +150,19 @@ def convert(imported: Imported, to: str, folder: str | os.PathLike[str]) -> None
 
     Raises:
         InputError: that project's code cannot compute such a network, or ``to`` is no known format.
+        SpecError: network and chain do not fit together.
         OutputError: the folder exists and is not empty, or cannot be written. Nothing half-written is left.
     """
     if to not in WRITERS:
         raise InputError(f"there is no exporter {to!r}", hint=f"one of: {', '.join(WRITERS)}")
+    spec = imported.spec
+    check_spec(imported.config, spec)
+    if inputs := [name for name in spec.conditioning_shapes if name != "y"]:
+        raise InputError(
+            f"no network of {to} has the input{'s' if len(inputs) > 1 else ''} {' and '.join(inputs)}",
+            note="of all conditioning, the formats that ddpmx writes have the class at most",
+            hint="ddpmx export writes an ONNX file, which has all inputs",
+        )
     with atomic_folder(folder) as inside:
         importer(to).write(imported, inside)
 

@@ -18,7 +18,7 @@ pytest.importorskip("safetensors", reason="not verified here: the import and con
 import torch
 
 from conftest import FASHION
-from ddpm_export.importers.registry import Imported, convert
+from ddpm_export.importers.registry import Imported, convert, save_run
 from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpm_export.training.checkpoint import load_network, load_training
 from ddpmx.formats.spec import ModelSpec
@@ -204,6 +204,18 @@ def test_convert_refuses(refused, ddpmx, folder, tmp_path):
     assert "no checkpoint there" in refused("convert", tmp_path / "none", "--to", "diffusers", *out)
     assert "not an empty folder" in refused("convert", tmp_path / "run", "--to", "diffusers", "-o", tmp_path / "run")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_with_further_inputs_is_shown_and_not_converted(refused, ddpmx, tmp_path):
+    config = dataclasses.replace(CONFIG, self_condition=True, condition=2)
+    save_run(ours(config, self_condition=True, condition=2), tmp_path / "run")
+    shown = " ".join(ddpmx("info", tmp_path / "run").out.split())
+    assert "takes: x̂_0 of the step before (self-conditioning)" in shown
+    assert "condition: 2 channels of the image's size" in shown
+    assert "self_condition; condition 2" in shown
+    error = refused("convert", tmp_path / "run", "--to", "diffusers", "-o", tmp_path / "out")
+    assert "no network of diffusers has the inputs x0_prev and cond" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # --- real images decide ----------------------------------------------------------------------------------------------

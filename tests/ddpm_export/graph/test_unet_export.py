@@ -29,7 +29,7 @@ SMALL = UNetConfig(3, 3, (8, 16), 16, (1, 2), 1, (4,), 0.0, 8)
 NETWORKS = {
     "guided": dataclasses.replace(
         SMALL, out_channels=6, norm_eps=1e-5, cos_first=True, frequency_shift=0, head_channels=8, scale_shift=True,
-        resample_blocks=True, classes=5,
+        resample_blocks=True, classes=5, self_condition=True, condition=2,
     ),
     "improved": dataclasses.replace(
         SMALL, out_channels=6, cos_first=True, frequency_shift=0, time_scale=0.25, symmetric_padding=True, heads=2,
@@ -52,14 +52,25 @@ def random_network(config: UNetConfig) -> UNet:
 
 def spec_of(config: UNetConfig) -> ModelSpec:
     variance = "learned_range" if config.learned_variance else "fixed_large"
-    return ModelSpec((3, 8, 16), variance=variance, classes=config.classes)
+    conditioning = {name: getattr(config, name) for name in ("classes", "self_condition", "condition")}
+    return ModelSpec((3, 8, 16), variance=variance, **conditioning)
 
 
 def inputs_for(config: UNetConfig) -> dict[str, torch.Tensor]:
-    """An image for each t, of some class if there are classes."""
-    x = torch.randn(len(T), 3, *config.size, generator=torch.Generator().manual_seed(1))
-    y = torch.arange(len(T), dtype=torch.int32)
-    return {"x": x, "t": T} | ({} if config.classes is None else {"y": y % config.classes})
+    """An image for each t, with the conditioning that the network takes."""
+    generator = torch.Generator().manual_seed(1)
+
+    def images(channels: int) -> torch.Tensor:
+        return torch.randn(len(T), channels, *config.size, generator=generator)
+
+    found = {"x": images(3), "t": T}
+    if config.classes is not None:
+        found["y"] = torch.arange(len(T), dtype=torch.int32) % config.classes
+    if config.self_condition:
+        found["x0_prev"] = images(3).clip(-1, 1)
+    if config.condition is not None:
+        found["cond"] = images(config.condition)
+    return found
 
 
 def output(network: UNet, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -93,7 +104,8 @@ def test_the_file_has_the_inputs_and_outputs_of_the_spec(exports, name, precisio
     image = ["batch", 3, 8, 16]
     wanted = {"x": (kinds["x"], image), "t": (kinds["t"], ["batch"])}
     if name == "guided":
-        wanted["y"] = (kinds["y"], ["batch"])
+        wanted |= {"y": (kinds["y"], ["batch"]), "x0_prev": (kinds["x"], image)}
+        wanted["cond"] = (kinds["x"], ["batch", 2, 8, 16])
 
     def described(values):
         return {
@@ -101,7 +113,7 @@ def test_the_file_has_the_inputs_and_outputs_of_the_spec(exports, name, precisio
             for v in values
         }
 
-    assert described(model.graph.input) == wanted
+    assert list(described(model.graph.input).items()) == list(wanted.items()), "in the order of the contract"
     outputs = ["eps"] if name == "average_pool" else ["eps", "var"]
     assert described(model.graph.output) == dict.fromkeys(outputs, (kinds["x"], image))
 
@@ -140,7 +152,13 @@ def test_in_half_all_but_norms_softmax_time_and_the_outermost_layers_is_half(exp
             kind = types[node.input[1 if node.op_type == "Conv" else 0]]
             (half if kind == onnx.TensorProto.FLOAT16 else full).append(node)
     assert [node.op_type for node in full] == ["Conv", "Conv"]
-    assert full[0].input[0] == "x"
+    joined = {
+        output: list(node.input) for node in model.graph.node for output in node.output if node.op_type == "Concat"
+    }
+    images = [full[0].input[0]]
+    while images[0] in joined:
+        images[:1] = joined[images[0]]
+    assert images == (["x", "x0_prev", "cond"] if name == "guided" else ["x"])
     assert {node.op_type for node in half} >= {"Conv", "MatMul", "Resize"}
 
 

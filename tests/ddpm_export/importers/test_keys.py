@@ -72,6 +72,7 @@ CONFIGS = {
     "one level": UNetConfig(3, 3, (8, 8), 32, (2,), 1, ()),
     "residual resampling": UNetConfig(3, 6, (16, 16), 32, (1, 2), 1, (16, 8), resample_blocks=True, classes=4),
     "pooling": UNetConfig(1, 1, (16, 8), 32, (1, 2), 1, (), average_pool=True),
+    "further inputs": UNetConfig(3, 3, (8, 8), 32, (1,), 1, (), self_condition=True, condition=2),
 }
 
 
@@ -98,6 +99,9 @@ def test_a_walk_finds_every_tensor_once_and_in_order(name):
     shapes = keys.unet_shapes(config)
     for slot in blocks:
         assert shapes[f"{slot.residual}.conv1.weight"][:2] == (slot.c_out, slot.c_in)
+    for slot in keys.walk(config):
+        if slot.kind in ("conv_in", "conv_out"):
+            assert shapes[f"{slot.ours}.weight"][:2] == (slot.c_out, slot.c_in)
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 
 from ddpm_export.importers import pytorch_ddpm
 from ddpm_export.importers.probe import module_of
-from ddpm_export.importers.registry import Imported, Options, convert, import_checkpoint
-from ddpmx.errors import FileFormatError, InputError
+from ddpm_export.importers.registry import WRITERS, Imported, Options, convert, import_checkpoint
+from ddpm_export.networks.unet import UNet, UNetConfig
+from ddpmx.errors import FileFormatError, InputError, SpecError
+from ddpmx.formats.spec import ModelSpec
 from oracles.peer_weights import peer_weights
 
 pytestmark = pytest.mark.torch
@@ -143,6 +146,36 @@ def test_pesser_refuses_what_its_code_cannot_compute(tmp_path):
         convert(imported, "pesser", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize(
+    ("inputs", "named"),
+    [
+        ({"self_condition": True}, "the input x0_prev"),
+        ({"condition": 2}, "the input cond"),
+        ({"self_condition": True, "condition": 2}, "the inputs x0_prev and cond"),
+    ],
+)
+def test_a_network_with_inputs_that_theirs_lack_is_not_written(to, inputs, named, tmp_path):
+    config = UNetConfig(3, 3, (8, 8), 32, (1, 2), 1, (4,), 0.0, 32, **inputs)
+    ours = Imported("ddpmx", config, ModelSpec((3, 8, 8), **inputs), dict(UNet(config).state_dict()))
+    with pytest.raises(InputError, match=f"no network of {to} has {named}"):
+        convert(ours, to, tmp_path / "new" / "theirs")
+    assert list(tmp_path.iterdir()) == []
+    # control: without them the network is refused for another reason, or written
+    plain = UNetConfig(3, 3, (8, 8), 32, (1, 2), 1, (4,), 0.0, 32)
+    with contextlib.suppress(InputError):
+        convert(Imported("ddpmx", plain, ModelSpec((3, 8, 8)), dict(UNet(plain).state_dict())), to, tmp_path / "plain")
+    assert (to == "openai") != (tmp_path / "plain").exists(), "OpenAI's embedding is another one than Ho's"
+
+
+def test_a_spec_of_another_network_is_not_written(tmp_path):
+    config = UNetConfig(3, 3, (8, 8), 32, (1, 2), 1, (4,), 0.0, 32, self_condition=True)
+    ours = Imported("ddpmx", config, ModelSpec((3, 8, 8)), dict(UNet(config).state_dict()))
+    with pytest.raises(SpecError, match="self-conditioning"):
+        convert(ours, "diffusers", tmp_path / "theirs")
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- pytorch-ddpm ----------------------------------------------------------------------------------------------------

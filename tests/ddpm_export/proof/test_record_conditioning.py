@@ -12,10 +12,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="not verified here: records of PyTorch's outputs (no torch)")
 
 from ddpm_export.networks.torch_backend import TorchBackend  # noqa: E402
+from ddpm_export.networks.unet import UNet, UNetConfig  # noqa: E402
 from ddpm_export.proof.record import record  # noqa: E402
 from ddpmx.backends.base import Buffers  # noqa: E402
 from ddpmx.diffusion.samplers import x0_coefficients  # noqa: E402
 from ddpmx.errors import BackendError, FileFormatError, NumericError, SpecError  # noqa: E402
+from ddpmx.formats.spec import ModelSpec  # noqa: E402
 from ddpmx.parity import propagation  # noqa: E402
 from ddpmx.parity.ladder import run_ladder  # noqa: E402
 from ddpmx.parity.reference import Reference  # noqa: E402
@@ -23,6 +25,7 @@ from ddpmx.parity.report import to_json, to_markdown  # noqa: E402
 from ddpmx.sampling.conditioning import example  # noqa: E402
 from oracles import gaussian  # noqa: E402
 from oracles.conditioning import ALL, KINDS  # noqa: E402
+from oracles.random_weights import rerandomise  # noqa: E402
 
 pytestmark = pytest.mark.torch
 
@@ -240,6 +243,27 @@ def test_a_variance_that_is_not_finite_is_an_error():
 def test_a_network_without_the_variance_of_its_spec_is_refused():
     with pytest.raises(BackendError, match="no variance output"):
         record(Closed(gaussian.SPEC), spec_of("variance"), steps=STEPS)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"self_condition": True}, {"condition": 2}, {"self_condition": True, "condition": 2}]
+)
+def test_a_u_net_gets_its_further_inputs_in_their_order(inputs):
+    """And one whose x0_prev or condition has no effect is found."""
+    shape = (1, 8, 8)
+    network = UNet(UNetConfig(1, 1, shape[1:], 8, (1, 2), 1, (), 0.0, 4, **inputs)).eval().requires_grad_(False)
+    rerandomise(network)
+    spec = ModelSpec(shape, timesteps=40, **inputs)
+    reference = record(network, spec, steps=4)
+    assert run_ladder(TorchBackend(network), spec, reference).passed
+    fault = {"self_condition": "x0_prev", "condition": "cond"}
+    for name in inputs:  # control
+
+        def without(when, buffers, name=fault[name]):
+            if when == "before":
+                getattr(buffers, name)[...] = 0
+
+        assert not run_ladder(Faulty(network, without), spec, reference).passed, name
 
 
 def test_an_unconditional_network_gets_no_keywords():
