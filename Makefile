@@ -49,7 +49,7 @@ lint: $(VENV)/.dev ## ruff and mypy
 pytest: $(VENV)/.dev ## the tests but the long ones, in two processes
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not long"
 
-long: $(VENV)/.dev ## whole chains and whole demos that the other tests prove in parts: about seven minutes
+long: $(VENV)/.dev ## whole chains and whole demos that the other tests prove in parts: about ten minutes
 	$(BIN)/pytest --numprocesses=2 -m long
 
 # The runtime and the command line on the other Pythons, from a built wheel, without torch and onnx.

@@ -135,6 +135,7 @@ def test_export_without_proof_and_plan_writes_one_file(ddpmx, run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
+@pytest.mark.long
 def test_export_builds_a_plan_if_possible(ddpmx, run, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="not verified here: export builds a plan (no TensorRT-RTX)")
     for precision in (("--fp16",), ("--bf16",)):
@@ -225,6 +226,7 @@ def test_export_replaces_no_file_of_another_kind(refused, run, tmp_path):
     assert "not a name" in refused("export", run, "-o", tmp_path / "model.plan")
 
 
+@pytest.mark.long
 def test_turing_needs_half_precision_with_a_time_table(ddpmx, refused, run, tmp_path):
     """On SM 7.5 TensorRT-RTX cannot multiply float32 matrices, which the time path consists of."""
     pytest.importorskip("tensorrt_rtx", reason="not verified here: engines for SM 7.5 (no TensorRT-RTX)")

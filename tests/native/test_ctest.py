@@ -79,6 +79,7 @@ def test_addresses_and_undefined_behaviour(name, with_addresses):
     run(with_addresses / "tests" / name, ASAN_OPTIONS=options, UBSAN_OPTIONS="print_stacktrace=1")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SHARED)
 def test_threads(name, with_threads):
     run(with_threads / "tests" / name, TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1")

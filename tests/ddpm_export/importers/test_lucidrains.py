@@ -379,7 +379,7 @@ def exported(tmp_path_factory):
 SELF = CASES["2.3.4 self-conditioning"]
 """The network of :data:`CHAIN`, without a chain."""
 EXPORTED = [
-    (CHAIN, SELF, "fp32"),
+    pytest.param(CHAIN, SELF, "fp32", marks=pytest.mark.long),
     (CHAIN, SELF, "fp16"),
     pytest.param(*[CASES["2.3.4 learned variance"]] * 2, "fp16", marks=pytest.mark.long),
     pytest.param(*[CASES["1.6.4 plain"]] * 2, "fp16", marks=pytest.mark.long),
