@@ -37,7 +37,7 @@ NOT_VERIFIED = "not verified here: libddpmx on aarch64 ({})"
 OWN_TESTS = ("test_c_api", "test_c_header", "test_tables")
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,  # the cross-compiler and the emulator take a minute
     pytest.mark.skipif(
         platform.machine() != "x86_64",
         reason=NOT_VERIFIED.format(f"by an emulator: this is {platform.machine()}, and the other tests ran on it"),
