@@ -7,18 +7,16 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 from typer import Argument, Option
 
 from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES, Sampler, Spacing, Variance
-from ddpmx.errors import BackendError, InputError
+from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
-from ddpmx_cli.console import busy, cache_folder, check_threads, counting, say
-
-if TYPE_CHECKING:
-    from ddpmx.pipeline import Pipeline
+from ddpmx_cli.console import check_threads, counting, say
+from ddpmx_cli.opened import open_pipeline
 
 _WHERE = "Where it runs"
 
@@ -138,13 +136,11 @@ def generate(
     ] = False,
 ) -> None:
     """Run the full reverse chain and write PNGs."""
-    from ddpmx.formats import model_file
     from ddpmx.formats.atomic import locked, make_folder
     from ddpmx.images import gallery
     from ddpmx.images.conditions import read_conditions
     from ddpmx.images.origin import Origin, model_hash
     from ddpmx.models import shipped
-    from ddpmx.pipeline import load
     from ddpmx.sampling.request import Sampling
 
     name = _one_model(file, engine)
@@ -156,20 +152,15 @@ def generate(
         what = "an animation is another one" if animate else f"there are {n} images"
         hint = "a folder as --out" if animate else "-n 1, --grid for all of them on one sheet, or a folder as --out"
         raise InputError(f"--out {out} is one file, and {what}", hint=hint)
-    if model_file.identify(path) == "checkpoint":
-        refused = {"--spec": spec is not None, "--fallback": fallback, "--trust-host-code": trust_host_code}
-        opened = _load_checkpoint(path, provider, threads, executor, [flag for flag, used in refused.items() if used])
-    else:
-        opened = load(
-            path,
-            spec=model_file.read_spec(spec) if spec is not None else None,
-            providers=[provider],
-            fallback=fallback,
-            threads=threads,
-            executor=executor,
-            trust_host_code=trust_host_code,
-            cache=cache_folder(),
-        )
+    opened = open_pipeline(
+        path,
+        spec=spec,
+        provider=provider,
+        fallback=fallback,
+        threads=threads,
+        executor=executor,
+        trust_host_code=trust_host_code,
+    )
     with opened as pipeline:
         gallery.check_drawable(pipeline.spec)
         sampling = Sampling.chosen(  # the names are checked with everything else
@@ -280,29 +271,6 @@ def _one_model(file: str | None, engine: str | None) -> str:
     if name in SHIPPED and os.path.lexists(name):
         say(f"Note: {name} is the model that comes with ddpmx; ./{name} is yours")
     return name
-
-
-def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, refused: list[str]) -> Pipeline:
-    """A run or a checkpoint, run by torch."""
-    if provider not in ("cpu", "cuda"):
-        refused = [f"--provider {provider}", *refused]
-    if executor != "auto":
-        refused = [*refused, "--executor"]
-    if refused:
-        raise InputError(
-            f"{path}: a checkpoint is run by torch, and {' and '.join(refused)} would have no effect",
-            hint=f"leave it out, or export the checkpoint first: ddpmx export {shlex.quote(str(path))} -o model.onnx",
-        )
-    try:
-        with busy("loading torch"):
-            from ddpm_export.training.pipeline import load as load_run
-    except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
-        raise BackendError(
-            f"{path}: a checkpoint, which needs torch to run",
-            note=str(error),
-            hint=f"pip install torch safetensors; or, where torch is: ddpmx export {shlex.quote(str(path))} -o model.onnx",
-        ) from error
-    return load_run(path, device=provider, threads=threads)
 
 
 def _choice(sampler: str | None, spacing: str | None, sampling: object, timesteps: int) -> str:

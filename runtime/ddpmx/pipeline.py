@@ -23,9 +23,10 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import request as requests
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.evaluation import Call, Evaluation, Outputs, evaluated, timesteps
 from ddpmx.sampling.guidance import guided, guided_batches
 from ddpmx.sampling.pixels import to_nhwc
-from ddpmx.sampling.request import Conditioning, Request, Sampling, SamplingOptions
+from ddpmx.sampling.request import Conditioning, Images, Request, Sampling, SamplingOptions
 from ddpmx.sampling.runner import HostRunner, Job, Runner, fitting_batch, rows
 
 if TYPE_CHECKING:
@@ -382,6 +383,85 @@ class Pipeline:
                     seen = Preview(step.t, step.x.copy(), step.x0.copy())
                 yield seen
 
+    def evaluate(
+        self,
+        x: AnyArray,
+        t: int | Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        first: int = 0,
+        batch: int | None = None,
+        labels: Labels | None = None,
+        cond: AnyArray | None = None,
+        guidance: float = 1.0,
+        x0_prev: AnyArray | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        cancel: Callable[[], bool] | None = None,
+        conditioning: Conditioning | None = None,
+    ) -> Evaluation:
+        """Run the network alone: what it says of states x_t at t. Tasks that are no chain are made of this.
+
+        An image's result does not depend on what else is evaluated with it, as in :meth:`generate`. A stream that is
+        open ends.
+
+        Args:
+            x: float32 [n, C, H, W], x_t, on the host.
+            t: 0…T−1, one for all images, or one for each.
+            first: the index of the first image; it matters where an image's bits depend on its place in a batch (MNN).
+            batch: how many run at once, at most; by default :attr:`default_batch`.
+            labels, cond, guidance, conditioning: as for :meth:`generate`; ``cond`` on the host.
+            x0_prev: float32 [n, C, H, W], x̂_0 of the step before, for a network that conditions on itself; 0 by default,
+                as in a chain's first step.
+            progress: called repeatedly with (images done, images in all).
+            cancel: called before each batch; True stops the work.
+
+        Returns:
+            x̂_0, ε and the network's outputs, see :class:`ddpmx.sampling.evaluation.Evaluation`.
+
+        Raises:
+            InputError: a number out of its range, an array that does not fit, or the pipeline is running a chain.
+            Cancelled: ``cancel`` returned True.
+            NumericError: the network's output was not finite.
+            BackendError: the network could not be run.
+        """
+        self._check_open()
+        conditioning = requests.merge_conditioning(conditioning, labels, cond, guidance)
+        with ExitStack() as stack:
+            stack.enter_context(self._work())
+            states = self._on_host(stack, x, None, "x")
+            n = len(states)
+            images = requests.check_images(
+                self.spec,
+                n,
+                first=first,
+                batch=batch,
+                labels=conditioning.labels,
+                guidance=conditioning.guidance,
+                ranges=self._runner.batches,
+            )
+            at = timesteps(t, n, self.spec.timesteps)
+            inputs: dict[str, NDArray[Any]] = {}
+            for name, array in self._inputs(stack, images, conditioning, []).items():
+                if isinstance(array, int):
+                    raise _on_gpu(name)
+                inputs[name] = array
+            if x0_prev is not None:
+                if not self.spec.self_condition:
+                    raise InputError("the model does not condition on itself, but x0_prev was passed")
+                inputs["x0_prev"] = self._on_host(stack, x0_prev, n, "x0_prev")
+            call = Call(
+                states, at, np.arange(first, first + n), images.batch, inputs, guided(self.spec, images.guidance)
+            )
+            parts = []
+            for start in range(0, n, images.batch):
+                if cancel is not None and cancel():
+                    raise Cancelled("cancelled before the network had run for all images")
+                parts.append(self._runner.evaluate(call.rows(slice(start, start + images.batch))))
+                if progress is not None:
+                    progress(min(start + images.batch, n), n)
+            out = np.concatenate([part.out for part in parts])
+            var = [part.var for part in parts if part.var is not None]
+            return evaluated(self.spec, self._schedule, states, at, Outputs(out, np.concatenate(var) if var else None))
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -423,7 +503,7 @@ class Pipeline:
                     job.progress(done + 1, len(job.table))
 
     def _inputs(
-        self, stack: ExitStack, request: Request, conditioning: Conditioning, after: list[int]
+        self, stack: ExitStack, request: Request | Images, conditioning: Conditioning, after: list[int]
     ) -> Mapping[str, NDArray[Any] | int]:
         """The network's inputs for the images beside x and t. Without guidance to a class there is no class."""
         found: dict[str, NDArray[Any] | int] = {}
@@ -443,6 +523,15 @@ class Pipeline:
                 )
             found["cond"] = self._take(stack, conditioning.cond, (n, *dims), np.float32, "cond", after)
         return found
+
+    def _on_host(self, stack: ExitStack, thing: AnyArray, n: int | None, what: str) -> NDArray[np.float32]:
+        """The caller's float32 [n, C, H, W], which has to be on the host; n is its own where it is None."""
+        seen: View = stack.enter_context(view(thing))
+        if seen.on_device:
+            raise _on_gpu(what)
+        n = n if n is not None else seen.shape[0] if seen.shape else 0
+        expect(seen, (n, *self.spec.shape), np.float32, what)
+        return _finite(seen.numpy(), what)
 
     def _take(
         self,
@@ -464,10 +553,7 @@ class Pipeline:
             )
         expect(seen, shape, dtype, what, driver=driver)
         if not seen.on_device:
-            array = seen.numpy()
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise InputError(f"{what} holds NaN or infinities")
-            return array
+            return _finite(seen.numpy(), what)
         if seen.wait_for is not None:
             after.append(seen.wait_for)
         return seen.address
@@ -517,6 +603,21 @@ def load(
     except BaseException:
         backend.close()
         raise
+
+
+def _finite(array: NDArray[Any], what: str) -> NDArray[Any]:
+    """The array.
+
+    Raises:
+        InputError: it holds NaN or infinities.
+    """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"{what} holds NaN or infinities")
+    return array
+
+
+def _on_gpu(what: str) -> InputError:
+    return InputError(f"{what} is in GPU memory, and has to be on the host", hint=f"{what}.cpu() in PyTorch")
 
 
 def _after(progress: Callable[[int, int], None] | None, before: int, total: int) -> Callable[[int, int], None] | None:

@@ -18,8 +18,9 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.sampling import chain
+from ddpmx.sampling import chain, evaluation
 from ddpmx.sampling.chain import Step
+from ddpmx.sampling.evaluation import Call, Outputs
 from ddpmx.sampling.guidance import Guidance, GuidedBackend, guided_batches
 from ddpmx.sampling.runner import Job, rows
 
@@ -97,6 +98,23 @@ class DeviceRunner:
             seed=job.seed, images=job.images, x=x, conditioning=job.conditioning, after=job.after
         )
 
+    def evaluate(self, call: Call) -> Outputs:
+        """Run the network alone, see :meth:`ddpmx.sampling.runner.Runner.evaluate`. The last chain is given up for it."""
+        n = len(call.images)
+        measured = self._measured(n, call.batch, call.guidance)
+        size = 1 if measured == 1 else n
+        executed = max(measured, size, min(low for low, _ in self._batches_of(call.guidance)))
+        self._release()
+        parts = [
+            evaluation.run(
+                self._guided(call.guidance), self._spec, call.rows(slice(at, at + size)), slice(size), executed
+            )
+            for at in range(0, n, size)
+        ]
+        out, var = (None if parts[0][i] is None else np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        assert out is not None
+        return Outputs(out, var)
+
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
         """See :meth:`ddpmx.sampling.runner.Runner.array`."""
         return DeviceArray.allocate(self._device.driver, shape, np.uint8, "the images")
@@ -129,16 +147,17 @@ class DeviceRunner:
         """Smallest and largest batch of images of each range."""
         return self.batches if guidance is None else guided_batches(self.batches)
 
+    def _guided(self, guidance: Guidance | None) -> Backend:
+        """The network, or both halves of a guided one, from the host."""
+        return self._backend if guidance is None else GuidedBackend(self._backend, self._spec, guidance)
+
     def _measured(self, n: int, batch: int, guidance: Guidance | None) -> int:
         """See :func:`ddpmx.sampling.chain.executed_batch`; measured once for every size."""
         key = n, batch, guidance is not None
         if key not in self._executed:
             fewer = n if any(low <= n <= high for low, high in self._batches_of(guidance)) else batch
             self._release()  # a small device has no room for both
-            network: Backend = self._backend
-            if guidance is not None:
-                network = GuidedBackend(self._backend, self._spec, guidance)
-            self._executed[key] = chain.executed_batch(network, self._spec, fewer, batch)
+            self._executed[key] = chain.executed_batch(self._guided(guidance), self._spec, fewer, batch)
             self._backend.release()
         return self._executed[key]
 
@@ -148,6 +167,7 @@ class DeviceRunner:
         if self._chain is not None and key == self._key:
             return self._chain
         self._release()
+        self._backend.release()  # of the last evaluation
         device = self._device
         try:
             with device.driver.current():

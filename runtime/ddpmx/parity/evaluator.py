@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +12,7 @@ from ddpmx.backends.base import NO_CONDITIONING, Backend, Buffers
 from ddpmx.errors import NumericError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.chain import Float32
-
-
-class Outputs(NamedTuple):
-    """A network's outputs.
-
-    Attributes:
-        out: float32 [n, C, H, W], the first output.
-        var: float32 [n, C, H, W], the second output, or None if the network has none.
-    """
-
-    out: Float32
-    var: Float32 | None
+from ddpmx.sampling.evaluation import Outputs
 
 
 class Evaluator:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,6 +223,20 @@ def merge_conditioning(
     return conditioning
 
 
+class Images(NamedTuple):
+    """Which images, and what they are of: what a request has in common with every other work on images.
+
+    Attributes:
+        n, first, batch, labels, guidance: as in :class:`Request`.
+    """
+
+    n: int
+    first: int
+    batch: int
+    labels: NDArray[np.int32] | None
+    guidance: float
+
+
 def check_request(
     spec: ModelSpec,
     n: int,
@@ -256,6 +270,27 @@ def check_request(
     sampling = Sampling() if sampling is None else sampling
     table = sampling.table(spec, schedule)
     seed = check_seed(seed)
+    n, first, batch, classes, guidance = check_images(
+        spec, n, first=first, batch=batch, labels=labels, guidance=guidance, ranges=ranges
+    )
+    return Request(n, seed, first, batch, sampling, table, classes, guidance)
+
+
+def check_images(
+    spec: ModelSpec,
+    n: int,
+    *,
+    first: int = 0,
+    batch: int | None = None,
+    labels: Labels | None = None,
+    guidance: float = 1.0,
+    ranges: tuple[tuple[int, int], ...] = ((1, 1 << 32),),
+) -> Images:
+    """Check what a request says of its images, see :func:`check_request`.
+
+    Raises:
+        InputError: as there.
+    """
     guidance = check_guidance(spec, guidance, labelled=labels is not None)
     twice = guided(spec, guidance) is not None
     ranges = guided_batches(ranges) if twice else ranges
@@ -271,7 +306,7 @@ def check_request(
         raise InputError(f"{n} images of {height}×{width} do not fit into memory", hint="draw them in parts")
     check_batch(spec, batch, guided=twice)
     classes = None if labels is None else class_labels(spec, n, labels)
-    return Request(n, seed, first, fitting_batch(ranges, batch), sampling, table, classes, guidance)
+    return Images(n, first, fitting_batch(ranges, batch), classes, guidance)
 
 
 def check_batch(spec: ModelSpec, batch: int, *, guided: bool = False) -> None:

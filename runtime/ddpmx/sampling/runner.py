@@ -16,8 +16,9 @@ from ddpmx.backends.base import Backend, PartBackend, RowByRow, SharedBackend
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.sampling import chain
+from ddpmx.sampling import chain, evaluation
 from ddpmx.sampling.chain import Step
+from ddpmx.sampling.evaluation import Call, Outputs
 from ddpmx.sampling.guidance import Guidance, GuidedBackend
 from ddpmx.sampling.pixels import to_nhwc
 
@@ -101,6 +102,14 @@ class Runner(Protocol):
     def steps(self, job: Job, *, x: NDArray[np.float32] | int | None) -> Generator[Step, None, None]:
         """The same chain step by step, without ``progress`` and ``cancel``. The arrays belong to the runner."""
 
+    def evaluate(self, call: Call) -> Outputs:
+        """Run the network once for each image, without a chain. An image does not depend on its neighbours.
+
+        Raises:
+            NumericError: an output was not finite.
+            BackendError: the network could not be run.
+        """
+
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
         """A new uint8 array on the GPU.
 
@@ -163,7 +172,7 @@ class HostRunner:
         """See :meth:`Runner.steps`."""
         if isinstance(x, int):
             raise InputError("the chain runs on the CPU, but its first state is in GPU memory")
-        backend, rows, executed = self._arranged(job)
+        backend, rows, executed = self._arranged(job.images, job.batch, job.guidance)
         conditioning: dict[str, NDArray[Any]] = {}
         for name, array in job.conditioning.items():
             if isinstance(array, int):
@@ -185,6 +194,11 @@ class HostRunner:
             )
         )
 
+    def evaluate(self, call: Call) -> Outputs:
+        """See :meth:`Runner.evaluate`."""
+        backend, rows, executed = self._arranged(call.images, call.batch, call.guidance)
+        return evaluation.run(backend, self._spec, call, rows, executed)
+
     def array(self, shape: tuple[int, ...]) -> DeviceArray:
         """Refused: see :meth:`Runner.array`."""
         raise InputError("the chain runs on the CPU, and so are its images", hint="on_device needs an engine on a GPU")
@@ -199,19 +213,21 @@ class HostRunner:
         """Close the backend."""
         self._backend.close()
 
-    def _arranged(self, job: Job) -> tuple[Backend, slice | NDArray[np.int64], int]:
+    def _arranged(
+        self, images: NDArray[np.int64], batch: int, guidance: Guidance | None
+    ) -> tuple[Backend, slice | NDArray[np.int64], int]:
         """What computes, the row of each image in its batch, and that batch's size: so that neighbours do not matter."""
-        n = len(job.images)
+        n = len(images)
         if isinstance(self._backend, PartBackend):
-            part = self._part(self._backend, job.batch)
+            part = self._part(self._backend, batch)
             # image i is always number i mod part of its part, whatever else is drawn
-            number, place = np.divmod(job.images, part)
+            number, place = np.divmod(images, part)
             parts, which = np.unique(number, return_inverse=True)
             rows = which * part + place
             whole = slice(int(rows[0]), int(rows[0]) + n)
             ascending = np.array_equal(rows, np.arange(whole.start, whole.stop))
-            return self._network(job.guidance), whole if ascending else rows, len(parts) * part
-        network, executed = self._network(job.guidance), self._measured(n, job.batch, job.guidance)
+            return self._network(guidance), whole if ascending else rows, len(parts) * part
+        network, executed = self._network(guidance), self._measured(n, batch, guidance)
         return RowByRow(network) if executed < n else network, slice(n), max(n, executed)
 
     def _network(self, guidance: Guidance | None) -> Backend:
