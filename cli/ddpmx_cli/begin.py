@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,7 @@ from ddpmx.errors import InputError
 from ddpmx_cli.console import busy, counting, duration, say
 
 if TYPE_CHECKING:
-    from ddpm_export.training.config import RunConfig
-    from ddpm_export.training.data import Dataset
     from ddpm_export.training.log import Tracker
-    from ddpm_export.training.session import Housekeeping
     from ddpm_export.training.train import Trainer
 
 # Flags that are about this session and change no weight.
@@ -45,22 +42,9 @@ SESSION = {
     "tensorboard",
     "wandb",
 }
-# Flags that a network has settled, of which training begins by --from.
-SETTLED = {
-    "timesteps",
-    "schedule",
-    "scale_betas",
-    "prediction",
-    "variance",
-    "self_condition",
-    "width",
-    "mult",
-    "blocks",
-    "attention",
-    "groups",
-}
 # Flags with another name than their setting.
-_NAMES = {"channels": "--width", "multipliers": "--mult", "compiled": "--compile"}
+_NAMES = {"compiled": "--compile", "begin_from": "--from"}
+_ABOUT_SETTINGS = re.compile(r"((?:\w+ and )*\w+) (must be|cannot be set with|cannot be changed) (.*)", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -69,12 +53,14 @@ def as_flags() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        name, _, rest = error.fact.partition(" must be ")
+        hint = error.hint
         if error.fact.startswith("attention "):
-            hint = (error.hint or "").replace("attention ", "--attention ", 1)
+            hint = (hint or "").replace("attention ", "--attention ", 1)
             error = InputError(f"--{error.fact}", note=error.note, hint=hint)
-        elif rest and name.isidentifier() and name != "T":
-            error = InputError(f"{flag(name)} must be {rest}", note=error.note, hint=error.hint)
+        elif (found := _ABOUT_SETTINGS.fullmatch(error.fact)) and found[1] != "T":
+            names, what, rest = found.groups()
+            rest = flag(rest) if what.endswith("with") else rest
+            error = InputError(f"{_flags(names.split(' and '))} {what} {rest}", note=error.note, hint=hint)
         raise error from None
 
 
@@ -132,148 +118,21 @@ def check_device(device: str | None) -> str | None:
     return device
 
 
-def data_of(config: Path) -> Path | None:
-    """The images that a configuration file names; a relative path is relative to the file."""
-    from ddpm_export.training.config import read_config
-
-    named = read_config(config).get("data")
-    return None if named is None else config.parent / named
-
-
-def reading_of(config: Path | None) -> dict[str, Any]:
-    """How a configuration file says that images are read, see :func:`ddpm_export.training.api.reading_of`."""
-    from ddpm_export.training import api
-
-    return api.reading_of(config)
-
-
-def load(data: Path, config: RunConfig, reading: Mapping[str, Any]) -> Dataset:
-    """The images of a new run, with a progress display."""
-    from ddpm_export.training.api import read_images
-
-    with counting("reading images") as progress:
-        return read_images(data, config, reading, progress=progress)
-
-
-def check_new(out: Path) -> None:
-    """Check that a new run may be made there, see :func:`ddpm_export.training.api.check_new`."""
-    from ddpm_export.training import api
-
-    api.check_new(out)
-
-
-def has_checkpoint(out: Path) -> bool:
-    """Whether there is a run to resume."""
-    from ddpmx.formats import model_file
-
-    return bool(model_file.checkpoints(out))
-
-
-def pixels(megapixels: float) -> int:
-    """The flag --max-megapixels as a number of pixels.
-
-    Raises:
-        InputError: it is none.
-    """
-    if not 0 < megapixels <= 1e6:
-        raise InputError(f"--max-megapixels must be above 0 and at most 1000000, not {megapixels:g}")
-    return max(1, int(megapixels * 1e6))
-
-
 def _flags(names: Iterable[str]) -> str:
     return " and ".join(flag(name) for name in names)
 
 
-@dataclass(frozen=True)
-class New:
-    """A run that is to begin.
+def new(data: Path, out: Path, begin_from: Path | None, how: Mapping[str, Any], **choices: Any) -> tuple[Trainer, int]:
+    """A new run, and the steps in all, see :func:`ddpm_export.training.api.new_run`."""
+    from ddpm_export.training import api
 
-    Attributes:
-        data: the images.
-        out: its folder.
-        preset, config: as named, or None.
-        options: choices over both.
-        reading: how images are read.
-        given: what stands on the command line.
-        how: the device and the like, for the trainer.
-    """
-
-    data: Path
-    out: Path
-    preset: str | None
-    config: Path | None
-    options: Mapping[str, Any]
-    reading: Mapping[str, Any]
-    given: Mapping[str, Any]
-    how: Mapping[str, Any]
-
-    def trainer(self) -> tuple[Trainer, int]:
-        """The trainer, and the steps in all."""
-        from ddpm_export.training import api
-
-        with as_flags():
-            chosen = api.choices(self.data, self.how["device"], self.preset, self.config, self.options)
-            chosen.settings()
-        dataset = load(self.data, chosen, self.reading)
-        with as_flags(), memory():
-            trainer = api.begin(chosen, dataset, self.out, **self.how)
-        return trainer, chosen.steps
-
-    def fine_tuned(self, source: Path, weights: str) -> tuple[Trainer, int]:
-        """The same with the weights of another run. A folder's images are brought to its size and channels."""
-        from ddpm_export.training import api, checkpoint
-        from ddpm_export.training.data import are_files
-        from ddpm_export.training.train import Trainer
-
-        if weights not in ("ema", "raw"):
-            raise InputError(f"--weights {weights!r}: not one of ema and raw")
-        if settled := [name for name in self.given if name in SETTLED]:
-            raise InputError(
-                f"{_flags(settled)} cannot be set with --from",
-                note=f"network and schedule are those of {source}",
-                hint="omit it, or train a new network without --from",
-            )
-        if source.suffix in (".onnx", ".plan", ".mnn"):
-            raise InputError(
-                f"{source}: a model file cannot be trained", hint="--from the run that it was exported from"
-            )
-        if source.is_file():
-            raise InputError(
-                f"{source}: a file, and --from takes a run",
-                hint=f"ddpmx import {shlex.quote(str(source))} -o runs/imported makes one of another project's checkpoint",
-            )
-        with busy(f"reading {source}"):
-            _, spec = checkpoint.load_network(source)
-        c, height, width = spec.shape
-        # a preset's rate is for a network that knows nothing: without a name the paper's is taken
-        preset = self.preset or "cifar10"
-        with as_flags():
-            chosen = api.choices(self.data, self.how["device"], preset, self.config, {"size": None, **self.options})
-        if are_files(self.data):
-            whole = (height, width) if chosen.crop is None else chosen.size
-            chosen = dataclasses.replace(chosen, size=self.options.get("size", whole), channels=chosen.channels or c)
-        chosen = dataclasses.replace(chosen, classes=spec.classes is not None)
-        dataset = load(self.data, chosen, self.reading)
-        if chosen.crop is None and dataset.shape != spec.shape:
-            raise InputError(
-                f"{self.data}: images of {dataset.shape[1]}×{dataset.shape[2]}×{dataset.shape[0]}",
-                note=f"the network of {source} takes {height}×{width}×{c}",
-                hint="a folder is brought to that by itself, without --size and --channels",
-            )
-        with as_flags(), memory():
-            settings = chosen.settings()
-            if not spec.null_class:
-                settings = dataclasses.replace(settings, label_dropout=0.0)
-            trainer = Trainer.fine_tune(
-                self.out,
-                dataset,
-                source,
-                settings,
-                weights="raw" if weights == "raw" else "ema",
-                dropout=self.given.get("dropout"),
-                **self.how,
-            )
-        return trainer, chosen.steps
+    if begin_from is not None and begin_from.is_file() and begin_from.suffix not in (".onnx", ".plan", ".mnn"):
+        raise InputError(
+            f"{begin_from}: a file, and --from takes a run",
+            hint=f"ddpmx import {shlex.quote(str(begin_from))} -o runs/imported makes one of another project's checkpoint",
+        )
+    with counting("reading images") as progress, as_flags(), memory():
+        return api.new_run(data, out, begin_from=begin_from, progress=progress, **choices, **how)
 
 
 def check_resumable(given: Mapping[str, Any], out: Path) -> None:
@@ -319,20 +178,17 @@ def resume(
 
 
 def trackers(out: Path, tensorboard: bool, wandb: bool, trainer: Trainer) -> list[Tracker]:
-    """Those of TensorBoard and Weights & Biases that were asked for."""
+    """Those of TensorBoard and Weights & Biases that were asked for: in the first process."""
     from ddpm_export.training import watch
 
+    if not trainer.processes.first:
+        return []
     found: list[Tracker] = []
     if tensorboard:
         found.append(watch.TensorBoard(out))
     if wandb:
         found.append(watch.WeightsAndBiases(out, dataclasses.asdict(trainer.settings)))
     return found
-
-
-def with_trackers(house: Housekeeping, trackers: Sequence[Tracker]) -> Housekeeping:
-    """The same with trackers."""
-    return dataclasses.replace(house, trackers=trackers)
 
 
 def print_estimate(trainer: Trainer, steps: int) -> None:

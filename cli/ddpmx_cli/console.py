@@ -220,25 +220,6 @@ def parse_size(text: str | None, flag: str = "--size") -> tuple[int, int] | None
     return height, width
 
 
-def parse_colour(flag: str, text: str) -> tuple[int, int, int]:
-    """A colour by name or as ``#rrggbb`` → (R, G, B), 0…255.
-
-    Raises:
-        InputError: it is neither.
-    """
-    from PIL import ImageColor
-
-    try:
-        red, green, blue, *alpha = ImageColor.getrgb(text)
-        if alpha and alpha[0] != 255:
-            raise ValueError("it is transparent itself")
-    except ValueError as error:
-        raise InputError(
-            f"{flag} {text!r} is not a colour", note=str(error), hint=f"{flag} white, {flag} '#f0f0f0'"
-        ) from None
-    return red, green, blue
-
-
 def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     """ "1,2,2" → (1, 2, 2); an empty text gives ().
 

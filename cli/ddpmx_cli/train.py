@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import time
 from pathlib import Path
@@ -14,8 +15,9 @@ from typer import Argument, Option
 from ddpmx.diffusion.samplers import PREDICTIONS, VARIANCES
 from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.errors import BackendError, InputError
+from ddpmx.formats import model_file
 from ddpmx_cli import begin, console, signals
-from ddpmx_cli.console import busy, duration, parse_colour, parse_numbers, parse_size, plain, progress_bar, say
+from ddpmx_cli.console import busy, duration, parse_numbers, parse_size, plain, progress_bar, say
 
 if TYPE_CHECKING:
     from ddpm_export.training.session import Housekeeping
@@ -270,7 +272,10 @@ def train(
         with busy("loading torch"):
             import torch
 
+            from ddpm_export.training import api
+            from ddpm_export.training.config import read_config
             from ddpm_export.training.distributed import joined, restarts
+            from ddpm_export.training.images.source import as_pixels, parse_colour
             from ddpm_export.training.session import Housekeeping
             from ddpm_export.training.settings import check_steps
     except (ImportError, OSError) as error:  # OSError: a CUDA library that torch was built for is not there
@@ -279,9 +284,8 @@ def train(
     if images is not None and data is not None and images != data:
         raise InputError(f"{images} and --data {data}: two sources of images", hint="one of the two")
     given = begin.given(ctx)
-    data = images or data
-    if config is not None and data is None:
-        data = begin.data_of(config)
+    file = {} if config is None else read_config(config)
+    data = images or data or (Path(file["data"]) if "data" in file else None)
     if data is None and not (resume and out is not None):
         raise InputError("images are missing", hint="ddpmx train FOLDER (or an .npz); or --out RUN --resume")
     if out is None:
@@ -295,6 +299,14 @@ def train(
         if steps is not None:
             check_steps(steps)
         house = Housekeeping(sample_every, save_minutes, keep, keep_every, log_every, cache)
+        reading = {
+            "white": white,
+            "background": None if background is None else parse_colour(background),
+            "max_pixels": None if max_megapixels is None else as_pixels(max_megapixels),
+            "condition": condition,
+            "skip_broken": skip_broken,
+            "keep": out if cache and not dry_run else None,
+        }
     device = begin.check_device(device)
     options = begin.options(
         given,
@@ -311,17 +323,15 @@ def train(
             "checkpoint_activations": checkpoint_activations,
         }
         with console.quiet() if not processes.first else contextlib.nullcontext():
-            again = not resume and restarts() and begin.has_checkpoint(out)  # by torchrun, with the same words
-            if again:
-                options = {}
-            elif resume:
-                if begin_from is not None:
-                    raise InputError("--from begins a new run, and --resume continues one", hint="one of the two")
+            # by torchrun, with the same words
+            again = not resume and restarts() > 0 and bool(model_file.checkpoints(out))
+            if resume and begin_from is not None:
+                raise InputError("--from begins a new run, and --resume continues one", hint="one of the two")
+            if resume:
                 begin.check_resumable(given, out)
             if resume or again:
-                trainer, steps = begin.resume(
-                    data, condition, out, {**options, "steps": steps}, other_images, cache, how
-                )
+                changes = {**({} if again else options), "steps": steps}
+                trainer, steps = begin.resume(data, condition, out, changes, other_images, cache, how)
             else:
                 if other_images:
                     raise InputError("--other-images has no effect without --resume", hint="omit it")
@@ -329,24 +339,24 @@ def train(
                     raise InputError("--weights has no effect without --from", hint="--from RUN, or omit it")
                 assert data is not None
                 if not dry_run:
-                    begin.check_new(out)
-                flags = {
-                    "white": white,
-                    "background": None if background is None else parse_colour("--background", background),
-                    "max_pixels": None if max_megapixels is None else begin.pixels(max_megapixels),
-                    "condition": condition,
-                    "skip_broken": skip_broken,
-                    "keep": out if cache and not dry_run else None,
-                }
-                reading = begin.reading_of(config) | {name: v for name, v in flags.items() if v is not None}
-                new = begin.New(data, out, preset, config, options, reading, given, how)
-                trainer, steps = new.trainer() if begin_from is None else new.fine_tuned(begin_from, weights)
+                    api.check_new(out)
+                trainer, steps = begin.new(
+                    data,
+                    out,
+                    begin_from,
+                    how,
+                    preset=preset,
+                    file=file,
+                    options=options,
+                    reading={name: value for name, value in reading.items() if value is not None},
+                    weights=weights,
+                )
             with begin.memory():
                 if dry_run:
                     begin.print_estimate(trainer, steps)
                     return
-                trackers = begin.trackers(out, tensorboard, wandb, trainer) if processes.first else []
-                _train(trainer, steps, begin.with_trackers(house, trackers))
+                trackers = begin.trackers(out, tensorboard, wandb, trainer)
+                _train(trainer, steps, dataclasses.replace(house, trackers=trackers))
 
 
 def _train(trainer: Trainer, steps: int, house: Housekeeping) -> None:

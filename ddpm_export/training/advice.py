@@ -62,6 +62,11 @@ def introduce(trainer: Trainer, steps: int, *, cached: bool) -> list[str]:
             f"Note: the learning rate rises over {settings.warmup:,} steps, of which there are {steps:,}: it reaches "
             f"{settings.lr * steps / settings.warmup:.2g} of {settings.lr:g} (--warmup)"
         )
+    if 0 < settings.lr_decay < steps:
+        lines.append(
+            f"Note: the learning rate is 0 from step {settings.lr_decay:,} on (--lr-decay lets it fall until the new end, "
+            "--no-lr-decay leaves it as it is)"
+        )
     if note := average_note(trainer, steps, "will hold"):
         lines.append(note)
     return lines

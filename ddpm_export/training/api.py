@@ -9,23 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageColor
 
+from ddpm_export.training import checkpoint as checkpoints
 from ddpm_export.training.batches import check_crop
-from ddpm_export.training.config import CONFIG, PRESET_SIZES, RunConfig, default_preset, read_config, resolve
-from ddpm_export.training.data import Dataset, Source, load_dataset, load_source
+from ddpm_export.training.checkpoint import Weights
+from ddpm_export.training.config import PRESET_SIZES, RunConfig, default_preset, read_config, resolve
+from ddpm_export.training.data import Dataset, Source, are_files, load_dataset, load_source
 from ddpm_export.training.distributed import joined
 from ddpm_export.training.images.cache import NAME
+from ddpm_export.training.images.decode import Unreadable, read_header
+from ddpm_export.training.images.find import find_images
+from ddpm_export.training.images.source import as_pixels, parse_colour
 from ddpm_export.training.pipeline import load
 from ddpm_export.training.session import Housekeeping, Progress
-from ddpm_export.training.train import Trainer, recorded_source
+from ddpm_export.training.train import Trainer, recorded_source, recorded_steps
 from ddpmx.errors import InputError
 from ddpmx.formats import model_file
 from ddpmx.pipeline import Pipeline
 
 LOOKED_AT = 20
 """How many images of a folder are looked at for their size."""
+
+SETTLED = frozenset(
+    {"timesteps", "schedule", "scale_betas", "prediction", "variance", "self_condition"}
+    | {"width", "mult", "blocks", "attention", "groups"}
+)
+"""Choices that a network has settled whose weights a run begins with."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ def train(
     preset: str | None = None,
     config: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    begin_from: str | os.PathLike[str] | None = None,
+    weights: Weights = "ema",
     device: str | None = None,
     callbacks: Sequence[Callable[[Progress], object]] = (),
     message: Callable[[str], None] | None = None,
@@ -76,6 +89,8 @@ def train(
         preset: ``tiny``, ``small``, ``cifar10`` or ``256``; by default ``cifar10`` on a GPU and else ``tiny``.
         config: a TOML file of choices over the preset.
         resume: continue the run in ``out``. Of ``options`` only ``steps``, and those that may change, are then allowed.
+        begin_from: a run, trained or imported, with whose weights, network and schedule the new one begins.
+        weights: which of its weights.
         device: torch's name of it; by default a GPU if there is one.
         callbacks: each is called with the :class:`Progress`; one that returns True stops training, which is then saved.
         message: called with a line that a user should read.
@@ -96,12 +111,20 @@ def train(
         if resume:
             trainer, steps = resumed(out, Path(data), options, device=own_device, processes=processes, **how)
         else:
-            file = None if config is None else Path(config)
-            chosen = choices(Path(data), own_device, preset, file, options)
             check_new(out)
-            dataset = read_images(Path(data), chosen, {**reading_of(file), **(reading or {})})
-            trainer = begin(chosen, dataset, out, device=own_device, processes=processes, **how)
-            steps = chosen.steps
+            trainer, steps = new_run(
+                Path(data),
+                out,
+                preset=preset,
+                file={} if config is None else read_config(Path(config)),
+                options=options,
+                reading=dict(reading or {}),
+                begin_from=None if begin_from is None else Path(begin_from),
+                weights=weights,
+                device=own_device,
+                processes=processes,
+                **how,
+            )
         stop = False
 
         def show(progress: Progress) -> None:
@@ -113,8 +136,103 @@ def train(
     return Run(out, saved, trainer.step, trainer.loss)
 
 
+def new_run(
+    data: Path,
+    out: Path,
+    *,
+    preset: str | None,
+    file: Mapping[str, Any],
+    options: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    begin_from: Path | None = None,
+    weights: Weights = "ema",
+    progress: Callable[[int, int], None] | None = None,
+    **how: Any,
+) -> tuple[Trainer, int]:
+    """A new run in memory, and the steps that it is to make.
+
+    Args:
+        data: the images.
+        out: its folder.
+        preset: as named, or None.
+        file: what :func:`read_config` gave, or nothing.
+        options: choices over both.
+        reading: further arguments of ``load_dataset``, over those of the file.
+        begin_from, weights: as of :func:`train`.
+        progress: called with (images read, images in all).
+        **how: ``device``, ``processes``, ``compiled`` and ``checkpoint_activations`` of :class:`Trainer`.
+
+    Raises:
+        InputError: a name or value that does not exist, or choices that contradict each other.
+        DataError: images that cannot be trained on.
+        FileFormatError, SpecError: ``begin_from`` is no run, or does not fit.
+    """
+    if unknown := sorted(options.keys() - RunConfig.__dataclass_fields__.keys()):
+        raise InputError(
+            f"there is no option {unknown[0]!r}", hint="the fields of RunConfig, and the arguments of train"
+        )
+    reading = {**reading_of(file), **reading}
+    if begin_from is not None:
+        return _begun_from(begin_from, weights, data, out, preset, file, options, reading, progress, how)
+    chosen = choices(data, how.get("device"), preset, file, options)
+    settings = chosen.settings()
+    dataset = _images(data, chosen, reading, progress)
+    check_crop(dataset.shape, chosen.crop)
+    labels, conditions = dataset.labels, dataset.conditions
+    classes = None if labels is None else len(dataset.classes or ()) or int(labels.max()) + 1
+    spec = chosen.spec(dataset.shape, classes, None if conditions is None else conditions.channels)
+    trainer = Trainer(out, dataset, spec, chosen.network(spec), settings, **how)
+    trainer.config = chosen
+    return trainer, chosen.steps
+
+
+def _begun_from(
+    source: Path,
+    weights: Weights,
+    data: Path,
+    out: Path,
+    preset: str | None,
+    file: Mapping[str, Any],
+    options: Mapping[str, Any],
+    reading: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None,
+    how: Mapping[str, Any],
+) -> tuple[Trainer, int]:
+    """A new run with the weights of another. Image files are brought to its size and channels."""
+    if weights not in ("ema", "raw"):
+        raise InputError(f"weights must be ema or raw, not {weights!r}")
+    if settled := [name for name in options if name in SETTLED]:
+        raise InputError(
+            f"{' and '.join(settled)} cannot be set with begin_from",
+            note=f"network and schedule are those of {source}",
+            hint="omit it, or train a new network without",
+        )
+    if source.suffix in (".onnx", ".plan", ".mnn"):
+        raise InputError(f"{source}: a model file cannot be trained", hint="the run that it was exported from can")
+    _, spec = checkpoints.load_network(source)
+    c, height, width = spec.shape
+    # a preset's rate is for a network that knows nothing: without a name the paper's is taken
+    chosen = resolve(preset or file.get("preset") or "cifar10", _fields(file), options)
+    if are_files(data):
+        whole = (height, width) if chosen.crop is None else None
+        chosen = dataclasses.replace(chosen, size=chosen.size or whole, channels=chosen.channels or c)
+    chosen = dataclasses.replace(chosen, classes=spec.classes is not None)
+    settings = chosen.settings()
+    dataset = _images(data, chosen, reading, progress)
+    if chosen.crop is None and dataset.shape != spec.shape:
+        raise InputError(
+            f"{data}: images of {dataset.shape[1]}×{dataset.shape[2]}×{dataset.shape[0]}",
+            note=f"the network of {source} takes {height}×{width}×{c}",
+            hint="a folder is brought to that by itself, without size and channels",
+        )
+    if not spec.null_class:
+        settings = dataclasses.replace(settings, label_dropout=0.0)
+    dropout = options.get("dropout")
+    return Trainer.fine_tune(out, dataset, source, settings, weights=weights, dropout=dropout, **how), chosen.steps
+
+
 def choices(
-    data: Path, device: str | None, preset: str | None, config: Path | None, options: Mapping[str, Any]
+    data: Path, device: str | None, preset: str | None, file: Mapping[str, Any], options: Mapping[str, Any]
 ) -> RunConfig:
     """The configuration of a new run.
 
@@ -122,51 +240,35 @@ def choices(
         data: the images, for the size that a preset gives to a folder's.
         device: as named, or None.
         preset: as named, or None.
-        config: a TOML file, or None.
+        file: what :func:`read_config` gave, or nothing.
         options: choices over both.
 
     Raises:
-        InputError, FileFormatError: a name or value that does not exist.
+        InputError: a name or value that does not exist.
     """
-    file = {} if config is None else read_config(config)
-    named = preset or file.pop("preset", None) or default_preset(on_gpu(device))
-    file = {name: value for name, value in file.items() if name in RunConfig.__dataclass_fields__}
-    if unknown := sorted(options.keys() - RunConfig.__dataclass_fields__.keys()):
-        raise InputError(
-            f"there is no option {unknown[0]!r}", hint="the fields of RunConfig, and the arguments of train"
-        )
-    chosen = resolve(named, file, options)
+    named = preset or file.get("preset") or default_preset(on_gpu(device))
+    chosen = resolve(named, _fields(file), options)
     if chosen.size is None and data.is_dir() and needs_size(data, PRESET_SIZES[named], len(chosen.mult)):
         side = PRESET_SIZES[named]
-        chosen = resolve(named, file, options, {"size": (side, side)})
+        chosen = dataclasses.replace(chosen, size=(side, side))
     return chosen
 
 
-def reading_of(config: Path | None) -> dict[str, Any]:
+def _fields(file: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in file.items() if name in RunConfig.__dataclass_fields__}
+
+
+def reading_of(file: Mapping[str, Any]) -> dict[str, Any]:
     """How a configuration file says that images are read: arguments of ``load_dataset``.
 
-    Args:
-        config: the file, or None. Paths in it are relative to it.
-
     Raises:
-        InputError, FileFormatError: a name or value that does not exist.
+        InputError: a value out of its range.
     """
-    file = {} if config is None else read_config(config)
-    found: dict[str, Any] = {name: file[name] for name in ("white", "skip_broken") if name in file}
-    if config is not None and "condition" in file:
-        found["condition"] = config.parent / file["condition"]
+    found: dict[str, Any] = {name: file[name] for name in ("white", "skip_broken", "condition") if name in file}
     if "max_megapixels" in file:
-        if not 0 < file["max_megapixels"] <= 1e6:
-            raise InputError(f"{config}: max-megapixels must be above 0 and at most 1000000")
-        found["max_pixels"] = max(1, round(file["max_megapixels"] * 1e6))
+        found["max_pixels"] = as_pixels(file["max_megapixels"])
     if "background" in file:
-        try:
-            red, green, blue, *alpha = ImageColor.getrgb(file["background"])
-            if alpha and alpha[0] != 255:
-                raise ValueError("it is transparent itself")
-        except ValueError as error:
-            raise InputError(f"{config}: background {file['background']!r} is not a colour", note=str(error)) from None
-        found["background"] = (red, green, blue)
+        found["background"] = parse_colour(file["background"])
     return found
 
 
@@ -176,21 +278,19 @@ def on_gpu(device: str | None) -> bool:
 
 
 def needs_size(folder: Path, side: int, levels: int) -> bool:
-    """Whether a folder's images cannot be trained on as they are: of different sizes, larger than ``side``, or odd ones."""
+    """Whether a folder's images cannot be trained on as they are: of different sizes, larger than ``side``, or odd ones.
+
+    Some of them are looked at, spread over the folder.
+    """
+    files = [item for item in find_images(folder).files if isinstance(item, Path)]
     sizes = set()
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
-    for path, _ in zip(found, range(LOOKED_AT), strict=False):
+    places = np.unique(np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).round().astype(int))
+    for file in (files[place] for place in places):
         try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # stored on its side
-                sizes.add(image.size[::-1] if turned else image.size)
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # read_images says which cannot be read
+            header = read_header(file, Source(folder))
+        except Unreadable:  # reading them says which
             continue
+        sizes.add((header.height, header.width))
     return len(sizes) > 1 or any(max(size) > side or any(n % 2 ** (levels - 1) for n in size) for size in sizes)
 
 
@@ -206,43 +306,11 @@ def check_new(out: Path) -> None:
         raise InputError(f"{out} already holds a run", hint="--resume continues it; another --out starts a new one")
 
 
-def read_images(
-    data: Path,
-    config: RunConfig,
-    reading: Mapping[str, Any],
-    *,
-    progress: Callable[[int, int], None] | None = None,
+def _images(
+    data: Path, config: RunConfig, reading: Mapping[str, Any], progress: Callable[[int, int], None] | None
 ) -> Dataset:
-    """The images of a new run.
-
-    Raises:
-        DataError, InputError: see :func:`ddpm_export.training.data.load_dataset`.
-    """
-    how = dict(reading)
-    if config.classes:
-        how["classes"] = True
+    how = {**reading, "classes": True} if config.classes else reading
     return load_dataset(data, size=config.size, channels=config.channels, **how, progress=progress)
-
-
-def begin(config: RunConfig, dataset: Dataset, out: Path, **how: Any) -> Trainer:
-    """A new run in memory.
-
-    Args:
-        config: its choices.
-        dataset: its images.
-        out: its folder.
-        **how: ``device``, ``processes``, ``compiled`` and ``checkpoint_activations`` of :class:`Trainer`.
-
-    Raises:
-        SpecError, InputError: the choices contradict each other or the images.
-    """
-    settings = config.settings()
-    check_crop(dataset.shape, config.crop)
-    classes = None if dataset.labels is None else len(dataset.classes or ()) or int(dataset.labels.max()) + 1
-    spec = config.spec(dataset.shape, classes, None if dataset.conditions is None else dataset.conditions.channels)
-    trainer = Trainer(out, dataset, spec, config.network(spec), settings, **how)
-    trainer.config = config
-    return trainer
 
 
 def resumed(
@@ -274,7 +342,7 @@ def resumed(
     steps = changes.pop("steps", None)
     source = _moved(recorded_source(out), data, condition)
     if steps is None:
-        steps = read_config(out / CONFIG).get("steps") if (out / CONFIG).is_file() else None
+        steps = recorded_steps(out)
     if steps is None:
         raise InputError("steps is missing", hint="how many steps the run is to have made in all")
     if "lr_decay" in changes:  # a choice says whether, a setting until which step

@@ -11,13 +11,14 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ddpm_export.networks.unet_config import UNetConfig, attention_heights
+from ddpm_export.training.images.source import as_pixels, parse_colour
 from ddpm_export.training.objective_names import Loss, TimestepSampling
 from ddpm_export.training.settings import TrainSettings, check_steps
 from ddpmx.diffusion.samplers import Prediction, Variance
@@ -143,21 +144,27 @@ class RunConfig:
         """
         c, height, width = spec.shape
         attention = attention_heights((height, width), len(self.mult)) if self.attention is None else self.attention
-        network = UNetConfig(
-            in_channels=c,
-            out_channels=len(spec.outputs) * c,
-            size=(height, width),
-            channels=self.width,
-            multipliers=self.mult,
-            blocks=self.blocks,
-            attention=attention,
-            dropout=self.dropout,
-            groups=self.groups,
-            classes=spec.classes,
-            null_class=spec.null_class,
-            self_condition=spec.self_condition,
-            condition=spec.condition,
-        )
+        try:
+            network = UNetConfig(
+                in_channels=c,
+                out_channels=len(spec.outputs) * c,
+                size=(height, width),
+                channels=self.width,
+                multipliers=self.mult,
+                blocks=self.blocks,
+                attention=attention,
+                dropout=self.dropout,
+                groups=self.groups,
+                classes=spec.classes,
+                null_class=spec.null_class,
+                self_condition=spec.self_condition,
+                condition=spec.condition,
+            )
+        except InputError as error:
+            for theirs, ours in (("channels must", "width must"), ("multipliers must", "mult must")):
+                if error.fact.startswith(theirs):
+                    raise InputError(error.fact.replace(theirs, ours, 1), note=error.note, hint=error.hint) from error
+            raise
         network.check_attention()
         return network
 
@@ -218,9 +225,6 @@ PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 PRESET_SIZES: Mapping[str, int] = {"tiny": 32, "small": 64, "cifar10": 32, "256": 256}
 """Height and width to which a folder's images are brought, unless they are all of one size that is not larger."""
 
-SMALLER = {"256": "small", "cifar10": "small", "small": "tiny"}
-"""The next smaller preset."""
-
 
 def default_preset(gpu: bool) -> str:
     """The preset where none is named."""
@@ -246,7 +250,9 @@ def resolve(preset: str, *choices: Mapping[str, Any]) -> RunConfig:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The choices in a TOML file, by the names of fields; ``data``, ``condition`` and ``preset`` may be among them.
+    """The choices in a TOML file, by the names of fields. ``preset``, and where and how images are read, may be among them.
+
+    Paths in it are relative to the file.
 
     Raises:
         FileFormatError: it is missing, or not TOML.
@@ -277,6 +283,13 @@ def read_config(path: Path) -> dict[str, Any]:
         if name in found:
             raise InputError(f"{path}: {key!r} is there twice", note="with a hyphen and with an underscore")
         found[name] = _checked(path, key, value, _KINDS[name])
+        if name in ("data", "condition"):
+            found[name] = str(path.parent / found[name])
+        try:
+            if name in _READ:
+                _READ[name](found[name])
+        except InputError as error:
+            raise InputError(f"{path}: {error.fact}", note=error.note, hint=error.hint) from None
     return found
 
 
@@ -311,6 +324,10 @@ _KINDS: dict[str, str] = {
     "skip_broken": "bool",
 }
 """The keys of a configuration file and the type of each: :class:`RunConfig`'s fields, and how images are read."""
+
+
+_READ: dict[str, Callable[[Any], object]] = {"background": parse_colour, "max_megapixels": as_pixels}
+"""What reads the values of which keys, when they are needed: a wrong one is refused with the file's name."""
 
 
 def _checked(path: Path, key: str, value: object, kind: str) -> Any:

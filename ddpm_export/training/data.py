@@ -53,6 +53,7 @@ class Dataset:
         self.pixels: Pixels = InMemory(images) if isinstance(images, np.ndarray) else images
         self.source, self.notes, self.cache_key = source, notes, cache_key
         self.labels, self.classes = labels, classes
+        self._fingerprint: str | None = None
         if isinstance(conditions, np.ndarray):
             conditions = InMemory(conditions)
         self.conditions = None if conditions is None else Conditions(conditions)
@@ -84,6 +85,8 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """A hash of shape, pixels, labels and conditions, to check that a resumed run has what it began with."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         self.pixels.hash_into(digest.update)
         if self.labels is not None:
@@ -91,7 +94,8 @@ class Dataset:
         if self.conditions is not None:
             digest.update(b"conditions" + repr(self.conditions.pixels.shape).encode())
             self.conditions.pixels.hash_into(digest.update)
-        return digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,7 @@ class GaussianDiffusion(nn.Module):
             t: int64 [B], 0…T−1.
             eps: [B, C, H, W], N(0, I).
         """
-        return self._at("signal", t) * x0.float() + self._at("noise", t) * eps.float()
+        return self.at("signal", t) * x0.float() + self.at("noise", t) * eps.float()
 
     def target(self, x0: Tensor, t: Tensor, eps: Tensor, x_t: Tensor) -> Tensor:
         """What the network should predict: ε, x_0, v = √ᾱ·ε − √(1−ᾱ)·x_0, or μ̃(x_t, x_0); float32 [B, C, H, W]."""
@@ -62,16 +62,16 @@ class GaussianDiffusion(nn.Module):
         if self.prediction == "x0":
             return x0.float()
         if self.prediction == "v":
-            return self._at("signal", t) * eps.float() - self._at("noise", t) * x0.float()
+            return self.at("signal", t) * eps.float() - self.at("noise", t) * x0.float()
         return self.posterior_mean(x0, t, x_t)
 
     def posterior_mean(self, x0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
         """μ̃_t(x_t, x_0), the mean of q(x_{t−1} | x_t, x_0) (equation 7)."""
-        return self._at("mean_from_x0", t) * x0.float() + self._at("mean_from_xt", t) * x_t.float()
+        return self.at("mean_from_x0", t) * x0.float() + self.at("mean_from_xt", t) * x_t.float()
 
     def predict_x0(self, x: Tensor, t: Tensor, out: Tensor, *, clip: float | None = 1.0) -> Tensor:
         """x̂_0 from the network's output ``out`` at x_t (equation 15 for ε), clipped to ±``clip``."""
-        x0 = self._at("x0_from_xt", t) * x.float() + self._at("x0_from_out", t) * out.float()
+        x0 = self.at("x0_from_xt", t) * x.float() + self.at("x0_from_out", t) * out.float()
         return x0 if clip is None else x0.clamp(-clip, clip)
 
     def p_mean_log_variance(
@@ -101,13 +101,14 @@ class GaussianDiffusion(nn.Module):
         The last is equation 15 of Nichol & Dhariwal 2021: f·log β + (1−f)·log β̃ with f = (var + 1)/2.
         """
         if var is None:
-            return self._at("log_fixed_variance", t)
+            return self.at("log_fixed_variance", t)
         if self.variance == "learned":
             return var.float()
         f = (var.float() + 1) / 2
-        return f * self._at("log_beta", t) + (1 - f) * self._at("log_posterior_variance", t)
+        return f * self.at("log_beta", t) + (1 - f) * self.at("log_posterior_variance", t)
 
-    def _at(self, name: str, t: Tensor) -> Tensor:
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """A coefficient at the t of each image, float32 [B, 1, 1, 1], by the name of its buffer."""
         table: Tensor = getattr(self, name)
         return table[t.long()].view(-1, 1, 1, 1)
 

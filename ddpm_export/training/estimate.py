@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_export.networks.registry import make_network
@@ -49,6 +49,7 @@ def seconds_per_step(trainer: Trainer) -> float:
     """The seconds of one step, from forward and backward passes of as few images as tell."""
     settings = trainer.settings
     here = settings.batch // trainer.processes.size
+    most = here // settings.accumulate  # more at once may not fit into memory
     weights = [p for p in trainer.network.parameters() if p.requires_grad]
     trainer.network.train()
 
@@ -62,11 +63,11 @@ def seconds_per_step(trainer: Trainer) -> float:
             torch.cuda.synchronize(trainer.device)
         return time.perf_counter() - begun
 
-    n = min(here, FIRST_IMAGES)
+    n = min(most, FIRST_IMAGES)
     once(n)  # libraries choose their kernels
     seconds = once(n)
-    while seconds < LONG_ENOUGH and n < here:
-        n = min(4 * n, here)
+    while seconds < LONG_ENOUGH and n < most:
+        n = min(4 * n, most)
         once(n)
         seconds = once(n)
     return seconds * here / n
@@ -107,8 +108,3 @@ def _example(trainer: Trainer, n: int, device: torch.device) -> tuple[Tensor, Te
         for name, shape in spec.conditioning_shapes.items()
     }
     return images, t, torch.ones_like(images), conditioning
-
-
-def count_parameters(network: nn.Module) -> int:
-    """The parameters of a network."""
-    return sum(p.numel() for p in network.parameters())

@@ -176,7 +176,8 @@ class Learner:
         self.optimizer.step()
         self._update_average()
         self._sums.add(t, simple, loss * weights, norm)
-        self.timesteps.update(self.processes.gather(t), self.processes.gather(loss))
+        if self.timesteps.learns:
+            self.timesteps.update(self.processes.gather(t), self.processes.gather(loss))
 
     def _inputs(
         self, batch: Batch, t: Tensor, eps: Tensor, share: slice
@@ -225,15 +226,15 @@ class Learner:
         self._bad_t = torch.where(self._bad > 0, self._bad_t, where)
         self._bad = self._bad + torch.maximum(bad.float(), (self._bad > 0).float())
         if self.check_steps == 1:
-            self._check_finite(0)
+            self._check_finite()
         else:  # the fused Adam leaves everything as it is where this is 1, as torch.amp.GradScaler uses it
             self.optimizer.found_inf = (self._bad > 0).float()  # type: ignore[attr-defined]
 
-    def _check_finite(self, done: int) -> None:
-        """Raise if a gradient was not finite; ``done``: whether the steps since then were counted."""
+    def _check_finite(self, *, counted: bool = False) -> None:
+        """Raise if a gradient was not finite; ``counted``: the steps since then were, and did nothing."""
         if not (bad := int(self._bad.item())):
             return
-        self.step -= bad if done else 0
+        self.step -= bad if counted else 0
         lowest = self.processes.gather(self._bad_t.reshape(1)).min().item()
         t = int(lowest) if lowest < self.spec.timesteps else None
         where = (
@@ -256,7 +257,7 @@ class Learner:
                 away; the weights are then not the last good ones.
         """
         if self.check_steps > 1:
-            self._check_finite(steps)
+            self._check_finite(counted=True)
         sums = self._sums.read(self.processes)
         loss, kept = figures(sums).loss, 0.98**steps
         self.loss = loss if math.isnan(self.loss) else kept * self.loss + (1 - kept) * loss

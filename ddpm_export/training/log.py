@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import math
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -79,10 +80,15 @@ class CsvLog:
 
     def row(self, row: Row) -> None:
         """Figures; "step" among them."""
+        before = None
         try:
             with self.path.open("ab") as stream:
+                before = stream.tell()
                 stream.write(self._text([self._cells(row)]))
         except OSError as error:
+            if before is not None:  # a row that is tried again must not stand behind a part of itself
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, before)
             raise write_error(self.path, error) from error
 
     def picture(self, name: str, step: int, pixels: NDArray[np.uint8]) -> None:

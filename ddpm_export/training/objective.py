@@ -125,7 +125,7 @@ class Objective(nn.Module):
         diffusion = self.diffusion
         mean, log_variance = diffusion.p_mean_log_variance(x_t, t, out, var, clip=clip)
         true_mean = diffusion.posterior_mean(x0, t, x_t)
-        true_log_variance = diffusion._at("log_posterior_variance", t)
+        true_log_variance = diffusion.at("log_posterior_variance", t)
         kl = _per_image(gaussian_kl(true_mean, true_log_variance, mean, log_variance))
         likelihood = _per_image(level_log_likelihood(x0.float(), mean, 0.5 * log_variance.expand_as(mean)))
         return torch.where(t == 0, -likelihood, kl) / math.log(2)
@@ -133,8 +133,8 @@ class Objective(nn.Module):
     def prior_term(self, x0: Tensor) -> Tensor:
         """L_T = KL(q(x_T | x_0) ‖ N(0, I)) of each image in bits per dimension: float32 [B]. Nothing trains it."""
         last = torch.full((len(x0),), self.diffusion.timesteps - 1, device=x0.device)
-        mean = self.diffusion._at("signal", last) * x0.float()
-        log_variance = 2 * torch.log(self.diffusion._at("noise", last))
+        mean = self.diffusion.at("signal", last) * x0.float()
+        log_variance = 2 * torch.log(self.diffusion.at("noise", last))
         zero = torch.zeros((), device=x0.device)
         return _per_image(gaussian_kl(mean, log_variance, zero, zero)) / math.log(2)
 

@@ -12,8 +12,8 @@ SPINS = 10_000
 def wait_briefly() -> bool:
     """Let OpenMP's threads sleep soon while they wait for each other, unless the user has chosen how they wait.
 
-    By default they spin for long, in turns that a neighbour's work then lacks. The demo's training on two cores, images a
-    second, alone and beside two busy processes: 155 and 8 by default, 125 and 57 with short spins. Weights do not change.
+    By default they spin for long, in turns that a neighbour's work then lacks: two threads beside two busy processes can
+    be several times slower than one thread alone. Weights do not change.
 
     Returns:
         Whether it has an effect: torch is not loaded yet.

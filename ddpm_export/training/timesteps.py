@@ -15,7 +15,13 @@ UNIFORM_SHARE = 0.001
 
 
 class UniformTimesteps:
-    """t uniform over 0…T−1, every loss with weight 1."""
+    """t uniform over 0…T−1, every loss with weight 1.
+
+    Attributes:
+        learns: whether :meth:`update` does anything.
+    """
+
+    learns = False
 
     def __init__(self, timesteps: int) -> None:
         self.timesteps = timesteps
@@ -41,6 +47,8 @@ class ImportanceTimesteps(UniformTimesteps):
 
     Nichol & Dhariwal 2021, §3.3. Uniform until every t has :data:`HISTORY` losses. The mean is over the last of them.
     """
+
+    learns = True
 
     def __init__(self, timesteps: int) -> None:
         super().__init__(timesteps)

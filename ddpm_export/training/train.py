@@ -58,6 +58,7 @@ class Trainer(Learner):
 
     Attributes:
         saved_step: of the newest checkpoint, −1 without.
+        steps: at which the run is to end, 0 if that was never said.
         config: the choices that the run was begun by, if any: they are written into its folder.
 
     Raises:
@@ -70,6 +71,7 @@ class Trainer(Learner):
         super().__init__(dataset, spec, network, settings, **how)
         self.run = run
         self.saved_step = -1
+        self.steps = 0
         self.config: RunConfig | None = None
         self.begun_from: dict[str, Any] | None = None
         self._fingerprint = dataset.fingerprint()
@@ -121,6 +123,8 @@ class Trainer(Learner):
             trainer.saved_step = -1
         if isinstance(loss := state.settings.get("loss"), float):
             trainer.loss = loss
+        if type(steps := state.settings.get("steps")) is int:
+            trainer.steps = steps
         trainer.begun_from = state.settings.get("from")
         if not trainer.timesteps.load(state.moments):
             raise FileFormatError(f"{checkpoint}: the training state is not of this T", note="at timesteps.losses")
@@ -205,6 +209,7 @@ class Trainer(Learner):
         if steps < self.step:
             raise InputError(f"{self.run} has made {self.step} steps, more than {steps}")
         house = Housekeeping() if housekeeping is None else housekeeping
+        self.steps = steps
         make_folder(self.run)
         with alone(self.run) if self.processes.first else contextlib.nullcontext():
             trackers: list[Tracker] = []
@@ -219,7 +224,7 @@ class Trainer(Learner):
                     self._write_data_picture(house.trackers)
                     if self.config is not None:
                         source = self.dataset.source
-                        write_config(self.run, self.config, data=source.path, reading=source.choices())
+                        write_config(self.run, self.config, data=source.path, reading=source.to_config())
                 trackers = [CsvLog(self.run, self.spec.timesteps, self.step), *house.trackers]
             session = Session(
                 self, steps, house, trackers, progress, stop or (lambda: False), message or (lambda _: None)
@@ -236,6 +241,7 @@ class Trainer(Learner):
         settings: dict[str, Any] = {
             "train": dataclasses.asdict(self.settings),
             "loss": None if math.isnan(self.loss) else self.loss,
+            "steps": max(self.steps, self.step),
             "data": {"fingerprint": self._fingerprint, "images": len(self.dataset), **self.dataset.source.to_json()},
         }
         if self.begun_from is not None:
@@ -317,6 +323,16 @@ def recorded_source(run: Path) -> Source:
             hint=f"--from {shlex.quote(str(run))} --data FOLDER --out runs/NEW begins one with its weights",
         )
     return Source.from_json(settings.get("data"), str(checkpoint))
+
+
+def recorded_steps(run: Path) -> int | None:
+    """The steps at which a run was to end; None if it does not say.
+
+    Raises:
+        FileFormatError: there is no such run, or its training state is damaged.
+    """
+    steps = checkpoints.read_training_json(_newest(run))[1].get("steps")
+    return steps if type(steps) is int else None
 
 
 def _newest(run: Path) -> Path:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -421,8 +421,13 @@ def peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def main() -> None:
-    """Reply to requests until there are no more."""
+def serve(kinds: Mapping[str, Callable[..., Any]], reply_to: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> None:
+    """Reply to requests until there are no more.
+
+    Args:
+        kinds: what makes a run of the job on the command line, by the job's kind.
+        reply_to: the reply to a request other than the first.
+    """
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     job = json.loads(sys.argv[1])
@@ -432,7 +437,7 @@ def main() -> None:
         begun = time.perf_counter()
         try:
             if request["do"] == "start":
-                run = KINDS[job["kind"]](job)
+                run = kinds[job["kind"]](job)
                 reply = {"seconds": time.perf_counter() - begun, "versions": run.versions}
             else:
                 reply = reply_to(run, request)
@@ -443,4 +448,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(KINDS, reply_to)

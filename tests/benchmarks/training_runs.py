@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
 import math
-import os
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `benchmarks`
 
-from benchmarks.peers_runs import forget_peak, peak_rss
+from benchmarks.peers_runs import forget_peak, peak_rss, serve
 from ddpm_export.networks.unet import UNet
 from ddpm_export.networks.unet_config import UNetConfig, cifar10
 from ddpm_export.training.batches import Batches
@@ -45,7 +44,7 @@ def network_config(name: str) -> UNetConfig:
     return UNetConfig(**{**vars(cifar10()), "dropout": 0.0})
 
 
-class Run:
+class Run(ABC):
     """A training, ready to make steps.
 
     Attributes:
@@ -67,35 +66,13 @@ class Run:
         )
         self.data = Dataset(pixels, Source(Path("images")))
 
+    @abstractmethod
     def load(self) -> str:
         """Make the network and what trains it. Returns what computes."""
-        torch.manual_seed(SEED)
-        self.network: nn.Module = UNet(self.config).to(self.device)
-        self.batches, self.made = Batches(self.data, self.settings), 0
-        self.prepare()
-        self.about["parameters"] = sum(p.numel() for p in self.network.parameters())
-        return f"torch {torch.__version__}, {self.device}"
 
-    def prepare(self) -> None:
-        """Make optimiser and average, of a network on the device."""
-        raise NotImplementedError
-
-    def step(self, x0: Tensor) -> float:
-        """One step with images [B, C, H, W] in −1…1 on the device. Returns the loss."""
-        raise NotImplementedError
-
+    @abstractmethod
     def train(self, steps: int) -> float:
         """Make steps. Returns the mean of their losses."""
-        losses = []
-        with self.batches.ahead(self.made):
-            for _ in range(steps):
-                losses.append(self.step(self.batches.draw(self.made).x0.to(self.device)))
-                self.made += 1
-        return float(np.mean(losses))
-
-    def autocast(self) -> torch.autocast:
-        """As accelerate's mixed precision does it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
 
 class Ddpmx(Run):
@@ -127,6 +104,40 @@ class Ddpmx(Run):
         return figures(np.sum(sums, axis=0)).loss
 
 
+class TheirLoop(Run):
+    """A project whose step is written out here."""
+
+    def load(self) -> str:
+        """Make the network and what trains it. Returns what computes."""
+        torch.manual_seed(SEED)
+        self.network: nn.Module = UNet(self.config).to(self.device)
+        self.batches, self.made = Batches(self.data, self.settings), 0
+        self.prepare()
+        self.about["parameters"] = sum(p.numel() for p in self.network.parameters())
+        return f"torch {torch.__version__}, {self.device}"
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make optimiser and average, of a network on the device."""
+
+    @abstractmethod
+    def step(self, x0: Tensor) -> float:
+        """One step with images [B, C, H, W] in −1…1 on the device. Returns the loss."""
+
+    def train(self, steps: int) -> float:
+        """Make steps. Returns the mean of their losses."""
+        losses = []
+        with self.batches.ahead(self.made):
+            for _ in range(steps):
+                losses.append(self.step(self.batches.draw(self.made).x0.to(self.device)))
+                self.made += 1
+        return float(np.mean(losses))
+
+    def autocast(self) -> torch.autocast:
+        """As accelerate's mixed precision does it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+
 class _AsTheirs(nn.Module):
     """Our network with the attributes and the call that GaussianDiffusion expects."""
 
@@ -141,7 +152,7 @@ class _AsTheirs(nn.Module):
         return out
 
 
-class Lucidrains(Run):
+class Lucidrains(TheirLoop):
     """denoising-diffusion-pytorch: ``GaussianDiffusion.forward``, and the step of its ``Trainer``."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -178,7 +189,7 @@ class Lucidrains(Run):
         return value
 
 
-class Diffusers(Run):
+class Diffusers(TheirLoop):
     """diffusers: the step of its example for unconditional training, with ``--use_ema``, without accelerate."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -247,26 +258,6 @@ def reply_to(run: Run, request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "loss": loss, "rss": peak_rss(), "gpu": gpu}
 
 
-def main() -> None:
-    """Reply to requests until there are no more."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    job = json.loads(sys.argv[1])
-    run: Any = None
-    with contextlib.suppress(KeyboardInterrupt):
-        for line in sys.stdin:
-            request = json.loads(line)
-            begun = time.perf_counter()
-            try:
-                if request["do"] == "start":
-                    run = KINDS[job["kind"]](job)
-                    reply = {"seconds": time.perf_counter() - begun, "versions": run.versions}
-                else:
-                    reply = reply_to(run, request)
-            except Exception as error:  # any error is a reply
-                reply = {"error": f"{type(error).__name__}: {error}"[:2000]}
-            print(json.dumps(reply), file=replies, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(KINDS, reply_to)

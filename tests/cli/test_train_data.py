@@ -126,7 +126,9 @@ def test_images_that_are_nearly_black_are_told(ddpmx, tmp_path):
 
 
 def test_a_background_that_is_no_colour(refused, photos, tmp_path):
-    assert "not a colour" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "nocolour")
+    assert "--background must be a colour" in refused(
+        "train", "--data", photos, "--out", tmp_path / "run", "--background", "nocolour"
+    )
     assert "--white has no effect" in refused("train", "--data", photos, "--out", tmp_path / "run", "--white", 4095)
     assert "--channels 3" in refused("train", "--data", photos, "--out", tmp_path / "run", "--background", "black")
 

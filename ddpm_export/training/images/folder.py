@@ -6,11 +6,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,6 @@ from numpy.typing import NDArray
 from ddpm_export.training.images import cache
 from ddpm_export.training.images.decode import (
     BICUBIC,
-    CHANNELS,
     LANCZOS,
     Header,
     Unreadable,
@@ -26,7 +23,6 @@ from ddpm_export.training.images.decode import (
     own_limit,
     read_header,
     read_image,
-    read_range,
 )
 from ddpm_export.training.images.decoding import Decoding
 from ddpm_export.training.images.find import Found, find_images
@@ -36,15 +32,18 @@ from ddpm_export.training.images.on_disk import OnDisk, slots_of_npz
 from ddpm_export.training.images.pixels import InMemory, Pixels
 from ddpm_export.training.images.source import Source
 from ddpm_export.training.images.threads import in_threads
+from ddpm_export.training.images.together import (
+    Problem,
+    Progress,
+    attempt,
+    channels_of,
+    find_white,
+    mode_problems,
+    size_problems,
+    summary,
+)
 from ddpmx.errors import DataError
 from ddpmx.formats.atomic import make_folder
-
-WHITES = (255, 1023, 4095, 16383, 65535)
-"""Full scale of 8, 10, 12, 14 and 16 bits, which sensors and scanners have."""
-
-Progress = Callable[[int, int], None]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True)
@@ -155,15 +154,6 @@ def read_images(
         return _Reading(source, found, progress, where, limit, conditions).read()
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Something that is wrong with the folder, and what to do about it."""
-
-    fact: str
-    note: str
-    hint: str
-
-
 _NAMED = 20
 """So many of the files that were left out are named."""
 
@@ -210,16 +200,16 @@ class _Reading:
 
     def read(self) -> Read:
         """All steps."""
-        headers, broken = _attempt(lambda item: read_header(item, self._source), self._found.files)
+        headers, broken = attempt(lambda item: read_header(item, self._source), self._found.files)
         self._fail(broken)
-        white, range_read, problems, broken = _white(self._source, headers)
+        white, range_read, problems, broken = find_white(self._source, headers)
         self._fail(broken)
         self._source = dataclasses.replace(self._source, white=white)
         # before anything is decoded: what changes meanwhile is noticed the next time
         key = cache.key_of(self._source, self._found.files, self._found.containers)
-        problems += _sizes(self._source, headers)
+        problems += size_problems(self._source, headers)
         if not self._conditions:
-            problems += _modes(self._source, headers)
+            problems += mode_problems(self._source, headers)
         left = [item for item in headers if item not in self._broken]
         if problems or not left:  # decoded nevertheless, so that whatever is wrong is said at once
             self._check(left)
@@ -231,7 +221,7 @@ class _Reading:
             raise self._refusal([])
         seen = {item: headers[item] for item in items}
         notes = [
-            _summary(self._source, self._found, list(seen.values()), size, channels, self._conditions),
+            summary(self._source, self._found, list(seen.values()), size, channels, self._conditions),
             self._skipped(),
             range_read,
         ]
@@ -252,12 +242,12 @@ class _Reading:
             self._broken.setdefault(item, error)
 
     def _check(self, items: Sequence[Item]) -> None:
-        self._fail(_attempt(lambda item: check_image(item, self._source), items)[1])
+        self._fail(attempt(lambda item: check_image(item, self._source), items)[1])
 
     def _channels(self, headers: Sequence[Header]) -> int:
         if self._conditions:
-            return 3 if any(_channels(header) != 1 for header in headers) else 1
-        return self._source.channels or _channels(headers[0])
+            return 3 if any(channels_of(header) != 1 for header in headers) else 1
+        return self._source.channels or channels_of(headers[0])
 
     def _decoded(self, item: Item, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
         return read_image(item, size, channels, self._source, self._filter)
@@ -275,7 +265,7 @@ class _Reading:
         def decode(index: int) -> None:
             images[index] = self._decoded(items[index], size, channels)
 
-        _, undecoded = _attempt(decode, range(len(items)), self._progress)
+        _, undecoded = attempt(decode, range(len(items)), self._progress)
         self._fail({items[index]: error for index, error in undecoded.items()})
         whole = np.array([item not in self._broken for item in items])
         return (images if whole.all() else images[whole]), tuple(item for item in items if item not in self._broken)
@@ -331,7 +321,7 @@ class _Reading:
         named = ((item, name_of(item, self._source.path)) for item in self._broken)
         return sorted(named, key=lambda pair: pair[1])
 
-    def _refusal(self, problems: Sequence[_Problem]) -> DataError:
+    def _refusal(self, problems: Sequence[Problem]) -> DataError:
         """One error for everything that is wrong."""
         facts, notes, hints = [p.fact for p in problems], [p.note for p in problems], [p.hint for p in problems]
         items: list[str] = []
@@ -377,150 +367,3 @@ def identity_of(source: Source, items: Sequence[Item]) -> bytes | None:
             f"{source.path}: images can no longer be read", note=str(error)[:200], hint="put them back as they were"
         ) from error
     return digest.digest()
-
-
-def _attempt(
-    work: Callable[[_In], _Out], items: Sequence[_In], progress: Progress | None = None
-) -> tuple[dict[_In, _Out], dict[_In, Unreadable]]:
-    """The results of ``work`` by item, and what was unreadable."""
-
-    def tried(item: _In) -> _Out | Unreadable:
-        try:
-            return work(item)
-        except Unreadable as error:
-            return error
-
-    done: dict[_In, _Out] = {}
-    failed: dict[_In, Unreadable] = {}
-    for count, (item, result) in enumerate(zip(items, in_threads(tried, items), strict=True), start=1):
-        if isinstance(result, Unreadable):
-            failed[item] = result
-        else:
-            done[item] = result
-        if progress is not None:
-            progress(count, len(items))
-    return done, failed
-
-
-def _channels(header: Header) -> int:
-    return CHANNELS.get(header.mode, 3)
-
-
-def _sizes(source: Source, headers: Mapping[Item, Header]) -> list[_Problem]:
-    sizes = Counter((header.height, header.width) for header in headers.values())
-    if source.size is not None or len(sizes) <= 1:
-        return []
-    common = ", ".join(f"{n} of {h}×{w}" for (h, w), n in sizes.most_common(3))
-    return [
-        _Problem(
-            f"the images have {len(sizes)} different sizes",
-            f"height × width: {common}{', …' if len(sizes) > 3 else ''}",
-            "--size 64 (or 64x48, height first) crops and resizes them all",
-        )
-    ]
-
-
-def _modes(source: Source, headers: Mapping[Item, Header]) -> list[_Problem]:
-    if source.channels is not None or len({_channels(header) for header in headers.values()}) <= 1:
-        return []
-    modes = Counter(header.mode for header in headers.values())
-    transparent = any(header.transparent for header in headers.values())
-    on_white = "; with 1 or 3, transparent parts become white (or --background)" if transparent else ""
-    return [
-        _Problem(
-            "the images have different modes",
-            ", ".join(f"{n} {mode}" for mode, n in modes.most_common(4)),
-            f"--channels 1 (grey), 3 (RGB) or 4 (RGBA) converts them all{on_white}",
-        )
-    ]
-
-
-def _white(
-    source: Source, headers: Mapping[Item, Header]
-) -> tuple[float | None, str | None, list[_Problem], dict[Item, Unreadable]]:
-    """The number that is white in greys of more than 8 bits, a line about it, and what is in the way.
-
-    A file of 16 bits may hold 10, 12 or 14 of a sensor; read as 65535, its white would be nearly black. So all are looked
-    at, and white is the full scale of as many bits as the largest number has; or 65535, if they are 8 bits that were
-    multiplied by 257.
-    """
-    greys = [file for file, header in headers.items() if header.wide_grey]
-    colours = [file for file, header in headers.items() if header.wide_colour]
-    if source.reading == 1:
-        numbers = [file for file in greys if headers[file].mode != "I;16"]
-        return None, None, [_unknown_white(numbers, "")] if numbers else [], {}
-    ranges, broken = _attempt(lambda file: read_range(file, source), [*greys, *colours])
-    problems = []
-    upper = max((ranges[file][1] for file in colours if file in ranges), default=255)
-    if 0 < upper < 64:
-        problems.append(
-            _Problem(
-                f"colours of 16 bits of which the upper 8 reach {upper:.0f} of 255",
-                f"{len(colours)} images that hold fewer than 16 bits; Pillow keeps the upper 8",
-                "save them with 8 bits per colour, or scale them to 0…65535",
-            )
-        )
-    seen = [ranges[file] for file in greys if file in ranges]
-    if not seen:
-        return None, None, problems, broken
-    least, most = min(low for low, *_ in seen), max(high for _, high, _ in seen)
-    span = f"numbers from {least:g} to {most:g}"
-    white = source.white
-    if least < 0:
-        problems.append(
-            _Problem(
-                "greys below 0",
-                f"{span}, such as in {greys[0].name}",
-                "save them so that black is 0, and name white by --white",
-            )
-        )
-    elif white is None:
-        numbers = [file for file in greys if headers[file].mode != "I;16"]
-        white = next((full for full in WHITES if full >= most), None)
-        if most > 255 and all(stretched for *_, stretched in seen):
-            white = 65535
-        if numbers or white is None or 0 < most < 16:
-            problems.append(_unknown_white(numbers or greys, span))
-    beyond = "; what is larger is white too" if white is not None and most > white else ""
-    note = f"greys of more than 8 bits in {len(greys)} of {len(headers)} images: {span}, "
-    note += f"white is {white or 0:g}{beyond} (--white sets it)"
-    return white, note, problems, broken
-
-
-def _unknown_white(files: Sequence[Item], span: str) -> _Problem:
-    return _Problem(
-        "greys of which the files do not say which number is white",
-        f"{len(files)} images, such as {files[0].name}{span and ': '}{span}",
-        "--white N (ddpmx train), the number that is white (black is 0): 1, 4095, 65535, …; or save them with 8 bits",
-    )
-
-
-def _summary(
-    source: Source, found: Found, headers: Sequence[Header], size: tuple[int, int], channels: int, conditions: bool
-) -> str | None:
-    """One line about all images, or None if nothing is to be said: what is odd about how many, and what was not read."""
-    facts = []
-    if transparent := sum(header.transparent for header in headers):
-        becomes = f"it becomes {colour_name(source.background)}, --background"
-        if channels == 4:
-            becomes = "it stays, as the fourth channel: --channels 3 lays the images on white"
-        elif source.reading == 1:
-            becomes = "this run was begun with the colours hidden under it; a new one lays the images on white"
-        facts.append(f"{transparent} with transparency ({becomes})")
-    if frames := sum(header.frames for header in headers):
-        facts.append(f"{frames} animated (first frame)")
-    # conditions have a line of their own about that
-    if not conditions and (small := sum(max(size[0] / h.height, size[1] / h.width) > 1 for h in headers)):
-        facts.append(f"{small} smaller than {size[0]}×{size[1]} (enlarged)")
-    left_out = found.describe()
-    if not facts and left_out is None:
-        return None
-    line = f"{len(headers):,} image{'' if len(headers) == 1 else 's'}"
-    if facts:
-        line += f": {', '.join(facts)}"
-    return line if left_out is None else f"{line}; {left_out}"
-
-
-def colour_name(colour: tuple[int, int, int]) -> str:
-    """A colour as text: white, black, or #rrggbb."""
-    return {(255, 255, 255): "white", (0, 0, 0): "black"}.get(colour) or "#{:02x}{:02x}{:02x}".format(*colour)

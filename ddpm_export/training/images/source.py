@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
+
 from ddpmx.errors import FileFormatError, InputError
 
 WHITE = (255, 255, 255)
@@ -70,7 +72,7 @@ class Source:
         if self.max_pixels < 1:
             raise InputError(f"max_pixels must be a whole number above 0, not {self.max_pixels!r}")
 
-    def choices(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, Any]:
         """Keys of a run's ``config.toml`` beside the fields of :class:`RunConfig`, where they are not the defaults."""
         values: dict[str, Any] = {}
         if self.condition is not None:
@@ -155,3 +157,31 @@ class Source:
         ) as error:
             raise FileFormatError(f"{where}: the images it was trained on are not recorded") from error
         return source
+
+
+def parse_colour(text: str) -> tuple[int, int, int]:
+    """A colour by name or as ``#rrggbb`` → (R, G, B), 0…255.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(text)
+        if alpha and alpha[0] != 255:
+            raise ValueError("it is transparent itself")
+    except ValueError as error:
+        raise InputError(
+            f"background must be a colour, not {text!r}", note=str(error), hint="white, or '#f0f0f0'"
+        ) from None
+    return red, green, blue
+
+
+def as_pixels(megapixels: float) -> int:
+    """A number of megapixels as ``max_pixels``.
+
+    Raises:
+        InputError: it is out of its range.
+    """
+    if not 0 < megapixels <= 1e6:
+        raise InputError(f"max_megapixels must be above 0 and at most 1000000, not {megapixels:g}")
+    return max(1, round(megapixels * 1e6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -70,6 +71,22 @@ def test_what_the_command_refuses_is_refused_here(noise, tmp_path):
         train(noise, tmp_path / "run", resume=True, batch=2, device="cpu")
 
 
+def test_a_run_begins_with_another_s_weights(noise, tmp_path):
+    first = train(noise, tmp_path / "a", preset="tiny", steps=2, device="cpu", **SMALL)
+    tuned = train(noise, tmp_path / "b", begin_from=first.path, steps=1, batch=2, lr=1e-4, warmup=0, device="cpu")
+    state = json.loads((tuned.checkpoint / "training.json").read_text())["settings"]
+    assert state["from"]["path"] == str(first.checkpoint.resolve())
+    assert (state["train"]["batch"], state["train"]["lr"]) == (2, 1e-4)
+    assert train(noise, tmp_path / "b", resume=True, device="cpu").step == 1, "as many as it was begun for"
+    with pytest.raises(InputError, match="width and mult cannot be set with begin_from"):
+        train(noise, tmp_path / "c", begin_from=first.path, width=8, mult=(1,), device="cpu")
+    with pytest.raises(InputError, match="weights must be ema or raw"):
+        train(noise, tmp_path / "c", begin_from=first.path, weights="best", device="cpu")
+    with pytest.raises(InputError, match="a model file cannot be trained"):
+        train(noise, tmp_path / "c", begin_from="model.onnx", device="cpu")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_folder_s_images_keep_their_size_where_they_can(tmp_path):
     def images(name: str, *sizes: tuple[int, int], turned: bool = False):
         (tmp_path / name).mkdir()
@@ -77,12 +94,13 @@ def test_a_folder_s_images_keep_their_size_where_they_can(tmp_path):
             exif = Image.Exif()
             exif[0x0112] = 6 if turned and number else 1
             Image.new("RGB", size[::-1] if turned and number else size).save(
-                tmp_path / name / f"{number}.jpg", exif=exif
+                tmp_path / name / f"{number:02d}.jpg", exif=exif
             )
         return tmp_path / name
 
     assert not needs_size(images("small", (28, 28), (28, 28)), 32, 3)
     assert needs_size(images("mixed", (28, 28), (32, 32)), 32, 3)
+    assert needs_size(images("last", *[(8, 8)] * 59, (8, 16)), 32, 3), "not the first ones alone are looked at"
     assert needs_size(images("large", (64, 64), (64, 64)), 32, 3)
     assert needs_size(images("odd", (30, 30)), 32, 3)
     assert not needs_size(images("turned", (16, 24), (16, 24), turned=True), 32, 3)
@@ -142,6 +160,17 @@ def test_memory_is_that_of_weights_and_of_what_the_backward_pass_needs(tmp_path)
         trainer.network.train()(torch.zeros(4, 1, 8, 8), torch.zeros(4))
     activations = sum(size for pointer, size in kept.items() if pointer not in own)
     assert small.memory - weights == pytest.approx(activations, rel=0.15)
+
+
+def test_no_more_images_at_once_are_measured_than_training_takes(tmp_path, monkeypatch):
+    """A batch that only fits in parts would not fit into the measurement."""
+    trainer, seen = a_trainer(tmp_path, batch=12, accumulate=4), []
+    forward = trainer.objective.forward
+    monkeypatch.setattr(
+        trainer.objective, "forward", lambda net, x0, *rest: seen.append(len(x0)) or forward(net, x0, *rest)
+    )
+    seconds_per_step(trainer)
+    assert max(seen) == 3
 
 
 def test_time_is_measured_and_the_trainer_is_left_as_it_was(tmp_path):

@@ -11,7 +11,6 @@ from ddpm_export.training.config import (
     CONFIG,
     PRESET_SIZES,
     PRESETS,
-    SMALLER,
     RunConfig,
     default_preset,
     read_config,
@@ -46,7 +45,6 @@ def test_every_preset_can_be_built_and_says_how_large_it_is():
         parameters = sum(p.numel() for p in network.parameters())
         said = [float(words) for words in text.replace(",", "").split() if words.replace(".", "").isdigit()]
         assert any(parameters / 1e6 == pytest.approx(number, rel=0.06) for number in said), (name, parameters, text)
-    assert set(SMALLER) == set(PRESETS) - {"tiny"}
     assert default_preset(True) == "cifar10"
     assert default_preset(False) == "tiny"
 
@@ -139,6 +137,13 @@ def test_label_dropout_has_a_default_where_there_are_classes():
     assert not without.spec((3, 32, 32), 10, None).null_class
     with pytest.raises(InputError, match="no effect without classes"):
         resolve("tiny", {"label_dropout": 0.1}).settings()
+
+
+@pytest.mark.parametrize(("choice", "says"), [({"width": 0}, "width must"), ({"mult": (0,)}, "mult must")])
+def test_numbers_of_the_network_are_refused_by_the_names_of_choices(choice, says):
+    config = resolve("tiny", choice)
+    with pytest.raises(InputError, match=says):
+        config.network(config.spec((3, 32, 32), None, None))
 
 
 def test_a_learned_variance_has_a_network_with_two_outputs():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 from ddpm_export.networks.unet import UNetConfig
 from ddpm_export.training import session
+from ddpm_export.training.advice import introduce
 from ddpm_export.training.checkpoint import checkpoints, load_network, load_training
 from ddpm_export.training.data import Dataset, Source
 from ddpm_export.training.likelihood import bits_per_dim
@@ -24,8 +27,9 @@ from ddpm_export.training.log import CsvLog, bucket_edges, bucket_names, read_lo
 from ddpm_export.training.plot import plot_run
 from ddpm_export.training.session import Housekeeping
 from ddpm_export.training.settings import TrainSettings
-from ddpm_export.training.train import Trainer
-from ddpmx.errors import FileFormatError, InputError, NumericError, OutputError
+from ddpm_export.training.train import Trainer, recorded_steps
+from ddpm_export.training.watch import TensorBoard, WeightsAndBiases
+from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError, OutputError
 from ddpmx.formats.atomic import write_error
 from ddpmx.formats.spec import ModelSpec
 
@@ -93,6 +97,27 @@ def test_a_resumed_run_has_one_row_for_every_step(tmp_path):
     before = (run / "log.csv").stat().st_mtime_ns
     resume(run).train(8)
     assert (run / "log.csv").stat().st_mtime_ns == before
+
+
+def test_a_row_that_could_not_be_written_leaves_no_part_of_itself(tmp_path, monkeypatch):
+    """A part, and the whole behind it when it is tried again, would be one row that nobody can read."""
+    log = CsvLog(tmp_path, 20, 0)
+    log.row({"step": 1, "loss": 0.5})
+    whole = log.path.read_bytes()
+    text = CsvLog._text
+
+    def cut(rows):
+        with log.path.open("ab") as stream:
+            stream.write(text(rows)[:4])  # what fitted
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CsvLog, "_text", staticmethod(cut))
+        with pytest.raises(OutputError, match="cannot be written"):
+            log.row({"step": 2, "loss": 0.4})
+    assert log.path.read_bytes() == whole
+    log.row({"step": 2, "loss": 0.4})
+    assert [row["step"] for row in read_log(log.path)] == [1, 2]
 
 
 def test_a_log_of_something_else_is_left_alone(tmp_path):
@@ -237,6 +262,78 @@ def test_a_loss_that_runs_away_stops_before_it_is_saved(tmp_path):
     with pytest.raises(NumericError, match="run away"):
         run.train(640)
     assert [load_training(path).step for path in checkpoints(run.run)] == [2]
+
+
+def test_a_run_knows_how_long_it_is_to_be(tmp_path):
+    run = tmp_path / "run"
+    trainer(run).train(6, stop=lambda: True)
+    assert recorded_steps(run) == 6
+    again = resume(run)
+    assert (again.step, again.steps) == (1, 6)
+    again.train(9, stop=lambda: True)
+    assert recorded_steps(run) == 9
+
+
+def test_a_rate_that_has_fallen_to_nothing_is_said(tmp_path):
+    run = trainer(tmp_path / "run", lr_decay=20)
+    assert not [line for line in introduce(run, 20, cached=False) if "rate is 0" in line]
+    (line,) = (line for line in introduce(run, 40, cached=False) if "rate is 0" in line)
+    assert "from step 20 on" in line
+
+
+# --- trackers --------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_rows_and_pictures(tmp_path, monkeypatch):
+    """By a stand-in for its writer: names, steps and shapes. The real one is not among the tests' packages."""
+    seen: list[tuple] = []
+    writer = SimpleNamespace(
+        add_scalar=lambda *args: seen.append(args),
+        add_image=lambda name, pixels, step, dataformats: seen.append((name, pixels.shape, step, dataformats)),
+        close=lambda: seen.append(("closed",)),
+    )
+    module = SimpleNamespace(SummaryWriter=lambda folder: seen.append((folder,)) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = trainer(tmp_path / "run", holdout=2)
+    run.train(2, housekeeping=Housekeeping(log_every=2, sample_every=2, trackers=[TensorBoard(tmp_path / "run")]))
+    assert seen[0] == (str(tmp_path / "run" / "tensorboard"),)
+    assert seen[-1] == ("closed",)
+    assert [entry[:1] + entry[2:] for entry in seen if entry[-1] == "HWC"] == [
+        ("data", 0, "HWC"),
+        ("samples", 2, "HWC"),
+    ]
+    scalars = {name: (value, step) for name, value, step in (entry for entry in seen if len(entry) == 3)}
+    (row,) = read_log(tmp_path / "run" / "log.csv")
+    assert scalars["loss"] == (pytest.approx(row["loss"], rel=1e-5), 2)
+    assert "bits_per_dim" in scalars
+    assert {name for name in scalars if name.startswith("loss/t")} == {
+        f"loss/{name}" for name in bucket_names(20) if not math.isnan(row[name])
+    }
+
+
+def test_weights_and_biases_gets_rows_and_pictures(tmp_path, monkeypatch):
+    seen: list[tuple] = []
+    run_of = SimpleNamespace(
+        log=lambda values, step: seen.append((set(values), step)), finish=lambda: seen.append(("finished",))
+    )
+    module = SimpleNamespace(
+        init=lambda **how: seen.append(("init", how["name"])) or run_of, Image=lambda pixels: pixels
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run = trainer(tmp_path / "run")
+    run.train(2, housekeeping=Housekeeping(log_every=2, trackers=[WeightsAndBiases(tmp_path / "run", {})]))
+    assert seen[0] == ("init", "run")
+    assert ({"data"}, 0) in seen
+    assert any("loss" in names and step == 2 for names, step in seen[1:-1])
+    assert seen[-1] == ("finished",)
+
+    def refuses(**how):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuses))
+    with pytest.raises(BackendError, match="does not begin") as caught:
+        WeightsAndBiases(tmp_path / "run", {})
+    assert caught.value.note == "api_key not configured"
 
 
 # --- changes ---------------------------------------------------------------------------------------------------------
