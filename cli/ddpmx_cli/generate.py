@@ -11,7 +11,8 @@ from typing import Annotated, cast
 
 from typer import Argument, Option
 
-from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES, Sampler, Spacing, Variance
+from ddpmx.diffusion.grids import SPACINGS, Spacing
+from ddpmx.diffusion.samplers import SAMPLERS, VARIANCES, Sampler, Variance
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
@@ -171,7 +172,7 @@ def generate(
             eta=eta,
             variance=cast("Variance | None", variance),
         )
-        if eta and sampling.sampler == "ancestral":
+        if eta and sampling.sampler != "ddim":
             raise InputError("--eta is for the ddim sampler only", hint="--sampler ddim, or omit --eta")
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = _classes(pipeline.spec, label, labels, n, first)

@@ -13,7 +13,8 @@ from torch import nn
 
 from ddpm_export.networks.torch_backend import TorchBackend
 from ddpmx.backends.base import Buffers
-from ddpmx.diffusion.samplers import timestep_grid, x0_coefficients
+from ddpmx.diffusion.grids import timestep_grid
+from ddpmx.diffusion.samplers import x0_coefficients
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator

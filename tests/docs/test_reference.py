@@ -12,7 +12,8 @@ import pytest
 
 import ddpmx
 from ddpmx import errors
-from ddpmx.diffusion.samplers import SAMPLERS, SPACINGS, VARIANCES
+from ddpmx.diffusion.grids import SPACINGS
+from ddpmx.diffusion.samplers import SAMPLERS, VARIANCES
 from ddpmx.diffusion.schedule import SCHEDULES
 from ddpmx.formats import betas, plan_file, spec
 from ddpmx.formats.envelope import unwrap

@@ -164,4 +164,5 @@ def beginning(table: Table, steps: int) -> Table:
         timesteps=table.timesteps[:steps],
         rows=table.rows[:steps],
         learned=None if table.learned is None else table.learned[:steps],
+        memory=None if table.memory is None else table.memory[:steps],
     )

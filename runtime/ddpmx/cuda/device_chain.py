@@ -126,6 +126,8 @@ class DeviceChain:
         self.rows, self._guidance = batch * (1 if guidance is None else 2), guidance
         if batch < 1 or len(table) < 1 or not 0 < self.rows * -(-elements // 4) < 1 << 31:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps cannot run as a chain on a GPU")
+        if table.memory is not None:
+            raise InputError("a sampler with memory does not run on a GPU yet", hint="sampler ddim")
         self.driver, self.kernels, self._description = driver, kernels, description
         self._shape, self._batch, self._table, self._conditioning_shapes = (
             shape,

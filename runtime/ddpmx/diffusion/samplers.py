@@ -8,6 +8,9 @@ and rounded to float32 once, by the chain that runs them.
 
 A network that learns its variance has a second output, v, and two more numbers give σ = exp(c + d·v) for every element.
 What v means is the model's ``variance``: a place between two bounds (``learned_range``), or log σ² itself (``learned``).
+
+A multistep sampler (:mod:`ddpmx.diffusion.multistep`) remembers x̂_0 of the two steps before, and two more numbers add
+C·x̂_0' + D·x̂_0'' to x_next.
 """
 
 from __future__ import annotations
@@ -19,14 +22,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.diffusion import elementary
+from ddpmx.diffusion import elementary, multistep
+from ddpmx.diffusion.grids import Spacing, log_snr, timestep_grid
 from ddpmx.diffusion.schedule import Float64, Schedule, respace
 from ddpmx.errors import InputError, SpecError
 
 Prediction = Literal["eps", "x0", "v", "mu"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned"]
-Sampler = Literal["ancestral", "ddim"]
-Spacing = Literal["linspace", "leading", "trailing", "quad"]
+Sampler = Literal["ancestral", "ddim", "dpmpp_2m", "unipc"]
 
 PREDICTIONS: tuple[Prediction, ...] = get_args(Prediction)
 VARIANCES: tuple[Variance, ...] = get_args(Variance)
@@ -35,7 +38,6 @@ FIXED_VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large")
 LEARNED_VARIANCES: tuple[Variance, ...] = ("learned_range", "learned")
 """The variances that are a second output of the network, ``var``."""
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-SPACINGS: tuple[Spacing, ...] = get_args(Spacing)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +49,15 @@ class Table:
         rows: float64 [S, 5], the columns p, q, A, B, σ. A step draws noise where σ is not 0.
         learned: float64 [S, 2], the columns c and d of σ = exp(c + d·v), or None if σ is that of ``rows``. With them, σ
             in ``rows`` only marks the steps with noise: 1, or 0 for none.
+        memory: float64 [S, 2], the columns C and D, which multiply x̂_0 of the step before and of the one before that; or
+            None for a sampler without memory. Both are 0 in the first step, D is in the second, and a table with memory has
+            no noise and no ``learned``.
     """
 
     timesteps: NDArray[np.int64]
     rows: Float64
     learned: Float64 | None = None
+    memory: Float64 | None = None
 
     def __len__(self) -> int:
         """The number of steps, S."""
@@ -59,41 +65,9 @@ class Table:
 
     @property
     def coefficients(self) -> Float64:
-        """float64 [S, 5], or [S, 7] with ``learned`` appended: every number that the chain computes with."""
-        return self.rows if self.learned is None else np.concatenate([self.rows, self.learned], axis=1)
-
-
-def timestep_grid(T: int, steps: int, spacing: Spacing = "linspace") -> NDArray[np.int64]:
-    """``steps`` of the timesteps 0…T−1, rising.
-
-    - ``linspace``: both ends and even gaps, round(i·(T−1)/(S−1)) (guided-diffusion; one step is T−1 alone).
-    - ``leading``: 0, k, 2k, … with k = T // S (diffusers' and DDIM's default).
-    - ``trailing``: T−1, T−1−T/S, … (Lin et al. 2023).
-    - ``quad``: dense near t = 0, up to 0.8·T (DDIM's CIFAR-10 figures).
-
-    Raises:
-        InputError: ``steps`` outside 1…T, an unknown spacing, or one that cannot make that many distinct steps.
-    """
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= T:
-        raise InputError(f"steps must be a whole number from 1 to {T}, not {steps!r}", note=f"the model has T = {T}")
-    if spacing not in SPACINGS:
-        raise InputError(f"there is no spacing {spacing!r}", hint=f"one of: {', '.join(SPACINGS)}")
-    if steps == T:
-        return np.arange(T)
-    i = np.arange(steps, dtype=np.float64)
-    if spacing == "linspace":
-        grid = np.round(i * (T - 1) / (steps - 1)) if steps > 1 else np.array([T - 1.0])
-    elif spacing == "leading":
-        grid = i * (T // steps)
-    elif spacing == "trailing":
-        grid = np.round(T - (steps - i - 1) * T / steps) - 1
-    else:
-        grid = np.floor(np.linspace(0, np.sqrt(T * 0.8), steps) ** 2)
-    if np.any(np.diff(grid) <= 0):
-        raise InputError(
-            f"{spacing!r} spacing cannot pick {steps} different steps out of {T}", hint="fewer steps, or linspace"
-        )
-    return grid.astype(np.int64)
+        """float64 [S, 5], or [S, 7] with ``learned`` or ``memory`` appended: every number that the chain computes with."""
+        more = [columns for columns in (self.learned, self.memory) if columns is not None]
+        return np.concatenate([self.rows, *more], axis=1) if more else self.rows
 
 
 def x0_coefficients(schedule: Schedule, prediction: Prediction) -> tuple[Float64, Float64]:
@@ -195,6 +169,28 @@ def ddim(schedule: Schedule, prediction: Prediction, eta: float = 0.0, *, x0: X0
     return _table(schedule, x0, np.sqrt(previous) - b * np.sqrt(alpha_bar), b, sigma)
 
 
+def multistep_table(
+    schedule: Schedule,
+    prediction: Prediction,
+    sampler: Sampler,
+    *,
+    x0: X0Coefficients | None = None,
+    steps: int | None = None,
+) -> Table:
+    """A sampler of :mod:`ddpmx.diffusion.multistep`, without noise after x_T.
+
+    Args:
+        schedule, prediction, x0: as for :func:`ancestral`.
+        sampler: ``dpmpp_2m`` or ``unipc``.
+        steps: only so many of the last steps, of which the first remembers nothing; by default all.
+    """
+    columns = {"dpmpp_2m": multistep.dpmpp_2m, "unipc": multistep.unipc}[sampler](schedule, steps)
+    p, q = x0 or x0_coefficients(schedule, prediction)
+    S = len(columns)
+    rows = np.stack([p[:S][::-1], q[:S][::-1], columns[:, 0], columns[:, 1], np.zeros(S)], axis=1)
+    return Table(schedule.timesteps[:S][::-1].copy(), rows, memory=columns[:, 2:])
+
+
 def make_table(
     schedule: Schedule,
     prediction: Prediction,
@@ -209,22 +205,23 @@ def make_table(
     """The table of a named sampler over ``steps`` of the schedule's timesteps (all of them by default).
 
     A learned variance is for networks with a second output ``var``, which the caller has to check. ``learned`` is that of
-    single steps, so its ancestral chain takes all T. The ddim sampler has its own σ and ignores ``variance``.
+    single steps, so its ancestral chain takes all T. The other samplers have their own σ and ignore ``variance``.
 
     With ``start`` the chain begins at this timestep: x is then x_t at that t, and the rows before it are left out. Where it
-    is not visited, the chain begins at the nearest that is, and a UserWarning says so.
+    is not visited, the chain begins at the nearest that is, and a UserWarning says so. A multistep sampler has nothing to
+    remember there, and its first step is of first order.
 
     Raises:
-        InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with the ancestral sampler, a
+        InputError: an unknown sampler, a number of steps outside 1…T, η outside 0…1 or with another sampler than ddim, a
             ``start`` outside 0…T−1, or fewer than T steps of the ancestral chain with the variance ``learned``.
         SpecError: ε is predicted where ᾱ reaches 0, or a coefficient is not a finite float32.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"there is no sampler {sampler!r}", hint=f"one of: {', '.join(SAMPLERS)}")
-    if sampler == "ancestral" and eta:
+    if sampler != "ddim" and eta:
         raise InputError("η is for the ddim sampler only", hint="sampler ddim, or leave out η")
     T = len(schedule)
-    timesteps = timestep_grid(T, T if steps is None else steps, spacing)
+    timesteps = timestep_grid(T, T if steps is None else steps, spacing, log_snr=lambda: log_snr(schedule))
     if sampler == "ancestral" and variance == "learned" and len(timesteps) < T:
         raise InputError(
             f"the network learned the variance of single steps, and this chain takes {len(timesteps)} of {T}",
@@ -237,19 +234,26 @@ def make_table(
             x0 = p[timesteps], q[timesteps]
         if sampler == "ddim":
             table = ddim(part, prediction, eta, x0=x0)
-        else:
+        elif sampler == "ancestral":
             table = ancestral(part, prediction, variance, x0=x0)
+        else:
+            table = multistep_table(part, prediction, sampler, x0=x0)
         if not np.isfinite(table.coefficients.astype(np.float32)).all():
             raise SpecError(
                 "this schedule leaves no signal or adds no noise at some timestep",
                 note="the chain would compute with NaN or infinities",
                 hint="other β, or fewer timesteps",
             )
-    return table if start is None else _starting_at(table, start, T)
+        if start is None:
+            return table
+        at = _position(table, start, T)
+        if table.memory is not None:
+            return multistep_table(part, prediction, sampler, x0=x0, steps=len(table) - at)
+    return Table(table.timesteps[at:], table.rows[at:], None if table.learned is None else table.learned[at:])
 
 
-def _starting_at(table: Table, start: int, T: int) -> Table:
-    """The rows of a table from the timestep ``start`` on, or from the nearest that it has."""
+def _position(table: Table, start: int, T: int) -> int:
+    """The step that begins at the timestep ``start``, or at the nearest that is visited."""
     if isinstance(start, bool) or not isinstance(start, (int, np.integer)):
         raise InputError(f"start must be a timestep that the chain visits, not {start!r}")
     if not 0 <= start < T:
@@ -263,7 +267,7 @@ def _starting_at(table: Table, start: int, T: int) -> Table:
             f"start is {start}, which the chain does not visit: it begins at {visited[at]}, the nearest that it does",
             stacklevel=2,
         )
-    return Table(visited[at:], table.rows[at:], None if table.learned is None else table.learned[at:])
+    return at
 
 
 def _table(

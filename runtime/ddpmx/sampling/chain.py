@@ -6,7 +6,7 @@ and x_{t−1} must feel no more than 0.02 of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,8 +107,11 @@ def update(
     x0: Float32,
     x_next: Float32,
     sigma: Float32 | None = None,
+    memory: Sequence[tuple[np.float32, Float32]] = (),
 ) -> None:
     """x̂_0 = clip(p·x + q·out), x_next = (A·x̂_0 + B·x) + σ·z, in float32 and in that order, without fused operations.
+
+    With ``memory`` x_next = ((A·x̂_0 + B·x) + C·x̂_0') + D·x̂_0''.
 
     Args:
         row: float32 [5], p, q, A, B, σ.
@@ -119,6 +122,7 @@ def update(
         x0: x̂_0 is written here. Any shape, the same for all arrays.
         x_next: the result is written here.
         sigma: σ of every element, where it is learned; None for the row's σ.
+        memory: (C, x̂_0 of the step before) and (D, x̂_0 of the one before that), those that are not 0.
     """
     p, q, a, b, fixed = row
     np.multiply(x, p, out=x0)
@@ -127,6 +131,8 @@ def update(
     np.clip(x0, np.float32(-limit), np.float32(limit), out=x0)
     np.multiply(x, b, out=x_next)
     np.add(x0 * a, x_next, out=x_next)
+    for weight, earlier in memory:
+        np.add(x_next, earlier * weight, out=x_next)
     if z is not None:
         np.add(x_next, z * (fixed if sigma is None else sigma), out=x_next)
 
@@ -235,7 +241,8 @@ def run(
 
     Args:
         backend: runs the network.
-        table: the sampler. One with a learned σ needs a network with the output ``var``.
+        table: the sampler. One with a learned σ needs a network with the output ``var``. One with memory gets x̂_0 of
+            the steps before, as it was clipped.
         x_start: float32 [B, C, H, W], the state at the table's first timestep.
         seed: of the noise.
         images: int64 [B], the index of each image: with the seed it fixes the image's noise.
@@ -265,6 +272,8 @@ def run(
     limit = np.inf if clip is None else clip
     backend.bind(buffers)
     rows = table.rows.astype(np.float32)
+    weights = None if table.memory is None else table.memory.astype(np.float32)
+    earlier: list[Float32] = []  # x̂_0 of the step before, and of the one before that
     draws = _noise(seed, images, table, int(np.prod(chw)))
     for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
         buffers.t.fill(t)
@@ -278,10 +287,15 @@ def run(
         z = sigma = None
         if row[4] != 0:
             z = next(draws).reshape(x.shape)
+        memory = []
+        if weights is not None:
+            memory = [(w, array) for w, array in zip(weights[index], earlier, strict=False) if w != 0]
         # the check above has the better message; not across the yield, where these settings would be the caller's
         with np.errstate(over="ignore", invalid="ignore"):
             if z is not None and learned is not None and var is not None:
                 sigma = learned_sigma(learned[index], var)
-            update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma)
+            update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma, memory=memory)
+        if weights is not None:
+            earlier = [x0.copy(), *earlier[:1]]
         yield Step(t, x, x0, x_next)
         x[...] = x_next

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import AnyArray, Labels
+from ddpmx.diffusion.grids import Spacing
 from ddpmx.diffusion.noise import MAX_IMAGE, check_seed
-from ddpmx.diffusion.samplers import LEARNED_VARIANCES, Sampler, Spacing, Table, Variance, make_table
+from ddpmx.diffusion.samplers import LEARNED_VARIANCES, Sampler, Table, Variance, make_table
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
@@ -42,9 +43,10 @@ class Sampling:
     """How a chain is run. The names are checked against a model where they are used, see :meth:`table`.
 
     Attributes:
-        sampler: ``ancestral`` (Algorithm 2 of Ho et al. 2020) or ``ddim`` (Song et al. 2020).
+        sampler: ``ancestral`` (Algorithm 2 of Ho et al. 2020), ``ddim`` (Song et al. 2020), ``dpmpp_2m`` (DPM-Solver++(2M),
+            Lu et al. 2022) or ``unipc`` (UniPC of order 2, Zhao et al. 2023).
         steps: how many of the T timesteps are visited, 1…T; None for all.
-        spacing: which ones: see :func:`ddpmx.diffusion.samplers.timestep_grid`.
+        spacing: which ones: see :func:`ddpmx.diffusion.grids.timestep_grid`.
         eta: η of the ddim sampler, 0 (no noise) … 1 (as much as the ancestral chain).
         start: the timestep at which the chain begins, or else the nearest that it visits, with a UserWarning; None for the
             last of them. The states at that t have to be passed as ``x``.

@@ -87,6 +87,11 @@ def test_the_beginning_of_a_chain_is_that_of_the_full_chain(variance):
     assert (part.rows[:, 4] != 0).all()  # noise in every step, as in 999 of 1000
 
 
+def test_the_beginning_of_a_chain_with_memory_has_its_memory():
+    table = make_table(SPEC.make_schedule(), "eps", "fixed_small", sampler="unipc", steps=9)
+    assert np.array_equal(beginning(table, 5).memory, table.memory[:5])
+
+
 # --- on the host ------------------------------------------------------------------------------------------------------
 
 
