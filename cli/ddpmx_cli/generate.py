@@ -53,7 +53,9 @@ def generate(
         Option(help="Folder for 00000.png, 00001.png, …; or FILE.png for one image, or with --grid for one sheet."),
     ] = Path("samples"),
     first: Annotated[int, Option(help="Index of the first image.")] = 0,
-    label: Annotated[int | None, Option(help="The class of all images, for a model with classes.")] = None,
+    label: Annotated[
+        str | None, Option(help="The class of all images, for a model with classes: its number or its name.")
+    ] = None,
     labels: Annotated[
         str | None,
         Option(help="The classes of the images, repeated in order of their index: 0,1,2.", metavar="CLASS,…"),
@@ -286,23 +288,22 @@ def _choice(sampler: str | None, spacing: str | None, sampling: object, timestep
     return with_spacing + default if spacing is None else default + with_spacing
 
 
-def _classes(spec: ModelSpec, label: int | None, labels: str | None, n: int, first: int) -> list[int] | None:
+def _classes(spec: ModelSpec, label: str | None, labels: str | None, n: int, first: int) -> list[int] | None:
     """The class of each image. It depends only on the image's index, not on the other images of the call."""
     if label is not None and labels is not None:
         raise InputError(
             "--label and --labels exclude each other", hint="--label is one class for all images, --labels are several"
         )
     if label is not None:
-        turns = [label]
+        turns = [spec.class_number(label.strip())]
     elif labels is not None:
-        try:
-            turns = [int(word) for word in labels.split(",")]
-        except ValueError as error:
-            raise InputError(f"--labels {labels[:40]!r} are not whole numbers", hint="--labels 0,1,2") from error
+        turns = [spec.class_number(word.strip()) for word in labels.split(",")]
     elif spec.classes is not None and not spec.null_class:
         raise InputError(
             f"missing labels: the model has {spec.classes} classes",
-            hint=f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",
+            hint=f"--label {spec.class_names[0]}, or --labels with several: {', '.join(spec.class_names)}"[:300]
+            if spec.class_names
+            else f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",
         )
     else:
         return None

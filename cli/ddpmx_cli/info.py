@@ -47,7 +47,9 @@ def _conditioning(spec: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     if (classes := spec.get("classes")) is not None:
         none = f'; {classes} is "no class" (guidance)' if spec.get("null_class") else ""
-        lines.append(("classes", f"{classes}, 0…{classes - 1}{none}"))
+        names = spec.get("class_names")
+        which = ": " + ", ".join(f"{i} {name}" for i, name in enumerate(names)) if names else f", 0…{classes - 1}"
+        lines.append(("classes", f"{classes}{which}{none}"))
     if spec.get("self_condition"):
         lines.append(("takes", "x̂_0 of the step before (self-conditioning)"))
     if (channels := spec.get("condition")) is not None:

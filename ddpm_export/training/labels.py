@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 
 from ddpm_export.training.images.on_disk import Slot
 from ddpmx.errors import DataError
-from ddpmx.formats.spec import MAX_CLASSES
+from ddpmx.formats.spec import MAX_CLASSES, MAX_TEXT, ModelSpec, is_class_name
 
 _SHOWN = 8
+
+_LATER = 256
+"""Bytes of a spec's text that export adds: the hash of the weights, the version."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,28 @@ class Labels:
     numbers: NDArray[np.int32]
     names: tuple[str, ...]
     notes: tuple[str, ...]
+
+
+def named(spec: ModelSpec, names: Sequence[str] | None) -> tuple[ModelSpec, str | None]:
+    """A spec with the names of its classes, where a model file can hold them.
+
+    Args:
+        spec: the model.
+        names: of its classes, as :class:`Labels` has them; None without.
+
+    Returns:
+        The spec, and if it lacks the names, why: None where there were none but numbers.
+    """
+    if spec.classes is None or names is None or all(name.isdigit() for name in names):
+        return spec, None
+    without = "the model file will not name the classes, which are numbered from 0 in this order"
+    if len(names) != spec.classes or not all(map(is_class_name, names)):
+        wrong = next((name for name in names if not is_class_name(name)), "")
+        return spec, f"{without}: {wrong[:40]!r} can be no name there"
+    with_names = spec.replace(class_names=tuple(names))
+    if len(json.dumps(with_names.to_json())) + _LATER > MAX_TEXT:
+        return spec, f"{without}: {len(names)} names do not fit"
+    return with_names, None
 
 
 def from_folders(folder: Path, files: Sequence[Path]) -> Labels:

@@ -28,6 +28,7 @@ from ddpm_export.training.config import RunConfig, write_config
 from ddpm_export.training.data import Dataset, Source
 from ddpm_export.training.images import cache
 from ddpm_export.training.images.pixels import InMemory
+from ddpm_export.training.labels import named
 from ddpm_export.training.learner import Learner, seed_of
 from ddpm_export.training.log import CsvLog, Tracker
 from ddpm_export.training.session import Housekeeping, Progress, Session, alone
@@ -68,6 +69,9 @@ class Trainer(Learner):
     def __init__(
         self, run: Path, dataset: Dataset, spec: ModelSpec, network: Config, settings: TrainSettings, **how: Any
     ) -> None:
+        spec, unnamed = named(spec, dataset.classes)
+        if unnamed is not None and unnamed not in dataset.notes:
+            dataset.notes += (unnamed,)
         super().__init__(dataset, spec, network, settings, **how)
         self.run = run
         self.saved_step = -1

@@ -408,6 +408,27 @@ def test_labels_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onn
     np.testing.assert_array_equal(pixels(tmp_path / "part"), wanted[3:])
 
 
+def test_labels_by_name(ddpmx, tmp_path, conditioned_onnx):
+    path = conditioned_onnx("classes", class_names=("cats", "dogs", "owls", "two words", "x"))
+    common = ["generate", path, "--seed", 4, "-n", 3]
+    assert ddpmx(*common, "--labels", "owls, 4,two words", "--out", tmp_path / "several").code == 0
+    assert ddpmx(*common, "--label", "dogs", "--out", tmp_path / "one").code == 0
+    with load(path) as pipeline:
+        np.testing.assert_array_equal(pixels(tmp_path / "several"), pipeline.generate(3, seed=4, labels=[2, 4, 3]))
+        np.testing.assert_array_equal(
+            pixels(tmp_path / "several"), pipeline.generate(3, seed=4, labels=["owls", 4, "two words"])
+        )
+        np.testing.assert_array_equal(pixels(tmp_path / "one"), pipeline.generate(3, seed=4, labels="dogs"))
+    for arguments, text in (
+        (("--label", "cat"), "the model's are cats, dogs, owls, two words, x"),
+        (("--labels", "0,cat"), "there is no class 'cat'"),
+        (("--label", "5"), "there is no class 5"),
+        ((), "--label cats, or --labels with several: cats, dogs,"),
+    ):
+        refused = ddpmx(*common, *arguments, "--out", tmp_path / "nothing")
+        assert (refused.code, text in refused.err) == (2, True), refused.err
+
+
 def test_conditions_take_turns_by_the_image_s_index(ddpmx, tmp_path, conditioned_onnx):
     path = conditioned_onnx("condition")
     conditions = np.random.default_rng(0).uniform(-1, 1, (3, 2, 8, 8)).astype(np.float32)
@@ -454,9 +475,9 @@ def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):
         ("classes", ["--label", CLASSES], f"there is no class {CLASSES}"),
         ("classes", ["--label", -1], "there is no class -1"),
         ("classes", ["--labels", "0,7"], "there is no class 7"),
-        ("classes", ["--labels", "0,,1"], "are not whole numbers"),
-        ("classes", ["--labels", "cat"], "are not whole numbers"),
-        ("classes", ["--labels", ""], "are not whole numbers"),
+        ("classes", ["--labels", "0,,1"], "there is no class ''"),
+        ("classes", ["--labels", "cat"], "there is no class ''"),
+        ("classes", ["--labels", ""], "there is no class ''"),
         ("classes", ["--label", 0, "--labels", "0,1"], "exclude each other"),
         ("classes", ["-n", 10**12, "--label", 0], "n must be"),
         ("itself", ["--label", 0], "no classes"),

@@ -93,6 +93,12 @@ def test_no_class_is_listed_with_the_classes(ddpmx, conditioned_onnx):
     assert f'classes: {CLASSES}, 0…{CLASSES - 1}; {CLASSES} is "no class" (guidance)' in out
 
 
+def test_classes_are_listed_by_name(ddpmx, conditioned_onnx):
+    names = tuple("abcde"[:CLASSES])
+    out = " ".join(ddpmx("info", conditioned_onnx("classes", class_names=names)).out.split())
+    assert f"classes: {CLASSES}: 0 a, 1 b, " in out
+
+
 def test_an_array_of_betas_is_named(ddpmx, conditioned_onnx):
     betas = np.linspace(0.01, 0.3, 20)
     path = conditioned_onnx("itself", schedule="betas", betas=betas)

@@ -203,6 +203,7 @@ def test_classes_are_the_folders(ddpmx, tmp_path):
     spec = json.loads((tmp_path / "run" / "checkpoints" / "00000001" / "spec.json").read_text())
     assert spec["model"]["classes"] == 2
     assert spec["model"]["null_class"] is True
+    assert spec["model"]["class_names"] == ["cats", "dogs"]
     assert spec["network"]["null_class"] is True
     drawn = ddpmx("generate", tmp_path / "run", "-n", 2, "--label", 1, "--guidance", 2, "--out", tmp_path / "drawn")
     assert drawn.code == 0, drawn

@@ -85,9 +85,10 @@ class Native:
 
     def __init__(self, path: Path) -> None:
         self.lib = ctypes.CDLL(os.fspath(path))
-        for name in ("ddpmx_last_error", "ddpmx_version", "ddpmx_backend", "ddpmx_status_name"):
+        for name in ("ddpmx_last_error", "ddpmx_version", "ddpmx_backend", "ddpmx_status_name", "ddpmx_class_name"):
             getattr(self.lib, name).restype = c_char_p
         self.lib.ddpmx_backend.argtypes = [c_void_p]
+        self.lib.ddpmx_class_name.argtypes = [c_void_p, c_int32]
         self.lib.ddpmx_close.argtypes = [c_void_p]
         self.lib.ddpmx_describe.argtypes = [c_void_p, POINTER(Model), c_size_t]
         self.lib.ddpmx_generate.argtypes = [c_void_p, POINTER(Request), c_void_p, c_uint64, c_void_p, c_uint64]
@@ -124,6 +125,10 @@ class NativePipeline:
         if self.handle:
             self.native.check(self.native.lib.ddpmx_close(self.handle))
             self.handle = c_void_p()
+
+    def class_name(self, label: int) -> str | None:
+        name = self.native.lib.ddpmx_class_name(self.handle, label)
+        return None if name is None else name.decode()
 
     @property
     def backend(self) -> str:

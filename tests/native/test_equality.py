@@ -133,6 +133,17 @@ def test_conditioning(kind, both, tmp_path):
             native.generate(4, **{other: array for other, array in arrays.items() if other != name})
 
 
+def test_classes_have_names(both, tmp_path):
+    names = ("cats", "Möwen", "x", "y z", "v")
+    path = tmp_path / "model.onnx"
+    for spec, wanted in ((spec_of("classes", class_names=names), names), (spec_of("classes"), (None,) * 5)):
+        path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
+        python, native = both(path)
+        assert python.spec.class_names == spec.class_names
+        assert tuple(map(native.class_name, range(5))) == wanted
+        assert [native.class_name(label) for label in (-1, 5, -(2**31), 2**31 - 1)] == [None] * 4
+
+
 @pytest.mark.parametrize("change", [{}, {"variance": "learned_range"}, {"self_condition": True, "condition": 2}])
 def test_guidance(change, both, tmp_path):
     spec = spec_of("classes", null_class=True, **change)

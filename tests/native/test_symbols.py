@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 EXPORTED = {
     "ddpmx_abi_version",
     "ddpmx_backend",
+    "ddpmx_class_name",
     "ddpmx_close",
     "ddpmx_describe",
     "ddpmx_generate",

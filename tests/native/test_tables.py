@@ -219,6 +219,9 @@ def test_a_schedule_of_free_betas_has_the_same_bits(native_build):
 
 
 SMALL = {"shape": [1, 2, 2], "timesteps": 10}
+CLASS_NAMES = ["b", "a b", "ü", "+", "1.5", "b" * 128, "b" * 129, "ü" * 64, "ü" * 65]
+CLASS_NAMES += ["a", "", " b", "b ", "b\n", "b,c", "1", "-1", "+01", "\u00a0", 1, None, True]
+
 SPECS: list[Any] = [
     {},
     [],
@@ -261,6 +264,10 @@ SPECS: list[Any] = [
     *({**SMALL, "classes": 2, "null_class": value} for value in (True, False, None, 1, "true")),
     *({**SMALL, "classes": classes, "null_class": True} for classes in (None, 0, "2")),
     {**SMALL, "null_class": True},
+    *({**SMALL, "classes": 2, "class_names": ["a", name]} for name in CLASS_NAMES),
+    *({**SMALL, "classes": 2, "class_names": names} for names in (None, ["a"], ["a", "b", "c"], "ab", {"a": "b"}, [])),
+    {**SMALL, "class_names": ["a"]},
+    {**SMALL, "class_names": None},
     *({**SMALL, "betas": betas} for betas in (None, [0.1] * 10, "00000000", 5)),
     *({**SMALL, "schedule": "betas", "betas": b} for b in (None, [], {}, 5, True, "0", [0.1] * 9, [[0.1] * 10])),
     *({**SMALL, "schedule": "betas", "betas": [0.1] * 9 + [last]} for last in (0.1, 1, 0, 2, -1, None, "0.1", 10**30)),

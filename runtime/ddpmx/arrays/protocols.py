@@ -59,8 +59,8 @@ AnyArray = SupportsDLPack | SupportsCudaArray | SupportsArrayInterface
 CudaStream = int | SupportsCudaStream | HasCudaStream
 """A CUDA stream: its handle, or an object that has one."""
 
-Labels = Union[int, "Sequence[int]", "NDArray[np.integer[Any]]", AnyArray]
-"""Classes: one whole number for all images, or one for each, in a list or in an array on the host."""
+Labels = Union[int, str, "Sequence[int]", "Sequence[str]", "NDArray[np.integer[Any]]", AnyArray]
+"""Classes: one for all images, or one for each: whole numbers, in a list or in an array on the host, or their names."""
 
 Target = TypeVar("Target", bound=AnyArray)
 """The array that the caller gives for the images, and gets back."""

@@ -10,7 +10,7 @@ from ddpmx.errors import DdpmxError, InputError, OutputError
 from ddpmx.formats import onnx_file, output_file
 from ddpmx.formats.spec import ModelSpec
 
-_NOT_THE_MODEL = {"precision": "fp32", "weights": None, "ddpmx": ""}
+_NOT_THE_MODEL = {"precision": "fp32", "weights": None, "ddpmx": "", "class_names": None}
 """Fields of a spec in which two exports of one model may differ."""
 
 

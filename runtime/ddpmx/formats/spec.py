@@ -33,6 +33,9 @@ MAX_CLASSES = 1 << 20
 MAX_CONDITION = 1 << 12
 """Channels. Both limits are 50 times what is in use; a larger number is a damaged file."""
 
+MAX_CLASS_NAME = 128
+"""Bytes of a class's name in UTF-8."""
+
 BETAS = "betas"
 """The schedule that is an array of β, not a formula."""
 
@@ -40,11 +43,13 @@ ConditioningShapes = Mapping[str, tuple[int, ...]]
 """The inputs of a network besides x and t, each with its dimensions for one image."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 _UNLESS_SET: dict[str, object] = {
     "classes": None,
     "self_condition": False,
     "condition": None,
     "null_class": False,
+    "class_names": None,
     "betas": None,
 }
 """Fields that are not written at these values, so that the text of models from before these fields stays the same."""
@@ -75,6 +80,7 @@ class ModelSpec:
         self_condition: whether it takes x̂_0 of the step before as ``x0_prev``, which is 0 in the first step.
         condition: number of channels of the condition image ``cond``, of the same size as the images; None without.
         null_class: whether y = classes stands for "no class", which classifier-free guidance needs.
+        class_names: the name of each class, all different: printable text without a comma, no whole number; None without.
         betas: with the schedule ``betas``, β_t, float64 [T], read-only. It is too long for the text, which holds only its
             checksum; each kind of file stores the array elsewhere.
 
@@ -95,6 +101,7 @@ class ModelSpec:
     self_condition: bool = False
     condition: int | None = None
     null_class: bool = False
+    class_names: tuple[str, ...] | None = None
     betas: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
     _betas: str = field(init=False, repr=False)  # the checksum of the array, compared in place of it
     _schedule: Schedule = field(init=False, repr=False, compare=False)
@@ -140,6 +147,7 @@ class ModelSpec:
         ):
             if count is not None and not (type(count) is int and 1 <= count <= most):
                 raise SpecError(f"{name} must be a whole number from 1 to {most}, or null for none, not {count!r}")
+        names = None if self.class_names is None else self._class_names()
         if (self.condition or 0) * int(shape[1]) * int(shape[2]) > MAX_ELEMENTS:
             raise SpecError(f"condition {self.condition} is more than {MAX_ELEMENTS} numbers for one image")
         betas = None
@@ -157,10 +165,28 @@ class ModelSpec:
         set_once(self, "shape", tuple(shape))
         set_once(self, "schedule_params", params)
         set_once(self, "clip", None if clip is None else float(clip))
+        set_once(self, "class_names", names)
         set_once(self, "betas", betas)
         set_once(self, "_betas", "" if betas is None else free_betas.checksum(betas))
         set_once(self, "_schedule", schedule)
         set_once(self, "_coefficients", f"{zlib.crc32(coefficients.tobytes()):08x}")
+
+    def _class_names(self) -> tuple[str, ...]:
+        """The checked names of the classes."""
+        names = self.class_names
+        if self.classes is None:
+            raise SpecError("class_names are for networks with classes, and this one has none")
+        if not isinstance(names, (tuple, list)) or len(names) != self.classes:
+            raise SpecError(f"class_names must be {self.classes} names, one for each class")
+        for name in names:
+            if not is_class_name(name):
+                raise SpecError(
+                    f"a class cannot have the name {name!r}"[:200],
+                    note=f"a name is 1 to {MAX_CLASS_NAME} bytes of printable text without a comma, and no whole number",
+                )
+        if len(set(names)) < len(names):
+            raise SpecError("class_names must differ from each other")
+        return tuple(names)
 
     def _free_betas(self) -> NDArray[np.float64]:
         """The checked array of the schedule ``betas``."""
@@ -195,6 +221,24 @@ class ModelSpec:
     def label_count(self) -> int:
         """How many values the input y may have: the classes, and one more with :attr:`null_class`; 0 without classes."""
         return 0 if self.classes is None else self.classes + self.null_class
+
+    def class_number(self, name: str) -> int:
+        """The class of this name, or the number itself in a text.
+
+        Raises:
+            InputError: no class has this name.
+        """
+        names = self.class_names or ()
+        if name in names:
+            return names.index(name)
+        if _WHOLE_NUMBER.fullmatch(name):
+            return int(name)
+        count = self.classes or 0
+        raise InputError(
+            f"there is no class {name[:80]!r}",
+            note="the classes of this model have no names" if count and not names else None,
+            hint=f"the model's are {', '.join(names)}"[:200] if names else f"labels: 0…{count - 1}" if count else None,
+        )
 
     @property
     def inputs(self) -> dict[str, tuple[int, ...]]:
@@ -231,6 +275,8 @@ class ModelSpec:
                 del values[name]
         if self.betas is not None:
             values["betas"] = self.betas.tolist() if whole else self._betas
+        if self.class_names is not None:
+            values["class_names"] = list(self.class_names)
         values["shape"] = list(self.shape)
         values["schedule_params"] = dict(self.schedule_params)
         values["coefficients"] = self._coefficients
@@ -307,6 +353,18 @@ class ModelSpec:
             SpecError: not such a text, truncated or changed, or refused by :meth:`from_json`.
         """
         return cls.from_json(unwrap(PREFIX, text), betas=betas, where=where)
+
+
+def is_class_name(name: object) -> bool:
+    """Whether a class can have this name in a model file: see :attr:`ModelSpec.class_names`."""
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and name == name.strip(" ")
+        and 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_NAME
+        and "," not in name
+        and not _WHOLE_NUMBER.fullmatch(name)
+    )
 
 
 def _field_names() -> list[str]:

@@ -22,8 +22,9 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
     Args:
         spec: the model.
         n: images.
-        labels: one whole number for all of them, or n, in a list or in an array on the host; None if missing: no class,
-            which only a network with :attr:`ModelSpec.null_class` knows.
+        labels: one for all of them, or n: whole numbers, in a list or in an array on the host, or names
+            (:attr:`ModelSpec.class_names`); None if missing: no class, which only a network with
+            :attr:`ModelSpec.null_class` knows.
 
     Raises:
         InputError: the model has no classes, labels are missing or of another type or shape, or the model has no such
@@ -36,6 +37,10 @@ def class_labels(spec: ModelSpec, n: int, labels: Any) -> NDArray[np.int32]:
         return np.full(n, classes, np.int32)
     if labels is None:
         raise InputError(f"missing labels: the model has {classes} classes", hint=f"labels: 0…{classes - 1}")
+    if isinstance(labels, str):
+        labels = spec.class_number(labels)
+    elif isinstance(labels, (list, tuple)):
+        labels = [spec.class_number(label) if isinstance(label, str) else label for label in labels]
     with ExitStack() as stack:
         if not isinstance(labels, (int, float, list, tuple, np.generic)):
             where = stack.enter_context(view(labels))

@@ -199,6 +199,12 @@ ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, 
   });
 }
 
+const char *ddpmx_class_name(const ddpmx_pipeline *pipeline, int32_t label) DDPMX_NOEXCEPT {
+  if (!pipeline) return nullptr;
+  const std::vector<std::string> &names = pipeline->inside->spec().class_names;
+  return label >= 0 && static_cast<size_t>(label) < names.size() ? names[static_cast<size_t>(label)].c_str() : nullptr;
+}
+
 const char *ddpmx_backend(const ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT {
   return pipeline ? pipeline->inside->description().c_str() : "";
 }

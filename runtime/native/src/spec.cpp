@@ -17,6 +17,7 @@ constexpr std::string_view kBetas = "betas";      // the schedule that is an arr
 constexpr int64_t kMaxElements = 1 << 28;         // C·H·W: 1 GiB of float32 for one image
 constexpr int64_t kMaxClasses = 1 << 20;          // 50 times what is in use, as kMaxCondition is
 constexpr int64_t kMaxCondition = 1 << 12;
+constexpr size_t kMaxClassName = 128;             // bytes
 constexpr size_t kMaxBetas = 1 << 14;
 
 constexpr std::string_view kPredictions[] = {"eps", "x0", "v", "mu"};
@@ -27,7 +28,7 @@ constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16"};
 constexpr std::string_view kFields[] = {"shape",    "timesteps", "schedule",  "schedule_params", "prediction",
                                         "variance", "clip",      "precision", "weights",         "ddpmx",
                                         "classes",  "condition", "betas",     "self_condition",  "null_class",
-                                        "coefficients"};
+                                        "class_names", "coefficients"};
 
 [[noreturn]] void refuse(const std::string &fact, const std::string &note = "", const std::string &hint = "") {
   throw Failure(DDPMX_SPEC, fact, note, hint);
@@ -99,6 +100,40 @@ std::optional<int64_t> count(const std::string &name, const Json &value, int64_t
   const int64_t *n = value.as<int64_t>();
   if (n && *n >= 1 && *n <= most) return *n;
   refuse(name + " must be a whole number from 1 to " + std::to_string(most) + ", or null for none, not " + shown(value));
+}
+
+bool is_whole_number(std::string_view text) {
+  if (!text.empty() && (text[0] == '+' || text[0] == '-')) text.remove_prefix(1);
+  return !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+}
+
+bool is_class_name(const std::string &name) {
+  return !name.empty() && name.size() <= kMaxClassName && printable(name) && name.front() != ' ' &&
+         name.back() != ' ' && name.find(',') == name.npos && !is_whole_number(name);
+}
+
+// After the classes.
+void set_class_names(Spec &spec, const Json &value) {
+  if (is_null(value)) return;
+  if (!spec.classes) refuse("class_names are for networks with classes, and this one has none");
+  const Json::Array *items = value.as<Json::Array>();
+  if (!items || static_cast<int64_t>(items->size()) != *spec.classes) {
+    refuse("class_names must be " + std::to_string(*spec.classes) + " names, one for each class");
+  }
+  for (const Json &item : *items) {
+    const std::string *name = item.as<std::string>();
+    if (!name || !is_class_name(*name)) {
+      refuse("a class cannot have the name " + (name ? in_quotes(*name) : shown(item)),
+             "a name is 1 to " + std::to_string(kMaxClassName) +
+                 " bytes of printable text without a comma, and no whole number");
+    }
+    spec.class_names.push_back(*name);
+  }
+  std::vector<std::string> sorted = spec.class_names;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) {
+    refuse("class_names must differ from each other");
+  }
 }
 
 // --- the schedule ----------------------------------------------------------------------------------------------------
@@ -224,6 +259,7 @@ void set_fields(Spec &spec, const Json::Object &values) {
     refuse("null_class is for networks with classes, and this one has none");
   }
   if (const Json *value = given("classes")) spec.classes = count("classes", *value, kMaxClasses);
+  if (const Json *value = given("class_names")) set_class_names(spec, *value);
   if (const Json *value = given("condition")) spec.condition = count("condition", *value, kMaxCondition);
   if (spec.condition.value_or(0) * spec.height * spec.width > kMaxElements) {  // 2¹²·2²⁸ at most
     refuse("condition " + std::to_string(*spec.condition) + " is more than " + std::to_string(kMaxElements) +
@@ -252,7 +288,7 @@ bool same_model(const Spec &a, const Spec &b) {
          a.schedule_name == b.schedule_name && a.schedule_params == b.schedule_params && a.prediction == b.prediction &&
          a.variance == b.variance && a.clip == b.clip && a.precision == b.precision && a.classes == b.classes &&
          a.condition == b.condition && a.self_condition == b.self_condition &&
-         a.null_class == b.null_class && a.betas == b.betas;
+         a.null_class == b.null_class && a.class_names == b.class_names && a.betas == b.betas;
 }
 
 std::string_view name_of(Prediction prediction) { return kPredictions[static_cast<size_t>(prediction)]; }

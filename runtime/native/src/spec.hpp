@@ -42,6 +42,7 @@ struct Spec {
   std::optional<int64_t> classes, condition;
   bool self_condition = false;
   bool null_class = false;  // whether y = classes stands for "no class", which guidance needs
+  std::vector<std::string> class_names;  // one for each class, or none
   std::vector<double> betas;  // only with the schedule "betas"
   Schedule schedule;
 

@@ -93,6 +93,7 @@ static void null_arguments(void) {
   CHECK(ddpmx_output_size(NULL, &request, &bytes) == DDPMX_INPUT);
   CHECK(ddpmx_generate(NULL, &request, NULL, 0, NULL, 0) == DDPMX_INPUT);
   CHECK(ddpmx_backend(NULL)[0] == 0);
+  CHECK(ddpmx_class_name(NULL, 0) == NULL);
   CHECK(strcmp(ddpmx_status_name(DDPMX_CANCELLED), "DDPMX_CANCELLED") == 0);
   CHECK(strcmp(ddpmx_status_name(99), "DDPMX_?") == 0);
 }

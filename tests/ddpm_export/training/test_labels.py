@@ -13,7 +13,9 @@ pytest.importorskip("torch", reason="not verified here: the training side (no to
 
 from ddpm_export.training.data import Dataset, Source, load_dataset, load_source
 from ddpm_export.training.images import cache
+from ddpm_export.training.labels import named
 from ddpmx.errors import DataError, FileFormatError
+from ddpmx.formats.spec import ModelSpec
 
 pytestmark = pytest.mark.torch
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 6, 3), np.uint8)
@@ -122,6 +124,26 @@ def test_a_run_remembers_classes(folders, tmp_path):
     assert load_source(source).fingerprint() != dataset.fingerprint()
     with pytest.raises(FileFormatError):
         Source.from_json(source.to_json() | {"classes": "yes"}, "run")
+
+
+@pytest.mark.parametrize(
+    ("names", "kept", "said"),
+    [
+        (("cats", "dogs"), ("cats", "dogs"), None),
+        (("0", "1"), None, None),
+        (None, None, None),
+        (("cats", "7"), None, "'7' can be no name there"),
+        (("cats", "a,b"), None, "'a,b' can be no name there"),
+        (("a" * 100, *(f"{i:0100x}x" for i in range(39))), None, "40 names do not fit"),
+    ],
+)
+def test_a_model_file_names_the_classes_where_it_can(names, kept, said):
+    spec = ModelSpec((3, 8, 8), classes=2 if names is None else len(names), null_class=True)
+    got, note = named(spec, names)
+    assert (got.class_names, note is None) == (kept, said is None)
+    assert got.replace(class_names=None) == spec
+    assert said is None or said in note
+    got.replace(weights="ab" * 32, ddpmx="0.10.0.dev12+g1234567").to_text()  # fits
 
 
 def test_the_fingerprint_is_of_labels_too(tmp_path):

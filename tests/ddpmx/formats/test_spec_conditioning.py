@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from ddpmx.errors import SpecError
+from ddpmx.errors import InputError, SpecError
 from ddpmx.formats import onnx_file
 from ddpmx.formats.describe import describe
 from ddpmx.formats.spec import MAX_TEXT, ModelSpec, input_type
@@ -15,7 +15,7 @@ from oracles import conditioning
 from oracles.conditioning import CHANNELS, KINDS, spec_of
 from oracles.protobuf import FLOAT, FLOAT16, INT32, INT64
 
-FIELDS = {"classes", "self_condition", "condition", "null_class", "betas"}
+FIELDS = {"classes", "self_condition", "condition", "null_class", "class_names", "betas"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +81,7 @@ def test_the_inputs_by_name():
         ("null_class", 1, "null_class must be"),
         ("null_class", None, "null_class must be"),
         ("null_class", True, "for networks with classes"),
+        ("class_names", ["a"], "for networks with classes"),
         ("classess", 3, "does not know: classess"),
     ],
 )
@@ -97,6 +98,42 @@ def test_no_class_is_one_more_label_and_no_other_input():
     assert spec.inputs == plain.inputs
     assert ModelSpec.from_text(spec.to_text()) == spec != plain
     assert (spec.to_json()["null_class"], "null_class" in plain.to_json()) == (True, False)
+
+
+def test_classes_have_names():
+    spec = ModelSpec((3, 8, 8), classes=3, class_names=("cats", "dogs", "Möwen"))
+    assert ModelSpec.from_text(spec.to_text()) == spec
+    assert spec.to_json()["class_names"] == ["cats", "dogs", "Möwen"]
+    assert "class_names" not in spec.replace(class_names=None).to_json()
+    assert [spec.class_number(name) for name in ("Möwen", "cats", "1", "-7")] == [2, 0, 1, -7]
+    with pytest.raises(InputError, match="no class 'cat'") as refused:
+        spec.class_number("cat")
+    assert refused.value.hint == "the model's are cats, dogs, Möwen"
+    with pytest.raises(InputError, match="no class 'cats'") as refused:
+        spec.replace(class_names=None).class_number("cats")
+    assert (refused.value.note, refused.value.hint) == ("the classes of this model have no names", "labels: 0…2")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a"], "must be 2 names"),
+        ("ab", "must be 2 names"),
+        (["a", "a"], "must differ"),
+        (["a", ""], "cannot have the name ''"),
+        (["a", "b,c"], "cannot have the name 'b,c'"),
+        (["a", "12"], "cannot have the name '12'"),
+        (["a", " b"], "cannot have the name ' b'"),
+        (["a", "b\n"], "cannot have the name"),
+        (["a", "\ud800"], "cannot have the name"),
+        (["a", "é" * 65], "cannot have the name"),
+        (["a", 1], "cannot have the name 1"),
+    ],
+)
+def test_names_that_could_be_mistaken_are_refused(names, message):
+    """``--labels a,12`` could mean the class number 12, and a comma would end a name."""
+    with pytest.raises(SpecError, match=message):
+        ModelSpec((3, 8, 8), classes=2, class_names=names)
 
 
 def test_a_condition_that_fills_memory_is_refused():

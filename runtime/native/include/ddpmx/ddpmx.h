@@ -131,6 +131,9 @@ typedef struct ddpmx_model {
  * DDPMX_INPUT: NULL, or a size that no version of the struct has. */
 DDPMX_API ddpmx_status ddpmx_describe(const ddpmx_pipeline *pipeline, ddpmx_model *model, size_t size) DDPMX_NOEXCEPT;
 
+/* The name of a class, in UTF-8, or NULL: the model names none, or there is no such class. Valid as long as the pipeline. */
+DDPMX_API const char *ddpmx_class_name(const ddpmx_pipeline *pipeline, int32_t label) DDPMX_NOEXCEPT;
+
 /* The library, version and device that compute the network, for display. "" for NULL. Valid as long as the pipeline. */
 DDPMX_API const char *ddpmx_backend(const ddpmx_pipeline *pipeline) DDPMX_NOEXCEPT;
 

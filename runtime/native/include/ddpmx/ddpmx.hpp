@@ -255,6 +255,12 @@ class Pipeline {
 
   const Model &model() const noexcept { return model_; }
 
+  // The name of a class, in UTF-8; empty where the model names none, or has no such class.
+  std::string class_name(std::int32_t label) const {
+    const char *name = ddpmx_class_name(handle_.get(), label);
+    return name ? name : "";
+  }
+
   // The library, version and device that compute the network, for display.
   std::string backend() const { return ddpmx_backend(handle_.get()); }
 
