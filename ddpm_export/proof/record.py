@@ -20,10 +20,19 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import SILENT
 from ddpmx.parity.propagation import DRIFT
-from ddpmx.parity.reference import QUANTILES, Reference, chain_table, diffusion_noise, elements, recorded_steps
+from ddpmx.parity.reference import (
+    GUIDANCE,
+    QUANTILES,
+    Reference,
+    chain_table,
+    diffusion_noise,
+    elements,
+    recorded_steps,
+)
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.guidance import GuidedBackend, guided
 from ddpmx.sampling.pixels import from_uint8, to_uint8
 
 TIMESTEPS = 32
@@ -89,10 +98,12 @@ def record(
         state_x0 = np.empty((len(at), *spec.shape), np.uint8)
         chain_conditioning = example(spec, indices, seed=seed)
         if spec.classes is not None:
-            # reversed, so that the first image, whose states are recorded, is not of class 0
-            chain_conditioning["y"] = _spread(spec.label_count, chains)[::-1].copy()
+            # reversed, so that the first image, whose states are recorded, is not of class 0; guided to classes alone
+            chain_conditioning["y"] = _spread(spec.classes, chains)[::-1].copy()
+        guidance = GUIDANCE if spec.null_class else 1.0
+        how = guided(spec, guidance)
         run = chain.run(
-            backend,
+            backend if how is None else GuidedBackend(backend, spec, how),
             table,
             x_start,
             seed=seed,
@@ -174,6 +185,7 @@ def record(
         unit=unit,
         state_unit=state_unit,
         ignores_time=ignores_time,
+        guidance=guidance,
     )
     if reference.scale < SILENT:
         raise InputError(
@@ -199,7 +211,7 @@ def _drift(backend: TorchBackend, reference: Reference, end: Float32, tick: Call
     spec, first = reference.spec, np.arange(1)
     sample = end
     for step in chain.run(
-        _Disturbed(backend, DRIFT * reference.scale),
+        reference.guided(_Disturbed(backend, DRIFT * reference.scale)),
         reference.table(),
         chain.initial(reference.seed, first, spec.shape),
         seed=reference.seed,

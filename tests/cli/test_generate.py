@@ -476,7 +476,7 @@ def test_one_label_for_all(ddpmx, tmp_path, conditioned_onnx):
         ("classes", ["--label", -1], "there is no class -1"),
         ("classes", ["--labels", "0,7"], "there is no class 7"),
         ("classes", ["--labels", "0,,1"], "there is no class ''"),
-        ("classes", ["--labels", "cat"], "there is no class ''"),
+        ("classes", ["--labels", "cat"], "there is no class 'cat'"),
         ("classes", ["--labels", ""], "there is no class ''"),
         ("classes", ["--label", 0, "--labels", "0,1"], "exclude each other"),
         ("classes", ["-n", 10**12, "--label", 0], "n must be"),

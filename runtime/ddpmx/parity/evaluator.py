@@ -13,6 +13,10 @@ from ddpmx.errors import NumericError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.evaluation import Outputs
+from ddpmx.sampling.runner import fitting_batch
+
+ANY = ((1, 1 << 32),)
+"""The batches that a network on the host takes."""
 
 
 class Evaluator:
@@ -24,12 +28,19 @@ class Evaluator:
         batch: rows per network call.
         progress: called with (network calls done, network calls in all).
         total: how many network calls there will be in all.
+        ranges: the smallest and the largest batch of each range that the network takes.
     """
 
     def __init__(
-        self, backend: Backend, spec: ModelSpec, batch: int, progress: Callable[[int, int], None] | None, total: int
+        self,
+        backend: Backend,
+        spec: ModelSpec,
+        batch: int,
+        progress: Callable[[int, int], None] | None,
+        total: int,
+        ranges: tuple[tuple[int, int], ...] = ANY,
     ) -> None:
-        self._backend, self._spec, self.batch = backend, spec, batch
+        self._backend, self._spec, self.batch, self._ranges = backend, spec, batch, ranges
         self._progress, self._done, self._total = progress, 0, total
 
     def __call__(
@@ -78,8 +89,52 @@ class Evaluator:
                 )
         return Outputs(out, var)
 
+    def calls(self, rows: int) -> int:
+        """How many network calls ``rows`` rows take in :class:`InBatches`."""
+        return -(-rows // self.fitting(rows))
+
+    def fitting(self, rows: int) -> int:
+        """Rows per network call where there are ``rows`` of them: no more than the evaluator's own, if the network can."""
+        return fitting_batch(self._ranges, min(rows, self.batch))
+
     def tick(self) -> None:
         """Count one network call that is done."""
         self._done += 1
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
+
+
+class InBatches:
+    """A backend for any number of rows, which an evaluator computes in batches that its network takes.
+
+    Args:
+        evaluate: its network must take the same conditioning inputs as the buffers have.
+        description: of the network.
+    """
+
+    def __init__(self, evaluate: Evaluator, description: str) -> None:
+        self._evaluate, self.description = evaluate, description
+        self._buffers: Buffers | None = None
+
+    def bind(self, buffers: Buffers) -> None:
+        """Use these buffers."""
+        self._buffers = buffers
+
+    def enqueue(self) -> None:
+        """Compute the outputs of all rows.
+
+        Raises:
+            NumericError: one is not finite.
+            BackendError: the network could not be run.
+        """
+        buffers = self._buffers
+        assert buffers is not None
+        conditioning = {name: array for name, array in buffers.inputs().items() if name not in ("x", "t")}
+        rows = len(buffers.x)
+        outputs = self._evaluate(buffers.x, buffers.t, conditioning, batch=self._evaluate.fitting(rows))
+        buffers.out[...] = outputs.out
+        if buffers.var is not None and outputs.var is not None:
+            buffers.var[...] = outputs.var
+
+    def close(self) -> None:
+        """Do nothing: the network is the evaluator's."""

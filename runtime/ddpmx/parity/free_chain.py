@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddpmx.backends.base import Backend
 from ddpmx.parity.check import Check
-from ddpmx.parity.evaluator import Evaluator
+from ddpmx.parity.evaluator import Evaluator, InBatches
 from ddpmx.parity.propagation import gain, pixels_bound, rms
 from ddpmx.parity.reference import Reference
 from ddpmx.sampling import chain
@@ -46,7 +45,7 @@ def too_few(counted: NDArray[np.bool_]) -> str | None:
 
 def free_chain(
     evaluate: Evaluator,
-    backend: Backend,
+    description: str,
     usual: float,
     error: float,
     reference: Reference,
@@ -55,8 +54,8 @@ def free_chain(
     """Run the recorded chain without correction, and compare its images.
 
     Args:
-        evaluate: counts the network's calls.
-        backend: the network.
+        evaluate: the network.
+        description: what it runs on.
         usual: the share of pixels within one level that a chain without amplification keeps.
         error: the bound on the RMS error of the output.
         reference: the record.
@@ -66,7 +65,7 @@ def free_chain(
         The check, and the images, uint8 [m, H, W, C], or None if the chain was not run.
     """
     spec, table = reference.spec, reference.table()
-    name = f"free chain of {reference.steps} steps, pixels within one level"
+    name = f"free chain of {reference.steps} steps{_how(reference)}, pixels within one level"
     bound = pixels_bound(usual, reference.drift, error)
     why = f"usual for this precision: {usual:.3g}"
     if bound < usual:
@@ -81,7 +80,7 @@ def free_chain(
     at = {int(step): i for i, step in enumerate(reference.at)}
     sample = x_start
     free = chain.run(
-        backend,
+        reference.guided(InBatches(evaluate, description)),
         table,
         x_start,
         seed=reference.seed,
@@ -94,7 +93,6 @@ def free_chain(
         if number in at:
             states[at[number]] = step.x[0]
         sample = step.x0
-        evaluate.tick()
     curves["free"] = np.array([rms(a - b) for a, b in zip(states, reference.state, strict=True)])
     finals, theirs = to_nhwc(sample), reference.final.transpose(0, 2, 3, 1)
     counted = ~saturated(finals, theirs)
@@ -109,6 +107,10 @@ def free_chain(
         f", {left_out:.1%} saturated on both sides and not counted" if left_out else ""
     )
     return Check(name, float(np.mean(apart <= 1)), bound, at_least=True, worst=worst, why=why), finals
+
+
+def _how(reference: Reference) -> str:
+    return "" if reference.guidance == 1 else f" with guidance {reference.guidance:g}"
 
 
 def _not_judged(reference: Reference, counted: NDArray[np.bool_], bound: float) -> str | None:

@@ -31,7 +31,7 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity import on_device
 from ddpmx.parity.allowed import Allowed, allowed
 from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Check
-from ddpmx.parity.evaluator import Evaluator
+from ddpmx.parity.evaluator import ANY, Evaluator
 from ddpmx.parity.free_chain import free_chain
 from ddpmx.parity.propagation import bits, bits_bound, rms, step, step_bound
 from ddpmx.parity.reduced import RANGE, not_known
@@ -174,8 +174,10 @@ def run_ladder(
     if isinstance(backend, CopyingBackend):
         batch, least = (fitting_batch(backend.device.batches, wanted) for wanted in (batch, 1))
     runs = 0 if reference is None else -(-reference.out[:, :, 0].size // batch) + -(-len(reference.at) // batch)
-    runs += 0 if reference is None or not reference.trained else reference.steps
-    evaluate = Evaluator(backend, spec, batch, progress, total=runs + 2 + -(-batch // least))
+    ranges = backend.device.batches if isinstance(backend, CopyingBackend) else ANY
+    if reference is not None and reference.trained:
+        runs += reference.steps * Evaluator(backend, spec, batch, None, 0, ranges).calls(reference.chain_rows)
+    evaluate = Evaluator(backend, spec, batch, progress, runs + 2 + -(-batch // least), ranges)
     table = BOUNDS_ON_GPU if on_gpu else BOUNDS
     bounds = None if reference is None else allowed(table, spec.precision, reference)
     largest = table[spec.precision].eps_pixel if bounds is None else float(bounds.eps_pixel.max())
@@ -186,7 +188,7 @@ def run_ladder(
         return ParityReport(spec, backend.description, None, tuple(checks))
     curves: dict[str, NDArray[Any]] = {}
     checks += _over_timesteps(evaluate, spec, bounds, reference, curves)
-    more, finals = _chains(evaluate, backend, bounds, reference, curves)
+    more, finals = _chains(evaluate, backend.description, bounds, reference, curves)
     checks += more
     if judged != "file":
         checks = [replace(check, judged=judged) for check in checks]
@@ -300,7 +302,7 @@ def _over_timesteps(
 
 
 def _chains(
-    evaluate: Evaluator, backend: Backend, bounds: Allowed, reference: Reference, curves: dict[str, NDArray[Any]]
+    evaluate: Evaluator, description: str, bounds: Allowed, reference: Reference, curves: dict[str, NDArray[Any]]
 ) -> tuple[list[Check], NDArray[np.uint8] | None]:
     """The recorded chain, teacher-forced and free. (checks, images of the free chain)"""
     spec, kept, unit, usual = reference.spec, elements(reference.spec.shape), reference.scale, bounds.usual
@@ -328,7 +330,7 @@ def _chains(
         differences = [rms(a - b) for a, b in zip(var, reference.state_var, strict=True)]
         curves["forced_var"] = np.array(differences) / reference.var_scale
         checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], usual.eps, t))
-    free, finals = free_chain(evaluate, backend, usual.pixels, rms(bounds.state_eps), reference, curves)
+    free, finals = free_chain(evaluate, description, usual.pixels, rms(bounds.state_eps), reference, curves)
     return [*checks, free], finals
 
 

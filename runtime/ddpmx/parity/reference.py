@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx.backends.base import Backend
 from ddpmx.diffusion import noise
 from ddpmx.diffusion.noise import Purpose
 from ddpmx.diffusion.samplers import Table, make_table
@@ -30,6 +31,7 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.parity.reduced import Reduced
 from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
+from ddpmx.sampling.guidance import GuidedBackend, guided
 from ddpmx.sampling.pixels import from_uint8
 
 ELEMENTS = 4096
@@ -43,10 +45,16 @@ more."""
 FORMAT = "ddpmx-parity1"
 _MOST = {"t": 4096, "x0": 16, "at": 64, "final": 16}
 _JSON_FIELDS = frozenset({"spec", "made_with", "seed", "real", "loss", "steps"})  # all other fields are arrays
-_OPTIONAL_JSON = frozenset({"reduced", "ignores_time"})
+_OPTIONAL_JSON = frozenset({"reduced", "ignores_time", "guidance"})
 _BY_SPEC = frozenset({"y", "final_y", "var", "state_var", "state_x0"})  # if the network has such an input or output
 _OPTIONAL = _BY_SPEC | {"unit", "state_unit", "drift"}  # the last three are in no record of ddpmx 1.0 and earlier
 QUANTILES = 64
+
+GUIDANCE = 2.0
+"""w of the recorded chain of a network that can be guided: what its users draw with, and both of its answers count."""
+
+MAX_GUIDANCE = 1e6
+"""A larger number is a damaged record."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +88,7 @@ class Reference:
             error of the outputs; see :func:`ddpmx.parity.propagation.pixels_bound`. Of pixels that are not saturated.
         reduced: the same checks of the module in half precision or bfloat16, if it was exported so.
         ignores_time: whether the network ignores t, by its exporter's word.
+        guidance: w of the chain, see :mod:`ddpmx.sampling.guidance`; 1 is none. The outputs for ``state`` are not guided.
 
     A condition image is not stored: it is noise, see :func:`ddpmx.sampling.conditioning.example`.
     """
@@ -107,6 +116,7 @@ class Reference:
     drift: Float32 | None = None
     reduced: Reduced | None = None
     ignores_time: bool = False
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         """Check types, shapes and ranges of all fields.
@@ -168,6 +178,10 @@ class Reference:
             and len(self.made_with) <= 200
             and isinstance(self.real, bool)
             and isinstance(self.ignores_time, bool)
+            and type(self.guidance) is float
+            and math.isfinite(self.guidance)
+            and abs(self.guidance) <= MAX_GUIDANCE
+            and (self.guidance == 1 or spec.null_class)
             and isinstance(self.loss, float)
             and math.isfinite(self.loss)
         ):
@@ -223,6 +237,16 @@ class Reference:
             conditioning["y"] = self.final_y
         return conditioning
 
+    @property
+    def chain_rows(self) -> int:
+        """Rows of the network's batch in the recorded chain: two for each image where it is guided."""
+        return len(self.final) * (1 if guided(self.spec, self.guidance) is None else 2)
+
+    def guided(self, backend: Backend) -> Backend:
+        """The network with which the recorded chain runs: ``backend``, or the guided one."""
+        guidance = guided(self.spec, self.guidance)
+        return backend if guidance is None else GuidedBackend(backend, self.spec, guidance)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the record.
 
@@ -238,6 +262,8 @@ class Reference:
             values["reduced"] = self.reduced.to_json()
         if self.ignores_time:
             values["ignores_time"] = True
+        if self.guidance != 1:
+            values["guidance"] = self.guidance
         text = np.frombuffer(json.dumps(values).encode(), np.uint8)
         parts = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _JSON_FIELDS | _OPTIONAL_JSON}
         arrays = {name: array for name, array in parts.items() if array is not None}

@@ -4,6 +4,7 @@ ladder, and what must not. The network is a closed form in torch; the one checke
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -22,6 +23,7 @@ from ddpmx.parity import propagation  # noqa: E402
 from ddpmx.parity.ladder import run_ladder  # noqa: E402
 from ddpmx.parity.reference import Reference  # noqa: E402
 from ddpmx.parity.report import to_json, to_markdown  # noqa: E402
+from ddpmx.pipeline import Pipeline  # noqa: E402
 from ddpmx.sampling.conditioning import example  # noqa: E402
 from oracles import gaussian  # noqa: E402
 from oracles.conditioning import ALL, KINDS  # noqa: E402
@@ -123,7 +125,8 @@ def test_the_network_itself_passes(case, tmp_path):
     assert result.passed, result.verdict
     names = [check.name for check in result.checks]
     assert ({V, FORCED_V} <= set(names)) == spec.learns_variance
-    assert {check.name: check.value for check in result.checks}[FREE] == 1.0
+    free = FREE.replace("steps", "steps with guidance 2") if spec.null_class else FREE
+    assert {check.name: check.value for check in result.checks}[free] == 1.0
     report = to_json(result, "model.onnx")
     assert ("var" in report["curves"]) == spec.learns_variance
     assert all(f"**{name}.** " in to_markdown(result, "model.onnx", {}) for name in names)
@@ -150,13 +153,36 @@ def test_no_class_is_recorded_with_the_classes():
     spec = spec_of("no class")
     reference = recorded(spec)
     assert set(reference.y.ravel()) == {0, 1, 2, 3, 4}
-    assert list(reference.final_y) == [4, 3, 1, 0]
+    assert list(reference.final_y) == [3, 2, 1, 0]
 
     def fault(when, buffers):
         if when == "before":
             buffers.y[buffers.y == 4] = 2
 
     assert EPS in failed(spec, fault)
+
+
+def test_a_network_that_can_be_guided_is_recorded_so():
+    spec = spec_of("no class")
+    reference = recorded(spec)
+    assert reference.guidance == 2
+    with Pipeline(spec, TorchBackend(Closed(spec))) as pipeline:
+        images = {
+            w: pipeline.generate(4, seed=reference.seed, labels=[3, 2, 1, 0], steps=STEPS, guidance=w) for w in (1, 2)
+        }
+    np.testing.assert_array_equal(reference.final.transpose(0, 2, 3, 1), images[2])
+    assert np.mean(images[1] != images[2]) > 0.5
+
+
+def test_guidance_in_a_record_is_checked():
+    guided = recorded(spec_of("no class"))
+    for wrong in (float("nan"), float("inf"), 1e9, 2, True):
+        with pytest.raises(FileFormatError, match="out of range"):
+            dataclasses.replace(guided, guidance=wrong)
+    assert dataclasses.replace(guided, guidance=1.0).chain_rows == 4
+    assert guided.chain_rows == 8
+    with pytest.raises(FileFormatError, match="out of range"):
+        dataclasses.replace(recorded(spec_of("classes")), guidance=2.0)
 
 
 def test_two_classes_swapped_are_found():

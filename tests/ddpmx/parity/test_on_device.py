@@ -9,8 +9,13 @@ from ddpmx.backends import trt
 from ddpmx.backends.base import CopyingBackend
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU
+from ddpmx.parity.evaluator import Evaluator
 from ddpmx.parity.ladder import run_ladder
+from ddpmx.parity.reference import Reference, chain_table, diffuse
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import from_uint8, to_nhwc
 from ddpmx.sampling.runner import fitting_batch
+from oracles.cuda_on_host import Toy
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import SPEC
 
@@ -41,6 +46,36 @@ def test_every_executor_is_compared_with_numpy(backend, profiles):
     single = profiles == ((1, 1, 1),)
     assert ("a batch of one" in rows.values()) == single
     assert any("takes only batches of" in (why or "") for why in rows.values()) == (profiles[0][0] > 1)
+
+
+def a_record() -> Reference:
+    """What the toy network computes, as if it were trained."""
+    toy, images, x0 = (
+        Toy(SPEC.shape),
+        np.arange(4),
+        np.random.default_rng(0).integers(0, 256, (2, *SPEC.shape), np.uint8),
+    )
+    evaluate = Evaluator(toy, SPEC, 4, None, 0)
+    parts = {"spec": SPEC, "made_with": "NumPy", "seed": 0, "real": True, "loss": 0.1, "x0": x0, "steps": 20}
+    t, at = np.arange(20, dtype=np.int32), np.array([0, 19])
+    x_t = [diffuse(SPEC.make_schedule(), from_uint8(x0), int(now), 0) for now in t]
+    out = [evaluate(x, np.full(2, now, np.int32)).out.reshape(2, -1) for x, now in zip(x_t, t, strict=True)]
+    start = chain.initial(0, images, SPEC.shape)
+    steps = [(s.x[0].copy(), s.x0.copy()) for s in chain.run(toy, chain_table(SPEC, 20), start, seed=0, images=images)]
+    state = np.stack([steps[i][0] for i in at])
+    state_out = evaluate(state, t[::-1][at]).out.reshape(2, -1)
+    final = to_nhwc(steps[-1][1]).transpose(0, 3, 1, 2).copy()
+    return Reference(**parts, t=t, out=np.array(out), at=at, state=state, state_out=state_out, final=final)
+
+
+@pytest.mark.parametrize("profiles", [((1, 4, 8),), ((1, 1, 1),), ((2, 2, 2),), ((3, 3, 3),), ((32, 32, 64),)], ids=str)
+def test_the_recorded_chain_runs_in_batches_that_the_plan_takes(backend, profiles):
+    """The record has four images, and a plan may be for one alone, or for no fewer than 32."""
+    opened, calls = backend(*profiles), []
+    result = run_ladder(opened, SPEC, a_record(), progress=lambda *now: calls.append(now))
+    opened.close()
+    assert {check.name: check.value for check in result.checks}["free chain of 20 steps, pixels within one level"] == 1
+    assert calls == [(i + 1, len(calls)) for i in range(len(calls))]
 
 
 def test_an_executor_with_other_pixels_fails(backend, monkeypatch):
