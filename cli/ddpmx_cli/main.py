@@ -8,6 +8,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from ddpmx.errors import DdpmxError
 from ddpmx_cli import (
@@ -17,6 +18,7 @@ from ddpmx_cli import (
     console,
     convert,
     doctor,
+    eval_,
     export,
     generate,
     import_,
@@ -29,8 +31,20 @@ from ddpmx_cli import (
 from ddpmx_cli.console import complain, say
 from ddpmx_cli.paths import PathCommand
 
+
+class _InOrder(TyperGroup):
+    """The commands in the order in which they are used; Typer lists groups first."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        """The names, with ``eval`` after ``parity``."""
+        names = [name for name in self.commands if name != "eval"]
+        names.insert(names.index("parity") + 1, "eval")
+        return names
+
+
 app = typer.Typer(
     name="ddpmx",
+    cls=_InOrder,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -43,6 +57,7 @@ _command(epilog=export.EXAMPLES)(export.export)
 _command(epilog=build.EXAMPLES)(build.build)
 _command(epilog=generate.EXAMPLES)(generate.generate)
 _command(epilog=parity.EXAMPLES)(parity.parity)
+app.add_typer(eval_.app, name="eval")
 _command("import", epilog=import_.EXAMPLES)(import_.import_)
 _command(epilog=convert.EXAMPLES)(convert.convert)
 _command(epilog=adopt.EXAMPLES)(adopt.adopt)

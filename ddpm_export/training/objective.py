@@ -7,7 +7,8 @@
 - ``hybrid``: L_simple + λ·L with λ = 0.001, for a learned variance. The mean gets no gradient of L (Nichol & Dhariwal 2021,
   §3.1).
 
-Every function gives a value per image, float32 [B], so that losses can be weighted, and watched by t.
+Every function gives a value per image, float32 [B], so that losses can be weighted, and watched by t. The terms of L are
+those of :mod:`ddpmx.diffusion.bound`, in torch, where they have gradients.
 """
 
 from __future__ import annotations
@@ -22,15 +23,13 @@ from torch import Tensor, nn
 
 from ddpm_export.training.diffusion import GaussianDiffusion
 from ddpm_export.training.objective_names import LOSSES, Loss
+from ddpmx.diffusion.bound import HALF_LEVEL
 from ddpmx.diffusion.samplers import FIXED_VARIANCES, Prediction, Variance, x0_coefficients
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
 
 HYBRID_WEIGHT = 0.001
 """λ of L_hybrid, with the whole L = Σ_t L_t in bits per dimension (Nichol & Dhariwal 2021, §3.1)."""
-
-HALF_LEVEL = 1 / 255
-"""Half of the distance of two of the 256 levels in [−1, 1]."""
 
 
 @dataclass(frozen=True)

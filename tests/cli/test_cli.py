@@ -224,6 +224,7 @@ COMMANDS = [
     "build",
     "generate",
     "parity",
+    "eval",
     "import",
     "convert",
     "adopt",

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,13 +21,23 @@ ROOT = Path(__file__).parents[2]
 TREES = ("runtime/ddpmx", "ddpm_export", "cli/ddpmx_cli")
 PLACEHOLDER = "…"
 
+
+def flags(command: Any) -> set[str]:
+    """Those of a command, or of all commands of a group."""
+    own = {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    return own.union(*map(flags, getattr(command, "commands", {}).values()))
+
+
 COMMANDS: dict[str, set[str]] = {
-    name: {flag for parameter in command.params for flag in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+    name: flags(command)
     for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
 }
 
 FOR: dict[str, tuple[str, ...]] = {
     "cli/ddpmx_cli/import_.py": ("import",),
+    "cli/ddpmx_cli/nll.py": ("eval",),
+    "cli/ddpmx_cli/data.py": ("eval",),
+    "runtime/ddpmx/tasks": ("eval",),
     "ddpm_export/importers": ("import", "convert"),
     "ddpm_export/training": ("train", "import", "export", "parity"),
     "runtime/ddpmx/trt": ("build", "export", "generate"),

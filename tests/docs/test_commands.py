@@ -39,6 +39,7 @@ CHEAP = {
     },
     "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
+    "eval": {"--images": "2", "--terms": "3"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
 }
 """Options that are replaced, or added, when a command is run."""
@@ -105,10 +106,13 @@ def reason_not_to_run(command: str) -> str | None:
 
 def parsed(words: list[str]) -> dict[str, object]:
     """The arguments of a ``ddpmx`` command, which is not run. A flag that does not exist is an AssertionError."""
-    subcommand = get_command(app).commands.get(words[1])
-    assert subcommand is not None, f"there is no `ddpmx {words[1]}`"
+    command, rest = get_command(app), words[1:]
+    while hasattr(command, "commands"):  # a group: ddpmx eval nll
+        name, *rest = rest
+        assert name in command.commands, f"{shlex.join(words)}: there is no {name!r}"
+        command = command.commands[name]
     try:
-        return subcommand.make_context(words[1], words[2:]).params
+        return command.make_context(name, rest).params
     except Exception as error:  # click's, or that of the copy of click in typer
         raise AssertionError(f"{shlex.join(words)}: {error}") from error
 

@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     """ε of q(x_t | x_0)."""
     CONDITION = 3
     """A random condition image, with which a network is tried out."""
+    LIKELIHOOD = 4
+    """ε of x_t where the bound on the likelihood is computed, and which t that is."""
 
 
 def check_seed(seed: int) -> int:
@@ -153,23 +155,74 @@ def normal(
     elements: int,
     *,
     repeat: int = 0,
+    each: bool = False,
 ) -> Float32:
     """Draw from N(0, 1).
 
     Args:
         seed: 0…2⁶⁴−1.
         images: [n], the index of each image, 0…2³²−1. The noise of an image does not depend on the others.
-        t: the timestep, 0…T−1, or [k] of them at once.
+        t: the timestep, 0…T−1, or [k] of them at once; with ``each`` [n], one for each image.
         purpose: what the draw is for.
         elements: numbers per image, C·H·W.
         repeat: 0…2²⁴−1, a further draw for the same purpose.
+        each: whether every image has a timestep of its own.
 
     Returns:
-        float32 [n, elements], or [k, n, elements].
+        float32 [n, elements], or [k, n, elements] with several timesteps for all images.
 
     Raises:
         InputError: a number outside its range.
     """
+    blocks = -(-elements // 4)
+    w0, w1, w2, w3 = _words(seed, images, t, purpose, blocks, repeat, each=each)
+    z = np.empty((*w0.shape, 4), np.float32)
+    for pair, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
+        radius = np.sqrt(np.maximum(_minus_two_ln(radius_word), np.float32(0)))
+        cos, sin = _cos_sin(angle_word)
+        z[..., 2 * pair] = radius * cos
+        z[..., 2 * pair + 1] = radius * sin
+    drawn: Float32 = z.reshape(*z.shape[:-2], 4 * blocks)[..., :elements]
+    return drawn
+
+
+def integers(
+    seed: int,
+    images: NDArray[np.integer] | range | list[int],
+    purpose: Purpose,
+    below: NDArray[np.integer],
+    *,
+    repeat: int = 0,
+) -> NDArray[np.int64]:
+    """Draw whole numbers 0…m−1, each as likely as the others to within m·2⁻³².
+
+    Args:
+        seed, images, purpose, repeat: as for :func:`normal`, at t = 0. A ``repeat`` must not be that of a normal draw.
+        below: [k], the m of each number of an image, 1…2³².
+
+    Returns:
+        int64 [n, k].
+
+    Raises:
+        InputError: a number outside its range.
+    """
+    bounds = np.asarray(below, np.uint64)
+    words = _words(seed, images, 0, purpose, -(-len(bounds) // 4), repeat, each=False)
+    words = np.moveaxis(words, 0, -1).reshape(words.shape[1], -1)[:, : len(bounds)]
+    return (words.astype(np.uint64) * bounds >> _32).astype(np.int64)
+
+
+def _words(
+    seed: int,
+    images: NDArray[np.integer] | range | list[int],
+    t: int | NDArray[np.integer],
+    purpose: Purpose,
+    blocks: int,
+    repeat: int,
+    *,
+    each: bool,
+) -> UInt32:
+    """The random words of a draw, four for each block: uint32 [4, n, blocks], or [4, k, n, blocks] with several t."""
     seed = check_seed(seed)
     try:
         indices = np.asarray(images, np.int64)
@@ -180,18 +233,11 @@ def normal(
     steps = np.asarray(t, np.int64)
     if (steps.size and not 0 <= steps.min() <= steps.max() < 2**32) or not 0 <= repeat < 2**24:
         raise InputError(f"noise is defined for t below 2**32 and repeat below 2**24, not t = {t}, repeat = {repeat}")
-    blocks = -(-elements // 4)
-    counter = np.empty((4, *steps.shape, len(indices), blocks), np.uint64)
+    if each and steps.shape != indices.shape:
+        raise InputError(f"there are {len(indices)} images, and timesteps of the shape {list(steps.shape)}")
+    counter = np.empty((4, *(() if each else steps.shape), len(indices), blocks), np.uint64)
     counter[0] = np.arange(blocks, dtype=np.uint64)
     counter[1] = indices.astype(np.uint64)[:, None]
-    counter[2] = steps.astype(np.uint64)[..., None, None]
+    counter[2] = steps.astype(np.uint64)[..., None] if each else steps.astype(np.uint64)[..., None, None]
     counter[3] = int(purpose) << 24 | repeat
-    w0, w1, w2, w3 = philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    z = np.empty((*steps.shape, len(indices), blocks, 4), np.float32)
-    for pair, (radius_word, angle_word) in enumerate(((w0, w1), (w2, w3))):
-        radius = np.sqrt(np.maximum(_minus_two_ln(radius_word), np.float32(0)))
-        cos, sin = _cos_sin(angle_word)
-        z[..., 2 * pair] = radius * cos
-        z[..., 2 * pair + 1] = radius * sin
-    drawn: Float32 = z.reshape(*z.shape[:-2], 4 * blocks)[..., :elements]
-    return drawn
+    return philox4x32_10(counter, (seed & 0xFFFFFFFF, seed >> 32))

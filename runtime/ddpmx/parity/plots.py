@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context, rcdefaults
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ddpmx.images import figures
+from ddpmx.images.figures import BOUND, LINE, SOFT
 from ddpmx.parity.ladder import ParityReport
-
-_FILE, _BOUND, _SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 
 
 def draw(report: ParityReport, folder: Path) -> dict[str, str]:
@@ -27,8 +24,7 @@ def draw(report: ParityReport, folder: Path) -> dict[str, str]:
         "chain.png": "Along the chain, from noise (left) to image (right): the error of single steps from PyTorch's "
         "states, and the drift of a free-running chain from PyTorch's. Values below 6e-8 are drawn at 6e-8.",
     }
-    with rc_context():
-        rcdefaults()  # ignore a matplotlibrc in the current folder
+    with figures.own_style():
         _save(_error(report), folder / "error.png")
         _save(_chain(report), folder / "chain.png")
         if "levels_apart" in report.curves:
@@ -39,14 +35,14 @@ def draw(report: ParityReport, folder: Path) -> dict[str, str]:
 
 
 def _error(report: ParityReport) -> Figure:
-    figure, axes = _new()
+    figure, (axes,) = figures.new()
     curves = report.curves
-    axes.semilogy(curves["t"], _shown(curves["eps_pixel"]), color=_SOFT, marker=".", label="largest of all pixels")
-    axes.semilogy(curves["t"], _shown(curves["eps"]), color=_FILE, marker=".", label="RMS over pixels")
+    axes.semilogy(curves["t"], _shown(curves["eps_pixel"]), color=SOFT, marker=".", label="largest of all pixels")
+    axes.semilogy(curves["t"], _shown(curves["eps"]), color=LINE, marker=".", label="RMS over pixels")
     for name, style, label in (("eps_pixel_bound", ":", "its bound"), ("eps_bound", "-", "bound of the RMS")):
         least = float(np.min(curves[name]))
         axes.semilogy(
-            curves["t"], _shown(curves[name]), color=_BOUND, linewidth=1, linestyle=style, label=f"{label}, {least:.3g}"
+            curves["t"], _shown(curves[name]), color=BOUND, linewidth=1, linestyle=style, label=f"{label}, {least:.3g}"
         )
     axes.set_xlabel("timestep t   (0: almost an image; T−1: noise)")
     axes.set_ylabel("error of the output")
@@ -56,16 +52,16 @@ def _error(report: ParityReport) -> Figure:
 
 
 def _chain(report: ParityReport) -> Figure:
-    figure, axes = _new()
+    figure, (axes,) = figures.new()
     curves = report.curves
     axes.semilogy(
-        curves["chain_t"], _shown(curves["forced_step"]), color=_SOFT, marker=".", label="one step from PyTorch's state"
+        curves["chain_t"], _shown(curves["forced_step"]), color=SOFT, marker=".", label="one step from PyTorch's state"
     )
     if "free" in curves:
         axes.semilogy(
-            curves["chain_t"], _shown(curves["free"]), color=_FILE, marker=".", label="drift of the free chain"
+            curves["chain_t"], _shown(curves["free"]), color=LINE, marker=".", label="drift of the free chain"
         )
-    axes.axhline(1 / 255, color=_BOUND, linewidth=1, label="half a level of uint8")
+    axes.axhline(1 / 255, color=BOUND, linewidth=1, label="half a level of uint8")
     axes.invert_xaxis()
     axes.set_xlabel("timestep t   (the chain runs to the right)")
     axes.set_ylabel("RMS difference of x_t, of a range of 2")
@@ -75,12 +71,12 @@ def _chain(report: ParityReport) -> Figure:
 
 
 def _levels(report: ParityReport) -> Figure:
-    figure, axes = _new()
+    figure, (axes,) = figures.new()
     counts = report.curves["levels_apart"].astype(np.float64)
     last = max(4, int(np.flatnonzero(counts).max(initial=0)) + 1)
     counts = np.pad(counts, (0, max(0, last + 1 - len(counts))))[: last + 1]
     share = counts / counts.sum()
-    bars = axes.bar(np.arange(last + 1), share, color=_FILE)
+    bars = axes.bar(np.arange(last + 1), share, color=LINE)
     axes.bar_label(bars, [f"{v:.2%}" if v else "none" for v in share], fontsize=8)
     axes.set_xticks(np.arange(0, last + 1, max(1, last // 12)))
     axes.set_ylim(0, 1.1)
@@ -97,21 +93,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
 
 
-def _new() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.3), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(visible=True, alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def _shown(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> list[float]:
     """``values`` for a logarithmic axis, which has no 0: at least 2⁻²⁴, the spacing of float32 just below 1."""
     return [max(float(v), 2.0**-24) for v in values]
 
 
 def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    path.write_bytes(stream.getvalue())
+    path.write_bytes(figures.png(figure))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,7 @@ BASE = {"seed": 1, "images": [2], "t": 3, "purpose": Purpose.STEP, "elements": 6
         {"t": 1000},
         {"purpose": Purpose.INITIAL},
         {"purpose": Purpose.DIFFUSE},
+        {"purpose": Purpose.LIKELIHOOD},
         {"repeat": 1},
         {"images": [3], "t": 2},
     ],
@@ -167,3 +170,29 @@ def test_draws_of_several_timesteps_at_once_are_those_of_each():
         np.testing.assert_array_equal(drawn, noise.normal(11, [5, 0], int(t), Purpose.STEP, 30))
     with pytest.raises(InputError, match="t below"):
         noise.normal(0, [0], np.array([0, 2**32]), Purpose.STEP, 4)
+
+
+def test_each_image_may_have_its_own_t():
+    each = noise.normal(11, [5, 0, 5], np.array([3, 999, 4]), Purpose.STEP, 30, each=True)
+    assert each.shape == (3, 30)
+    for row, (image, t) in enumerate([(5, 3), (0, 999), (5, 4)]):
+        np.testing.assert_array_equal(each[row], noise.normal(11, [image], t, Purpose.STEP, 30)[0])
+    with pytest.raises(InputError, match="there are 2 images"):
+        noise.normal(11, [5, 0], np.array([1, 2, 3]), Purpose.STEP, 30, each=True)
+
+
+def test_whole_numbers_are_even_and_an_image_s_own():
+    below = np.array([1, 2, 10, 1000, 2**32])
+    drawn = noise.integers(3, range(4000), Purpose.LIKELIHOOD, below, repeat=1)
+    assert drawn.shape == (4000, 5)
+    assert (drawn >= 0).all()
+    assert (drawn < below).all()
+    assert not drawn[:, 0].any()
+    expected = 400
+    chi_squared = np.sum((np.bincount(drawn[:, 2], minlength=10) - expected) ** 2) / expected
+    assert chi_squared < 27.9  # 9 degrees of freedom, one in a thousand
+    assert abs(drawn[:, 4].mean() / 2**32 - 0.5) < 3 * math.sqrt(1 / 12 / 4000)
+    np.testing.assert_array_equal(noise.integers(3, [7, 3999], Purpose.LIKELIHOOD, below, repeat=1), drawn[[7, 3999]])
+    words = noise.philox4x32_10(np.array([0, 7, 0, Purpose.LIKELIHOOD << 24 | 1], np.uint64), (3, 0))
+    assert drawn[7, 3] == int(words[3]) * 1000 >> 32
+    assert np.any(noise.integers(4, range(9), Purpose.LIKELIHOOD, below) != drawn[:9])

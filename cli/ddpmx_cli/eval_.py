@@ -1,0 +1,16 @@
+"""`ddpmx eval`: the commands that judge a model by images."""
+
+from __future__ import annotations
+
+import typer
+
+from ddpmx_cli import nll
+from ddpmx_cli.paths import PathCommand
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+app.command(cls=PathCommand, epilog=nll.EXAMPLES)(nll.nll)
+
+
+@app.callback()
+def _eval() -> None:
+    """Judge a model by images: how likely they are under it."""
