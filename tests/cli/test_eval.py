@@ -132,6 +132,15 @@ def test_a_plot(ddpmx, here, gaussian_onnx):
         assert picture.size == (990, 704)
 
 
+def test_it_needs_no_torch(ddpmx, here, gaussian_onnx, monkeypatch):
+    """Reading images is a part of ddpm_export that does without."""
+    for name in ("torch", "onnx", "safetensors"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith("ddpm_export.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    assert ddpmx("eval", "nll", gaussian_onnx, "photos", "--terms", 2).code == 0
+
+
 def test_without_matplotlib_there_is_a_note_and_everything_else(ddpmx, here, gaussian_onnx, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = ddpmx("eval", "nll", gaussian_onnx, "photos", "--terms", 3, "--plot", "nll.png", "-o", "nll.csv")
@@ -303,10 +312,10 @@ def test_a_model_of_eps_that_ends_without_signal(refused, here, gaussian_onnx):
 
 
 def test_an_output_that_is_not_finite(refused, here, gaussian_onnx, monkeypatch):
-    backend = ToyBackend(poison=(999, np.nan))
+    backend = ToyBackend(poison=(0, np.nan))
     monkeypatch.setattr("ddpmx.pipeline.open_model", lambda *_, **__: (gaussian.SPEC, backend))
     text = refused("eval", "nll", gaussian_onnx, "photos", "-o", "nll.csv")
-    assert text.startswith("Error: the network's output at t = 999 is not finite")
+    assert text.startswith("Error: the network's output at t = 0 is not finite")
     assert not Path("nll.csv").exists()
 
 
