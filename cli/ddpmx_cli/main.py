@@ -17,6 +17,7 @@ from ddpmx_cli import (
     build,
     console,
     convert,
+    denoise,
     doctor,
     eval_,
     export,
@@ -56,6 +57,7 @@ _command(epilog=plot.EXAMPLES)(plot.plot)
 _command(epilog=export.EXAMPLES)(export.export)
 _command(epilog=build.EXAMPLES)(build.build)
 _command(epilog=generate.EXAMPLES)(generate.generate)
+_command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 _command("import", epilog=import_.EXAMPLES)(import_.import_)

@@ -196,7 +196,20 @@ def test_a_run_is_named_after_its_images(ddpmx, images, here):
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "export", "build", "generate", "parity", "import", "convert", "adopt", "bench", "info", "doctor"],
+    [
+        "train",
+        "export",
+        "build",
+        "generate",
+        "denoise",
+        "parity",
+        "import",
+        "convert",
+        "adopt",
+        "bench",
+        "info",
+        "doctor",
+    ],
 )
 def test_every_flag_is_explained(command):
     parameters = get_command(app).commands[command].params
@@ -223,6 +236,7 @@ COMMANDS = [
     "export",
     "build",
     "generate",
+    "denoise",
     "parity",
     "eval",
     "import",

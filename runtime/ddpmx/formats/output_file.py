@@ -13,7 +13,13 @@ _LONGEST_NAME = 230  # bytes: with the additions of its temporary name it must f
 
 
 def check_output(
-    output: Path, inputs: Sequence[Path], *, what: str, suffix: str, is_ours: Callable[[Path], bool]
+    output: Path,
+    inputs: Sequence[Path],
+    *,
+    what: str,
+    suffix: str,
+    is_ours: Callable[[Path], bool],
+    hint: str | None = None,
 ) -> None:
     """Check that a file can be written, and replaces nothing but an older file of its kind.
 
@@ -23,6 +29,7 @@ def check_output(
         what: the kind of file, for messages: "a plan".
         suffix: of such files, for the hint; "" where nobody chooses their name.
         is_ours: whether an existing file may be replaced. So may an empty one.
+        hint: what to do about a file that may not; by default another name.
 
     Raises:
         OutputError: it cannot be written there.
@@ -46,7 +53,8 @@ def check_output(
         ours = False
     if not ours:
         raise OutputError(
-            f"refusing to overwrite {output}: not {what}", hint=f"-o NAME{suffix}" if suffix else "another -o"
+            f"refusing to overwrite {output}: not {what}",
+            hint=hint or (f"-o NAME{suffix}" if suffix else "another -o"),
         )
 
 

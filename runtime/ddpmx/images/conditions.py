@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,10 +11,8 @@ from numpy.typing import NDArray
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.images.pictures import opened
 from ddpmx.sampling.pixels import from_uint8
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 MAX_BYTES = 1 << 32
 """Of all conditions of a call, unpacked."""
@@ -96,32 +93,15 @@ def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     )
 
 
-def _odd_size(picture: Image, height: int, width: int) -> ValueError:
-    return ValueError(f"it is {picture.height}×{picture.width}, and the model takes {height}×{width}")
-
-
 def _picture(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     """One picture as float32 [K, H, W]. Raises OSError or ValueError."""
     from PIL import Image as PilImage
-    from PIL import ImageOps
 
     channels, height, width = dims
-    try:
-        with PilImage.open(path) as opened:
-            if sorted(opened.size) != sorted((width, height)):  # before anything is decoded: it may be huge
-                raise _odd_size(opened, height, width)
-            if opened.mode not in ("1", "L", "P", "LA", "PA", "RGB", "RGBA"):
-                raise ValueError(f"pictures of mode {opened.mode} have no range that is known")
-            picture = ImageOps.exif_transpose(opened)  # cameras store a picture as it is, and how to turn it
-            if picture.size != (width, height):
-                raise _odd_size(picture, height, width)
-            if channels != 4 and picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                white = PilImage.new("RGBA", picture.size, "white")
-                picture = PilImage.alpha_composite(white, picture)
-            picture = picture.convert(_MODES[channels])
-    except OSError as error:
-        raise OSError(error.strerror or "no picture that Pillow can read, or a damaged one") from error
-    except (SyntaxError, PilImage.DecompressionBombError) as error:  # Pillow's, for some damaged files
-        raise ValueError(str(error)[:200]) from error
+    picture = opened(path, (height, width))
+    if channels != 4 and picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = PilImage.new("RGBA", picture.size, "white")
+        picture = PilImage.alpha_composite(white, picture)
+    picture = picture.convert(_MODES[channels])
     return from_uint8(np.asarray(picture).reshape(height, width, channels)).transpose(2, 0, 1)

@@ -66,7 +66,7 @@ class Origin:
             if each is not None:
                 shown = each[position : position + count]
                 values[keyword] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
-        return {keyword: _line(str(value)) for keyword, value in values.items()}
+        return {keyword: one_line(str(value)) for keyword, value in values.items()}
 
 
 def model_hash(spec: ModelSpec, path: str | os.PathLike[str]) -> str:
@@ -116,7 +116,7 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     return None
 
 
-def _line(text: str) -> str:
+def one_line(text: str) -> str:
     """One line that any file can hold. The name of a condition's file may be no Unicode, or hold a line break."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
