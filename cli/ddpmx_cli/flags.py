@@ -19,6 +19,7 @@ Model = Annotated[
 Out = Annotated[Path, Option("-o", "--out", help="FILE.png for one picture, or a folder.", show_default=False)]
 Seed = Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")]
 Label = Annotated[str | None, Option(help="The class of all images, for a model with classes: its number or its name.")]
+First = Annotated[int, Option(help="Index of the first image.")]
 Guidance = Annotated[
     float,
     Option(help="How much more the images are of their class: 1 is as trained.", metavar="W"),

@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from typer import Argument, Option
 
@@ -18,6 +18,13 @@ from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
 from ddpmx_cli.console import check_threads, counting, say
 from ddpmx_cli.opened import open_pipeline
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ddpmx.pipeline import Pipeline
+    from ddpmx.sampling.request import Sampling
 
 _WHERE = "Where it runs"
 
@@ -31,7 +38,8 @@ Examples:\n
   ddpmx generate model.plan -n 256 --batch 64         # on an NVIDIA GPU, with TensorRT\n
   ddpmx generate model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5\n
   ddpmx generate model.onnx --label 3 --guidance 2    # more clearly of class 3 than the data\n
-  ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i
+  ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i\n
+  ddpmx generate model.onnx --init photo.png --strength 0.4   # variations of a picture
 """
 
 
@@ -74,6 +82,21 @@ def generate(
             help="Conditions, repeated in order of the images' index: pictures of the model's size, or an .npz with "
             "cond float32 \\[N, K, H, W].",
             metavar="FOLDER|FILE",
+        ),
+    ] = None,
+    init: Annotated[
+        Path | None,
+        Option(
+            help="Draw variations of pictures of the model's size, repeated in order of the images' index.",
+            metavar="FOLDER|FILE",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        Option(
+            help="With --init: how much of the chain is run. Near 0 the picture stays, at 1 hardly anything of it does."
+            "  \\[default: 0.5]",
+            metavar="S",
         ),
     ] = None,
     steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
@@ -192,6 +215,11 @@ def generate(
                 "missing condition: the model takes a condition image",
                 hint=f"--cond FOLDER of pictures, or --cond FILE.npz with cond: float32 [N, {wanted}]",
             )
+        begun_from, x = None, None
+        if init is not None:
+            sampling, x, begun_from = _begun(pipeline, init, strength, sampling, seed=seed, first=first, n=n)
+        elif strength is not None:
+            raise InputError("--strength is for --init only", hint="--init PICTURE, which is to be varied")
         table = pipeline.table(sampling)
         animation = gallery.Animation(pipeline.spec, table, n) if animate else None
         model = model_hash(pipeline.spec, path)
@@ -205,6 +233,7 @@ def generate(
             labels=classes,
             conditions=conditioned_by,
             guidance=guidance,
+            begun_from=begun_from,
         )
         targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate)
         gone: list[Path] = []
@@ -229,6 +258,7 @@ def generate(
                 labels=classes,
                 cond=conditions,
                 guidance=guidance,
+                x=x,
                 progress=progress,
                 preview=animation,
                 sampling=sampling,
@@ -242,9 +272,11 @@ def generate(
             written = gallery.save_gallery(
                 out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=replaced()
             )
+        what = "image" if init is None else "variation"
+        where = "" if sampling.start is None else f", from t = {sampling.start}"
         chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         say(
-            f"{n} image{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}, seed {seed}, "
+            f"{n} {what}{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}{where}, seed {seed}, "
             f"in {seconds:.1f} s on {pipeline.backend}"
         )
     if picture:
@@ -257,6 +289,29 @@ def generate(
         say(f"Note: {len(gone)} pictures of another run were replaced")
     if others := len(set(gallery.earlier_images(out)) - set(written)):
         say(f"Note: {out} also holds {others} images of this run from before")
+
+
+def _begun(
+    pipeline: Pipeline, init: Path, strength: float | None, sampling: Sampling, *, seed: int, first: int, n: int
+) -> tuple[Sampling, NDArray[np.float32], list[str]]:
+    """Where the chain begins with --init: its sampling, the states there, and the names of the pictures."""
+    import numpy as np
+
+    from ddpmx.images.pictures import read_pictures
+    from ddpmx.tasks import variations
+
+    channels, height, width = pipeline.spec.shape
+    found = read_pictures(init, channels, size=(height, width))
+    turns = [found[index % len(found)] for index in range(first, first + n)]
+    begun = variations.begin(
+        pipeline,
+        np.stack([picture.pixels for picture in turns]),
+        variations.STRENGTH if strength is None else strength,
+        sampling=sampling,
+        seed=seed,
+        first=first,
+    )
+    return begun.sampling, begun.x, [picture.name for picture in turns]
 
 
 def _one_model(file: str | None, engine: str | None) -> str:

@@ -24,6 +24,7 @@ from ddpmx_cli import (
     generate,
     import_,
     info,
+    inpaint,
     parity,
     plot,
     signals,
@@ -58,6 +59,7 @@ _command(epilog=export.EXAMPLES)(export.export)
 _command(epilog=build.EXAMPLES)(build.build)
 _command(epilog=generate.EXAMPLES)(generate.generate)
 _command(epilog=denoise.EXAMPLES)(denoise.denoise)
+_command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 _command("import", epilog=import_.EXAMPLES)(import_.import_)

@@ -37,6 +37,8 @@ class Purpose(IntEnum):
     """A random condition image, with which a network is tried out."""
     LIKELIHOOD = 4
     """ε of x_t where the bound on the likelihood is computed, and which t that is."""
+    BACK = 5
+    """ε of q(x_t | x_s), s < t, by which inpainting goes back in the chain."""
 
 
 def check_seed(seed: int) -> int:

@@ -31,6 +31,8 @@ class Origin:
         labels: the class of each image, or None.
         conditions: the name of each image's condition, or None.
         guidance: w of classifier-free guidance, 1 for none.
+        begun_from: the name of the picture that each image is a variation of, or None.
+        shared: the timestep down to which all images are one, or None.
     """
 
     model: str
@@ -42,6 +44,8 @@ class Origin:
     labels: Sequence[int] | None = None
     conditions: Sequence[str] | None = None
     guidance: float = 1.0
+    begun_from: Sequence[str] | None = None
+    shared: int | None = None
 
     def text(self, position: int, count: int = 1) -> dict[str, str]:
         """The text for the image at ``position`` of the request, or for a sheet of ``count`` images from there on."""
@@ -62,7 +66,11 @@ class Origin:
             values["variance"] = sampling.variance
         if self.guidance != 1:
             values["guidance"] = f"{self.guidance:g}"
-        for keyword, each in (("label", self.labels), ("condition", self.conditions)):
+        if sampling.start is not None:
+            values["start"] = sampling.start
+        if self.shared is not None:
+            values["shared"] = self.shared
+        for keyword, each in (("label", self.labels), ("condition", self.conditions), ("init", self.begun_from)):
             if each is not None:
                 shown = each[position : position + count]
                 values[keyword] = shown[0] if len(set(shown)) == 1 else ",".join(map(str, shown))
@@ -108,8 +116,9 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     index = texts.get("index", "")
     position = int(index) - origin.first if index.isascii() and index.isdecimal() else -1
     mine = origin.text(position if 0 <= position < n else 0)
-    unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label", "condition"})
-    for keyword in dict.fromkeys((*mine, "eta", "variance", "guidance", "label", "condition")):
+    unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label", "condition", "init"})
+    optional = ("eta", "variance", "guidance", "start", "shared", "label", "condition", "init")
+    for keyword in dict.fromkeys((*mine, *optional)):
         theirs, here = texts.get(keyword), mine.get(keyword)
         if keyword not in unknown and theirs != here:
             return f"{keyword} {(theirs or 'not stated')[:64]}, and now {(here or 'not stated')[:64]}"

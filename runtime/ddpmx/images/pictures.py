@@ -137,6 +137,39 @@ def read_pictures(
     return found
 
 
+def read_picture(path: str | os.PathLike[str], channels: int, *, size: tuple[int, int] | None = None) -> Picture:
+    """One picture, see :func:`read_pictures`.
+
+    Raises:
+        FileFormatError, InputError, DataError: as there, and for a folder.
+    """
+    if Path(path).is_dir():
+        raise FileFormatError(f"{path}: is a folder, and one picture is needed", hint="name a picture in it")
+    return read_pictures(path, channels, size=size)[0]
+
+
+def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """A mask, bool [H, W]: True where the picture is light, from 128 on.
+
+    Args:
+        path: a picture, in which transparent counts as dark.
+        size: (H, W) that it has to have.
+
+    Raises:
+        FileFormatError: no such file.
+        DataError: no picture, or one of another size.
+    """
+    if not os.path.lexists(path):
+        raise FileFormatError(f"{path}: no such file")
+    try:
+        picture = opened(path, size).convert("RGBA")
+    except (OSError, ValueError) as error:
+        hint = f"a picture of {size[0]}×{size[1]}: white is drawn anew, black stays"
+        raise DataError(f"{path}: {error}", hint=hint) from error
+    mask: NDArray[np.bool_] = (np.asarray(picture.convert("L")) >= 128) & (np.asarray(picture)[..., 3] >= 128)
+    return mask
+
+
 def _odd_size(picture: Image, size: tuple[int, int]) -> ValueError:
     return ValueError(f"it is {picture.height}×{picture.width}, and the model takes {size[0]}×{size[1]}")
 

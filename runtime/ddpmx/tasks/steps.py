@@ -1,4 +1,4 @@
-"""One step of a table, for tasks that evaluate the network themselves: with the bits of a chain."""
+"""What tasks that begin within a chain, or evaluate the network themselves, have in common."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.diffusion.samplers import Table
+from ddpmx.diffusion.schedule import Schedule
+from ddpmx.errors import InputError
+from ddpmx.pipeline import Pipeline
 from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import from_uint8
 
 Float32 = NDArray[np.float32]
 
@@ -17,7 +21,7 @@ def draws(table: Table, number: int) -> bool:
 
 
 def step(table: Table, number: int, x: Float32, x0: Float32, var: Float32 | None, z: Float32 | None) -> Float32:
-    """x_next = (A·x̂_0 + B·x) + σ·z, float32, by :func:`ddpmx.sampling.chain.update`.
+    """One step of a table: x_next = (A·x̂_0 + B·x) + σ·z, float32, by :func:`ddpmx.sampling.chain.update`.
 
     Args:
         table: of a sampler without memory.
@@ -35,3 +39,27 @@ def step(table: Table, number: int, x: Float32, x0: Float32, var: Float32 | None
     row = np.array([0, 1, a, b, fixed], np.float32)  # 0·x + 1·x̂_0: the first half of the update is done
     chain.update(row, np.inf, x, x0, z, x0=np.empty_like(x), x_next=following, sigma=sigma)
     return following
+
+
+def q_sample(schedule: Schedule, x0: Float32, t: int, eps: Float32) -> Float32:
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Ho et al. 2020, equation 4), float32."""
+    signal, noise = np.sqrt(schedule.alpha_bar[t]), np.sqrt(schedule.one_minus_alpha_bar[t])
+    return np.float32(signal) * x0 + np.float32(noise) * eps
+
+
+def as_states(pipeline: Pipeline, images: NDArray[np.uint8], what: str = "images") -> Float32:
+    """Pixels, uint8 [n, H, W, C] of the model's size, as x_0, float32 [n, C, H, W].
+
+    Raises:
+        InputError: an array of another type or shape.
+    """
+    C, H, W = pipeline.spec.shape
+    array = np.asarray(images)
+    if array.dtype != np.uint8 or array.shape[1:] != (H, W, C) or not len(array):
+        raise InputError(f"{what} must be uint8 [n, {H}, {W}, {C}]", note=f"they are {array.dtype} {[*array.shape]}")
+    return np.ascontiguousarray(from_uint8(array).transpose(0, 3, 1, 2))
+
+
+def visited(table: Table, t: int) -> int:
+    """The timestep of the table that is nearest to t."""
+    return int(table.timesteps[np.abs(table.timesteps - t).argmin()])

@@ -1,0 +1,102 @@
+"""`ddpmx inpaint`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from ddpmx_cli import flags
+from ddpmx_cli.console import counting, say
+from ddpmx_cli.opened import open_pipeline
+
+EXAMPLES = """
+Examples:\n
+  ddpmx inpaint model.onnx photo.png --mask mask.png -o whole.png\n
+  ddpmx inpaint model.onnx photo.png --mask mask.png -o wholes/ -n 8   # eight answers\n
+  ddpmx inpaint model.onnx photo.png --mask mask.png -o whole.png --steps 100 --resamplings 5   # faster\n
+"""
+
+
+def inpaint(
+    file: flags.Model,
+    image: Annotated[Path, Argument(help="A picture of the model's size.")],
+    mask: Annotated[
+        Path,
+        Option(
+            help="A picture of the same size: what is white is drawn anew, what is black stays.", show_default=False
+        ),
+    ],
+    out: flags.Out,
+    n: Annotated[int, Option("-n", "--count", help="How many answers. More than one need a folder as -o.")] = 1,
+    steps: Annotated[
+        int | None, Option(help="Use only this many of the T timesteps.  \\[default: 250, or all if that is fewer]")
+    ] = None,
+    jump: Annotated[int, Option(help="Steps of a way back.")] = 10,
+    resamplings: Annotated[
+        int, Option(help="How often each stretch is gone down. The network runs about --steps times this.")
+    ] = 10,
+    seed: flags.Seed = 0,
+    first: flags.First = 0,
+    label: flags.Label = None,
+    guidance: flags.Guidance = 1.0,
+    batch: flags.Batch = None,
+    overwrite: flags.Overwrite = False,
+    spec: flags.Spec = None,
+    provider: flags.Provider = "cpu",
+    fallback: flags.Fallback = False,
+    threads: flags.Threads = 0,
+    trust_host_code: flags.TrustHostCode = False,
+) -> None:
+    """Draw a part of a picture anew, so that it goes with the rest."""
+    from ddpmx.images import pictures
+    from ddpmx.images.origin import model_hash
+    from ddpmx.models import shipped
+    from ddpmx.sampling.request import Sampling
+    from ddpmx.tasks import inpaint as task
+
+    path = shipped.find(file)
+    with open_pipeline(
+        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
+    ) as pipeline:
+        channels, *size = pipeline.spec.shape
+        name, pixels = pictures.read_picture(image, channels, size=(size[0], size[1]))
+        hole = pictures.read_mask(mask, (size[0], size[1]))
+        pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=Sampling(steps=steps))
+        targets = pictures.targets(out, [f"{index:05d}" for index in range(first, first + n)], whole_folder=False)
+        pictures.check_replaceable(targets, [image, mask], overwrite=overwrite)
+        begun = time.monotonic()
+        with counting(f"{n} images", unit="calls") as progress:
+            done = task.inpaint(
+                pipeline,
+                pixels,
+                hole,
+                n,
+                steps=steps,
+                jump=jump,
+                resamplings=resamplings,
+                seed=seed,
+                first=first,
+                batch=batch,
+                labels=label,
+                guidance=guidance,
+                progress=progress,
+            )
+        words = {
+            "of": name,
+            "mask": mask.name,
+            "seed": seed,
+            "steps": min(task.STEPS, pipeline.spec.timesteps) if steps is None else steps,
+        }
+        words |= {"jump": jump, "resamplings": resamplings, "label": label, "guidance": f"{guidance:g}"}
+        kept = {keyword: word for keyword, word in words.items() if word is not None}
+        model = model_hash(pipeline.spec, path)
+        texts = [pictures.text("inpaint", model=model, index=index, **kept) for index in range(first, first + n)]
+        pictures.save_pictures(targets, list(done.pixels), texts)
+        say(
+            f"{n} image{'s' * (n > 1)}, {hole.mean():.0%} drawn anew, seed {seed}, in {time.monotonic() - begun:.1f} s "
+            f"on {pipeline.backend}"
+        )
+    say(f"{targets[0]}" + (f" … {targets[-1].name}" if n > 1 else ""))
