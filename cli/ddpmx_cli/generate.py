@@ -103,7 +103,7 @@ def generate(
     sampler: Annotated[
         str | None,
         Option(
-            help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; ddim for few steps, without --variance]",
+            help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; unipc for few steps, without --variance]",
             metavar="NAME",
         ),
     ] = None,
@@ -112,7 +112,7 @@ def generate(
         str | None,
         Option(
             help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.  \\[default: linspace; trailing "
-            "where ddim is the default]",
+            "where unipc is the default]",
             metavar="NAME",
         ),
     ] = None,

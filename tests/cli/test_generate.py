@@ -47,8 +47,10 @@ def test_parts_of_a_seed_are_the_same_files(ddpmx, gaussian_onnx, tmp_path):
     assert (tmp_path / "other seed" / "00000.png").read_bytes() != whole["00000.png"]
 
 
-@pytest.mark.parametrize("sampling", [(), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 1)])
-@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quad"])
+@pytest.mark.parametrize(
+    "sampling", [(), ("--sampler", "ddim"), ("--sampler", "ddim", "--eta", 1), ("--sampler", "dpmpp_2m")]
+)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "quad", "karras"])
 def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_path, sampling, spacing):
     done = ddpmx(
         "generate",
@@ -65,7 +67,7 @@ def test_every_sampler_draws_what_the_runtime_draws(ddpmx, gaussian_onnx, tmp_pa
         tmp_path,
     )
     assert done.code == 0, done
-    how = dict(zip((flag.strip("-") for flag in sampling[::2]), sampling[1::2], strict=True)) or {"sampler": "ddim"}
+    how = dict(zip((flag.strip("-") for flag in sampling[::2]), sampling[1::2], strict=True)) or {"sampler": "unipc"}
     with load(gaussian_onnx) as pipeline:
         drawn = pipeline.generate(2, steps=20, spacing=spacing, **how)
     np.testing.assert_array_equal(
@@ -95,10 +97,10 @@ def test_images_of_two_runs_are_not_mixed(ddpmx, refused, gaussian_onnx, tmp_pat
     assert content()["00000.png"] != before["00000.png"]
 
 
-def test_few_steps_without_a_sampler_are_run_by_ddim_and_the_result_says_so(ddpmx, gaussian_onnx, tmp_path):
+def test_few_steps_without_a_sampler_are_run_by_unipc_and_the_result_says_so(ddpmx, gaussian_onnx, tmp_path):
     with load(gaussian_onnx) as pipeline:
         for flags, how in (
-            (["--steps", 20], {"steps": 20, "sampler": "ddim", "spacing": "trailing"}),
+            (["--steps", 20], {"steps": 20, "sampler": "unipc", "spacing": "trailing"}),
             (["--steps", 20, "--eta", 0.5], {"steps": 20, "sampler": "ddim", "spacing": "trailing", "eta": 0.5}),
             (["--steps", 20, "--sampler", "ancestral"], {"steps": 20}),
             (["--steps", 20, "--variance", "fixed_small"], {"steps": 20, "variance": "fixed_small"}),
@@ -109,9 +111,9 @@ def test_few_steps_without_a_sampler_are_run_by_ddim_and_the_result_says_so(ddpm
             np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "one.png")), drawn)
             chosen = "spacing" in how
             assert f"of {how.get('sampler', 'ancestral')}" in done.out
-            assert ("ddim with trailing spacing (the default below" in done.out) == chosen
+            assert ("with trailing spacing (the default below" in done.out) == chosen
     asked = ddpmx("generate", gaussian_onnx, "--steps", 20, "--spacing", "leading", "--out", tmp_path / "two.png")
-    assert "20 steps of ddim (the default below 100 steps) with leading spacing, seed" in asked.out
+    assert "20 steps of unipc (the default below 100 steps) with leading spacing, seed" in asked.out
 
 
 def test_one_image_or_one_sheet_is_written_to_one_file(ddpmx, refused, gaussian_onnx, tmp_path):
@@ -233,6 +235,7 @@ def test_images_of_another_model_are_overwritten_on_request_only(ddpmx, refused,
         (["--variance", "learnt"], "fixed_small"),
         (["--eta", 0.5], "--sampler ddim"),
         (["--sampler", "ddim", "--eta", 2], "η"),
+        (["--sampler", "unipc", "--eta", 1], "--eta is for the ddim sampler only"),
         (["--sampler", "ddim", "--eta", "nan"], "η"),
         (["--provider", "cuda"], "CUDAExecutionProvider"),
         (["--provider", "abacus"], "abacus"),

@@ -40,6 +40,8 @@ CASES = {
     "no clipping": (SPEC.replace(clip=None), [1, 2], {}),
     "ddim": (SPEC, [1, 2], {"sampler": "ddim"}),
     "ddim with noise": (SPEC, [1, 2], {"sampler": "ddim", "eta": 0.7}),
+    "one x0 remembered": (SPEC, [1, 2], {"sampler": "dpmpp_2m"}),
+    "two remembered": (SPEC, [1, 2, 3], {"sampler": "unipc"}),
     "cosine": (ModelSpec(SPEC.shape, schedule="cosine", ddpmx="0.1.0"), [1, 2], {}),
     "x0 predicted": (SPEC.replace(prediction="x0"), [1, 2], {}),
     "v predicted": (SPEC.replace(prediction="v"), [1, 2], {}),

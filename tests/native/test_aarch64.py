@@ -154,6 +154,7 @@ PLAIN: list[dict[str, Any]] = [
     {"n": 5, "seed": 5, "steps": 25},
     {"n": 2, "seed": 2**64 - 1, "first": 2**32 - 5},
     {"n": 3, "steps": 30, "sampler": "ddim"},
+    {"n": 3, "steps": 9, "sampler": "unipc", "spacing": "logsnr"},
     {"n": 3, "steps": 30, "sampler": "ddim", "eta": 0.7, "spacing": "trailing"},
     {"n": 4, "steps": 20, "spacing": "quad", "variance": "fixed_small", "batch": 3},
 ]

@@ -60,6 +60,9 @@ REQUESTS = {
     "trailing": {"spacing": "trailing", "sampler": "ddim"},
     "quad": {"spacing": "quad"},
     "fixed small": {"variance": "fixed_small"},
+    "one x0 remembered": {"sampler": "dpmpp_2m"},
+    "two remembered": {"sampler": "unipc", "spacing": "logsnr"},
+    "two remembered, in twos": {"sampler": "unipc", "spacing": "karras", "batch": 2},
 }
 
 
@@ -110,6 +113,15 @@ def test_a_state_in_the_middle_leads_to_the_same_images(both, gaussian_onnx):
         native.generate(3, seed=2, steps=20, x=x, start=1000)
 
 
+def test_a_chain_that_starts_in_the_middle_remembers_nothing(both, gaussian_onnx):
+    python, native = both(gaussian_onnx)
+    how = {"steps": 9, "sampler": "unipc", "spacing": "logsnr"}
+    step = list(python.stream(3, seed=2, **how))[3]
+    wanted = python.generate(3, seed=2, x=step.x, start=step.t, **how)
+    assert native.generate(3, seed=2, x=step.x, start=step.t, **how).tobytes() == wanted.tobytes()
+    assert wanted.tobytes() != python.generate(3, seed=2, **how).tobytes()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_conditioning(kind, both, tmp_path):
     spec = spec_of(kind)
@@ -121,6 +133,8 @@ def test_conditioning(kind, both, tmp_path):
         native.generate(4, seed=9, batch=3, **arrays).tobytes()
         == python.generate(4, seed=9, batch=3, **arrays).tobytes()
     )
+    remembering = {"sampler": "unipc", "steps": 6, **arrays}
+    assert native.generate(4, seed=9, **remembering).tobytes() == python.generate(4, seed=9, **remembering).tobytes()
     assert (native.model.classes, native.model.condition) == (spec.classes or 0, spec.condition or 0)
     if "labels" in arrays:
         one = {**arrays, "labels": [3]}
@@ -198,7 +212,10 @@ def test_a_learned_variance(both, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(conditioning.onnx(spec, metadata={"ddpmx": spec.to_text()}))
     python, native = both(path)
-    for request in ({}, {"variance": "fixed_small"}, {"sampler": "ddim", "eta": 1.0, "steps": 7}):
+    for request in (
+        *({}, {"variance": "fixed_small"}, {"sampler": "ddim", "eta": 1.0, "steps": 7}),
+        {"sampler": "unipc", "steps": 7},
+    ):
         wanted = python.generate(5, seed=4, batch=2, **request)
         assert native.generate(5, seed=4, batch=2, **request).tobytes() == wanted.tobytes()
 

@@ -110,10 +110,14 @@ def a_model(name: str, T: int, params: dict[str, float], prediction: str, varian
 
 
 def some_sampling(T: int, rng: np.random.Generator) -> dict[str, Any]:
-    sampling: dict[str, Any] = {"spacing": str(rng.choice(SPACINGS[:4]))}
+    sampling: dict[str, Any] = {"spacing": str(rng.choice(SPACINGS))}
     steps = int(rng.integers(1, T + 1)) if rng.random() < 0.5 else int(rng.choice([1, 2, 10, 20, 25, 50, 100, T]))
     sampling["steps"] = steps
-    if rng.random() < 0.5:
+    if rng.random() < 0.4:
+        sampling["sampler"] = str(rng.choice(["dpmpp_2m", "unipc"]))
+        if rng.random() < 0.05:
+            sampling["eta"] = 0.5
+    elif rng.random() < 0.5:
         sampling |= {"sampler": "ddim", "eta": float(rng.choice([0.0, 1.0, 0.5, rng.random()]))}
     if rng.random() < 0.3:
         sampling["start"] = int(rng.integers(-2, T + T // 4 + 2)) if rng.random() < 0.7 else T - 1

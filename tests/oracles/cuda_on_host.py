@@ -99,7 +99,8 @@ class Toy:
 class Device:
     """One chain in "device memory", ready for :meth:`begin`.
 
-    ``offset`` shifts x, out, x0 and var by so many floats, and ``var_offset`` var alone by some more.
+    ``offset`` shifts x, out, x0, var and what is remembered by so many floats; ``var_offset`` shifts var alone and
+    ``ago_offset`` two_ago alone, by some more.
     """
 
     GUARD = 0xA5
@@ -118,6 +119,7 @@ class Device:
         order: int = 0,
         offset: int = 0,
         var_offset: int = 0,
+        ago_offset: int = 0,
         with_x0: bool = True,
         guidance: Guidance | None = None,
         labels: Sequence[int] = (),
@@ -126,8 +128,9 @@ class Device:
         C, H, W = shape
         self.kernels, self.grid, self.block, self.order = kernels, grid, block, order
         floats = [self._floats(rows, shape, offset + more) for more in (0, 0, 0, var_offset)]
+        floats += [self._floats(batch, shape, offset + more) for more in (0, ago_offset)]
         self._memory = [memory for memory, _ in floats]
-        self.x, self.out, self.x0, self.var = (array for _, array in floats)
+        self.x, self.out, self.x0, self.var, self.one_ago, self.two_ago = (array for _, array in floats)
         size = batch * C * H * W
         self._image_bytes = np.full(size + 8, self.GUARD, np.uint8)
         self.pixels = self._image_bytes[:size].reshape(batch, H, W, C)
@@ -135,6 +138,8 @@ class Device:
         self.rows = np.ascontiguousarray(table.rows, np.float32)
         learns = table.learned is not None
         self.learned = np.zeros((0, 2)) if table.learned is None else np.ascontiguousarray(table.learned, np.float32)
+        self.memory = np.zeros((0, 2)) if table.memory is None else np.ascontiguousarray(table.memory, np.float32)
+        remembers_two = bool(self.memory[:, 1].any())
         self.timesteps = table.timesteps.astype(np.int32)
         self.images = np.array(images, np.uint32)
         self.control = Control()
@@ -147,6 +152,9 @@ class Device:
             rows=self.rows.ctypes.data,
             var=self.var.ctypes.data if learns else 0,
             learned=self.learned.ctypes.data if learns else 0,
+            memory=self.memory.ctypes.data if table.memory is not None else 0,
+            one_ago=self.one_ago.ctypes.data if table.memory is not None else 0,
+            two_ago=self.two_ago.ctypes.data if remembers_two else 0,
             timesteps=self.timesteps.ctypes.data,
             images=self.images.ctypes.data,
             control=ctypes.addressof(self.control),
@@ -194,11 +202,14 @@ class Device:
             self.step()
             yield self.control.step
 
+    def _floats_of(self) -> tuple[np.ndarray, ...]:
+        return self.x, self.out, self.x0, self.var, self.one_ago, self.two_ago
+
     def in_bounds(self) -> bool:
         """Whether nothing was written beside the arrays."""
         floats = all(
             np.isnan(memory).sum() == memory.size - array.size + np.isnan(array).sum()
-            for memory, array in zip(self._memory, (self.x, self.out, self.x0, self.var), strict=True)
+            for memory, array in zip(self._memory, self._floats_of(), strict=True)
         )
         return floats and bool((self._image_bytes[self.pixels.size :] == self.GUARD).all())
 

@@ -66,6 +66,9 @@ typedef struct {
   ddpmx_u64 image_bytes; /* uint8 [B, H, W, C], where the last step writes the images, or 0 */
   ddpmx_u64 rows;        /* ddpmx_row [S] */
   ddpmx_u64 learned;     /* ddpmx_learned [S], or 0; var and learned are both set or both 0 */
+  ddpmx_u64 memory;      /* ddpmx_memory [S], or 0. With it x0 and one_ago are set, var is not, and sigma is 0 */
+  ddpmx_u64 one_ago;     /* float32 [B, N], where a sampler with memory keeps x0 for the next step, or 0 */
+  ddpmx_u64 two_ago;     /* float32 [B, N], where it keeps x0 for the step after that, or 0 if no step uses it */
   ddpmx_u64 timesteps;   /* int32 [S], the network's t at each step */
   ddpmx_u64 images;      /* uint32 [B], the images' indices; with the seed they fix each image's noise */
   ddpmx_u64 control;     /* ddpmx_control, its device address */
@@ -93,24 +96,28 @@ DDPMX_AT(ddpmx_chain, x0, 32);
 DDPMX_AT(ddpmx_chain, image_bytes, 40);
 DDPMX_AT(ddpmx_chain, rows, 48);
 DDPMX_AT(ddpmx_chain, learned, 56);
-DDPMX_AT(ddpmx_chain, timesteps, 64);
-DDPMX_AT(ddpmx_chain, images, 72);
-DDPMX_AT(ddpmx_chain, control, 80);
-DDPMX_AT(ddpmx_chain, seed, 88);
-DDPMX_AT(ddpmx_chain, B, 96);
-DDPMX_AT(ddpmx_chain, channels, 100);
-DDPMX_AT(ddpmx_chain, pixels, 104);
-DDPMX_AT(ddpmx_chain, S, 108);
-DDPMX_AT(ddpmx_chain, limit, 112);
-DDPMX_AT(ddpmx_chain, flags, 116);
-DDPMX_AT(ddpmx_chain, guided, 120);
-DDPMX_AT(ddpmx_chain, guidance, 124);
-DDPMX_AT(ddpmx_chain, step, 128);
-DDPMX_AT(ddpmx_chain, arrived, 132);
-DDPMX_AT(ddpmx_chain, bad, 136);
-DDPMX_AT(ddpmx_chain, halted, 140);
-DDPMX_ASSERT(sizeof(ddpmx_chain) == 144);
+DDPMX_AT(ddpmx_chain, memory, 64);
+DDPMX_AT(ddpmx_chain, one_ago, 72);
+DDPMX_AT(ddpmx_chain, two_ago, 80);
+DDPMX_AT(ddpmx_chain, timesteps, 88);
+DDPMX_AT(ddpmx_chain, images, 96);
+DDPMX_AT(ddpmx_chain, control, 104);
+DDPMX_AT(ddpmx_chain, seed, 112);
+DDPMX_AT(ddpmx_chain, B, 120);
+DDPMX_AT(ddpmx_chain, channels, 124);
+DDPMX_AT(ddpmx_chain, pixels, 128);
+DDPMX_AT(ddpmx_chain, S, 132);
+DDPMX_AT(ddpmx_chain, limit, 136);
+DDPMX_AT(ddpmx_chain, flags, 140);
+DDPMX_AT(ddpmx_chain, guided, 144);
+DDPMX_AT(ddpmx_chain, guidance, 148);
+DDPMX_AT(ddpmx_chain, step, 152);
+DDPMX_AT(ddpmx_chain, arrived, 156);
+DDPMX_AT(ddpmx_chain, bad, 160);
+DDPMX_AT(ddpmx_chain, halted, 164);
+DDPMX_ASSERT(sizeof(ddpmx_chain) == 168);
 DDPMX_ASSERT(sizeof(ddpmx_row) == 20);
 DDPMX_ASSERT(sizeof(ddpmx_learned) == 8);
+DDPMX_ASSERT(sizeof(ddpmx_memory) == 8);
 
 #endif

@@ -126,8 +126,6 @@ class DeviceChain:
         self.rows, self._guidance = batch * (1 if guidance is None else 2), guidance
         if batch < 1 or len(table) < 1 or not 0 < self.rows * -(-elements // 4) < 1 << 31:
             raise InputError(f"{batch} images of {shape} in {len(table)} steps cannot run as a chain on a GPU")
-        if table.memory is not None:
-            raise InputError("a sampler with memory does not run on a GPU yet", hint="sampler ddim")
         self.driver, self.kernels, self._description = driver, kernels, description
         self._shape, self._batch, self._table, self._conditioning_shapes = (
             shape,
@@ -146,7 +144,8 @@ class DeviceChain:
         self.stream = stream
         try:
             with driver.current():
-                self._allocate(elements, with_x0 or "x0_prev" in conditioning_shapes, learned=table.learned is not None)
+                kept = table.memory is not None or "x0_prev" in conditioning_shapes
+                self._allocate(elements, with_x0 or kept, learned=table.learned is not None)
                 self._chain = Chain(
                     x=self.x, out=self.out, var=self.var, t=self.t, x0=self._x0, image_bytes=self.pixels
                 )
@@ -165,8 +164,15 @@ class DeviceChain:
                 if table.learned is not None:
                     coefficients = np.ascontiguousarray(table.learned, np.float32)
                     self._chain.learned, *learned = self._upload(coefficients, "the table of variances")
+                memory: list[Any] = []
+                if table.memory is not None:
+                    coefficients = np.ascontiguousarray(table.memory, np.float32)
+                    self._chain.memory, *memory = self._upload(coefficients, "the table of what is remembered")
+                    self._chain.one_ago = self._memory(4 * batch * elements, "the last x0")
+                    if coefficients[:, 1].any():
+                        self._chain.two_ago = self._memory(4 * batch * elements, "the x0 before")
                 driver.wait_for_stream(self.stream, "preparing the chain's memory")
-                del rows, t, learned
+                del rows, t, learned, memory
         except BaseException:
             self.close()
             raise

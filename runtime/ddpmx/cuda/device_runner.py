@@ -198,8 +198,8 @@ class DeviceRunner:
     def _key_of(job: Job, batch: int, with_x0: bool) -> tuple[Any, ...]:
         """What identifies a chain: a job with the same key can use it."""
         table = job.table
-        learned = b"" if table.learned is None else table.learned.tobytes()
-        return batch, with_x0, job.guidance, table.timesteps.tobytes(), table.rows.tobytes(), learned
+        optional = (b"" if columns is None else columns.tobytes() for columns in (table.learned, table.memory))
+        return batch, with_x0, job.guidance, table.timesteps.tobytes(), table.rows.tobytes(), *optional
 
     def _wanted(self, stepwise: bool) -> str:
         """Step by step the host acts after every step, which a WHILE node does not allow."""

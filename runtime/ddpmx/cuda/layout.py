@@ -54,6 +54,9 @@ class Chain(ctypes.Structure):
     image_bytes: int
     rows: int
     learned: int
+    memory: int
+    one_ago: int
+    two_ago: int
     timesteps: int
     images: int
     control: int
@@ -73,6 +76,7 @@ class Chain(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_uint64) for name in ("x", "out", "var", "t", "x0", "image_bytes", "rows", "learned")),
+        *((name, ctypes.c_uint64) for name in ("memory", "one_ago", "two_ago")),
         *((name, ctypes.c_uint64) for name in ("timesteps", "images", "control", "seed")),
         *((name, ctypes.c_int32) for name in ("B", "channels", "pixels", "S")),
         ("limit", ctypes.c_float),

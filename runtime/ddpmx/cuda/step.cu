@@ -73,8 +73,35 @@ DDPMX_FN int ddpmx_is_finite(float x) { return (ddpmx_bits(x) & 0x7F800000) != 0
 DDPMX_FN int ddpmx_is_refused(const ddpmx_chain *chain) {
   if (chain->B < 1 || chain->channels < 1 || chain->pixels < 1 || chain->S < 1) return 1;
   if ((chain->var != 0) != (chain->learned != 0)) return 1;
+  if (chain->memory ? !chain->x0 || !chain->one_ago || chain->var : chain->one_ago || chain->two_ago) return 1;
   const ddpmx_u64 elements = (ddpmx_u64)chain->channels * (ddpmx_u64)chain->pixels, most = 0x7FFFFFFF;
   return elements > most || (ddpmx_u64)chain->B * (chain->guided ? 2 : 1) * ((elements + 3) / 4) > most;
+}
+
+/* A sampler with memory: adds to x what it remembers, and keeps x0 for the steps to come. Each thread has the elements that
+ * it has just had in ddpmx_step, whose own loop has no registers left for this. */
+DDPMX_FN void ddpmx_remember(ddpmx_chain *chain) {
+  const ddpmx_memory memory = ((const ddpmx_memory *)chain->memory)[chain->step];
+  const ddpmx_u32 elements = ddpmx_elements(chain);
+  const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements), half = ddpmx_half(chain, elements);
+  float *x = (float *)chain->x, *one_ago = (float *)chain->one_ago, *two_ago = (float *)chain->two_ago;
+  const float *x0 = (const float *)chain->x0;
+  const int wide = ddpmx_is_wide(elements, chain->x | chain->x0 | chain->one_ago | chain->two_ago);
+  for (ddpmx_u64 index = ddpmx_thread(); index < fours; index += ddpmx_threads()) {
+    const ddpmx_four four = ddpmx_locate((ddpmx_u32)index, elements);
+    float here[4], one[4], two[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    ddpmx_load(x + four.at, four.count, wide, here);
+    ddpmx_load(one_ago + four.at, four.count, wide, one);
+    if (two_ago) {
+      ddpmx_load(two_ago + four.at, four.count, wide, two);
+      ddpmx_store(one, four.count, wide, two_ago + four.at);
+    }
+    for (int k = 0; k < 4; ++k) here[k] = ddpmx_recall(memory, here[k], one[k], two[k]);
+    ddpmx_store(here, four.count, wide, x + four.at);
+    if (chain->guided) ddpmx_store(here, four.count, wide, x + half + four.at);
+    ddpmx_load(x0 + four.at, four.count, wide, one);
+    ddpmx_store(one, four.count, wide, one_ago + four.at);
+  }
 }
 
 /* Called by one thread, when every block has finished its part of the step. */
@@ -137,8 +164,8 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
  * Guided, the output is that of both rows of an image, var that of the row with a class, and both rows get x, t and x0.
  *
  * Where the output is not finite x keeps its value. No block knows what the others have seen, so the rest of x moves
- * on: after a bad step x holds elements of two steps, and x0, image_bytes and t cannot be used either. After a stop x
- * and t are those of the step that would have been next.
+ * on, with or without what a sampler remembers: after a bad step x holds elements of two steps, and x0, image_bytes and
+ * t cannot be used either. After a stop x and t are those of the step that would have been next.
  */
 extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_step(ddpmx_chain *chain) {
   /* Both are written when all blocks have arrived, and none arrives before its threads have read them. */
@@ -151,13 +178,11 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
   const ddpmx_u32 elements = ddpmx_elements(chain), channels = (ddpmx_u32)chain->channels;
   const ddpmx_u32 pixels = (ddpmx_u32)chain->pixels;
   const ddpmx_u64 fours = (ddpmx_u64)chain->B * ddpmx_fours(elements);
-  const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
   const float *out = (const float *)chain->out, *var = (const float *)chain->var;
   float *x = (float *)chain->x, *x0 = (float *)chain->x0;
   unsigned char *image_bytes = last ? (unsigned char *)chain->image_bytes : (unsigned char *)0;
   ddpmx_i32 *t = (ddpmx_i32 *)chain->t;
   const int wide = ddpmx_is_wide(elements, chain->x | chain->out | chain->var | chain->x0);
-  const ddpmx_u64 seed = chain->seed;
   const float limit = chain->limit;
   ddpmx_learned learned = {0.0f, 0.0f};
   if (var) learned = ((const ddpmx_learned *)chain->learned)[step];
@@ -174,8 +199,10 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
       for (int k = 0; k < 4; ++k) output[k] = ddpmx_guide(chain->guidance, output[k], without[k]);
     }
     if (var) ddpmx_load(var + four.at, four.count, wide, v);
-    if (row.sigma != 0.0f)
-      ddpmx_normal4(seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
+    if (row.sigma != 0.0f) { /* read here as well */
+      const ddpmx_u32 *images = (const ddpmx_u32 *)chain->images;
+      ddpmx_normal4(chain->seed, four.block, images[four.image], (ddpmx_u32)now, DDPMX_PURPOSE_STEP, 0, z);
+    }
     for (int k = 0; k < 4; ++k) {
       /* checked here: after the clip, or the exponential, an infinity looks like any number */
       const int finite = ddpmx_is_finite(output[k]) && ddpmx_is_finite(v[k]);
@@ -202,6 +229,7 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
     if (four.block == 0) t[four.image] = next; /* the network is done with it */
     if (four.block == 0 && chain->guided) t[chain->B + four.image] = next;
   }
+  if (chain->memory && !bad) ddpmx_remember(chain);
   /* The last block to arrive closes the step. */
   if (bad) atomicOr(&chain->bad, 1);
   __syncthreads();

@@ -127,6 +127,11 @@ typedef struct {
   float c, d;
 } ddpmx_learned;
 
+/* The coefficients beside a row where the sampler remembers: those of x0 one step ago and two steps ago. */
+typedef struct {
+  float c, d;
+} ddpmx_memory;
+
 /* e^x. x is clamped to -87..88, where the result is a normal number. x = k ln 2 + r, and e^x = 2^k (1 + r + r^2 P(r)).
  * For NaN the result is meaningless, but nothing is undefined behaviour. */
 DDPMX_FN float ddpmx_exp(float x) {
@@ -163,6 +168,13 @@ DDPMX_FN float ddpmx_update(ddpmx_row row, float limit, float x, float out, floa
   *x0 = ddpmx_clip(DDPMX_ADD(DDPMX_MUL(row.p, x), DDPMX_MUL(row.q, out)), limit);
   const float mean = DDPMX_ADD(DDPMX_MUL(row.a, *x0), DDPMX_MUL(row.b, x));
   return row.sigma != 0.0f ? DDPMX_ADD(mean, DDPMX_MUL(row.sigma, z)) : mean;
+}
+
+/* What a sampler with memory adds to x': c x0' + d x0'', x0 of one and of two steps ago, each not used where its
+ * coefficient is 0. */
+DDPMX_FN float ddpmx_recall(ddpmx_memory memory, float x, float one_ago, float two_ago) {
+  if (memory.c != 0.0f) x = DDPMX_ADD(x, DDPMX_MUL(memory.c, one_ago));
+  return memory.d != 0.0f ? DDPMX_ADD(x, DDPMX_MUL(memory.d, two_ago)) : x;
 }
 
 /* [-1, 1] to 0..255: floor(127.5 x + 128), clipped. Each of the 256 levels round-trips. NaN gives 0. */

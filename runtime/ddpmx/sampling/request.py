@@ -35,7 +35,7 @@ MAX_BATCH_ELEMENTS = 1 << 25
 
 
 FEW_STEPS = 100
-"""Below so many steps DDIM's images are better than the ancestral chain's: docs/sampling.md has the figures."""
+"""Below so many steps UniPC's images are better than the ancestral chain's: docs/sampling.md has the figures."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Sampling:
         """A sampling with what was left open chosen well, as ``ddpmx generate`` does.
 
         With few steps the ancestral chain leaves grain, so without ``sampler`` fewer than :data:`FEW_STEPS` of the T
-        timesteps are run by DDIM, with trailing spacing and η = 0; ``variance`` names the ancestral chain. Everything else
-        has the defaults of this class, which do not depend on ``steps``: what a program has drawn stays what it draws.
+        timesteps are run by UniPC with trailing spacing; η names DDIM, and ``variance`` the ancestral chain. Everything
+        else has the defaults of this class, which do not depend on ``steps``: what a program has drawn stays what it draws.
 
         Args:
             T: the model's timesteps.
@@ -83,7 +83,7 @@ class Sampling:
         """
         few = sampler is None and variance is None and steps is not None and steps < min(FEW_STEPS, T)
         return cls(
-            sampler=sampler or ("ddim" if few else "ancestral"),
+            sampler=sampler or (("ddim" if eta else "unipc") if few else "ancestral"),
             steps=steps,
             spacing=spacing or ("trailing" if few else "linspace"),
             eta=eta or 0.0,

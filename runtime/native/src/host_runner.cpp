@@ -78,6 +78,7 @@ class Chain {
         z_(N_),
         seen_(job.previews ? n_ * N_ : 0),
         var_(job.table.learned.empty() ? 0 : rows_ * N_),
+        older_(job.table.remembers_two() ? rows_ * N_ : 0),
         cond_(rows_ * spec.condition.value_or(0) * spec.height * spec.width),
         t_(static_cast<size_t>(rows_)),
         y_(spec.classes ? static_cast<size_t>(rows_) : 0) {
@@ -146,7 +147,7 @@ class Chain {
     return one;
   }
 
-  // x0 = clip(p x + q out);  x' = a x0 + b x + sigma z, in place.
+  // x0 = clip(p x + q out);  x' = a x0 + b x + sigma z, in place; and what the sampler remembers, x0 of earlier steps.
   void update(size_t step, int64_t image, float limit) {
     const ddpmx_row row = job_.table.rows[step];
     const int64_t at = image * N_;
@@ -155,6 +156,16 @@ class Chain {
     if (row.sigma != 0.0f) {
       normal(job_.seed, images_[static_cast<size_t>(image)], static_cast<uint32_t>(job_.table.timesteps[step]),
              DDPMX_PURPOSE_STEP, N_, z_.get());
+    }
+    if (!job_.table.memory.empty()) {
+      const ddpmx_memory memory = job_.table.memory[step];
+      float *older = older_.get() ? older_.get() + at : nullptr;
+      for (int64_t k = 0; k < N_; ++k) {
+        const float before = x0[k], oldest = older ? older[k] : 0.0f;
+        x[k] = ddpmx_recall(memory, ddpmx_update(row, limit, x[k], out[k], 0.0f, x0 + k), before, oldest);
+        if (older) older[k] = before;
+      }
+      return;
     }
     if (!var_.get()) {
       for (int64_t k = 0; k < N_; ++k) x[k] = ddpmx_update(row, limit, x[k], out[k], z[k], x0 + k);
@@ -170,7 +181,7 @@ class Chain {
   const Spec &spec_;
   const Job &job_;
   const int64_t n_, rows_, N_;
-  Floats x_, out_, x0_, z_, seen_, var_, cond_;
+  Floats x_, out_, x0_, z_, seen_, var_, older_, cond_;
   std::optional<Floats> unwanted_;
   std::vector<int32_t> t_, y_;
   std::vector<uint32_t> images_;

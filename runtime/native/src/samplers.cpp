@@ -4,11 +4,12 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
-#include <numeric>
 
 #include "elementary.hpp"
 #include "error.hpp"
 #include "envelope.hpp"
+#include "grids.hpp"
+#include "multistep.hpp"
 
 namespace ddpmx {
 namespace {
@@ -89,8 +90,8 @@ bool finite(const ddpmx_row &row) {
          std::isfinite(row.sigma);
 }
 
-// Removes the rows before `start`, or before the nearest timestep that is visited; of two the larger one.
-void start_at(Table &table, int64_t start, int64_t T) {
+// The step that begins at `start`, or at the nearest timestep that is visited; of two the larger one.
+size_t position(const Table &table, int64_t start, int64_t T) {
   if (start < 0 || start >= T) {
     throw Failure(DDPMX_INPUT, "start must be from 0 to " + std::to_string(T - 1) + ", not " + std::to_string(start),
                   "the model has T = " + std::to_string(T));
@@ -101,64 +102,46 @@ void start_at(Table &table, int64_t start, int64_t T) {
       (found != table.timesteps.begin() && found[-1] - start <= start - *found)) {
     --found;
   }
-  const auto before = found - table.timesteps.begin();
-  table.timesteps.erase(table.timesteps.begin(), found);
-  table.rows.erase(table.rows.begin(), table.rows.begin() + before);
-  if (!table.learned.empty()) table.learned.erase(table.learned.begin(), table.learned.begin() + before);
+  return static_cast<size_t>(found - table.timesteps.begin());
+}
+
+// The chain of a multistep sampler over the last `steps` timesteps of `part`. set_x0(t, row) sets p and q at a position.
+template <class X0>
+Table multistep_table(const Schedule &part, bool unified, size_t steps, X0 set_x0) {
+  Table table;
+  const std::vector<Multistep> columns = unified ? unipc(part, steps) : dpmpp_2m(part, steps);
+  for (size_t i = 0; i < steps; ++i) {
+    const size_t t = steps - 1 - i;
+    Row row;
+    set_x0(t, row);
+    row.a = columns[i].a;
+    row.b = columns[i].b;
+    table.timesteps.push_back(static_cast<int32_t>(part.timesteps[t]));
+    table.rows.push_back(rounded(row));
+    table.memory.push_back({static_cast<float>(columns[i].c), static_cast<float>(columns[i].d)});
+  }
+  return table;
 }
 
 }  // namespace
 
-std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view spacing) {
-  if (steps < 1 || steps > T) {
-    throw Failure(DDPMX_INPUT,
-                  "steps must be a whole number from 1 to " + std::to_string(T) + ", not " + std::to_string(steps),
-                  "the model has T = " + std::to_string(T));
-  }
-  if (spacing != "linspace" && spacing != "leading" && spacing != "trailing" && spacing != "quad") {
-    throw Failure(DDPMX_INPUT, "there is no spacing " + in_quotes(spacing), "", "one of: linspace, leading, trailing, quad");
-  }
-  std::vector<int64_t> grid(static_cast<size_t>(steps));
-  std::iota(grid.begin(), grid.end(), 0);
-  if (steps == T) return grid;
-  const auto length = static_cast<double>(T), count = static_cast<double>(steps);
-  if (spacing == "quad") {  // dense near t = 0, up to 0.8·T
-    const std::vector<double> roots = linspace(0, std::sqrt(length * 0.8), steps);
-    for (size_t k = 0; k < grid.size(); ++k) grid[k] = static_cast<int64_t>(std::floor(roots[k] * roots[k]));
-  } else {
-    for (int64_t &t : grid) {
-      const auto i = static_cast<double>(t);
-      if (spacing == "leading") {
-        t *= T / steps;
-      } else if (spacing == "trailing") {
-        t = static_cast<int64_t>(std::nearbyint(length - (count - i - 1) * length / count)) - 1;
-      } else {
-        t = steps > 1 ? static_cast<int64_t>(std::nearbyint(i * (length - 1) / (count - 1))) : T - 1;
-      }
-    }
-  }
-  for (size_t k = 1; k < grid.size(); ++k) {
-    if (grid[k] <= grid[k - 1]) {
-      throw Failure(DDPMX_INPUT,
-                    in_quotes(spacing) + " spacing cannot pick " + std::to_string(steps) + " different steps out of " +
-                        std::to_string(T),
-                    "", "fewer steps, or linspace");
-    }
-  }
-  return grid;
+bool Table::remembers_two() const {
+  return std::any_of(memory.begin(), memory.end(), [](const ddpmx_memory &row) { return row.d != 0; });
 }
 
 Table make_table(const Schedule &schedule, Prediction prediction, Variance variance, const Sampling &sampling) {
-  const bool ddim = sampling.sampler == "ddim";
-  if (!ddim && sampling.sampler != "ancestral") {
-    throw Failure(DDPMX_INPUT, "there is no sampler " + in_quotes(sampling.sampler), "", "one of: ancestral, ddim");
+  const bool ddim = sampling.sampler == "ddim", ancestral = sampling.sampler == "ancestral";
+  const bool unified = sampling.sampler == "unipc", multistep = unified || sampling.sampler == "dpmpp_2m";
+  if (!ddim && !ancestral && !multistep) {
+    throw Failure(DDPMX_INPUT, "there is no sampler " + in_quotes(sampling.sampler), "",
+                  "one of: ancestral, ddim, dpmpp_2m, unipc");
   }
   if (!ddim && sampling.eta != 0) {
     throw Failure(DDPMX_INPUT, "η is for the ddim sampler only", "", "sampler ddim, or leave out η");
   }
   const auto T = static_cast<int64_t>(schedule.size());
-  const std::vector<int64_t> timesteps = timestep_grid(T, sampling.steps.value_or(T), sampling.spacing);
-  if (!ddim && variance == Variance::learned && timesteps.size() < schedule.size()) {
+  const std::vector<int64_t> timesteps = timestep_grid(T, sampling.steps.value_or(T), sampling.spacing, &schedule);
+  if (ancestral && variance == Variance::learned && timesteps.size() < schedule.size()) {
     throw Failure(DDPMX_INPUT,
                   "the network learned the variance of single steps, and this chain takes " +
                       std::to_string(timesteps.size()) + " of " + std::to_string(T),
@@ -174,37 +157,48 @@ Table make_table(const Schedule &schedule, Prediction prediction, Variance varia
                   "predict x0 or v, or choose a schedule that keeps some signal");
   }
   const size_t S = part.size();
-  const bool learns = !ddim && is_learned(variance);
-  Table table;
-  table.timesteps.reserve(S);
-  table.rows.reserve(S);
-  if (learns) table.learned.reserve(S);
-  bool numbers = true;
-  for (size_t t = S; t-- > 0;) {
-    Row row;
+  const bool learns = ancestral && is_learned(variance);
+  const auto set_x0 = [&](size_t t, Row &row) {
     if (prediction == Prediction::mu) {  // also in a chain that leaves out timesteps, μ is the mean of a single step
       set_x0_coefficients(schedule, prediction, static_cast<size_t>(part.timesteps[t]), row);
     } else {
       set_x0_coefficients(part, prediction, t, row);
     }
-    if (ddim) {
-      set_ddim(part, sampling.eta, t, row);
-    } else {
-      set_ancestral(part, variance, t, row);
-    }
-    table.timesteps.push_back(static_cast<int32_t>(part.timesteps[t]));
-    table.rows.push_back(rounded(row));
-    numbers = numbers && finite(table.rows.back());
-    if (learns) {
-      table.learned.push_back(variance == Variance::learned ? kLearnedLog : learned_range(part, t));
-      numbers = numbers && std::isfinite(table.learned.back().c) && std::isfinite(table.learned.back().d);
+  };
+  Table table;
+  if (multistep) {
+    table = multistep_table(part, unified, S, set_x0);
+  } else {
+    table.timesteps.reserve(S);
+    table.rows.reserve(S);
+    if (learns) table.learned.reserve(S);
+    for (size_t t = S; t-- > 0;) {
+      Row row;
+      set_x0(t, row);
+      if (ddim) {
+        set_ddim(part, sampling.eta, t, row);
+      } else {
+        set_ancestral(part, variance, t, row);
+      }
+      table.timesteps.push_back(static_cast<int32_t>(part.timesteps[t]));
+      table.rows.push_back(rounded(row));
+      if (learns) table.learned.push_back(variance == Variance::learned ? kLearnedLog : learned_range(part, t));
     }
   }
+  bool numbers = std::all_of(table.rows.begin(), table.rows.end(), finite);
+  for (const ddpmx_learned &row : table.learned) numbers = numbers && std::isfinite(row.c) && std::isfinite(row.d);
+  for (const ddpmx_memory &row : table.memory) numbers = numbers && std::isfinite(row.c) && std::isfinite(row.d);
   if (!numbers) {
     throw Failure(DDPMX_SPEC, "this schedule leaves no signal or adds no noise at some timestep",
                   "the chain would compute with NaN or infinities", "other β, or fewer timesteps");
   }
-  if (sampling.start) start_at(table, *sampling.start, static_cast<int64_t>(schedule.size()));
+  if (!sampling.start) return table;
+  const size_t at = position(table, *sampling.start, T);
+  if (multistep) return multistep_table(part, unified, S - at, set_x0);  // there is nothing to remember at its start
+  const auto before = static_cast<std::ptrdiff_t>(at);
+  table.timesteps.erase(table.timesteps.begin(), table.timesteps.begin() + before);
+  table.rows.erase(table.rows.begin(), table.rows.begin() + before);
+  if (!table.learned.empty()) table.learned.erase(table.learned.begin(), table.learned.begin() + before);
   return table;
 }
 

@@ -3,7 +3,6 @@
 
 #include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "spec.hpp"
@@ -16,6 +15,9 @@ struct Table {
   std::vector<int32_t> timesteps;      // [S], the network's input t in each step
   std::vector<ddpmx_row> rows;         // [S]
   std::vector<ddpmx_learned> learned;  // [S], or empty if σ is that of rows
+  std::vector<ddpmx_memory> memory;    // [S], or empty for a sampler without memory; never with learned, and then σ = 0
+
+  bool remembers_two() const;  // whether x̂_0 of the step before the last one is used as well
 };
 
 struct Sampling {
@@ -23,11 +25,8 @@ struct Sampling {
   std::string spacing = "linspace";
   std::optional<int64_t> steps;  // all of them if not set
   double eta = 0;
-  std::optional<int64_t> start;  // the first timestep, which must be visited; the largest if not set
+  std::optional<int64_t> start;  // the first timestep, or the nearest that is visited; the largest if not set
 };
-
-// `steps` of the timesteps 0…T−1, rising. Failure(DDPMX_INPUT): as timestep_grid in Python.
-std::vector<int64_t> timestep_grid(int64_t T, int64_t steps, std::string_view spacing);
 
 // Failure(DDPMX_INPUT) or (DDPMX_SPEC) as make_table in Python.
 Table make_table(const Schedule &schedule, Prediction prediction, Variance variance, const Sampling &sampling = {});

@@ -204,7 +204,7 @@ inline Images expected(const Rig &rig, const Request &request) {
   made.x.assign(table.rows.size(), std::vector<float>(size)), made.x0 = made.x;
   made.t = table.timesteps;
   for (size_t i = 0; i < request.images.size(); ++i) {
-    std::vector<float> x(static_cast<size_t>(N)), out(x), var(x), x0(x), z(x);
+    std::vector<float> x(static_cast<size_t>(N)), out(x), var(x), x0(x), one_ago(x), two_ago(x), z(x);
     if (request.x.empty()) {
       ddpmx::normal(request.seed, request.images[i], 0, DDPMX_PURPOSE_INITIAL, N, x.data());
     } else {
@@ -229,7 +229,10 @@ inline Images expected(const Rig &rig, const Request &request) {
         ddpmx_row row = table.rows[step];
         if (!table.learned.empty()) row = ddpmx_learn(row, table.learned[step], var[k]);
         x[k] = ddpmx_update(row, limit, x[k], out[k], z[k], &x0[k]);
+        if (!table.memory.empty()) x[k] = ddpmx_recall(table.memory[step], x[k], one_ago[k], two_ago[k]);
       }
+      two_ago = one_ago;
+      one_ago = x0;
       std::memcpy(made.x0[step].data() + i * x.size(), x0.data(), x0.size() * sizeof(float));
     }
     std::memcpy(made.samples.data() + i * x0.size(), x0.data(), x0.size() * sizeof(float));

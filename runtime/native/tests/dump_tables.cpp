@@ -71,11 +71,12 @@ void reply_table(const Json &request) {
   ddpmx::Sampling sampling;
   if (const Json *values = request.get("sampling")) sampling = sampling_of(*values, variance);
   const ddpmx::Table table = make_table(spec.schedule, spec.prediction, variance, sampling);
-  header(0, table.rows.size(), table.learned.empty() ? 5 : 7);
+  header(0, table.rows.size(), table.learned.empty() && table.memory.empty() ? 5 : 7);
   write(table.timesteps);
   for (size_t k = 0; k < table.rows.size(); ++k) {
     std::fwrite(&table.rows[k], sizeof table.rows[k], 1, stdout);
     if (!table.learned.empty()) std::fwrite(&table.learned[k], sizeof table.learned[k], 1, stdout);
+    if (!table.memory.empty()) std::fwrite(&table.memory[k], sizeof table.memory[k], 1, stdout);
   }
 }
 

@@ -250,7 +250,7 @@ void what_is_refused() {
   refused(DDPMX_INPUT, "is beyond that", [](R r, S, S) { r.first = UINT64_MAX; });
   refused(DDPMX_INPUT, "at once do not fit", [](R r, S, S) { r.batch = UINT64_MAX; });
   refused(DDPMX_INPUT, "there is no sampler", [](R r, S, S) { r.sampler = "euler"; });
-  refused(DDPMX_INPUT, "there is no spacing", [](R r, S, S) { r.spacing = "karras"; });
+  refused(DDPMX_INPUT, "there is no spacing", [](R r, S, S) { r.spacing = "even"; });
   refused(DDPMX_INPUT, "there is no variance", [](R r, S, S) { r.variance = "beta"; });
   refused(DDPMX_INPUT, "has no variance output", [](R r, S, S) { r.variance = "learned_range"; });
   refused(DDPMX_INPUT, "steps must be", [](R r, S, S) { r.steps = 1001; });

@@ -30,6 +30,33 @@ void whole_chains() {
   }
 }
 
+// Samplers that remember x0 of the steps before, which a network that conditions itself takes from the same place.
+void chains_with_memory() {
+  for (const std::string &json : {kSmall, kOdd, kConditioned, kLearned, kGuided}) {
+    for (const char *executor : {"graph", "plain"}) {
+      Rig rig(json);
+      {
+        const auto runner = rig.open(executor);
+        for (const char *sampler : {"unipc", "dpmpp_2m", "unipc"}) {  // again, and nothing of the last chain is left
+          ddpmx::Sampling sampling = Rig::sampling(7);
+          sampling.sampler = sampler;
+          rig.table = ddpmx::make_table(rig.spec.schedule, rig.spec.prediction, rig.spec.variance, sampling);
+          CHECK(rig.table.remembers_two() == (sampling.sampler == "unipc"));
+          for (const bool previews : {false, true}) {
+            Request request = Request::of(rig);
+            CHECK(same(drawn(*runner, rig, request, previews), expected(rig, request)));
+            if (json == kGuided) request.guidance = ddpmx::Guidance{2.5f, 10};
+            CHECK(same(drawn(*runner, rig, request, previews), expected(rig, request)));
+          }
+        }
+        rig.table.memory[3].c += 0.5f;  // another table is another chain
+        CHECK(same(drawn(*runner, rig, Request::of(rig)), expected(rig, Request::of(rig))));
+      }
+      CHECK(clean());
+    }
+  }
+}
+
 // Guided: each image has a row with its class and one without.
 void guided_chains() {
   for (const std::string &json : {kGuided, kGuidedLearned}) {
@@ -469,6 +496,7 @@ void through_the_c_api() {
 int main() {
   through_the_c_api();
   whole_chains();
+  chains_with_memory();
   guided_chains();
   previews();
   memory_is_kept();

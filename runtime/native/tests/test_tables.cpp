@@ -5,6 +5,7 @@
 
 #include "check.hpp"
 #include "elementary.hpp"
+#include "grids.hpp"
 #include "samplers.hpp"
 
 using namespace ddpmx;
@@ -93,6 +94,16 @@ void grids() {
   CHECK(timestep_grid(1000, 3, "quad") == (Grid{0, 200, 800}));
   for (const char *spacing : {"linspace", "leading", "trailing", "quad"}) {
     CHECK(timestep_grid(5, 5, spacing) == (Grid{0, 1, 2, 3, 4}));
+  }
+  const Schedule linear = make_schedule("linear", 1000, {}), jsd = make_schedule("jsd", 1000, {});
+  for (const char *spacing : {"logsnr", "karras"}) {
+    for (const int64_t steps : {1, 2, 8, 50, 999}) {  // rising, with both ends, however near they are wanted
+      const Grid grid = timestep_grid(1000, steps, spacing, &linear);
+      CHECK(grid.size() == static_cast<size_t>(steps) && grid.back() == 999 && (steps == 1 || grid.front() == 0));
+      for (size_t k = 1; k < grid.size(); ++k) CHECK(grid[k] > grid[k - 1]);
+    }
+    CHECK(timestep_grid(1000, 2, spacing, &jsd) == (Grid{0, 998}));  // ᾱ = 0 at 999
+    CHECK(fails(DDPMX_INPUT, "spacing follows the schedule's λ", [spacing] { timestep_grid(1000, 10, spacing); }));
   }
   CHECK(fails(DDPMX_INPUT, "cannot pick 900 different steps", [] { timestep_grid(1000, 900, "quad"); }));
   CHECK(fails(DDPMX_INPUT, "there is no spacing 'log'", [] { timestep_grid(1000, 10, "log"); }));
@@ -205,6 +216,34 @@ void ddim_with_all_the_noise_is_ancestral() {
   }
 }
 
+// A perfect x0 leads from √ᾱ·x_0 + √(1−ᾱ)·ε to the same of the next timestep. The first step remembers nothing, the second
+// one step, and the last one gives x0.
+void multistep_samplers() {
+  for (const char *name : kNames) {
+    const Schedule schedule = make_schedule(name, 1000, {});
+    for (const char *sampler : {"dpmpp_2m", "unipc"}) {
+      Sampling sampling = over(9);
+      sampling.sampler = sampler;
+      const Table table = make_table(schedule, Prediction::v, Variance::learned, sampling);
+      CHECK(table.learned.empty() && table.memory.size() == 9);
+      CHECK(table.remembers_two() == (sampling.sampler == "unipc"));
+      for (size_t k = 0; k < 9; ++k) {
+        const ddpmx_row &row = table.rows[k];
+        const auto [c, d] = table.memory[k];
+        const double now = schedule.alpha_bar[static_cast<size_t>(table.timesteps[k])];
+        const double after = k < 8 ? schedule.alpha_bar[static_cast<size_t>(table.timesteps[k + 1])] : 1;
+        CHECK(near(double{row.a} + c + d + row.b * std::sqrt(now), std::sqrt(after), 1e-6));
+        CHECK(near(row.b * std::sqrt(1 - now), std::sqrt(1 - after), 1e-6));
+        CHECK(row.sigma == 0 && (k > 0 || c == 0) && (k > 1 || d == 0) && (k < 8 || (row.a == 1 && c == 0 && d == 0)));
+      }
+      sampling.start = table.timesteps[4];
+      const Table part = make_table(schedule, Prediction::v, Variance::fixed_large, sampling);
+      CHECK(part.rows.size() == 5 && part.timesteps[0] == table.timesteps[4] && part.memory.size() == 5);
+      CHECK(part.memory[0].c == 0 && part.memory[1].d == 0 && table.memory[4].c != 0);
+    }
+  }
+}
+
 void starts() {
   const Schedule schedule = make_schedule("linear", 1000, {});
   for (const Variance variance : kVariances) {
@@ -244,8 +283,11 @@ void refusals() {
   Sampling euler, noisy;
   euler.sampler = "euler";
   noisy.eta = 0.5;
+  Sampling fast = noisy;
+  fast.sampler = "unipc";
   CHECK(refused(DDPMX_INPUT, "there is no sampler 'euler'", linear, euler));
   CHECK(refused(DDPMX_INPUT, "η is for the ddim sampler only", linear, noisy));
+  CHECK(refused(DDPMX_INPUT, "η is for the ddim sampler only", linear, fast));
   for (const double eta : {-0.1, 1.1, static_cast<double>(NAN)}) {
     CHECK(refused(DDPMX_INPUT, "η must lie between", linear, ddim(eta)));
   }
@@ -270,6 +312,7 @@ int main() {
   learned_log_variances();
   predicted_means();
   ddim_with_all_the_noise_is_ancestral();
+  multistep_samplers();
   starts();
   refusals();
   return ddpmx_test::finish();

@@ -36,9 +36,22 @@ from oracles.device_chain import IMAGES, SHAPE, STEPS, TABLE, Setup, array_at, e
         {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_small", steps=1)},
         {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_small", sampler="ddim", steps=5)},
         {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "learned_range", steps=5)},
+        {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_small", sampler="dpmpp_2m", steps=5)},
+        {"table": make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_small", sampler="unipc", steps=5)},
         {"x": np.random.default_rng(0).standard_normal((3, *SHAPE)).astype(np.float32)},
     ],
-    ids=["plain case", "one far image", "no clip", "tight clip", "one step", "ddim", "learned variance", "own x"],
+    ids=[
+        "plain case",
+        "one far image",
+        "no clip",
+        "tight clip",
+        "one step",
+        "ddim",
+        "learned variance",
+        "2m",
+        "unipc",
+        "own x",
+    ],
 )
 def test_every_executor_gives_numpy_s_bits(fake, executor, case):
     table, clip = case.get("table", TABLE), case.get("clip", 1.0)
@@ -69,6 +82,16 @@ def test_a_chain_is_used_again_without_allocating(fake, executor):
         assert fake.alive() == alive
         # a captured engine is not enqueued by the host again
         assert s.engine.enqueued - enqueued == (12 * STEPS if executor == "plain" else 0)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_chain_that_is_used_again_remembers_nothing_of_the_last_run(fake, executor):
+    table = make_table(gaussian.SPEC.make_schedule(), "eps", "fixed_small", sampler="unipc", steps=6)
+    with Setup(fake, table=table) as s:
+        s.chain.prepare(s.engine, executor)
+        for seed in (0, 1, 0):
+            got = s.chain.run(seed=seed, images=[4, 5, 6])
+            assert got.tobytes() == to_nhwc(expected([4, 5, 6], seed=seed, table=table).x0).tobytes()
 
 
 def test_a_batch_is_padded_with_its_last_image(fake):

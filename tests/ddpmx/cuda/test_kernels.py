@@ -57,6 +57,7 @@ def table_of(sampler="ancestral", steps=12, variance="fixed_small", **more):
 FAR = 2**32 - 1
 LEARNED = {"variance": "learned_range"}
 GUIDED = {"guidance": Guidance(2.3, 5), "labels": [1, 4, 0], "indices": [FAR, 0, 7]}
+TWO_M, UNIPC = {"sampler": "dpmpp_2m"}, {"sampler": "unipc", "spacing": "logsnr"}
 ONE_GUIDED = {"guidance": Guidance(-0.7, 5), "labels": [3], "indices": [3]}
 CHAINS = {
     "one image": {},
@@ -99,12 +100,29 @@ CHAINS = {
     "guided, threads in another order": {**GUIDED, "order": 1, "grid": 5, "block": 16},
     "guided, ddim": {**GUIDED, "sampler": "ddim"},
     "guided, learned": {**GUIDED, **LEARNED},
+    "one x0 remembered": {**TWO_M, "indices": [FAR, 0, 7]},
+    "two remembered": {**UNIPC, "indices": [FAR, 0, 7]},
+    "two remembered, one image, one thread": {**UNIPC, "grid": 1, "block": 1},
+    "one remembered, four at a time": {**TWO_M, "shape": EVEN, "indices": [3, 4, 5]},
+    "two remembered, four at a time": {**UNIPC, "shape": EVEN, "indices": [3, 4, 5]},
+    "two remembered, not aligned": {**UNIPC, "shape": EVEN, "indices": [3, 4], "offset": 1},
+    "two remembered, the last alone not aligned": {**UNIPC, "shape": EVEN, "indices": [3, 4], "ago_offset": 2},
+    "two remembered, less than four elements": {**UNIPC, "shape": (3, 1, 1), "indices": [3, 4, 5]},
+    "two remembered, no clipping": {**UNIPC, "indices": [0, 1], "clip": None},
+    "two remembered, tight clipping": {**UNIPC, "indices": [0, 1], "clip": 0.25},
+    "two remembered, threads in another order": {**UNIPC, "indices": [0, 1, 2], "order": 1, "grid": 5, "block": 16},
+    "two remembered, two steps": {**UNIPC, "indices": [0, 1], "steps": 2},
+    "two remembered, one step": {**UNIPC, "indices": [0, 1], "steps": 1},
+    "two remembered, all 1000 steps": {**UNIPC, "indices": [5, 6], "steps": None, "shape": (3, 3, 3)},
+    "guided, one remembered": {**GUIDED, **TWO_M},
+    "guided, two remembered": {**GUIDED, **UNIPC},
+    "guided, two remembered, four at a time": {**GUIDED, **UNIPC, "shape": EVEN},
     "guided, learned, four at a time": {**GUIDED, **LEARNED, "shape": EVEN},
 }
 
 
 def compare(kernels, *, shape=ODD, indices=(5,), seed=0, clip=1.0, **more):
-    sampling = {name: more.pop(name) for name in ("sampler", "steps", "eta", "variance") if name in more}
+    sampling = {name: more.pop(name) for name in ("sampler", "steps", "spacing", "eta", "variance") if name in more}
     table, launch = table_of(**sampling), more
     guided = {name: more.pop(name) for name in ("guidance", "labels") if name in more}
     device = Device(kernels, table, shape, seed=seed, images=indices, clip=clip, **guided, **launch)
@@ -180,9 +198,25 @@ MISTAKES = {
     "x of the first row alone": ("step.cu", "ddpmx_store(here, four.count, wide, x + half + four.at);", ""),
     "x0 of the first row alone": ("step.cu", "if (x0) ddpmx_store(lead, four.count, wide, x0 + half + four.at);", ""),
     "t of the first row alone": ("step.cu", "t[chain->B + four.image] = next", "t[four.image] = next"),
+    "nothing remembered": ("step.cu", "here[k] = ddpmx_recall(memory, here[k], one[k], two[k]);", "(void)memory;"),
+    "one x0 for four": ("step.cu", "one[k], two[k]", "one[0], two[k]"),
+    "what is remembered, exchanged": ("step.cu", "one[k], two[k]", "two[k], one[k]"),
+    "nothing handed on": ("step.cu", "ddpmx_store(one, four.count, wide, two_ago + four.at);", ""),
+    "one memory for all steps": ("step.cu", "chain->memory)[chain->step]", "chain->memory)[0]"),
+    "the last x0 not kept": ("step.cu", "ddpmx_store(one, four.count, wide, one_ago + four.at);", ""),
+    "x remembers in the first row alone": (
+        "step.cu",
+        "if (chain->guided) ddpmx_store(here,",
+        "if (0) ddpmx_store(here,",
+    ),
+    "a fused memory": ("step.h", "DDPMX_ADD(x, DDPMX_MUL(memory.c, one_ago))", "fmaf(memory.c, one_ago, x)"),
+    "another fused memory": ("step.h", "DDPMX_ADD(x, DDPMX_MUL(memory.d, two_ago))", "fmaf(memory.d, two_ago, x)"),
     "x_T of the first row alone": ("step.cu", "if (guided) ddpmx_store(z,", "if (0) ddpmx_store(z,"),
 }
-NOTICING = ("five images, far seeds and indices", "threads in another order", "uneven grid", "learned", "guided")
+NOTICING = (
+    *("five images, far seeds and indices", "threads in another order", "uneven grid", "learned", "guided"),
+    *("two remembered", "guided, two remembered"),
+)
 
 
 def mistaken(folder, file, right, wrong):
@@ -220,7 +254,7 @@ def everything(device):
     return [
         bytes(device.chain),
         bytes(device.control),
-        *(array.tobytes() for array in (device.x, device.x0, device.t, device.pixels)),
+        *(array.tobytes() for array in (device.x, device.x0, device.one_ago, device.two_ago, device.t, device.pixels)),
     ]
 
 
@@ -239,11 +273,18 @@ def test_launches_after_the_end_change_nothing(kernels, order):
     assert_nothing_moves(device)
 
 
-@pytest.mark.parametrize(("variance", "poisoned"), [("fixed_small", "out"), *(("learned_range", a) for a in OUTPUTS)])
+POISONED = (
+    ({"variance": "fixed_small"}, "out"),
+    *(({"variance": "learned_range"}, output) for output in OUTPUTS),
+    ({"sampler": "unipc"}, "out"),
+)
+
+
+@pytest.mark.parametrize(("sampling", "poisoned"), POISONED)
 @pytest.mark.parametrize("values", [[np.nan], [np.inf], [-np.inf], [-np.nan, 0.5], [np.inf, 1, 2, 3, 4]])
 @pytest.mark.parametrize("k", [0, 5, 11])
-def test_an_output_that_is_not_finite_ends_the_chain(kernels, k, values, variance, poisoned):
-    table = table_of(variance=variance)
+def test_an_output_that_is_not_finite_ends_the_chain(kernels, k, values, sampling, poisoned):
+    table = table_of(**sampling)
     device = Device(kernels, table, ODD, seed=0, images=[1, 2], order=3)
     toy = functools.partial(Toy, ODD, poison=(int(table.timesteps[k]), values), poisoned=poisoned)
     x = []
@@ -267,7 +308,8 @@ def test_an_output_that_is_not_finite_ends_the_chain(kernels, k, values, varianc
     assert same_bits(device.x[stayed], x[k][stayed])
     others = ~stayed
     others[0].reshape(-1)[-len(values) :] = False
-    assert same_bits(device.x[others], healthy.x[others])
+    if table.memory is None:  # else the threads that have seen it add no memory to the others
+        assert same_bits(device.x[others], healthy.x[others])
     assert np.isfinite(device.x).all()
 
 
@@ -349,6 +391,11 @@ def test_a_chain_can_begin_again(kernels):
         {"pixels": 0},
         {"var": 16},
         {"learned": 16},
+        {"one_ago": 16},
+        {"two_ago": 16},
+        {"memory": 16},
+        {"memory": 16, "one_ago": 16, "x0": 0},
+        {"memory": 16, "one_ago": 16, "var": 16, "learned": 16},
         {"channels": 2**16, "pixels": 2**16},
         {"B": 2**30, "channels": 4, "pixels": 4},
         {"B": 2**31 - 1, "channels": 2**31 - 1, "pixels": 2**31 - 1},
@@ -515,6 +562,13 @@ EXECUTED = {
     "learned, v alone not aligned": {**LEARNED, "indices": [1, 2], "shape": EVEN, "steps": 2, "var_offset": 1},
     "guided": {**GUIDED, "steps": 3},
     "guided, learned, four at a time": {**GUIDED, **LEARNED, "shape": EVEN, "steps": 2},
+    "one x0 remembered": {**TWO_M, "indices": [FAR, 2], "steps": 4},
+    "two remembered, four at a time": {**UNIPC, "indices": [1, 2, 3], "shape": EVEN, "steps": 5},
+    "two remembered, the last alone not aligned": {
+        **UNIPC,
+        **{"indices": [1, 2], "shape": EVEN, "steps": 4, "ago_offset": 1},
+    },
+    "guided, two remembered": {**GUIDED, **UNIPC, "steps": 4},
 }
 
 
@@ -557,9 +611,10 @@ def test_one_wrong_coefficient_of_the_exponential_is_noticed():
 def test_a_misaligned_wide_load_is_noticed():
     """The control: the check of the addresses' last four bits is taken out."""
     text, found = re.subn(r"(and\.b64\s+\S+, \S+), 15;", r"\1, 0;", committed("step"))
-    assert found == 2, "the mistake cannot be made any more"
-    with pytest.raises(AssertionError, match="misaligned"):
-        compare(ptx.Kernels(text), **EXECUTED["learned, v alone not aligned"], grid=3, block=5)
+    assert found == 3, "the mistake cannot be made any more"
+    for case in ("learned, v alone not aligned", "two remembered, the last alone not aligned"):
+        with pytest.raises(AssertionError, match="misaligned"):
+            compare(ptx.Kernels(text), **EXECUTED[case], grid=3, block=5)
 
 
 # --- the assembler ---------------------------------------------------------------------------------------------------

@@ -38,6 +38,13 @@ void learned(const ddpmx_row *row, const ddpmx_learned *range, float limit, size
   for (size_t i = 0; i < n; ++i)
     x_next[i] = ddpmx_update(ddpmx_learn(*row, *range, v[i]), limit, x[i], out[i], z[i], x0 + i);
 }
+void recalled(const ddpmx_row *row, const ddpmx_memory *memory, float limit, size_t n, const float *x, const float *out,
+              const float *one_ago, const float *two_ago, float *x0, float *x_next) {
+  for (size_t i = 0; i < n; ++i) {
+    x_next[i] = ddpmx_update(*row, limit, x[i], out[i], 0.0f, x0 + i);
+    x_next[i] = ddpmx_recall(*memory, x_next[i], one_ago[i], two_ago[i]);
+  }
+}
 void exponential(const float *x, size_t n, float *y) {
   for (size_t i = 0; i < n; ++i) y[i] = ddpmx_exp(x[i]);
 }
@@ -140,6 +147,28 @@ def numpy_learned(row, learned, limit, x, out, v, z):
     with np.errstate(all="ignore"):
         sigma = chain.learned_sigma(learned, v) if noisy else None
         chain.update(row, limit, x, out, z if noisy else None, x0=x0, x_next=x_next, sigma=sigma)
+    return x0, x_next
+
+
+def c_recalled(library, row, memory, limit, x, out, one_ago, two_ago):
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (x, out, one_ago, two_ago, x0, x_next)]
+    row, memory = (np.ascontiguousarray(a, np.float32) for a in (row, memory))
+    library.recalled(
+        row.ctypes.data_as(ctypes.c_void_p),
+        memory.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_float(limit),
+        ctypes.c_size_t(x.size),
+        *pointers,
+    )
+    return x0, x_next
+
+
+def numpy_recalled(row, memory, limit, x, out, one_ago, two_ago):
+    x0, x_next = np.empty_like(x), np.empty_like(x)
+    used = [(weight, array) for weight, array in zip(memory, (one_ago, two_ago), strict=True) if weight != 0]
+    with np.errstate(all="ignore"):
+        chain.update(row, limit, x, out, None, x0=x0, x_next=x_next, memory=used)
     return x0, x_next
 
 
@@ -275,6 +304,25 @@ def test_the_update_with_a_learned_sigma_has_the_same_bits(compiled):
         arguments = (row, learned, [1.0, np.inf][draw % 2], x, out, v, z)
         for a, b in zip(c_learned(compiled, *arguments), numpy_learned(*arguments), strict=True):
             assert_same_bits(a, b)
+
+
+def test_the_update_with_memory_has_the_same_bits(compiled):
+    rng = np.random.default_rng(6)
+    for draw in range(50):
+        row = np.float32([*(rng.standard_normal(4) * 10.0 ** rng.integers(-3, 3, 4)), 0])
+        memory = np.float32(rng.standard_normal(2) * 10.0 ** rng.integers(-3, 2, 2)) * [draw % 4 != 0, draw % 3 != 0]
+        x, out, one_ago, two_ago = rng.standard_normal((4, 4096)).astype(np.float32)
+        one_ago[: len(SPECIAL)], two_ago[-len(SPECIAL) :] = SPECIAL, SPECIAL
+        arguments = (row, memory.astype(np.float32), [1.0, np.inf][draw % 2], x, out, one_ago, two_ago)
+        for a, b in zip(c_recalled(compiled, *arguments), numpy_recalled(*arguments), strict=True):
+            assert_same_bits(a, b)
+
+
+def test_what_was_never_remembered_is_not_used(compiled):
+    x = np.ones(8, np.float32)
+    nan = np.full_like(x, np.nan)
+    _, x_next = c_recalled(compiled, [1, 0, 1, 0, 0], [0, 0], 1.0, x, x, nan, nan)
+    np.testing.assert_array_equal(x_next, x)
 
 
 def test_neither_noise_nor_v_is_used_where_sigma_is_zero(compiled):

@@ -169,8 +169,9 @@ typedef struct ddpmx_request {
   uint64_t seed;      /* default 0 */
   uint64_t first;     /* index of the first image: 8 images equal 4, and 4 more with first = 4; default 0 */
   uint64_t batch;     /* the most that run at once; 0: ddpmx_model.default_batch. A plan may take fewer */
-  const char *sampler; /* "ancestral" (or NULL), "ddim" */
-  const char *spacing; /* which timesteps, if not all: "linspace" (or NULL), "leading", "trailing", "quad" */
+  const char *sampler; /* "ancestral" (or NULL), "ddim", "dpmpp_2m", "unipc" */
+  const char *spacing; /* which timesteps, if not all: "linspace" (or NULL), "leading", "trailing", "quad", "logsnr",
+                          "karras" */
   const char *variance; /* "fixed_small", "fixed_large", "learned_range", "learned"; NULL: the file's */
   double eta;          /* of ddim: 0 (no noise in the steps) … 1; default 0 */
   int32_t steps;       /* how many of the T timesteps are visited; 0: all */

@@ -69,7 +69,7 @@ void DeviceChain::allocate(bool with_x0) {
   at_.out = keep(size, "the network's output");
   if (!table_.learned.empty()) at_.var = keep(size, "its variance");
   at_.t = keep(images * 4, "t");
-  if (with_x0 || spec_.self_condition) x0_ = keep(size, "x0");
+  if (with_x0 || spec_.self_condition || !table_.memory.empty()) x0_ = keep(size, "x0");
   // zeros at first: a class label is an index into the network's tables
   if (spec_.self_condition) driver_.zero(at_.x0_prev = x0_, size, stream());
   if (spec_.classes) driver_.zero(at_.y = keep(images * 4, "y"), images * 4, stream());
@@ -105,6 +105,12 @@ void DeviceChain::upload(const Table &table) {
   chain_.rows = put(table.rows, "the table");
   chain_.timesteps = put(table.timesteps, "timesteps");
   if (!table.learned.empty()) chain_.learned = put(table.learned, "the table of variances");
+  if (!table.memory.empty()) {
+    const uint64_t size = static_cast<uint64_t>(batch_ * elements_) * 4;
+    chain_.memory = put(table.memory, "the table of what is remembered");
+    chain_.one_ago = keep(size, "the last x0");
+    if (table.remembers_two()) chain_.two_ago = keep(size, "the x0 before");
+  }
 }
 
 void DeviceChain::close() noexcept {

@@ -184,7 +184,7 @@ bool DeviceRunner::fits(const Job &job, int64_t batch, bool with_x0) const {
   const Table &table = job.table;
   return chain_ && !chain_->executor().empty() && batch == batch_ && with_x0_ >= with_x0 && job.guidance == guidance_ &&
          same_bits(table.timesteps, table_.timesteps) && same_bits(table.rows, table_.rows) &&
-         same_bits(table.learned, table_.learned);
+         same_bits(table.learned, table_.learned) && same_bits(table.memory, table_.memory);
 }
 
 // The chain, with its network and executor.
