@@ -2,8 +2,8 @@
 
     python tests/benchmarks/samplers.py -o samplers.json [--chart chart.png] [--quick]
 
-Every chain begins with the same noise. The result is a line of JSON for each chain, and a table in Markdown; chains that
-the file has already are not run again. An hour on two cores; --quick runs a tenth of it.
+Every chain begins with the same noise. Each one adds a line of JSON to the file, and those that it has are not run again;
+the table is printed. An hour on two cores; --quick takes two minutes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,11 @@ def measured(wanted: Iterable[Chain], path: Path, *, n: int, seeds: tuple[int, .
                 line = {**asdict(chain), "n": n, "seeds": list(seeds), "verdicts": verdicts}
                 with path.open("a") as file:
                     file.write(json.dumps(line) + "\n")
-                print(describe(line), file=sys.stderr, flush=True)
+                print(
+                    f"{line['sampler']}, {line['spacing']}, {line['steps']} steps: {cell(line)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             lines.append(line)
     return lines
 
@@ -71,18 +75,21 @@ def mean(line: dict[str, Any], what: str) -> float:
     return float(np.mean([verdict[what] for verdict in line["verdicts"]]))
 
 
-def describe(line: dict[str, Any]) -> str:
-    """A row of the table."""
+def cell(line: dict[str, Any]) -> str:
+    """ "confident, variation" of all seeds, and how many classes there are if one is missing."""
     classes = min(verdict["classes"] for verdict in line["verdicts"])
-    return (
-        f"| {line['sampler']} | {line['spacing']} | {line['steps']} | {mean(line, 'confident'):.2f} | {classes} | "
-        f"{mean(line, 'variation'):.2f} |"
-    )
+    missing = "" if classes == 10 else f", {classes} classes"
+    return f"{mean(line, 'confident'):.2f}, {mean(line, 'variation'):.2f}{missing}"
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    head = "| sampler | spacing | steps | confident | classes | variation |\n|---|---|---|---|---|---|"
-    return "\n".join([head, *map(describe, lines)])
+    """A row for each number of steps, a column for each sampler with its spacing."""
+    curves = sorted({(line["sampler"], line["spacing"]) for line in lines})
+    rows = [["steps", *(f"`{sampler}`, {spacing}" for sampler, spacing in curves)], ["---"] * (len(curves) + 1)]
+    for steps in sorted({line["steps"] for line in lines}):
+        cells = {(line["sampler"], line["spacing"]): cell(line) for line in lines if line["steps"] == steps}
+        rows.append([str(steps), *(cells.get(curve, "") for curve in curves)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

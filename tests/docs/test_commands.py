@@ -71,6 +71,7 @@ NOT_RUN = {
     "python -m ddpmx.cuda.make_ptx*": "needs a compiler from the network; tests/ddpmx/cuda/test_kernels.py runs it",
     "*pytest -q *": "is a run of other tests",
     "python tests/gpu/check.py *": "needs a GPU",
+    "python tests/benchmarks/samplers.py *": "takes an hour",
     "torchrun *": "starts processes; tests/ddpm_export/training/test_distributed.py does",
     "trtexec *": "is NVIDIA's, and needs a GPU",
     "ddpmx build *": BUILD,
