@@ -99,7 +99,7 @@ def test_variations_of_pictures_in_turns(ddpmx, gaussian_onnx, here):
         "generate", gaussian_onnx, "--init", "two", "-n", 4, "--first", 1, "--strength", 0.3, "--steps", 10, "--seed", 2
     )
     assert (done.code, done.err) == (0, ""), done
-    assert "4 variations, 3 steps of ddim" in done.out
+    assert "4 variations, 3 steps of unipc" in done.out
     assert "from t = 299" in done.out
     images = np.stack([pixels(f"two/{name}.png") for name in "baba"])
     sampling = Sampling.chosen(1000, steps=10)
