@@ -201,9 +201,9 @@ def test_memory_is_what_the_system_and_the_control_group_leave(tmp_path, monkeyp
         ("memory.stat", "anon 5\ninactive_file 100\n"),
     ):
         (group / name).write_text(text)
-    assert memory._of_group(group) is None, "no limit"
+    assert memory._of_group(group, tmp_path / "no list") is None, "no limit"
     (group / "memory.max").write_text("1000\n")
-    assert memory._of_group(group) == 400
+    assert memory._of_group(group, tmp_path / "no list") == 400
     monkeypatch.setattr(memory, "_of_group", lambda: 400)
     assert memory.default_limit() == 200
     monkeypatch.setattr(memory, "_of_group", lambda: None)
@@ -215,3 +215,22 @@ def test_a_source_of_an_unknown_identity_is_refused(photos):
     source = dataclasses.replace(Source(photos), identity="names")
     with pytest.raises(Exception, match="run: the images"):
         Source.from_json(source.to_json(), "run")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_control_group_of_a_job_lies_deeper_than_a_container_s(tmp_path, version):
+    """The least of a group and of those around it holds; those beside it do not count."""
+    limit, used, freeable = memory._VERSION_1 if version == 1 else memory._VERSION_2
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    for path, most in ((".", None), ("slurm", 5000), ("slurm/job_1", 900), ("slurm/job_1/step_0", 2000), ("other", 1)):
+        group = root / path
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(("9223372036854771712" if version == 1 else "max") if most is None else str(most))
+        (group / used).write_text("300")
+        (group / "memory.stat").write_text(f"{freeable} 50\n")
+    listed = tmp_path / "list"
+    lines = {1: "11:cpu,cpuacct:/other\n4:memory:/slurm/job_1/step_0\n", 2: "0::/slurm/job_1/step_0\n"}
+    listed.write_text(lines[version])
+    assert memory._of_group(tmp_path, listed) == 900 - 300 + 50
+    listed.write_text(lines[version].replace("/slurm/job_1/step_0", "/slurm"))
+    assert memory._of_group(tmp_path, listed) == 5000 - 300 + 50
