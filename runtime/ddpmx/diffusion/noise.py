@@ -39,6 +39,10 @@ class Purpose(IntEnum):
     """ε of x_t where the bound on the likelihood is computed, and which t that is."""
     BACK = 5
     """ε of q(x_t | x_s), s < t, by which inpainting goes back in the chain."""
+    LANGEVIN = 8
+    """z of one Langevin step, which corrects a state x_t."""
+    PROBE = 9
+    """Signs by which a divergence is estimated, and the place of an image within its levels of uint8."""
 
 
 def check_seed(seed: int) -> int:
