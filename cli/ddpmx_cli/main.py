@@ -27,20 +27,24 @@ from ddpmx_cli import (
     inpaint,
     parity,
     plot,
+    score_,
     signals,
     train,
 )
 from ddpmx_cli.console import complain, say
 from ddpmx_cli.paths import PathCommand
 
+_AFTER = {"eval": "parity", "score": "inpaint"}
+
 
 class _InOrder(TyperGroup):
     """The commands in the order in which they are used; Typer lists groups first."""
 
     def list_commands(self, ctx: object) -> list[str]:
-        """The names, with ``eval`` after ``parity``."""
-        names = [name for name in self.commands if name != "eval"]
-        names.insert(names.index("parity") + 1, "eval")
+        """The names, each group after a command that it belongs to."""
+        names = [name for name in self.commands if name not in _AFTER]
+        for group, command in _AFTER.items():
+            names.insert(names.index(command) + 1, group)
         return names
 
 
@@ -62,6 +66,7 @@ _command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
+app.add_typer(score_.app, name="score")
 _command("import", epilog=import_.EXAMPLES)(import_.import_)
 _command(epilog=convert.EXAMPLES)(convert.convert)
 _command(epilog=adopt.EXAMPLES)(adopt.adopt)

@@ -239,6 +239,7 @@ COMMANDS = [
     "generate",
     "denoise",
     "inpaint",
+    "score",
     "parity",
     "eval",
     "import",

@@ -40,6 +40,10 @@ CHEAP = {
     "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
     "eval": {"--images": "2", "--terms": "3"},
+    "score draw": {"-n": "2", "--steps": "4"},
+    "score draw --ode": {"-n": "2", "--tolerance": "0.1"},
+    "score encode": {"--ddim": "4"},
+    "score nll": {"--images": "1", "--tolerance": "0.1"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
 }
 """Options that are replaced, or added, when a command is run."""
@@ -121,6 +125,8 @@ def parsed(words: list[str]) -> dict[str, object]:
 def cheap(words: list[str]) -> list[str]:
     """The command with the options of :data:`CHEAP`."""
     kind = next((flag for flag in ("--resume", "--from", "--dry-run") if words[1] == "train" and flag in words), "")
+    if words[1] == "score":
+        kind = words[2] + " --ode" * ("--ode" in words)
     table = CHEAP.get(f"{words[1]} {kind}".rstrip(), {})
     words = list(words)
     for flag, value in table.items():

@@ -92,7 +92,8 @@ def encode(
         pipeline: the model.
         images: uint8 [n, H, W, C].
         likelihood: estimate log p as well; three to four times as many calls of the network.
-        divergence: of the network's output, where torch is: ``ddpm_export.training.pipeline.divergence``.
+        divergence: of the network's output, where torch runs it: the method of that name of
+            ``ddpm_export.training.pipeline.RunPipeline``.
         tolerance: relative and absolute, of the ODE.
         seed: of the probes, and of the places within the levels.
         first, batch, labels, cond, guidance: as for :meth:`ddpmx.Pipeline.evaluate`.
