@@ -20,7 +20,9 @@ SHAPE = (2, 8, 8)
 def run(**changes):
     spec = ModelSpec(SHAPE, timesteps=10, **changes)
     config = UNetConfig(2, 2, (8, 8), 8, (1,), 1, (), 0.0, 4, classes=spec.classes, null_class=spec.null_class)
-    return RunPipeline(spec, rerandomise(UNet(config)).eval())
+    network = UNet(config).eval()
+    rerandomise(network)
+    return RunPipeline(spec, network)
 
 
 def test_the_divergence_is_that_of_the_whole_jacobian():
