@@ -16,7 +16,7 @@ from ddpmx.diffusion.samplers import SAMPLERS, VARIANCES, Sampler, Variance
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
-from ddpmx_cli.console import check_threads, counting, say
+from ddpmx_cli.console import busy, check_threads, counting, say
 from ddpmx_cli.opened import open_pipeline
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ddpmx.pipeline import Pipeline
+    from ddpmx.sampling.chain import Preview
     from ddpmx.sampling.request import Sampling
 
 _WHERE = "Where it runs"
@@ -39,7 +40,8 @@ Examples:\n
   ddpmx generate model.onnx -n 20 --labels 0,1,2,3,4  # a model with classes: image i has class i mod 5\n
   ddpmx generate model.onnx --label 3 --guidance 2    # more clearly of class 3 than the data\n
   ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i\n
-  ddpmx generate model.onnx --init photo.png --strength 0.4   # variations of a picture
+  ddpmx generate model.onnx --init photo.png --strength 0.4   # variations of a picture\n
+  ddpmx generate model.onnx -n 8 --share-from 500 --grid      # images that are one down to t = 500
 """
 
 
@@ -99,6 +101,10 @@ def generate(
             metavar="S",
         ),
     ] = None,
+    share_from: Annotated[
+        int | None,
+        Option(help="All images are one down to this timestep, and part there: the x_t of image 0.", metavar="T"),
+    ] = None,
     steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
     sampler: Annotated[
         str | None,
@@ -124,6 +130,10 @@ def generate(
     grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,
     animate: Annotated[
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
+    ] = False,
+    strip: Annotated[
+        bool,
+        Option("--strip", help="Also write strip.png: x̂_0 of each image along the chain, and say how far it is off."),
     ] = False,
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the images of another run, or of somebody else, in --out.")
@@ -168,15 +178,21 @@ def generate(
     from ddpmx.images.origin import Origin, model_hash
     from ddpmx.models import shipped
     from ddpmx.sampling.request import Sampling
+    from ddpmx.tasks import progressive, shared
 
     name = _one_model(file, engine)
     path = shipped.find(name)
     picture = gallery.is_picture(out)
     if n is None:
         n = 1 if picture and not grid else 16
-    if picture and (animate or (n != 1 and not grid)):
-        what = "an animation is another one" if animate else f"there are {n} images"
-        hint = "a folder as --out" if animate else "-n 1, --grid for all of them on one sheet, or a folder as --out"
+    if picture and (animate or strip or (n != 1 and not grid)):
+        more = "an animation" if animate else "a strip"
+        what = f"{more} is another one" if animate or strip else f"there are {n} images"
+        hint = (
+            "a folder as --out"
+            if animate or strip
+            else "-n 1, --grid for all of them on one sheet, or a folder as --out"
+        )
         raise InputError(f"--out {out} is one file, and {what}", hint=hint)
     opened = open_pipeline(
         path,
@@ -191,7 +207,7 @@ def generate(
         gallery.check_drawable(pipeline.spec)
         sampling = Sampling.chosen(  # the names are checked with everything else
             pipeline.spec.timesteps,
-            sampler=cast("Sampler | None", sampler),
+            sampler=cast("Sampler | None", sampler or ("ancestral" if share_from is not None and not eta else None)),
             steps=steps,
             spacing=cast("Spacing | None", spacing),
             eta=eta,
@@ -216,12 +232,39 @@ def generate(
                 hint=f"--cond FOLDER of pictures, or --cond FILE.npz with cond: float32 [N, {wanted}]",
             )
         begun_from, x = None, None
+        if init is not None and share_from is not None:
+            raise InputError("--init and --share-from exclude each other", hint="both say where the chains begin")
         if init is not None:
             sampling, x, begun_from = _begun(pipeline, init, strength, sampling, seed=seed, first=first, n=n)
         elif strength is not None:
             raise InputError("--strength is for --init only", hint="--init PICTURE, which is to be varied")
+        if share_from is not None:
+            if len(set(classes or ())) > 1 or len(set(conditioned_by or ())) > 1:
+                raise InputError(
+                    "images that share a latent have one class and one condition", hint="--label, --cond PICTURE"
+                )
+            with busy(f"x_t at t = {share_from}"):
+                parted = shared.share_from(
+                    pipeline,
+                    n,
+                    share_from,
+                    sampling=sampling,
+                    seed=seed,
+                    batch=batch,
+                    label=classes[0] if classes else None,
+                    cond=None if conditions is None else conditions[:1],
+                    guidance=guidance,
+                )
+            x, sampling = parted
         table = pipeline.table(sampling)
         animation = gallery.Animation(pipeline.spec, table, n) if animate else None
+        frames = progressive.Progress(pipeline.spec, table, n) if strip else None
+        watching = [each for each in (animation, frames) if each is not None]
+
+        def watch(at: int, step: Preview) -> None:
+            for each in watching:
+                each(at, step)
+
         model = model_hash(pipeline.spec, path)
         origin = Origin(
             model,
@@ -234,8 +277,9 @@ def generate(
             conditions=conditioned_by,
             guidance=guidance,
             begun_from=begun_from,
+            shared=None if share_from is None else sampling.start,
         )
-        targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate)
+        targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate, strip=strip)
         gone: list[Path] = []
 
         def replaced() -> Iterator[Path]:
@@ -260,7 +304,7 @@ def generate(
                 guidance=guidance,
                 x=x,
                 progress=progress,
-                preview=animation,
+                preview=watch if watching else None,
                 sampling=sampling,
             )
         seconds = time.monotonic() - begun
@@ -270,7 +314,14 @@ def generate(
                 written = [gallery.save_picture(out, images, grid=grid, origin=origin)]
         else:
             written = gallery.save_gallery(
-                out, images, first=first, grid=grid, animation=animation, origin=origin, instead_of=replaced()
+                out,
+                images,
+                first=first,
+                grid=grid,
+                animation=animation,
+                strip=None if frames is None else frames.frames.pixels,
+                origin=origin,
+                instead_of=replaced(),
             )
         what = "image" if init is None else "variation"
         where = "" if sampling.start is None else f", from t = {sampling.start}"
@@ -285,6 +336,10 @@ def generate(
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:
         say(str(extra))
+    if frames is not None:
+        say("x̂_0 on its way, and its RMSE to the image (0…255):")
+        for t, rmse in zip(frames.frames.t, frames.frames.rmse, strict=True):
+            say(f"  t = {t:<6} {rmse:6.2f}")
     if gone:
         say(f"Note: {len(gone)} pictures of another run were replaced")
     if others := len(set(gallery.earlier_images(out)) - set(written)):

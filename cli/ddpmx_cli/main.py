@@ -25,6 +25,7 @@ from ddpmx_cli import (
     import_,
     info,
     inpaint,
+    interpolate,
     parity,
     plot,
     score_,
@@ -34,7 +35,7 @@ from ddpmx_cli import (
 from ddpmx_cli.console import complain, say
 from ddpmx_cli.paths import PathCommand
 
-_AFTER = {"eval": "parity", "score": "inpaint"}
+_AFTER = {"eval": "parity", "score": "interpolate"}
 
 
 class _InOrder(TyperGroup):
@@ -64,6 +65,7 @@ _command(epilog=build.EXAMPLES)(build.build)
 _command(epilog=generate.EXAMPLES)(generate.generate)
 _command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
+_command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 app.add_typer(score_.app, name="score")

@@ -24,9 +24,10 @@ FRAMES = 48
 """Most frames of an animation."""
 
 SHOWN = 64
-"""Most images in an animation."""
+"""Most images in an animation, or in a strip."""
 
-GRID, ANIMATION = "grid.png", "x0.gif"
+GRID, ANIMATION, STRIP = "grid.png", "x0.gif", "strip.png"
+_SHEETS = (GRID, ANIMATION, STRIP)
 
 _NUMBERED = re.compile(r"[0-9]{5,}\.png", re.ASCII)
 _OTHER_PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -72,10 +73,10 @@ class Animation:
         return [writers.grid(frame) for frame in self._frames]
 
 
-def targets(folder: Path, n: int, *, first: int, grid: bool, animated: bool) -> list[Path]:
+def targets(folder: Path, n: int, *, first: int, grid: bool, animated: bool, strip: bool = False) -> list[Path]:
     """The files that :func:`save_gallery` writes."""
     images = [writers.image_path(folder, index) for index in range(first, first + n)]
-    return images + [folder / GRID] * grid + [folder / ANIMATION] * animated
+    return images + [folder / GRID] * grid + [folder / ANIMATION] * animated + [folder / STRIP] * strip
 
 
 def is_picture(out: Path) -> bool:
@@ -139,7 +140,7 @@ def other_runs(folder: Path, origin: Origin, n: int) -> list[Path]:
 
     A folder holds one run: the images of one seed, model and sampler, drawn in any number of parts.
     """
-    pictures = [*earlier_images(folder), *(path for path in (folder / GRID, folder / ANIMATION) if path.is_file())]
+    pictures = [*earlier_images(folder), *(folder / name for name in _SHEETS if (folder / name).is_file())]
     return [path for path in pictures if difference(path, origin, n)]
 
 
@@ -150,7 +151,7 @@ def check_one_run(folder: Path, origin: Origin, n: int) -> None:
         OutputError: ``folder`` holds numbered images that are not of this run.
     """
     for path in other_runs(folder, origin, n):
-        if path.name not in (GRID, ANIMATION):
+        if path.name not in _SHEETS:
             raise OutputError(
                 f"refusing to mix the images of two runs in {folder}",
                 note=f"{path.name}: {difference(path, origin, n)}",
@@ -174,11 +175,7 @@ def check_free(paths: Sequence[Path], origin: Origin, n: int, *, folder: Path | 
     if folder is not None:
         check_one_run(folder, origin, n)
     for path in paths:
-        if (
-            (folder is None or path.name in (GRID, ANIMATION))
-            and path.is_file()
-            and (other := difference(path, origin, n))
-        ):
+        if (folder is None or path.name in _SHEETS) and path.is_file() and (other := difference(path, origin, n)):
             raise OutputError(
                 f"refusing to overwrite {path}: it is of another run", note=other, hint="another --out, or --overwrite"
             )
@@ -191,6 +188,7 @@ def save_gallery(
     first: int = 0,
     grid: bool = False,
     animation: Animation | None = None,
+    strip: NDArray[np.uint8] | None = None,
     origin: Origin | None = None,
     instead_of: Iterable[Path] = (),
 ) -> list[Path]:
@@ -202,6 +200,8 @@ def save_gallery(
         first: index of the first image, which is its file name.
         grid: also write ``grid.png``, all images on one sheet.
         animation: also write ``x0.gif``.
+        strip: also write ``strip.png``: uint8 [k, n, H, W, C], k pictures of each image, side by side in a row, of
+            the first :data:`SHOWN`.
         origin: is written into each file.
         instead_of: further files of the folder that go as the new ones come, see :func:`other_runs`; read when nobody else
             writes to the folder.
@@ -214,7 +214,7 @@ def save_gallery(
         InputError: the images do not have 1, 3 or 4 channels.
     """
     folder = make_folder(folder)
-    files = targets(folder, len(drawn), first=first, grid=grid, animated=animation is not None)
+    files = targets(folder, len(drawn), first=first, grid=grid, animated=animation is not None, strip=strip is not None)
     for target in files:
         if target.is_dir():
             raise OutputError(f"{target}: is a folder, and a file is to be written there", hint="choose another folder")
@@ -231,5 +231,10 @@ def save_gallery(
             sheets = animation.sheets()
             zoom = writers.zoom_for(sheets[0].shape[1], at_least=256)
             write_synced(part / ANIMATION, writers.gif(sheets, zoom=zoom, comment=comment(whole)))
+        if strip is not None:
+            rows = strip[:, :SHOWN].swapaxes(0, 1)
+            sheet = writers.grid(rows.reshape(-1, *rows.shape[2:]), columns=rows.shape[1])
+            data = writers.png(sheet, zoom=writers.zoom_for(sheet.shape[1]), text=whole)
+            write_synced(part / STRIP, data)
         exchange(folder, part, [file.name for file in files], instead_of=(path.name for path in instead_of))
     return files

@@ -40,6 +40,13 @@ def grid(images: UInt8, *, columns: int | None = None, gap: int = 1) -> UInt8:
     return sheet
 
 
+def sheet(images: Sequence[UInt8], *, columns: int) -> UInt8:
+    """Images of one size, uint8 [H, W, C] each, as one picture, enlarged so that it can be looked at."""
+    small = grid(np.stack(images), columns=columns)
+    zoom = zoom_for(small.shape[1])
+    return small.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
 def save_png(
     path: str | os.PathLike[str], image: UInt8, *, zoom: int = 1, text: Mapping[str, str] | None = None
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,24 +22,38 @@ def draws(table: Table, number: int) -> bool:
     return bool(table.rows[number, 4].astype(np.float32) != 0)
 
 
-def step(table: Table, number: int, x: Float32, x0: Float32, var: Float32 | None, z: Float32 | None) -> Float32:
-    """One step of a table: x_next = (A·x̂_0 + B·x) + σ·z, float32, by :func:`ddpmx.sampling.chain.update`.
+def step(
+    table: Table,
+    number: int,
+    x: Float32,
+    x0: Float32,
+    var: Float32 | None,
+    z: Float32 | None,
+    earlier: Sequence[Float32] = (),
+) -> Float32:
+    """One step of a table: x_next = (A·x̂_0 + B·x) + C·x̂_0' + D·x̂_0'' + σ·z, float32, as
+    :func:`ddpmx.sampling.chain.update` has it.
 
     Args:
-        table: of a sampler without memory.
+        table: the sampler's.
         number: which of its steps.
         x: x_t.
         x0: x̂_0, clipped, as :meth:`ddpmx.Pipeline.evaluate` gives it.
         var: the network's second output, or None.
         z: N(0, I) where the step :func:`draws`, or else None.
+        earlier: x̂_0 of the step before, and of the one before that, for a sampler with memory; as far as there are.
     """
     _, _, a, b, fixed = table.rows[number].astype(np.float32)
     sigma = None
     if z is not None and table.learned is not None and var is not None:
         sigma = chain.learned_sigma(table.learned[number].astype(np.float32), var)
+    memory = []
+    if table.memory is not None:
+        weights = table.memory[number].astype(np.float32)
+        memory = [(weight, array) for weight, array in zip(weights, earlier, strict=False) if weight != 0]
     following = np.empty_like(x)
     row = np.array([0, 1, a, b, fixed], np.float32)  # 0·x + 1·x̂_0: the first half of the update is done
-    chain.update(row, np.inf, x, x0, z, x0=np.empty_like(x), x_next=following, sigma=sigma)
+    chain.update(row, np.inf, x, x0, z, x0=np.empty_like(x), x_next=following, sigma=sigma, memory=memory)
     return following
 
 

@@ -1,0 +1,123 @@
+"""`ddpmx interpolate`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, cast
+
+from typer import Argument, Option
+
+from ddpmx.diffusion.grids import SPACINGS, Spacing
+from ddpmx.diffusion.samplers import SAMPLERS, Sampler
+from ddpmx.errors import InputError
+from ddpmx_cli import flags
+from ddpmx_cli.console import counting, parse_numbers, say
+from ddpmx_cli.opened import open_pipeline
+
+EXAMPLES = """
+Examples:\n
+  ddpmx interpolate model.onnx a.png b.png -o between.png\n
+  ddpmx interpolate model.onnx a.png b.png -o rows.png --t 125,250,500   # a row for each, as in the paper's Figure 9\n
+  ddpmx interpolate model.onnx a.png b.png -o between/ --lambdas 30      # each a picture of its own\n
+"""
+
+
+def interpolate(
+    file: flags.Model,
+    a: Annotated[Path, Argument(help="A picture of the model's size.")],
+    b: Annotated[Path, Argument(help="Another one.")],
+    out: Annotated[
+        Path,
+        Option(
+            "-o", "--out", help="FILE.png for one sheet, with A and B at its ends; or a folder.", show_default=False
+        ),
+    ],
+    t: Annotated[
+        str | None,
+        Option(
+            "--t",
+            help="The timesteps at which they are mixed, a row of the sheet for each; -1 mixes the pictures themselves."
+            "  \\[default: the middle]",
+            metavar="T,…",
+        ),
+    ] = None,
+    lambdas: Annotated[int, Option(help="How many pictures from A to B.", metavar="N")] = 9,
+    steps: Annotated[int | None, Option(help="Use only this many of the T timesteps.  \\[default: all]")] = None,
+    sampler: Annotated[
+        str | None,
+        Option(help=f"{', '.join(SAMPLERS)}.  \\[default: ancestral; unipc for few steps]", metavar="NAME"),
+    ] = None,
+    spacing: Annotated[
+        str | None, Option(help=f"Spacing of the timesteps: {', '.join(SPACINGS)}.", metavar="NAME")
+    ] = None,
+    seed: flags.Seed = 0,
+    label: flags.Label = None,
+    guidance: flags.Guidance = 1.0,
+    batch: flags.Batch = None,
+    overwrite: flags.Overwrite = False,
+    spec: flags.Spec = None,
+    provider: flags.Provider = "cpu",
+    fallback: flags.Fallback = False,
+    threads: flags.Threads = 0,
+    trust_host_code: flags.TrustHostCode = False,
+) -> None:
+    """Draw the pictures between two: both noised to t, mixed there, and denoised."""
+    from ddpmx.images import gallery, pictures, writers
+    from ddpmx.images.origin import model_hash
+    from ddpmx.models import shipped
+    from ddpmx.sampling.request import Sampling
+    from ddpmx.tasks import interpolate as task
+
+    path = shipped.find(file)
+    with open_pipeline(
+        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
+    ) as pipeline:
+        channels, height, width = pipeline.spec.shape
+        ends = [pictures.read_picture(end, channels, size=(height, width)) for end in (a, b)]
+        times = list(parse_numbers("--t", t)) if t else [pipeline.spec.timesteps // 2]
+        sheet = gallery.is_picture(out)
+        if not sheet and len(times) > 1:
+            raise InputError(f"{out} is a folder, and there are {len(times)} rows", hint="-o FILE.png, or one --t")
+        names = [out.name] if sheet else [f"{index:05d}" for index in range(lambdas)]
+        targets = pictures.targets(out, names, whole_folder=False)
+        pictures.check_replaceable(targets, [a, b], overwrite=overwrite)
+        sampling = Sampling.chosen(
+            pipeline.spec.timesteps,
+            sampler=cast("Sampler | None", sampler),
+            steps=steps,
+            spacing=cast("Spacing | None", spacing),
+        )
+        begun, rows = time.monotonic(), []
+        for number, at in enumerate(times):
+            row = f", row {number + 1} of {len(times)}" if len(times) > 1 else ""
+            with counting(f"{lambdas} pictures{row}", unit="steps") as progress:
+                rows.append(
+                    task.interpolate(
+                        pipeline,
+                        ends[0].pixels,
+                        ends[1].pixels,
+                        at,
+                        lambdas,
+                        sampling=sampling,
+                        seed=seed,
+                        batch=batch,
+                        labels=label,
+                        guidance=guidance,
+                        progress=progress,
+                    )
+                )
+        if sheet:
+            shown = [each for row in rows for each in (ends[0].pixels, *row.pixels, ends[1].pixels)]
+            made = [writers.sheet(shown, columns=lambdas + 2)]
+        else:
+            made = list(rows[0].pixels)
+        words = {"of": f"{ends[0].name}, {ends[1].name}", "t": ",".join(str(row.t) for row in rows), "seed": seed}
+        words |= {"sampler": sampling.sampler, "steps": len(pipeline.table(sampling)), "lambdas": lambdas}
+        text = pictures.text("interpolate", model=model_hash(pipeline.spec, path), **words)
+        pictures.save_pictures(targets, made, [text] * len(made))
+        say(
+            f"{lambdas} pictures between {ends[0].name} and {ends[1].name}, mixed at t = {words['t']}, seed {seed}, "
+            f"in {time.monotonic() - begun:.1f} s on {pipeline.backend}"
+        )
+    say(f"{targets[0]}" + (f" … {targets[-1].name}" if len(targets) > 1 else ""))
