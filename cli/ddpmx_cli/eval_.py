@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from ddpmx_cli import nll
+from ddpmx_cli import nll, swd
 from ddpmx_cli.paths import PathCommand
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 app.command(cls=PathCommand, epilog=nll.EXAMPLES)(nll.nll)
+app.command(cls=PathCommand, epilog=swd.EXAMPLES)(swd.swd)
 
 
 @app.callback()
 def _eval() -> None:
-    """Judge a model by images: how likely they are under it."""
+    """Judge a model by images: how likely real ones are under it, how far drawn ones are from them."""

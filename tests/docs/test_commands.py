@@ -125,6 +125,8 @@ def parsed(words: list[str]) -> dict[str, object]:
 def cheap(words: list[str]) -> list[str]:
     """The command with the options of :data:`CHEAP`."""
     kind = next((flag for flag in ("--resume", "--from", "--dry-run") if words[1] == "train" and flag in words), "")
+    if words[1:3] == ["eval", "swd"]:
+        return list(words)
     if words[1] == "score":
         kind = words[2] + " --ode" * ("--ode" in words)
     table = CHEAP.get(f"{words[1]} {kind}".rstrip(), {})

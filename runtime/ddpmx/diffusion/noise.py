@@ -43,6 +43,8 @@ class Purpose(IntEnum):
     """z of one Langevin step, which corrects a state x_t."""
     PROBE = 9
     """Signs by which a divergence is estimated, and the place of an image within its levels of uint8."""
+    PATCH = 10
+    """Where patches of images are taken, and the directions along which they are compared."""
 
 
 def check_seed(seed: int) -> int:
