@@ -67,7 +67,8 @@ def _images(path: Path) -> NDArray[np.uint8]:
         raise FileFormatError(f"{path}: no folder of pictures", hint="a folder, or an .npz")
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     files = [file for file in files if _NUMBERED.fullmatch(file.name)] or files
-    found, faults = [], []
+    found: list[NDArray[np.uint8]] = []
+    faults: list[str] = []
     for file in files:
         try:
             pixels = np.asarray(opened(file).convert("RGB"))
