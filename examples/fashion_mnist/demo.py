@@ -32,7 +32,7 @@ def main() -> int:
     arguments = parser.parse_args()
     out: Path = arguments.out
     steps, judged, judged_steps, shown, shown_steps = (
-        (20, 32, 10, 9, 20) if arguments.smoke else (1400, 256, 250, 64, 1000)
+        (20, 32, 10, 9, 20) if arguments.smoke else (1400, 256, 250, 16, 1000)
     )
 
     begun = time.monotonic()
