@@ -177,8 +177,9 @@ def test_the_readme_names_what_there_is():
     assert [name for name in names if name not in header and name != "ddpmx_DIR"] == []
     for path in re.findall(r"`((?:tests|runtime)/[\w/.]+)`", README):
         assert (ROOT / path).exists(), path
-    assert header.count("\nDDPMX_API ") == 12
-    assert "12 functions" in README
+    count = header.count("\nDDPMX_API ")
+    assert count > 10
+    assert f"{count} functions" in README
 
 
 @pytest.mark.long
