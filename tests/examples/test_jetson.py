@@ -233,7 +233,7 @@ def test_generate_with_a_plan(jetson, plan, cli, tmp_path, words):
     assert code == 0, err
     assert "executor while" in out
     with ddpmx.load(GAUSSIAN_ONNX) as pipeline:
-        few = pipeline.generate(1, seed=7, steps=50, sampler="ddim", spacing="trailing")[0]
+        few = pipeline.generate(1, seed=7, steps=50, sampler="unipc", spacing="trailing")[0]
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples" / "00000.png")), few)
     assert (tmp_path / "samples" / "grid.png").exists()
 
