@@ -380,7 +380,7 @@ SELF = CASES["2.3.4 self-conditioning"]
 """The network of :data:`CHAIN`, without a chain."""
 EXPORTED = [
     pytest.param(CHAIN, SELF, "fp32", marks=pytest.mark.long),
-    (CHAIN, SELF, "fp16"),
+    pytest.param(CHAIN, SELF, "fp16", marks=pytest.mark.long),
     pytest.param(*[CASES["2.3.4 learned variance"]] * 2, "fp16", marks=pytest.mark.long),
     pytest.param(*[CASES["1.6.4 plain"]] * 2, "fp16", marks=pytest.mark.long),
 ]
@@ -401,9 +401,8 @@ def test_its_outputs_in_onnxruntime_are_theirs(exported, case, alone, precision,
     assert np.abs(first - out[:1]).max() < bound / 5, "it depends on no other image of the batch"
 
 
-@pytest.mark.parametrize(
-    "case", [CHAIN, pytest.param(CASES["1.6.4 plain"], marks=pytest.mark.long)], ids=lambda case: case.name
-)
+@pytest.mark.long
+@pytest.mark.parametrize("case", [CHAIN, CASES["1.6.4 plain"]], ids=lambda case: case.name)
 def test_norms_softmax_and_time_path_stay_float32(exported, case):
     file, _, imported = exported(case, "fp16")
     model = onnx.shape_inference.infer_shapes(onnx.load(file), check_type=True, strict_mode=True, data_prop=True)
