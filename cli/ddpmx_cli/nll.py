@@ -14,14 +14,14 @@ from typer import Argument, Option
 
 from ddpmx.diffusion.samplers import VARIANCES
 from ddpmx.errors import InputError
-from ddpmx_cli.console import check_threads, counting, plain, say
+from ddpmx_cli import flags
+from ddpmx_cli.console import counting, plain, say
 from ddpmx_cli.data import read_data
 from ddpmx_cli.opened import open_pipeline
 
 if TYPE_CHECKING:
     from ddpmx.tasks.likelihood import Likelihood
 
-_WHERE = "Where it runs"
 _SHOWN = 11
 """Lines of the table on the screen."""
 
@@ -86,31 +86,12 @@ def nll(
         Path | None, Option(help="Draw the terms, rate and distortion as a PNG. Needs matplotlib.", metavar="FILE.png")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
-    batch: Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer for large images]")] = None,
-    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
-    provider: Annotated[
-        str,
-        Option(
-            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name. "
-            "A run: cpu or cuda.",
-            metavar="NAME",
-            rich_help_panel=_WHERE,
-        ),
-    ] = "cpu",
-    fallback: Annotated[
-        bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=_WHERE)
-    ] = False,
-    threads: Annotated[
-        int, Option(help="CPU threads; 0 for one per core.", callback=check_threads, rich_help_panel=_WHERE)
-    ] = 0,
-    trust_host_code: Annotated[
-        bool,
-        Option(
-            "--trust-host-code",
-            help="Load a plan that contains code for the CPU, which loading runs.",
-            rich_help_panel=_WHERE,
-        ),
-    ] = False,
+    batch: flags.Batch = None,
+    spec: flags.Spec = None,
+    provider: flags.Provider = "cpu",
+    fallback: flags.Fallback = False,
+    threads: flags.Threads = 0,
+    trust_host_code: flags.TrustHostCode = False,
 ) -> None:
     """Bits per dimension of images under a model, and its rate and distortion: a bound on −log₂ p, as in papers' tables."""
     from ddpmx import __version__

@@ -18,7 +18,7 @@ from typer import Argument, Option
 from ddpmx.diffusion.grids import SPACINGS
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
-from ddpmx_cli.console import check_threads, counting, plain, say
+from ddpmx_cli.console import counting, plain, say
 from ddpmx_cli.data import read_data
 from ddpmx_cli.opened import open_pipeline
 from ddpmx_cli.paths import PathCommand
@@ -71,7 +71,7 @@ def draw(
     ode: Annotated[bool, Option("--ode", help="Follow the ODE in place of the SDE, from the same x_T.")] = False,
     tolerance: Tolerance = 1e-4,
     seed: flags.Seed = 0,
-    first: Annotated[int, Option(help="Index of the first image.")] = 0,
+    first: flags.First = 0,
     label: flags.Label = None,
     guidance: flags.Guidance = 1.0,
     batch: flags.Batch = None,
@@ -261,7 +261,7 @@ def nll(
     spec: flags.Spec = None,
     provider: flags.Provider = "cpu",
     fallback: flags.Fallback = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads)] = 0,
+    threads: flags.Threads = 0,
     trust_host_code: flags.TrustHostCode = False,
 ) -> None:
     """An estimate of log p of images by the ODE, in bits per dimension; `ddpmx eval nll` has the bound."""

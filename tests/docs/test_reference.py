@@ -70,6 +70,13 @@ def test_the_rooms_and_their_order(heading, constant):
         assert found[2:] == order(constant)[2:]
 
 
+def test_the_extras_are_those_that_there_are():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    table = (ROOT / "docs" / "install.md").read_text().split("## Extras")[1].split("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+
+
 def test_pairs_of_python_and_cpp_exist():
     found = rows(page("architecture"), "## Python and C++")
     assert len(found) >= 18

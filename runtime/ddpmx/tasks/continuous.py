@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx.diffusion.grids import log_snr
 from ddpmx.diffusion.schedule import Float64, Schedule
 from ddpmx.errors import Cancelled, InputError
 from ddpmx.pipeline import Pipeline
@@ -23,7 +24,7 @@ SAME = 1e-9
 
 
 def levels(schedule: Schedule) -> Float64:
-    """ℓ_t of each timestep, float64 [T], rising.
+    """ℓ_t = −λ_t of each timestep, float64 [T], rising.
 
     Raises:
         InputError: the schedule ends at ᾱ = 0, where ℓ is infinite.
@@ -33,8 +34,7 @@ def levels(schedule: Schedule) -> Float64:
             "this schedule ends at ᾱ = 0, which no finite time of the SDE reaches",
             hint="the chain of `ddpmx generate` goes there",
         )
-    rising: Float64 = 0.5 * (np.log(schedule.one_minus_alpha_bar) - np.log(schedule.alpha_bar))
-    return rising
+    return -log_snr(schedule)
 
 
 def alpha_bar(level: float) -> float:

@@ -29,6 +29,7 @@ from ddpmx.sampling import chain
 from ddpmx.sampling.conditioning import class_labels
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.tasks.continuous import Between, Float32, alpha_bar
+from ddpmx.tasks.steps import as_states
 
 Divergence = Callable[[Float32, int, Float32, int], Float64]
 """(x_t [n, C, H, W], t, probes v of the same shape, index of the first image) → v·J·v of each image, float64 [n], J the
@@ -108,13 +109,7 @@ def encode(
         BackendError: the network could not be run, or scipy is missing.
     """
     spec, seed = pipeline.spec, check_seed(seed)
-    c, height, width = spec.shape
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, c) or not len(images):
-        raise InputError(
-            f"images must be uint8 [n, {height}, {width}, {c}], n at least 1",
-            note=f"they are {images.dtype} {[*images.shape]}",
-        )
+    x: Float64 = as_states(pipeline, images).astype(np.float64)
     if likelihood and divergence is None and spec.precision != "fp32":
         raise InputError(
             f"log p needs differences of the network's output, and in {spec.precision} they are lost in rounding",
@@ -122,7 +117,6 @@ def encode(
         )
     n = len(images)
     each = _each(pipeline, n, first, batch, labels, cond, guidance)
-    x = images.transpose(0, 3, 1, 2) / 127.5 - 1
     if likelihood:
         x = x + _within_levels(seed, first, n, spec.shape)
     found, log_p, calls = np.empty((n, *spec.shape), np.float32), np.empty(n), 0

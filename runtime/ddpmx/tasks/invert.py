@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import Labels
-from ddpmx.diffusion.grids import Spacing, timestep_grid
+from ddpmx.diffusion.grids import Spacing
 from ddpmx.diffusion.schedule import respace
 from ddpmx.errors import Cancelled, InputError
 from ddpmx.pipeline import Pipeline
 from ddpmx.tasks.continuous import Float32
+from ddpmx.tasks.steps import as_states
 
 MOST_ITERATIONS = 100
 
@@ -60,23 +61,15 @@ def invert(
         BackendError: the network could not be run.
     """
     spec = pipeline.spec
-    c, height, width = spec.shape
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (height, width, c) or not len(images):
-        raise InputError(
-            f"images must be uint8 [n, {height}, {width}, {c}], n at least 1",
-            note=f"they are {images.dtype} {[*images.shape]}",
-        )
+    x = as_states(pipeline, images)
     if type(iterations) is not int or not 1 <= iterations <= MOST_ITERATIONS:
         raise InputError(f"iterations must be a whole number from 1 to {MOST_ITERATIONS}, not {iterations!r}")
     if spec.self_condition:
         raise InputError("a chain whose network takes x̂_0 of the step before cannot be followed backwards")
-    schedule = spec.make_schedule()
-    grid = timestep_grid(spec.timesteps, spec.timesteps if steps is None else steps, spacing)
-    part = respace(schedule, grid)
+    grid = pipeline.table(sampler="ddim", steps=steps, spacing=spacing).timesteps[::-1]
+    part = respace(spec.make_schedule(), grid)
     if part.alpha_bar[-1] <= 0:
         raise InputError("this schedule ends at ᾱ = 0, where nothing of the image is left in x_T")
-    x = np.ascontiguousarray((images / 127.5 - 1).transpose(0, 3, 1, 2), np.float32)
     calls = len(grid) * iterations
     for i, t in enumerate(grid.tolist()):
         ratio = math.sqrt(part.alpha_bar[i] / part.alpha_bar_prev[i])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import Labels
 from ddpmx.diffusion import noise
-from ddpmx.diffusion.grids import Spacing, timestep_grid
+from ddpmx.diffusion.grids import Spacing
 from ddpmx.diffusion.noise import Purpose, check_seed
 from ddpmx.errors import InputError
 from ddpmx.pipeline import Pipeline
@@ -103,8 +103,8 @@ def sde(
     spec, seed = pipeline.spec, check_seed(seed)
     pipeline.check_request(n, first=first, batch=batch, labels=labels, guidance=guidance)
     network = Between(pipeline, cancel, batch=batch, labels=labels, cond=cond, guidance=guidance)
-    T, size = spec.timesteps, math.prod(spec.shape)
-    grid = timestep_grid(T, T if steps is None else steps, spacing)[::-1]
+    size = math.prod(spec.shape)
+    grid = pipeline.table(sampler="ddim", steps=steps, spacing=spacing).timesteps
     parts = [_parts(network, int(t), int(following)) for t, following in itertools.pairwise(grid)]
     total, done = sum(map(len, parts)) + 1, 0
     images = np.arange(first, first + n)

@@ -248,6 +248,21 @@ def test_inversion_is_undone_by_the_chain():
     assert apart[2] < 0.1
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "logsnr", "karras"])
+def test_spacings_are_those_of_the_chain(spacing):
+    images = np.full((1, 8, 8, 3), 128, np.uint8)
+    with toy() as pipeline:
+        visited = sorted(pipeline.table(sampler="ddim", steps=9, spacing=spacing).timesteps)
+        backend = pipeline._runner._backend
+        for work in (
+            lambda: invert(pipeline, images, steps=9, spacing=spacing, iterations=1),
+            lambda: score.sde(pipeline, 1, steps=9, spacing=spacing),
+        ):
+            backend.calls.clear()
+            work()
+            assert set(visited) <= {t for t, _ in backend.calls}
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
