@@ -11,7 +11,7 @@ from typer import Argument, Option
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
 from ddpmx_cli.console import counting, plain, say
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
 Examples:\n
@@ -21,6 +21,7 @@ Examples:\n
 """
 
 
+@opens_model
 def denoise(
     file: flags.Model,
     noisy: Annotated[Path, Argument(help="A picture, or a folder of them. Any size; 8 bits.", metavar="IN")],
@@ -43,11 +44,8 @@ def denoise(
     label: flags.Label = None,
     batch: flags.Batch = None,
     overwrite: flags.Overwrite = False,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Take noise out of pictures, by what the model knows of pictures without it."""
     from ddpmx.images import pictures
@@ -60,9 +58,7 @@ def denoise(
             "--sigma and --blind exclude each other", hint="--sigma says how much noise there is, --blind measures it"
         )
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         found = pictures.read_pictures(noisy, pipeline.spec.shape[0], widen=False)
         targets = pictures.targets(out, [picture.name for picture in found], whole_folder=noisy.is_dir())
         inputs = [noisy / picture.name for picture in found] if noisy.is_dir() else [noisy]

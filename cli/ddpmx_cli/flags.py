@@ -10,7 +10,8 @@ from typer import Argument, Option
 from ddpmx.models.shipped import SHIPPED
 from ddpmx_cli.console import check_threads
 
-_WHERE = "Where it runs"
+WHERE = "Where it runs"
+"""Their place in the help."""
 
 Model = Annotated[
     str,
@@ -24,6 +25,14 @@ Guidance = Annotated[
     float,
     Option(help="How much more the images are of their class: 1 is as trained.", metavar="W"),
 ]
+Cond = Annotated[
+    Path | None,
+    Option(
+        help="Conditions, repeated in order of the images' index: pictures of the model's size, or an .npz with "
+        "cond float32 \\[N, K, H, W].",
+        metavar="FOLDER|FILE",
+    ),
+]
 Batch = Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer for large images]")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace pictures that no task of ddpmx has written.")]
 Spec = Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")]
@@ -33,20 +42,18 @@ Provider = Annotated[
         help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name. "
         "A run: cpu or cuda.",
         metavar="NAME",
-        rich_help_panel=_WHERE,
+        rich_help_panel=WHERE,
     ),
 ]
 Fallback = Annotated[
-    bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=_WHERE)
+    bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=WHERE)
 ]
-Threads = Annotated[
-    int, Option(help="CPU threads; 0 for one per core.", callback=check_threads, rich_help_panel=_WHERE)
-]
+Threads = Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads, rich_help_panel=WHERE)]
 TrustHostCode = Annotated[
     bool,
     Option(
         "--trust-host-code",
         help="Load a plan that contains code for the CPU, which loading runs.",
-        rich_help_panel=_WHERE,
+        rich_help_panel=WHERE,
     ),
 ]

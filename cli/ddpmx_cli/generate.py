@@ -16,8 +16,9 @@ from ddpmx.diffusion.samplers import SAMPLERS, VARIANCES, Sampler, Variance
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
-from ddpmx_cli.console import busy, check_threads, counting, say
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli import flags
+from ddpmx_cli.console import busy, counting, say
+from ddpmx_cli.opened import Where, conditions_of, opens_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from ddpmx.pipeline import Pipeline
     from ddpmx.sampling.chain import Preview
     from ddpmx.sampling.request import Sampling
-
-_WHERE = "Where it runs"
 
 EXAMPLES = """
 Examples:\n
@@ -45,6 +44,7 @@ Examples:\n
 """
 
 
+@opens_model
 def generate(
     file: Annotated[
         str | None,
@@ -57,15 +57,13 @@ def generate(
     n: Annotated[
         int | None, Option("-n", "--count", help="How many images.  \\[default: 16, or one with --out FILE.png]")
     ] = None,
-    seed: Annotated[int, Option(help="0 … 2**64 − 1. Image i of a seed is always the same.")] = 0,
+    seed: flags.Seed = 0,
     out: Annotated[
         Path,
         Option(help="Folder for 00000.png, 00001.png, …; or FILE.png for one image, or with --grid for one sheet."),
     ] = Path("samples"),
-    first: Annotated[int, Option(help="Index of the first image.")] = 0,
-    label: Annotated[
-        str | None, Option(help="The class of all images, for a model with classes: its number or its name.")
-    ] = None,
+    first: flags.First = 0,
+    label: flags.Label = None,
     labels: Annotated[
         str | None,
         Option(help="The classes of the images, repeated in order of their index: 0,1,2.", metavar="CLASS,…"),
@@ -78,14 +76,7 @@ def generate(
             metavar="W",
         ),
     ] = 1.0,
-    cond: Annotated[
-        Path | None,
-        Option(
-            help="Conditions, repeated in order of the images' index: pictures of the model's size, or an .npz with "
-            "cond float32 \\[N, K, H, W].",
-            metavar="FOLDER|FILE",
-        ),
-    ] = None,
+    cond: flags.Cond = None,
     init: Annotated[
         Path | None,
         Option(
@@ -126,7 +117,7 @@ def generate(
         str | None,
         Option(help=f"Variance of the steps: {', '.join(VARIANCES)}.  \\[default: the model's]", metavar="NAME"),
     ] = None,
-    batch: Annotated[int | None, Option(help="Images at once.  \\[default: 16, fewer for large images]")] = None,
+    batch: flags.Batch = None,
     grid: Annotated[bool, Option("--grid", help="Also write grid.png: all images on one sheet.")] = False,
     animate: Annotated[
         bool, Option("--animate", help="Also write x0.gif: x̂_0 of the first 64 images through the chain.")
@@ -138,43 +129,20 @@ def generate(
     overwrite: Annotated[
         bool, Option("--overwrite", help="Replace the images of another run, or of somebody else, in --out.")
     ] = False,
-    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
-    provider: Annotated[
-        str,
-        Option(
-            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name. "
-            "A run: cpu or cuda.",
-            metavar="NAME",
-            rich_help_panel=_WHERE,
-        ),
-    ] = "cpu",
-    fallback: Annotated[
-        bool, Option("--fallback", help="Use the CPU if the provider does not start.", rich_help_panel=_WHERE)
-    ] = False,
-    threads: Annotated[
-        int, Option(help="CPU threads; 0 for one per core.", callback=check_threads, rich_help_panel=_WHERE)
-    ] = 0,
     executor: Annotated[
         str,
         Option(
             help="How a chain runs on a GPU: while (one launch), graph, plain, or auto for the fastest that works.",
             metavar="NAME",
-            rich_help_panel=_WHERE,
+            rich_help_panel=flags.WHERE,
         ),
     ] = "auto",
-    trust_host_code: Annotated[
-        bool,
-        Option(
-            "--trust-host-code",
-            help="Load a plan that contains code for the CPU, which loading runs.",
-            rich_help_panel=_WHERE,
-        ),
-    ] = False,
+    *,
+    where: Where,
 ) -> None:
     """Run the full reverse chain and write PNGs."""
     from ddpmx.formats.atomic import locked, make_folder
     from ddpmx.images import gallery
-    from ddpmx.images.conditions import read_conditions
     from ddpmx.images.origin import Origin, model_hash
     from ddpmx.models import shipped
     from ddpmx.sampling.request import Sampling
@@ -194,16 +162,7 @@ def generate(
             else "-n 1, --grid for all of them on one sheet, or a folder as --out"
         )
         raise InputError(f"--out {out} is one file, and {what}", hint=hint)
-    opened = open_pipeline(
-        path,
-        spec=spec,
-        provider=provider,
-        fallback=fallback,
-        threads=threads,
-        executor=executor,
-        trust_host_code=trust_host_code,
-    )
-    with opened as pipeline:
+    with where.open(path, executor=executor) as pipeline:
         gallery.check_drawable(pipeline.spec)
         sampling = Sampling.chosen(  # the names are checked with everything else
             pipeline.spec.timesteps,
@@ -220,17 +179,7 @@ def generate(
         pipeline.check_request(
             n, seed=seed, first=first, batch=batch, labels=classes, guidance=guidance, sampling=sampling
         )
-        conditions, conditioned_by = None, None
-        if cond is not None:
-            conditions, names = read_conditions(cond, pipeline.spec)
-            order = [index % len(names) for index in range(first, first + n)]
-            conditions, conditioned_by = conditions[order], [names[index] for index in order]
-        elif pipeline.spec.condition is not None:
-            wanted = ", ".join(map(str, pipeline.spec.conditioning_shapes["cond"]))
-            raise InputError(
-                "missing condition: the model takes a condition image",
-                hint=f"--cond FOLDER of pictures, or --cond FILE.npz with cond: float32 [N, {wanted}]",
-            )
+        conditions, conditioned_by = conditions_of(pipeline.spec, cond, n, first)
         begun_from, x = None, None
         if init is not None and share_from is not None:
             raise InputError("--init and --share-from exclude each other", hint="both say where the chains begin")
@@ -324,10 +273,10 @@ def generate(
                 instead_of=replaced(),
             )
         what = "image" if init is None else "variation"
-        where = "" if sampling.start is None else f", from t = {sampling.start}"
+        begin = "" if sampling.start is None else f", from t = {sampling.start}"
         chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         say(
-            f"{n} {what}{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}{where}, seed {seed}, "
+            f"{n} {what}{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}{begin}, seed {seed}, "
             f"in {seconds:.1f} s on {pipeline.backend}"
         )
     if picture:

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from ddpmx_cli import flags
 from ddpmx_cli.console import counting, say
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli.opened import Where, conditions_of, opens_model
 
 EXAMPLES = """
 Examples:\n
@@ -20,6 +20,7 @@ Examples:\n
 """
 
 
+@opens_model
 def inpaint(
     file: flags.Model,
     image: Annotated[Path, Argument(help="A picture of the model's size.")],
@@ -42,13 +43,11 @@ def inpaint(
     first: flags.First = 0,
     label: flags.Label = None,
     guidance: flags.Guidance = 1.0,
+    cond: flags.Cond = None,
     batch: flags.Batch = None,
     overwrite: flags.Overwrite = False,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Draw a part of a picture anew, so that it goes with the rest."""
     from ddpmx.images import pictures
@@ -58,13 +57,12 @@ def inpaint(
     from ddpmx.tasks import inpaint as task
 
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         channels, *size = pipeline.spec.shape
         name, pixels = pictures.read_picture(image, channels, size=(size[0], size[1]))
         hole = pictures.read_mask(mask, (size[0], size[1]))
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=Sampling(steps=steps))
+        conditions, conditioned_by = conditions_of(pipeline.spec, cond, n, first)
         targets = pictures.targets(out, [f"{index:05d}" for index in range(first, first + n)], whole_folder=False)
         pictures.check_replaceable(targets, [image, mask], overwrite=overwrite)
         begun = time.monotonic()
@@ -81,6 +79,7 @@ def inpaint(
                 first=first,
                 batch=batch,
                 labels=label,
+                cond=conditions,
                 guidance=guidance,
                 progress=progress,
             )
@@ -93,7 +92,11 @@ def inpaint(
         words |= {"jump": jump, "resamplings": resamplings, "label": label, "guidance": f"{guidance:g}"}
         kept = {keyword: word for keyword, word in words.items() if word is not None}
         model = model_hash(pipeline.spec, path)
-        texts = [pictures.text("inpaint", model=model, index=index, **kept) for index in range(first, first + n)]
+        conditioned = [{"cond": each} for each in conditioned_by] if conditioned_by else [{}] * n
+        texts = [
+            pictures.text("inpaint", model=model, index=index, **kept, **each)
+            for index, each in zip(range(first, first + n), conditioned, strict=True)
+        ]
         pictures.save_pictures(targets, list(done.pixels), texts)
         say(
             f"{n} image{'s' * (n > 1)}, {hole.mean():.0%} drawn anew, seed {seed}, in {time.monotonic() - begun:.1f} s "

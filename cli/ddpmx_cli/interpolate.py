@@ -13,7 +13,7 @@ from ddpmx.diffusion.samplers import SAMPLERS, Sampler
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
 from ddpmx_cli.console import counting, parse_numbers, say
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli.opened import Where, conditions_of, opens_model
 
 EXAMPLES = """
 Examples:\n
@@ -23,6 +23,7 @@ Examples:\n
 """
 
 
+@opens_model
 def interpolate(
     file: flags.Model,
     a: Annotated[Path, Argument(help="A picture of the model's size.")],
@@ -54,13 +55,17 @@ def interpolate(
     seed: flags.Seed = 0,
     label: flags.Label = None,
     guidance: flags.Guidance = 1.0,
+    cond: Annotated[
+        Path | None,
+        Option(
+            help="The condition of all pictures: one of the model's size, or an .npz with cond float32 \\[1, K, H, W].",
+            metavar="PICTURE|FILE",
+        ),
+    ] = None,
     batch: flags.Batch = None,
     overwrite: flags.Overwrite = False,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Draw the pictures between two: both noised to t, mixed there, and denoised."""
     from ddpmx.images import gallery, pictures, writers
@@ -70,9 +75,7 @@ def interpolate(
     from ddpmx.tasks import interpolate as task
 
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         channels, height, width = pipeline.spec.shape
         ends = [pictures.read_picture(end, channels, size=(height, width)) for end in (a, b)]
         times = list(parse_numbers("--t", t)) if t else [pipeline.spec.timesteps // 2]
@@ -88,6 +91,12 @@ def interpolate(
             steps=steps,
             spacing=cast("Spacing | None", spacing),
         )
+        conditions, conditioned_by = conditions_of(pipeline.spec, cond)
+        if conditioned_by and len(conditioned_by) > 1:
+            raise InputError(
+                f"{cond} holds {len(conditioned_by)} conditions, and the pictures between two have one",
+                hint="--cond PICTURE",
+            )
         begun, rows = time.monotonic(), []
         for number, at in enumerate(times):
             row = f", row {number + 1} of {len(times)}" if len(times) > 1 else ""
@@ -103,6 +112,7 @@ def interpolate(
                         seed=seed,
                         batch=batch,
                         labels=label,
+                        cond=conditions,
                         guidance=guidance,
                         progress=progress,
                     )
@@ -114,6 +124,7 @@ def interpolate(
             made = list(rows[0].pixels)
         words = {"of": f"{ends[0].name}, {ends[1].name}", "t": ",".join(str(row.t) for row in rows), "seed": seed}
         words |= {"sampler": sampling.sampler, "steps": len(pipeline.table(sampling)), "lambdas": lambdas}
+        words |= {"cond": conditioned_by[0]} if conditioned_by else {}
         text = pictures.text("interpolate", model=model_hash(pipeline.spec, path), **words)
         pictures.save_pictures(targets, made, [text] * len(made))
         say(

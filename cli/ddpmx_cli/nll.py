@@ -17,7 +17,7 @@ from ddpmx.errors import InputError
 from ddpmx_cli import flags
 from ddpmx_cli.console import counting, plain, say
 from ddpmx_cli.data import read_data
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli.opened import Where, opens_model
 
 if TYPE_CHECKING:
     from ddpmx.tasks.likelihood import Likelihood
@@ -34,6 +34,7 @@ Examples:\n
 """
 
 
+@opens_model
 def nll(
     file: Annotated[str, Argument(help="A model.onnx, model.plan or model.mnn, a run, or a model that comes along.")],
     data: Annotated[
@@ -87,11 +88,8 @@ def nll(
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
     batch: flags.Batch = None,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Bits per dimension of images under a model, and its rate and distortion: a bound on −log₂ p, as in papers' tables."""
     from ddpmx import __version__
@@ -104,15 +102,7 @@ def nll(
     _check_outputs(out, plot, [data])
     drawn = plot is not None and _can_draw()
     path = shipped.find(file)
-    opened = open_pipeline(
-        path,
-        spec=spec,
-        provider=provider,
-        fallback=fallback,
-        threads=threads,
-        trust_host_code=trust_host_code,
-    )
-    with opened as pipeline:
+    with where.open(path) as pipeline:
         pipeline.table(variance=variance)
         likelihood.groups(pipeline.spec.make_schedule(), terms)
         with counting("reading images") as progress:

@@ -2,54 +2,127 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddpmx.errors import BackendError, InputError
+from ddpmx_cli import flags
 from ddpmx_cli.console import busy, cache_folder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ddpmx.formats.spec import ModelSpec
     from ddpmx.pipeline import Pipeline
 
 
-def open_pipeline(
-    path: Path,
-    *,
-    spec: Path | None = None,
-    provider: str = "cpu",
-    fallback: bool = False,
-    threads: int = 0,
-    executor: str = "auto",
-    trust_host_code: bool = False,
-) -> Pipeline:
-    """A model as a pipeline, with the flags that say where it runs.
+@dataclass(frozen=True)
+class Where:
+    """Where a model runs: the flags of every command that opens one, in the order of its help.
+
+    Attributes:
+        spec: the description of an ONNX file that has none.
+        provider, fallback, threads, trust_host_code: as for :func:`ddpmx.load`.
+    """
+
+    spec: flags.Spec = None
+    provider: flags.Provider = "cpu"
+    fallback: flags.Fallback = False
+    threads: flags.Threads = 0
+    trust_host_code: flags.TrustHostCode = False
+
+    def open(self, path: Path, *, executor: str = "auto") -> Pipeline:
+        """A model as a pipeline.
+
+        Args:
+            path: a model file, a run or a checkpoint.
+            executor: how a chain runs on a GPU, as for :func:`ddpmx.load`.
+
+        Raises:
+            FileFormatError, SpecError, BackendError: as :func:`ddpmx.load`.
+            InputError: a flag that has no effect on a checkpoint.
+        """
+        from ddpmx.formats import model_file
+        from ddpmx.pipeline import load
+
+        if model_file.identify(path) == "checkpoint":
+            refused = {
+                "--spec": self.spec is not None,
+                "--fallback": self.fallback,
+                "--trust-host-code": self.trust_host_code,
+            }
+            return _load_checkpoint(
+                path, self.provider, self.threads, executor, [flag for flag, used in refused.items() if used]
+            )
+        return load(
+            path,
+            spec=model_file.read_spec(self.spec) if self.spec is not None else None,
+            providers=[self.provider],
+            fallback=self.fallback,
+            threads=self.threads,
+            executor=executor,
+            trust_host_code=self.trust_host_code,
+            cache=cache_folder(),
+        )
+
+
+def opens_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags of :class:`Where` in place of its parameter ``where``.
+
+    Typer makes flags of what a function's signature says, and knows of no flags that belong together.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    own = [each for each in signature.parameters.values() if each.name != "where"]
+    shared = list(inspect.signature(Where, eval_str=True).parameters.values())
+    names = [field.name for field in fields(Where)]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        where = Where(**{name: values.pop(name) for name in names})
+        command(where=where, **values)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [each.replace(kind=keyword) for each in (*own, *shared)]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    vars(run)["__signature__"] = signature.replace(parameters=parameters)
+    return run
+
+
+def conditions_of(
+    spec: ModelSpec, cond: Path | None, n: int | None = None, first: int = 0
+) -> tuple[NDArray[np.float32] | None, list[str] | None]:
+    """The condition of each image, and its name, by ``--cond``. It depends only on the image's index.
 
     Args:
-        path: a model file, a run or a checkpoint.
-        spec: ``--spec``, the description of an ONNX file that has none.
-        provider, fallback, threads, executor, trust_host_code: the flags of these names.
+        spec: the model.
+        cond: the flag.
+        n, first: which images; by default one for each condition.
+
+    Returns:
+        float32 [n, K, H, W] and n names, or None and None for a model that takes none.
 
     Raises:
-        FileFormatError, SpecError, BackendError: as :func:`ddpmx.load`.
-        InputError: a flag that has no effect on a checkpoint.
+        InputError, FileFormatError: as :func:`ddpmx.images.conditions.read_conditions`; or the flag is missing.
     """
-    from ddpmx.formats import model_file
-    from ddpmx.pipeline import load
+    from ddpmx.images.conditions import read_conditions
 
-    if model_file.identify(path) == "checkpoint":
-        refused = {"--spec": spec is not None, "--fallback": fallback, "--trust-host-code": trust_host_code}
-        return _load_checkpoint(path, provider, threads, executor, [flag for flag, used in refused.items() if used])
-    return load(
-        path,
-        spec=model_file.read_spec(spec) if spec is not None else None,
-        providers=[provider],
-        fallback=fallback,
-        threads=threads,
-        executor=executor,
-        trust_host_code=trust_host_code,
-        cache=cache_folder(),
-    )
+    if cond is not None:
+        found, names = read_conditions(cond, spec)
+        order = [index % len(names) for index in range(first, first + (len(names) if n is None else n))]
+        return found[order], [names[index] for index in order]
+    if spec.condition is not None:
+        wanted = ", ".join(map(str, spec.conditioning_shapes["cond"]))
+        raise InputError(
+            "missing condition: the model takes a condition image",
+            hint=f"--cond FOLDER of pictures, or --cond FILE.npz with cond: float32 [N, {wanted}]",
+        )
+    return None, None
 
 
 def _load_checkpoint(path: Path, provider: str, threads: int, executor: str, refused: list[str]) -> Pipeline:

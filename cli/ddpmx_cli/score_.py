@@ -20,7 +20,7 @@ from ddpmx.errors import InputError
 from ddpmx_cli import flags
 from ddpmx_cli.console import counting, plain, say
 from ddpmx_cli.data import read_data
-from ddpmx_cli.opened import open_pipeline
+from ddpmx_cli.opened import Where, opens_model
 from ddpmx_cli.paths import PathCommand
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def _score() -> None:
 
 
 @app.command(cls=PathCommand, epilog=_DRAW)
+@opens_model
 def draw(
     file: flags.Model,
     out: flags.Out,
@@ -76,11 +77,8 @@ def draw(
     guidance: flags.Guidance = 1.0,
     batch: flags.Batch = None,
     overwrite: flags.Overwrite = False,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Draw images by the reverse SDE, with or without a corrector, or by the ODE."""
     from ddpmx.images import pictures
@@ -91,9 +89,7 @@ def draw(
     if ode and (steps is not None or corrections):
         raise InputError("--steps and --corrections are of the SDE, and --ode has neither", hint="--tolerance")
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=label, guidance=guidance)
         targets = pictures.targets(out, [f"{first + i:05}.png" for i in range(n)], whole_folder=n > 1)
         pictures.check_replaceable(targets, [], overwrite=overwrite)
@@ -115,6 +111,7 @@ def draw(
 
 
 @app.command(cls=PathCommand, epilog=_ENCODE)
+@opens_model
 def encode(
     file: flags.Model,
     images: Annotated[Path, Argument(help="A picture of the model's size, or a folder of them.", metavar="IN")],
@@ -127,11 +124,8 @@ def encode(
     tolerance: Tolerance = 1e-4,
     label: flags.Label = None,
     batch: flags.Batch = None,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """From images to the noise that they are made of."""
     from ddpmx.formats.noise_file import Noise
@@ -150,9 +144,7 @@ def encode(
         out, [], what="the noise of images", suffix=".npz", is_ours=lambda there: begins_with(there, (b"PK\x03\x04",))
     )
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         c, height, width = pipeline.spec.shape
         found = pictures.read_pictures(images, c, size=(height, width))
         pixels = np.stack([picture.pixels for picture in found])
@@ -186,6 +178,7 @@ def encode(
 
 
 @app.command(cls=PathCommand, epilog=_DECODE)
+@opens_model
 def decode(
     file: flags.Model,
     noise: Annotated[Path, Argument(help="What `ddpmx score encode` wrote.", metavar="noise.npz")],
@@ -193,11 +186,8 @@ def decode(
     tolerance: Tolerance = 1e-4,
     batch: flags.Batch = None,
     overwrite: flags.Overwrite = False,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """From noise back to the images, by the way that the noise was found."""
     from ddpmx.formats.noise_file import Noise
@@ -207,9 +197,7 @@ def decode(
     from ddpmx.tasks import flow
 
     path, read = shipped.find(file), Noise.load(noise)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         model = model_hash(pipeline.spec, path)
         if read.model != model:
             raise InputError(
@@ -241,6 +229,7 @@ def decode(
 
 
 @app.command(cls=PathCommand, epilog=_NLL)
+@opens_model
 def nll(
     file: flags.Model,
     data: Annotated[Path, Argument(help="The images: a folder, an .npz or .npy, or .tar shards.")],
@@ -258,20 +247,15 @@ def nll(
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
     batch: flags.Batch = None,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """An estimate of log p of images by the ODE, in bits per dimension; `ddpmx eval nll` has the bound."""
     from ddpmx.models import shipped
     from ddpmx.tasks import flow
 
     path = shipped.find(file)
-    with open_pipeline(
-        path, spec=spec, provider=provider, fallback=fallback, threads=threads, trust_host_code=trust_host_code
-    ) as pipeline:
+    with where.open(path) as pipeline:
         with counting("reading images") as progress:
             read = read_data(
                 data,

@@ -79,6 +79,21 @@ def test_what_inpaint_refuses(refused, gaussian_onnx, here):
     assert names(here) == before
 
 
+def test_answers_take_conditions_in_turns(ddpmx, refused, conditioned_onnx, here):
+    path = conditioned_onnx("condition")
+    with load(path) as pipeline:
+        conditions = np.random.default_rng(0).uniform(-1, 1, (2, 2, 8, 8)).astype(np.float32)
+        np.savez("c.npz", cond=conditions)
+        wanted = inpaint(
+            pipeline, pixels("a.png"), MASK, 3, steps=6, jump=2, resamplings=2, cond=conditions[[0, 1, 0]]
+        ).pixels
+    common = ("inpaint", path, "a.png", "--mask", "mask.png", *QUICK, "-n", 2, "--first", 1)
+    assert ddpmx(*common, "--cond", "c.npz", "-o", "turns").code == 0
+    assert np.array_equal(np.stack([pixels("turns/00001.png"), pixels("turns/00002.png")]), wanted[1:])
+    assert [read_png_text(f"turns/0000{i}.png")[1]["cond"] for i in (1, 2)] == ["c.npz[1]", "c.npz[0]"]
+    assert "missing condition" in refused(*common, "-o", "none")
+
+
 def test_a_mask_is_what_is_light(ddpmx, gaussian_onnx, here):
     """In any kind of picture, and where it is there at all."""
     alpha = np.full((8, 8, 4), 255, np.uint8)

@@ -54,6 +54,24 @@ def test_a_sheet_and_single_pictures(ddpmx, gaussian_onnx, here):
     assert (text["task"], text["of"], text["t"]) == ("interpolate", "a.png, b.png", "166,666,-1")
 
 
+def test_all_pictures_have_one_condition(ddpmx, refused, conditioned_onnx, here):
+    path = conditioned_onnx("condition")
+    cond = np.random.default_rng(0).uniform(-1, 1, (2, 2, 8, 8)).astype(np.float32)
+    np.savez("two.npz", cond=cond)
+    np.savez("one.npz", cond=cond[1:])
+    common = ("interpolate", path, "a.png", "b.png", *QUICK, "--lambdas", 3, "--t", 6)
+    assert ddpmx(*common, "--cond", "one.npz", "-o", "made").code == 0
+    with load(path) as pipeline:
+        sampling = Sampling.chosen(pipeline.spec.timesteps, steps=6)
+        ends = pixels("a.png"), pixels("b.png")
+        wanted = interpolate(pipeline, *ends, 6, 3, sampling=sampling, cond=cond[[1, 1, 1]]).pixels
+        other = interpolate(pipeline, *ends, 6, 3, sampling=sampling, cond=cond[:1]).pixels
+    assert np.array_equal(np.stack([pixels(f"made/0000{i}.png") for i in range(3)]), wanted)
+    assert not np.array_equal(wanted, other)
+    assert "two.npz holds 2 conditions" in refused(*common, "--cond", "two.npz", "-o", "none")
+    assert "missing condition" in refused(*common, "-o", "none")
+
+
 def test_what_interpolate_refuses(refused, gaussian_onnx, here):
     Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save("odd.png")
     before = names(here)

@@ -71,8 +71,8 @@ def interpolate(
         seed: of the noise.
         index: which image's noise it is.
         batch: how many λ run at once, at most.
-        labels, cond, guidance: as for :meth:`ddpmx.Pipeline.generate`, labels one for all or one for each λ, cond one for
-            each λ.
+        labels, cond, guidance: as for :meth:`ddpmx.Pipeline.generate`, labels and cond one for all
+            or one for each λ.
         progress: called repeatedly with (steps done, steps in all).
         cancel: called repeatedly; True stops the work.
 
@@ -109,10 +109,13 @@ def interpolate(
     x = (1 - mixing) * x_a + mixing * x_b
     earlier: list[Float32] = []  # x̂_0 of the step before, and of the one before that
     classes = None if labels is None else class_labels(spec, n, labels)
+    conditions = None if cond is None else np.asarray(cond)
+    if conditions is not None and len(conditions) == 1:
+        conditions = np.repeat(conditions, n, axis=0)
     for number, at in enumerate(table.timesteps.tolist()):
         more: dict[str, Any] = {"x0_prev": earlier[0]} if spec.self_condition and earlier else {}
         said = pipeline.evaluate(
-            x, at, batch=batch, labels=classes, cond=cond, guidance=guidance, cancel=cancel, **more
+            x, at, batch=batch, labels=classes, cond=conditions, guidance=guidance, cancel=cancel, **more
         )
         z = np.broadcast_to(z_of(at, Purpose.STEP), x.shape) if draws(table, number) else None
         x = step(table, number, x, said.x0, said.var, z, earlier)
