@@ -28,7 +28,7 @@ Guidance = Annotated[
 Cond = Annotated[
     Path | None,
     Option(
-        help="Conditions, repeated in order of the images' index: pictures of the model's size, or an .npz with "
+        help="Conditions, repeated in order of the images' index: pictures, or an .npz with "
         "cond float32 \\[N, K, H, W].",
         metavar="FOLDER|FILE",
     ),

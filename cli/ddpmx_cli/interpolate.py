@@ -58,7 +58,7 @@ def interpolate(
     cond: Annotated[
         Path | None,
         Option(
-            help="The condition of all pictures: one of the model's size, or an .npz with cond float32 \\[1, K, H, W].",
+            help="The condition of all pictures: one picture, or an .npz with cond float32 \\[1, K, H, W].",
             metavar="PICTURE|FILE",
         ),
     ] = None,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpmx.errors import BackendError, InputError
 from ddpmx_cli import flags
-from ddpmx_cli.console import busy, cache_folder
+from ddpmx_cli.console import busy, cache_folder, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +113,9 @@ def conditions_of(
     from ddpmx.images.conditions import read_conditions
 
     if cond is not None:
-        found, names = read_conditions(cond, spec)
+        found, names, note = read_conditions(cond, spec)
+        if note is not None:
+            say(f"Note: {note}")
         order = [index % len(names) for index in range(first, first + (len(names) if n is None else n))]
         return found[order], [names[index] for index in order]
     if spec.condition is not None:

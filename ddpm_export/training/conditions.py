@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm_export.training import arrays as arrays_of
 from ddpm_export.training.arrays import Arrays
-from ddpm_export.training.images.decode import BICUBIC, MODES, resized
+from ddpm_export.training.images.decode import MODES
 from ddpm_export.training.images.find import Found, find_images
 from ddpm_export.training.images.folder import Read, Where, read_images
 from ddpm_export.training.images.items import Item, name_of, stem_of
@@ -22,6 +22,7 @@ from ddpm_export.training.images.shards import find_in_shards, is_shards
 from ddpm_export.training.images.source import Source
 from ddpm_export.training.images.tables import Tables, is_tables
 from ddpmx.errors import DataError, InputError
+from ddpmx.images.resize import resized
 
 NAME = "cond"
 """The name of the condition images in an .npz that holds the images as well."""
@@ -178,7 +179,7 @@ class Resized(Pixels):
         out = np.empty((len(images), *self._size, channels), np.uint8)
         for image, to in zip(images, out, strict=True):
             picture = Image.fromarray(image[..., 0] if channels == 1 else image, MODES[channels])
-            to[...] = np.asarray(resized(picture, self._size, BICUBIC)).reshape(*self._size, channels)
+            to[...] = np.asarray(resized(picture, self._size, bicubic=True)).reshape(*self._size, channels)
         return out
 
 

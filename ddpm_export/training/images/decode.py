@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from ddpm_export.training.images.items import Item
 from ddpm_export.training.images.source import Source
 from ddpmx.errors import DdpmxError
+from ddpmx.images.resize import resized
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 PLUGINS = {"AVIF": "pillow>=11.3", "HEIF": "pillow-heif"}
@@ -25,7 +26,6 @@ PLUGINS = {"AVIF": "pillow>=11.3", "HEIF": "pillow-heif"}
 CHANNELS = {"1": 1, "L": 1, "LA": 4, "P": 3, "RGB": 3, "RGBA": 4, "CMYK": 3, "YCbCr": 3, "I;16": 1, "I": 1, "F": 1}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
-LANCZOS, BICUBIC = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
 
 _GREY_16 = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 _ROTATED = (5, 6, 7, 8)
@@ -129,12 +129,11 @@ def check_image(file: Item, source: Source) -> None:
 
 
 def read_image(
-    file: Item, size: tuple[int, int], channels: int, source: Source, enlarging: Image.Resampling = LANCZOS
+    file: Item, size: tuple[int, int], channels: int, source: Source, *, bicubic: bool = False
 ) -> NDArray[np.uint8]:
     """An image brought to (H, W) ``size`` and to ``channels``, uint8 [H, W, C].
 
-    The largest centred part of that shape is resized, with the filter ``enlarging`` if it becomes larger. ``source.white``
-    must be known if it is a grey of more than 8 bits.
+    By :func:`ddpmx.images.resize.resized`. ``source.white`` must be known if it is a grey of more than 8 bits.
 
     Raises:
         Unreadable: it cannot be decoded.
@@ -151,20 +150,8 @@ def read_image(
             picture = _to_8_bits(picture, 65535 if white is None else white)
         if transparent and channels != 4 and source.reading > 1:
             picture = _on_background(picture, source.background)
-        picture = resized(picture.convert(MODES[channels]), size, enlarging)
+        picture = resized(picture.convert(MODES[channels]), size, bicubic=bicubic)
         return np.asarray(picture, np.uint8).reshape(height, width, channels)
-
-
-def resized(picture: Image.Image, size: tuple[int, int], enlarging: Image.Resampling = LANCZOS) -> Image.Image:
-    """The largest centred part of the shape of (H, W) ``size``, resized to it; by ``enlarging`` if it becomes larger."""
-    height, width = size
-    if (picture.height, picture.width) == size:
-        return picture
-    scale = max(height / picture.height, width / picture.width)
-    crop_h, crop_w = min(picture.height, height / scale), min(picture.width, width / scale)
-    left, top = (picture.width - crop_w) / 2, (picture.height - crop_h) / 2
-    box = (left, top, left + crop_w, top + crop_h)
-    return picture.resize((width, height), enlarging if scale > 1 else LANCZOS, box)
 
 
 @contextlib.contextmanager

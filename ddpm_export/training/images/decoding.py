@@ -43,7 +43,7 @@ class Decoding(Pixels):
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self._items, self._size, self._channels, self._source = items, size, channels, source
-        self._filter = decode.BICUBIC if bicubic else decode.LANCZOS
+        self._bicubic = bicubic
         self.identity, self._progress = identity, progress
         self._pool = ThreadPoolExecutor(min(threads.MOST, usable_cores()), "decode")
         weakref.finalize(self, self._pool.shutdown, wait=False)
@@ -80,7 +80,7 @@ class Decoding(Pixels):
     def _decode(self, index: int, into: NDArray[np.uint8]) -> None:
         item = self._items[index]
         try:
-            into[...] = decode.read_image(item, self._size, self._channels, self._source, self._filter)
+            into[...] = decode.read_image(item, self._size, self._channels, self._source, bicubic=self._bicubic)
         except Unreadable as error:
             where = item if isinstance(item, Path) else f"{self._source.path}: {name_of(item, self._source.path)}"
             raise DataError(

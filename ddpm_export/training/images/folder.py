@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from ddpm_export.training.images import cache
 from ddpm_export.training.images.decode import (
-    BICUBIC,
-    LANCZOS,
     Header,
     Unreadable,
     check_image,
@@ -195,7 +193,6 @@ class _Reading:
     ) -> None:
         self._source, self._found, self._progress = source, found, progress
         self._where, self._limit, self._conditions = where, limit, conditions
-        self._filter = BICUBIC if conditions else LANCZOS
         self._broken: dict[Item, Unreadable] = {path: Unreadable(reason) for path, reason in found.unreadable}
 
     def read(self) -> Read:
@@ -250,7 +247,7 @@ class _Reading:
         return self._source.channels or channels_of(headers[0])
 
     def _decoded(self, item: Item, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-        return read_image(item, size, channels, self._source, self._filter)
+        return read_image(item, size, channels, self._source, bicubic=self._conditions)
 
     def _pixels(
         self, items: list[Item], size: tuple[int, int], channels: int

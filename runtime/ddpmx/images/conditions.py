@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images.pictures import opened
+from ddpmx.images.resize import resized
 from ddpmx.sampling.pixels import from_uint8
 
 MAX_BYTES = 1 << 32
@@ -20,17 +22,29 @@ MAX_BYTES = 1 << 32
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> tuple[NDArray[np.float32], list[str]]:
+class Conditions(NamedTuple):
+    """Condition images.
+
+    Attributes:
+        values: float32 [N, K, H, W], N ≥ 1.
+        names: of them, N.
+        note: what was done to pictures of another size, or None.
+    """
+
+    values: NDArray[np.float32]
+    names: list[str]
+    note: str | None = None
+
+
+def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> Conditions:
     """The conditions in a file or a folder.
 
     Args:
         path: an .npz whose array ``cond`` (or only array) is float [N, K, H, W] as the network takes it, or uint8
             [N, H, W, K]; a folder of pictures, taken in the order of their names; or one picture. Pictures become K
-            channels in [−1, 1], on white where they are transparent and K is not 4; their size has to be the model's.
+            channels in [−1, 1], on white where they are transparent and K is not 4. One of another size is brought to the
+            model's as ``ddpmx train --condition`` does.
         spec: the model.
-
-    Returns:
-        float32 [N, K, H, W], N ≥ 1, and N names.
 
     Raises:
         InputError: the model takes none, or they do not fit it.
@@ -42,7 +56,7 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> tuple[NDAr
     path = Path(path)
     if path.suffix.lower() == ".npz":
         conditions = _from_npz(path, dims)
-        return conditions, [f"{path.name}[{index}]" for index in range(len(conditions))]
+        return Conditions(conditions, [f"{path.name}[{index}]" for index in range(len(conditions))])
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
@@ -56,20 +70,25 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> tuple[NDAr
             f"{path}: a picture has 1, 3 or 4 channels, and the condition {dims[0]}",
             hint=f"an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
         )
-    pictures, faults = [], []
+    pictures, faults, changed = [], [], 0
     for file in files:
         try:
-            pictures.append(_picture(file, dims))
+            picture, other_size = _picture(file, dims)
+            pictures.append(picture)
+            changed += other_size
         except (OSError, ValueError) as error:
             faults.append(f"{file.name}: {error}")
     if faults:
         raise FileFormatError(
             f"{path}: {len(faults)} of {len(files)} files cannot be taken as a condition",
             note="; ".join(faults[:5]) + ("; …" if len(faults) > 5 else ""),
-            hint=f"pictures of {dims[1]}×{dims[2]}, or an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
+            hint=f"pictures, or an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
         )
     # np.stack keeps the order in memory of what it stacks, and that of a picture is H, W, K
-    return np.ascontiguousarray(np.stack(pictures)), [file.name for file in files]
+    note = (
+        f"{changed} of {len(files)} conditions are brought to {dims[1]}×{dims[2]}, as in training" if changed else None
+    )
+    return Conditions(np.ascontiguousarray(np.stack(pictures)), [file.name for file in files], note)
 
 
 def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
@@ -93,15 +112,18 @@ def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     )
 
 
-def _picture(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
-    """One picture as float32 [K, H, W]. Raises OSError or ValueError."""
+def _picture(path: Path, dims: tuple[int, ...]) -> tuple[NDArray[np.float32], bool]:
+    """One picture as float32 [K, H, W], and whether it had another size. Raises OSError or ValueError."""
     from PIL import Image as PilImage
 
-    channels, height, width = dims
-    picture = opened(path, (height, width))
+    channels, *size = dims
+    height, width = size
+    picture = opened(path)
     if channels != 4 and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = PilImage.new("RGBA", picture.size, "white")
         picture = PilImage.alpha_composite(white, picture)
     picture = picture.convert(_MODES[channels])
-    return from_uint8(np.asarray(picture).reshape(height, width, channels)).transpose(2, 0, 1)
+    fitting = resized(picture, (height, width), bicubic=True)
+    pixels = from_uint8(np.asarray(fitting).reshape(height, width, channels)).transpose(2, 0, 1)
+    return pixels, fitting.size != picture.size
