@@ -120,6 +120,37 @@ def read_data(
     return Data(data.take(indices), indices, len(data), labels, conditions, data.notes)
 
 
+def read_pictures(
+    path: Path, *, size: tuple[int, int] | None = None, progress: Callable[[int, int], None] | None = None
+) -> Dataset:
+    """Images that are compared with others, as ``ddpmx train`` reads them, grey or RGB: all of them of one size.
+
+    Args:
+        path: a folder of images, of which the sheets that ``ddpmx generate`` adds are left out; an .npz or .npy, shards or
+            tables.
+        size: (H, W) to bring image files to.
+        progress: called with (images read, images in all).
+
+    Raises:
+        DataError: they cannot be read, or have several sizes.
+        InputError: an array is to be resized, or has another number of channels.
+    """
+    from ddpm_export.training.data import are_files, load_dataset
+
+    files = are_files(path)
+    if size is not None and not files:
+        raise InputError("--resize is for image files; an array is taken as it is", hint="omit it")
+    try:
+        data = load_dataset(path, channels=3 if files else None, size=size, progress=progress)
+    except DataError as error:
+        hint = "images of one size" if error.hint and "--size" in error.hint else error.hint
+        hint = hint and hint.replace("--data takes", "it is")
+        raise DataError(error.fact, note=error.note, hint=hint, items=error.items) from error
+    if data.shape[0] not in (1, 3):
+        raise InputError(f"{path}: images of {data.shape[0]} channels", hint="1 or 3")
+    return data
+
+
 def _by_name(spec: ModelSpec, labels: NDArray[np.int32], names: tuple[str, ...] | None) -> NDArray[np.int32]:
     """The model's numbers of the data's classes: by their names, where the model has names; else they are the same."""
     if spec.class_names is None or names is None:

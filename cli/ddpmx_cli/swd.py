@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typer import Argument, Option
 
-from ddpmx.errors import DataError, FileFormatError
-from ddpmx_cli.console import busy, plain, say
+from ddpmx_cli.console import busy, counting, plain, say
+from ddpmx_cli.data import read_pictures
 
 EXAMPLES = """
 Examples:\n
@@ -20,21 +19,21 @@ Examples:\n
   ddpmx eval swd samples/ images.npz --json\n
 """
 
-_NUMBERED = re.compile(r"[0-9]{5,}\.png")
-_MAX_BYTES = 4 << 30
+
+Samples = Annotated[Path, Argument(help="What a model has drawn: a folder, an .npz or .npy, or .tar shards.")]
+Reference = Annotated[Path, Argument(help="Real images of the same size, in the same forms.")]
 
 
 def swd(
-    samples: Annotated[Path, Argument(help="What a model has drawn: a folder of pictures, or an .npz.")],
-    reference: Annotated[Path, Argument(help="Real images of the same size: a folder, or an .npz.")],
+    samples: Samples,
+    reference: Reference,
     seed: Annotated[int, Option(help="Of the patches' places and the directions, 0 … 2**64 − 1.")] = 0,
     as_json: Annotated[bool, Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """A light judge, which is not FID: how far patches of samples are from those of real images, at each scale."""
-    from ddpmx.tasks.swd import sliced_wasserstein
+    from ddpmx.images.swd import sliced_wasserstein
 
-    with busy("reading images"):
-        mine, theirs = _images(samples), _images(reference)
+    mine, theirs = _images(samples), _images(reference)
     with busy("comparing patches"):
         found = sliced_wasserstein(mine, theirs, seed=seed)
         half = min(len(theirs) // 2, len(mine))
@@ -58,48 +57,7 @@ def swd(
 
 
 def _images(path: Path) -> NDArray[np.uint8]:
-    """All images of a folder or an array, uint8 [n, H, W, C]. Of what `generate` has written, the numbered ones."""
-    if path.suffix.lower() == ".npz" and not path.is_dir():
-        return _of_array(path)
-    from ddpmx.images.pictures import opened
-
-    if not path.is_dir():
-        raise FileFormatError(f"{path}: no folder of pictures", hint="a folder, or an .npz")
-    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    files = [file for file in files if _NUMBERED.fullmatch(file.name)] or files
-    found: list[NDArray[np.uint8]] = []
-    faults: list[str] = []
-    for file in files:
-        try:
-            pixels = np.asarray(opened(file).convert("RGB"))
-            if found and pixels.shape != found[0].shape:
-                faults.append(f"{file.name}: {pixels.shape[0]}×{pixels.shape[1]}")
-                continue
-            found.append(pixels)
-        except (OSError, ValueError) as error:
-            faults.append(f"{file.name}: {error}")
-    if faults or not found:
-        raise DataError(
-            f"{path}: {len(faults)} of {len(files)} files cannot be compared"
-            if files
-            else f"{path}: no pictures in it",
-            items=faults,
-            hint="pictures of one size",
-        )
-    return np.stack(found)
-
-
-def _of_array(path: Path) -> NDArray[np.uint8]:
-    from ddpmx.formats.npz import read_npz
-
-    images = [
-        array
-        for array in read_npz(path, max_bytes=_MAX_BYTES).values()
-        if array.dtype == np.uint8 and array.ndim in (3, 4)
-    ]
-    if len(images) != 1:
-        raise DataError(f"{path}: {len(images)} arrays are images", hint="one array, uint8 [n, H, W, C] or [n, H, W]")
-    array = images[0] if images[0].ndim == 4 else images[0][..., None]
-    if array.shape[3] not in (1, 3):
-        raise DataError(f"{path}: images of {array.shape[3]} channels", hint="1 or 3")
-    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
+    """All images of a folder or an array, uint8 [n, H, W, 3]."""
+    with counting("reading images") as progress:
+        images = read_pictures(path, progress=progress).images
+    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))

@@ -36,8 +36,10 @@ COMMANDS: dict[str, set[str]] = {
 FOR: dict[str, tuple[str, ...]] = {
     "cli/ddpmx_cli/import_.py": ("import",),
     "cli/ddpmx_cli/nll.py": ("eval",),
+    "cli/ddpmx_cli/fid.py": ("eval",),
     "cli/ddpmx_cli/data.py": ("eval",),
     "runtime/ddpmx/tasks": ("eval",),
+    "ddpm_export/quality": ("eval",),
     "ddpm_export/importers": ("import", "convert"),
     "ddpm_export/training": ("train", "import", "export", "parity"),
     "runtime/ddpmx/trt": ("build", "export", "generate"),

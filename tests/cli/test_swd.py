@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpmx.tasks.swd import sliced_wasserstein
+from ddpmx.images.swd import sliced_wasserstein
 
 RNG = np.random.default_rng(0)
 SAMPLES, REAL = (RNG.integers(0, 256, (n, 16, 16), np.uint8) for n in (6, 9))
@@ -59,11 +59,11 @@ def test_wrong_input_is_one_clear_error(refused, samples, real, tmp_path):
     np.savez(tmp_path / "four.npz", x=np.zeros((3, 16, 16, 4), np.uint8))
     for arguments, message in (
         ((samples, tmp_path / "nowhere"), "nowhere"),
-        ((samples, tmp_path / "empty"), "no pictures in it"),
-        ((tmp_path / "mixed", real), "1 of 2 files cannot be compared"),
-        ((samples, tmp_path / "none.npz"), "0 arrays are images"),
+        ((samples, tmp_path / "empty"), "no images in this folder"),
+        ((tmp_path / "mixed", real), "2 different sizes"),
+        ((samples, tmp_path / "none.npz"), "no array of images"),
         ((samples, tmp_path / "four.npz"), "images of 4 channels"),
         ((samples, real, "--seed", -1), "seed must be"),
-        ((samples, samples / "grid.png"), "no folder of pictures"),
+        ((samples, samples / "grid.png"), "neither a folder nor an .npz"),
     ):
         assert message in refused("eval", "swd", *arguments)

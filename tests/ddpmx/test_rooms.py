@@ -29,7 +29,7 @@ DDPMX = (
     "models",
     "errors",
 )
-DDPM_EXPORT = ("importers", "any_module", "proof", "graph", "training", "networks")
+DDPM_EXPORT = ("quality", "importers", "any_module", "proof", "graph", "training", "networks")
 """From the top down."""
 
 HOUSES = {"ddpmx": (ROOT / "runtime" / "ddpmx", DDPMX), "ddpm_export": (ROOT / "ddpm_export", DDPM_EXPORT)}

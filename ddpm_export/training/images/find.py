@@ -14,6 +14,7 @@ from ddpm_export.training.images.decode import PLUGINS, plugins
 from ddpm_export.training.images.items import Item
 from ddpm_export.training.images.source import READING
 from ddpm_export.training.log import LOG
+from ddpmx.images.gallery import ANIMATION, GRID, STRIP
 
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".pjpeg", ".pjp", ".mpo", ".bmp", ".dib", ".webp"}
@@ -86,9 +87,12 @@ _NOWHERE = "links to nothing"
 _AGAIN = "other names of a folder that is read already"
 _CLOSED = "not readable"
 _GRID = "pictures that a run has drawn"
-_WITH_NAMES = (HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID)
+_SHEET = "sheets of the images beside them"
+_WITH_NAMES = (HIDDEN, _NOWHERE, _AGAIN, _CLOSED, _GRID, _SHEET)
 _RUN_PICTURES = re.compile(r"(data|curves)\.png")
 _GRID_NAME = re.compile(r"grid-[0-9]{8,}\.png", re.ASCII)
+_GENERATED = re.compile(r"[0-9]{5,}\.png", re.ASCII)
+_SHEETS = frozenset({GRID, ANIMATION, STRIP})
 
 
 def find_images(folder: Path, reading: int = READING) -> Found:
@@ -110,7 +114,7 @@ def find_images(folder: Path, reading: int = READING) -> Found:
         link = links.pop(0)
         folders = [link] if _enter(link, seen, found) else []
         while folders:
-            _read_one(folders.pop(), folders, links, seen, found)
+            _read_one(folders.pop(), folders, links, seen, found, reading)
     files = sorted(file for file in found.files if isinstance(file, Path))
     found.files = []
     for file in files:
@@ -145,7 +149,9 @@ def _find_by_suffix(folder: Path) -> Found:
     )
 
 
-def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tuple[int, int]], found: Found) -> None:
+def _read_one(
+    folder: Path, folders: list[Path], links: list[Path], seen: set[tuple[int, int]], found: Found, reading: int
+) -> None:
     """Sort the entries of one folder into files, real subfolders, links to folders, and what is left out."""
     try:
         names = sorted(os.listdir(folder))
@@ -153,6 +159,7 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
         found.unreadable.append((folder, error.strerror or str(error)))
         return
     drawn = _drawn_by_a_run(folder)
+    sheets = _SHEETS if reading > 3 and any(map(_GENERATED.fullmatch, names)) else ()
     for name in names:
         path = folder / name
         try:
@@ -164,6 +171,8 @@ def _read_one(folder: Path, folders: list[Path], links: list[Path], seen: set[tu
             found.leave_out(path, HIDDEN)
         elif drawn and drawn.fullmatch(name):
             found.leave_out(path, _GRID)
+        elif name in sheets:
+            found.leave_out(path, _SHEET)
         elif is_folder:
             if path.is_symlink():
                 links.append(path)

@@ -15,10 +15,11 @@ WHITE = (255, 255, 255)
 MAX_PIXELS = 178_956_970
 """H·W of one image, unless the user allows more: Pillow's own limit. A file of a few bytes can unpack to gigabytes."""
 
-READING = 3
+READING = 4
 """1: files are found by their suffix and links to folders are not followed, hidden colours of transparent pixels are
 kept, 65535 is white in 16 bits, and JPEGs are decoded whole. 2: AVIF and HEIC are left out, and TIFFs on their side are
-cropped to the shape that they lie in. 3: as :mod:`.find` and :mod:`.decode` say."""
+cropped to the shape that they lie in. 3: the sheets beside what ``ddpmx generate`` has drawn are images as well. 4: as
+:mod:`.find` and :mod:`.decode` say."""
 
 
 @dataclass(frozen=True)

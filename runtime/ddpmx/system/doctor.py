@@ -56,6 +56,10 @@ except errors.BackendError as error:
     values = {"missing": ": ".join(filter(None, (error.fact, error.note)))}
 print(json.dumps(values))
 """,
+    "torch-fidelity": """
+import torch_fidelity
+print(json.dumps({"version": torch_fidelity.__version__}))
+""",
     **{
         flavour: f"""
 from ddpmx import errors
@@ -122,7 +126,7 @@ def examine() -> Report:
         "gpu_trouble": found.trouble,
     }
     libraries = {name: _probe(code) for name, code in _PROBES.items()}
-    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib"):
+    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "scipy"):
         libraries[package] = _package(package)
     return Report(machine, libraries, _findings(machine, libraries))
 
@@ -142,6 +146,17 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
             findings.append(Finding(what, False, f"without {', '.join(lacks)}", f"pip install {' '.join(needs)}"))
         else:
             findings.append(Finding(what, True, f"torch {torch['version']} {here}".strip()))
+    findings.append(
+        Finding("score with an ODE", False, "without scipy", "pip install 'ddpmx[flow]'")
+        if missing("scipy")
+        else Finding("score with an ODE", True, f"scipy {libraries['scipy']['version']}")
+    )
+    fidelity = libraries["torch-fidelity"]
+    findings.append(
+        Finding("eval fid", False, f"without torch-fidelity ({fidelity['missing']})", "pip install 'ddpmx[eval]'")
+        if "missing" in fidelity
+        else Finding("eval fid", True, f"torch-fidelity {fidelity['version']}; it needs a file of weights as well")
+    )
     findings.append(
         Finding("generate, parity with an .onnx on the CPU", False, "without onnxruntime", "pip install onnxruntime")
         if "missing" in ort

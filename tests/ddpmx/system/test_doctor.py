@@ -288,6 +288,7 @@ EVERYTHING = {
     "torch": {"version": "2.9.0", "cuda": "12.6", "gpu": True},
     "onnxruntime": {"version": "1.23.0", "providers": ["CUDAExecutionProvider", "CPUExecutionProvider"]},
     "MNN": {"version": "3.6.1", "no_converter": None},
+    "torch-fidelity": {"version": "0.4.0"},
     "TensorRT": {"version": "10.3.0", "libraries": ["/usr/lib/libnvinfer.so.10"]},
     "TensorRT-RTX": {"version": "1.7.1.116", "libraries": []},
     CHAINS: {"version": "by CUDA 12.6", "why_no_while": None},
@@ -336,12 +337,13 @@ def test_without_a_gpu_only_what_needs_none_works(examine):
 
 def test_every_finding_names_what_is_missing(examine):
     missing = {"missing": "no"}
-    findings = examine(
-        NO_GPU, False, torch=missing, onnxruntime=missing, MNN=missing, TensorRT=missing, TensorRT_RTX=missing
-    )
+    names = ("torch", "onnxruntime", "MNN", "torch_fidelity", "TensorRT", "TensorRT_RTX")
+    findings = examine(NO_GPU, False, **dict.fromkeys(names, missing))
     assert not any(finding.works for finding in findings.values())
     assert "torch, safetensors, onnx, onnxscript" in findings["export"].why
     assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
+    assert findings["score with an ODE"].fix == "pip install 'ddpmx[flow]'"
+    assert findings["eval fid"].why == "without torch-fidelity (no)"
     assert "tensorrt-rtx-cu13" in findings["build with TensorRT-RTX"].fix
     assert findings["build with TensorRT-RTX"].why == "no"
 

@@ -129,3 +129,16 @@ def test_a_folder_that_may_be_listed_and_not_entered_is_named(tmp_path, monkeypa
     assert [(path.name, why) for path, why in found.unreadable] == [
         (n, "Permission denied") for n in ("a.png", "b.png")
     ]
+
+
+def test_the_sheets_that_generate_adds_are_left_out(tmp_path):
+    for name in ("00000.png", "00001.png", "grid.png", "strip.png"):
+        put(tmp_path / "drawn" / name)
+    put(tmp_path / "drawn" / "x0.gif", "GIF")
+    put(tmp_path / "photos" / "grid.png")
+    assert names(tmp_path) == ["drawn/00000.png", "drawn/00001.png", "photos/grid.png"]
+    assert "sheets of the images beside them (grid.png, strip.png, x0.gif)" in find_images(tmp_path).describe()
+    earlier = [file.name for file in find_images(tmp_path, reading=3).files]
+    assert earlier == ["00000.png", "00001.png", "grid.png", "strip.png", "x0.gif", "grid.png"], (
+        "as older runs read them"
+    )

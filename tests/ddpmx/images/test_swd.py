@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpmx.errors import InputError
-from ddpmx.tasks.swd import SCALE, Distance, _along, _patches, levels, sliced_wasserstein
+from ddpmx.images.swd import SCALE, Distance, _along, _patches, levels, sliced_wasserstein
 
 RNG = np.random.default_rng(0)
 
@@ -36,7 +36,7 @@ def test_a_pyramid_adds_up_to_its_images():
     images = photos(2, 64)
     parts = list(levels(images))
     assert [part.shape[1] for part in parts] == [64, 32, 16]
-    from ddpmx.tasks.swd import _enlarged
+    from ddpmx.images.swd import _enlarged
 
     now = parts[-1]
     for part in parts[-2::-1]:
