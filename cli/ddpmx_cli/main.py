@@ -26,6 +26,7 @@ from ddpmx_cli import (
     info,
     inpaint,
     interpolate,
+    page,
     parity,
     plot,
     score_,
@@ -66,6 +67,7 @@ _command(epilog=generate.EXAMPLES)(generate.generate)
 _command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
 _command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+_command(epilog=page.EXAMPLES)(page.page)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 app.add_typer(score_.app, name="score")

@@ -242,6 +242,7 @@ COMMANDS = [
     "inpaint",
     "interpolate",
     "score",
+    "page",
     "parity",
     "eval",
     "import",

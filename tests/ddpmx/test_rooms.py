@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 DDPMX = (
     "tasks",
+    "page",
     "pipeline",
     "parity",
     "bench",

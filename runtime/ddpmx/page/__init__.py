@@ -1,0 +1,1 @@
+"""A static page that runs a model's whole chain in the visitor's browser."""
