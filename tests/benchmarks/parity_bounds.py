@@ -10,7 +10,7 @@ output (the most of eight runtimes, docs/parity.md), in fp16 and bf16 every oper
 exports do. None may fail.
 
 A wrong file is a quarter of a mistake: its output is three quarters right, one quarter what the mistake gives. There is
-one mistake for each of the nine bounds, and two for networks with classes or a learned variance; the check that is named
+one mistake for each of the eleven bounds, and two for networks with classes or a learned variance; the check that is named
 has to fail by itself. "found down to" is the smallest part, by halves, at which it still does.
 """
 
@@ -233,6 +233,10 @@ class Planted:
             wrong[:, :, 0, 0] = 0
         elif mistake == "wrong between the recorded states":
             wrong[np.isin(b.t, self._unseen)] = 0
+        elif mistake == "wrong at t = 0":
+            wrong[b.t == 0] = 0
+        elif mistake == "wrong in the second half of the chain":
+            wrong[b.t < self._model.spec.timesteps // 2] = 0
         elif mistake == "v from 0 to 1, not from −1" and var is not None:
             wrong_var = (var + 1) / 2
         for name, array in b.inputs().items():
@@ -255,6 +259,8 @@ MISTAKES = {
     "half precision where float32 is claimed": "teacher-forced chain, RMS of ε",
     "input scaled, (x + 1)/2": "teacher-forced chain, RMS of x",
     "wrong between the recorded states": "free chain",
+    "wrong at t = 0": "distortion L_0",
+    "wrong in the second half of the chain": "light judge",
     "classes shifted by one": "ε, RMS",
     "v from 0 to 1, not from −1": "v, RMS",
 }

@@ -26,8 +26,10 @@ ROWS, BATCH = "identical rows, largest difference", "batch against one by one, l
 EPS, PIXEL, STEP = "ε, RMS", "ε, largest error", "one step, RMS of x_{t−1}"
 BITS = "variational bound, change in bits/dim"
 FORCED, FORCED_STEP = "teacher-forced chain, RMS of ε", "teacher-forced chain, RMS of x_{t−1}"
+LEVELS = "distortion L_0, change in bits/dim"
 FREE = f"free chain of {STEPS} steps, pixels within one level"
-ALL = [ROWS, BATCH, EPS, PIXEL, STEP, BITS, FORCED, FORCED_STEP, FREE]
+LIGHT = "light judge of the chain's images, × 1000"
+ALL = [ROWS, BATCH, EPS, PIXEL, STEP, BITS, LEVELS, FORCED, FORCED_STEP, FREE, LIGHT]
 
 
 def eps_by_hand(x: np.ndarray, t: int) -> np.ndarray:

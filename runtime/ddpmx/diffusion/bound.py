@@ -112,6 +112,23 @@ def level_log_likelihood(x0: ArrayLike, mean: ArrayLike, log_sigma: ArrayLike) -
     return np.where(lowest | highest, outside, inside)
 
 
+def level_slope(x0: ArrayLike, mean: ArrayLike, log_sigma: ArrayLike) -> Float64:
+    """The derivative of :func:`level_log_likelihood` by the mean: (φ(low) − φ(high))/(σ·p), of the ends of a level.
+
+    It is the mean of (y − mean)/σ² for y of N(mean, σ²) within the level. The second derivative is from −1/σ² to 0: a
+    Gaussian that is cut to a level varies less than a whole one.
+    """
+    x0, mean, log_sigma = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (x0, mean, log_sigma)))
+    log_p = level_log_likelihood(x0, mean, log_sigma)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = np.exp(-log_sigma)
+        above, below = (x0 + HALF_LEVEL - mean) * scale, (x0 - HALF_LEVEL - mean) * scale
+        high, low = (np.exp(-0.5 * z * z - 0.5 * math.log(2 * math.pi) - log_p) for z in (above, below))
+        high, low = np.where(x0 > 1 - HALF_LEVEL, 0.0, high), np.where(x0 < -1 + HALF_LEVEL, 0.0, low)
+        slope: Float64 = (low - high) * scale
+    return slope
+
+
 def log_normal_cdf(x: ArrayLike) -> Float64:
     """log Φ(x), float64 of the shape of x, exact to a few ulp also where Φ itself is too small for a float64.
 

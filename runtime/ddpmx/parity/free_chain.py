@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx.images import swd
 from ddpmx.parity.check import Check
 from ddpmx.parity.evaluator import Evaluator, InBatches
-from ddpmx.parity.propagation import gain, pixels_bound, rms
+from ddpmx.parity.propagation import DRIFT, gain, pixels_bound, rms
 from ddpmx.parity.reference import Reference
 from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import to_nhwc
@@ -23,6 +24,9 @@ LEAST_SHARE, LEAST_COUNT = 0.1, 64
 
 LEAST_BOUND = 0.5
 """A chain that moves half of its pixels by more than a level under errors that are allowed tells nothing of a file."""
+
+_DIRECTIONS = 64
+"""Along which patches are compared: enough for a few images, at an eighth of the time."""
 
 AMPLIFIES = 4
 """From this |A·q| on, the drift of a chain has to be known to be judged. Of 50 steps it is 0.4 for a linear schedule that
@@ -107,6 +111,54 @@ def free_chain(
         f", {left_out:.1%} saturated on both sides and not counted" if left_out else ""
     )
     return Check(name, float(np.mean(apart <= 1)), bound, at_least=True, worst=worst, why=why), finals
+
+
+def light_judge(finals: NDArray[np.uint8], reference: Reference, error: float) -> Check:
+    """The sliced Wasserstein distance between the images of both chains: what a judge of samples sees of the file's errors.
+
+    Along every direction it is a distance, so it obeys the triangle inequality: against any real images, scaled alike, the
+    file's samples and PyTorch's are judged differently by no more than this.
+
+    Args:
+        finals: the file's images, uint8 [m, H, W, C].
+        reference: the record.
+        error: the bound on the RMS error of the output.
+    """
+    name, skipped = f"light judge of the chain's images, × {swd.SCALE}", None
+    _, height, width = reference.spec.shape
+    if min(height, width) < swd.SIDE:
+        skipped = f"it compares patches of {swd.SIDE}×{swd.SIDE}, and the images are {height}×{width}"
+    elif reference.drift is None:
+        skipped = "the record is from a version of ddpmx that did not measure how far a chain drifts"
+    if skipped is not None or reference.drift is None:
+        return Check(name, np.nan, 0.0, skipped=skipped)
+    theirs = reference.final.transpose(0, 2, 3, 1)
+    found = swd.sliced_wasserstein(finals, theirs, directions=_DIRECTIONS)
+    most = swd.distance_bound(theirs, drifted(reference.drift, error))
+    level = int(np.argmax(np.divide(found.distances, most)))
+    return Check(
+        name,
+        found.distances[level],
+        most[level],
+        worst=f"at {found.sizes[level]} pixels, of {found.images} images",
+        why="√(2/π)·2·the RMS of the pixels' errors, in units of the patches' deviation; by the recorded drift, half of "
+        "the bound on ε moves them so",
+    )
+
+
+def drifted(drift: NDArray[np.float32], error: float) -> float:
+    """The RMS of the errors of uint8 pixels after a chain whose outputs have half of their largest error, in levels.
+
+    A pixel that moves by d levels is rounded to ⌊d⌋ or ⌈d⌉ of them, so the mean of its square is d² + f·(1 − f), f the
+    fraction of d: at most d² + min(d, 1/4). The files that are right have a quarter of the largest error; see
+    :func:`ddpmx.parity.propagation.pixels_bound`.
+
+    Args:
+        drift: float32 [Q], quantiles of the recorded drift.
+        error: the bound on the output's RMS error, in units of the outputs' RMS.
+    """
+    distance = drift.astype(np.float64) * (error / 2 / DRIFT)
+    return float(np.sqrt(np.mean(distance**2 + np.minimum(distance, 0.25))))
 
 
 def _how(reference: Reference) -> str:

@@ -3,9 +3,10 @@
 1. self-consistency — identical rows give identical outputs, and neighbours make no difference (needs no reference)
 2. ε — the outputs over all of 0…T−1, at x_t drawn from q(x_t | x_0)
 3. one step — x_{t−1} from the same x_t
-4. distribution — how much the errors change the variational bound
+4. distribution — how much the errors change the variational bound: the terms t ≥ 1, and L_0
 5. teacher-forced chain — every step starts at the state of PyTorch's chain
-6. free-running chain — the same x_T and noise, without correction: the pixels of the final images
+6. free-running chain — the same x_T and noise, without correction: the pixels of the final images, and their distance from
+   PyTorch's by the light judge of samples (:mod:`ddpmx.images.swd`)
 7. on a GPU, the chain that runs there — equal to NumPy's with every executor (needs no reference)
 
 8. for half precision and bfloat16, what the record knows of the module with every operation rounded
@@ -32,8 +33,8 @@ from ddpmx.parity import on_device
 from ddpmx.parity.allowed import Allowed, allowed
 from ddpmx.parity.check import BOUNDS, BOUNDS_ON_GPU, Check
 from ddpmx.parity.evaluator import ANY, Evaluator
-from ddpmx.parity.free_chain import free_chain
-from ddpmx.parity.propagation import bits, bits_bound, rms, step, step_bound
+from ddpmx.parity.free_chain import free_chain, light_judge
+from ddpmx.parity.propagation import bits, bits_bound, distortion, distortion_bound, rms, step, step_bound
 from ddpmx.parity.reduced import RANGE, not_known
 from ddpmx.parity.reference import Reference, elements
 from ddpmx.sampling import chain
@@ -275,6 +276,7 @@ def _over_timesteps(
         spec, reference.t, x, (out, var), (reference.out, reference.var), bounds.eps * unit, var_error
     )
     x0 = from_uint8(reference.x0).reshape(n, -1)[:, kept]
+    levels = _levels(spec, reference, x0, x, (out, var), bounds.eps * unit, var_error)
     mine = bits(spec, reference.t, x0, x, out, var)
     theirs = bits(spec, reference.t, x0, x, reference.out, reference.var)
     second = []
@@ -298,7 +300,33 @@ def _over_timesteps(
             worst=f"{theirs:.4f} by PyTorch, {mine:.4f} by the file, terms t ≥ 1",
             why="A²/(2σ²)·(2ρ·|q|δ·‖x_0 − x̂_0‖ + (qδ)²) over all t, δ the bound on ε, ρ = 1/4",
         ),
+        levels,
     ]
+
+
+def _levels(
+    spec: ModelSpec,
+    reference: Reference,
+    x0: Float32,
+    x: Float32,
+    mine: tuple[Float32, Float32 | None],
+    error: NDArray[np.float64],
+    var_error: float,
+) -> Check:
+    """The rest of the variational bound: L_0, the bits of the 256 levels at t = 0. L_T is the schedule's alone."""
+    name, at = "distortion L_0, change in bits/dim", np.flatnonzero(reference.t == 0)
+    if not at.size:
+        return Check(name, np.nan, 0.0, skipped="t = 0 is not among the recorded timesteps")
+    i = int(at[0])
+    (out, var), theirs = (_pairs(*outputs)[i] for outputs in (mine, (reference.out, reference.var)))
+    before, now = (distortion(spec, x0, x[i], *outputs) for outputs in (theirs, (out, var)))
+    return Check(
+        name,
+        abs(now - before),
+        distortion_bound(spec, x0, x[i], *theirs, float(error[i]), var_error),
+        worst=f"{before:.4f} by PyTorch, {now:.4f} by the file",
+        why="ρ·|q|δ·‖∂L_0/∂x̂_0‖ + (qδ)²/(2σ²) at t = 0, δ the bound on ε, ρ = 1/4",
+    )
 
 
 def _chains(
@@ -330,8 +358,12 @@ def _chains(
         differences = [rms(a - b) for a, b in zip(var, reference.state_var, strict=True)]
         curves["forced_var"] = np.array(differences) / reference.var_scale
         checks.insert(1, _worst("teacher-forced chain, RMS of v", curves["forced_var"], usual.eps, t))
-    free, finals = free_chain(evaluate, description, usual.pixels, rms(bounds.state_eps), reference, curves)
-    return [*checks, free], finals
+    error = rms(bounds.state_eps)
+    free, finals = free_chain(evaluate, description, usual.pixels, error, reference, curves)
+    checks.append(free)
+    if finals is not None and free.skipped is None:
+        checks.append(light_judge(finals, reference, error))
+    return checks, finals
 
 
 def _steps(

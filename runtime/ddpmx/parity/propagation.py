@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ddpmx.diffusion import bound
 from ddpmx.diffusion.samplers import Table, make_table
 from ddpmx.diffusion.schedule import Float64
 from ddpmx.formats.spec import ModelSpec
@@ -126,6 +127,58 @@ def bits_bound(
         total += term.weight * (2 * ALIGNED * moved * term.residual + moved**2)
         total += ALIGNED * term.slope * var_error
     return total / float(np.log(2)) + 1e-9  # float64's own rounding
+
+
+def distortion(spec: ModelSpec, x0: Float32, x: Float32, out: Float32, var: Float32 | None) -> float:
+    """L_0 = −log p(x_0 | x_t) at t = 0, of the 256 levels, in bits per dimension (equation 13).
+
+    Args:
+        spec: of the network.
+        x0: float32 [n, E], the images, levels in [−1, 1].
+        x: float32 [n, E], x_t at t = 0.
+        out: float32 [n, E], the outputs there.
+        var: float32 [n, E], the second outputs, or None.
+    """
+    guess, log_var = _at_zero(spec, x, out, var)
+    return float(bound.decoder_term(x0.astype(np.float64), guess, log_var).mean()) / float(np.log(2))
+
+
+def distortion_bound(
+    spec: ModelSpec, x0: Float32, x: Float32, out: Float32, var: Float32 | None, error: float, var_error: float
+) -> float:
+    """The largest change of :func:`distortion` by RMS errors of the outputs that are not aligned with what they spoil.
+
+    2ρ·m·‖L_0'‖/2 + m²/(2σ²), m = min(|q|·δ, 2·clip): Taylor's formula in x̂_0, since the second derivative of −log p is at
+    most 1/σ². A learned σ² adds what v ± δ_v changes by itself.
+
+    Args:
+        spec, x0, x, out, var: as for :func:`distortion`, by PyTorch.
+        error: δ, of the output.
+        var_error: δ_v, of the second output.
+    """
+    clean = x0.astype(np.float64)
+    guess, log_var = _at_zero(spec, x, out, var)
+    table = make_table(spec.make_schedule(), spec.prediction, spec.variance)
+    moved = min(abs(_row(table, 0)[0][1]) * error, 2 * _limit(spec))
+    total, least = 0.0, float(np.min(log_var))
+    if var is not None:
+        here = bound.decoder_term(clean, guess, log_var)
+        for sign in (-1, 1):
+            _, shifted = _at_zero(spec, x, out, var + np.float32(sign * var_error))
+            total = max(total, float(np.abs(bound.decoder_term(clean, guess, shifted) - here).mean()))
+            least = min(least, float(shifted.min()))
+    total += ALIGNED * moved * rms(bound.level_slope(clean, guess, 0.5 * log_var)) + moved**2 / (2 * np.exp(least))
+    return float(total / np.log(2)) + 1e-9
+
+
+def _at_zero(spec: ModelSpec, x: Float32, out: Float32, var: Float32 | None) -> tuple[Float64, Float64]:
+    """(x̂_0, log σ² of the decoder) at t = 0."""
+    schedule = spec.make_schedule()
+    (p, q, *_), _ = _row(make_table(schedule, spec.prediction, spec.variance), 0)
+    limit = _limit(spec)
+    c, d = bound.log_variance(schedule, spec.variance)[0]
+    guess = np.clip(p * x.astype(np.float64) + q * out.astype(np.float64), -limit, limit)
+    return guess, np.broadcast_to(c if var is None else c + d * var.astype(np.float64), guess.shape)
 
 
 class _Term:

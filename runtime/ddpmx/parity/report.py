@@ -32,11 +32,14 @@ _MEANING = {
     "v, RMS": "The second output, which sets how much noise each step adds: from −1, the least, to 1, the most.",
     "v, largest error": "The same, for the worst single value.",
     "one step": "The error of x_{t−1} that follows from the error of ε.",
-    "variational bound": "The change of the likelihood that the model assigns to the images.",
+    "variational bound": "The change of the likelihood that the model assigns to the images: all terms but L_0.",
+    "distortion": "The rest of it, L_0: the bits of an image's 256 levels once x_t at t = 0 is known.",
     "teacher-forced chain, RMS of ε": "Along PyTorch's own chain: every step starts at PyTorch's state.",
     "teacher-forced chain, RMS of v": "The same, for the second output.",
     "teacher-forced chain, RMS of x": "The same, after the step.",
     "executor": "The chain on the GPU against the chain in NumPy, with the same network: every value must be equal.",
+    "light judge": "The sliced Wasserstein distance between these images, which is not FID. Against any real images the "
+    "two are judged differently by no more than this.",
     "free chain": "From the same x_T and with the same noise, without correction: the pixels of the final images, without "
     "those that are black or white on both sides.",
     RANGE: "Half precision ends at 65504. Found in the module, over every input of these checks.",

@@ -80,6 +80,19 @@ def test_the_outermost_levels_are_open():
     )
 
 
+@pytest.mark.parametrize("sigma", [0.003, 0.0074, 0.05, 1.0])
+def test_the_slope_of_a_level_and_what_its_curve_can_be(sigma):
+    """By the difference quotient; log-concave, and never curved more than the Gaussian itself."""
+    means, step = np.linspace(-1.1, 1.1, 89)[:, None], 1e-4 * sigma
+    at = [bound.level_log_likelihood(LEVELS[::15], means + shift, math.log(sigma)) for shift in (-step, 0, step)]
+    slope = bound.level_slope(LEVELS[::15], means, math.log(sigma))
+    np.testing.assert_allclose(slope, (at[2] - at[0]) / (2 * step), rtol=1e-5, atol=1e-5 / sigma)
+    further = bound.level_slope(LEVELS[::15], means + 0.3 * sigma, math.log(sigma))
+    curve = (further - slope) / (0.3 * sigma)
+    assert np.all(curve <= 1e-9 / sigma**2)
+    assert np.all(curve >= -(1 + 1e-9) / sigma**2)
+
+
 # --- KL --------------------------------------------------------------------------------------------------------------
 
 

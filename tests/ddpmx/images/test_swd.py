@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ddpmx.errors import InputError
-from ddpmx.images.swd import SCALE, Distance, _along, _patches, levels, sliced_wasserstein
+from ddpmx.images.swd import SCALE, Distance, _along, _patches, distance_bound, levels, sliced_wasserstein
 
 RNG = np.random.default_rng(0)
 
@@ -76,6 +76,24 @@ def test_images_of_one_kind_are_near_and_others_far():
     assert floor.distances[0] < mixed.distances[0] < far.distances[0]
 
 
+@pytest.mark.parametrize("side", [7, 8, 16, 20, 64])
+def test_no_errors_take_images_further_than_the_bound(side):
+    """One brightness more is the worst for the coarsest level: along all directions the whole error counts."""
+    reference = RNG.integers(40, 200, (3, side, side, 3), np.uint8)
+    brighter = (reference + 9).astype(np.uint8)
+    bound = distance_bound(reference, 9)
+    found = sliced_wasserstein(brighter, reference).distances
+    assert len(found) == len(bound)
+    density = max(1, side / max(side - 6, 7)) if side < 32 else 16 / 10
+    assert found[-1] == pytest.approx(bound[-1] / density, rel=0.1)
+    middle = reference.copy()
+    middle[:, side // 4 : -(side // 4), side // 4 : -(side // 4)] += 20
+    for other in (np.clip(reference + RNG.normal(0, 15, reference.shape), 0, 255).astype(np.uint8), middle):
+        error = np.sqrt(np.mean((other.astype(float) - reference) ** 2))
+        assert np.all(sliced_wasserstein(other, reference).distances <= np.array(distance_bound(reference, error)))
+    assert not np.all(found <= np.array(distance_bound(reference, 2)))  # control
+
+
 def test_of_the_larger_set_as_many_are_taken():
     one, other = photos(20, seed=1), photos(50, seed=2)
     found = sliced_wasserstein(one, other, patches=8, directions=16)
@@ -88,7 +106,7 @@ def test_of_the_larger_set_as_many_are_taken():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": photos(1)}, "2 to 16384"),
+        ({"images": photos(4)[:0]}, "1 to 16384"),
         ({"images": photos(4).astype(np.float32)}, "must be uint8"),
         ({"images": photos(4)[:, :6]}, "must be uint8"),
         ({"images": photos(4)[0]}, "must be uint8"),
