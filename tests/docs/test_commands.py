@@ -91,6 +91,7 @@ NOT_RUN = {
 """Commands (with wildcards) that are not run, and why. Every one of them stands in a page."""
 
 ELSEWHERE = {
+    "examples/autoregressive/README.md": "tests/examples/test_autoregressive.py",
     "examples/c/README.md": "tests/examples/test_native_examples.py",
     "examples/cpp/README.md": "tests/examples/test_native_examples.py",
     "examples/jetson/README.md": "tests/examples/test_jetson.py",
