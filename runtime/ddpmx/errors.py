@@ -89,5 +89,9 @@ class NumericError(DdpmxError):
     """The network's output is NaN or infinite."""
 
 
+class QueueFull(DdpmxError):  # noqa: N818 - a state that passes
+    """Too many requests wait already: later there will be room."""
+
+
 class Cancelled(DdpmxError):  # noqa: N818 - a request that was carried out, not a fault
     """The caller requested a stop, and the work was stopped."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 DDPMX = (
     "tasks",
     "page",
+    "serving",
     "pipeline",
     "parity",
     "bench",

@@ -226,6 +226,95 @@ def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) ->
         yield from noise.normal(seed, images, timesteps[start : start + steps], Purpose.STEP, elements)
 
 
+class Walk:
+    """The steps of a chain whose network somebody else runs: what is between two calls of it.
+
+    Chains at different timesteps can so share one call (:mod:`ddpmx.serving.batcher`).
+
+    Args:
+        table: the sampler. One with a learned σ needs the network's output ``var``. One with memory gets x̂_0 of the steps
+            before, as it was clipped.
+        shape: (n, C, H, W).
+        seed: of the noise.
+        images: int64 [n], the index of each image: with the seed it fixes the image's noise.
+        clip: the largest |x̂_0|, or None.
+        x0: float32 of that shape, where x̂_0 is to be; by default an array of its own.
+
+    Attributes:
+        x0: x̂_0 of the last step; before the first as it was.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        shape: tuple[int, ...],
+        *,
+        seed: int,
+        images: NDArray[np.int64],
+        clip: float | None = 1.0,
+        x0: Float32 | None = None,
+    ) -> None:
+        self.x0: Float32 = np.zeros(shape, np.float32) if x0 is None else x0
+        self._x_next: Float32 = np.empty(shape, np.float32)
+        self._limit = np.inf if clip is None else clip
+        self._table, self._timesteps = table, table.timesteps.tolist()
+        self._rows = table.rows.astype(np.float32)
+        self._learned = None if table.learned is None else table.learned.astype(np.float32)
+        self._weights = None if table.memory is None else table.memory.astype(np.float32)
+        self._earlier: list[Float32] = []  # x̂_0 of the step before, and of the one before that
+        self._draws = _noise(seed, images, table, int(np.prod(shape[1:])))
+        self.done = 0
+        """How many steps were made."""
+
+    def __len__(self) -> int:
+        """The number of steps."""
+        return len(self._timesteps)
+
+    @property
+    def t(self) -> int:
+        """The timestep at which the network is to run next."""
+        t: int = self._timesteps[self.done]
+        return t
+
+    def step(self, x: Float32, out: Float32, var: Float32 | None, network: str) -> Step:
+        """Make a step.
+
+        Args:
+            x: x_t, with which the network was run.
+            out: what it answered.
+            var: its output ``var``, or None if there is none.
+            network: what it is, for messages.
+
+        Returns:
+            The step. ``x0`` and ``x_next`` belong to the walk.
+
+        Raises:
+            NumericError: ``out`` or ``var`` is not finite.
+        """
+        index, t, row = self.done, self.t, self._rows[self.done]
+        if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
+            raise NumericError(
+                f"the network's output at t = {t} is not finite",
+                note=f"step {index + 1} of {len(self)}; {network}",
+                hint="if the file is fp16, try fp32: an activation may exceed 65504",
+            )
+        z = sigma = None
+        if row[4] != 0:
+            z = next(self._draws).reshape(x.shape)
+        memory = []
+        if self._weights is not None:
+            memory = [(w, array) for w, array in zip(self._weights[index], self._earlier, strict=False) if w != 0]
+        # the check above has the better message
+        with np.errstate(over="ignore", invalid="ignore"):
+            if z is not None and self._learned is not None and var is not None:
+                sigma = learned_sigma(self._learned[index], var)
+            update(row, self._limit, x, out, z, x0=self.x0, x_next=self._x_next, sigma=sigma, memory=memory)
+        if self._weights is not None:
+            self._earlier = [self.x0.copy(), *self._earlier[:1]]
+        self.done += 1
+        return Step(t, x, self.x0, self._x_next)
+
+
 def run(
     backend: Backend,
     table: Table,
@@ -241,12 +330,8 @@ def run(
 
     Args:
         backend: runs the network.
-        table: the sampler. One with a learned σ needs a network with the output ``var``. One with memory gets x̂_0 of
-            the steps before, as it was clipped.
+        table, seed, images, clip: as for :class:`Walk`.
         x_start: float32 [B, C, H, W], the state at the table's first timestep.
-        seed: of the noise.
-        images: int64 [B], the index of each image: with the seed it fixes the image's noise.
-        clip: the largest |x̂_0|, or None.
         conditioning_shapes: the conditioning inputs: :attr:`ModelSpec.conditioning_shapes`. ``x0_prev`` is x̂_0 of the
             step before, which the chain provides, and 0 in the first (Chen et al. 2022, "Analog bits").
         conditioning: the other conditioning inputs, the same in all steps: ``y`` int32 [B], ``cond`` float32 [B, K, H, W].
@@ -257,45 +342,18 @@ def run(
         BackendError: the network could not be run.
     """
     batch, *chw = x_start.shape
-    learned = None if table.learned is None else table.learned.astype(np.float32)
     check_conditioning(conditioning_shapes, conditioning, batch)
     buffers = Buffers.of(
-        batch, (chw[0], chw[1], chw[2]), var=learned is not None, conditioning_shapes=conditioning_shapes
+        batch, (chw[0], chw[1], chw[2]), var=table.learned is not None, conditioning_shapes=conditioning_shapes
     )
-    x, out, var = buffers.x, buffers.out, buffers.var
-    x[...] = x_start
+    buffers.x[...] = x_start
     for name, value in conditioning.items():
         getattr(buffers, name)[...] = value
-    x0, x_next = buffers.x0_prev, np.empty_like(x)
-    if x0 is None:
-        x0 = np.empty_like(x)
-    limit = np.inf if clip is None else clip
+    walk = Walk(table, x_start.shape, seed=seed, images=images, clip=clip, x0=buffers.x0_prev)
     backend.bind(buffers)
-    rows = table.rows.astype(np.float32)
-    weights = None if table.memory is None else table.memory.astype(np.float32)
-    earlier: list[Float32] = []  # x̂_0 of the step before, and of the one before that
-    draws = _noise(seed, images, table, int(np.prod(chw)))
-    for index, (t, row) in enumerate(zip(table.timesteps.tolist(), rows, strict=True)):
-        buffers.t.fill(t)
+    while walk.done < len(walk):
+        buffers.t.fill(walk.t)
         backend.enqueue()
-        if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
-            raise NumericError(
-                f"the network's output at t = {t} is not finite",
-                note=f"step {index + 1} of {len(table)}; {backend.description}",
-                hint="if the file is fp16, try fp32: an activation may exceed 65504",
-            )
-        z = sigma = None
-        if row[4] != 0:
-            z = next(draws).reshape(x.shape)
-        memory = []
-        if weights is not None:
-            memory = [(w, array) for w, array in zip(weights[index], earlier, strict=False) if w != 0]
-        # the check above has the better message; not across the yield, where these settings would be the caller's
-        with np.errstate(over="ignore", invalid="ignore"):
-            if z is not None and learned is not None and var is not None:
-                sigma = learned_sigma(learned[index], var)
-            update(row, limit, x, out, z, x0=x0, x_next=x_next, sigma=sigma, memory=memory)
-        if weights is not None:
-            earlier = [x0.copy(), *earlier[:1]]
-        yield Step(t, x, x0, x_next)
-        x[...] = x_next
+        step = walk.step(buffers.x, buffers.out, buffers.var, backend.description)
+        yield step
+        buffers.x[...] = step.x_next

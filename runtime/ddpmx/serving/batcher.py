@@ -1,0 +1,375 @@
+"""Continuous batching across timesteps: chains at different steps share the calls of one network.
+
+The network takes t for each image, and noise is a function of (seed, image, t), so nothing binds the images of a call to
+one timestep. A request joins at the next call, where there is room, instead of waiting for a chain to end; its images are
+those that ``generate`` draws with the same ``batch``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddpmx.arrays.protocols import Labels
+from ddpmx.backends.base import Backend, Buffers, PartBackend, RowByRow
+from ddpmx.errors import BackendError, Cancelled, InputError, QueueFull
+from ddpmx.formats.spec import ModelSpec
+from ddpmx.sampling import chain
+from ddpmx.sampling.chain import Preview, Walk
+from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.guidance import Guidance, combine, guided
+from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.sampling.request import Request, Sampling, check_request, default_batch
+
+Float32 = NDArray[np.float32]
+
+
+class Ticket:
+    """A request on its way. For any thread.
+
+    Attributes:
+        request: what was asked for, checked.
+    """
+
+    def __init__(self, request: Request, pixels: NDArray[np.uint8]) -> None:
+        self.request = request
+        self._pixels, self._left = pixels, request.n
+        self._error: Exception | None = None
+        self._finished, self._cancelled = threading.Event(), False
+
+    def cancel(self) -> None:
+        """Draw no more of it: it ends with the next call of the network."""
+        self._cancelled = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether :meth:`cancel` was called."""
+        return self._cancelled
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a result, or an error."""
+        return self._finished.is_set()
+
+    def result(self, timeout: float | None = None) -> NDArray[np.uint8]:
+        """The images, uint8 [n, H, W, C]; waits for them.
+
+        Raises:
+            TimeoutError: they are not there after ``timeout`` seconds.
+            Cancelled: it was cancelled, or the batcher was closed.
+            NumericError, BackendError: the network's output was not finite, or it could not be run.
+            Exception: what ``watch`` raised.
+        """
+        if not self._finished.wait(timeout):
+            raise TimeoutError(f"no images after {timeout:g} s")
+        if self._error is not None:
+            raise self._error
+        return self._pixels
+
+    def _end(self, error: Exception | None) -> None:
+        if not self._finished.is_set():
+            self._error = error
+            self._finished.set()
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """Images of a request that have no place yet."""
+
+    ticket: Ticket
+    at: int
+    """Of the first of them in the result."""
+    guidance: Guidance | None
+    watch: Callable[[int, Preview], None] | None
+
+    @property
+    def left(self) -> int:
+        """How many."""
+        return self.ticket.request.n - self.at
+
+
+@dataclass(eq=False)
+class _Part:
+    """Images of a request that go down the chain together."""
+
+    ticket: Ticket
+    at: int
+    images: NDArray[np.int64]
+    walk: Walk
+    x: Float32
+    labels: NDArray[np.int32] | None
+    guidance: Guidance | None
+    watch: Callable[[int, Preview], None] | None
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """In the batch of this call; of a guided chain first those with the class, then those without."""
+
+
+class Batcher:
+    """Runs requests on a network, in a thread of its own. A context manager, which waits for what was asked for.
+
+    Args:
+        spec: the model; one that takes no condition image.
+        backend: the network, on the host's arrays; closed with the batcher.
+        batch: rows of the network's batch, at most. A guided image takes two.
+        waiting: how many images may wait for a place; more are refused.
+
+    Raises:
+        InputError: the model takes a condition image, or a number is out of its range.
+    """
+
+    def __init__(self, spec: ModelSpec, backend: Backend, *, batch: int | None = None, waiting: int = 4096) -> None:
+        if spec.condition is not None:
+            raise InputError("a model that takes a condition image is not served", hint="generate(…, cond=…)")
+        self.spec, self._backend, self._schedule = spec, backend, spec.make_schedule()
+        self.batch = default_batch(spec) if batch is None else batch
+        check_request(spec, 1, batch=self.batch)
+        self._most_waiting = waiting
+        self._part_size = chain.choose_part(backend, spec, self.batch) if isinstance(backend, PartBackend) else 0
+        self._network = backend
+        if not self._part_size and chain.executed_batch(backend, spec, self.batch, self.batch) < self.batch:
+            self._network = RowByRow(backend)
+        self._buffers = Buffers.of(
+            self.batch, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes
+        )
+        self._bound, self._sizes = 0, {self.batch: self.batch}
+        self._queue: deque[_Waiting] = deque()
+        self._active: list[_Part] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._failed: BackendError | None = None
+        self.calls = 0
+        """Of the network so far."""
+        self._thread = threading.Thread(target=self._work, name="ddpmx batcher", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Batcher:
+        """The batcher."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close it: at once after an error, else when everything is drawn."""
+        self.close(drain=kind is None)
+
+    def submit(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        first: int = 0,
+        labels: Labels | None = None,
+        guidance: float = 1.0,
+        sampling: Sampling | None = None,
+        watch: Callable[[int, Preview], None] | None = None,
+    ) -> Ticket:
+        """Ask for images.
+
+        Args:
+            n, seed, first, labels, guidance, sampling: as for :meth:`ddpmx.Pipeline.generate`.
+            watch: called after each step with the position in the result of the first image, and the state, in arrays of
+                the caller's own; in the batcher's thread, which waits meanwhile.
+
+        Raises:
+            InputError: a number out of its range.
+            QueueFull: too many wait already.
+            BackendError: the batcher is closed, or its network failed.
+        """
+        request = check_request(
+            self.spec,
+            n,
+            seed=seed,
+            first=first,
+            batch=self.batch,
+            sampling=Sampling() if sampling is None else sampling,
+            labels=labels,
+            guidance=guidance,
+            schedule=self._schedule,
+        )
+        if request.sampling.start is not None:
+            raise InputError(f"a chain begins with x_T here, not at t = {request.sampling.start}")
+        twice = guided(self.spec, request.guidance)
+        if twice is not None and self.batch < 2:
+            raise InputError("a guided image takes two rows, and the batch has one", hint="a larger batch")
+        channels, height, width = self.spec.shape
+        ticket = Ticket(request, np.empty((n, height, width, channels), np.uint8))
+        with self._wake:
+            if self._closing:
+                raise BackendError("the batcher is closed") if self._failed is None else self._failed
+            if n + sum(each.left for each in self._queue) > self._most_waiting:
+                raise QueueFull(f"{self._most_waiting} images are waiting already", hint="later, or fewer")
+            self._queue.append(_Waiting(ticket, 0, twice, watch))
+            self._wake.notify()
+        return ticket
+
+    @property
+    def waiting(self) -> int:
+        """Images that have no place yet."""
+        with self._wake:
+            return sum(each.left for each in self._queue)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Take no more requests, and end.
+
+        Args:
+            drain: draw what was asked for before; otherwise it ends with :class:`Cancelled`.
+        """
+        with self._wake:
+            self._closing = True
+            if not drain:
+                for each in self._everyone():
+                    each.ticket.cancel()
+            self._wake.notify()
+        self._thread.join()
+
+    # --- the batcher's thread ----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._admitted():
+                self._call()
+        except BaseException as error:  # whoever waits has to hear of it
+            self._fail(error)
+        finally:
+            self._backend.close()
+
+    def _admitted(self) -> bool:
+        """Wait for work, and let in what there is room for. False: there will be no more."""
+        with self._wake:
+            while True:
+                for each in self._everyone():
+                    if each.ticket.cancelled:
+                        each.ticket._end(Cancelled("cancelled before the chain finished"))
+                self._active = [part for part in self._active if not part.ticket.finished]
+                self._queue = deque(each for each in self._queue if not each.ticket.finished)
+                # first come, first served: a small request does not overtake a large one for ever
+                while self._queue and (count := self._room(self._queue[0])):
+                    self._active.append(self._begun(self._queue[0], count))
+                    self._queue[0].at += count
+                    if not self._queue[0].left:
+                        self._queue.popleft()
+                if self._active:
+                    return True
+                if self._closing:
+                    return False
+                self._wake.wait()
+
+    def _everyone(self) -> list[_Part | _Waiting]:
+        return [*self._active, *self._queue]
+
+    def _room(self, waiting: _Waiting) -> int:
+        """How many of these images have room."""
+        first, rows = waiting.ticket.request.first + waiting.at, 1 if waiting.guidance is None else 2
+        taken = [(part.images, len(part.rows) // len(part.images)) for part in self._active]
+        most = min(waiting.left, (self.batch - sum(len(images) * each for images, each in taken)) // rows)
+        for count in range(most, 0, -1):
+            if self._places([*taken, (np.arange(first, first + count), rows)])[0] <= self.batch:
+                return count
+        return 0
+
+    def _begun(self, waiting: _Waiting, n: int) -> _Part:
+        """The chain of the first n of these images, at its first timestep."""
+        request, at = waiting.ticket.request, waiting.at
+        images = np.arange(request.first + at, request.first + at + n)
+        labels = None
+        if self.spec.classes is not None:
+            given = request.labels if request.guidance != 0 else None
+            labels = class_labels(self.spec, n, None if given is None else given[at : at + n])
+        walk = Walk(request.table, (n, *self.spec.shape), seed=request.seed, images=images, clip=self.spec.clip)
+        x = chain.initial(request.seed, images, self.spec.shape)
+        part = _Part(waiting.ticket, at, images, walk, x, labels, waiting.guidance, waiting.watch)
+        part.rows = np.zeros(n if waiting.guidance is None else 2 * n, np.int64)
+        return part
+
+    def _places(self, parts: Sequence[tuple[NDArray[np.int64], int]]) -> tuple[int, list[NDArray[np.int64]]]:
+        """The rows of images, each of which takes one or two; and how many the batch has then.
+
+        Where an image's bits depend on its place in a part of the batch, it has place i mod part, as in ``generate``.
+        """
+        found, used, free = [], 0, [0] * self._part_size  # for each place, the first part of the batch where it is free
+        for images, each in parts:
+            if not self._part_size:
+                found.append(np.arange(used, used + each * len(images)))
+                used += each * len(images)
+                continue
+            rows = []
+            for place in (images % self._part_size).tolist() * each:
+                rows.append(free[place] * self._part_size + place)
+                free[place] += 1
+            found.append(np.array(rows))
+        return (max(free) * self._part_size if free else used), found
+
+    def _call(self) -> None:
+        """One call of the network for all that are on their way, and a step of each."""
+        used, rows = self._places([(part.images, len(part.rows) // len(part.images)) for part in self._active])
+        for part, its in zip(self._active, rows, strict=True):
+            part.rows = its
+        buffers = self._bound_to(used)
+        for part in self._active:
+            n, row = len(part.images), part.rows
+            buffers.t[row] = part.walk.t
+            for half in (row[:n], row[n:]):
+                if len(half):
+                    buffers.x[half] = part.x
+                    if buffers.x0_prev is not None:
+                        buffers.x0_prev[half] = part.walk.x0
+            if buffers.y is not None:
+                assert part.labels is not None
+                buffers.y[row[:n]] = part.labels
+                buffers.y[row[n:]] = self.spec.classes or 0
+        self._network.enqueue()
+        self.calls += 1
+        for part in self._active:
+            self._step(part, buffers)
+        self._active = [part for part in self._active if part.walk.done < len(part.walk)]
+
+    def _bound_to(self, used: int) -> Buffers:
+        """The arrays of a batch that holds so many rows: as small a one as gives the bits of a whole one.
+
+        A few sizes are tried, not each, since trying takes calls of the network.
+        """
+        rows = used
+        if not self._part_size and self._network is self._backend:
+            rows = min(1 << (used - 1).bit_length(), self.batch)
+            if rows not in self._sizes:
+                self._sizes[rows] = chain.executed_batch(self._backend, self.spec, rows, self.batch)
+                self._bound = 0
+            rows = self._sizes[rows]
+        buffers = self._buffers.rows(slice(0, rows))
+        if rows != self._bound:
+            self._network.bind(buffers)
+            self._bound = rows
+        return buffers
+
+    def _fail(self, error: BaseException) -> None:
+        """The network cannot be run: everybody hears of it, and nobody else is let in."""
+        failed = error if isinstance(error, BackendError) else BackendError(f"the batcher stopped: {error}")
+        with self._wake:
+            self._closing, self._failed = True, failed
+            for each in self._everyone():
+                each.ticket._end(failed)
+
+    def _step(self, part: _Part, buffers: Buffers) -> None:
+        n, row = len(part.images), part.rows
+        out, learns = buffers.out[row[:n]], part.ticket.request.table.learned is not None
+        var = buffers.var[row[:n]] if learns and buffers.var is not None else None
+        if part.guidance is not None:
+            both = np.empty_like(out)
+            combine(np.float32(part.guidance.scale), out, buffers.out[row[n:]], both)
+            out = both
+        try:
+            step = part.walk.step(part.x, out, var, self._backend.description)
+            if part.watch is not None:
+                part.watch(part.at, Preview(step.t, part.x.copy(), step.x0.copy()))
+        except Exception as error:  # of this request alone, and the others go on
+            part.ticket._end(error)
+            return
+        part.x[...] = step.x_next
+        if part.walk.done == len(part.walk):
+            part.ticket._pixels[part.at : part.at + n] = to_nhwc(step.x0)
+            part.ticket._left -= n
+            if not part.ticket._left:
+                part.ticket._end(None)
