@@ -30,6 +30,7 @@ from ddpmx_cli import (
     parity,
     plot,
     score_,
+    serve,
     signals,
     train,
 )
@@ -68,6 +69,7 @@ _command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
 _command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
 _command(epilog=page.EXAMPLES)(page.page)
+_command(epilog=serve.EXAMPLES)(serve.serve)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 app.add_typer(score_.app, name="score")

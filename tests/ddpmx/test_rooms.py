@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 DDPMX = (
     "tasks",
+    "serve",
     "page",
-    "serving",
     "pipeline",
     "parity",
     "bench",

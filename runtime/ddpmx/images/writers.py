@@ -93,6 +93,15 @@ def png(image: UInt8, *, zoom: int = 1, text: Mapping[str, str] | None = None) -
     return stream.getvalue()
 
 
+def picture(image: UInt8, kind: str, *, text: Mapping[str, str] | None = None) -> bytes:
+    """One image as ``png`` with its text, or as ``webp`` without a loss and without text."""
+    if kind == "png":
+        return png(image, text=text)
+    stream = io.BytesIO()
+    _pil(image, 1).save(stream, format="WEBP", lossless=True, exact=True)
+    return stream.getvalue()
+
+
 def gif(frames: Sequence[UInt8], *, zoom: int = 1, milliseconds: int = 60, comment: bytes = b"") -> bytes:
     """The GIF that :func:`save_gif` writes."""
     if not frames:

@@ -86,7 +86,9 @@ def write_site(
     sources = _ort_files(Path(ort)) if ort is not None else []
     data = path.read_bytes()
     web = {each.name: each.read_bytes() for each in resources.files(__package__).joinpath("web").iterdir()}
-    described = _described(found, name or path.stem, data, steps)
+    digest = hashlib.sha256(data).hexdigest()
+    described = describe(found, name or path.stem, digest, len(data), steps=steps)
+    described |= {"ort": ORT_ADDRESS, "webgpu": True}
     if ort is not None:
         described |= {"ort": "ort/", "webgpu": WEBGPU_FILES[0] in {source.name for source in sources}}
     with atomic_folder(out) as part:
@@ -141,18 +143,28 @@ def _ort_files(folder: Path) -> list[Path]:
     return [folder / name for name in (*WASM_FILES, *gpu)]
 
 
-def _described(spec: ModelSpec, name: str, data: bytes, steps: Sequence[int]) -> dict[str, Any]:
-    """What the page knows of its model, with ONNX Runtime from another host."""
+def describe(
+    spec: ModelSpec, name: str, sha256: str, size: int, *, steps: Sequence[int] = STEPS, tables: bool = True
+) -> dict[str, Any]:
+    """What the page knows of its model, as plain JSON.
+
+    Args:
+        spec: the model.
+        name: of the model.
+        sha256: of its file.
+        size: of its file, bytes.
+        steps: the numbers of steps that are offered; those below T, and T, are taken.
+        tables: with the coefficients of the chains, for a page that runs them itself.
+    """
     T = spec.timesteps
     offered = sorted({count for count in steps if 0 < count < T} | {T})
     return {
         "page": VERSION,
         "ddpmx": ddpmx.__version__,
         "name": name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "bytes": len(data),
-        "ort": ORT_ADDRESS,
-        "webgpu": True,
+        "sha256": sha256,
+        "bytes": size,
+        "webgpu": False,
         "spec": {
             "shape": list(spec.shape),
             "prediction": spec.prediction,
@@ -165,23 +177,19 @@ def _described(spec: ModelSpec, name: str, data: bytes, steps: Sequence[int]) ->
             "precision": spec.precision,
         },
         "steps": DEFAULT_STEPS if DEFAULT_STEPS in offered else offered[0],
-        "chains": {str(count): _chain(spec, None if count == T else count) for count in offered},
+        "chains": {str(count): _chain(spec, None if count == T else count, tables) for count in offered},
     }
 
 
-def _chain(spec: ModelSpec, steps: int | None) -> dict[str, Any]:
-    """A sampler's table as ``ddpmx generate`` chooses it, in float32 as every chain has it."""
+def _chain(spec: ModelSpec, steps: int | None, tables: bool) -> dict[str, str]:
+    """A sampler as ``ddpmx generate`` chooses it, and its table in float32 as every chain has it."""
     sampling = Sampling.chosen(spec.timesteps, steps=steps)
-    table = sampling.table(spec)
-    chain = {
-        "sampler": sampling.sampler,
-        "timesteps": _packed(table.timesteps.astype("<i4")),
-        "rows": _packed(table.rows.astype("<f4")),
-    }
-    if table.learned is not None:
-        chain["learned"] = _packed(table.learned.astype("<f4"))
-    if table.memory is not None:
-        chain["memory"] = _packed(table.memory.astype("<f4"))
+    chain: dict[str, str] = {"sampler": sampling.sampler}
+    if tables:
+        table = sampling.table(spec)
+        columns = {"rows": table.rows, "learned": table.learned, "memory": table.memory}
+        chain["timesteps"] = _packed(table.timesteps.astype("<i4"))
+        chain |= {name: _packed(values.astype("<f4")) for name, values in columns.items() if values is not None}
     return chain
 
 

@@ -229,7 +229,7 @@ def _noise(seed: int, images: NDArray[np.int64], table: Table, elements: int) ->
 class Walk:
     """The steps of a chain whose network somebody else runs: what is between two calls of it.
 
-    Chains at different timesteps can so share one call (:mod:`ddpmx.serving.batcher`).
+    Chains at different timesteps can so share one call (:mod:`ddpmx.serve.batcher`).
 
     Args:
         table: the sampler. One with a learned σ needs the network's output ``var``. One with memory gets x̂_0 of the steps

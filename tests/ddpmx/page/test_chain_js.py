@@ -11,7 +11,7 @@ from ddpmx import Pipeline
 from ddpmx.backends.base import Buffers
 from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.page.site import _described
+from ddpmx.page.site import describe
 from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import to_nhwc, to_uint8
 from ddpmx.sampling.request import Sampling
@@ -126,7 +126,7 @@ CASES: dict[str, tuple[dict[str, Any], int | None, dict[str, Any]]] = {
 def test_every_state_of_a_chain_has_the_bits_of_numpy(name):
     changes, steps, conditioning = CASES[name]
     spec = ModelSpec((3, 4, 5), **{"timesteps": 20, **changes})
-    described = _described(spec, "toy", b"", [7])
+    described = describe(spec, "toy", "", 0, steps=[7])
     with Pipeline(spec, Toy(spec)) as pipeline:
         sampling = Sampling.chosen(20, steps=steps)
         run = pipeline.stream(3, seed=2**40 + 5, first=9, batch=3, sampling=sampling, **conditioning)

@@ -27,6 +27,7 @@ function describe(found) {
   const { spec } = model, [channels, height, width] = spec.shape;
   document.title = `${model.name} – ddpmx`;
   at("name").textContent = model.name;
+  if (model.about) at("about").textContent = model.about;
   at("facts").textContent = `${height}×${width}×${channels}, T = ${spec.timesteps}, ${spec.precision}, ${(model.bytes / 1e6).toFixed(1)} MB, `
     + `sha256 ${model.sha256.slice(0, 12)}…`;
   const steps = Object.entries(model.chains).map(([count, chain]) => [count, `${count} (${chain.sampler})`]);
@@ -121,7 +122,7 @@ worker.onmessage = ({ data }) => {
   else if (data.kind === "loading") at("done").value = data.share;
   else if (data.kind === "ready") {
     offerGpu();
-    finish(`Ready: ONNX Runtime on the CPU, ${data.threads} thread${data.threads > 1 ? "s" : ""}.`, false);
+    finish(data.text, false);
     at("done").value = 0;
   } else if (data.kind === "step") show(data);
   else if (data.kind === "drawn") finish(`${asked.n} image${asked.n > 1 ? "s" : ""} in ${data.seconds.toFixed(1)} s.`, true);

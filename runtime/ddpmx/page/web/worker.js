@@ -40,7 +40,8 @@ async function open() {
   model = await (await fetch("model.json")).json();
   self.postMessage({ kind: "model", model });
   await start("wasm");
-  self.postMessage({ kind: "ready", provider, threads: ort.env.wasm.numThreads });
+  const threads = ort.env.wasm.numThreads;
+  self.postMessage({ kind: "ready", text: `Ready: ONNX Runtime on the CPU, ${threads} thread${threads > 1 ? "s" : ""}.` });
 }
 
 /** The network on "wasm" or "webgpu". */

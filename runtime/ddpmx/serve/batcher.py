@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import Labels
-from ddpmx.backends.base import Backend, Buffers, PartBackend, RowByRow
+from ddpmx.backends.base import Backend, Buffers, CopyingBackend, PartBackend, RowByRow
 from ddpmx.errors import BackendError, Cancelled, InputError, QueueFull
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
@@ -25,6 +25,7 @@ from ddpmx.sampling.conditioning import class_labels
 from ddpmx.sampling.guidance import Guidance, combine, guided
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.sampling.request import Request, Sampling, check_request, default_batch
+from ddpmx.sampling.runner import fitting_batch
 
 Float32 = NDArray[np.float32]
 
@@ -41,6 +42,8 @@ class Ticket:
         self._pixels, self._left = pixels, request.n
         self._error: Exception | None = None
         self._finished, self._cancelled = threading.Event(), False
+        self._lock = threading.Lock()
+        self._calls: list[Callable[[], object]] = []
 
     def cancel(self) -> None:
         """Draw no more of it: it ends with the next call of the network."""
@@ -71,10 +74,24 @@ class Ticket:
             raise self._error
         return self._pixels
 
+    def then(self, call: Callable[[], object]) -> None:
+        """Call this when it has ended, in the batcher's thread; at once if it has already."""
+        with self._lock:
+            self._calls.append(call)
+        if self.finished:
+            self._tell()
+
     def _end(self, error: Exception | None) -> None:
         if not self._finished.is_set():
             self._error = error
             self._finished.set()
+            self._tell()
+
+    def _tell(self) -> None:
+        with self._lock:
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
 
 
 @dataclass(eq=False)
@@ -126,12 +143,14 @@ class Batcher:
         if spec.condition is not None:
             raise InputError("a model that takes a condition image is not served", hint="generate(…, cond=…)")
         self.spec, self._backend, self._schedule = spec, backend, spec.make_schedule()
-        self.batch = default_batch(spec) if batch is None else batch
-        check_request(spec, 1, batch=self.batch)
+        self._ranges = backend.device.batches if isinstance(backend, CopyingBackend) else ((1, 1 << 32),)
+        wanted = check_request(spec, 1, batch=default_batch(spec) if batch is None else batch).batch
+        self.batch = fitting_batch(self._ranges, wanted)
         self._most_waiting = waiting
         self._part_size = chain.choose_part(backend, spec, self.batch) if isinstance(backend, PartBackend) else 0
         self._network = backend
-        if not self._part_size and chain.executed_batch(backend, spec, self.batch, self.batch) < self.batch:
+        alone = not self._part_size and chain.executed_batch(backend, spec, self.batch, self.batch) < self.batch
+        if alone and self._takes(1):
             self._network = RowByRow(backend)
         self._buffers = Buffers.of(
             self.batch, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes
@@ -199,17 +218,22 @@ class Batcher:
         with self._wake:
             if self._closing:
                 raise BackendError("the batcher is closed") if self._failed is None else self._failed
-            if n + sum(each.left for each in self._queue) > self._most_waiting:
+            if n + self._waiting() > self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} images are waiting already", hint="later, or fewer")
             self._queue.append(_Waiting(ticket, 0, twice, watch))
             self._wake.notify()
         return ticket
 
     @property
+    def active(self) -> int:
+        """Rows of the network's batch that are used."""
+        return sum(len(part.rows) for part in self._active)
+
+    @property
     def waiting(self) -> int:
         """Images that have no place yet."""
         with self._wake:
-            return sum(each.left for each in self._queue)
+            return self._waiting()
 
     def close(self, *, drain: bool = True) -> None:
         """Take no more requests, and end.
@@ -259,6 +283,9 @@ class Batcher:
 
     def _everyone(self) -> list[_Part | _Waiting]:
         return [*self._active, *self._queue]
+
+    def _waiting(self) -> int:
+        return sum(each.left for each in self._queue if not each.ticket.cancelled)
 
     def _room(self, waiting: _Waiting) -> int:
         """How many of these images have room."""
@@ -333,7 +360,8 @@ class Batcher:
         """
         rows = used
         if not self._part_size and self._network is self._backend:
-            rows = min(1 << (used - 1).bit_length(), self.batch)
+            rows = 1 << (used - 1).bit_length()
+            rows = rows if rows < self.batch and self._takes(rows) else self.batch
             if rows not in self._sizes:
                 self._sizes[rows] = chain.executed_batch(self._backend, self.spec, rows, self.batch)
                 self._bound = 0
@@ -343,6 +371,9 @@ class Batcher:
             self._network.bind(buffers)
             self._bound = rows
         return buffers
+
+    def _takes(self, rows: int) -> bool:
+        return any(low <= rows <= high for low, high in self._ranges)
 
     def _fail(self, error: BaseException) -> None:
         """The network cannot be run: everybody hears of it, and nobody else is let in."""

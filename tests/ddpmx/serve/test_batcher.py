@@ -11,7 +11,7 @@ import pytest
 from ddpmx import Pipeline, Sampling
 from ddpmx.errors import BackendError, Cancelled, InputError, NumericError, QueueFull
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.serving.batcher import Batcher
+from ddpmx.serve.batcher import Batcher
 from oracles import conditioning, gaussian
 from oracles.toy_backend import ToyBackend
 
