@@ -243,6 +243,7 @@ COMMANDS = [
     "interpolate",
     "score",
     "page",
+    "serve",
     "parity",
     "eval",
     "import",

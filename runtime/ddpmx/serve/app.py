@@ -213,7 +213,7 @@ class Service:
         try:
             yield
             outcome = "drawn"
-        except Cancelled:
+        except (Cancelled, asyncio.CancelledError, GeneratorExit):  # the last two where a stream is hung up on
             outcome = "cancelled"
             raise
         except QueueFull:

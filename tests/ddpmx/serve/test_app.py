@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -35,7 +36,7 @@ class Gated(ToyBackend):
         self.gate.set()
 
     def enqueue(self) -> None:
-        self.gate.wait(20)
+        self.gate.wait(5)
         super().enqueue()
 
 
@@ -50,11 +51,12 @@ def serve():
         )
         client = TestClient(make_app(service, hosts=hosts), raise_server_exceptions=False)
         client.__enter__()
-        opened.append(client)
+        opened.append((client, getattr(backend, "gate", threading.Event())))
         return client, service
 
     yield make
-    for client in opened:
+    for client, gate in opened:
+        gate.set()  # also after a failure: what waits at it would hold up the end
         client.__exit__(None, None, None)
 
 
@@ -182,6 +184,10 @@ def test_too_many_wait_and_a_deadline(serve):
     client, service = serve(backend, waiting=6, limits=Limits(seconds=0.3))
     backend.gate.clear()
     other = service.batcher.submit(4, sampling=Sampling(steps=9))  # all of the batch
+    for _ in range(1000):  # until it has its place
+        if service.batcher.active == 4:
+            break
+        time.sleep(0.01)
     late = client.get("/v1/images?n=5&steps=9")
     assert (late.status_code, late.json()) == (504, {"detail": "not finished after 0.3 s"})
     service.batcher.submit(6, sampling=Sampling(steps=9))

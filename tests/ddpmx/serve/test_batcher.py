@@ -19,6 +19,15 @@ SPEC = gaussian.SPEC
 QUICK = Sampling(steps=9)
 
 
+def until(condition) -> None:
+    """Wait, for ten seconds at most."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not happen")
+
+
 class Slow(ToyBackend):
     """Waits for a word before each call, once it was asked to."""
 
@@ -27,9 +36,12 @@ class Slow(ToyBackend):
         self.gate = threading.Event()
         self.gate.set()
         self.rows: list[list[int]] = []
+        self.waits = False
 
     def enqueue(self) -> None:
-        self.gate.wait()
+        self.waits = True
+        self.gate.wait(5)
+        self.waits = False
         super().enqueue()
         self.rows.append(self.buffers.t.tolist())
 
@@ -60,7 +72,7 @@ def test_a_request_joins_at_the_next_call():
         backend.rows.clear()
         backend.gate.clear()
         first = batcher.submit(1, sampling=Sampling(steps=50))
-        time.sleep(0.05)  # its first call waits
+        until(lambda: batcher.active == 1 and backend.waits)  # its first call waits
         second = batcher.submit(1, seed=1, sampling=Sampling(steps=50))
         backend.gate.set()
         first.result(60), second.result(60)
@@ -190,7 +202,7 @@ def test_limits_and_the_end():
     batcher = Batcher(SPEC, backend, batch=4, waiting=10)
     backend.gate.clear()
     running = batcher.submit(4, sampling=QUICK)
-    time.sleep(0.05)
+    until(lambda: batcher.active == 4)
     waiting = batcher.submit(10, sampling=QUICK)
     assert batcher.waiting == 10
     with pytest.raises(QueueFull, match="10 images are waiting already"):

@@ -6,8 +6,6 @@ const MOST = 2n ** 64n - 1n;
 
 let model, busy = false, asked;
 
-if ("serviceWorker" in navigator) navigator.serviceWorker.register("sw.js").catch(() => {}); // without it: online only
-
 function say(text) {
   at("status").textContent = text;
 }
@@ -40,6 +38,8 @@ function describe(found) {
   at("guidance-of").hidden = !spec.null_class;
   restore();
   pick();
+  // without it, and where a server draws, the page is there online only
+  if (model.ort && "serviceWorker" in navigator) navigator.serviceWorker.register("sw.js").catch(() => {});
 }
 
 /** WebGPU, where the page has it, the browser has it, and the GPU has half precision if the model is in it. */
