@@ -97,7 +97,7 @@ def test_what_was_decoded_once_is_not_decoded_again(photos, tmp_path, monkeypatc
     seen: list[tuple[int, int]] = []
     dataset = load_dataset(photos, memory_limit=0, keep=run, progress=lambda *counts: seen.append(counts))
     assert seen == [(i + 1, 9) for i in range(9)]
-    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(folder, "read_image", lambda *_, **__: pytest.fail("decoded"))
     for again in (
         load_source(recorded(dataset), cached=run / cache.NAME, keep=run, memory_limit=0),
         load_dataset(photos, memory_limit=0, keep=run),  # a run that failed before its first checkpoint begins anew
@@ -130,7 +130,7 @@ def test_broken_files_are_named_at_once_and_nothing_is_left(photos, tmp_path):
 def test_too_little_room_is_said_before_anything_is_decoded(photos, tmp_path, monkeypatch):
     usage = cache.shutil.disk_usage(tmp_path)._replace(free=9 * 8 * 6 * 3 - 1)
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(folder, "read_image", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(OutputError, match="no room for") as caught:
         load_dataset(photos, memory_limit=0, keep=tmp_path / "run")
     assert "--no-cache" in (caught.value.hint or "")

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="not verified here: the training side (no to
 
 from ddpm_export.training.data import Dataset, load_dataset, load_source
 from ddpm_export.training.images import cache, folder
-from ddpm_export.training.images.source import Source
+from ddpm_export.training.images.source import READING, Source
 from ddpmx.errors import FileFormatError
 
 RNG = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def read_again(monkeypatch, source: Source, cached: Path) -> bool:
     decoded = []
     read = folder.read_image
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "read_image", lambda *how: decoded.append(how[0]) or read(*how))
+        patch.setattr(folder, "read_image", lambda *how, **more: decoded.append(how[0]) or read(*how, **more))
         again = load_source(source, cached=cached)
     assert np.array_equal(again.images, load_source(source).images)
     return bool(decoded)
@@ -50,7 +50,7 @@ def read_again(monkeypatch, source: Source, cached: Path) -> bool:
 
 def test_nothing_is_decoded_as_long_as_nothing_has_changed(monkeypatch, kept):
     dataset, cached = kept
-    monkeypatch.setattr(folder, "read_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(folder, "read_image", lambda *_, **__: pytest.fail("decoded"))
     again = load_source(dataset.source, cached=cached)
     assert np.array_equal(again.images, dataset.images)
     assert again.notes == dataset.notes != ()
@@ -122,6 +122,6 @@ def test_runs_from_before_are_read_as_they_were(tmp_path):
     assert len(load_dataset(data)) == 2
     new = load_dataset(data, channels=3, background=(1, 2, 3)).source
     assert Source.from_json(new.to_json(), "run") == new
-    for junk in ({"reading": 4}, {"reading": 0}, {"background": [1, 2]}, {"white": "x"}, {"max_pixels": 0}):
+    for junk in ({"reading": READING + 1}, {"reading": 0}, {"background": [1, 2]}, {"white": "x"}, {"max_pixels": 0}):
         with pytest.raises(FileFormatError):
             Source.from_json(new.to_json() | junk, "run")

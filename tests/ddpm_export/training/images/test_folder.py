@@ -100,7 +100,8 @@ def test_an_interruption_ends_the_threads_soon(tmp_path, monkeypatch):
     begun = []
     work = decode.read_image
     monkeypatch.setattr(
-        "ddpm_export.training.images.folder.read_image", lambda *how: begun.append(how[0]) or work(*how)
+        "ddpm_export.training.images.folder.read_image",
+        lambda *how, **more: begun.append(how[0]) or work(*how, **more),
     )
 
     def stop(done: int, total: int) -> None:
