@@ -3,14 +3,9 @@
     python tests/benchmarks/denoising.py [--data train-images-idx3-ubyte.gz] [--images 200] [--picture denoising.png]
 
 It needs scikit-image (`pip install scikit-image`), and bm3d for that row (`pip install bm3d`); neither is a dependency of
-ddpmx. ``--data`` is the training split of Fashion-MNIST, which the model `garments` has not been trained on; on Debian:
-
-    apt-get download dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb . &&
-    ls usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz
-
-Without it the images are those that the model was trained on, and the table says so. They are padded by 2 to 32×32 and
-averaged over 2×2 pixels, as the model's own. Noise is added and neither rounded nor cut off, so that no method has to guess
-what lies beyond 0 and 255; every method knows σ, where its row does not say otherwise.
+ddpmx. ``--data`` is a split of Fashion-MNIST that the model has not been trained on: see garments.py. Without it the images
+are those that it was trained on, and the table says so. Noise is added and neither rounded nor cut off, so that no method
+has to guess what lies beyond 0 and 255; every method knows σ, where its row does not say otherwise.
 
 Non-local means takes the best of a few strengths and patches for each σ, chosen on images that are not judged.
 """
@@ -18,8 +13,8 @@ Non-local means takes the best of a few strengths and patches for each σ, chose
 from __future__ import annotations
 
 import argparse
-import gzip
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,26 +28,17 @@ import ddpmx
 from ddpmx.images.writers import save_png
 from ddpmx.tasks.denoise import denoise, estimate_sigma
 
+sys.path.insert(0, str(Path(__file__).parent))
+from garments import load_images  # type: ignore[import-not-found]
+
 try:
     from bm3d import bm3d
 except ImportError:
     bm3d = None
 
 Images = NDArray[np.float64]
-OWN = Path(__file__).parents[2] / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"
 TUNED = 50
 """Images on which non-local means is tuned, behind those that are judged."""
-
-
-def load_images(path: Path | None, count: int) -> Images:
-    """float64 [count, 16, 16], 0…255."""
-    if path is None:
-        return np.load(OWN)["images"][:count].astype(np.float64)
-    raw = np.frombuffer((gzip.open if path.suffix == ".gz" else open)(path, "rb").read(), np.uint8)
-    side = raw[8:16].view(">u4")
-    images = raw[16:].reshape(-1, *side)[:count].astype(np.float64)
-    padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-    return np.floor(padded.reshape(len(images), 16, 2, 16, 2).mean(axis=(2, 4)) + 0.5)
 
 
 def judged(clean: Images, found: Images) -> tuple[float, float]:
