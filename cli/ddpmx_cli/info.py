@@ -94,12 +94,29 @@ def _training(training: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _compressed(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Compressed images."""
+    (height, width), c, n = values["size"], values["channels"], values["images"]
+    bits = 8 * values["bytes"] / (n * c * height * width)
+    kind = "lossless" if values["lossless"] else "lossy"
+    here, steps = values["steps_here"], values["steps"]
+    down = "" if values["stop"] is None else f", down to t = {values['stop']}"
+    return [
+        ("images", f"{n} of {height}×{width}, {c} channel{'s' if c > 1 else ''}, {kind}, {bits:.3f} bits/dim"),
+        ("states", (f"{here} of {steps}" if here < steps else str(steps)) + down),
+        ("sections", ", ".join(f"{section['bytes']}" for section in values["sections"]) + " bytes"),
+        ("model", f"weights sha256 {values['model']}…"),
+        ("seed", str(values["seed"])),
+    ]
+
+
 _KINDS = {
     "checkpoint": "a checkpoint",
     "onnx": "an ONNX file",
     "plan": "a TensorRT plan",
     "mnn": "an MNN model",
     "png": "a PNG",
+    "compressed": "compressed images",
 }
 
 
@@ -144,6 +161,8 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("image", f"{height}×{width}"))
         for keyword, text in values["text"].items():
             lines.append(("drawn by", text) if keyword == "Software" else (keyword, text))
+    elif values["kind"] == "compressed":
+        lines += _compressed(values)
     elif values["kind"] == "mnn":
         if record := values.get("record"):
             lines += [

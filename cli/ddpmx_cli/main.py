@@ -15,8 +15,10 @@ from ddpmx_cli import (
     adopt,
     bench,
     build,
+    compress,
     console,
     convert,
+    decompress,
     denoise,
     doctor,
     eval_,
@@ -68,6 +70,8 @@ _command(epilog=generate.EXAMPLES)(generate.generate)
 _command(epilog=denoise.EXAMPLES)(denoise.denoise)
 _command(epilog=inpaint.EXAMPLES)(inpaint.inpaint)
 _command(epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+_command(epilog=compress.EXAMPLES)(compress.compress)
+_command(epilog=decompress.EXAMPLES)(decompress.decompress)
 _command(epilog=page.EXAMPLES)(page.page)
 _command(epilog=serve.EXAMPLES)(serve.serve)
 _command(epilog=parity.EXAMPLES)(parity.parity)

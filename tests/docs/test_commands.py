@@ -44,6 +44,7 @@ CHEAP = {
     "score draw --ode": {"-n": "2", "--tolerance": "0.1"},
     "score encode": {"--ddim": "4"},
     "score nll": {"--images": "1", "--tolerance": "0.1"},
+    "compress": {"--book": "8", "--steps": "6"},
     "bench": {"--seconds": "0.05", "--batch": "1,2"},
 }
 """Options that are replaced, or added, when a command is run."""

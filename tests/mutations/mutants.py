@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from ddpmx.formats import compressed
 from ddpmx.formats.envelope import wrap
 from ddpmx.formats.plan_file import RECORD_PREFIX
 from ddpmx.formats.spec import ModelSpec
@@ -191,6 +192,35 @@ def _checkpoint(torch_too: bool) -> Files:
         "training.json": json.dumps({"step": 400, "settings": settings}).encode(),
         "training.safetensors": safetensors({"exp_avg.a": (4,), "exp_avg_sq.a": (4,)}),
     }
+
+
+COMPRESSED_BY = "ab" * 32
+
+
+class Silent:
+    """A network that says 0."""
+
+    description = "always 0"
+
+    def bind(self, buffers: Any) -> None:
+        self.buffers = buffers
+
+    def enqueue(self) -> None:
+        self.buffers.out[...] = 0
+
+    def close(self) -> None:
+        pass
+
+
+@cache
+def compressed_file() -> bytes:
+    """Compressed images, lossless."""
+    from ddpmx.pipeline import Pipeline
+    from ddpmx.tasks.codec import compress
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    with Pipeline(SPEC, Silent()) as pipeline:
+        return compress(pipeline, images, stop=4, lossless=True, steps=5, book=8, seed=2**40, model=COMPRESSED_BY).data
 
 
 # --- mutations of any bytes ------------------------------------------------------------------------------------------
@@ -785,6 +815,37 @@ def _checkpoint_json(rng: random.Random, torch_too: bool) -> tuple[str, Files]:
     return ".", good | {name: (json_change if rng.random() < 0.8 else noise)(rng, good[name])}
 
 
+def _compressed(rng: random.Random, torch_too: bool) -> tuple[str, Files]:
+    """A file whose bytes are damaged, or whose header or sections are others with the right CRC."""
+    data = compressed_file()
+    if rng.random() < 0.3:
+        return "x.ddpm", {"x.ddpm": noise(rng, data)}
+    end = 16 + int.from_bytes(data[8:12], "little")
+    body, rest = bytearray(data[16:end]), data[end:]
+    if rng.random() < 0.6:
+        place = rng.randrange(20, len(body))
+        body[place : place + rng.choice((0, 1, 1, 3))] = rng.choice(
+            (
+                bytes([rng.randrange(256)]),
+                protobuf.varint(rng.choice(INTEGERS)),
+                protobuf.varint(rng.randrange(40)),
+                b"",
+            )
+        )
+    else:
+        sections = [
+            compressed.Section(
+                rng.choice((1, 1, 2, 0)),
+                rng.choice((0, 1, 2, 3, 4, 5000)),
+                noise(rng, bytes(rng.choice((0, 3, 4, 40, 3000)))),
+            )
+            for _ in range(rng.randrange(4))
+        ]
+        rest = b"".join(compressed.write_section(section) for section in sections)
+    head = compressed.MAGIC + len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little")
+    return "x.ddpm", {"x.ddpm": head + bytes(body) + rest}
+
+
 _MAKERS: dict[str, Callable[[random.Random, bool], tuple[str, Files]]] = {
     "onnx": _onnx,
     "plan": _plan,
@@ -795,6 +856,7 @@ _MAKERS: dict[str, Callable[[random.Random, bool], tuple[str, Files]]] = {
     "safetensors": _safetensors,
     "checkpoint": _checkpoint_json,
     "mnn": _mnn,
+    "compressed": _compressed,
 }
 KINDS = tuple(_MAKERS)
 
@@ -819,4 +881,5 @@ def good(*, torch_too: bool) -> list[Mutant]:
         Mutant("images", "images.npz", {"images.npz": zipped(_images())}),
         Mutant("parity", "parity.npz", {"parity.npz": zipped(_parity())}),
         Mutant("checkpoint", ".", _checkpoint(torch_too)),
+        Mutant("compressed", "x.ddpm", {"x.ddpm": compressed_file()}),
     ]

@@ -108,6 +108,15 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
 
         Source.from_json(load_training(path).settings.get("data"), str(path))
 
+    def decoded(path: Path) -> None:
+        from ddpmx.formats.compressed import read_compressed
+        from ddpmx.pipeline import Pipeline
+        from ddpmx.tasks.codec import decompress
+        from mutations.mutants import COMPRESSED_BY, SPEC, Silent
+
+        with Pipeline(SPEC, Silent()) as pipeline:
+            decompress(pipeline, read_compressed(path), model=COMPRESSED_BY)
+
     describing = {"identify": model_file.identify, "describe": printed(True), "info": printed(False)}
     checkpoint = describing | ({"load_network": network, "load_training": training} if torch_too else {})
     return {
@@ -120,6 +129,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
         "parity": {"Reference.load": record},
         "safetensors": checkpoint,
         "checkpoint": checkpoint,
+        "compressed": {"decompress": decoded, "describe": printed(True), "info": printed(False)},
     }[kind]
 
 

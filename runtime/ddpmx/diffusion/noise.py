@@ -45,6 +45,8 @@ class Purpose(IntEnum):
     """Signs by which a divergence is estimated, and the place of an image within its levels of uint8."""
     PATCH = 10
     """Where patches of images are taken, and the directions along which they are compared."""
+    CODEC = 11
+    """What coder and decoder of a compressed file have in common before anything is sent."""
 
 
 def check_seed(seed: int) -> int:
@@ -218,6 +220,32 @@ def integers(
     words = _words(seed, images, 0, purpose, -(-len(bounds) // 4), repeat, each=False)
     words = np.moveaxis(words, 0, -1).reshape(words.shape[1], -1)[:, : len(bounds)]
     return (words.astype(np.uint64) * bounds >> _32).astype(np.int64)
+
+
+def words(
+    seed: int,
+    images: NDArray[np.integer] | range | list[int],
+    t: int | NDArray[np.integer],
+    purpose: Purpose,
+    count: int,
+    *,
+    repeat: int = 0,
+) -> UInt32:
+    """Draw random words of 32 bits.
+
+    Args:
+        seed, images, t, purpose, repeat: as for :func:`normal`. A ``repeat`` must not be that of a normal draw.
+        count: words per image.
+
+    Returns:
+        uint32 [n, count], or [k, n, count] with several timesteps.
+
+    Raises:
+        InputError: a number outside its range.
+    """
+    drawn = np.moveaxis(_words(seed, images, t, purpose, -(-count // 4), repeat, each=False), 0, -1)
+    found: UInt32 = drawn.reshape(*drawn.shape[:-2], -1)[..., :count]
+    return found
 
 
 def _words(

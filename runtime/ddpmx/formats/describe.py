@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.formats import mnn_file, model_file, onnx_file, plan_file, png_text
+from ddpmx.formats import compressed, mnn_file, model_file, onnx_file, plan_file, png_text
 from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
@@ -28,10 +28,12 @@ _TRAINING: dict[str, type] = {
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a model file, a checkpoint folder, or a PNG that ``ddpmx generate`` has written.
+    """The metadata of a model file, a checkpoint folder, a PNG that ``ddpmx generate`` has written, or
+    compressed images.
 
     Returns:
-        ``path``, ``kind`` (checkpoint, onnx, plan, mnn or png), ``bytes``, ``spec`` (as :meth:`ModelSpec.to_json` makes it,
+        ``path``, ``kind`` (checkpoint, onnx, plan, mnn, png or compressed), ``bytes``,
+        ``spec`` (as :meth:`ModelSpec.to_json` makes it,
         or None if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
 
     Raises:
@@ -40,9 +42,33 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = shipped.find(path)
     if png_text.is_png(path):
         return {"path": os.fspath(path), "kind": "png", **_png(path)}
+    if compressed.is_compressed(path):
+        return {"path": os.fspath(path), "kind": "compressed", **_compressed(path)}
     kind = model_file.identify(path)
     values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan, "mnn": _mnn}[kind](path)
     return {"path": os.fspath(path), "kind": kind, **values}
+
+
+def _compressed(path: Path) -> dict[str, Any]:
+    file = compressed.read_compressed(path)
+    header = file.header
+    c, height, width = header.shape
+    return {
+        "bytes": path.stat().st_size,
+        "spec": None,
+        "note": None if file.complete else "this is the beginning of a file: it decodes to coarser images",
+        "images": header.n,
+        "size": [height, width],
+        "channels": c,
+        "model": header.weights,
+        "lossless": header.lossless,
+        "steps": len(header.times),
+        "steps_here": file.steps,
+        "stop": header.times[len(header.times) - file.steps] if file.steps else None,
+        "seed": header.seed,
+        "group": header.group,
+        "sections": [{"steps": section.steps, "bytes": len(section.data)} for section in file.sections],
+    }
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
