@@ -42,8 +42,8 @@ def build_native(folder: Path, *options: str, targets: Sequence[str] = (), **env
 
 @pytest.fixture(scope="session")
 def native_build() -> Path:
-    """The folder in which libddpmx and its tests have been built."""
-    return build_native(ROOT / "build" / "native")
+    """The folder in which libddpmx and its tests have been built. Its wheel is built file by file (test_package)."""
+    return build_native(ROOT / "build" / "native", "-DCMAKE_UNITY_BUILD=ON")
 
 
 @pytest.fixture(scope="session")
