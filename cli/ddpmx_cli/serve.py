@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 from typer import Option
 
 from ddpmx.errors import BackendError, InputError
-from ddpmx_cli import flags
+from ddpmx_cli import flags, signals
 from ddpmx_cli.console import busy, cache_folder, say
 
 EXAMPLES = """
@@ -52,7 +53,11 @@ def serve(
     ] = 600.0,
     slow: Annotated[
         float,
-        Option(help="Seconds that a client may not read before it is hung up on.", min=1, rich_help_panel=_LIMITS),
+        Option(
+            help="Seconds that a client may take to ask, or not read; then it is hung up on.",
+            min=1,
+            rich_help_panel=_LIMITS,
+        ),
     ] = 30.0,
     spec: flags.Spec = None,
     provider: flags.Provider = "cpu",
@@ -69,6 +74,7 @@ def serve(
             import uvicorn
 
             from ddpmx.serve.app import Limits, Service, make_app
+            from ddpmx.serve.limits import paced
     except ImportError as error:
         raise BackendError(
             "serve needs FastAPI, uvicorn and prometheus-client", note=str(error), hint="pip install 'ddpmx[serve]'"
@@ -115,11 +121,16 @@ def serve(
     if not loopback and key is None:
         say("Note: anybody who reaches this address may use it; --key-file asks for a key")
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=most_clients, timeout_graceful_shutdown=None
+        app, http=paced(slow), log_level="warning", access_log=False, limit_concurrency=most_clients
     )
-    server = uvicorn.Server(config)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            signals.end_at_once()  # the second time; uvicorn would wait on after another SIGTERM
+
     try:
-        server.run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     finally:
         batcher.close(drain=False)
         listener.close()

@@ -58,6 +58,37 @@ def test_the_server_draws_and_ends_when_everything_is_drawn(gaussian_onnx):
         server.wait()
 
 
+def test_the_second_signal_ends_it_at_once(gaussian_onnx):
+    command = [
+        sys.executable,
+        "-m",
+        "ddpmx_cli.main",
+        "serve",
+        str(gaussian_onnx),
+        "--port",
+        "0",
+        "--most-images",
+        "4096",
+    ]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        port = int(re.search(r":(\d+)$", server.stdout.readline())[1])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /v1/events?n=4096 HTTP/1.1\r\nHost: localhost\r\n\r\n")  # for minutes
+            assert client.recv(12) == b"HTTP/1.1 200"
+            server.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                server.wait(0.5)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(5) == 128 + signal.SIGTERM
+        assert server.stderr is not None
+        assert server.stderr.read() == ""
+    finally:
+        server.kill()
+        server.wait()
+
+
 def test_what_is_not_served(refused, gaussian_onnx, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

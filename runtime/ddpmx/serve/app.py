@@ -25,6 +25,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -66,7 +67,8 @@ class Limits:
     Attributes:
         images: how many, at most.
         seconds: until it is finished, waiting included.
-        slow_seconds: that a client may take for a part of the answer; then it is hung up on.
+        slow_seconds: that a client may take to send a request's body. Its head, and reading the answer, are the server's
+            to time: :func:`ddpmx.serve.limits.paced`.
         body: bytes of a request.
     """
 
@@ -188,7 +190,7 @@ class Service:
             DdpmxError: as :meth:`Ticket.result`.
         """
         begun, loop, event = time.monotonic(), asyncio.get_running_loop(), asyncio.Event()
-        ticket.then(lambda: loop.call_soon_threadsafe(event.set))
+        ticket.then(lambda: _set(loop, event))
         try:
             while not ticket.finished:
                 if time.monotonic() - begun > self.limits.seconds:
@@ -277,9 +279,12 @@ def make_app(service: Service, *, hosts: list[str] | None = None) -> FastAPI:
     @router.get("/events", response_class=StreamingResponse, summary="Images coming into being, as server-sent events")
     async def get_events(request: Request, ask: Annotated[Ask, Query()]) -> Response:
         latest = _Latest(asyncio.get_running_loop())
-        ticket, _ = service.submit(ask, watch=latest.put)  # refused before the stream begins
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(service.counted())
+            ticket, _ = service.submit(ask, watch=latest.put)  # refused before the stream begins
+            counted = stack.pop_all()
         return StreamingResponse(
-            _events(service, request, ticket, latest),
+            _events(service, ticket, latest, counted),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -329,6 +334,12 @@ def _add_pages(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        # without what was sent: it may be what JSON cannot say, as NaN or half of a surrogate pair
+        details = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
+        return Response(json.dumps({"detail": details}), 422, media_type="application/json")
+
     @app.exception_handler(DdpmxError)
     async def refused(_: Request, error: DdpmxError) -> Response:
         status, headers = 422, {}
@@ -357,7 +368,7 @@ class _Latest:
         with self._lock:
             self._steps[at] = step.t, to_nhwc(step.x0)
             self._seen[at] = self._seen.get(at, 0) + 1
-        self._loop.call_soon_threadsafe(self.event.set)
+        _set(self._loop, self.event)
 
     def take(self) -> list[dict[str, Any]]:
         """What is new, as plain JSON."""
@@ -370,12 +381,20 @@ class _Latest:
             ]
 
 
-async def _events(service: Service, request: Request, ticket: Ticket, latest: _Latest) -> AsyncIterator[str]:
+def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """Set it, from another thread; after the loop's end nobody waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(event.set)
+
+
+async def _events(
+    service: Service, ticket: Ticket, latest: _Latest, counted: contextlib.ExitStack
+) -> AsyncIterator[str]:
     begun, loop = time.monotonic(), asyncio.get_running_loop()
-    ticket.then(lambda: loop.call_soon_threadsafe(latest.event.set))
+    ticket.then(lambda: _set(loop, latest.event))
     steps = len(ticket.request.table)
     try:
-        with service.counted():
+        with counted:
             while True:
                 ended = ticket.finished
                 for step in latest.take():

@@ -75,7 +75,7 @@ class Ticket:
         return self._pixels
 
     def then(self, call: Callable[[], object]) -> None:
-        """Call this when it has ended, in the batcher's thread; at once if it has already."""
+        """Call this when it has ended, in the batcher's thread; at once if it has already. It must not raise."""
         with self._lock:
             self._calls.append(call)
         if self.finished:
@@ -148,12 +148,14 @@ class Batcher:
         self.batch = fitting_batch(self._ranges, wanted)
         self._most_waiting = waiting
         self._part_size = chain.choose_part(backend, spec, self.batch) if isinstance(backend, PartBackend) else 0
+        # a guided image is at the same place of two parts, and so needs two, even of a batch that is one
+        self._most_rows = max(self.batch, 2 * self._part_size if spec.null_class else 0)
         self._network = backend
         alone = not self._part_size and chain.executed_batch(backend, spec, self.batch, self.batch) < self.batch
         if alone and self._takes(1):
             self._network = RowByRow(backend)
         self._buffers = Buffers.of(
-            self.batch, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes
+            self._most_rows, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes
         )
         self._bound, self._sizes = 0, {self.batch: self.batch}
         self._queue: deque[_Waiting] = deque()
@@ -293,7 +295,7 @@ class Batcher:
         taken = [(part.images, len(part.rows) // len(part.images)) for part in self._active]
         most = min(waiting.left, (self.batch - sum(len(images) * each for images, each in taken)) // rows)
         for count in range(most, 0, -1):
-            if self._places([*taken, (np.arange(first, first + count), rows)])[0] <= self.batch:
+            if self._places([*taken, (np.arange(first, first + count), rows)])[0] <= self._most_rows:
                 return count
         return 0
 

@@ -166,6 +166,9 @@ def test_bodies_that_are_none(serve):
     for body, status in ((b"{", 422), (b"[]", 422), (b'{"n": "x"}', 422), (b'{"n": 1' + b" " * 70000 + b"}", 413)):
         answer = client.post("/v1/images", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == status, (body[:20], answer.text)
+    for body in (b'{"n": NaN}', b'{"n": 1e999}', rb'{"n": "\ud800"}', rb'{"\ud800": 1}', b'{"labels": [NaN]}'):
+        answer = client.post("/v1/images", content=body, headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["detail"][0]["loc"][0]) == (422, "body"), (body, answer.text)
     assert client.get("/v1/../../etc/passwd").status_code == 404
     assert client.get("/worker.js%00").status_code == 404
 
@@ -203,10 +206,11 @@ def test_figures_and_the_end(serve):
     client, service = serve()
     client.get("/v1/images?n=3&steps=4")
     client.get("/v1/images?guidance=2")
+    client.get("/v1/events?guidance=2")
     text = client.get("/metrics").text
     for line in (
         'ddpmx_requests_total{outcome="drawn"} 1.0',
-        'ddpmx_requests_total{outcome="invalid"} 1.0',
+        'ddpmx_requests_total{outcome="invalid"} 2.0',
         "ddpmx_images_total 3.0",
         "ddpmx_images_waiting 0.0",
         "ddpmx_rows_active 0.0",

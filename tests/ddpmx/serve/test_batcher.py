@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,6 +105,32 @@ def test_classes_guidance_and_what_conditions_on_itself(guidance):
         asked = batcher.submit(5, seed=3, labels=labels, guidance=guidance), batcher.submit(2, seed=4)
         np.testing.assert_array_equal(asked[0].result(60), wanted)
         np.testing.assert_array_equal(asked[1].result(60), nobody)
+
+
+@pytest.mark.parametrize("largest", [4, 64])
+def test_a_guided_image_takes_two_parts_even_where_the_batch_is_one(largest):
+    spec = conditioning.spec_of("classes", null_class=True)
+
+    class Parts(ToyBackend):
+        largest_part = largest
+
+        def use_part(self, part: int) -> None:
+            self.part = part
+
+        def enqueue(self) -> None:
+            each = self.buffers
+            each.out[...] = 0.5 * each.x + conditioning.effect(each.inputs())
+            each.out[...] += 0.01 * (np.arange(len(each.x), dtype=np.float32) % self.part)[:, None, None, None]
+
+    asked: list[dict[str, Any]] = [{"n": 5, "labels": [1, 3, 0, 4, 2], "guidance": 2.5}, {"n": 2}, {"n": 3, "first": 2}]
+    with Pipeline(spec, Parts()) as pipeline:
+        wanted = [pipeline.generate(**each, batch=8) for each in asked]
+    with Batcher(spec, Parts(), batch=8) as batcher:
+        for ticket, images in zip([batcher.submit(**each) for each in asked], wanted, strict=True):
+            try:
+                np.testing.assert_array_equal(ticket.result(10), images)
+            finally:
+                ticket.cancel()  # one that finds no place would hold up the end
 
 
 def test_a_learned_variance():
