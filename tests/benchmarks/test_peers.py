@@ -215,6 +215,7 @@ def test_the_whole_command_on_a_small_network(exported, tmp_path):
     assert {"torch", "diffusers", "onnxruntime", "ddpmx"} <= set(report["versions"])
 
 
+@pytest.mark.long
 def test_a_file_of_other_weights_gets_no_table(exported, tmp_path):
     onnx = pytest.importorskip("onnx")
     model, file = onnx.load(exported), tmp_path / "other.onnx"

@@ -239,7 +239,7 @@ def test_a_restarted_run_is_a_new_process_with_the_times_of_the_first(gaussian_o
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_runs_mnn_beside_busy_processes(tmp_path):
     needs("mnn")
     output = tmp_path / "peers.json"

@@ -33,7 +33,15 @@ def unet() -> UNet:
     return network
 
 
-@pytest.fixture(scope="module", params=["fp32", "fp16", "bf16", "time table"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "fp32",
+        pytest.param("fp16", marks=pytest.mark.long),
+        pytest.param("bf16", marks=pytest.mark.long),
+        "time table",
+    ],
+)
 def file(request, tmp_path_factory) -> Path:
     path: Path = tmp_path_factory.mktemp("names") / "m.onnx"
     precision: Precision = "fp32" if request.param == "time table" else request.param
