@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,7 +63,10 @@ def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None) ->
     from PIL import ImageOps
 
     try:
-        with PilImage.open(path) as picture:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)  # the size is judged below
+            picture = PilImage.open(path)
+        with picture:
             if size is not None and sorted(picture.size) != sorted(size):  # before anything is decoded: it may be huge
                 raise _odd_size(picture, size)
             if picture.width * picture.height > MAX_PIXELS:
