@@ -156,7 +156,7 @@ def _listening(host: str, port: int) -> socket.socket:
         raise InputError(
             f"--host {host} --port {port}: cannot listen there",
             note=error.strerror or str(error),
-            hint="another --port",
+            hint="another --port or --host",
         ) from error
     os.set_inheritable(listener.fileno(), False)
     return listener

@@ -384,6 +384,7 @@ class Batcher:
             self._closing, self._failed = True, failed
             for each in self._everyone():
                 each.ticket._end(failed)
+            self._active, self._queue = [], deque()
 
     def _step(self, part: _Part, buffers: Buffers) -> None:
         n, row = len(part.images), part.rows

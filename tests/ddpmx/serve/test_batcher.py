@@ -222,6 +222,7 @@ def test_what_goes_wrong_is_the_one_s_who_asked():
         batcher.submit(1)
     batcher.close()
     assert backend.closed == 1
+    assert (batcher.active, batcher.waiting) == (0, 0)  # nobody is on the way any more
 
 
 def test_limits_and_the_end():
