@@ -36,7 +36,7 @@ void remember(const char *text) {
 
 // Runs `action` and returns its status; what it throws becomes the text of ddpmx_last_error().
 template <class Action>
-__attribute__((no_sanitize("null"))) // a forced unwind carries no object to refer to
+__attribute__((noinline, no_sanitize("null"))) // a forced unwind carries no object to refer to; inlined, it is checked
 ddpmx_status guarded(Action action) {
   try {
     action();
