@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any
@@ -52,11 +51,11 @@ def bench(
     from ddpmx.bench.measure import bench as measure
     from ddpmx.formats import model_file
     from ddpmx.formats.atomic import atomic_write
-    from ddpmx.formats.output_file import begins_with, check_output
+    from ddpmx.formats.output_file import check_output, is_report
 
     batches = None if batch is None else parse_numbers("--batch", batch)
     if out is not None:  # checked before minutes are spent
-        check_output(out, [], what="a JSON file", suffix="", is_ours=partial(begins_with, begins=(b"{",)))
+        check_output(out, [], what="a JSON file of ddpmx", suffix="", is_ours=is_report)
     description = model_file.read_spec(spec) if spec is not None else None
     with phases("measuring") as progress:
         report = measure(

@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, say
+from ddpmx_cli.console import counted, counting, say
 from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
@@ -81,7 +81,7 @@ def compress(
         channels, *size = pipeline.spec.shape
         found = [each for place in images for each in pictures.read_pictures(place, channels, size=(size[0], size[1]))]
         begun = time.monotonic()
-        with counting(f"{len(found)} images", unit="states") as progress:
+        with counting(counted(len(found), "image"), unit="states") as progress:
             done = codec.compress(
                 pipeline,
                 np.stack([picture.pixels for picture in found]),

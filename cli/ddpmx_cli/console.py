@@ -177,6 +177,11 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """A duration as text: "3 h"."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, say
+from ddpmx_cli.console import counted, counting, say
 from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
@@ -48,7 +48,7 @@ def decompress(
     path = shipped.find(model)
     with where.open(path) as pipeline:
         begun = time.monotonic()
-        with counting(f"{n} images", unit="states") as progress:
+        with counting(counted(n, "image"), unit="states") as progress:
             done = codec.decompress(
                 pipeline, read, stop=stop, model=model_hash(pipeline.spec, path), batch=batch, progress=progress
             )

@@ -10,7 +10,7 @@ from typer import Argument, Option
 
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, plain, say
+from ddpmx_cli.console import counted, counting, plain, say
 from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
@@ -65,7 +65,7 @@ def denoise(
         pictures.check_replaceable(targets, inputs, overwrite=overwrite)
         clean, texts, lines = [], [], []
         begun = time.monotonic()
-        with counting(f"{len(found)} pictures", unit="pictures") as progress:
+        with counting(counted(len(found), "picture"), unit="pictures") as progress:
             for number, (name, pixels) in enumerate(found):
                 done = task.denoise(
                     pipeline,

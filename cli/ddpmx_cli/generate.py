@@ -17,7 +17,7 @@ from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
 from ddpmx_cli import flags
-from ddpmx_cli.console import busy, counting, say
+from ddpmx_cli.console import busy, counted, counting, say
 from ddpmx_cli.opened import Where, conditions_of, opens_model
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def generate(
         list(replaced())  # and again when the images are written, since another process may have drawn there meanwhile
         make_folder(out.parent if picture else out)
         begun = time.monotonic()
-        with counting(f"{n} images", unit="steps") as progress:
+        with counting(counted(n, "image"), unit="steps") as progress:
             images = pipeline.generate(
                 n,
                 seed=seed,

@@ -110,6 +110,19 @@ def _compressed(values: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _noise(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """The noise of images."""
+    (height, width), c, n = values["size"], values["channels"], values["images"]
+    way = "the ODE" if values["by"] == "ode" else f"ddim of {values['steps']} steps, {values['spacing']} spacing"
+    names = values["names"]
+    return [
+        ("x_T of", f"{n} image{'s' * (n != 1)} of {height}×{width}, {c} channel{'s' * (c != 1)}, by {way}"),
+        ("images", ", ".join(names[:5]) + (f", … and {n - 5} more" if n > 5 else "")),
+        *([("class", values["label"])] if values["label"] else []),
+        ("model", f"weights sha256 {values['model']}"),
+    ]
+
+
 _KINDS = {
     "checkpoint": "a checkpoint",
     "onnx": "an ONNX file",
@@ -117,6 +130,7 @@ _KINDS = {
     "mnn": "an MNN model",
     "png": "a PNG",
     "compressed": "compressed images",
+    "noise": "the noise of images",
 }
 
 
@@ -163,6 +177,8 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(("drawn by", text) if keyword == "Software" else (keyword, text))
     elif values["kind"] == "compressed":
         lines += _compressed(values)
+    elif values["kind"] == "noise":
+        lines += _noise(values)
     elif values["kind"] == "mnn":
         if record := values.get("record"):
             lines += [

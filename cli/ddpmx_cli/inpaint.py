@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, say
+from ddpmx_cli.console import counted, counting, say
 from ddpmx_cli.opened import Where, conditions_of, opens_model
 
 EXAMPLES = """
@@ -66,7 +66,7 @@ def inpaint(
         targets = pictures.targets(out, [f"{index:05d}" for index in range(first, first + n)], whole_folder=False)
         pictures.check_replaceable(targets, [image, mask], overwrite=overwrite)
         begun = time.monotonic()
-        with counting(f"{n} images", unit="calls") as progress:
+        with counting(counted(n, "image"), unit="calls") as progress:
             done = task.inpaint(
                 pipeline,
                 pixels,
@@ -90,6 +90,7 @@ def inpaint(
             "steps": min(task.STEPS, pipeline.spec.timesteps) if steps is None else steps,
         }
         words |= {"jump": jump, "resamplings": resamplings, "label": label, "guidance": f"{guidance:g}"}
+        words |= {"precision": pipeline.spec.precision}
         kept = {keyword: word for keyword, word in words.items() if word is not None}
         model = model_hash(pipeline.spec, path)
         conditioned = [{"cond": each} for each in conditioned_by] if conditioned_by else [{}] * n
@@ -99,7 +100,8 @@ def inpaint(
         ]
         pictures.save_pictures(targets, list(done.pixels), texts)
         say(
-            f"{n} image{'s' * (n > 1)}, {hole.mean():.0%} drawn anew, seed {seed}, in {time.monotonic() - begun:.1f} s "
+            f"{counted(n, 'image')}, {hole.mean():.0%} drawn anew, {words['steps']} steps, jump {jump}, "
+            f"{resamplings} resamplings, seed {seed}, in {time.monotonic() - begun:.1f} s "
             f"on {pipeline.backend}"
         )
     say(f"{targets[0]}" + (f" … {targets[-1].name}" if n > 1 else ""))

@@ -123,12 +123,18 @@ def interpolate(
         else:
             made = list(rows[0].pixels)
         words = {"of": f"{ends[0].name}, {ends[1].name}", "t": ",".join(str(row.t) for row in rows), "seed": seed}
-        words |= {"sampler": sampling.sampler, "steps": len(pipeline.table(sampling)), "lambdas": lambdas}
+        words |= {
+            "precision": pipeline.spec.precision,
+            "sampler": sampling.sampler,
+            "steps": len(pipeline.table(sampling)),
+            "lambdas": lambdas,
+        }
         words |= {"cond": conditioned_by[0]} if conditioned_by else {}
         text = pictures.text("interpolate", model=model_hash(pipeline.spec, path), **words)
         pictures.save_pictures(targets, made, [text] * len(made))
         say(
-            f"{lambdas} pictures between {ends[0].name} and {ends[1].name}, mixed at t = {words['t']}, seed {seed}, "
+            f"{lambdas * len(rows)} pictures between {ends[0].name} and {ends[1].name}, mixed at t = {words['t']}, "
+            f"{words['steps']} steps of {words['sampler']}, seed {seed}, "
             f"in {time.monotonic() - begun:.1f} s on {pipeline.backend}"
         )
     say(f"{targets[0]}" + (f" … {targets[-1].name}" if len(targets) > 1 else ""))

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from typer import Argument, Option
 from ddpmx.diffusion.samplers import VARIANCES
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, plain, say
+from ddpmx_cli.console import counted, counting, plain, say
 from ddpmx_cli.data import read_data
 from ddpmx_cli.opened import Where, opens_model
 
@@ -118,7 +119,7 @@ def nll(
                 progress=progress,
             )
         n = len(read.images)
-        with counting(f"{n} images", unit="network calls") as progress:
+        with counting(counted(n, "image"), unit="network calls") as progress:
             result = likelihood.nll(
                 pipeline,
                 read.images,
@@ -201,11 +202,11 @@ def _figure(result: Likelihood) -> str:
 
 def _check_outputs(out: Path | None, plot: Path | None, inputs: list[Path]) -> None:
     """Check where the results go, before minutes are spent."""
-    from ddpmx.formats.output_file import begins_with, check_output
+    from ddpmx.formats.output_file import begins_with, check_output, is_plot, is_report
 
-    kinds: list[tuple[Path | None, str, dict[str, tuple[bytes, ...]]]] = [
-        (out, "--out", {".csv": (b"t,first_t,",), ".json": (b"{",)}),
-        (plot, "--plot", {".png": (b"\x89PNG",)}),
+    kinds: list[tuple[Path | None, str, dict[str, Callable[[Path], bool]]]] = [
+        (out, "--out", {".csv": partial(begins_with, begins=(b"t,first_t,",)), ".json": is_report}),
+        (plot, "--plot", {".png": is_plot}),
     ]
     for path, flag, suffixes in kinds:
         if path is None:
@@ -219,7 +220,7 @@ def _check_outputs(out: Path | None, plot: Path | None, inputs: list[Path]) -> N
             files,
             what=f"a {suffix} of ddpmx",
             suffix=suffix,
-            is_ours=partial(begins_with, begins=suffixes[suffix]),
+            is_ours=suffixes[suffix],
         )
 
 

@@ -6,8 +6,9 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
+from ddpmx.models.shipped import SHIPPED
 from ddpmx_cli import flags
 from ddpmx_cli.console import say
 
@@ -20,7 +21,7 @@ Examples:\n
 
 
 def page(
-    file: flags.Model,
+    file: Annotated[str, Argument(help=f"A model that comes along ({', '.join(SHIPPED)}), or a model.onnx.")],
     out: Annotated[Path, Option("-o", "--out", help="The folder to write; new, or empty.", show_default=False)],
     ort: Annotated[
         Path | None,

@@ -22,5 +22,8 @@ def plot(
 ) -> None:
     """Draw the curves of a training: loss, loss by t, gradient, speed, and bits/dim where images were held out."""
     from ddpm_export.training.plot import plot_run
+    from ddpmx.formats.output_file import check_output, is_plot
 
+    if out is not None:
+        check_output(out, [], what="a plot of ddpmx", suffix=".png", is_ours=is_plot)
     say(f"wrote {plot_run(run, run / 'curves.png' if out is None else out)}")

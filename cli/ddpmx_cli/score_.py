@@ -18,7 +18,7 @@ from typer import Argument, Option
 from ddpmx.diffusion.grids import SPACINGS
 from ddpmx.errors import InputError
 from ddpmx_cli import flags
-from ddpmx_cli.console import counting, plain, say
+from ddpmx_cli.console import counted, counting, plain, say
 from ddpmx_cli.data import read_data
 from ddpmx_cli.opened import Where, opens_model
 from ddpmx_cli.paths import PathCommand
@@ -95,7 +95,7 @@ def draw(
         pictures.check_replaceable(targets, [], overwrite=overwrite)
         how: dict[str, Any] = {"seed": seed, "first": first, "batch": batch, "labels": label, "guidance": guidance}
         begun = time.monotonic()
-        with counting(f"{n} images", unit="images" if ode else "steps") as progress:
+        with counting(counted(n, "image"), unit="images" if ode else "steps") as progress:
             if ode:
                 images = flow.sample(pipeline, n, tolerance=tolerance, progress=progress, **how)
             else:
@@ -104,9 +104,15 @@ def draw(
                 )
         name = "ode" if ode else "pc" if corrections else "sde"
         model = model_hash(pipeline.spec, path)
-        texts = [pictures.text(f"score draw, {name}", model=model, seed=seed, index=first + i) for i in range(n)]
+        by: dict[str, object] = {"tolerance": f"{tolerance:g}"}
+        if not ode:
+            by = {"steps": pipeline.spec.timesteps if steps is None else steps}
+            by |= {"corrections": corrections, "ratio": f"{ratio:g}"} if corrections else {}
+        by |= {"precision": pipeline.spec.precision} | ({"label": label} if label is not None else {})
+        by |= {"guidance": f"{guidance:g}"} if guidance != 1 else {}
+        texts = [pictures.text(f"score draw, {name}", model=model, seed=seed, index=first + i, **by) for i in range(n)]
         pictures.save_pictures(targets, list(images), texts)
-        say(f"{n} image{'s' * (n > 1)} by {name} in {time.monotonic() - begun:.1f} s on {pipeline.backend}")
+        say(f"{counted(n, 'image')} by {name} in {time.monotonic() - begun:.1f} s on {pipeline.backend}")
     _say_written(targets)
 
 
@@ -128,8 +134,9 @@ def encode(
     where: Where,
 ) -> None:
     """From images to the noise that they are made of."""
+    from ddpmx.formats import noise_file
     from ddpmx.formats.noise_file import Noise
-    from ddpmx.formats.output_file import begins_with, check_output
+    from ddpmx.formats.output_file import check_output, is_npz_of
     from ddpmx.images import pictures
     from ddpmx.images.origin import model_hash
     from ddpmx.models import shipped
@@ -140,16 +147,15 @@ def encode(
         raise InputError(
             f"{out}: not a name for the noise of images", hint=f"-o {shlex.quote(str(out.with_suffix('.npz')))}"
         )
-    check_output(
-        out, [], what="the noise of images", suffix=".npz", is_ours=lambda there: begins_with(there, (b"PK\x03\x04",))
-    )
+    is_ours = partial(is_npz_of, form=noise_file.FORMAT)
+    check_output(out, [], what="the noise of images", suffix=".npz", is_ours=is_ours)
     path = shipped.find(file)
     with where.open(path) as pipeline:
         c, height, width = pipeline.spec.shape
         found = pictures.read_pictures(images, c, size=(height, width))
         pixels = np.stack([picture.pixels for picture in found])
         begun = time.monotonic()
-        with counting(f"{len(found)} pictures", unit="images" if ddim is None else "network calls") as progress:
+        with counting(counted(len(found), "picture"), unit="images" if ddim is None else "network calls") as progress:
             if ddim is None:
                 x = flow.encode(pipeline, pixels, tolerance=tolerance, batch=batch, labels=label, progress=progress).x
             else:
@@ -173,7 +179,10 @@ def encode(
             label or "",
         ).save(out)
         rms = float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
-        say(f"{len(found)} pictures in {time.monotonic() - begun:.1f} s on {pipeline.backend}; RMS of x_T {rms:.3f}")
+        say(
+            f"{counted(len(found), 'picture')} in {time.monotonic() - begun:.1f} s on {pipeline.backend}; "
+            f"RMS of x_T {rms:.3f}"
+        )
     say(str(out))
 
 
@@ -206,7 +215,7 @@ def decode(
         targets = pictures.targets(out, list(read.names), whole_folder=len(read.names) > 1)
         pictures.check_replaceable(targets, [noise], overwrite=overwrite)
         label, begun = read.label or None, time.monotonic()
-        with counting(f"{len(read.x)} pictures") as progress:
+        with counting(counted(len(read.x), "picture")) as progress:
             if read.by == "ode":
                 images = flow.decode(
                     pipeline, read.x, tolerance=tolerance, batch=batch, labels=label, progress=progress
@@ -224,7 +233,7 @@ def decode(
                 )
         texts = [pictures.text(f"score decode, {read.by}", model=model, of=name) for name in read.names]
         pictures.save_pictures(targets, list(images), texts)
-        say(f"{len(read.x)} pictures by {read.by} in {time.monotonic() - begun:.1f} s on {pipeline.backend}")
+        say(f"{counted(len(read.x), 'picture')} by {read.by} in {time.monotonic() - begun:.1f} s on {pipeline.backend}")
     _say_written(targets)
 
 
@@ -267,7 +276,7 @@ def nll(
                 progress=progress,
             )
         n = len(read.images)
-        with counting(f"{n} images", unit="images") as progress:
+        with counting(counted(n, "image"), unit="images") as progress:
             found = flow.encode(
                 pipeline,
                 read.images,

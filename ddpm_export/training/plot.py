@@ -6,9 +6,11 @@ import math
 import os
 from pathlib import Path
 
+import ddpmx
 from ddpm_export.training.log import LOG, Row, read_log
 from ddpmx.errors import BackendError, FileFormatError
 from ddpmx.formats.atomic import atomic_write
+from ddpmx.formats.output_file import PLOT
 
 
 def plot_run(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -66,7 +68,8 @@ def plot_run(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     path = Path(out)
     try:
         with atomic_write(path) as stream:
-            figure.savefig(stream, format="png", dpi=110)
+            about = {"Software": f"ddpmx {ddpmx.__version__}", "task": PLOT}
+            figure.savefig(stream, format="png", dpi=110, metadata=about)
     finally:
         plt.close(figure)
     return path

@@ -130,6 +130,18 @@ def test_a_plot(ddpmx, here, gaussian_onnx):
     assert done.out.splitlines()[-1] == "nll.png"
     with Image.open("nll.png") as picture:
         assert picture.size == (990, 704)
+    assert ddpmx("eval", "nll", gaussian_onnx, "photos", "--terms", 3, "--plot", "nll.png").code == 0  # its own
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--plot", "mine.png"), ("-o", "mine.json"), ("-o", "mine.csv")])
+def test_files_of_others_stay(refused, here, gaussian_onnx, flag, name):
+    if name == "mine.png":
+        Image.new("RGB", (8, 8)).save(name)
+    else:
+        Path(name).write_text('{"mine": 1}')
+    before = Path(name).read_bytes()
+    assert "refusing to overwrite" in refused("eval", "nll", gaussian_onnx, "photos", "--terms", 3, flag, name)
+    assert Path(name).read_bytes() == before
 
 
 def test_it_needs_no_torch(ddpmx, here, gaussian_onnx, monkeypatch):

@@ -44,6 +44,20 @@ def test_images_are_drawn_by_the_sde(ddpmx, gaussian_onnx, tmp_path):
         np.testing.assert_array_equal(pixels(tmp_path / "pc"), wanted)
     text = read_png_text(tmp_path / "pc" / "00005.png")[1]
     assert (text["task"], text["seed"], text["index"]) == ("score draw, pc", "3", "5")
+    assert (text["steps"], text["corrections"], text["ratio"], text["precision"]) == ("20", "2", "0.16", "fp32")
+
+
+def test_arrays_of_others_stay(ddpmx, refused, gaussian_onnx, photos, tmp_path):
+    mine, noise = tmp_path / "mine.npz", tmp_path / "noise.npz"
+    np.savez(mine, images=np.zeros(3))
+    before = mine.read_bytes()
+    common = ("score", "encode", gaussian_onnx, photos, "--ddim", 4, "-o")
+    assert "not the noise of images" in refused(*common, mine)
+    assert mine.read_bytes() == before
+    assert [ddpmx(*common, noise).code for _ in range(2)] == [0, 0]  # its own it replaces
+    said = ddpmx("info", noise).out
+    assert "2 images of 8×8, 3 channels, by ddim of 4 steps, linspace spacing" in said
+    assert "a.png, b.png" in said
 
 
 def test_images_are_drawn_by_the_ode(ddpmx, gaussian_onnx, tmp_path):

@@ -18,7 +18,7 @@ PHOTOS = 24
 
 @pytest.fixture(scope="session")
 def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/photos, two model files and their records, images in three folders, model.plan, other.onnx, spec.json."""
+    """runs/photos, two model files and their records, images in three folders, mask.png, model.plan, other.onnx, spec.json."""
     import onnx
 
     from ddpm_export.proof.proof import record_checkpoint
@@ -37,6 +37,9 @@ def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path
             Image.fromarray(image).save(folder / "photos" / f"{i:03d}.png")
             Image.fromarray(image).reduce(2).resize((16, 16)).save(folder / "blurred" / f"{i:03d}.png")
             Image.fromarray(image).save(folder / "sorted" / ("cats", "dogs")[i % 2] / f"{i:03d}.png")
+    hole = np.zeros((16, 16), np.uint8)
+    hole[4:10, 4:12] = 255
+    Image.fromarray(hole).save(folder / "mask.png")
     (folder / "model.plan").write_bytes(make_plan())
     foreign = onnx.load(trained.fp32)
     del foreign.metadata_props[:]

@@ -39,6 +39,7 @@ CHEAP = {
     },
     "train --resume": {"--steps": "401"},  # the prepared run has 400
     "generate": {"-n": "2", "--steps": "4"},
+    "inpaint": {"--steps": "10", "--resamplings": "2"},
     "eval": {"--images": "2", "--terms": "3"},
     "score draw": {"-n": "2", "--steps": "4"},
     "score draw --ode": {"-n": "2", "--tolerance": "0.1"},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.errors import FileFormatError, SpecError
-from ddpmx.formats import compressed, mnn_file, model_file, onnx_file, plan_file, png_text
+from ddpmx.formats import compressed, mnn_file, model_file, noise_file, onnx_file, output_file, plan_file, png_text
 from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
@@ -28,13 +28,13 @@ _TRAINING: dict[str, type] = {
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata of a model file, a checkpoint folder, a PNG that ``ddpmx generate`` has written, or
-    compressed images.
+    """The metadata of a model file, a checkpoint folder, a PNG that ``ddpmx generate`` has written, compressed images, or
+    the noise of images.
 
     Returns:
-        ``path``, ``kind`` (checkpoint, onnx, plan, mnn, png or compressed), ``bytes``,
-        ``spec`` (as :meth:`ModelSpec.to_json` makes it,
-        or None if the file has no spec), ``note`` (what is missing, or None), and the values that only this kind has.
+        ``path``, ``kind`` (checkpoint, onnx, plan, mnn, png, compressed or noise), ``bytes``, ``spec`` (as
+        :meth:`ModelSpec.to_json` makes it, or None if the file has no spec), ``note`` (what is missing, or None), and the
+        values that only this kind has.
 
     Raises:
         FileFormatError, SpecError: none of these kinds, truncated, damaged, or contradicts itself.
@@ -44,9 +44,19 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {"path": os.fspath(path), "kind": "png", **_png(path)}
     if compressed.is_compressed(path):
         return {"path": os.fspath(path), "kind": "compressed", **_compressed(path)}
+    if output_file.is_npz_of(path, noise_file.FORMAT):
+        return {"path": os.fspath(path), "kind": "noise", **_noise(path)}
     kind = model_file.identify(path)
     values = {"checkpoint": _checkpoint, "onnx": _onnx, "plan": _plan, "mnn": _mnn}[kind](path)
     return {"path": os.fspath(path), "kind": kind, **values}
+
+
+def _noise(path: Path) -> dict[str, Any]:
+    noise = noise_file.Noise.load(path)
+    n, channels, *size = noise.x.shape
+    values = {name: getattr(noise, name) for name in ("model", "by", "steps", "spacing", "label")}
+    about = {"bytes": path.stat().st_size, "spec": None, "note": None, "images": n, "channels": channels, "size": size}
+    return {**about, **values, "names": list(noise.names)}
 
 
 def _compressed(path: Path) -> dict[str, Any]:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddpmx.errors import OutputError
+from ddpmx.errors import DdpmxError, OutputError
+from ddpmx.formats import png_text
+from ddpmx.formats.envelope import parse_json
 
+PLOT = "plot"
+"""What a plot has under ``task`` in its text."""
+
+_LOOKED_AT, _LARGEST_JSON = 1 << 16, 1 << 26
 _LONGEST_NAME = 230  # bytes: with the additions of its temporary name it must fit into 255
 
 
@@ -66,3 +73,29 @@ def begins_with(path: Path, begins: tuple[bytes, ...]) -> bool:
     """
     with path.open("rb") as stream:
         return stream.read(16).startswith(begins)
+
+
+def is_npz_of(path: Path, form: str) -> bool:
+    """Whether an .npz says in its array ``about`` that it is of this format. Others' may begin with the same bytes."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("about.npy") as stream:
+            return form.encode() in stream.read(_LOOKED_AT)
+    except Exception:  # a damaged archive raises anything; and it is not ours as far as one can tell
+        return False
+
+
+def is_report(path: Path) -> bool:
+    """Whether a JSON file names the ddpmx that has written it."""
+    try:
+        values = parse_json(path.read_bytes()) if path.stat().st_size < _LARGEST_JSON else None
+    except (OSError, DdpmxError):
+        return False
+    return isinstance(values, dict) and "ddpmx" in values
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a PNG is a plot that ddpmx has drawn, and no picture."""
+    try:
+        return png_text.read_png_text(path)[1].get("task") == PLOT
+    except (OSError, DdpmxError):
+        return False

@@ -42,7 +42,7 @@ def check_record(record: Path) -> None:
     Raises:
         OutputError: there is such a file.
     """
-    is_ours = partial(output_file.begins_with, begins=(b"PK\x03\x04",))
+    is_ours = partial(output_file.is_npz_of, form="ddpmx-parity")
     output_file.check_output(record, [], what="a parity record", suffix="", is_ours=is_ours)
 
 

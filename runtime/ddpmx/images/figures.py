@@ -11,6 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import ddpmx
+from ddpmx.formats.output_file import PLOT
+
 LINE, BOUND, SOFT = "#1f5fa8", "#c0392b", "#8fb3d9"
 """Colours: of what is shown, of its bound, and of what is behind it."""
 
@@ -37,5 +40,5 @@ def png(figure: Figure) -> bytes:
     """The figure as a PNG."""
     FigureCanvasAgg(figure)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
+    figure.savefig(stream, format="png", metadata={"Software": f"ddpmx {ddpmx.__version__}", "task": PLOT})
     return stream.getvalue()

@@ -24,6 +24,7 @@ from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats import model_file, onnx_file
 from ddpmx.formats.atomic import atomic_folder, write_synced
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.images.origin import model_hash
 from ddpmx.sampling.request import Sampling
 
 VERSION = 1
@@ -86,8 +87,7 @@ def write_site(
     sources = _ort_files(Path(ort)) if ort is not None else []
     data = path.read_bytes()
     web = {each.name: each.read_bytes() for each in resources.files(__package__).joinpath("web").iterdir()}
-    digest = hashlib.sha256(data).hexdigest()
-    described = describe(found, name or path.stem, digest, len(data), steps=steps)
+    described = describe(found, name or path.stem, model_hash(found, path), len(data), steps=steps)
     described |= {"ort": ORT_ADDRESS, "webgpu": True}
     if ort is not None:
         described |= {"ort": "ort/", "webgpu": WEBGPU_FILES[0] in {source.name for source in sources}}
@@ -151,7 +151,7 @@ def describe(
     Args:
         spec: the model.
         name: of the model.
-        sha256: of its file.
+        sha256: by which it is known, see :func:`ddpmx.images.origin.model_hash`.
         size: of its file, bytes.
         steps: the numbers of steps that are offered; those below T, and T, are taken.
         tables: with the coefficients of the chains, for a page that runs them itself.
