@@ -18,7 +18,7 @@ PHOTOS = 24
 
 @pytest.fixture(scope="session")
 def prepared(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/photos, two model files and their records, images in three folders, mask.png, model.plan, other.onnx, spec.json."""
+    """runs/photos, model files and their records, images in three folders, mask.png, model.plan, other.onnx, spec.json."""
     import onnx
 
     from ddpm_export.proof.proof import record_checkpoint
