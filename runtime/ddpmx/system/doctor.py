@@ -112,6 +112,9 @@ class Report:
         return asdict(self)
 
 
+_SERVER = ("fastapi", "uvicorn", "prometheus_client")
+
+
 def examine() -> Report:
     """Try every library and list what works. Takes some seconds; a missing or broken library is a finding, not an error."""
     found = gpus()
@@ -126,7 +129,7 @@ def examine() -> Report:
         "gpu_trouble": found.trouble,
     }
     libraries = {name: _probe(code) for name, code in _PROBES.items()}
-    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "scipy"):
+    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "scipy", *_SERVER):
         libraries[package] = _package(package)
     return Report(machine, libraries, _findings(machine, libraries))
 
@@ -150,6 +153,11 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
         Finding("score with an ODE", False, "without scipy", "pip install 'ddpmx[flow]'")
         if missing("scipy")
         else Finding("score with an ODE", True, f"scipy {libraries['scipy']['version']}")
+    )
+    findings.append(
+        Finding("serve", False, f"without {', '.join(lacks)}", "pip install 'ddpmx[serve]'")
+        if (lacks := missing(*_SERVER))
+        else Finding("serve", True, f"FastAPI {libraries['fastapi']['version']}")
     )
     fidelity = libraries["torch-fidelity"]
     findings.append(

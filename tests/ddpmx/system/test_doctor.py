@@ -343,6 +343,7 @@ def test_every_finding_names_what_is_missing(examine):
     assert "torch, safetensors, onnx, onnxscript" in findings["export"].why
     assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
     assert findings["score with an ODE"].fix == "pip install 'ddpmx[flow]'"
+    assert findings["serve"].fix == "pip install 'ddpmx[serve]'"
     assert findings["eval fid"].why == "without torch-fidelity (no)"
     assert "tensorrt-rtx-cu13" in findings["build with TensorRT-RTX"].fix
     assert findings["build with TensorRT-RTX"].why == "no"
