@@ -40,7 +40,7 @@ def test_a_hole_is_filled(ddpmx, refused, gaussian_onnx, here):
     common = ("inpaint", gaussian_onnx, "a.png", "--mask", "mask.png", *QUICK, "--seed", 3)
     done = ddpmx(*common, "-o", "whole.png")
     assert (done.code, done.err) == (0, ""), done
-    assert "1 image, 23% drawn anew, seed 3" in done.out
+    assert "1 image, 23% drawn anew, 6 steps, jump 2, 2 resamplings, seed 3" in done.out
     assert ddpmx(*common, "-n", 3, "-o", "wholes").code == 0
     assert names(here / "wholes") == ["00000.png", "00001.png", "00002.png"]
     with load(gaussian_onnx) as pipeline:

@@ -36,7 +36,7 @@ def test_a_sheet_and_single_pictures(ddpmx, gaussian_onnx, here):
     common = ("interpolate", gaussian_onnx, "a.png", "b.png", *QUICK, "--seed", 3, "--lambdas", 4)
     done = ddpmx(*common, "-o", "sheet.png", "--t", "200,600,-1")
     assert (done.code, done.err) == (0, ""), done
-    assert "4 pictures between a.png and b.png, mixed at t = 166,666,-1, seed 3" in done.out
+    assert "12 pictures between a.png and b.png, mixed at t = 166,666,-1, 6 steps of unipc, seed 3" in done.out
     done = ddpmx(*common, "-o", "single", "--t", 600)
     assert names(here / "single") == ["00000.png", "00001.png", "00002.png", "00003.png"]
     ends, sampling = [pixels("a.png"), pixels("b.png")], Sampling.chosen(1000, steps=6)
