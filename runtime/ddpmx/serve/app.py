@@ -337,8 +337,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         # without what was sent: it may be what JSON cannot say, as NaN or half of a surrogate pair
-        details = [{name: each[name] for name in ("type", "loc", "msg")} for each in error.errors()]
-        return Response(json.dumps({"detail": details}), 422, media_type="application/json")
+        service.requests.labels("invalid").inc()
+        details = [f"{'.'.join(map(str, each['loc'][1:])) or 'request'}: {each['msg']}" for each in error.errors()]
+        return Response(json.dumps({"detail": "; ".join(details)}), 422, media_type="application/json")
 
     @app.exception_handler(DdpmxError)
     async def refused(_: Request, error: DdpmxError) -> Response:
@@ -348,8 +349,9 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         elif isinstance(error, Cancelled):
             status = 503 if service.ready else 499
         elif not isinstance(error, InputError):
-            service.ready = service.ready and not isinstance(error, BackendError)
-            status = 500
+            broken = isinstance(error, BackendError)
+            service.ready = service.ready and not broken
+            status = 503 if broken else 500
         values = {"detail": error.fact, "note": error.note, "hint": error.hint}
         return JSONResponse({name: value for name, value in values.items() if value}, status, headers)
 

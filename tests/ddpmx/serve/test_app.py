@@ -168,7 +168,7 @@ def test_bodies_that_are_none(serve):
         assert answer.status_code == status, (body[:20], answer.text)
     for body in (b'{"n": NaN}', b'{"n": 1e999}', rb'{"n": "\ud800"}', rb'{"\ud800": 1}', b'{"labels": [NaN]}'):
         answer = client.post("/v1/images", content=body, headers={"content-type": "application/json"})
-        assert (answer.status_code, answer.json()["detail"][0]["loc"][0]) == (422, "body"), (body, answer.text)
+        assert (answer.status_code, type(answer.json()["detail"])) == (422, str), (body, answer.text)
     assert client.get("/v1/../../etc/passwd").status_code == 404
     assert client.get("/worker.js%00").status_code == 404
 
@@ -220,7 +220,7 @@ def test_figures_and_the_end(serve):
     assert client.get("/readyz").json() == {"ready": True}
     assert {"/v1/images", "/v1/events", "/healthz", "/metrics"} <= set(client.get("/openapi.json").json()["paths"])
     service.batcher.close()
-    assert client.get("/v1/images").status_code == 500
+    assert client.get("/v1/images").status_code == 503
     assert client.get("/readyz").status_code == 503
 
 

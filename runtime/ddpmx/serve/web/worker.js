@@ -44,8 +44,7 @@ async function draw({ n, seed, steps, labels, guidance }) {
 /** Why the server does not draw. */
 async function refusal(answer) {
   const { detail, hint } = await answer.json().catch(() => ({ detail: answer.statusText }));
-  const text = Array.isArray(detail) ? detail.map((each) => `${each.loc.at(-1)}: ${each.msg}`).join("; ") : detail;
-  return hint ? `${text} (${hint})` : text;
+  return hint ? `${detail} (${hint})` : detail;
 }
 
 /** The server-sent events of a stream: [kind, data], data as JSON. */
