@@ -102,7 +102,7 @@ $(VENV)/.dev: $(DEMO)
 	$(BIN)/pip install --quiet --editable '.[cpu,export,demo,dev]'
 	$(BIN)/pip install --quiet tensorrt-rtx-cu13 || echo "NOT VERIFIED: TensorRT-RTX cannot be installed here, so no engine is built"
 	$(BIN)/pip install --quiet --editable '.[mnn]' || echo "NOT VERIFIED: MNN cannot be installed here, so no .mnn file runs"
-	touch $@
+	touch $@ $(VENV)/.docs # dev has what the documentation needs
 
 $(VENV)/.docs: $(VENV)/.venv pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[docs]'

@@ -229,6 +229,7 @@ def test_a_file_of_other_weights_gets_no_table(exported, tmp_path):
     assert not (tmp_path / "peers.json").exists()
 
 
+@pytest.mark.long
 def test_without_torch_the_rest_still_runs(exported, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')\n")
     done = run_peers("--engine", str(exported), blocked=tmp_path)

@@ -165,6 +165,7 @@ def test_an_export_that_is_not_the_model_exits_with_1(ddpmx, run, tmp_path, monk
     assert (tmp_path / "model.onnx").exists(), "it is kept, to find out why"
 
 
+@pytest.mark.long
 def test_for_bf16_a_note_says_that_the_file_was_not_run(ddpmx, refused, run, tmp_path):
     done = ddpmx("export", run, "-o", tmp_path / "model.onnx", "--bf16", "--no-plan")
     assert done.code == 0, done

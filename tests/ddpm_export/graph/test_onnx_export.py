@@ -181,6 +181,7 @@ def test_weights_are_inside_the_file(exports, name):
     assert all(tensor.data_location == TensorProto.DEFAULT for tensor in tensors)
 
 
+@pytest.mark.long
 @pytest.mark.traces
 def test_another_process_exports_the_same_bytes_and_prints_nothing(trained, tmp_path):
     done = subprocess.run(

@@ -420,6 +420,7 @@ def test_norms_softmax_and_time_path_stay_float32(exported, case):
     assert len(convolutions) == sum(isinstance(m, torch.nn.Conv2d) for m in network_of(imported).modules())
 
 
+@pytest.mark.long
 def test_its_images_in_onnxruntime_are_theirs(exported):
     """x̂_0 of each step goes back into the network."""
     file, _, _ = exported(CHAIN, "fp32")

@@ -347,7 +347,7 @@ def test_a_narrow_network_computes_what_diffusers_does_at_all_t(figure):
     figure("32 channels, all 1000 t: max |ε − diffusers| / max |ε|", worst / largest, at_most=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_cifar10_network_computes_what_diffusers_does(figure):
     ours, theirs = same_network(cifar10())
     t = torch.linspace(0, 999, 32).round().long()
