@@ -39,7 +39,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 def test_mutants_are_read_or_refused():
-    code, output = run("--count", "1500", "--seed", "0", *(["--without-torch"] if WITHOUT_TORCH else []))
+    code, output = run("--count", "2500", "--seed", "0", *(["--without-torch"] if WITHOUT_TORCH else []))
     assert code == 0, output
     table = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line.split()[:1] and line[0] != " "}
     for kind in KINDS:
