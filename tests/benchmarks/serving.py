@@ -32,7 +32,9 @@ ROOT = Path(__file__).parents[2]
 @contextlib.contextmanager
 def server(command: list[str], **options: str | Path) -> Iterator[int]:
     """The port of a server, which says its address in its first line."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+    process = subprocess.Popen(  # type: ignore[call-overload]
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **options
+    )
     try:
         line = process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
@@ -41,7 +43,11 @@ def server(command: list[str], **options: str | Path) -> Iterator[int]:
         yield int(found[1])
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def load(port: int, path: str, clients: int, each: int) -> tuple[float, float]:
