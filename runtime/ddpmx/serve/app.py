@@ -18,7 +18,7 @@ import json
 import threading
 import time
 import zipfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -209,7 +209,7 @@ class Service:
         return images
 
     @contextlib.contextmanager
-    def counted(self) -> Any:
+    def counted(self) -> Iterator[None]:
         """Count a request by how it ends."""
         outcome = "failed"
         try:
