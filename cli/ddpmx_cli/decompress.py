@@ -44,7 +44,7 @@ def decompress(
     read = read_compressed(file)
     n = read.header.n
     targets = pictures.targets(out, [f"{index:05d}" for index in range(n)], whole_folder=False)
-    pictures.check_replaceable(targets, [file], overwrite=overwrite)
+    pictures.check_replaceable(out, targets, [file], overwrite=overwrite)
     path = shipped.find(model)
     with where.open(path) as pipeline:
         begun = time.monotonic()

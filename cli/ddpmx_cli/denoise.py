@@ -62,7 +62,7 @@ def denoise(
         found = pictures.read_pictures(noisy, pipeline.spec.shape[0], widen=False)
         targets = pictures.targets(out, [picture.name for picture in found], whole_folder=noisy.is_dir())
         inputs = [noisy / picture.name for picture in found] if noisy.is_dir() else [noisy]
-        pictures.check_replaceable(targets, inputs, overwrite=overwrite)
+        pictures.check_replaceable(out, targets, inputs, overwrite=overwrite)
         clean, texts, lines = [], [], []
         begun = time.monotonic()
         with counting(counted(len(found), "picture"), unit="pictures") as progress:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
+from ddpmx.sampling.pixels import size_text
 from ddpmx_cli.console import plain, say
 
 EXAMPLES = """
@@ -102,7 +103,10 @@ def _compressed(values: dict[str, Any]) -> list[tuple[str, str]]:
     here, steps = values["steps_here"], values["steps"]
     down = "" if values["stop"] is None else f", down to t = {values['stop']}"
     return [
-        ("images", f"{n} of {height}×{width}, {c} channel{'s' if c > 1 else ''}, {kind}, {bits:.3f} bits/dim"),
+        (
+            "images",
+            f"{n} of {size_text(height, width)}, {c} channel{'s' if c > 1 else ''}, {kind}, {bits:.3f} bits/dim",
+        ),
         ("states", (f"{here} of {steps}" if here < steps else str(steps)) + down),
         ("sections", ", ".join(f"{section['bytes']}" for section in values["sections"]) + " bytes"),
         ("model", f"weights sha256 {values['model']}…"),
@@ -116,7 +120,7 @@ def _noise(values: dict[str, Any]) -> list[tuple[str, str]]:
     way = "the ODE" if values["by"] == "ode" else f"ddim of {values['steps']} steps, {values['spacing']} spacing"
     names = values["names"]
     return [
-        ("x_T of", f"{n} image{'s' * (n != 1)} of {height}×{width}, {c} channel{'s' * (c != 1)}, by {way}"),
+        ("x_T of", f"{n} image{'s' * (n != 1)} of {size_text(height, width)}, {c} channel{'s' * (c != 1)}, by {way}"),
         ("images", ", ".join(names[:5]) + (f", … and {n - 5} more" if n > 5 else "")),
         *([("class", values["label"])] if values["label"] else []),
         ("model", f"weights sha256 {values['model']}"),
@@ -142,7 +146,7 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         schedule = f"an array of β (CRC {spec['betas']})" if "betas" in spec else spec["schedule"]
         params = ", ".join(f"{name} {value:g}" for name, value in spec["schedule_params"].items())
         lines += [
-            ("image", f"{height}×{width}, {c} channel{'s' if c > 1 else ''}"),
+            ("image", f"{size_text(height, width)}, {c} channel{'s' if c > 1 else ''}"),
             ("chain", f"T = {spec['timesteps']}, {schedule}{f' ({params})' if params else ''}"),
             ("predicts", f"{spec['prediction']}; variance {spec['variance']}; x̂_0 {clipped}"),
             *_conditioning(spec),
@@ -172,7 +176,7 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [("data file", name) for name in values["external"]]
     elif values["kind"] == "png":
         height, width = values["size"]
-        lines.append(("image", f"{height}×{width}"))
+        lines.append(("image", size_text(height, width)))
         for keyword, text in values["text"].items():
             lines.append(("drawn by", text) if keyword == "Software" else (keyword, text))
     elif values["kind"] == "compressed":

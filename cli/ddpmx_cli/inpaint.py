@@ -64,7 +64,7 @@ def inpaint(
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=Sampling(steps=steps))
         conditions, conditioned_by = conditions_of(pipeline.spec, cond, n, first)
         targets = pictures.targets(out, [f"{index:05d}" for index in range(first, first + n)], whole_folder=False)
-        pictures.check_replaceable(targets, [image, mask], overwrite=overwrite)
+        pictures.check_replaceable(out, targets, [image, mask], overwrite=overwrite)
         begun = time.monotonic()
         with counting(counted(n, "image"), unit="calls") as progress:
             done = task.inpaint(

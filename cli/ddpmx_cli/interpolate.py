@@ -84,7 +84,7 @@ def interpolate(
             raise InputError(f"{out} is a folder, and there are {len(times)} rows", hint="-o FILE.png, or one --t")
         names = [out.name] if sheet else [f"{index:05d}" for index in range(lambdas)]
         targets = pictures.targets(out, names, whole_folder=False)
-        pictures.check_replaceable(targets, [a, b], overwrite=overwrite)
+        pictures.check_replaceable(out, targets, [a, b], overwrite=overwrite)
         sampling = Sampling.chosen(
             pipeline.spec.timesteps,
             sampler=cast("Sampler | None", sampler),
@@ -130,6 +130,11 @@ def interpolate(
             "lambdas": lambdas,
         }
         words |= {"cond": conditioned_by[0]} if conditioned_by else {}
+        for at, done in zip(times, rows, strict=True):
+            if done.t != at:
+                say(
+                    f"Note: t = {at} is not among the chain's {words['steps']} timesteps; mixed at {done.t}, the nearest"
+                )
         text = pictures.text("interpolate", model=model_hash(pipeline.spec, path), **words)
         pictures.save_pictures(targets, made, [text] * len(made))
         say(

@@ -92,7 +92,7 @@ def draw(
     with where.open(path) as pipeline:
         pipeline.check_request(n, seed=seed, first=first, batch=batch, labels=label, guidance=guidance)
         targets = pictures.targets(out, [f"{first + i:05}.png" for i in range(n)], whole_folder=n > 1)
-        pictures.check_replaceable(targets, [], overwrite=overwrite)
+        pictures.check_replaceable(out, targets, [], overwrite=overwrite)
         how: dict[str, Any] = {"seed": seed, "first": first, "batch": batch, "labels": label, "guidance": guidance}
         begun = time.monotonic()
         with counting(counted(n, "image"), unit="images" if ode else "steps") as progress:
@@ -213,7 +213,7 @@ def decode(
                 f"{noise} is of another model", note=f"{read.model[:12]} in the file, and {file} is {model[:12]}"
             )
         targets = pictures.targets(out, list(read.names), whole_folder=len(read.names) > 1)
-        pictures.check_replaceable(targets, [noise], overwrite=overwrite)
+        pictures.check_replaceable(out, targets, [noise], overwrite=overwrite)
         label, begun = read.label or None, time.monotonic()
         with counting(counted(len(read.x), "picture")) as progress:
             if read.by == "ode":

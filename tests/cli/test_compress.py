@@ -73,7 +73,7 @@ def test_refused_and_nothing_is_written(refused, gaussian_onnx, photos, tmp_path
     out, model = tmp_path / "x.ddpm", ("--model", gaussian_onnx)
     for arguments, message in (
         ((photos, "-o", out), "Missing option"),
-        ((tmp_path / "large.png", "-o", out, *model), "it is 9×8, and the model takes 8×8"),
+        ((tmp_path / "large.png", "-o", out, *model), "it is 9×8 (height×width), and the model takes 8×8"),
         ((photos, "-o", tmp_path / "mine.txt", *model), "not compressed images of ddpmx"),
         ((photos, "-o", out, *model, "--rate", 1, "--rmse", 2), "exclude each other"),
         ((photos, "-o", out, *model, "--rate", -1), "rate must be above 0"),

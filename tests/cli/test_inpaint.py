@@ -61,9 +61,9 @@ def test_what_inpaint_refuses(refused, gaussian_onnx, here):
     before = names(here)
     for image, mask, flags, message in (
         ("a.png", "black.png", (), "the mask leaves nothing to draw"),
-        ("a.png", "odd.png", (), "odd.png: it is 9×8, and the model takes 8×8"),
+        ("a.png", "odd.png", (), "odd.png: it is 9×8 (height×width), and the model takes 8×8"),
         ("a.png", "nothing.png", (), "no such file"),
-        ("odd.png", "mask.png", (), "it is 9×8, and the model takes 8×8"),
+        ("odd.png", "mask.png", (), "it is 9×8 (height×width), and the model takes 8×8"),
         ("two", "mask.png", (), "is a folder, and one picture is needed"),
         ("a.png", "mask.png", ("-n", 2), "there are 2 pictures to write"),
         ("a.png", "mask.png", ("-n", 0), "n must be"),

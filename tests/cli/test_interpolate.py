@@ -37,6 +37,8 @@ def test_a_sheet_and_single_pictures(ddpmx, gaussian_onnx, here):
     done = ddpmx(*common, "-o", "sheet.png", "--t", "200,600,-1")
     assert (done.code, done.err) == (0, ""), done
     assert "12 pictures between a.png and b.png, mixed at t = 166,666,-1, 6 steps of unipc, seed 3" in done.out
+    assert "Note: t = 200 is not among the chain's 6 timesteps; mixed at 166, the nearest\n" in done.out
+    assert "t = -1 is not" not in done.out
     done = ddpmx(*common, "-o", "single", "--t", 600)
     assert names(here / "single") == ["00000.png", "00001.png", "00002.png", "00003.png"]
     ends, sampling = [pixels("a.png"), pixels("b.png")], Sampling.chosen(1000, steps=6)
@@ -76,7 +78,7 @@ def test_what_interpolate_refuses(refused, gaussian_onnx, here):
     Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save("odd.png")
     before = names(here)
     for b, flags, message in (
-        ("odd.png", ("-o", "x.png"), "it is 9×8, and the model takes 8×8"),
+        ("odd.png", ("-o", "x.png"), "it is 9×8 (height×width), and the model takes 8×8"),
         ("nothing.png", ("-o", "x.png"), "no such file"),
         ("b.png", ("-o", "x.png", "--t", "1000"), "t must be from -1 to 999"),
         ("b.png", ("-o", "x.png", "--t", "x"), "not a list of whole numbers"),

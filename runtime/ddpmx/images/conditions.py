@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.images.pictures import opened
+from ddpmx.images.pictures import is_animated, opened
 from ddpmx.images.resize import resized
-from ddpmx.sampling.pixels import from_uint8
+from ddpmx.sampling.pixels import from_uint8, size_text
 
 MAX_BYTES = 1 << 32
 """Of all conditions of a call, unpacked."""
@@ -28,7 +28,7 @@ class Conditions(NamedTuple):
     Attributes:
         values: float32 [N, K, H, W], N ≥ 1.
         names: of them, N.
-        note: what was done to pictures of another size, or None.
+        note: what was done to pictures of another size or of several frames, or None.
     """
 
     values: NDArray[np.float32]
@@ -70,12 +70,13 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> Conditions
             f"{path}: a picture has 1, 3 or 4 channels, and the condition {dims[0]}",
             hint=f"an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
         )
-    pictures, faults, changed = [], [], 0
+    pictures, faults, changed, animated = [], [], 0, 0
     for file in files:
         try:
             picture, other_size = _picture(file, dims)
             pictures.append(picture)
             changed += other_size
+            animated += is_animated(file)
         except (OSError, ValueError) as error:
             faults.append(f"{file.name}: {error}")
     if faults:
@@ -85,10 +86,13 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> Conditions
             hint=f"pictures, or an .npz with cond: float32 [N, {', '.join(map(str, dims))}]",
         )
     # np.stack keeps the order in memory of what it stacks, and that of a picture is H, W, K
-    note = (
-        f"{changed} of {len(files)} conditions are brought to {dims[1]}×{dims[2]}, as in training" if changed else None
-    )
-    return Conditions(np.ascontiguousarray(np.stack(pictures)), [file.name for file in files], note)
+    notes = []
+    if changed:
+        notes.append(f"{changed} of {len(files)} conditions are brought to {size_text(*dims[1:])}, as in training")
+    if animated:
+        notes.append(f"of {animated} that are animated the first frame is taken")
+    names = [file.name for file in files]
+    return Conditions(np.ascontiguousarray(np.stack(pictures)), names, "; ".join(notes) or None)
 
 
 def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
@@ -118,7 +122,7 @@ def _picture(path: Path, dims: tuple[int, ...]) -> tuple[NDArray[np.float32], bo
 
     channels, *size = dims
     height, width = size
-    picture = opened(path)
+    picture = opened(path, first_frame=True)
     if channels != 4 and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = PilImage.new("RGBA", picture.size, "white")

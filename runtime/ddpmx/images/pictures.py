@@ -17,8 +17,9 @@ from ddpmx.formats import png_text
 from ddpmx.formats.atomic import exchange, make_folder, staging, write_synced
 from ddpmx.formats.output_file import check_output
 from ddpmx.images import writers
-from ddpmx.images.gallery import is_picture
+from ddpmx.images.gallery import earlier_images, is_picture
 from ddpmx.images.origin import SOFTWARE, one_line
+from ddpmx.sampling.pixels import size_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,16 +49,17 @@ class Picture(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Image:
+def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None, *, first_frame: bool = False) -> Image:
     """A picture of 8 bits as Pillow's, turned the way that its camera held it, without a palette.
 
     Args:
         path: the file.
         size: (H, W) that it has to have; by default any of up to :data:`MAX_PIXELS`.
+        first_frame: whether an animation may stand for its first frame, see :func:`is_animated`.
 
     Raises:
         OSError: no picture that Pillow can read, or a damaged one.
-        ValueError: another size, or numbers whose range is not known.
+        ValueError: another size, numbers whose range is not known, or an animation.
     """
     from PIL import Image as PilImage
     from PIL import ImageOps
@@ -70,9 +72,13 @@ def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None) ->
             if size is not None and sorted(picture.size) != sorted(size):  # before anything is decoded: it may be huge
                 raise _odd_size(picture, size)
             if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"it is {picture.height}×{picture.width}, more than {MAX_PIXELS >> 20} megapixels")
+                raise ValueError(
+                    f"it is {size_text(picture.height, picture.width)}, more than {MAX_PIXELS >> 20} megapixels"
+                )
             if picture.mode not in (*_CHANNELS, "P", "PA"):
                 raise ValueError(f"pictures of mode {picture.mode} have no range that is known")
+            if not first_frame and _animated(picture):
+                raise ValueError("it is an animation, and one picture is needed")
             turned = ImageOps.exif_transpose(picture)  # cameras store a picture as it is, and how to turn it
             if size is not None and turned.size != (size[1], size[0]):
                 raise _odd_size(turned, size)
@@ -85,6 +91,18 @@ def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None) ->
         raise OSError(error.strerror or "no picture that Pillow can read, or a damaged one") from error
     except (SyntaxError, PilImage.DecompressionBombError) as error:  # Pillow's, for some damaged files
         raise ValueError(str(error)[:200]) from error
+
+
+def is_animated(path: str | os.PathLike[str]) -> bool:
+    """Whether a picture that :func:`opened` takes has more frames than one."""
+    from PIL import Image as PilImage
+
+    with PilImage.open(path) as picture:
+        return _animated(picture)
+
+
+def _animated(picture: Image) -> bool:
+    return picture.format != "MPO" and getattr(picture, "is_animated", False)  # MPO: a photo with its depth map
 
 
 def read_pictures(
@@ -133,7 +151,7 @@ def read_pictures(
         found.append(Picture(file.name, pixels))
     if faults:
         what = f"{path}: {len(faults)} of {len(files)} files cannot be taken" if len(files) > 1 else str(path)
-        needed = "any size" if size is None else f"{size[0]}×{size[1]}"
+        needed = "any size" if size is None else size_text(*size)
         hint = f"{_KINDS[channels]} pictures of {needed}, 8 bits"
         if len(files) == 1:
             raise DataError(f"{what}: {faults[0].partition(': ')[2]}", hint=hint)
@@ -168,14 +186,14 @@ def read_mask(path: str | os.PathLike[str], size: tuple[int, int]) -> NDArray[np
     try:
         picture = opened(path, size).convert("RGBA")
     except (OSError, ValueError) as error:
-        hint = f"a picture of {size[0]}×{size[1]}: white is drawn anew, black stays"
+        hint = f"a picture of {size_text(*size)}: white is drawn anew, black stays"
         raise DataError(f"{path}: {error}", hint=hint) from error
     mask: NDArray[np.bool_] = (np.asarray(picture.convert("L")) >= 128) & (np.asarray(picture)[..., 3] >= 128)
     return mask
 
 
 def _odd_size(picture: Image, size: tuple[int, int]) -> ValueError:
-    return ValueError(f"it is {picture.height}×{picture.width}, and the model takes {size[0]}×{size[1]}")
+    return ValueError(f"it is {size_text(picture.height, picture.width)}, and the model takes {size_text(*size)}")
 
 
 def _exact(picture: Image, channels: int, *, widen: bool) -> NDArray[np.uint8]:
@@ -244,11 +262,13 @@ def text(task: str, *, model: str, **values: object) -> dict[str, str]:
     return {keyword.replace("_", "-"): one_line(str(value)) for keyword, value in words.items()}
 
 
-def check_replaceable(targets: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool = False) -> None:
-    """Check that pictures can be written: where nothing is, or instead of others that a task of ddpmx has written.
+def check_replaceable(out: Path, targets: Sequence[Path], inputs: Sequence[Path], *, overwrite: bool = False) -> None:
+    """Check that pictures can be written: where nothing is, or instead of others that a task of ddpmx has written, and not
+    into a folder of ``ddpmx generate``, whose images they would be taken for.
 
     Args:
-        targets: the files; their folder need not exist where they are several.
+        out: one PNG, or a folder, which need not exist.
+        targets: the files, as :func:`targets` has them.
         inputs: what they are made from, which is never replaced.
         overwrite: whether other files may be replaced.
 
@@ -265,13 +285,31 @@ def check_replaceable(targets: Sequence[Path], inputs: Sequence[Path], *, overwr
                 hint="another -o, or --overwrite",
                 is_ours=(lambda _: True) if overwrite else _of_a_task,
             )
+    if is_picture(out):
+        return
+    for path in earlier_images(out)[:1]:
+        if path not in inputs and not _of_a_task(path) and _of_ddpmx(path):
+            raise OutputError(
+                f"refusing to mix pictures of a task with the images of `ddpmx generate` in {out}",
+                note=f"{path.name} is one of them",
+                hint="another -o",
+            )
 
 
 def _of_a_task(path: Path) -> bool:
+    return TASK in _text(path)
+
+
+def _of_ddpmx(path: Path) -> bool:
+    return _text(path).get(SOFTWARE, "").startswith("ddpmx ")
+
+
+def _text(path: Path) -> dict[str, str]:
+    """The text in a PNG; none if it is damaged, or no PNG."""
     try:
-        return TASK in png_text.read_png_text(path)[1]
+        return png_text.read_png_text(path)[1]
     except FileFormatError:
-        return False
+        return {}
 
 
 def save_pictures(

@@ -24,6 +24,11 @@ def from_uint8(images: UInt8) -> NDArray[np.float32]:
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+def size_text(height: int, width: int) -> str:
+    """A size in words, ``28×28``; which number is which is said where they differ: ``24×32 (height×width)``."""
+    return f"{height}×{width}" + (" (height×width)" if height != width else "")
+
+
 def to_nhwc(x: NDArray[np.float32]) -> UInt8:
     """float32 [n, C, H, W] in [−1, 1] to uint8 [n, H, W, C]."""
     return to_uint8(np.ascontiguousarray(x.transpose(0, 2, 3, 1)))

@@ -64,7 +64,15 @@ def test_pictures_of_another_size_are_brought_to_the_model_s(tmp_path):
     np.testing.assert_array_equal(
         np.rint((values[:2].transpose(0, 2, 3, 1) + 1) * 127.5), np.stack([np.asarray(each) for each in wanted])
     )
-    assert note == "2 of 3 conditions are brought to 4×6, as in training"
+    assert note == "2 of 3 conditions are brought to 4×6 (height×width), as in training"
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_it_is_said(tmp_path):
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    values, names, note = read_conditions(tmp_path, RGB)
+    assert (names, note) == (["a.gif"], "of 1 that are animated the first frame is taken")
+    assert values[0, :, 0, 0].tolist() == [1, -1, -1]
 
 
 def test_all_that_does_not_fit_is_named_at_once(tmp_path):

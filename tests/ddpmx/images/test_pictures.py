@@ -66,7 +66,12 @@ REFUSED = {
     "transparency for colour": (np.concatenate([COLOUR, ALPHA], 2), 3, {}, "it is transparent in places"),
     "grey for colour that is not made": (GREY, 3, {"widen": False}, "it is grey, and the model's images are of colour"),
     "opaque that is not made": (COLOUR, 4, {"widen": False}, "it has no transparency"),
-    "another size": (GREY, 1, {"size": (7, 5)}, "it is 5×7, and the model takes 7×5"),
+    "another size": (
+        GREY,
+        1,
+        {"size": (7, 5)},
+        r"it is 5×7 \(height×width\), and the model takes 7×5 \(height×width\)",
+    ),
     "16 bits": (GREY.astype(np.uint16) * 257, 1, {}, "pictures of mode I;16 have no range that is known"),
 }
 
@@ -79,6 +84,13 @@ def test_refused(case, tmp_path):
         pictures.read_pictures(path, channels, **options)
     assert error.value.fact.startswith(str(path))
     assert "8 bits" in error.value.hint
+
+
+def test_an_animation_is_refused(tmp_path):
+    frames = [Image.fromarray(GREY), Image.fromarray(GREY[::-1].copy())]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(DataError, match="it is an animation, and one picture is needed"):
+        pictures.read_pictures(tmp_path / "a.gif", 1)
 
 
 def test_a_folder_is_read_in_order_and_all_its_faults_are_named(tmp_path):
@@ -139,13 +151,25 @@ def test_only_what_a_task_has_written_is_replaced(tmp_path):
         saved(path, GREY)
     pictures.save_pictures([ours], [GREY[..., None]], [words])
     assert read_png_text(ours)[1] == words
-    pictures.check_replaceable([ours, tmp_path / "new.png", tmp_path / "no" / "folder.png"], [source])
+    pictures.check_replaceable(tmp_path, [ours, tmp_path / "new.png", tmp_path / "no" / "folder.png"], [source])
     with pytest.raises(OutputError, match="refusing to overwrite"):
-        pictures.check_replaceable([ours, mine], [source])
-    pictures.check_replaceable([ours, mine], [source], overwrite=True)
+        pictures.check_replaceable(tmp_path, [ours, mine], [source])
+    pictures.check_replaceable(tmp_path, [ours, mine], [source], overwrite=True)
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="it is made from this file"):
-            pictures.check_replaceable([source], [source], overwrite=overwrite)
+            pictures.check_replaceable(source, [source], [source], overwrite=overwrite)
+
+
+def test_the_pictures_of_a_task_do_not_go_among_generated_ones(tmp_path):
+    """Both are 00000.png, 00001.png, …, and generate refuses the same in the other order."""
+    drawn, source = tmp_path / "00007.png", tmp_path / "source.png"
+    saved(source, GREY)
+    pictures.save_pictures([drawn], [GREY[..., None]], [{"Software": "ddpmx 0.1.0", "seed": "0", "index": "7"}])
+    with pytest.raises(OutputError, match="refusing to mix pictures of a task with the images of `ddpmx generate`"):
+        pictures.check_replaceable(tmp_path, [tmp_path / "00000.png"], [source], overwrite=True)
+    pictures.check_replaceable(tmp_path / "one.png", [tmp_path / "one.png"], [source])  # by its own name it may
+    pictures.save_pictures([drawn], [GREY[..., None]], [pictures.text("denoise", model="m")])
+    pictures.check_replaceable(tmp_path, [tmp_path / "00000.png"], [source])
 
 
 def test_all_are_written_or_none(tmp_path):
