@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ddpmx_cli.console import cache_folder, check_threads, parse_numbers, phases, plain, say
+from ddpmx_cli.console import parse_numbers, phases, plain, say
+from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
 Examples:\n
@@ -22,6 +23,7 @@ Examples:\n
 _WIDTH = 100
 
 
+@opens_model
 def bench(
     file: Annotated[str, Argument(help="A model.onnx, model.plan or model.mnn, or a model that comes along.")],
     batch: Annotated[
@@ -37,26 +39,18 @@ def bench(
     seconds: Annotated[float, Option(help="Approximate time to measure each line of the table.")] = 5.0,
     out: Annotated[Path | None, Option("-o", "--out", help="Also write all figures to this file, as JSON.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print all figures as JSON instead of the table.")] = False,
-    spec: Annotated[Path | None, Option(help="spec.json, for an ONNX file that does not describe itself.")] = None,
-    provider: Annotated[
-        str, Option(help="cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name.", metavar="NAME")
-    ] = "cpu",
-    fallback: Annotated[bool, Option("--fallback", help="Use the CPU if the provider does not start.")] = False,
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads)] = 0,
-    trust_host_code: Annotated[
-        bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
-    ] = False,
+    *,
+    where: Where,
 ) -> None:
     """Measure a model file on this machine: ms per step, images per second, and what the chain adds to the network."""
     from ddpmx.bench.measure import bench as measure
-    from ddpmx.formats import model_file
     from ddpmx.formats.atomic import atomic_write
     from ddpmx.formats.output_file import check_output, is_report
 
     batches = None if batch is None else parse_numbers("--batch", batch)
     if out is not None:  # checked before minutes are spent
         check_output(out, [], what="a JSON file of ddpmx", suffix="", is_ours=is_report)
-    description = model_file.read_spec(spec) if spec is not None else None
+    settings = where.settings()
     with phases("measuring") as progress:
         report = measure(
             file,
@@ -65,12 +59,7 @@ def bench(
             steps=steps,
             seconds=seconds,
             progress=progress,
-            spec=description,
-            providers=[provider],
-            fallback=fallback,
-            threads=threads,
-            trust_host_code=trust_host_code,
-            cache=cache_folder(),
+            **settings,
         ).to_json()
     text = json.dumps(report, indent=2)
     if out is not None:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ddpmx.errors import BackendError, InputError
 from ddpmx_cli import flags
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
     from ddpmx.formats.spec import ModelSpec
     from ddpmx.pipeline import Pipeline
+
+
+class Settings(TypedDict):
+    """Arguments of :func:`ddpmx.load` and of all that opens a model file as it does."""
+
+    spec: ModelSpec | None
+    providers: list[str]
+    fallback: bool
+    threads: int
+    trust_host_code: bool
+    cache: Path | None
 
 
 @dataclass(frozen=True)
@@ -60,16 +71,24 @@ class Where:
             return _load_checkpoint(
                 path, self.provider, self.threads, executor, [flag for flag, used in refused.items() if used]
             )
-        return load(
-            path,
-            spec=model_file.read_spec(self.spec) if self.spec is not None else None,
-            providers=[self.provider],
-            fallback=self.fallback,
-            threads=self.threads,
-            executor=executor,
-            trust_host_code=self.trust_host_code,
-            cache=cache_folder(),
-        )
+        return load(path, executor=executor, **self.settings())
+
+    def settings(self) -> Settings:
+        """What the flags say, by the names of :func:`ddpmx.load`.
+
+        Raises:
+            FileFormatError, SpecError: ``--spec`` is no description of a model.
+        """
+        from ddpmx.formats import model_file
+
+        return {
+            "spec": None if self.spec is None else model_file.read_spec(self.spec),
+            "providers": [self.provider],
+            "fallback": self.fallback,
+            "threads": self.threads,
+            "trust_host_code": self.trust_host_code,
+            "cache": cache_folder(),
+        }
 
 
 def opens_model(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,8 @@ import typer
 from typer import Argument, Option
 
 from ddpmx.errors import BackendError, FileFormatError, InputError, NumericError
-from ddpmx_cli.console import busy, cache_folder, check_threads, counting, say
+from ddpmx_cli.console import busy, counting, say
+from ddpmx_cli.opened import Where, opens_model
 
 if TYPE_CHECKING:
     from ddpmx.parity.ladder import ParityReport
@@ -24,6 +25,7 @@ Examples:\n
 """
 
 
+@opens_model
 def parity(
     model: Annotated[
         str,
@@ -50,27 +52,14 @@ def parity(
     polygraphy: Annotated[
         bool, Option("--polygraphy", help="Compare ε with Polygraphy as well; its results are kept in the report.")
     ] = False,
-    spec_file: Annotated[
-        Path | None, Option("--spec", help="spec.json, for an ONNX file that does not describe itself.")
-    ] = None,
-    provider: Annotated[
-        str,
-        Option(
-            help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name.",
-            metavar="NAME",
-        ),
-    ] = "cpu",
-    threads: Annotated[int, Option(help="CPU threads; 0 for one per core.", callback=check_threads)] = 0,
-    trust_host_code: Annotated[
-        bool, Option("--trust-host-code", help="Load a plan that contains code for the CPU, which loading runs.")
-    ] = False,
+    *,
+    where: Where,
 ) -> None:
     """Prove that a file is still the PyTorch model: ε over all t, one step, teacher-forced and free chains.
 
     The exit code is 0 if every bound of the file's precision holds, 1 if one does not, 2 if the checks could not be made.
     """
     from ddpmx.backends.open import open_model
-    from ddpmx.formats import model_file
     from ddpmx.models import shipped
     from ddpmx.parity import report as reports
     from ddpmx.parity.ladder import not_finite, run_ladder
@@ -80,14 +69,7 @@ def parity(
     if checkpoint is None and (data is not None or full):
         raise InputError("--data and --full need --checkpoint")
     file = shipped.find(model)
-    spec, backend = open_model(
-        file,
-        spec=model_file.read_spec(spec_file) if spec_file is not None else None,
-        providers=[provider],
-        threads=threads,
-        trust_host_code=trust_host_code,
-        cache=cache_folder(),
-    )
+    spec, backend = open_model(file, **where.settings())
     try:
         reference = None
         if checkpoint is not None:

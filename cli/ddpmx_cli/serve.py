@@ -12,7 +12,8 @@ from typer import Option
 
 from ddpmx.errors import BackendError, InputError
 from ddpmx_cli import flags, signals
-from ddpmx_cli.console import busy, cache_folder, say
+from ddpmx_cli.console import busy, say
+from ddpmx_cli.opened import Where, opens_model
 
 EXAMPLES = """
 Examples:\n
@@ -25,6 +26,7 @@ Examples:\n
 _LIMITS = "Limits"
 
 
+@opens_model
 def serve(
     file: flags.Model,
     host: Annotated[str, Option(help="The address to listen at. 0.0.0.0 is everybody's.")] = "127.0.0.1",
@@ -59,11 +61,8 @@ def serve(
             rich_help_panel=_LIMITS,
         ),
     ] = 30.0,
-    spec: flags.Spec = None,
-    provider: flags.Provider = "cpu",
-    fallback: flags.Fallback = False,
-    threads: flags.Threads = 0,
-    trust_host_code: flags.TrustHostCode = False,
+    *,
+    where: Where,
 ) -> None:
     """Serve images by HTTP. Requests share the network's batch, each at its own timestep, and join at any time.
 
@@ -91,15 +90,7 @@ def serve(
         raise InputError(f"{path}: a run is not served", hint="ddpmx export makes a model file of it")
     key = None if key_file is None else _key(key_file)
     listener = _listening(host, port)
-    found, backend = open_model(
-        path,
-        spec=model_file.read_spec(spec) if spec is not None else None,
-        providers=[provider],
-        fallback=fallback,
-        threads=threads,
-        trust_host_code=trust_host_code,
-        cache=cache_folder(),
-    )
+    found, backend = open_model(path, **where.settings())
     try:
         check_drawable(found)
         batcher = Batcher(found, backend, batch=batch, waiting=most_waiting)
