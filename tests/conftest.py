@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import gc
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from oracles import cuda_on_host
 from oracles.fake_cuda import FakeCuda
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import RECORD, make_plan
+from tracing import trace_once
 
 # The networks here are tiny. Threads that spin while they wait for each other need minutes for what one thread does in
 # seconds, as soon as anything else runs on the machine.
@@ -30,13 +32,12 @@ GAUSSIAN_ONNX = TESTS / "data" / "gaussian.onnx"
 
 
 HEAVIEST = (
-    "ddpm_export/importers/test_lucidrains.py",
-    "ddpm_export/importers/test_openai.py",
-    "native/test_package.py",
-    "native/test_ctest.py",
-    "ddpmx/test_pipeline.py",
-    "ddpmx/cuda/test_kernels.py",
     "cli/test_train_export.py",
+    "native/test_package.py",
+    "ddpm_export/importers/test_lucidrains.py",
+    "native/test_ctest.py",
+    "ddpm_export/importers/test_openai.py",
+    "ddpmx/cuda/test_kernels.py",
     "native/test_aarch64.py",
     "ddpm_export/any_module/test_export.py",
     "ddpm_export/importers/test_diffusers.py",
@@ -46,7 +47,8 @@ HEAVIEST = (
     "benchmarks/test_peers.py",
     "ddpm_export/graph/test_unet_export.py",
 )
-"""The files that take longest, with --durations=0."""
+"""The files that take longest, with --durations=0. Of those that first need what others wait for (the trained network, a
+build of libddpmx) no two follow each other: both processes would have nothing to do but one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,6 +99,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def gaussian_onnx() -> Path:
     """A model whose optimal ε is known in closed form, see ``oracles/gaussian.py``. Needs no torch."""
     return GAUSSIAN_ONNX
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _traced_once(request, tmp_path_factory):
+    """For the modules that need torch, graphs that were traced before in this run. Yields what traces anew."""
+    if request.node.get_closest_marker("torch") is None or importlib.util.find_spec("torch") is None:
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        yield trace_once(tmp_path_factory, patch)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,21 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
-
-from tracing import trace_once
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _traced_once(tmp_path_factory):
-    """Graphs that were traced before in this run. Yields what traces anew."""
-    if importlib.util.find_spec("torch") is None:
-        yield None
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        yield trace_once(tmp_path_factory, patch)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ pytest.importorskip("torch", reason="not verified here: files changed by other t
 pytest.importorskip("onnx", reason="not verified here: files changed by other tools (no onnx)")
 
 import onnx
-import torch
 from onnxruntime import quantization
 from typer.testing import CliRunner
 
@@ -20,7 +19,7 @@ from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpm_export.proof.record import record
 from ddpmx.errors import InputError, SpecError
 from ddpmx.formats.describe import describe
-from ddpmx.formats.onnx_file import onnx_spec, read_onnx
+from ddpmx.formats.onnx_file import metadata, onnx_spec, read_onnx
 from ddpmx.formats.spec import BETAS, ModelSpec
 from ddpmx.parity.adopt import adopt, kinship
 from ddpmx.pipeline import load
@@ -32,14 +31,9 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 SPEC = ModelSpec((3, 8, 8), timesteps=20, schedule=BETAS, betas=np.linspace(0.01, 0.3, 20), weights="ab" * 32)
 
 
-def unet(seed: int) -> UNet:
+def unet() -> UNet:
     network = UNet(UNetConfig(3, 3, (8, 8), 16, (1, 2), 1, (), 0.0, 8)).eval().requires_grad_(False)
     rerandomise(network)
-    if seed:
-        generator = torch.Generator().manual_seed(seed)
-        for p in network.parameters():
-            if p.ndim > 1:
-                p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].reshape(p.shape))
     return network
 
 
@@ -67,13 +61,18 @@ def bare(path: Path, to: Path) -> Path:
 def files(tmp_path_factory) -> dict[str, Path]:
     folder: Path = tmp_path_factory.mktemp("adopt")
     made = {"original": folder / "model.onnx", "int8": folder / "int8.onnx", "other": folder / "other.onnx"}
-    export_network(unet(0), SPEC, made["original"], training={"network": {}, "training": {"step": 3}})
-    record(unet(0), SPEC, steps=2).save(made["original"].with_suffix(".parity.npz"))
+    export_network(unet(), SPEC, made["original"], training={"network": {}, "training": {"step": 3}})
+    record(unet(), SPEC, steps=2).save(made["original"].with_suffix(".parity.npz"))
     quantization.quantize_static(str(made["original"]), str(folder / "q.onnx"), Reader(), per_channel=True)
     bare(folder / "q.onnx", made["int8"])
-    export_network(unet(0), SPEC, folder / "h.onnx", precision="fp16")
+    export_network(unet(), SPEC, folder / "h.onnx", precision="fp16")
     made["fp16"] = bare(folder / "h.onnx", folder / "half.onnx")
-    export_network(unet(1), SPEC, folder / "o.onnx")
+    other = onnx.load(made["original"])
+    rng = np.random.default_rng(1)
+    for tensor in other.graph.initializer:
+        if (values := onnx.numpy_helper.to_array(tensor)).dtype == np.float32 and values.ndim > 1:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(rng.permuted(values, axis=None), tensor.name))
+    onnx.save(other, folder / "o.onnx")
     bare(folder / "o.onnx", made["other"])
     return made
 
@@ -142,7 +141,9 @@ def test_other_inputs_and_a_description_of_another_model_are_refused(files, tmp_
     with pytest.raises(SpecError, match="does not match the spec"):
         adopt(tmp_path / "t.onnx", files["original"])
     for name, changes in {"weights": {"weights": "cd" * 32}, "variance": {"variance": "fixed_small"}}.items():
-        export_network(unet(1), SPEC.replace(**changes), tmp_path / f"{name}.onnx")
+        model = onnx.load(files["other"])
+        onnx.helper.set_model_props(model, metadata(SPEC.replace(**changes)))
+        onnx.save(model, tmp_path / f"{name}.onnx")
         with pytest.raises(InputError, match="describes itself already, as another model"):
             adopt(tmp_path / f"{name}.onnx", files["original"])
     with pytest.raises(InputError, match="it is the original"):
