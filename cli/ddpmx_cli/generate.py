@@ -16,7 +16,7 @@ from ddpmx.diffusion.samplers import SAMPLERS, VARIANCES, Sampler, Variance
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.models.shipped import SHIPPED
-from ddpmx_cli import flags
+from ddpmx_cli import flags, scaled
 from ddpmx_cli.console import busy, counted, counting, say
 from ddpmx_cli.opened import Where, conditions_of, opens_model
 
@@ -59,9 +59,13 @@ def generate(
     ] = None,
     seed: flags.Seed = 0,
     out: Annotated[
-        Path,
-        Option(help="Folder for 00000.png, 00001.png, …; or FILE.png for one image, or with --grid for one sheet."),
-    ] = Path("samples"),
+        str,
+        Option(
+            help="Folder for 00000.png, 00001.png, …, or its address (s3://…); or FILE.png for one image, or with --grid "
+            "for one sheet.",
+            metavar="FOLDER|FILE",
+        ),
+    ] = "samples",
     first: flags.First = 0,
     label: flags.Label = None,
     labels: Annotated[
@@ -137,6 +141,9 @@ def generate(
             rich_help_panel=flags.WHERE,
         ),
     ] = "auto",
+    shard: scaled.Shard = None,
+    form: scaled.Format = None,
+    per_file: scaled.PerFile = None,
     *,
     where: Where,
 ) -> None:
@@ -148,9 +155,21 @@ def generate(
     from ddpmx.sampling.request import Sampling
     from ddpmx.tasks import progressive, shared
 
-    name = _one_model(file, engine)
-    path = shipped.find(name)
-    picture = gallery.is_picture(out)
+    path = shipped.find(_one_model(file, engine))
+    many = scaled.Many(shard, form, per_file, out)
+    if many.wanted:
+        many.check(
+            {
+                "--grid": grid,
+                "--animate": animate,
+                "--strip": strip,
+                "--init": init is not None,
+                "--share-from": share_from is not None,
+                "--overwrite": overwrite,
+            }
+        )
+    output = Path(out)
+    picture = not many.wanted and gallery.is_picture(output)
     if n is None:
         n = 1 if picture and not grid else 16
     if picture and (animate or strip or (n != 1 and not grid)):
@@ -174,8 +193,28 @@ def generate(
         )
         if eta and sampling.sampler != "ddim":
             raise InputError("--eta is for the ddim sampler only", hint="--sampler ddim, or omit --eta")
+        chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
+        turns = _class_turns(pipeline.spec, label, labels)
+        if many.wanted:
+            if strength is not None:
+                raise InputError("--strength is for --init only", hint="--init PICTURE, which is to be varied")
+            work, whole = scaled.prepared(
+                pipeline,
+                path,
+                many,
+                n=n,
+                first=first,
+                seed=seed,
+                batch=batch,
+                sampling=sampling,
+                turns=turns,
+                guidance=guidance,
+                cond=cond,
+            )
+            scaled.draw(pipeline, work, whole, many, chosen)
+            return
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
-        classes = _classes(pipeline.spec, label, labels, n, first)
+        classes = None if turns is None else [turns[i % len(turns)] for i in range(first, first + n)]
         pipeline.check_request(
             n, seed=seed, first=first, batch=batch, labels=classes, guidance=guidance, sampling=sampling
         )
@@ -228,19 +267,21 @@ def generate(
             begun_from=begun_from,
             shared=None if share_from is None else sampling.start,
         )
-        targets = [out] if picture else gallery.targets(out, n, first=first, grid=grid, animated=animate, strip=strip)
+        targets = (
+            [output] if picture else gallery.targets(output, n, first=first, grid=grid, animated=animate, strip=strip)
+        )
         gone: list[Path] = []
 
         def replaced() -> Iterator[Path]:
             """The pictures of other runs that go; refused without --overwrite."""
             if overwrite:
-                gone[:] = [] if picture else gallery.other_runs(out, origin, n)
+                gone[:] = [] if picture else gallery.other_runs(output, origin, n)
             else:
-                gallery.check_free(targets, origin, n, folder=None if picture else out)
+                gallery.check_free(targets, origin, n, folder=None if picture else output)
             yield from gone
 
         list(replaced())  # and again when the images are written, since another process may have drawn there meanwhile
-        make_folder(out.parent if picture else out)
+        make_folder(output.parent if picture else output)
         begun = time.monotonic()
         with counting(counted(n, "image"), unit="steps") as progress:
             images = pipeline.generate(
@@ -258,12 +299,12 @@ def generate(
             )
         seconds = time.monotonic() - begun
         if picture:
-            with locked(out):
+            with locked(output):
                 list(replaced())
-                written = [gallery.save_picture(out, images, grid=grid, origin=origin)]
+                written = [gallery.save_picture(output, images, grid=grid, origin=origin)]
         else:
             written = gallery.save_gallery(
-                out,
+                output,
                 images,
                 first=first,
                 grid=grid,
@@ -274,13 +315,12 @@ def generate(
             )
         what = "image" if init is None else "variation"
         begin = "" if sampling.start is None else f", from t = {sampling.start}"
-        chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         say(
             f"{n} {what}{'s' * (n > 1)}, {len(table)} steps of {sampling.sampler}{chosen}{begin}, seed {seed}, "
             f"in {seconds:.1f} s on {pipeline.backend}"
         )
     if picture:
-        say(str(out))
+        say(str(output))
         return
     say(f"{written[0]}" + (f" … {written[n - 1].name}" if n > 1 else ""))
     for extra in written[n:]:
@@ -291,7 +331,7 @@ def generate(
             say(f"  t = {t:<6} {rmse:6.2f}")
     if gone:
         say(f"Note: {len(gone)} pictures of another run were replaced")
-    if others := len(set(gallery.earlier_images(out)) - set(written)):
+    if others := len(set(gallery.earlier_images(output)) - set(written)):
         say(f"Note: {out} also holds {others} images of this run from before")
 
 
@@ -347,23 +387,21 @@ def _choice(sampler: str | None, spacing: str | None, sampling: object, timestep
     return with_spacing + default if spacing is None else default + with_spacing
 
 
-def _classes(spec: ModelSpec, label: str | None, labels: str | None, n: int, first: int) -> list[int] | None:
-    """The class of each image. It depends only on the image's index, not on the other images of the call."""
+def _class_turns(spec: ModelSpec, label: str | None, labels: str | None) -> list[int] | None:
+    """The classes, repeated in order of the images' index: an image's does not depend on the others of the call."""
     if label is not None and labels is not None:
         raise InputError(
             "--label and --labels exclude each other", hint="--label is one class for all images, --labels are several"
         )
     if label is not None:
-        turns = [spec.class_number(label.strip())]
-    elif labels is not None:
-        turns = [spec.class_number(word.strip()) for word in labels.split(",")]
-    elif spec.classes is not None and not spec.null_class:
+        return [spec.class_number(label.strip())]
+    if labels is not None:
+        return [spec.class_number(word.strip()) for word in labels.split(",")]
+    if spec.classes is not None and not spec.null_class:
         raise InputError(
             f"missing labels: the model has {spec.classes} classes",
             hint=f"--label {spec.class_names[0]}, or --labels with several: {', '.join(spec.class_names)}"[:300]
             if spec.class_names
             else f"--label 0, or --labels 0,1,…: 0…{spec.classes - 1}",
         )
-    else:
-        return None
-    return [turns[i % len(turns)] for i in range(first, first + n)]
+    return None

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from ddpmx.errors import InputError
 
-_TEXTS = {"engine", "like"}
+_TEXTS = {"engine", "like", "out"}
 """Options that name a file and are kept as text. Arguments are files, all of them."""
 
 

@@ -48,8 +48,8 @@ FOR: dict[str, tuple[str, ...]] = {
 }
 """Whose hints are seen in which commands, by the beginning of the path, where it is not every command."""
 
-OTHERS = {"--image_size", "--num_heads"}
-"""Flags of other programs: those of OpenAI's scripts, which openai_flags.txt holds."""
+OTHERS = {"--image_size", "--num_heads", "--array"}
+"""Flags of other programs: those of OpenAI's scripts, which openai_flags.txt holds, and sbatch's."""
 PROGRAMS = re.compile(r"\b(pip|apt|git|tar|trtexec|python|gunzip|zstd) [^;,`]*")
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 DDPMX = (
     "tasks",
+    "scale",
     "serve",
     "page",
     "pipeline",

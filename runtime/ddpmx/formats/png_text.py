@@ -34,16 +34,21 @@ def read_png_text(path: str | os.PathLike[str]) -> tuple[tuple[int, int], dict[s
     """
     try:
         with Path(path).open("rb") as stream:
-            if stream.read(len(SIGNATURE)) != SIGNATURE:
-                raise ValueError("no PNG")
-            return _read(stream)
+            return png_text(stream)
     except OSError as error:
         raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
     except ValueError as error:
         raise FileFormatError(f"{path}: not a valid PNG", note=str(error)) from error
 
 
-def _read(stream: BinaryIO) -> tuple[tuple[int, int], dict[str, str]]:
+def png_text(stream: BinaryIO) -> tuple[tuple[int, int], dict[str, str]]:
+    """:func:`read_png_text` of an open file.
+
+    Raises:
+        ValueError: no PNG, or damaged, or cut short.
+    """
+    if stream.read(len(SIGNATURE)) != SIGNATURE:
+        raise ValueError("no PNG")
     size: tuple[int, int] | None = None
     texts: dict[str, str] = {}
     for _ in range(MAX_CHUNKS):
