@@ -18,7 +18,7 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 endif
 
-.PHONY: help demo check test parts lint pytest long others docs native fuzz bench gpu-check mutations faults clean
+.PHONY: help demo check quick test parts lint pytest long others docs native fuzz bench gpu-check mutations faults clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target what; do \
@@ -27,9 +27,11 @@ help: ## this list
 demo: $(DEMO) ## train on real images, export, generate, judge: ten to twenty minutes on two cores
 	$(BIN)/python examples/fashion_mnist/demo.py
 
-check: $(VENV)/.dev ## lint, types and the tests that are not slow: two minutes on two idle cores
-	@$(MAKE) --no-print-directory lint
-	$(BIN)/pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow and not long"
+check: $(VENV)/.dev ## lint, types and the quick tests: two minutes on two idle cores, from the second time on
+	@$(MAKE) --no-print-directory --jobs=2 lint quick
+
+quick: $(VENV)/.dev
+	$(BIN)/pytest --quiet --quick --numprocesses=2 --dist=loadfile --no-loadscope-reorder -m "not slow and not long"
 
 test: $(VENV)/.dev $(VENV)/.docs ## all that is checked without a GPU at every change; `make long` has the rest
 	@begun=$$(date +%s); $(MAKE) --no-print-directory parts && \

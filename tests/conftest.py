@@ -20,6 +20,7 @@ from oracles import cuda_on_host
 from oracles.fake_cuda import FakeCuda
 from oracles.fake_tensorrt import ADA, FakeTrt
 from oracles.plans import RECORD, make_plan
+from quick import Quick
 from tracing import trace_once
 
 # The networks here are tiny. Threads that spin while they wait for each other need minutes for what one thread does in
@@ -49,6 +50,14 @@ HEAVIEST = (
 )
 """The files that take longest, with --durations=0. Of those that first need what others wait for (the trained network, a
 build of libddpmx) no two follow each other: both processes would have nothing to do but one."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what took longer than 0.15 s the last times")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Quick(config, TESTS.parent), "quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
