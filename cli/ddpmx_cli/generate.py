@@ -40,7 +40,8 @@ Examples:\n
   ddpmx generate model.onnx --label 3 --guidance 2    # more clearly of class 3 than the data\n
   ddpmx generate model.onnx --cond photos/            # a model with a condition: image i has picture i\n
   ddpmx generate model.onnx --init photo.png --strength 0.4   # variations of a picture\n
-  ddpmx generate model.onnx -n 8 --share-from 500 --grid      # images that are one down to t = 500
+  ddpmx generate model.onnx -n 8 --share-from 500 --grid      # images that are one down to t = 500\n
+  ddpmx generate model.onnx -n 1000000 --format tar --out many/ --shard 0/64   # the first of 64 parts
 """
 
 
@@ -144,6 +145,8 @@ def generate(
     shard: scaled.Shard = None,
     form: scaled.Format = None,
     per_file: scaled.PerFile = None,
+    ray: scaled.Ray = None,
+    workers: scaled.Workers = None,
     *,
     where: Where,
 ) -> None:
@@ -156,7 +159,7 @@ def generate(
     from ddpmx.tasks import progressive, shared
 
     path = shipped.find(_one_model(file, engine))
-    many = scaled.Many(shard, form, per_file, out)
+    many = scaled.Many(shard, form, per_file, ray, workers, out)
     if many.wanted:
         many.check(
             {
@@ -211,7 +214,10 @@ def generate(
                 guidance=guidance,
                 cond=cond,
             )
-            scaled.draw(pipeline, work, whole, many, chosen)
+            if ray is None:
+                scaled.draw(pipeline, work, whole, many, chosen)
+            else:
+                scaled.draw_on_ray(pipeline, path, work, whole, many, where, executor, chosen)
             return
         pipeline.check_request(n, seed=seed, first=first, batch=batch, sampling=sampling)
         classes = None if turns is None else [turns[i % len(turns)] for i in range(first, first + n)]

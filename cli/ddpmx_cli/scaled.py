@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +23,12 @@ if TYPE_CHECKING:
     from ddpmx.scale.ranges import Range
     from ddpmx.scale.stores import Store
     from ddpmx.scale.work import Work
+    from ddpmx_cli.opened import Where
 
 PANEL = "Many images, many processes"
 FORMATS = ("png", "npz", "tar", "parquet")
+MOST_WORKERS = 10_000
+_RAY = re.compile(r"local|auto|(ray://)?[\w.:\[\]-]+:[0-9]{1,5}")
 
 Shard = Annotated[
     str | None,
@@ -49,6 +55,23 @@ PerFile = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+Ray = Annotated[
+    str | None,
+    Option(
+        help="Draw by Ray's workers, and draw anew what a killed one was at. local: of this machine; auto: of the cluster "
+        "that it is part of; or the address of one.",
+        metavar="local|auto|ADDRESS",
+        rich_help_panel=PANEL,
+    ),
+]
+Workers = Annotated[
+    int | None,
+    Option(
+        help="With --ray: workers, each with a model and --threads of its own.  \\[default: as many as there is room for]",
+        metavar="N",
+        rich_help_panel=PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -56,13 +79,15 @@ class Many:
     """These flags as they were passed.
 
     Attributes:
-        shard, form, per_file: see the help.
+        shard, form, per_file, ray, workers: see the help.
         out: a folder or an address.
     """
 
     shard: str | None
     form: str | None
     per_file: int | None
+    ray: str | None
+    workers: int | None
     out: str
 
     @property
@@ -70,7 +95,7 @@ class Many:
         """Whether any of them was passed. Otherwise all images are drawn here, and written at the end."""
         from ddpmx.scale.stores import is_address
 
-        passed = (self.shard, self.form, self.per_file)
+        passed = (self.shard, self.form, self.per_file, self.ray, self.workers)
         return any(each is not None for each in passed) or is_address(self.out)
 
     def check(self, others: Mapping[str, bool]) -> None:
@@ -89,6 +114,14 @@ class Many:
 
         if self.shard is not None:
             which_shard(self.shard, os.environ)
+        if self.workers is not None and self.ray is None:
+            raise InputError("--workers is for --ray only", hint="--ray local")
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            raise InputError(f"--workers must be from 1 to {MOST_WORKERS}, not {self.workers}")
+        if self.ray is not None and not _RAY.fullmatch(self.ray):
+            raise InputError(
+                f"--ray {self.ray[:60]!r} is no address", hint="--ray local, auto, HOST:6379 or ray://HOST:10001"
+            )
 
         if self.form is not None and self.form not in FORMATS:
             raise InputError(f"there is no --format {self.form[:40]!r}", hint=f"--format {', '.join(FORMATS)}")
@@ -178,6 +211,42 @@ def draw(pipeline: Pipeline, work: Work, whole: Range, many: Many, chosen: str) 
     with counting(counted(sum(unit.count for unit in units), "image"), unit="steps") as progress:
         drawn = draw_units(pipeline, work, store, units, progress=progress)
     _summary(work, store, here, drawn, time.monotonic() - begun, pipeline.backend, chosen)
+
+
+def draw_on_ray(
+    pipeline: Pipeline, path: Path, work: Work, whole: Range, many: Many, where: Where, executor: str, chosen: str
+) -> None:
+    """The same by Ray's workers. The pipeline is closed: its device may be one of theirs."""
+    from ddpmx.formats import model_file
+    from ddpmx.scale import on_ray
+    from ddpmx.scale.ranges import joined
+    from ddpmx.scale.stores import is_address
+
+    here, store, units = _left(work, whole, many)
+    if not units:
+        return
+    pipeline.close()
+    on_gpu = where.provider in _ON_GPU or model_file.identify(path) == "plan"
+    there = dataclasses.replace(where, spec=None if where.spec is None else where.spec.resolve())
+    begun = time.monotonic()
+    with counting(counted(sum(unit.count for unit in units), "image"), unit="images") as progress:
+        done = on_ray.draw_on_ray(
+            functools.partial(there.open, path.resolve(), executor=executor),
+            work,
+            many.out if is_address(many.out) else str(Path(many.out).resolve()),
+            joined(units, work.per_file),
+            address=many.ray or "local",
+            workers=many.workers,
+            threads=where.threads,
+            gpus=int(on_gpu),
+            progress=progress,
+            note=lambda text: say(f"Note: {text}"),
+        )
+    backend = f"{counted(done.workers, 'worker')} by Ray, {done.backend}"
+    _summary(work, store, here, done.drawn, time.monotonic() - begun, backend, chosen)
+
+
+_ON_GPU = ("cuda", "tensorrt", "rtx")
 
 
 def _left(work: Work, whole: Range, many: Many) -> tuple[Range, Store, list[Range]]:

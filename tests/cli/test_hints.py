@@ -48,8 +48,8 @@ FOR: dict[str, tuple[str, ...]] = {
 }
 """Whose hints are seen in which commands, by the beginning of the path, where it is not every command."""
 
-OTHERS = {"--image_size", "--num_heads", "--array"}
-"""Flags of other programs: those of OpenAI's scripts, which openai_flags.txt holds, and sbatch's."""
+OTHERS = {"--image_size", "--num_heads", "--array", "--head"}
+"""Flags of other programs: those of OpenAI's scripts, which openai_flags.txt holds, and those of sbatch and ray."""
 PROGRAMS = re.compile(r"\b(pip|apt|git|tar|trtexec|python|gunzip|zstd) [^;,`]*")
 
 
@@ -157,6 +157,7 @@ COMPUTED = {
     "runtime/ddpmx/backends/trt.py: plan_file.rebuild_command(path, self.info.engine)": "a command; tests/ddpmx/trt has it",
     "runtime/ddpmx/formats/plan_file.py: rebuild_command(path, engine)": "the same",
     "runtime/ddpmx/trt/compat.py: again": "the same",
+    "runtime/ddpmx/scale/on_ray.py: hint or None": "of a worker's error",
 }
 """Hints of which no text stands in the code, and where they come from."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import tarfile
 from uuid import uuid4
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 from ddpmx import load
 from ddpmx.images.conditions import read_conditions
+from ddpmx.scale import on_ray
+from oracles.fake_ray import FakeRay
 
 QUICK = ("--steps", 3, "--batch", 4)
 SLURM = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "3", "SLURM_NTASKS": "3"}
@@ -141,6 +144,10 @@ def test_models_are_not_mixed(ddpmx, refused, gaussian_onnx, conditioned_onnx, t
         (["--shard", "0/2", "--strength", 0.5], "--strength is for --init only"),
         (["--shard", "0/2", "--out", "x.png"], "--out x.png is one file"),
         (["--out", ""], "--out is empty"),
+        (["--workers", 2], "--workers is for --ray only"),
+        (["--ray", "local", "--workers", 0], "--workers must be from 1"),
+        (["--ray", "somewhere"], "--ray 'somewhere' is no address"),
+        (["--ray", "local", "--grid"], "--grid is for images"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
@@ -151,11 +158,35 @@ def test_bad_flags_are_refused_and_nothing_is_written(refused, gaussian_onnx, tm
 
 
 def test_parquet_without_pyarrow_is_refused_before_the_model_is_opened(refused, monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = refused("generate", "garments", "--format", "parquet", "--out", tmp_path / "out")
     assert "Parquet files are written by pyarrow" in error
     assert "pip install 'ddpmx[data]'" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_ray_s_workers_draw_the_same_files(ddpmx, monkeypatch, gaussian_onnx, tmp_path):
+    ray = FakeRay(cpus=(2,), deaths=[(1, 1)])
+    monkeypatch.setattr(on_ray, "_import_ray", lambda: ray)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(gaussian_onnx.read_bytes())
+    command = ("generate", "model.onnx", "-n", 22, *QUICK, "--threads", 1, "--format")
+    for form in ("png", "tar"):
+        done = ddpmx(*command, form, "--out", form, "--ray", "local", "--workers", 2)
+        assert done.code == 0, done
+        assert "22 images, 3 steps" in done.out
+        assert "workers by Ray, onnxruntime" in done.out or "1 worker by Ray" in done.out
+        assert ddpmx(*command, form, "--out", f"{form} here").code == 0
+        assert content(tmp_path / form) == content(tmp_path / f"{form} here")
+        assert "22 images there already" in ddpmx(*command, form, "--out", form, "--ray", "local").out
+    assert ray.started[0]["num_cpus"] >= 2
+    assert ray.started[0]["include_dashboard"] is False
+
+
+def test_without_ray_nothing_is_drawn(refused, monkeypatch, gaussian_onnx, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    error = refused("generate", gaussian_onnx, *QUICK, "--out", tmp_path, "--ray", "local")
+    assert "pip install 'ddpmx[ray]'" in error
 
 
 def test_more_shards_than_batches_is_no_error(ddpmx, gaussian_onnx, tmp_path):

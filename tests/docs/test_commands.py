@@ -87,6 +87,7 @@ NOT_RUN = {
     "ddpmx generate *.plan*": PLAN,
     "ddpmx generate *--provider cuda*": "needs a GPU; tests/ddpmx/backends/test_ort_device.py runs it on a fake",
     "ddpmx generate model.onnx *--guidance *": "needs a model with null_class; tests/cli/test_generate.py runs it",
+    "ddpmx generate *--ray *": "needs Ray; tests/ddpmx/scale/test_on_ray.py runs it",
     "ddpmx eval fid *": "needs torch-fidelity and Inception; tests/ddpm_export/quality runs it",
     "ddpmx export runs/x *": "needs the images of the network at hand; other exports are run",
 }
