@@ -35,6 +35,7 @@ from ddpmx_cli import (
     serve,
     signals,
     train,
+    triton,
 )
 from ddpmx_cli.console import complain, say
 from ddpmx_cli.paths import PathCommand
@@ -74,6 +75,7 @@ _command(epilog=compress.EXAMPLES)(compress.compress)
 _command(epilog=decompress.EXAMPLES)(decompress.decompress)
 _command(epilog=page.EXAMPLES)(page.page)
 _command(epilog=serve.EXAMPLES)(serve.serve)
+_command(epilog=triton.EXAMPLES)(triton.triton)
 _command(epilog=parity.EXAMPLES)(parity.parity)
 app.add_typer(eval_.app, name="eval")
 app.add_typer(score_.app, name="score")

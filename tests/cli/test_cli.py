@@ -248,6 +248,7 @@ COMMANDS = [
     "decompress",
     "page",
     "serve",
+    "triton",
     "parity",
     "eval",
     "import",

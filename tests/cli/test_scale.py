@@ -194,3 +194,15 @@ def test_more_shards_than_batches_is_no_error(ddpmx, gaussian_onnx, tmp_path):
     assert done.code == 0
     assert "shard 0 of 2: no images of 0…3" in done.out
     assert "nothing to do" in done.out
+
+
+def test_triton_writes_a_repository(ddpmx, refused, gaussian_onnx, tmp_path):
+    out = tmp_path / "repository"
+    done = ddpmx("triton", gaussian_onnx, "-o", out, "--name", "toy", "--batch", 4)
+    assert done.code == 0, done
+    assert f"{out}: toy, toy_eps; " in done.out
+    assert f"tritonserver --model-repository={out}" in done.out
+    assert "exists already" in refused("triton", gaussian_onnx, "-o", out, "--name", "toy")
+    assert "cannot be called" in refused("triton", gaussian_onnx, "-o", out, "--name", "a b")
+    assert "--threads must be" in refused("triton", gaussian_onnx, "-o", out, "--threads", -1)
+    assert sorted(path.name for path in out.iterdir()) == ["toy", "toy_eps"]
