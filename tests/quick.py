@@ -39,7 +39,7 @@ class Quick:
 
     @pytest.hookimpl
     def pytest_sessionfinish(self) -> None:
-        cache = self.config.cache
+        cache = getattr(self.config, "cache", None)  # there is none with -p no:cacheprovider
         if cache is None or hasattr(self.config, "workerinput"):  # one of several processes; the first has all reports
             return
         known: dict[str, float] = cache.get(KEY, {})
@@ -53,9 +53,10 @@ class Quick:
 
     @pytest.hookimpl
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        if not config.getoption("quick") or config.cache is None:
+        cache = getattr(config, "cache", None)
+        if not config.getoption("quick") or cache is None:
             return
-        known: dict[str, float] = config.cache.get(KEY, {})
+        known: dict[str, float] = cache.get(KEY, {})
         changed = set(changed_files(self.root))
         parts: dict[bool, list[pytest.Item]] = {True: [], False: []}
         for item in items:

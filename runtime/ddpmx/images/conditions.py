@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +13,12 @@ from numpy.typing import NDArray
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.npz import read_npz
 from ddpmx.formats.spec import ModelSpec
-from ddpmx.images.pictures import is_animated, opened
+from ddpmx.images.pictures import MAX_SENT, SENT, is_animated, opened
 from ddpmx.images.resize import resized
 from ddpmx.sampling.pixels import from_uint8, size_text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 MAX_BYTES = 1 << 32
 """Of all conditions of a call, unpacked."""
@@ -73,7 +77,7 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> Conditions
     pictures, faults, changed, animated = [], [], 0, 0
     for file in files:
         try:
-            picture, other_size = _picture(file, dims)
+            picture, other_size = _fitted(opened(file, first_frame=True), dims)
             pictures.append(picture)
             changed += other_size
             animated += is_animated(file)
@@ -93,6 +97,28 @@ def read_conditions(path: str | os.PathLike[str], spec: ModelSpec) -> Conditions
         notes.append(f"of {animated} that are animated the first frame is taken")
     names = [file.name for file in files]
     return Conditions(np.ascontiguousarray(np.stack(pictures)), names, "; ".join(notes) or None)
+
+
+def read_sent(data: bytes, spec: ModelSpec) -> NDArray[np.float32]:
+    """A condition that somebody has sent as a PNG, JPEG or WebP of any size, float32 [1, K, H, W].
+
+    Args:
+        data: the file.
+        spec: the model.
+
+    Raises:
+        InputError: no such picture; or the model takes no condition, or none that is a picture.
+    """
+    dims = spec.conditioning_shapes.get("cond")
+    if dims is None:
+        raise InputError("the model takes no condition", hint="leave out cond")
+    if dims[0] not in _MODES:
+        raise InputError(f"a picture has 1, 3 or 4 channels, and the condition {dims[0]}", hint="use it from Python")
+    try:
+        picture = opened(BytesIO(data), first_frame=True, most=MAX_SENT, formats=SENT)
+        return _fitted(picture, dims)[0][None]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cond: {error}", hint="a PNG, JPEG or WebP") from error
 
 
 def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
@@ -116,13 +142,12 @@ def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:
     )
 
 
-def _picture(path: Path, dims: tuple[int, ...]) -> tuple[NDArray[np.float32], bool]:
-    """One picture as float32 [K, H, W], and whether it had another size. Raises OSError or ValueError."""
+def _fitted(picture: Image, dims: tuple[int, ...]) -> tuple[NDArray[np.float32], bool]:
+    """A picture as float32 [K, H, W], and whether it had another size."""
     from PIL import Image as PilImage
 
     channels, *size = dims
     height, width = size
-    picture = opened(path, first_frame=True)
     if channels != 4 and picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = PilImage.new("RGBA", picture.size, "white")

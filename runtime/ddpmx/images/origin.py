@@ -33,6 +33,8 @@ class Origin:
         guidance: w of classifier-free guidance, 1 for none.
         begun_from: the name of the picture that each image is a variation of, or None.
         shared: the timestep down to which all images are one, or None.
+        towards: the seed of the other x_T where each image begins between two, or None.
+        share: λ, how much of that other one it has.
     """
 
     model: str
@@ -46,6 +48,8 @@ class Origin:
     guidance: float = 1.0
     begun_from: Sequence[str] | None = None
     shared: int | None = None
+    towards: int | None = None
+    share: float = 0.0
 
     def text(self, position: int, count: int = 1) -> dict[str, str]:
         """The text for the image at ``position`` of the request, or for a sheet of ``count`` images from there on."""
@@ -70,6 +74,8 @@ class Origin:
             values["start"] = sampling.start
         if self.shared is not None:
             values["shared"] = self.shared
+        if self.towards is not None:
+            values |= {"towards": self.towards, "share": f"{self.share:g}"}
         for keyword, each in (("label", self.labels), ("condition", self.conditions), ("init", self.begun_from)):
             if each is not None:
                 shown = each[position : position + count]
@@ -117,7 +123,7 @@ def difference(path: Path, origin: Origin, n: int) -> str | None:
     position = int(index) - origin.first if index.isascii() and index.isdecimal() else -1
     mine = origin.text(position if 0 <= position < n else 0)
     unknown = {SOFTWARE, "index"} | (set() if 0 <= position < n else {"label", "condition", "init"})
-    optional = ("eta", "variance", "guidance", "start", "shared", "label", "condition", "init")
+    optional = ("eta", "variance", "guidance", "start", "shared", "towards", "share", "label", "condition", "init")
     for keyword in dict.fromkeys((*mine, *optional)):
         theirs, here = texts.get(keyword), mine.get(keyword)
         if keyword not in unknown and theirs != here:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,12 @@ MAX_PIXELS = 1 << 26
 MAX_BYTES = 1 << 32
 """Of all pictures of a call, decoded."""
 
+SENT = ("PNG", "JPEG", "WEBP")
+"""What is read of strangers, of Pillow's forty formats."""
+
+MAX_SENT = 1 << 22
+"""Pixels of a picture that somebody has sent, and that may have any size: 2048×2048."""
+
 TASK = "task"
 """The keyword under which a picture that a task has written names it."""
 
@@ -49,12 +56,21 @@ class Picture(NamedTuple):
     pixels: NDArray[np.uint8]
 
 
-def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None, *, first_frame: bool = False) -> Image:
+def opened(
+    path: str | os.PathLike[str] | BinaryIO,
+    size: tuple[int, int] | None = None,
+    *,
+    first_frame: bool = False,
+    most: int | None = None,
+    formats: tuple[str, ...] | None = None,
+) -> Image:
     """A picture of 8 bits as Pillow's, turned the way that its camera held it, without a palette.
 
     Args:
         path: the file.
-        size: (H, W) that it has to have; by default any of up to :data:`MAX_PIXELS`.
+        size: (H, W) that it has to have; by default any.
+        most: pixels that it may have; by default :data:`MAX_PIXELS`.
+        formats: those that are tried, by Pillow's names; by default all.
         first_frame: whether an animation may stand for its first frame, see :func:`is_animated`.
 
     Raises:
@@ -64,17 +80,16 @@ def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None, *,
     from PIL import Image as PilImage
     from PIL import ImageOps
 
+    most = MAX_PIXELS if most is None else most
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)  # the size is judged below
-            picture = PilImage.open(path)
+            picture = PilImage.open(path, formats=formats)
         with picture:
             if size is not None and sorted(picture.size) != sorted(size):  # before anything is decoded: it may be huge
                 raise _odd_size(picture, size)
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(
-                    f"it is {size_text(picture.height, picture.width)}, more than {MAX_PIXELS >> 20} megapixels"
-                )
+            if picture.width * picture.height > most:
+                raise ValueError(f"it is {size_text(picture.height, picture.width)}, more than {most >> 20} megapixels")
             if picture.mode not in (*_CHANNELS, "P", "PA"):
                 raise ValueError(f"pictures of mode {picture.mode} have no range that is known")
             if not first_frame and _animated(picture):
@@ -91,6 +106,25 @@ def opened(path: str | os.PathLike[str], size: tuple[int, int] | None = None, *,
         raise OSError(error.strerror or "no picture that Pillow can read, or a damaged one") from error
     except (SyntaxError, PilImage.DecompressionBombError) as error:  # Pillow's, for some damaged files
         raise ValueError(str(error)[:200]) from error
+
+
+def read_sent(data: bytes, what: str, channels: int, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A picture that somebody has sent, uint8 [H, W, C], as :func:`read_picture` reads one: PNG, JPEG or WebP.
+
+    Args:
+        data: the file.
+        what: its name, for errors.
+        channels: C of the model, 1, 3 or 4.
+        size: (H, W) that it has to have.
+
+    Raises:
+        InputError: no picture, or one that does not fit.
+    """
+    try:
+        return _exact(opened(BytesIO(data), size, formats=SENT), channels, widen=True)
+    except (OSError, ValueError) as error:
+        hint = f"a {_KINDS[channels]} picture of {size_text(*size)}, 8 bits"
+        raise InputError(f"{what}: {error}", hint=hint) from error
 
 
 def is_animated(path: str | os.PathLike[str]) -> bool:

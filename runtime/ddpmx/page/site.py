@@ -173,6 +173,7 @@ def describe(
             "classes": spec.classes,
             "class_names": list(spec.class_names or ()),
             "null_class": spec.null_class,
+            "condition": spec.condition,
             "self_condition": spec.self_condition,
             "precision": spec.precision,
         },

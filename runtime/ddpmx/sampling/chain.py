@@ -6,6 +6,7 @@ and x_{t−1} must feel no more than 0.02 of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -141,6 +142,21 @@ def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -
     """x_T ~ N(0, I) for each image, float32 [n, C, H, W]."""
     z = noise.normal(seed, images, 0, Purpose.INITIAL, int(np.prod(shape)))
     return z.reshape(len(images), *shape)
+
+
+def between(seed: int, towards: int, share: float, images: NDArray[np.int64], shape: tuple[int, int, int]) -> Float32:
+    """x_T between those of two seeds, N(0, I) as well: ((1−λ)·x_T + λ·x'_T) / √((1−λ)² + λ²), float32 [n, C, H, W].
+
+    Args:
+        seed: that of x_T, λ = 0.
+        towards: that of x'_T, λ = 1.
+        share: λ, 0…1.
+        images: their indices.
+        shape: (C, H, W).
+    """
+    length = math.sqrt((1 - share) * (1 - share) + share * share)  # not hypot, whose last bit depends on the library
+    mine, theirs = np.float32((1 - share) / length), np.float32(share / length)
+    return mine * initial(seed, images, shape) + theirs * initial(towards, images, shape)
 
 
 def executed_batch(backend: Backend, spec: ModelSpec, n: int, batch: int) -> int:

@@ -21,7 +21,7 @@ import zipfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
@@ -29,19 +29,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import ddpmx
-from ddpmx.diffusion.grids import Spacing
-from ddpmx.diffusion.samplers import Sampler, Variance
 from ddpmx.errors import BackendError, Cancelled, DdpmxError, InputError, QueueFull
+from ddpmx.images import conditions as conditions_of
 from ddpmx.images import writers
 from ddpmx.images.origin import Origin
 from ddpmx.page.site import describe
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.sampling.request import Sampling
+from ddpmx.serve.ask import Ask, AskFiles, AskFilesWithPictures, AskWithPictures, Files, begin, sent_name
 from ddpmx.serve.batcher import Batcher, Ticket
 from ddpmx.serve.limits import Limited
 
@@ -75,32 +74,7 @@ class Limits:
     images: int = 64
     seconds: float = 600.0
     slow_seconds: float = 30.0
-    body: int = 1 << 16
-
-
-class Ask(BaseModel):
-    """A request for images."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    n: int = Field(1, ge=1, description="How many images.")
-    seed: int = Field(0, ge=0, lt=2**64, description="Image i of a seed is always the same.")
-    first: int = Field(0, ge=0, lt=2**32, description="Index of the first image.")
-    steps: int | None = Field(None, ge=1, description="How many of the T timesteps are visited; by default all.")
-    sampler: Sampler | None = Field(None, description="By default ancestral, and UniPC for few steps.")
-    spacing: Spacing | None = Field(None, description="Of the timesteps.")
-    eta: float | None = Field(None, ge=0, le=1, description="Noise of the ddim sampler.")
-    variance: Variance | None = Field(None, description="Of the ancestral chain; by default the model's.")
-    labels: list[str] | None = Field(None, max_length=1024, description="Classes, by number or name, taken in turns.")
-    guidance: float = Field(1.0, description="w of classifier-free guidance; 1 for none.")
-
-
-class AskFiles(Ask):
-    """A request for images as files."""
-
-    format: Literal["png", "webp", "npz"] = Field(
-        "png", description="One image is a picture, several are a zip of pictures; npz has `images` uint8 [n, H, W, C]."
-    )
+    body: int = 1 << 20
 
 
 class Service:
@@ -167,18 +141,35 @@ class Service:
             eta=ask.eta,
             variance=ask.variance,
         )
+        begun = begin(self.batcher, ask, sampling)
+        cond = ask.cond if isinstance(ask, AskWithPictures) else None
+        if spec.condition is not None and cond is None:
+            raise InputError("missing cond: the model takes a condition image", hint="POST with cond, in base64")
+        conditions = None if cond is None else conditions_of.read_sent(cond, spec).repeat(ask.n, axis=0)
         ticket = self.batcher.submit(
             ask.n,
             seed=ask.seed,
             first=ask.first,
             labels=labels,
             guidance=ask.guidance,
-            sampling=sampling,
+            sampling=begun.sampling,
+            x=begun.x,
+            cond=conditions,
             watch=watch,
         )
-        steps = len(ticket.request.table)
         origin = Origin(
-            self.model, spec.precision, ask.seed, sampling, steps, ask.first, labels=labels, guidance=ask.guidance
+            self.model,
+            spec.precision,
+            ask.seed,
+            begun.sampling,
+            len(ticket.request.table),
+            ask.first,
+            labels=labels,
+            conditions=None if cond is None else [sent_name(cond)] * ask.n,
+            guidance=ask.guidance,
+            begun_from=begun.of,
+            towards=ask.towards,
+            share=ask.share,
         )
         return ticket, origin
 
@@ -262,9 +253,9 @@ def make_app(service: Service, *, hosts: list[str] | None = None) -> FastAPI:
 
     router = APIRouter(prefix="/v1", dependencies=[Depends(known)])
 
-    async def images(request: Request, ask: AskFiles) -> Response:
+    async def images(request: Request, ask: AskFiles | AskFilesWithPictures) -> Response:
         with service.counted():
-            ticket, origin = service.submit(ask)
+            ticket, origin = await asyncio.to_thread(service.submit, ask)  # it may have pictures to decode
             pixels = await service.finished(request, ticket)
             return await asyncio.to_thread(_answer, pixels, ask, origin)
 
@@ -273,15 +264,23 @@ def make_app(service: Service, *, hosts: list[str] | None = None) -> FastAPI:
         return await images(request, ask)
 
     @router.post("/images", response_class=Response, summary="Images")
-    async def post_images(request: Request, ask: AskFiles) -> Response:
+    async def post_images(request: Request, ask: AskFilesWithPictures) -> Response:
         return await images(request, ask)
 
     @router.get("/events", response_class=StreamingResponse, summary="Images coming into being, as server-sent events")
-    async def get_events(request: Request, ask: Annotated[Ask, Query()]) -> Response:
+    async def get_events(ask: Annotated[Ask, Query()]) -> Response:
+        return await events(ask)
+
+    @router.post("/events", response_class=StreamingResponse, summary="The same, of a request with pictures in it")
+    async def post_events(ask: AskWithPictures) -> Response:
+        return await events(ask)
+
+    async def events(ask: Ask) -> Response:
         latest = _Latest(asyncio.get_running_loop())
         with contextlib.ExitStack() as stack:
             stack.enter_context(service.counted())
-            ticket, _ = service.submit(ask, watch=latest.put)  # refused before the stream begins
+            # refused before the stream begins
+            ticket, _ = await asyncio.to_thread(service.submit, ask, watch=latest.put)
             counted = stack.pop_all()
         return StreamingResponse(
             _events(service, ticket, latest, counted),
@@ -428,18 +427,18 @@ def _text(pixels: NDArray[np.uint8]) -> str:
     return base64.b64encode(pixels.tobytes()).decode()
 
 
-def _answer(pixels: NDArray[np.uint8], ask: AskFiles, origin: Origin) -> Response:
+def _answer(pixels: NDArray[np.uint8], ask: Files, origin: Origin) -> Response:
     """Images as what was asked for."""
     stream = io.BytesIO()
     if ask.format == "npz":
         np.savez(stream, images=pixels)
         return _file(stream, "application/zip", "images.npz")
-    pictures = [writers.picture(image, ask.format, text=origin.text(i)) for i, image in enumerate(pixels)]
-    if len(pictures) == 1:
-        return Response(pictures[0], media_type=PICTURES[ask.format])
+    files = [writers.picture(image, ask.format, text=origin.text(i)) for i, image in enumerate(pixels)]
+    if len(files) == 1:
+        return Response(files[0], media_type=PICTURES[ask.format])
     with zipfile.ZipFile(stream, "w") as archive:
-        for i, data in enumerate(pictures):
-            archive.writestr(f"{ask.first + i:05d}.{ask.format}", data)
+        for i, data in enumerate(files):
+            archive.writestr(f"{origin.first + i:05d}.{ask.format}", data)
     return _file(stream, "application/zip", "images.zip")
 
 

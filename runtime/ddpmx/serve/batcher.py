@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import Labels
 from ddpmx.backends.base import Backend, Buffers, CopyingBackend, PartBackend, RowByRow
+from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, Cancelled, InputError, QueueFull
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
 from ddpmx.sampling.chain import Preview, Walk
-from ddpmx.sampling.conditioning import class_labels
+from ddpmx.sampling.conditioning import check_conditioning, class_labels
 from ddpmx.sampling.guidance import Guidance, combine, guided
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.sampling.request import Request, Sampling, check_request, default_batch
@@ -103,6 +104,8 @@ class _Waiting:
     """Of the first of them in the result."""
     guidance: Guidance | None
     watch: Callable[[int, Preview], None] | None
+    x: Float32 | None
+    cond: Float32 | None
 
     @property
     def left(self) -> int:
@@ -120,6 +123,7 @@ class _Part:
     walk: Walk
     x: Float32
     labels: NDArray[np.int32] | None
+    cond: Float32 | None
     guidance: Guidance | None
     watch: Callable[[int, Preview], None] | None
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -130,18 +134,16 @@ class Batcher:
     """Runs requests on a network, in a thread of its own. A context manager, which waits for what was asked for.
 
     Args:
-        spec: the model; one that takes no condition image.
+        spec: the model.
         backend: the network, on the host's arrays; closed with the batcher.
         batch: rows of the network's batch, at most. A guided image takes two.
         waiting: how many images may wait for a place; more are refused.
 
     Raises:
-        InputError: the model takes a condition image, or a number is out of its range.
+        InputError: a number is out of its range.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, *, batch: int | None = None, waiting: int = 4096) -> None:
-        if spec.condition is not None:
-            raise InputError("a model that takes a condition image is not served", hint="generate(…, cond=…)")
         self.spec, self._backend, self._schedule = spec, backend, spec.make_schedule()
         self._ranges = backend.device.batches if isinstance(backend, CopyingBackend) else ((1, 1 << 32),)
         wanted = check_request(spec, 1, batch=default_batch(spec) if batch is None else batch).batch
@@ -185,12 +187,16 @@ class Batcher:
         labels: Labels | None = None,
         guidance: float = 1.0,
         sampling: Sampling | None = None,
+        x: NDArray[np.float32] | None = None,
+        cond: NDArray[np.float32] | None = None,
         watch: Callable[[int, Preview], None] | None = None,
     ) -> Ticket:
         """Ask for images.
 
         Args:
             n, seed, first, labels, guidance, sampling: as for :meth:`ddpmx.Pipeline.generate`.
+            x: float32 [n, C, H, W], where the chains begin, on the host; by default the seed's x_T.
+            cond: float32 [n, K, H, W], the condition of each image, on the host.
             watch: called after each step with the position in the result of the first image, and the state, in arrays of
                 the caller's own; in the batcher's thread, which waits meanwhile.
 
@@ -210,8 +216,15 @@ class Batcher:
             guidance=guidance,
             schedule=self._schedule,
         )
-        if request.sampling.start is not None:
-            raise InputError(f"a chain begins with x_T here, not at t = {request.sampling.start}")
+        if request.sampling.start is not None and x is None:
+            raise InputError(f"missing x: x_t at t = {request.sampling.start}, where the chain begins")
+        shapes = {name: dims for name, dims in self.spec.conditioning_shapes.items() if name == "cond"}
+        check_conditioning(shapes, {} if cond is None else {"cond": cond}, n)
+        if x is not None and (x.dtype != np.float32 or x.shape != (n, *self.spec.shape)):
+            raise InputError(f"x must be float32 {[n, *self.spec.shape]}", note=f"it is {x.dtype} {[*x.shape]}")
+        for name, array in (("x", x), ("cond", cond)):
+            if array is not None and not np.isfinite(array).all():
+                raise InputError(f"{name} holds NaN or infinities")
         twice = guided(self.spec, request.guidance)
         if twice is not None and self.batch < 2:
             raise InputError("a guided image takes two rows, and the batch has one", hint="a larger batch")
@@ -222,9 +235,13 @@ class Batcher:
                 raise BackendError("the batcher is closed") if self._failed is None else self._failed
             if n + self._waiting() > self._most_waiting:
                 raise QueueFull(f"{self._most_waiting} images are waiting already", hint="later, or fewer")
-            self._queue.append(_Waiting(ticket, 0, twice, watch))
+            self._queue.append(_Waiting(ticket, 0, twice, watch, x, cond))
             self._wake.notify()
         return ticket
+
+    def table(self, sampling: Sampling | None = None) -> Table:
+        """The sampler as a table of coefficients, as :meth:`ddpmx.Pipeline.table`."""
+        return (Sampling() if sampling is None else sampling).table(self.spec, self._schedule)
 
     @property
     def active(self) -> int:
@@ -308,8 +325,9 @@ class Batcher:
             given = request.labels if request.guidance != 0 else None
             labels = class_labels(self.spec, n, None if given is None else given[at : at + n])
         walk = Walk(request.table, (n, *self.spec.shape), seed=request.seed, images=images, clip=self.spec.clip)
-        x = chain.initial(request.seed, images, self.spec.shape)
-        part = _Part(waiting.ticket, at, images, walk, x, labels, waiting.guidance, waiting.watch)
+        x = chain.initial(request.seed, images, self.spec.shape) if waiting.x is None else waiting.x[at : at + n].copy()
+        cond = None if waiting.cond is None else waiting.cond[at : at + n]
+        part = _Part(waiting.ticket, at, images, walk, x, labels, cond, waiting.guidance, waiting.watch)
         part.rows = np.zeros(n if waiting.guidance is None else 2 * n, np.int64)
         return part
 
@@ -345,6 +363,8 @@ class Batcher:
                     buffers.x[half] = part.x
                     if buffers.x0_prev is not None:
                         buffers.x0_prev[half] = part.walk.x0
+                    if buffers.cond is not None:
+                        buffers.cond[half] = part.cond
             if buffers.y is not None:
                 assert part.labels is not None
                 buffers.y[row[:n]] = part.labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,11 +11,23 @@ from numpy.typing import NDArray
 from ddpmx.diffusion.samplers import Table
 from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import InputError
-from ddpmx.pipeline import Pipeline
+from ddpmx.formats.spec import ModelSpec
 from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import from_uint8
+from ddpmx.sampling.request import Sampling
 
 Float32 = NDArray[np.float32]
+
+
+class Model(Protocol):
+    """What knows a model and its chains: a :class:`ddpmx.Pipeline`, or a batcher."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model."""
+
+    def table(self, sampling: Sampling | None = None) -> Table:
+        """A sampler as a table."""
 
 
 def draws(table: Table, number: int) -> bool:
@@ -63,7 +76,7 @@ def q_sample(schedule: Schedule, x0: Float32, t: int, eps: Float32) -> Float32:
     return np.float32(signal) * x0 + np.float32(noise) * eps
 
 
-def as_states(pipeline: Pipeline, images: NDArray[np.uint8], what: str = "images") -> Float32:
+def as_states(pipeline: Model, images: NDArray[np.uint8], what: str = "images") -> Float32:
     """Pixels, uint8 [n, H, W, C] of the model's size, as x_0, float32 [n, C, H, W].
 
     Raises:

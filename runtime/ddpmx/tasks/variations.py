@@ -14,7 +14,7 @@ from ddpmx.diffusion.noise import Purpose, normal
 from ddpmx.errors import InputError
 from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.request import Sampling
-from ddpmx.tasks.steps import as_states, q_sample, visited
+from ddpmx.tasks.steps import Model, as_states, q_sample, visited
 
 STRENGTH = 0.5
 
@@ -32,7 +32,7 @@ class Begun(NamedTuple):
 
 
 def begin(
-    pipeline: Pipeline,
+    pipeline: Model,
     images: NDArray[np.uint8],
     strength: float = STRENGTH,
     *,
@@ -45,7 +45,7 @@ def begin(
     Image i has the noise of its index, ε of ``Purpose.DIFFUSE``, which no step of the chain shares.
 
     Args:
-        pipeline: the model.
+        pipeline: the model; a :class:`ddpmx.serve.batcher.Batcher` is one as well.
         images: uint8 [n, H, W, C], of the model's size.
         strength: how much of the chain is run, above 0 up to 1: t is the visited timestep nearest to strength·T − 1. Near
             0 the image stays; at 1 hardly anything of it is left.

@@ -17,6 +17,7 @@ from PIL import Image
 from ddpmx import load
 from ddpmx.models.shipped import find
 from ddpmx.page.site import ORT_VERSION, write_site
+from ddpmx.sampling import chain
 from ddpmx.sampling.request import Sampling
 from oracles.browser import Page, served
 
@@ -60,6 +61,8 @@ def test_the_page_draws_what_generate_draws(tmp_path, ort, figure):
             steps: pipeline.generate(4, seed=7, sampling=Sampling.chosen(1000, steps=steps))[..., 0].astype(int)
             for steps in (8, 20)
         }
+        x = chain.between(7, 2**63, 0.25, np.arange(4), pipeline.spec.shape)
+        between = pipeline.generate(4, seed=7, x=x, sampling=Sampling.chosen(1000, steps=8))[..., 0].astype(int)
     write_site(find("garments"), tmp_path / "site", ort=ort)
     page = Page(tmp_path / "profile")
     try:
@@ -70,6 +73,12 @@ def test_the_page_draws_what_generate_draws(tmp_path, ort, figure):
             page.until(DRAWN)
             apart = np.abs(drawn(page) - wanted[8])
             figure("page against generate, levels apart", apart.max(), at_most=1)
+            page.run(
+                "(document.getElementById('towards').value = String(2n ** 63n), document.getElementById('share').value = '0.25',"
+                " document.getElementById('share').dispatchEvent(new Event('change')))"
+            )
+            page.until(DRAWN)
+            figure("between two seeds, levels apart", np.abs(drawn(page) - between).max(), at_most=1)
             page.run("(document.getElementById('seed').value = '-1', document.getElementById('draw').click())")
             assert text(page, "fault").startswith("The seed must be a whole number")
             page.until("navigator.serviceWorker.controller !== null")

@@ -100,7 +100,8 @@ async function network({ x, t, y, x0_prev }) {
   }
   return { out, var: v };
 }
-for await (const { x, x0 } of chain.run(model, network, { ...asked, seed: BigInt(asked.seed) })) { write(x0); write(x); }
+const seeds = { seed: BigInt(asked.seed), towards: asked.towards && BigInt(asked.towards) };
+for await (const { x, x0 } of chain.run(model, network, { ...asked, ...seeds })) { write(x0); write(x); }
 """
 
 CASES: dict[str, tuple[dict[str, Any], int | None, dict[str, Any]]] = {
@@ -114,6 +115,7 @@ CASES: dict[str, tuple[dict[str, Any], int | None, dict[str, Any]]] = {
     "no class": ({"classes": 5, "null_class": True}, None, {}),
     "guided": ({"classes": 5, "null_class": True}, None, {"labels": [3, 0, 4], "guidance": 2.7}),
     "guided by nothing": ({"classes": 5, "null_class": True}, 7, {"labels": [3, 0, 4], "guidance": 0.0}),
+    "between two seeds": ({}, 7, {"towards": 2**64 - 1, "share": 0.35}),
     "itself, guided": (
         {"classes": 5, "null_class": True, "self_condition": True, "variance": "learned_range"},
         None,
@@ -124,14 +126,25 @@ CASES: dict[str, tuple[dict[str, Any], int | None, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_state_of_a_chain_has_the_bits_of_numpy(name):
-    changes, steps, conditioning = CASES[name]
+    changes, steps, asked = CASES[name]
+    conditioning = {**asked}
     spec = ModelSpec((3, 4, 5), **{"timesteps": 20, **changes})
     described = describe(spec, "toy", "", 0, steps=[7])
     with Pipeline(spec, Toy(spec)) as pipeline:
         sampling = Sampling.chosen(20, steps=steps)
-        run = pipeline.stream(3, seed=2**40 + 5, first=9, batch=3, sampling=sampling, **conditioning)
-        steps_before = [(each.x.copy(), each.x0.copy()) for each in run]
-        images = pipeline.generate(3, seed=2**40 + 5, first=9, batch=3, sampling=sampling, **conditioning)
+        if (towards := conditioning.pop("towards", None)) is not None:
+            share, images = conditioning.pop("share"), np.arange(9, 12)
+            conditioning["x"] = chain.between(2**40 + 5, towards, share, images, spec.shape)
+        steps_before: list[tuple[np.ndarray, np.ndarray]] = []
+        images = pipeline.generate(
+            3,
+            seed=2**40 + 5,
+            first=9,
+            batch=3,
+            sampling=sampling,
+            preview=lambda _, each: steps_before.append((each.x.copy(), each.x0.copy())),
+            **conditioning,
+        )
     found = javascript(
         TOY,
         {
@@ -142,7 +155,8 @@ def test_every_state_of_a_chain_has_the_bits_of_numpy(name):
             "steps": str(steps or 20),
             "seed": str(2**40 + 5),
             "images": [9, 10, 11],
-            **conditioning,
+            **asked,
+            **({"towards": str(asked["towards"])} if "towards" in asked else {}),
         },
     )
     x0 = np.stack([each for _, each in steps_before])

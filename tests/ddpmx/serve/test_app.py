@@ -15,7 +15,10 @@ from PIL import Image
 
 from ddpmx import Pipeline, Sampling
 from ddpmx.formats.png_text import read_png_text
+from ddpmx.sampling import chain
+from ddpmx.sampling.pixels import from_uint8
 from ddpmx.serve.batcher import Batcher
+from ddpmx.tasks.variations import variations
 from oracles import conditioning, gaussian
 from oracles.toy_backend import ToyBackend
 
@@ -107,6 +110,75 @@ def test_classes_by_name_take_turns_by_the_image_s_index(serve):
     }
 
 
+def base64_of(levels, kind="PNG") -> str:
+    stream = io.BytesIO()
+    Image.fromarray(levels).save(stream, kind)
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def test_images_between_two_seeds(serve, tmp_path):
+    client, _ = serve()
+    x = [chain.initial(seed, np.arange(2, 5), SPEC.shape) for seed in (3, 9)]
+    for share, weights in ((0, (1, 0)), (0.25, (3, 1)), (1, (0, 1))):
+        a, b = np.float32(np.array(weights) / np.linalg.norm(weights))
+        wanted = drawn(3, seed=3, first=2, x=a * x[0] + b * x[1])
+        answer = client.get(f"/v1/images?n=3&seed=3&first=2&steps=9&towards=9&share={share}&format=npz")
+        np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["images"], wanted)
+    np.testing.assert_array_equal(drawn(3, seed=3, first=2, x=x[0]), drawn(3, seed=3, first=2))
+    (tmp_path / "a.png").write_bytes(client.get("/v1/images?steps=9&towards=9&share=0.25").content)
+    text = read_png_text(tmp_path / "a.png")[1]
+    assert (text["seed"], text["towards"], text["share"]) == ("0", "9", "0.25")
+
+
+def test_variations_of_a_picture(serve):
+    client, _ = serve()
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    with Pipeline(SPEC, ToyBackend()) as pipeline:
+        wanted = variations(
+            pipeline, np.stack([picture] * 3), 0.3, sampling=Sampling.chosen(1000, steps=9), seed=5, first=1, batch=4
+        )
+    ask = {"n": 3, "seed": 5, "first": 1, "steps": 9, "init": base64_of(picture), "strength": 0.3}
+    answer = client.post("/v1/images", json={**ask, "format": "npz"})
+    np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["images"], wanted)
+    kind, last = list(events(client.post("/v1/events", json=ask).text))[-1]
+    assert kind == "drawn"
+    assert base64.b64decode(last["levels"]) == wanted.tobytes()
+    gif = base64_of(picture, "GIF")
+    for changes, fact in (
+        ({"init": base64_of(picture[:7])}, "it is 7×8 (height×width), and the model takes 8×8"),
+        ({"init": gif}, "init: no picture that Pillow can read"),
+        ({"init": "no base64!"}, "init"),
+        ({"init": None}, "strength is of init"),
+        ({"towards": 3}, "exclude each other"),
+        ({"strength": 0}, "strength"),
+        ({"cond": base64_of(picture)}, "the model takes no condition"),
+    ):
+        answer = client.post("/v1/images", json=ask | changes)
+        assert answer.status_code == 422, answer.text
+        assert fact in answer.json()["detail"]
+
+
+def test_a_condition_is_a_picture_of_any_size(serve):
+    spec = conditioning.spec_of("condition", condition=3)
+
+    class Toy(ToyBackend):
+        def enqueue(self) -> None:
+            self.buffers.out[...] = 0.5 * self.buffers.x + conditioning.effect(self.buffers.inputs())
+
+    client, _ = serve(Toy(), spec=spec)
+    levels = np.full((40, 40, 3), (10, 200, 90), np.uint8)
+    with Pipeline(spec, Toy()) as pipeline:
+        cond = np.broadcast_to(from_uint8(levels[0, 0])[:, None, None], (2, *spec.shape)).astype(np.float32)
+        sampling = Sampling.chosen(spec.timesteps, steps=9)
+        wanted = pipeline.generate(2, cond=np.ascontiguousarray(cond), batch=4, sampling=sampling)
+    answer = client.post("/v1/images", json={"n": 2, "steps": 9, "cond": base64_of(levels), "format": "npz"})
+    np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["images"], wanted)
+    assert client.get("/v1/images").json()["hint"] == "POST with cond, in base64"
+    large = np.zeros((3000, 3000), np.uint8)
+    answer = client.post("/v1/images", json={"cond": base64_of(large)})
+    assert "more than 4 megapixels" in answer.json()["detail"]
+
+
 def events(text):
     for block in text.strip().split("\n\n"):
         if not block.startswith(":"):
@@ -147,6 +219,9 @@ REFUSED = {
     "what=1": (422, "what"),
     "guidance=nan": (422, "finite"),
     "first=4294967295&n=2": (422, "beyond that"),
+    "share=0.5": (422, "towards, which is missing"),
+    "towards=1&share=1.5": (422, "share"),
+    "init=aGk=": (422, "init"),
 }
 
 
@@ -163,7 +238,7 @@ def test_what_is_refused(serve, query):
 
 def test_bodies_that_are_none(serve):
     client, _ = serve()
-    for body, status in ((b"{", 422), (b"[]", 422), (b'{"n": "x"}', 422), (b'{"n": 1' + b" " * 70000 + b"}", 413)):
+    for body, status in ((b"{", 422), (b"[]", 422), (b'{"n": "x"}', 422), (b'{"n": 1' + b" " * (1 << 20) + b"}", 413)):
         answer = client.post("/v1/images", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == status, (body[:20], answer.text)
     for body in (b'{"n": NaN}', b'{"n": 1e999}', rb'{"n": "\ud800"}', rb'{"\ud800": 1}', b'{"labels": [NaN]}'):

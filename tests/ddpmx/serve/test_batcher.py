@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,40 @@ def test_classes_guidance_and_what_conditions_on_itself(guidance):
         asked = batcher.submit(5, seed=3, labels=labels, guidance=guidance), batcher.submit(2, seed=4)
         np.testing.assert_array_equal(asked[0].result(60), wanted)
         np.testing.assert_array_equal(asked[1].result(60), nobody)
+
+
+def test_conditions_and_chains_that_begin_elsewhere():
+    spec = conditioning.spec_of("all", null_class=True)
+    rng = np.random.default_rng(0)
+    conditions = conditioning.conditioning_of(spec, 7)
+    x = rng.standard_normal((7, *spec.shape)).astype(np.float32)
+    half = Sampling(steps=10, start=spec.timesteps // 2)
+
+    class Toy(ToyBackend):
+        def enqueue(self) -> None:
+            each = self.buffers
+            each.out[...] = 0.5 * each.x + conditioning.effect(each.inputs())
+
+    def asked(rows: slice, guidance: float) -> dict[str, Any]:
+        return {"cond": conditions["cond"][rows], "labels": conditions["y"][rows], "guidance": guidance}
+
+    with warnings.catch_warnings(), Pipeline(spec, Toy()) as pipeline:
+        warnings.simplefilter("ignore")  # start is not visited, and the nearest is taken
+        t = int(half.table(spec).timesteps[0])
+        wanted = [
+            pipeline.generate(7, seed=3, batch=2, **asked(slice(0, 7), 2.0)),
+            pipeline.generate(4, seed=5, batch=4, x=x[:4], sampling=half, **asked(slice(3, 7), 1.0)),
+        ]
+        with Batcher(spec, Toy(), batch=4) as batcher:
+            begun = Sampling(steps=10, start=t)
+            tickets = [
+                batcher.submit(7, seed=3, **asked(slice(0, 7), 2.0)),
+                batcher.submit(4, seed=5, x=x[:4], sampling=begun, **asked(slice(3, 7), 1.0)),
+            ]
+            for ticket, images in zip(tickets, wanted, strict=True):
+                np.testing.assert_array_equal(ticket.result(60), images)
+            with pytest.raises(InputError, match="missing model input 'cond'"):
+                batcher.submit(1, labels=0)
 
 
 @pytest.mark.parametrize("largest", [4, 64])
@@ -238,8 +273,11 @@ def test_limits_and_the_end():
     for arguments, fact in (
         ({"n": 0}, "n must be"),
         ({"n": 1, "seed": -1}, "seed"),
-        ({"n": 1, "sampling": Sampling(start=5)}, "begins with x_T"),
+        ({"n": 1, "sampling": Sampling(start=5)}, "missing x"),
         ({"n": 1, "labels": 3}, "no classes"),
+        ({"n": 2, "x": np.zeros((1, *SPEC.shape), np.float32)}, "x must be float32"),
+        ({"n": 1, "x": np.full((1, *SPEC.shape), np.nan, np.float32)}, "x holds NaN"),
+        ({"n": 1, "cond": np.zeros((1, *SPEC.shape), np.float32)}, "no input 'cond'"),
     ):
         with pytest.raises(InputError, match=fact):
             batcher.submit(**arguments)
@@ -254,5 +292,3 @@ def test_limits_and_the_end():
     with pytest.raises(BackendError, match="closed"):
         batcher.submit(1)
     assert backend.closed == 1
-    with pytest.raises(InputError, match="condition image"):
-        Batcher(conditioning.spec_of("condition"), ToyBackend())

@@ -140,11 +140,11 @@ export function unpack(text, Kind) {
  * @param {(inputs: object, n: number) => Promise<{out: Float32Array, var?: Float32Array}>} network answers to
  *   {x, t, y?, x0_prev?}, typed arrays of n images
  * @param {object} request steps (a key of model.chains), seed (bigint), images (their indices), labels (the class of each,
- *   or absent), guidance (w, 1 by default)
+ *   or absent), guidance (w, 1 by default), towards (another seed, bigint, or absent) and share (λ, how much of that)
  * @yields {{t: number, step: number, steps: number, x: Float32Array, x0: Float32Array}} the state after each step, and x̂_0;
  *   after the last one both are the images
  */
-export async function* run(model, network, { steps, seed, images, labels, guidance = 1 }) {
+export async function* run(model, network, { steps, seed, images, labels, guidance = 1, towards, share = 0 }) {
   const chain = model.chains[steps];
   const times = unpack(chain.timesteps, Int32Array), rows = unpack(chain.rows, Float32Array);
   const learned = chain.learned ? unpack(chain.learned, Float32Array) : null;
@@ -153,7 +153,7 @@ export async function* run(model, network, { steps, seed, images, labels, guidan
   const size = shape[0] * shape[1] * shape[2], n = images.length, limit = clip === null ? Infinity : fround(clip);
   const w = fround(guidance), twice = labels && guidance !== 1 && guidance !== 0, calls = twice ? 2 * n : n;
   const x = new Float32Array(n * size), x0 = new Float32Array(n * size);
-  images.forEach((image, i) => x.set(normal(seed, image, 0, INITIAL, size), i * size));
+  images.forEach((image, i) => x.set(initial(seed, towards, share, image, size), i * size));
   const inputs = { x: new Float32Array(calls * size), t: new Int32Array(calls) };
   if (selfCondition) inputs.x0_prev = new Float32Array(calls * size);
   if (classes !== null) {
@@ -193,6 +193,15 @@ export async function* run(model, network, { steps, seed, images, labels, guidan
     if (memory) earlier = [x0.slice(), ...earlier.slice(0, 1)];
     yield { t, step: step + 1, steps: times.length, x, x0 };
   }
+}
+
+/** x_T of an image; or between those of two seeds, ((1−λ)·x_T + λ·x'_T) / √((1−λ)² + λ²), which is N(0, I) as well. */
+function initial(seed, towards, share, image, size) {
+  const x = normal(seed, image, 0, INITIAL, size);
+  if (towards === undefined) return x;
+  const other = normal(towards, image, 0, INITIAL, size), length = Math.sqrt((1 - share) * (1 - share) + share * share);
+  const mine = fround((1 - share) / length), theirs = fround(share / length);
+  return x.map((value, i) => fround(fround(mine * value) + fround(theirs * other[i])));
 }
 
 /** out_∅ + w·(out_y − out_∅), of a batch that has every image with its class and then without. */

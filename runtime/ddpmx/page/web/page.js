@@ -4,7 +4,7 @@ const at = (id) => document.getElementById(id);
 const worker = new Worker("worker.js", { type: "module" });
 const MOST = 2n ** 64n - 1n;
 
-let model, busy = false, asked;
+let model, busy = false, asked, condition;
 
 function say(text) {
   at("status").textContent = text;
@@ -36,6 +36,7 @@ function describe(found) {
     choices(at("label"), [["turns", "each in turn"], ...(spec.null_class ? [["none", "none"]] : []), ...named], "turns");
   }
   at("guidance-of").hidden = !spec.null_class;
+  at("cond-of").hidden = spec.condition === null;
   restore();
   pick();
   // without it, and where a server draws, the page is there online only
@@ -57,10 +58,20 @@ function restore() {
   }
 }
 
-/** Guidance needs a class. */
+/** Guidance needs a class, and a way between two seeds the other one. */
 function pick() {
   at("guidance").disabled = at("label").value === "none";
   at("w").textContent = at("guidance").value;
+  at("share-of").hidden = !at("towards").value.trim();
+  at("lambda").textContent = at("share").value;
+}
+
+/** Whether a field holds a seed; says so if not. */
+function isSeed(field) {
+  const text = field.value.trim(), good = /^[0-9]{1,20}$/.test(text) && BigInt(text) <= MOST;
+  field.setAttribute("aria-invalid", String(!good));
+  if (!good) at("fault").textContent = `The seed must be a whole number from 0 to ${MOST}.`;
+  return good;
 }
 
 function labels(n) {
@@ -70,13 +81,20 @@ function labels(n) {
 }
 
 function draw() {
-  const seed = at("seed").value.trim(), n = Number(at("n").value);
-  const good = /^[0-9]{1,20}$/.test(seed) && BigInt(seed) <= MOST;
-  at("fault").textContent = good ? "" : `The seed must be a whole number from 0 to ${MOST}.`;
-  at("seed").setAttribute("aria-invalid", String(!good));
+  at("fault").textContent = "";
+  const seed = at("seed").value.trim(), towards = at("towards").value.trim() || undefined, n = Number(at("n").value);
+  at("towards").setAttribute("aria-invalid", "false");
+  const good = isSeed(at("seed")) && (towards === undefined || isSeed(at("towards")));
   if (!good || busy || !model) return;
+  if (model.spec.condition !== null && !condition) {
+    at("fault").textContent = "This model needs a picture as its condition.";
+    return;
+  }
   const of = labels(n), guided = model.spec.null_class && of ? Number(at("guidance").value) : 1;
-  asked = { kind: "draw", seed, n, steps: at("steps").value, labels: of, guidance: guided, provider: at("provider").value };
+  asked = {
+    kind: "draw", seed, n, steps: at("steps").value, labels: of, guidance: guided, provider: at("provider").value,
+    towards, share: Number(at("share").value), condition,
+  };
   history.replaceState(null, "", `#${new URLSearchParams(new FormData(at("request")))}`);
   const [, height, width] = model.spec.shape, columns = Math.ceil(Math.sqrt(n));
   at("field").style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
@@ -101,6 +119,16 @@ function finish(text, whole) {
   say(text);
   at("save").disabled = !whole;
   if (asked) at("field").setAttribute("aria-label", `${asked.n} images of seed ${asked.seed}${whole ? "" : ", not finished"}`);
+}
+
+/** A file as base64. */
+function asBase64(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
 }
 
 /** All images on one sheet, pixel by pixel. */
@@ -142,6 +170,12 @@ at("request").addEventListener("submit", (event) => {
   draw();
 });
 at("request").addEventListener("input", pick);
+// to let go of the slider draws: what is between two seeds is looked for by eye
+at("share").addEventListener("change", () => busy || draw());
+at("cond").addEventListener("change", async () => {
+  const [file] = at("cond").files;
+  condition = file && (await asBase64(file));
+});
 at("cancel").addEventListener("click", () => worker.postMessage({ kind: "cancel" }));
 at("save").addEventListener("click", save);
 at("other").addEventListener("click", () => {

@@ -74,10 +74,11 @@ async function draw(request) {
   cancelled = false;
   await start(request.provider);
   const { shape } = model.spec, size = shape[0] * shape[1] * shape[2], begun = performance.now();
+  const seeds = { seed: BigInt(request.seed), towards: request.towards === undefined ? undefined : BigInt(request.towards) };
   for (let first = 0; first < request.n; first += AT_ONCE) {
     const n = Math.min(AT_ONCE, request.n - first), images = Array.from({ length: n }, (_, i) => first + i);
     const labels = request.labels?.slice(first, first + n);
-    for await (const state of run(model, network, { ...request, seed: BigInt(request.seed), images, labels })) {
+    for await (const state of run(model, network, { ...request, ...seeds, images, labels })) {
       const last = state.step === state.steps, shown = last ? state.x : state.x0;
       const drawn = images.map((_, i) => pixels(shown.subarray(i * size, (i + 1) * size), shape));
       const share = (first + (n * state.step) / state.steps) / request.n;

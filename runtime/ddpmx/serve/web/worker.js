@@ -20,12 +20,19 @@ async function open() {
 }
 
 /** Draw on the server. To hang up ends the chain there as well. */
-async function draw({ n, seed, steps, labels, guidance }) {
-  const wanted = new URLSearchParams({ n, seed, guidance }), share = {};
+async function draw({ n, seed, steps, labels, guidance, towards, share: between, condition }) {
+  const wanted = new URLSearchParams({ n, seed, guidance }), share = {}, headers = { "Content-Type": "application/json" };
   if (Number(steps) < model.spec.timesteps) wanted.set("steps", steps);
+  if (towards !== undefined) {
+    wanted.set("towards", towards);
+    wanted.set("share", between);
+  }
   for (const label of labels ?? []) wanted.append("labels", label);
   connection = new AbortController();
-  const answer = await fetch(`v1/events?${wanted}`, { signal: connection.signal });
+  const { signal } = connection;
+  const answer = condition === undefined
+    ? await fetch(`v1/events?${wanted}`, { signal })
+    : await fetch("v1/events", { signal, method: "POST", headers, body: body(wanted, condition) });
   if (!answer.ok) throw new Error(await refusal(answer));
   for await (const [kind, data] of events(answer.body)) {
     if (kind === "step") {
@@ -39,6 +46,15 @@ async function draw({ n, seed, steps, labels, guidance }) {
     } else if (kind === "fault") throw new Error(data.detail);
   }
   throw new Error("the server is gone");
+}
+
+/** A request with its condition as JSON. A seed is a whole number of 64 bits, which JSON.stringify has not. */
+function body(wanted, condition) {
+  const fields = [...new Set(wanted.keys())].map((name) => {
+    const values = wanted.getAll(name);
+    return `"${name}":${name === "labels" ? JSON.stringify(values) : values[0]}`;
+  });
+  return `{${[...fields, `"cond":${JSON.stringify(condition)}`].join(",")}}`;
 }
 
 /** Why the server does not draw. */
