@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 DDPMX = (
+    "serve",
     "tasks",
     "scale",
-    "serve",
     "page",
     "pipeline",
     "parity",

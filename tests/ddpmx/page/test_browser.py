@@ -74,7 +74,8 @@ def test_the_page_draws_what_generate_draws(tmp_path, ort, figure):
             apart = np.abs(drawn(page) - wanted[8])
             figure("page against generate, levels apart", apart.max(), at_most=1)
             page.run(
-                "(document.getElementById('towards').value = String(2n ** 63n), document.getElementById('share').value = '0.25',"
+                "(document.getElementById('towards').value = String(2n ** 63n),"
+                " document.getElementById('share').value = '0.25',"
                 " document.getElementById('share').dispatchEvent(new Event('change')))"
             )
             page.until(DRAWN)
