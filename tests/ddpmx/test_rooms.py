@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 DDPMX = (
+    "scale",
     "serve",
     "tasks",
-    "scale",
     "page",
     "pipeline",
     "parity",
