@@ -30,8 +30,12 @@ AVERAGE = "/ExponentialMovingAverage"
 _T = TypeVar("_T")
 _MARK = "temb/dense0/W"
 _SLOTS = ("/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1", "/Momentum")
-_PREDICTIONS: Mapping[str, Prediction] = {"eps": "eps", "xstart": "x0"}
-_VARIANCES: Mapping[str, Variance] = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small"}
+_PREDICTIONS: Mapping[str, Prediction] = {"eps": "eps", "xstart": "x0", "xprev": "mu"}
+_VARIANCES: Mapping[str, Variance] = {
+    "fixedlarge": "fixed_large",
+    "fixedsmall": "fixed_small",
+    "learned": "learned",
+}
 _SCHEDULES: Mapping[str, str] = {name: name for name in ("linear", "quad", "const", "warmup10", "warmup50", "jsd")}
 _SIDES = {"cifar10": 32, "celebahq256": 256, "lsun": 256}
 
@@ -190,11 +194,6 @@ def _network(settings: SettingsResolver, contents: CheckpointContents, scope: st
             note="its code folds the images into a quarter of the pixels or less before the network; ddpmx does not",
             hint="ddpm_export.export takes any torch module, from Python",
         )
-    if c_out == 2 * c_in or contents.config.get("model_var_type") == "learned":
-        raise FileFormatError(
-            f"{contents.path}: its network also predicts log σ², without bounds (model_var_type=learned)",
-            note="ddpmx runs chains whose σ² is β, β̃, or between the two",
-        )
     attends = [level for level in range(levels) if has(f"down_{level}/attn_0/q/W")]
     shown = f"widths {', '.join(map(str, widths))}; attention at level {', '.join(map(str, attends)) or '-'}"
     settings.add_fact("network", shown, "names and shapes")
@@ -264,16 +263,33 @@ def _chain(settings: SettingsResolver, contents: CheckpointContents, config: UNe
                 name, (usual,), known=known, source=file, assume=default, closed=False, probed=False
             )
     mean = _choice(contents, "model_mean_type", _PREDICTIONS)
-    predictions: tuple[Prediction, ...] = ("eps", "x0", "v")
+    predictions: tuple[Prediction, ...] = ("eps", "x0", "v", "mu")
     prediction = settings.resolve("prediction", predictions, known=mean, source=file, assume=default)
-    clip = settings.resolve("clip", (1.0, None), assume="Ho's sampler always clips x̂_0", closed=False, probed=False)
+    clips: tuple[float | None, ...] = (1.0, None)
+    clipped = "Ho's sampler always clips x̂_0"
+    if prediction == "mu":
+        clips, clipped = (None, 1.0), "Ho's sampler takes μ as it is"
+    clip = settings.resolve("clip", clips, assume=clipped, closed=False, probed=False)
     shape = (config.in_channels, *config.size)
     return ModelSpec(shape, timesteps, schedule, params, prediction, _variance(settings, contents, config), clip)
 
 
 def _variance(settings: SettingsResolver, contents: CheckpointContents, config: UNetConfig) -> Variance:
-    """σ² of the chain: run_cifar.py has a flag for it; the other scripts have the small one only."""
+    """σ² of the chain: run_cifar.py has a flag for it; the other scripts have the small one only.
+
+    A network that predicts log σ² as well has twice the channels in its last convolution.
+    """
     known, source = _choice(contents, "model_var_type", _VARIANCES), "kwargs.json"
+    learns = config.out_channels == 2 * config.in_channels
+    if known is not None and learns != (known == "learned"):
+        raise FileFormatError(
+            f"{contents.path}: kwargs.json says model_var_type {contents.config['model_var_type']!r}, and the network's "
+            f"output has {config.out_channels} channels",
+            note="it has twice those of the images where log σ² is learned, and else as many",
+        )
+    if learns:
+        only: tuple[Variance, ...] = ("learned",)
+        return settings.resolve("variance", only, known="learned", source="the channels of the output", probed=False)
     if known is None and "beta_schedule" in contents.config:
         known, source = "fixed_small", "kwargs.json has no model_var_type, like those of run_lsun and run_celebahq"
     small: tuple[Variance, ...] = ("fixed_small", "fixed_large")

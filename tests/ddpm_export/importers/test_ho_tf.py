@@ -19,6 +19,7 @@ from ddpm_export.importers.reading.tensor_bundle import TensorBundle
 from ddpm_export.importers.settings import Imported, Options
 from ddpm_export.networks.unet import UNet, UNetConfig, cifar10, lsun256
 from ddpmx.errors import FileFormatError, InputError, SpecError
+from ddpmx.sampling.request import Sampling
 from oracles import tf_bundle
 from oracles.tf_bundle import FIXTURES, values
 
@@ -250,9 +251,9 @@ def test_pooling_in_place_of_convolutions_is_seen(contents):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"model_mean_type": "xprev"}, "model_mean_type 'xprev', which ddpmx cannot run"),
+        ({"model_mean_type": "xlast"}, "model_mean_type 'xlast', which ddpmx cannot run"),
         ({"model_mean_type": ["eps"]}, "model_mean_type .*which ddpmx cannot run"),
-        ({"model_var_type": "learned"}, "also predicts log σ²"),
+        ({"model_var_type": "learned"}, "model_var_type 'learned', and the network's output has 3 channels"),
         ({"model_var_type": {}}, "model_var_type .*which ddpmx cannot run"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine', which ddpmx cannot run"),
         ({"block_size": 2}, "block_size 2"),
@@ -277,11 +278,51 @@ def test_impossible_sizes_are_refused(contents, values):
         read(contents, **values)
 
 
-def test_a_log_variance_is_recognised_by_its_channels(contents):
+def with_log_variance(contents: CheckpointContents) -> dict[str, torch.Tensor]:
+    """Tensors of a network that gives ε, as the original's, and log σ² = −3 everywhere."""
     tensors = {name: contents.tensors[name] for name in ENTRIES if name.endswith(ho_tf.AVERAGE)}
-    tensors[f"model/conv_out/W{ho_tf.AVERAGE}"] = torch.zeros(3, 3, 32, 6)
-    with pytest.raises(FileFormatError, match="also predicts log σ²"):
-        read(with_tensors(contents, tensors))
+    W, b = (f"model/conv_out/{name}{ho_tf.AVERAGE}" for name in "Wb")
+    tensors[W] = torch.cat([tensors[W], torch.zeros_like(tensors[W])], dim=3)
+    tensors[b] = torch.cat([tensors[b], torch.full_like(tensors[b], -3.0)])
+    return tensors
+
+
+@pytest.mark.parametrize("mean", ["eps", "xprev"])
+def test_a_learned_variance_and_mu_give_the_step_of_the_original_code(contents, mean):
+    """Its p_sample, written out: μ is the network's first half, or follows from ε, and σ = exp(log σ² / 2)."""
+    learned = with_tensors(with_config(contents, **CIFAR_KWARGS | {"model_mean_type": mean, "model_var_type": "learned"}),
+                           with_log_variance(contents))  # fmt: skip
+    imported = ho_tf.read(learned, Options({"size": "[8, 8]"}))
+    spec = imported.spec
+    assert (spec.variance, spec.prediction) == ("learned", {"eps": "eps", "xprev": "mu"}[mean])
+    assert spec.clip == (1.0 if mean == "eps" else None)
+    network = UNet(imported.config).eval()
+    network.load_state_dict(imported.tensors)
+    x = 4 * values("x", (6, 8, 8, 3)).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        out, var = (each.numpy() for each in network(torch.from_numpy(x.copy()), torch.from_numpy(EPS["t"])))
+    assert np.abs(out - EPS["ema"]).max() <= 1e-5 * np.abs(EPS["ema"]).max()
+    assert np.array_equal(var, np.full_like(var, -3))
+    table, t = Sampling().table(spec), 250
+    number = int(np.flatnonzero(table.timesteps == t)[0])
+    p, q, a, b, _ = table.rows[number]
+    x0 = p * x + q * out
+    mean_of_ours = a * (x0 if spec.clip is None else x0.clip(-1, 1)) + b * x
+    betas = np.linspace(0.0002**0.5, 0.03**0.5, 500) ** 2
+    beta, (before, bar) = betas[t], np.cumprod(1 - betas)[t - 1 : t + 1]
+    eps0 = ((x - np.sqrt(1 - bar) * out) / np.sqrt(bar)).clip(-1, 1)
+    theirs = out if mean == "xprev" else (
+        beta * np.sqrt(before) / (1 - bar) * eps0 + (1 - before) * np.sqrt(1 - beta) / (1 - bar) * x
+    )  # fmt: skip
+    np.testing.assert_allclose(mean_of_ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert table.learned is not None
+    c, d = table.learned[number]
+    assert np.exp(c + d * var).max() == pytest.approx(np.exp(-1.5))
+
+
+def test_channels_that_contradict_kwargs_json_are_refused(contents):
+    with pytest.raises(FileFormatError, match="'fixedsmall', and the network's output has 6 channels"):
+        ho_tf.read(with_tensors(with_config(contents, **CIFAR_KWARGS), with_log_variance(contents)), Options())
 
 
 def test_missing_averages_are_no_reason_to_take_other_weights(contents):
