@@ -62,6 +62,8 @@ def generate(
     out: Annotated[
         str,
         Option(
+            "-o",
+            "--out",
             help="Folder for 00000.png, 00001.png, …, or its address (s3://…); or FILE.png for one image, or with --grid "
             "for one sheet.",
             metavar="FOLDER|FILE",
