@@ -78,6 +78,7 @@ bench: $(VENV)/.dev ## ratios of speed, measured side by side
 	$(BIN)/python tests/benchmarks/engine_build.py
 	$(BIN)/python tests/benchmarks/native.py
 	$(BIN)/python tests/benchmarks/serving.py --rounds 1 --each 2
+	$(BIN)/python tests/benchmarks/scale.py --rounds 3
 	$(BIN)/python tests/benchmarks/peers.py --small --only diffusers ort mnn
 
 gpu-check: $(VENV)/.dev ## everything that needs an NVIDIA GPU, in one report to paste (CHECK='--quick')

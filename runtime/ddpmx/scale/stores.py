@@ -181,12 +181,13 @@ class RemoteStore:
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """See :meth:`Store.write`."""
+        if not self._renames:
+            with self._errors("written", self._shown):
+                self._files.pipe({f"{self._root}/{name}": data for name, data in files.items()})  # at the same time
+            return
         for name, data in files.items():
             path = f"{self._root}/{name}"
             with self._errors("written", f"{self._shown.rstrip('/')}/{name}"):
-                if not self._renames:
-                    self._files.pipe_file(path, data)
-                    continue
                 self._files.makedirs(self._root, exist_ok=True)
                 part = f"{self._root}/.{name[:40]}.ddpmx-{secrets.token_hex(8)}.part"
                 try:
@@ -205,7 +206,9 @@ class RemoteStore:
             raise
         except Exception as error:
             raise OutputError(
-                f"{name}: cannot be {what}", note=_first_line(error), hint="the same command again goes on from here"
+                f"{name}: cannot be {what}",
+                note=_first_line(error),
+                hint="check the address and its permissions; the same command again goes on from here",
             ) from error
 
 

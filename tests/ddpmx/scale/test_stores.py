@@ -86,6 +86,34 @@ def test_without_fsspec_the_extra_is_named_and_folders_work(monkeypatch, tmp_pat
     assert isinstance(open_store(str(tmp_path)), LocalStore)
 
 
+def test_s3_by_s3fs_and_a_stand_in(monkeypatch):
+    pytest.importorskip("s3fs", reason="not verified here: s3:// (there is no s3fs)")
+    server = pytest.importorskip("moto.server", reason="not verified here: s3:// (there is no moto[server])")
+    boto3 = pytest.importorskip("boto3", reason="not verified here: s3:// (there is no boto3)")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    try:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", "http://{}:{}".format(*running.get_host_and_port())),
+            ("AWS_ACCESS_KEY_ID", "testing"),
+            ("AWS_SECRET_ACCESS_KEY", "testing"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        bucket = f"bucket-{uuid4().hex}"
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        store = open_store(f"s3://{bucket}/a/b")
+        assert store.names() == set()
+        store.write({str(number): bytes([number]) for number in range(9)})
+        boto3.client("s3").put_object(Bucket=bucket, Key="a/b/other", Body=b"of another process")
+        assert store.names() == {*map(str, range(9)), "other"}, "a listing is not remembered"
+        assert read(store, "3") == b"\3"
+        with pytest.raises(OutputError, match=r"s3://bucket-[0-9a-f]+/x: cannot be written"):
+            open_store(f"s3://bucket-{uuid4().hex}/x").write({"a": b""})
+    finally:
+        running.stop()
+
+
 def test_an_unknown_scheme_is_an_error_of_ours():
     pytest.importorskip("fsspec", reason="not verified here: addresses (there is no fsspec)")
     with pytest.raises(OutputError, match="nonsense://x: cannot be opened"):
