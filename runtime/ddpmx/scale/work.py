@@ -208,7 +208,8 @@ class Work:
                 other = f"it begins with image {about.get('first')}"
         if other is not None:
             raise _mixed(store, f"{name}: {other}")
-        return self.kind.one_image or int(about.get("count", 0)) >= images.count
+        count = about.get("count")
+        return self.kind.one_image or (isinstance(count, int) and count >= images.count)
 
 
 _NO_FOLDER = Path()

@@ -113,6 +113,12 @@ class Report:
 
 
 _SERVER = ("fastapi", "uvicorn", "prometheus_client")
+_SCALE = {
+    "pyarrow": ("generate --format parquet", "data"),
+    "fsspec": ("generate --out with an address, such as s3://…", "remote"),
+    "ray": ("generate --ray", "ray"),
+}
+"""Packages for many images, what each is for, and its extra."""
 
 
 def examine() -> Report:
@@ -129,7 +135,7 @@ def examine() -> Report:
         "gpu_trouble": found.trouble,
     }
     libraries = {name: _probe(code) for name, code in _PROBES.items()}
-    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "scipy", *_SERVER):
+    for package in ("onnx", "onnxscript", "safetensors", "polygraphy", "matplotlib", "scipy", *_SERVER, *_SCALE):
         libraries[package] = _package(package)
     return Report(machine, libraries, _findings(machine, libraries))
 
@@ -159,6 +165,12 @@ def _findings(machine: dict[str, Any], libraries: dict[str, dict[str, Any]]) -> 
         if (lacks := missing(*_SERVER))
         else Finding("serve", True, f"FastAPI {libraries['fastapi']['version']}")
     )
+    findings += [
+        Finding(what, False, f"without {package}", f"pip install 'ddpmx[{extra}]'")
+        if missing(package)
+        else Finding(what, True, f"{package} {libraries[package]['version']}")
+        for package, (what, extra) in _SCALE.items()
+    ]
     fidelity = libraries["torch-fidelity"]
     findings.append(
         Finding("eval fid", False, f"without torch-fidelity ({fidelity['missing']})", "pip install 'ddpmx[eval]'")

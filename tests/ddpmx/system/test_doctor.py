@@ -344,6 +344,9 @@ def test_every_finding_names_what_is_missing(examine):
     assert findings["export"].fix == "pip install torch safetensors onnx onnxscript"
     assert findings["score with an ODE"].fix == "pip install 'ddpmx[flow]'"
     assert findings["serve"].fix == "pip install 'ddpmx[serve]'"
+    assert findings["generate --ray"].fix == "pip install 'ddpmx[ray]'"
+    assert findings["generate --format parquet"].fix == "pip install 'ddpmx[data]'"
+    assert findings["generate --out with an address, such as s3://…"].why == "without fsspec"
     assert findings["eval fid"].why == "without torch-fidelity (no)"
     assert "tensorrt-rtx-cu13" in findings["build with TensorRT-RTX"].fix
     assert findings["build with TensorRT-RTX"].why == "no"
