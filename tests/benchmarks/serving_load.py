@@ -91,7 +91,7 @@ class Load:
             return self._judged(seed, status, found)
 
     async def _hangs_up(self, seed: int) -> str:
-        async with self._asked(f"/v1/events?seed={seed}&n={IMAGES}") as (reader, status):
+        async with self._asked(f"/v1/events?seed={seed}&n={IMAGES}&steps=250") as (reader, status):
             if status == 429:
                 return "429, comes again"
             await reader.read(1000)
@@ -99,7 +99,7 @@ class Load:
 
     async def _hardly_reads(self, seed: int) -> str:
         # enough to fill all buffers between the two
-        async with self._asked(f"/v1/events?seed={seed}&n=32", buffer=1 << 12) as (reader, status):
+        async with self._asked(f"/v1/events?seed={seed}&n=32&steps=200", buffer=1 << 12) as (reader, status):
             if status == 429:
                 return "429, comes again"
             for _ in range(12 * SLOW_SECONDS):
@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--waiting", type=int, default=2000, help="images that may wait; more are refused by 429")
+    parser.add_argument("--waiting", type=int, default=1000, help="images that may wait; more are refused by 429")
     sys.exit(asyncio.run(run(parser.parse_args())))
 
 
