@@ -22,7 +22,10 @@ from PIL import Image
 
 NETWORK = "--width 32 --mult 1,2,2 --blocks 1 --attention 8 --groups 8 --dropout 0"
 TINY = "--width 8 --mult 1 --blocks 1 --attention '' --groups 4 --dropout 0"
-TRAINING = "--preset tiny --batch 64 --lr 1e-3 --warmup 100 --ema 0.998"
+TRAINING = (
+    "--preset tiny --classes --label-dropout 0.1 --prediction v --batch 64 --lr 2e-3 --warmup 100 --lr-decay --ema 0.99"
+)
+TURNS = "--labels 0,1,2,3,4,5,6,7,8,9"
 
 
 def main() -> int:
@@ -31,9 +34,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="about a minute in all; samples are not judged")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    steps, judged, judged_steps, shown, shown_steps = (
-        (20, 32, 10, 9, 20) if arguments.smoke else (1400, 256, 250, 16, 1000)
-    )
+    steps, judged, shown, shown_steps = (20, 32, 10, 20) if arguments.smoke else (400, 256, 20, 1000)
 
     begun = time.monotonic()
     if out.exists() and not any((out / mine).exists() for mine in ("run/checkpoints", "shipped")):
@@ -47,16 +48,16 @@ def main() -> int:
     ddpmx(f"generate garments -n 16 --steps 20 --grid --out {at('shipped')}")
     print("that is a model that was trained before; now one of your own")
     data, run, fp32, fp16 = shlex.quote(str(DATA)), at("run"), at("model.onnx"), at("model-fp16.onnx")
-    every, network = (steps, TINY) if arguments.smoke else (steps // 4, NETWORK)
-    ddpmx(f"train --data {data} --out {run} --steps {steps} {network} {TRAINING} --sample-every {every}")
+    network = TINY if arguments.smoke else NETWORK
+    ddpmx(f"train --data {data} --out {run} --steps {steps} {network} {TRAINING} --sample-every {steps}")
     whole = "" if arguments.smoke else " --full"
     ddpmx(f"export {run} -o {fp32} --data {data} --no-plan")
     ddpmx(f"export {run} --fp16 -o {fp16} --data {data} --no-plan{whole}")
     ddpmx(f"parity {fp16} --report {at('parity')}")
-    ddpmx(f"generate {fp32} -n {shown} --steps {shown_steps} --out {at('samples')} --batch 64 --grid --animate")
-    ddpmx(f"generate {fp16} -n 8 --steps 50 --out {at('samples-fp16')}")
-    ddpmx(f"generate {fp32} -n 8 --steps 50 --out {at('samples-fp32')}")
-    ddpmx(f"generate {fp32} -n {judged} --steps {judged_steps} --seed 1 --out {at('judged')} --batch 64 --grid")
+    ddpmx(f"generate {fp32} -n {shown} --steps {shown_steps} {TURNS} --out {at('samples')} --batch 64 --grid --animate")
+    ddpmx(f"generate {fp16} -n 10 --steps 50 {TURNS} --out {at('samples-fp16')}")
+    ddpmx(f"generate {fp32} -n 10 --steps 50 {TURNS} --out {at('samples-fp32')}")
+    ddpmx(f"generate {fp32} -n {judged} --steps 20 {TURNS} --seed 1 --out {at('judged')} --batch 64 --grid")
 
     apart = np.abs(pictures(out / "samples-fp16").astype(int) - pictures(out / "samples-fp32"))
     print(
