@@ -17,6 +17,8 @@ from ddpmx.errors import FileFormatError
 MAX_TOTAL = 1 << 16
 _TOP, _WORD = 1 << 24, (1 << 32) - 1
 _RAW = 16
+_ZEROS = 8
+"""Bytes 0 at the end that are left out, at most: a reader takes more than these for numbers that nobody has written."""
 
 
 class Odds:
@@ -75,7 +77,7 @@ class Writer:
         self._low = self._low << 8 & _WORD
 
     def finish(self) -> bytes:
-        """All of it, without the zeros at its end, which the reader puts there again."""
+        """All of it, without up to :data:`_ZEROS` zeros at its end, which the reader puts there again."""
         for zeros in range(32, -1, -8):  # the number in the range that has the most of them
             rounded = self._low + (1 << zeros) - 1 >> zeros << zeros
             if rounded < self._low + self._range:
@@ -83,7 +85,8 @@ class Writer:
                 break
         for _ in range(5):
             self._shift()
-        return bytes(self._bytes[1:]).rstrip(b"\0")  # the first byte is the one before any carry: 0
+        data = bytes(self._bytes[1:])  # the first byte is the one before any carry: 0
+        return data[: max(len(data.rstrip(b"\0")), len(data) - _ZEROS)]
 
 
 class Reader:
@@ -127,7 +130,7 @@ class Reader:
     def _target(self, total: int) -> tuple[int, int]:
         part = self._range // total
         target = self._code // part
-        if target >= total or self._at > len(self._data) + 8:
+        if target >= total or self._at > len(self._data) + _ZEROS:
             raise FileFormatError("the compressed numbers end too early, or are damaged")
         return part, target
 

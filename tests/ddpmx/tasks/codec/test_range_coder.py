@@ -48,6 +48,20 @@ def test_a_carry_goes_through_many_bytes():
     assert [reader.get(odds) for _ in symbols] == symbols
 
 
+@pytest.mark.parametrize("count", [1, 60, 64, 68, 100, 2000])
+def test_numbers_may_end_with_zeros(count):
+    """As images do whose last rows are what is expected there, and black."""
+    odds = Odds([1, 1])
+    for symbols in ([0] * count, [1] + [0] * count, [1] * 30 + [0] * count):
+        writer = Writer()
+        for symbol in symbols:
+            writer.put(symbol, odds)
+        data = writer.finish()
+        reader = Reader(data)
+        assert [reader.get(odds) for _ in symbols] == symbols
+        assert len(data) <= len(symbols) / 8 + 1.5
+
+
 def test_the_end_is_noticed():
     reader = Reader(b"\x12\x34")
     for _ in range(3):
