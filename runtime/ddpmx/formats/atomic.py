@@ -245,6 +245,18 @@ def write_error(path: str | os.PathLike[str], error: Exception) -> OutputError:
     )
 
 
+def check_folder(path: Path) -> None:
+    """Check that a folder is there, or nothing that would be in its way.
+
+    Raises:
+        OutputError: it is a file, or would be in one.
+    """
+    for part in (path, *path.parents):
+        if os.path.lexists(part) and not part.is_dir():
+            what = "is a file" if os.path.exists(part) else "is a link to nothing"
+            raise OutputError(f"{part}: {what}, and a folder is needed to write to", hint="choose another folder")
+
+
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Make a folder and its parents, and check that it is writable.
 
@@ -252,10 +264,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
         OutputError: there is a file of that name, or the folder cannot be made or written to.
     """
     path = Path(path)
-    for part in (path, *path.parents):
-        if os.path.lexists(part) and not part.is_dir():
-            what = "is a file" if os.path.exists(part) else "is a link to nothing"
-            raise OutputError(f"{part}: {what}, and a folder is needed to write to", hint="choose another folder")
+    check_folder(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

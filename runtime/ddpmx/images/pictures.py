@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import ddpmx
 from ddpmx.errors import DataError, FileFormatError, InputError, OutputError
 from ddpmx.formats import png_text
-from ddpmx.formats.atomic import exchange, make_folder, staging, write_synced
+from ddpmx.formats.atomic import check_folder, exchange, make_folder, staging, write_synced
 from ddpmx.formats.output_file import check_output
 from ddpmx.images import writers
 from ddpmx.images.gallery import earlier_images, is_picture
@@ -309,8 +309,10 @@ def check_replaceable(out: Path, targets: Sequence[Path], inputs: Sequence[Path]
     Raises:
         OutputError: they cannot.
     """
+    for parent in {target.parent for target in targets}:
+        check_folder(parent)
     for target in targets:
-        if target.parent.is_dir() or os.path.lexists(target.parent):
+        if target.parent.is_dir():
             check_output(
                 target,
                 [path for path in inputs if path.exists()],

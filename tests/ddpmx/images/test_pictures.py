@@ -160,6 +160,16 @@ def test_only_what_a_task_has_written_is_replaced(tmp_path):
             pictures.check_replaceable(source, [source], [source], overwrite=overwrite)
 
 
+@pytest.mark.parametrize("place", ["mine.txt", "mine.txt/folder"])
+def test_a_file_is_no_folder(tmp_path, place):
+    """Found before hours of work, and not after."""
+    (tmp_path / "mine.txt").write_text("mine")
+    out = tmp_path / place
+    targets = pictures.targets(out, ["a", "b"], whole_folder=False)
+    with pytest.raises(OutputError, match=r"mine\.txt: is a file, and a folder is needed"):
+        pictures.check_replaceable(out, targets, [])
+
+
 def test_the_pictures_of_a_task_do_not_go_among_generated_ones(tmp_path):
     """Both are 00000.png, 00001.png, …, and generate refuses the same in the other order."""
     drawn, source = tmp_path / "00007.png", tmp_path / "source.png"
