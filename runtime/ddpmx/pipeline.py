@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -16,10 +17,11 @@ from numpy.typing import DTypeLike, NDArray
 from ddpmx.arrays.protocols import AnyArray, CudaStream, Labels, Target
 from ddpmx.arrays.views import View, expect, overlap, stream_handle, view
 from ddpmx.backends.base import EXECUTORS, Backend, CopyingBackend
-from ddpmx.backends.open import open_model
+from ddpmx.backends.open import OpenOptions, is_half, open_model
 from ddpmx.diffusion.samplers import Table
-from ddpmx.errors import Cancelled, InputError
-from ddpmx.formats.spec import ModelSpec
+from ddpmx.errors import Cancelled, FileFormatError, InputError
+from ddpmx.formats.spec import ModelSpec, Precision
+from ddpmx.models import shipped
 from ddpmx.sampling import request as requests
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.conditioning import class_labels
@@ -58,10 +60,14 @@ class Pipeline:
 
     Attributes:
         spec: the model.
+        arithmetic: the precision in which its network computes: the spec's, or fp32 where that was asked for. What fp16
+            means then is the backend's: ONNX Runtime's CPU computes it in half on some processors alone.
     """
 
     def __init__(self, spec: ModelSpec, backend: Backend, *, executor: str = "auto") -> None:
         self.spec = spec
+        self.arithmetic: Precision = spec.precision
+        self._widened: Callable[[], Pipeline | None] | None = None
         if executor not in ("auto", *EXECUTORS):
             raise InputError(f"there is no executor {executor!r}", hint=f"auto, {', '.join(EXECUTORS)}")
         self._runner: Runner
@@ -124,8 +130,29 @@ class Pipeline:
         self._check_open()
         other = object.__new__(Pipeline)
         other.spec, other._schedule, other._runner = self.spec, self._schedule, self._runner.share()
+        other.arithmetic, other._widened = self.arithmetic, self._widened
         other._begin()
         return other
+
+    @contextmanager
+    def in_float32(self) -> Iterator[Pipeline]:
+        """The same model computed in float32, and so alike on every processor: for what has to be the same everywhere.
+
+        An ONNX file or an MNN model in half precision is opened once more (:mod:`ddpmx.formats.widen`), and closed at the
+        end. What is in float32 already is this pipeline itself, and so is a plan, which computes as it was built.
+
+        Raises:
+            InputError: the pipeline is closed.
+            FileFormatError: the file is another one now, or cannot be computed in float32.
+            BackendError: as for :func:`load`.
+        """
+        self._check_open()
+        wide = None if self._widened is None else self._widened()
+        if wide is None:
+            yield self
+            return
+        with wide:
+            yield wide
 
     def table(self, sampling: Sampling | None = None, **options: Unpack[SamplingOptions]) -> Table:
         """The sampler as a table of coefficients, see :func:`ddpmx.diffusion.samplers.make_table`.
@@ -569,6 +596,7 @@ def load(
     executor: str = "auto",
     trust_host_code: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    widen: bool = False,
 ) -> Pipeline:
     """Open a model file.
 
@@ -582,27 +610,53 @@ def load(
         executor: how a chain runs on a GPU, one of :data:`ddpmx.backends.base.EXECUTORS`; ``auto``: the fastest that works.
         trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
         cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, so that the next start is faster.
+        widen: compute an fp16 or bf16 file in float32, with the weights that it has: on every processor alike, see
+            :mod:`ddpmx.formats.widen`. Not for plans.
 
     Raises:
         FileFormatError: no model file, a damaged one, or one of a kind that does not run.
         SpecError: the file does not say what it is, or contradicts itself.
         BackendError: the library that would run it is missing, or has no such provider, or this machine cannot run it.
-        InputError: no such executor.
+        InputError: no such executor, or a plan that is to be widened.
     """
-    opened, backend = open_model(
-        path,
-        spec=spec,
-        providers=providers,
-        fallback=fallback,
-        threads=threads,
-        trust_host_code=trust_host_code,
-        cache=cache,
-    )
+    path = shipped.find(path)
+    options: OpenOptions = {
+        "spec": spec,
+        "providers": providers,
+        "fallback": fallback,
+        "threads": threads,
+        "trust_host_code": trust_host_code,
+        "cache": cache,
+    }
+    pipeline = _opened(path, executor, options, widen=widen)
+    if not widen:
+        absolute = Path(os.path.abspath(path))  # it is opened again, and from another folder perhaps
+        pipeline._widened = partial(_opened_again, absolute, executor, options, pipeline.spec)
+    return pipeline
+
+
+def _opened_again(path: Path, executor: str, options: OpenOptions, spec: ModelSpec) -> Pipeline | None:
+    """The file of a pipeline, widened; None if that makes no difference."""
+    if not is_half(path):
+        return None
+    pipeline = _opened(path, executor, options, widen=True)
+    if pipeline.spec != spec:
+        pipeline.close()
+        raise FileFormatError(f"{path}: has changed since it was opened", hint="load it again")
+    return pipeline
+
+
+def _opened(path: Path, executor: str, options: OpenOptions, *, widen: bool) -> Pipeline:
+    whole: OpenOptions = {**options, "widen": widen}
+    spec, backend = open_model(path, **whole)
     try:
-        return Pipeline(opened, backend, executor=executor)
+        pipeline = Pipeline(spec, backend, executor=executor)
     except BaseException:
         backend.close()
         raise
+    if widen:
+        pipeline.arithmetic = "fp32"
+    return pipeline
 
 
 def _finite(array: NDArray[Any], what: str) -> NDArray[Any]:

@@ -58,7 +58,7 @@ class Mutant:
 
 
 def onnx_files() -> list[bytes]:
-    """The toy model, and one that refers to an external file at every possible place."""
+    """The toy model, and one that refers to an external file, and has half precision, at every possible place."""
     tensor = protobuf.external_tensor("weights.bin")
     inner = protobuf.field(1, protobuf.node("If", [], [], protobuf.attribute(6, protobuf.field(5, tensor))))
     sparse = protobuf.field(1, tensor) + protobuf.field(2, tensor)
@@ -67,6 +67,13 @@ def onnx_files() -> list[bytes]:
         1, protobuf.node("Constant", [], ["c"], protobuf.attribute(23, sparse), protobuf.attribute(10, tensor))
     )
     graph += protobuf.field(5, protobuf.tensor("v", protobuf.FLOAT, [2, 2], bytes(16)))
+    half = protobuf.tensor("h", protobuf.FLOAT16, [2], bytes(4))
+    numbers = protobuf.field(1, b"\x02") + protobuf.field(2, 16) + protobuf.field(5, b"\x80\x7f\x01")
+    to = protobuf.field(1, "to") + protobuf.field(3, protobuf.FLOAT16)
+    graph += (
+        protobuf.field(5, half) + protobuf.field(5, numbers) + protobuf.field(13, protobuf.value_info("h", 10, [2]))
+    )
+    graph += protobuf.field(1, protobuf.node("Cast", ["h"], ["i"], to, protobuf.attribute(5, half)))
     graph += protobuf.field(5, protobuf.field(1, b"\x02\x03") + protobuf.field(2, 1) + protobuf.field(8, "packed"))
     rest = protobuf.field(20, protobuf.field(1, inner)) + protobuf.field(
         25, protobuf.field(7, protobuf.node("Relu", ["x"], ["y"]))

@@ -54,6 +54,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
     """The readers of a file of this kind in ddpmx, by name."""
     from ddpmx.formats import mnn_file, model_file, onnx_file, plan_file
     from ddpmx.formats.spec import ModelSpec
+    from ddpmx.formats.widen import holds_half, read_widened, widen
     from ddpmx.parity.reference import Reference
     from ddpmx_cli.info import info
 
@@ -72,6 +73,13 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
 
     def external(path: Path) -> None:
         onnx_file.check_external(path, onnx_file.read_onnx(path))
+
+    def widened(path: Path) -> None:
+        """A file that nothing else refuses; what is made of it has no half any more."""
+        info = onnx_file.read_onnx(path)
+        wide = read_widened(path, info)
+        assert (wide is not None) == holds_half(path)
+        assert wide is None or widen(memoryview(wide), {}) is None
 
     def spec(path: Path) -> None:
         if path.suffix == ".json":
@@ -120,7 +128,7 @@ def _readers(kind: str, torch_too: bool) -> dict[str, Callable[[Path], object]]:
     describing = {"identify": model_file.identify, "describe": printed(True), "info": printed(False)}
     checkpoint = describing | ({"load_network": network, "load_training": training} if torch_too else {})
     return {
-        "onnx": {"read_onnx, onnx_spec": contract, "check_external": external, **describing},
+        "onnx": {"read_onnx, onnx_spec": contract, "check_external": external, "read_widened": widened, **describing},
         "plan": {"plan_flavour": plan_file.plan_flavour, "read_plan": plan_file.read_plan, **describing},
         "plan+sidecar": {"read_plan": plan_file.read_plan, **describing},
         "mnn": {"read_mnn": mnn_file.read_mnn, **describing},

@@ -43,6 +43,7 @@ class FakeOrt:
         refuse: what raises: "preload", "session", "bind", "run", "register".
         refuse_at: the number, from 1, of the run that is refused.
         devices: how many GPUs the plugin finds.
+        model: the path, or the bytes, of the last session.
         requested: (provider, options) of the last session, best first.
         runs: how many there were.
     """
@@ -55,6 +56,7 @@ class FakeOrt:
         self.instead: list[str] = []
         self.refuse: set[str] = set()
         self.refuse_at, self.runs, self.devices, self.preloaded, self.registered = 0, 0, 1, 0, 0
+        self.model: str | bytes = ""
         self.requested: list[tuple[str, dict[str, str]]] = []
         self.events: list[str] = []
 
@@ -96,7 +98,7 @@ class FakeOrt:
         return SimpleNamespace(entries=entries, add_run_config_entry=entries.__setitem__)
 
     def InferenceSession(self, path, options, providers=None, *, enable_fallback=1):
-        assert isinstance(path, str)
+        self.model = path
         assert not enable_fallback, "it would print, and run on the CPU"
         assert options.entries == {"session.load_model_format": "ONNX"}, "the file's name would decide what it is"
         self.requested = [*options.devices, *(providers or [])]

@@ -41,6 +41,7 @@ class MnnBackend:
         path: the file. Its description and its hash have been checked by the caller.
         info: that description.
         threads: how many parts run at once; 0 for one per core.
+        widen: compute an fp16 file in float32, on processors too that could compute it in half.
 
     Raises:
         BackendError: MNN is not installed.
@@ -48,12 +49,13 @@ class MnnBackend:
         InputError: a negative number of threads.
     """
 
-    def __init__(self, path: str | os.PathLike[str], info: MnnInfo, *, threads: int = 0) -> None:
+    def __init__(self, path: str | os.PathLike[str], info: MnnInfo, *, threads: int = 0, widen: bool = False) -> None:
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"threads must be from 0 to {MAX_THREADS}, not {threads}", hint="0 for one per core")
         self._module = library.load()
         self._path, self._info, self._threads = Path(path), info, threads or usable_cores()
-        self._part = info.record.part
+        self._part, self._widen = info.record.part, widen
+        self._half = not widen and _in_half(info.spec)
         self._copies: list[_Copy] = []
         self._pool: ThreadPoolExecutor | None = None
         self._parts: list[Buffers] = []
@@ -65,7 +67,7 @@ class MnnBackend:
     def description(self) -> str:
         """Library, version, whether it computes in half, and how many threads do."""
         used = max(1, len(self._copies))
-        half = " in half" if _in_half(self._info.spec) else ""
+        half = " in half" if self._half else ""
         return f"MNN {self._module.version()}, CPU{half}, {used} thread{'s' if used > 1 else ''}"
 
     @property
@@ -122,7 +124,7 @@ class MnnBackend:
             FileFormatError: the file has changed since it was opened.
         """
         self._check_unchanged()
-        return MnnBackend(self._path, self._info, threads=self._threads)
+        return MnnBackend(self._path, self._info, threads=self._threads, widen=self._widen)
 
     def close(self) -> None:
         """Free the copies. Safe to call again."""
@@ -135,7 +137,7 @@ class MnnBackend:
     def _copy(self, number: int) -> _Copy:
         if number == len(self._copies):
             self._check_unchanged()
-            self._copies.append(_Copy(self._module, self._path, self._info))
+            self._copies.append(_Copy(self._module, self._path, self._info, half=self._half))
         return self._copies[number]
 
     def _check_unchanged(self) -> None:
@@ -147,12 +149,11 @@ class MnnBackend:
 class _Copy:
     """A network with weights and arrays of its own, for one thread at a time."""
 
-    def __init__(self, module: Any, path: Path, info: MnnInfo) -> None:
+    def __init__(self, module: Any, path: Path, info: MnnInfo, *, half: bool) -> None:
         spec = info.spec
         self._mnn, self._spec, self._record = module, spec, info.record
         try:
             self._network = module.Interpreter(os.fspath(path))
-            half = _in_half(spec)
             level = _WINOGRAD_IN_HALF if half else _WINOGRAD_LEVELS[info.record.memory]
             self._network.setSessionHint(_WINOGRAD_MEMORY, level)
             precision = _PRECISION_LOW if half else _PRECISION_NORMAL

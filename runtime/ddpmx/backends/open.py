@@ -12,6 +12,7 @@ from ddpmx.backends.base import Backend, CopyingBackend
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats import mnn_file, model_file, onnx_file
 from ddpmx.formats.spec import ModelSpec
+from ddpmx.formats.widen import holds_half, read_widened
 from ddpmx.models import shipped
 
 
@@ -24,6 +25,7 @@ class OpenOptions(TypedDict, total=False):
     threads: int
     trust_host_code: bool
     cache: str | os.PathLike[str] | None
+    widen: bool
 
 
 def open_model(
@@ -35,6 +37,7 @@ def open_model(
     threads: int = 0,
     trust_host_code: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    widen: bool = False,
 ) -> tuple[ModelSpec, Backend]:
     """A file's spec and its backend: :func:`ddpmx.load` without the chain around it. Close the backend after use."""
     path = shipped.find(path)
@@ -46,9 +49,14 @@ def open_model(
             "ddpm_export.load runs it in torch",
         )
     if kind == "plan":
+        if widen:
+            raise InputError(
+                f"{path}: a plan computes in the precision that it was built in",
+                hint="widen is for ONNX files and MNN models",
+            )
         return _open_plan(path, spec, providers, trust_host_code, None if cache is None else Path(cache))
     if kind == "mnn":
-        return _open_mnn(path, spec, providers, threads)
+        return _open_mnn(path, spec, providers, threads, widen)
     # A link is followed here, once: the weights lie beside the file that it leads to, and those are checked.
     path = path.resolve()
     info = onnx_file.read_onnx(path)
@@ -56,10 +64,11 @@ def open_model(
     spec = onnx_file.onnx_spec(path, info, spec)
     from ddpmx.backends import ort
 
+    wide = read_widened(path, info) if widen else None
     try:
-        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads)
+        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads, widened=wide)
     except FileFormatError as error:
-        if spec.precision != "bf16":
+        if spec.precision != "bf16" or widen:
             raise
         raise BackendError(
             f"{path}: ONNX Runtime cannot run this bfloat16 file here",
@@ -86,7 +95,24 @@ def _open_plan(
         raise
 
 
-def _open_mnn(path: Path, spec: ModelSpec | None, providers: Sequence[str], threads: int) -> tuple[ModelSpec, Backend]:
+def is_half(path: str | os.PathLike[str]) -> bool:
+    """Whether ``widen`` makes a difference to a model file: it has half precision in it, and is no plan.
+
+    Raises:
+        FileFormatError, SpecError: no model file, or a damaged one.
+    """
+    path = shipped.find(path)
+    kind = model_file.identify(path)
+    if kind == "mnn":
+        return mnn_file.read_mnn(path, brief=True).spec.precision != "fp32"
+    if kind != "onnx":
+        return False
+    return holds_half(path)
+
+
+def _open_mnn(
+    path: Path, spec: ModelSpec | None, providers: Sequence[str], threads: int, widen: bool
+) -> tuple[ModelSpec, Backend]:
     if spec is not None:
         raise InputError(f"{path}: an MNN model carries its own spec", hint="spec is for ONNX files that carry none")
     if tuple(providers) != ("cpu",):
@@ -95,4 +121,4 @@ def _open_mnn(path: Path, spec: ModelSpec | None, providers: Sequence[str], thre
     info = mnn_file.read_mnn(path)
     from ddpmx.backends.mnn import MnnBackend
 
-    return info.spec, MnnBackend(path, info, threads=threads)
+    return info.spec, MnnBackend(path, info, threads=threads, widen=widen)

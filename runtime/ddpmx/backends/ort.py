@@ -39,6 +39,7 @@ class OrtBackend:
             error, since a chain that silently runs on the CPU looks like a slow chain.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         instead: the providers that it replaces, and why, for :attr:`description`.
+        widened: the file's model in float32 (:mod:`ddpmx.formats.widen`), to be run in its place.
 
     Attributes:
         provider: the provider in use, by ONNX Runtime's name.
@@ -59,6 +60,7 @@ class OrtBackend:
         fallback: bool = False,
         threads: int = 0,
         instead: Sequence[str] = (),
+        widened: bytes | None = None,
     ) -> None:
         ort = import_onnxruntime()
         wanted = [NAMES.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
@@ -92,7 +94,8 @@ class OrtBackend:
                     left_out.append(f"{name} ({error.fact})")
         listed = None if plugin is not None else taken
         try:
-            self._session = ort.InferenceSession(os.fspath(Path(path)), options, providers=listed)
+            model = os.fspath(Path(path)) if widened is None else widened
+            self._session = ort.InferenceSession(model, options, providers=listed)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             raise FileFormatError(
                 f"{path}: ONNX Runtime {ort.__version__} refuses this file", note=last_words(error)
@@ -103,15 +106,18 @@ class OrtBackend:
                 f"{wanted[0]} was requested, but ONNX Runtime uses {self.provider}",
                 hint="--fallback accepts that; see its own message above for why",
             )
-        self._output, self._instead = output, tuple(left_out)
+        self._output, self._instead, self._widened = output, tuple(left_out), widened is not None
         self._version: str = ort.__version__
         self._binding: Any = None
         self._buffers: Buffers | None = None
 
     @property
     def description(self) -> str:
-        """Library, version and the provider really in use."""
-        return f"onnxruntime {self._version}, {self.provider}" + "".join(f", not {why}" for why in self._instead)
+        """Library, version, the provider really in use, and whether the file is widened."""
+        widened = ", in float32" * self._widened
+        return f"onnxruntime {self._version}, {self.provider}{widened}" + "".join(
+            f", not {why}" for why in self._instead
+        )
 
     def bind(self, buffers: Buffers) -> None:
         """Bind the session to the buffers: no copy and no allocation per step.
@@ -151,7 +157,13 @@ class OrtBackend:
 
 
 def open_onnx(
-    path: Path, spec: ModelSpec, *, providers: Sequence[str] = ("cpu",), fallback: bool = False, threads: int = 0
+    path: Path,
+    spec: ModelSpec,
+    *,
+    providers: Sequence[str] = ("cpu",),
+    fallback: bool = False,
+    threads: int = 0,
+    widened: bytes | None = None,
 ) -> Backend:
     """The backend of an ONNX file: on a GPU a :class:`ddpmx.backends.base.CopyingBackend`, else an :class:`OrtBackend`.
 
@@ -161,6 +173,7 @@ def open_onnx(
         providers: in order of preference. Without ``fallback`` the first has to run the network.
         fallback: whether the next one, and in the end the CPU, may run it where a provider does not work.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
+        widened: the file's model in float32, to be run in its place.
 
     Raises:
         As :class:`OrtBackend` and :class:`ddpmx.backends.ort_device.OrtDevice`.
@@ -182,6 +195,7 @@ def open_onnx(
                 provider=left[0],
                 variance=learned,
                 conditioning_shapes=spec.conditioning_shapes,
+                widened=widened,
             )
         except BackendError as error:
             if not fallback:
@@ -194,4 +208,12 @@ def open_onnx(
         except BaseException:
             device.close()
             raise
-    return OrtBackend(path, spec.prediction, providers=left, fallback=fallback, threads=threads, instead=instead)
+    return OrtBackend(
+        path,
+        spec.prediction,
+        providers=left,
+        fallback=fallback,
+        threads=threads,
+        instead=instead,
+        widened=widened,
+    )

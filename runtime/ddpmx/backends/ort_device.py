@@ -80,6 +80,7 @@ class OrtDevice:
         driver: the GPU, which the caller closes; by default the first one.
         variance: whether the graph has an output ``var``.
         conditioning_shapes: its conditioning inputs, see :attr:`ddpmx.formats.spec.ModelSpec.conditioning_shapes`.
+        widened: the file's model in float32 (:mod:`ddpmx.formats.widen`), to be run in its place.
 
     Attributes:
         driver: the GPU.
@@ -105,6 +106,7 @@ class OrtDevice:
         driver: Driver | None = None,
         variance: bool = False,
         conditioning_shapes: ConditioningShapes = NO_CONDITIONING,
+        widened: bytes | None = None,
     ) -> None:
         short = device_provider(provider)
         if short is None:
@@ -117,6 +119,7 @@ class OrtDevice:
         if plugin is None and self.provider not in available_providers(ort):
             raise no_provider(ort, self.provider)
         self._session: Any = None
+        self._widened = widened is not None
         self._networks: list[OrtNetwork] = []
         self._running = threading.Lock()
         self._run_options = ort.RunOptions()
@@ -127,14 +130,14 @@ class OrtDevice:
                 stream = undo.enter_context(self.driver.stream())
                 self.stream = stream.value
                 undo.callback(self._drop)  # before the stream, which the session uses
-                self._open(plugin)
+                self._open(plugin, os.fspath(self.path) if widened is None else widened)
                 self._probe(variance)
             self._closing = undo.pop_all()
 
     @property
     def description(self) -> str:
-        """Library, version and provider."""
-        return f"onnxruntime {self._ort.__version__}, {self.provider}"
+        """Library, version and provider, and whether the file is widened."""
+        return f"onnxruntime {self._ort.__version__}, {self.provider}" + ", in float32" * self._widened
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
@@ -171,7 +174,7 @@ class OrtDevice:
 
     # --- internals ---------------------------------------------------------------------------------------------------
 
-    def _open(self, plugin: Any) -> None:
+    def _open(self, plugin: Any, model: str | bytes) -> None:
         """Make the session. ONNX Runtime's exception is not kept, since its traceback would keep the session alive."""
         ort, ordinal = self._ort, str(self.driver.ordinal)
         options, stream = session_options(ort), {"user_compute_stream": str(self.stream)}
@@ -181,7 +184,7 @@ class OrtDevice:
                 options.add_provider_for_devices(
                     _plugin_devices(ort, plugin, self.driver.ordinal), {"has_user_compute_stream": "1", **stream}
                 )
-                self._session = ort.InferenceSession(os.fspath(self.path), options, enable_fallback=0)
+                self._session = ort.InferenceSession(model, options, enable_fallback=0)
             else:
                 _preload(ort)
                 # EXHAUSTIVE, the default, measures: tomorrow another algorithm may win, with other bits
@@ -189,9 +192,7 @@ class OrtDevice:
                 providers = [(NAMES["cuda"], cuda)]
                 if self._short == "tensorrt":  # what TensorRT cannot run stays on the GPU
                     providers.insert(0, (self.provider, {"device_id": ordinal, **stream}))
-                self._session = ort.InferenceSession(
-                    os.fspath(self.path), options, providers=providers, enable_fallback=0
-                )
+                self._session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             trouble = last_words(error)
         if trouble:

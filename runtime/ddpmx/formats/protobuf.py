@@ -104,7 +104,12 @@ def write_field(number: int, value: int | bytes | str) -> bytes:
     if isinstance(value, int):
         return _write_varint(number << 3) + _write_varint(value)
     data = value.encode("utf-8", errors="surrogateescape") if isinstance(value, str) else value
-    return _write_varint(number << 3 | 2) + _write_varint(len(data)) + data
+    return write_head(number, len(data)) + data
+
+
+def write_head(number: int, length: int) -> bytes:
+    """What stands before the ``length`` bytes of a field that is a message, text or bytes."""
+    return _write_varint(number << 3 | 2) + _write_varint(length)
 
 
 def _write_varint(value: int) -> bytes:

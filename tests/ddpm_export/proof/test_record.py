@@ -485,6 +485,30 @@ def test_a_bf16_file_does_not_run_here_and_the_hint_says_where_it_does(bf16):
     assert "ddpmx build" in caught.value.hint
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_widened_it_is_the_fp32_file_with_weights_rounded_to_half(bf16, trained, tmp_path, precision):
+    """Every bit of ε, by ONNX Runtime: casts that do nothing change nothing."""
+    file = {"fp16": trained.fp16, "bf16": bf16}[precision]
+    half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    rounded, kinds = onnx.load(trained.fp32), {each.name: each.data_type for each in onnx.load(file).graph.initializer}
+    count = 0
+    for each in rounded.graph.initializer:
+        if kinds.get(each.name) == half:
+            values = numpy_helper.to_array(each).astype(onnx.helper.tensor_dtype_to_np_dtype(half))
+            each.CopyFrom(numpy_helper.from_array(values.astype(np.float32), each.name))
+            count += 1
+    assert count > 20
+    onnx.save(rounded, tmp_path / "rounded.onnx")
+    x, t = np.random.default_rng(0).standard_normal((4, 1, 16, 16)).astype(np.float32), np.array([0, 9, 500, 999])
+    out = {}
+    for path, widen in ((file, True), (tmp_path / "rounded.onnx", False), (trained.fp32, False)):
+        with load(path, widen=widen, threads=1) as pipeline:
+            assert pipeline.arithmetic == "fp32"
+            out[path.stem] = pipeline.evaluate(x, t).out
+    assert np.array_equal(out[file.stem], out["rounded"])
+    assert not np.array_equal(out["fp32"], out["rounded"]), "control: of the weights as they were"
+
+
 def test_in_place_of_a_bf16_file_the_module_is_checked_and_the_report_says_so(bf16, trained, spec, recorded, figure):
     result = check_export(bf16, spec.replace(precision="bf16"), trained.run, recorded)
     assert "NOT the file" in result.ran_on

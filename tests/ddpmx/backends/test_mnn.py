@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ddpmx
+from ddpmx.backends import mnn
 from ddpmx.backends.base import Buffers
 from ddpmx.backends.mnn import MnnBackend
 from ddpmx.errors import BackendError, Cancelled, FileFormatError, InputError
@@ -77,6 +78,21 @@ def test_outputs_are_those_of_onnx_runtime(garments, batch, figure):
         outputs.append(buffers.out.copy())
     error = np.sqrt(np.mean((outputs[0] - outputs[1]) ** 2) / np.mean(outputs[1] ** 2))
     figure(f"MNN against ONNX Runtime, fp16, batch {batch}: relative error of ε", float(error), at_most=5e-4)
+
+
+def test_in_float32_it_is_the_widened_network(garments, monkeypatch, figure):
+    """Two libraries and two files: the rounding of the weights is the same, and nothing else is rounded to half."""
+    monkeypatch.setattr(mnn, "_in_half", lambda spec: spec.precision == "fp16")  # as on an ARM CPU
+    x, out = np.random.default_rng(0).standard_normal((2, 1, 16, 16)).astype(np.float32), []
+    for path in ("garments", garments):
+        with ddpmx.load(path, threads=1) as pipeline:
+            assert ("in half" in pipeline.backend) == (path == garments)
+            with pipeline.in_float32() as wide, wide.share() as shared:
+                assert "in half" not in wide.backend
+                assert (wide.backend, wide.arithmetic) == (shared.backend, "fp32")
+                out.append(shared.evaluate(x, [5, 800]).eps)
+    apart = float(np.sqrt(np.mean((out[0] - out[1]) ** 2) / np.mean(out[0] ** 2)))
+    figure("MNN against ONNX Runtime, fp16 in float32: relative error of ε", apart, at_most=4e-6)
 
 
 @pytest.mark.parametrize("kind", conditioning.KINDS)

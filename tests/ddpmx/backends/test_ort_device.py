@@ -95,6 +95,15 @@ def test_a_chain_gives_numpy_s_bits(opened, provider):
     assert device.description == f"onnxruntime 1.31.1, {NAMES.get(provider, provider)}"
 
 
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_a_widened_model_runs_in_place_of_the_file(opened, fake_ort, provider):
+    assert opened(provider=provider).description.endswith("ExecutionProvider")
+    assert fake_ort.model == "model.onnx"
+    device = opened(provider=provider, widened=b"of float32")
+    assert fake_ort.model == b"of float32"
+    assert device.description.endswith("ExecutionProvider, in float32")
+
+
 @pytest.mark.parametrize("kind", conditioning.KINDS)
 def test_a_chain_passes_the_conditioning_to_its_network(opened, kind):
     spec = gaussian.SPEC.replace(shape=SHAPE, **conditioning.KINDS[kind])
