@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -63,7 +62,7 @@ def compress(
 
     from ddpmx.formats import compressed
     from ddpmx.formats.atomic import atomic_write
-    from ddpmx.formats.output_file import begins_with, check_output
+    from ddpmx.formats.output_file import check_output
     from ddpmx.images import pictures
     from ddpmx.images.origin import model_hash
     from ddpmx.models import shipped
@@ -75,9 +74,9 @@ def compress(
         [each for each in images if each.is_file()],
         what="compressed images of ddpmx",
         suffix=".ddpm",
-        is_ours=partial(begins_with, begins=(compressed.MAGIC,)),
+        is_ours=compressed.is_compressed,
     )
-    with where.open(path) as pipeline:
+    with where.open(path, widen=True) as pipeline:
         channels, *size = pipeline.spec.shape
         found = [each for place in images for each in pictures.read_pictures(place, channels, size=(size[0], size[1]))]
         begun = time.monotonic()

@@ -46,7 +46,7 @@ def decompress(
     targets = pictures.targets(out, [f"{index:05d}" for index in range(n)], whole_folder=False)
     pictures.check_replaceable(out, targets, [file], overwrite=overwrite)
     path = shipped.find(model)
-    with where.open(path) as pipeline:
+    with where.open(path, widen=True) as pipeline:
         begun = time.monotonic()
         with counting(counted(n, "image"), unit="states") as progress:
             done = codec.decompress(

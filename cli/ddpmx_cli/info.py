@@ -109,7 +109,7 @@ def _compressed(values: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("states", (f"{here} of {steps}" if here < steps else str(steps)) + down),
         ("sections", ", ".join(f"{section['bytes']}" for section in values["sections"]) + " bytes"),
-        ("model", f"weights sha256 {values['model']}…"),
+        ("model", f"weights sha256 {values['model']}…, {values['precision']}, computed in {values['arithmetic']}"),
         ("seed", str(values["seed"])),
     ]
 

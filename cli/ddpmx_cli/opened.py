@@ -48,12 +48,13 @@ class Where:
     threads: flags.Threads = 0
     trust_host_code: flags.TrustHostCode = False
 
-    def open(self, path: Path, *, executor: str = "auto") -> Pipeline:
+    def open(self, path: Path, *, executor: str = "auto", widen: bool = False) -> Pipeline:
         """A model as a pipeline.
 
         Args:
             path: a model file, a run or a checkpoint.
             executor: how a chain runs on a GPU, as for :func:`ddpmx.load`.
+            widen: compute it in float32, unless it is a plan, which cannot.
 
         Raises:
             FileFormatError, SpecError, BackendError: as :func:`ddpmx.load`.
@@ -62,7 +63,7 @@ class Where:
         from ddpmx.formats import model_file
         from ddpmx.pipeline import load
 
-        if model_file.identify(path) == "checkpoint":
+        if (kind := model_file.identify(path)) == "checkpoint":
             refused = {
                 "--spec": self.spec is not None,
                 "--fallback": self.fallback,
@@ -71,7 +72,7 @@ class Where:
             return _load_checkpoint(
                 path, self.provider, self.threads, executor, [flag for flag, used in refused.items() if used]
             )
-        return load(path, executor=executor, **self.settings())
+        return load(path, executor=executor, widen=widen and kind != "plan", **self.settings())
 
     def settings(self) -> Settings:
         """What the flags say, by the names of :func:`ddpmx.load`.

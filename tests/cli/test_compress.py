@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import FASHION
 from ddpmx.formats import compressed
 from ddpmx.formats.png_text import read_png_text
 from oracles.gaussian import MU, S
@@ -76,11 +77,12 @@ def test_refused_and_nothing_is_written(refused, gaussian_onnx, photos, tmp_path
         ((tmp_path / "large.png", "-o", out, *model), "it is 9×8 (height×width), and the model takes 8×8"),
         ((photos, "-o", tmp_path / "mine.txt", *model), "not compressed images of ddpmx"),
         ((photos, "-o", out, *model, "--rate", 1, "--rmse", 2), "exclude each other"),
-        ((photos, "-o", out, *model, "--rate", -1), "rate must be above 0"),
+        ((photos, "-o", out, *model, "--rate", -1), "rate must be a finite number above 0"),
+        ((photos, "-o", out, *model, "--rmse", "inf"), "rmse must be a finite number above 0, not inf"),
         ((photos, "-o", out, *model, "--stop", 5000), "stop must be from 0 to"),
     ):
         assert message in refused("compress", *arguments)
-    (tmp_path / "y.ddpm").write_bytes(b"DDPMXC1\n" + bytes(40))
+    (tmp_path / "y.ddpm").write_bytes(compressed.MAGIC + bytes(40))
     for name, message in (("y.ddpm", "damaged"), ("mine.txt", "not compressed images")):
         assert message in refused("decompress", tmp_path / name, "-o", tmp_path / "out", *model)
     assert names(tmp_path) == ["large.png", "mine.txt", "photos", "y.ddpm"]
@@ -93,20 +95,44 @@ def test_hostile_files_are_refused_and_nothing_is_written(ddpmx, refused, gaussi
     header, begin = compressed.parse(good).header, 16 + int.from_bytes(good[8:12], "little")
     rest = good[begin:]
     for data, message in (
-        (good[:begin], "ends before its first section"),
-        (good[: begin + 9], "ends before its first section"),
+        (good[:begin], f"{file}: ends before its first section"),
+        (good[: begin + 9], f"{file}: ends before its first section"),
+        (good.replace(b"DDPMXC2", b"DDPMXC1"), f"{file}: compressed images of format 1"),
         (good[: begin - 1], "ends within its header"),
         (good[:-1] + bytes([good[-1] ^ 1]), "has the wrong CRC"),
         (compressed.write_header(replace(header, n=1 << 19, group=1)) + rest, "too few for 524288 images"),
         (compressed.write_header(replace(header, n=1 << 30, group=1)) + rest, "images: 1073741824, and not from"),
-        (compressed.write_header(replace(header, weights="ab" * 16)) + rest, "compressed by another model"),
+        (compressed.write_header(replace(header, weights="ab" * 16)) + rest, f"{file}: compressed by another model"),
         (compressed.write_header(replace(header, shape=(3, 8, 9))) + rest, "compressed by another model"),
-        (compressed.write_header(replace(header, labels=(1, 2, 3))) + rest, "labels that the model does not"),
+        (
+            compressed.write_header(replace(header, labels=(1, 2, 3))) + rest,
+            f"{file}: it has labels that the model does not",
+        ),
         (
             compressed.write_header(replace(header, errors=(255,) * len(header.errors))) + rest,
-            "too early, or are damaged",
+            f"{file}: the compressed numbers end too early, or are damaged",
         ),
     ):
         file.write_bytes(data)
         assert message in refused("decompress", file, "-o", out, *model)
         assert names(tmp_path) == ["photos", "x.ddpm"]
+    file.write_bytes(good)
+    (tmp_path / "afile").write_text("mine")
+    for place in ("afile", "afile/one"):
+        words = refused("decompress", file, "-o", tmp_path / place, *model)
+        assert f"{tmp_path / 'afile'}: is a file, and a folder is needed to write to" in words
+    assert (tmp_path / "afile").read_text() == "mine"
+
+
+def test_a_model_in_half_is_computed_in_float32(ddpmx, tmp_path):
+    pytest.importorskip("onnxruntime", reason="not verified here: a model in half (no onnxruntime)")
+    image = np.load(FASHION)["images"][0]
+    Image.fromarray(image).save(tmp_path / "a.png")
+    file, common = tmp_path / "x.ddpm", ("--model", "garments")
+    done = ddpmx("compress", tmp_path / "a.png", "-o", file, *common, "--lossless", "--stop", 300, *QUICK)
+    assert "CPUExecutionProvider, in float32" in done.out, done
+    assert ", fp16, computed in fp32" in ddpmx("info", file).out
+    about = json.loads(ddpmx("info", file, "--json").out)
+    assert (about["precision"], about["arithmetic"]) == ("fp16", "fp32")
+    assert ddpmx("decompress", file, "-o", tmp_path / "b.png", *common).code == 0
+    assert np.array_equal(pixels(tmp_path / "b.png"), image)

@@ -20,8 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ddpmx.errors import FileFormatError
+from ddpmx.formats.spec import PRECISIONS, Precision
 
-MAGIC = b"DDPMXC1\n"
+FORMAT = 2
+"""Format 1 did not say in which precision the network was computed; no release has written it."""
+_BEGINS, _END = b"DDPMXC", b"\n"
+MAGIC = _BEGINS + b"%d" % FORMAT + _END
 MAX_FILE = 1 << 30
 MAX_HEADER = 1 << 22
 MAX_NUMBERS = 1 << 27
@@ -44,6 +48,8 @@ class Header:
     Attributes:
         weights: the first 32 digits of the sha256 of the model's weights.
         coefficients: CRC-32 of the chain's coefficients, 8 digits.
+        precision: of the model's file, to which its weights were rounded.
+        arithmetic: in which its network was computed: fp32, or that of the file.
         shape: (C, H, W).
         T: the model's timesteps.
         n: images.
@@ -59,6 +65,8 @@ class Header:
 
     weights: str
     coefficients: str
+    precision: Precision
+    arithmetic: Precision
     shape: tuple[int, int, int]
     T: int
     n: int
@@ -100,11 +108,13 @@ class CompressedFile:
         header: its header.
         sections: those that are there in full.
         complete: whether these are all.
+        name: of the file, for messages.
     """
 
     header: Header
     sections: tuple[Section, ...] = field(repr=False)
     complete: bool
+    name: str = "the file"
 
     @property
     def steps(self) -> int:
@@ -132,6 +142,7 @@ def write_header(header: Header) -> bytes:
         *(b - a for a, b in zip(header.times, header.times[1:], strict=False)),
     ]
     body = bytes.fromhex(header.weights) + bytes.fromhex(header.coefficients)
+    body += bytes(PRECISIONS.index(precision) for precision in (header.precision, header.arithmetic))
     body += b"".join(map(_leb128, values)) + bytes(header.errors) + bytes([header.lossless, bool(header.labels)])
     body += b"".join(map(_leb128, header.labels))
     return MAGIC + len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body
@@ -144,12 +155,12 @@ def write_section(section: Section) -> bytes:
 
 
 def is_compressed(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as compressed images do. False if it cannot be read."""
+    """Whether a file begins as compressed images do, of any format. False if it cannot be read."""
     try:
         if not Path(path).is_file():
             return False
         with Path(path).open("rb") as stream:
-            return stream.read(len(MAGIC)) == MAGIC
+            return _format(stream.read(len(MAGIC))) is not None
     except OSError:
         return False
 
@@ -175,12 +186,17 @@ def parse(data: bytes, name: str = "the file") -> CompressedFile:
     """A file from its bytes, or from the first of them.
 
     Raises:
-        FileFormatError: too large, damaged, or cut short within its header.
+        FileFormatError: too large, of another format, damaged, or cut short within its header.
     """
     if len(data) > MAX_FILE:
         raise FileFormatError(f"{name}: too large for compressed images", note=f"the limit is {MAX_FILE >> 20} MiB")
-    if data[: len(MAGIC)] != MAGIC:
+    if (found := _format(data)) is None:
         raise FileFormatError(f"{name}: not compressed images of ddpmx", note=f"it begins with {data[:8]!r}")
+    if found != FORMAT:
+        raise FileFormatError(
+            f"{name}: compressed images of format {found}, and this ddpmx reads format {FORMAT}",
+            hint="compress the images again: no release has written such files" if found < FORMAT else "a newer ddpmx",
+        )
     try:
         header, at = _header(data)
         if header.n * header.numbers > NUMBERS_BY_BYTE * len(data):
@@ -188,7 +204,13 @@ def parse(data: bytes, name: str = "the file") -> CompressedFile:
         sections, complete = _sections(data, at, header)
     except ValueError as error:
         raise FileFormatError(f"{name}: damaged", note=str(error), hint="copy it again from where it came") from error
-    return CompressedFile(header, sections, complete)
+    return CompressedFile(header, sections, complete, name)
+
+
+def _format(data: bytes) -> int | None:
+    """The number of the format that these are the first bytes of, or None."""
+    digit = data[len(_BEGINS) : len(MAGIC) - 1]
+    return int(digit) if data[: len(MAGIC)] == _BEGINS + digit + _END and digit.isdigit() else None
 
 
 def _header(data: bytes) -> tuple[Header, int]:
@@ -205,6 +227,9 @@ def _header(data: bytes) -> tuple[Header, int]:
         raise ValueError("its header has the wrong CRC")
     stream = _Bytes(body)
     weights, coefficients = stream.take(16).hex(), stream.take(4).hex()
+    precision, arithmetic = (PRECISIONS[stream.number("precision", 0, len(PRECISIONS) - 1)] for _ in range(2))
+    if arithmetic not in ("fp32", precision):
+        raise ValueError(f"a file in {precision} that was computed in {arithmetic}")
     c, height, width = (stream.number("side", 1, 1 << 20) for _ in range(3))
     T = stream.number("T", 1, 1_000_000)
     n = stream.number("images", 1, max(0, MAX_NUMBERS // (c * height * width)))
@@ -226,7 +251,21 @@ def _header(data: bytes) -> tuple[Header, int]:
     shape = (c, height, width)
     return (
         Header(
-            weights, coefficients, shape, T, n, group, seed, book, chunk, tuple(times), errors, bool(lossless), labels
+            weights,
+            coefficients,
+            precision,
+            arithmetic,
+            shape,
+            T,
+            n,
+            group,
+            seed,
+            book,
+            chunk,
+            tuple(times),
+            errors,
+            bool(lossless),
+            labels,
         ),
         begin + length,
     )

@@ -71,6 +71,8 @@ def _compressed(path: Path) -> dict[str, Any]:
         "size": [height, width],
         "channels": c,
         "model": header.weights,
+        "precision": header.precision,
+        "arithmetic": header.arithmetic,
         "lossless": header.lossless,
         "steps": len(header.times),
         "steps_here": file.steps,

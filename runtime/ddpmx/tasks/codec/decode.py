@@ -17,11 +17,13 @@ from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.tasks.codec import draws, residual
 from ddpmx.tasks.codec.plan import Forecast
 from ddpmx.tasks.codec.range_coder import Reader
-from ddpmx.tasks.codec.same_model import check_fits, check_of, compare, other_network
+from ddpmx.tasks.codec.same_model import check_arithmetic, check_fits, check_of, compare, other_network
 from ddpmx.tasks.codec.walk import Chunks, Network, Walk
 
 Float32 = NDArray[np.float32]
 UInt8 = NDArray[np.uint8]
+
+_COPY = "copy it again from where it came"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +70,33 @@ def decompress(
 
     Raises:
         FileFormatError: no such file, damaged, or without a whole section.
-        InputError: another model, or a number out of its range.
+        InputError: another model, one that computes in another precision, or a number out of its range.
         NumericError: the network here computes something else than that of the coder: the images would not be those.
         Cancelled: ``cancel`` returned True.
         BackendError: the network could not be run.
     """
     file = data if isinstance(data, CompressedFile) else compressed.parse(data)
     header = file.header
-    check_fits(pipeline, header, model)
+    check_fits(pipeline, file, model)
     if not file.steps:
-        raise FileFormatError("the file ends before its first section does", hint="copy it again from where it came")
+        raise FileFormatError(f"{file.name}: ends before its first section does", hint=_COPY)
     if stop is not None and (isinstance(stop, bool) or not header.times[-1] >= stop >= 0):
         raise InputError(f"stop must be from 0 to {header.times[-1]}, not {stop!r}")
     batch = pipeline.check_request(header.n, seed=header.seed, batch=batch)
+    with pipeline.in_float32() as wide:
+        check_arithmetic(wide, file)
+        return _decoded(wide, file, stop, batch, progress, cancel)
+
+
+def _decoded(
+    pipeline: Pipeline,
+    file: CompressedFile,
+    stop: int | None,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    cancel: Callable[[], bool] | None,
+) -> Decompressed:
+    header = file.header
     run = Network(pipeline, [*header.labels] or None, batch, cancel)
     walk, i, total = Walk(header, pipeline), len(header.times), file.steps
     forecast = Forecast(run.schedule, header.numbers, header.errors)
@@ -91,7 +107,10 @@ def decompress(
         decoder.reader = Reader(section.data[compressed.CHECK_BYTES :])
         for _ in range(section.steps):
             i -= 1
-            decoder.step(walk, i, cancel)
+            try:
+                decoder.step(walk, i, cancel)
+            except FileFormatError as error:
+                raise FileFormatError(f"{file.name}: {error.fact}", hint=_COPY) from error
             walk.estimated(run(walk.x, header.times[i], walk.previous))
             if progress is not None:
                 progress(len(header.times) - i, total)

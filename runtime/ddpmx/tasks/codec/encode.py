@@ -116,6 +116,8 @@ def compress(
     At most one of ``rate``, ``rmse`` and ``stop``; by default a rate of :data:`DEFAULT_RATE`, and of a lossless file what
     is expected to make it smallest. The file is the same for any ``batch``.
 
+    A model in half precision is computed in float32, on every machine: see :meth:`ddpmx.Pipeline.in_float32`.
+
     Args:
         pipeline: the model; one that takes no condition image.
         images: uint8 [n, H, W, C], of the model's size.
@@ -136,6 +138,7 @@ def compress(
         InputError: images that do not fit the model, or a number out of its range.
         Cancelled: ``cancel`` returned True.
         NumericError: the network's output was not finite.
+        FileFormatError: the model cannot be computed in float32.
         BackendError: the network could not be run.
     """
     spec = pipeline.spec
@@ -157,60 +160,63 @@ def compress(
     classes = _classes(pipeline, n, labels)
     book = fitting_book(book, numbers)
     x0 = np.ascontiguousarray(from_uint8(images).transpose(0, 3, 1, 2))
-    run = Network(pipeline, classes, batch, cancel)
-    errors, residuals = _measure(run, x0, images, seed, lossless=lossless)
-    forecast = Forecast(run.schedule, numbers, errors)
-    if stop is None:
-        if rate is None and rmse is None and lossless:
-            stop = _cheapest(forecast, residuals, n, book, steps)
-        elif rmse is not None:
-            stop = stop_for_rmse(forecast, rmse)
-        else:
-            stop = stop_for_rate(forecast, DEFAULT_RATE if rate is None else rate, n, book=book, steps=steps)
-    plan = make_plan(forecast, stop, n, book=book, steps=steps)
-    header = Header(
-        weights_of(pipeline, model),
-        spec.to_json()["coefficients"],
-        spec.shape,
-        spec.timesteps,
-        n,
-        plan.group,
-        seed,
-        plan.book,
-        plan.chunk,
-        plan.times,
-        errors,
-        lossless,
-        tuple(classes or ()),
-    )
-    walk, coder = Walk(header, pipeline), _Coder(header, x0, forecast)
-    sections, pending, sent = [compressed.write_header(header)], 0, []
-    count = len(plan.times)
-    for i in range(count - 1, -1, -1):
-        divergence, spent, chunks = coder.step(walk, i, cancel)
-        pending += 1
-        estimate = run(walk.x, plan.times[i], walk.previous)
-        apart = 127.5 * math.sqrt(float(np.square(estimate.astype(np.float64) - x0).mean()))
-        sent.append(Sent(plan.times[i], divergence, spent, chunks, apart))
-        walk.estimated(estimate)
-        if i == 0 or len(coder.writer) >= _SECTION_BYTES:
-            check = check_of(header, to_nhwc(estimate))
-            sections.append(compressed.write_section(Section(STEPS, pending, check + coder.writer.finish())))
-            coder.writer, pending = Writer(), 0
-        if progress is not None:
-            progress(count - i, count)
-    assert walk.previous is not None
-    pixels, left = to_nhwc(walk.previous), 0
-    if lossless:
-        writer = Writer()
-        residual.write(writer, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), walk.previous)
-        body = zlib.crc32(images.tobytes()).to_bytes(4, "little") + writer.finish()
-        sections.append(compressed.write_section(Section(RESIDUAL, 0, body)))
-        pixels, left = images.copy(), 8 * len(body)
-    data = b"".join(sections)
-    if images.size > compressed.NUMBERS_BY_BYTE * len(data):
-        raise InputError("rate is too little for so many images", hint="more bits per dimension, or several files")
-    return Compressed(data, pixels, tuple(sent), header, left)
+    with pipeline.in_float32() as wide:
+        run = Network(wide, classes, batch, cancel)
+        errors, residuals = _measure(run, x0, images, seed, lossless=lossless)
+        forecast = Forecast(run.schedule, numbers, errors)
+        if stop is None:
+            if rate is None and rmse is None and lossless:
+                stop = _cheapest(forecast, residuals, n, book, steps)
+            elif rmse is not None:
+                stop = stop_for_rmse(forecast, rmse)
+            else:
+                stop = stop_for_rate(forecast, DEFAULT_RATE if rate is None else rate, n, book=book, steps=steps)
+        plan = make_plan(forecast, stop, n, book=book, steps=steps)
+        header = Header(
+            weights_of(pipeline, model),
+            spec.to_json()["coefficients"],
+            spec.precision,
+            wide.arithmetic,
+            spec.shape,
+            spec.timesteps,
+            n,
+            plan.group,
+            seed,
+            plan.book,
+            plan.chunk,
+            plan.times,
+            errors,
+            lossless,
+            tuple(classes or ()),
+        )
+        walk, coder = Walk(header, pipeline), _Coder(header, x0, forecast)
+        sections, pending, sent = [compressed.write_header(header)], 0, []
+        count = len(plan.times)
+        for i in range(count - 1, -1, -1):
+            divergence, spent, chunks = coder.step(walk, i, cancel)
+            pending += 1
+            estimate = run(walk.x, plan.times[i], walk.previous)
+            apart = 127.5 * math.sqrt(float(np.square(estimate.astype(np.float64) - x0).mean()))
+            sent.append(Sent(plan.times[i], divergence, spent, chunks, apart))
+            walk.estimated(estimate)
+            if i == 0 or len(coder.writer) >= _SECTION_BYTES:
+                check = check_of(header, to_nhwc(estimate))
+                sections.append(compressed.write_section(Section(STEPS, pending, check + coder.writer.finish())))
+                coder.writer, pending = Writer(), 0
+            if progress is not None:
+                progress(count - i, count)
+        assert walk.previous is not None
+        pixels, left = to_nhwc(walk.previous), 0
+        if lossless:
+            writer = Writer()
+            residual.write(writer, np.ascontiguousarray(images.transpose(0, 3, 1, 2)), walk.previous)
+            body = zlib.crc32(images.tobytes()).to_bytes(4, "little") + writer.finish()
+            sections.append(compressed.write_section(Section(RESIDUAL, 0, body)))
+            pixels, left = images.copy(), 8 * len(body)
+        data = b"".join(sections)
+        if images.size > compressed.NUMBERS_BY_BYTE * len(data):
+            raise InputError("rate is too little for so many images", hint="more bits per dimension, or several files")
+        return Compressed(data, pixels, tuple(sent), header, left)
 
 
 class _Coder:
@@ -285,7 +291,7 @@ def _check_numbers(rate: float | None, rmse: float | None, stop: int | None, ste
         raise InputError("rate, rmse and stop exclude each other")
     for name, value in (("rate", rate), ("rmse", rmse)):
         if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{name} must be above 0, not {value!r}")
+            raise InputError(f"{name} must be a finite number above 0, not {float(value)!r}")
     for name, whole, least, most in (
         ("stop", stop, 0, T - 1),
         ("steps", steps, 1, compressed.MAX_STEPS // 2),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -231,6 +232,79 @@ def test_another_network_is_noticed(done):
         decompress(pipeline, exact.data)
 
 
+def test_hashes_are_shown_so_that_they_differ(done):
+    _, got = done
+    for model_hash, shown in (
+        ("cd" * 32, "abababababab…, those of the model here cdcdcdcdcdcd…"),
+        ("ab" * 10 + "cd" * 22, "abababababababababababab…, those of the model here ababababababababababcdcd…"),
+        ("ab" * 15 + "ac" * 17, "ab" * 16 + "…, those of the model here " + "ab" * 15 + "ac…"),
+    ):
+        with model(SPEC.replace(weights=model_hash)) as pipeline, pytest.raises(InputError) as caught:
+            decompress(pipeline, compressed.parse(got.data, "x.ddpm"))
+        assert caught.value.fact == "x.ddpm: compressed by another model"
+        assert caught.value.note == f"its weights have the sha256 {shown}"
+    with model() as pipeline:  # as others write hashes
+        assert np.array_equal(decompress(pipeline, got.data, model=SPEC.weights.upper()).pixels, got.pixels)
+
+
+def test_another_size_is_not_another_chain(done):
+    _, got = done
+    file = compressed.parse(got.data)
+    other = replace(file, header=replace(file.header, shape=(1, 4, 16)))
+    with model() as pipeline, pytest.raises(InputError, match="its images are 4×16×1, not 8×8×1"):
+        decompress(pipeline, other)
+
+
+def test_the_precision_of_the_weights_is_the_same_or_the_file_is_refused(done):
+    """fp32 and fp16 files of one model have the same hash, and decode to nearly the same images."""
+    _, got = done
+    assert (got.header.precision, got.header.arithmetic) == ("fp32", "fp32")
+    with (
+        model(SPEC.replace(precision="fp16")) as pipeline,
+        pytest.raises(InputError, match="compressed by the fp32 file of this model, not by its fp16 file"),
+    ):
+        decompress(pipeline, got.data)
+
+
+@pytest.mark.parametrize(("precision", "word"), [("fp16", "half precision"), ("bf16", "bfloat16")])
+def test_what_a_plan_has_computed_in_half_is_not_decoded_in_float32(precision, word):
+    spec = SPEC.replace(precision=precision)
+    with model(spec) as plan, model(spec) as wide:
+        wide.arithmetic = "fp32"  # as of an ONNX file
+        data = {}
+        for pipeline in (plan, wide):
+            got = compress(pipeline, photos(1), stop=60, **QUICK)
+            assert (got.header.precision, got.header.arithmetic) == (precision, pipeline.arithmetic)
+            assert np.array_equal(decompress(pipeline, got.data).pixels, got.pixels)
+            data[pipeline] = got.data
+        with pytest.raises(InputError, match=f"compressed in {word}, and the model here computes in float32"):
+            decompress(wide, data[plan])
+        with pytest.raises(InputError, match=f"compressed in float32, and the model here computes in {word}"):
+            decompress(plan, data[wide])
+
+
+def test_other_formats_are_refused(done, tmp_path):
+    _, got = done
+    file = tmp_path / "x.ddpm"
+    for digit, message in ((1, "format 1, and this ddpmx reads format 2"), (3, "format 3, and this ddpmx reads")):
+        file.write_bytes(got.data.replace(b"C2\n", b"C%d\n" % digit, 1))
+        assert compressed.is_compressed(file)
+        with pytest.raises(FileFormatError, match=message) as caught:
+            compressed.read_compressed(file)
+        assert str(file) in caught.value.fact
+    assert compressed.MAGIC == b"DDPMXC2\n"
+    for begin in (b"DDPMXC\n\n", b"DDPMXC22", b"DDPMXCx\n", b"DDPMXC"):
+        file.write_bytes(begin)
+        assert not compressed.is_compressed(file)
+    for change, message in (
+        ({"precision": "bf16", "arithmetic": "fp16"}, "a file in bf16 that was computed in fp16"),
+        ({"arithmetic": "fp16"}, "a file in fp32 that was computed in fp16"),
+    ):
+        with pytest.raises(FileFormatError) as caught:
+            compressed.parse(compressed.write_header(replace(got.header, **change)))
+        assert caught.value.note == message
+
+
 def test_damage_is_noticed(done):
     _, got = done
     rng = np.random.default_rng(0)
@@ -259,7 +333,11 @@ def test_models_of_all_kinds():
     [
         ({"images": photos(1)[:, :7]}, r"images must be uint8 \[n, 8, 8, 1\]"),
         ({"images": photos(1).astype(float)}, "images must be uint8"),
-        ({"rate": 0}, "rate must be above 0"),
+        ({"rate": 0}, "rate must be a finite number above 0, not 0.0"),
+        ({"rmse": math.inf}, "rmse must be a finite number above 0, not inf"),
+        ({"rmse": np.float64("nan")}, "rmse must be a finite number above 0, not nan"),
+        ({"model": "ab" * 31}, "model must be a sha256 of 64 hexadecimal digits"),
+        ({"model": "xy" * 32}, "model must be a sha256 of 64 hexadecimal digits"),
         ({"rate": 1, "stop": 3}, "exclude each other"),
         ({"rate": 1e-6}, "too little for anything"),
         ({"rmse": 1e-3}, "less than the model reaches"),
