@@ -22,9 +22,7 @@ from PIL import Image
 
 NETWORK = "--width 32 --mult 1,2,2 --blocks 1 --attention 8 --groups 8 --dropout 0"
 TINY = "--width 8 --mult 1 --blocks 1 --attention '' --groups 4 --dropout 0"
-TRAINING = (
-    "--preset tiny --classes --label-dropout 0.1 --prediction v --batch 64 --lr 2e-3 --warmup 100 --lr-decay --ema 0.99"
-)
+TRAINING = "--preset tiny --classes --label-dropout 0.1 --prediction v --batch 64 --lr 2e-3 --lr-decay --ema 0.99"
 TURNS = "--labels 0,1,2,3,4,5,6,7,8,9"
 
 
@@ -49,7 +47,9 @@ def main() -> int:
     print("that is a model that was trained before; now one of your own")
     data, run, fp32, fp16 = shlex.quote(str(DATA)), at("run"), at("model.onnx"), at("model-fp16.onnx")
     network = TINY if arguments.smoke else NETWORK
-    ddpmx(f"train --data {data} --out {run} --steps {steps} {network} {TRAINING} --sample-every {steps}")
+    ddpmx(
+        f"train --data {data} --out {run} --steps {steps} {network} {TRAINING} --warmup {steps // 4} --sample-every {steps}"
+    )
     whole = "" if arguments.smoke else " --full"
     ddpmx(f"export {run} -o {fp32} --data {data} --no-plan")
     ddpmx(f"export {run} --fp16 -o {fp16} --data {data} --no-plan{whole}")
