@@ -1,4 +1,4 @@
-// As much of CUDA as step.cu and while.cu need, for a C++ compiler, so that kernels run where there is no GPU.
+// As much of CUDA as step.cu, each.cu and while.cu need, for a C++ compiler, so that kernels run where there is no GPU.
 //
 // Every thread of a grid is a coroutine, and one of them runs at a time. With order 0 they run one after the other, each as
 // far as it gets. Any other order seeds a generator that picks the next thread at every barrier, fence and atomic, so a

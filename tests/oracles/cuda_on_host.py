@@ -27,27 +27,32 @@ class Unavailable(RuntimeError):  # noqa: N818 (not a fault of the kernels)
     """This machine cannot run them: no C++ compiler, or a C library without coroutines."""
 
 
+def compiler() -> str | None:
+    """A C++ compiler."""
+    return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
 def build(folder: Path, sources: Path, flags: Sequence[str] = STRICT) -> ctypes.CDLL:
     """The library of the kernels in ``sources``.
 
     Raises:
         Unavailable: there is no C++ compiler, or the C library has no coroutines.
     """
-    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         raise Unavailable("no C++ compiler")
     probe = folder / "probe.cpp"
     probe.write_text("#include <ucontext.h>\nint main() { ucontext_t c; return getcontext(&c); }\n")
-    if subprocess.run([compiler, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
+    if subprocess.run([found, str(probe), "-o", str(folder / "probe")], capture_output=True).returncode:
         raise Unavailable("no ucontext.h")
     library = folder / "kernels.so"
-    command = [compiler, "-std=c++17", *flags, "-shared", "-fPIC", f"-I{sources}", f"-I{HERE}"]
+    command = [found, "-std=c++17", *flags, "-shared", "-fPIC", f"-I{sources}", f"-I{HERE}"]
     done = subprocess.run(
         [*command, str(HERE / "cuda_on_host.cpp"), "-o", str(library)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     kernels = ctypes.CDLL(str(library))
-    for launch in (kernels.begin, kernels.step):
+    for launch in (kernels.begin, kernels.step, kernels.begin_each, kernels.step_each):
         launch.argtypes, launch.restype = [ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint], ctypes.c_bool
     kernels.go_on.argtypes, kernels.go_on.restype = [ctypes.c_void_p, ctypes.c_ulonglong], ctypes.c_longlong
     kernels.has_fma.restype = ctypes.c_bool

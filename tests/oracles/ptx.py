@@ -1,4 +1,4 @@
-"""An interpreter of PTX in Python: the instructions of step.ptx, one thread at a time, on this process's own memory.
+"""An interpreter of PTX in Python: the instructions of our kernels, one thread at a time, on this process's own memory.
 
 It tests the compiler's output, and not only its input, where there is no GPU. Semantics are those of NVIDIA's "PTX ISA".
 A float32 + × or √ computed in float64 and rounded once more is the correctly rounded one, since 53 ≥ 2·24 + 2. An
@@ -245,6 +245,12 @@ class Kernels:
 
     def step(self, chain: int, grid: int, block: int, order: int) -> bool:
         return self._launch("ddpmx_step", chain, grid, block)
+
+    def begin_each(self, call: int, grid: int, block: int, order: int) -> bool:
+        return self._launch("ddpmx_begin_each", call, grid, block)
+
+    def step_each(self, call: int, grid: int, block: int, order: int) -> bool:
+        return self._launch("ddpmx_step_each", call, grid, block)
 
     def _launch(self, name: str, chain: int, grid: int, block: int) -> bool:
         kernel = self._kernels[name]

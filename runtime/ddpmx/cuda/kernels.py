@@ -9,7 +9,7 @@ from ddpmx.device.driver import Driver
 
 
 class Kernels:
-    """The kernels of ``step.ptx``, and of ``while.ptx`` on demand. The driver closes them.
+    """The kernels of ``step.ptx``, and on demand those of ``each.ptx`` and ``while.ptx``. The driver closes them.
 
     Attributes:
         begin, step: the functions.
@@ -26,6 +26,7 @@ class Kernels:
             module = driver.module(layout.ptx("step"), "step.ptx")
             self.begin, self.step = (driver.function(module, name) for name in ("ddpmx_begin", "ddpmx_step"))
         self._condition: int | None = None
+        self._each: tuple[int, int] | None = None
         self.why_no_while: str | None = None
         self.lock = threading.RLock()
 
@@ -49,3 +50,16 @@ class Kernels:
                 module = self._driver.module(layout.ptx("while"), "while.ptx")
                 self._condition = self._driver.function(module, "ddpmx_condition")
             return self._condition
+
+    def each(self) -> tuple[int, int]:
+        """The kernels ``ddpmx_begin_each`` and ``ddpmx_step_each``.
+
+        Raises:
+            BackendError: the driver cannot compile them.
+        """
+        with self.lock:
+            if self._each is None:
+                module = self._driver.module(layout.ptx("each"), "each.ptx")
+                begin, step = (self._driver.function(module, name) for name in ("ddpmx_begin_each", "ddpmx_step_each"))
+                self._each = begin, step
+            return self._each

@@ -1,4 +1,4 @@
-"""Compile step.cu and while.cu to PTX, with the oldest suitable compiler: ``python -m ddpmx.cuda.make_ptx [--check]``.
+"""Compile the kernels to PTX, with the oldest suitable compiler: ``python -m ddpmx.cuda.make_ptx [--check]``.
 
 PTX runs on every later GPU and driver, and is refused by every driver older than its compiler. NVRTC 11.8 writes PTX 7.8,
 which every driver since 2022 takes, JetPack 6's among them. It is a library in one pip wheel and needs neither a GPU nor
@@ -20,8 +20,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CACHE = Path(__file__).resolve().parents[3] / ".cache" / "nvrtc"
 REQUIREMENT = "nvidia-cuda-nvrtc-cu11==11.8.89"
-NAMES = ("step", "while")
-HEADERS = ("chain.h", "step.h")
+HEADERS = {
+    "step": ("chain.h", "fours.h", "step.h"),
+    "each": ("chain.h", "each.h", "fours.h", "step.h"),
+    "while": ("chain.h", "step.h"),
+}
+NAMES = tuple(HEADERS)
 OPTIONS = ("--gpu-architecture=compute_75", "--std=c++17", "--fmad=false")
 
 
@@ -59,7 +63,7 @@ def fetch(requirement: str, folder: Path) -> Path:
 
 def sources(name: str) -> dict[str, bytes]:
     """The sources of ``name``.ptx, by file name."""
-    return {file: (HERE / file).read_bytes().replace(b"\r\n", b"\n") for file in (f"{name}.cu", *HEADERS)}
+    return {file: (HERE / file).read_bytes().replace(b"\r\n", b"\n") for file in (f"{name}.cu", *HEADERS[name])}
 
 
 def digest(name: str) -> str:
@@ -80,11 +84,12 @@ def compile_ptx(name: str, cache: Path = CACHE) -> bytes:
     code = sources(name)
     nvrtc = _load(fetch(REQUIREMENT, cache))
     program = ctypes.c_void_p()
-    contents = (ctypes.c_char_p * len(HEADERS))(*(code[header] for header in HEADERS))
-    names = (ctypes.c_char_p * len(HEADERS))(*(header.encode() for header in HEADERS))
+    headers = HEADERS[name]
+    contents = (ctypes.c_char_p * len(headers))(*(code[header] for header in headers))
+    names = (ctypes.c_char_p * len(headers))(*(header.encode() for header in headers))
     options = (ctypes.c_char_p * len(OPTIONS))(*(option.encode() for option in OPTIONS))
     main = f"{name}.cu"
-    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), code[main], main.encode(), len(HEADERS), contents, names)
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), code[main], main.encode(), len(headers), contents, names)
     if created:
         raise RuntimeError(f"nvrtcCreateProgram: error {created}")
     try:

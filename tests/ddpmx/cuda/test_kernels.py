@@ -19,7 +19,7 @@ import pytest
 
 import ddpmx
 from ddpmx.cuda import layout, make_ptx
-from ddpmx.cuda.layout import Chain, Control, Done
+from ddpmx.cuda.layout import EACH, Call, Chain, Control, Done, Each
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.errors import NumericError
 from ddpmx.sampling import chain
@@ -174,7 +174,7 @@ MISTAKES = {
     "t stays": ("step.cu", "t[four.image] = next", "t[four.image] = now"),
     "NCHW": ("step.cu", "pixel * channels + channel", "channel * pixels + pixel"),
     "images too early": ("step.cu", "image_bytes = last ?", "image_bytes = 1 ?"),
-    "beyond the end": ("step.cu", "      if (k < count) to[k]", "      to[k]"),
+    "beyond the end": ("fours.h", "      if (k < count) to[k]", "      to[k]"),
     "a grid of the right size": ("step.cu", "index += ddpmx_threads()", "index = fours"),
     "counters left as they are": ("step.cu", "chain->arrived = 0;\n  chain->step", "chain->step"),
     "no barrier": ("step.cu", "  __syncthreads();\n", ""),
@@ -429,7 +429,7 @@ def test_the_structs_have_c_s_layout(tmp_path, language):
     if compiler is None:
         pytest.skip(f"not verified here: that the structs have the layout of {language} (no compiler)")
     expected, lines = [], []
-    for struct, name in ((Control, "ddpmx_control"), (Chain, "ddpmx_chain")):
+    for struct, name in ((Control, "ddpmx_control"), (Chain, "ddpmx_chain"), (Call, "ddpmx_call")):
         for field, kind in struct._fields_:
             lines.append(f'printf("%zu %zu ", offsetof({name}, {field}), sizeof((({name} *)0)->{field}));')
             expected += [getattr(struct, field).offset, ctypes.sizeof(kind)]
@@ -437,13 +437,19 @@ def test_the_structs_have_c_s_layout(tmp_path, language):
         expected.append(ctypes.sizeof(struct))
         # no padding, so no field of C is missing here
         assert sum(ctypes.sizeof(kind) for _, kind in struct._fields_) == ctypes.sizeof(struct)
-    for done in Done:
-        lines.append(f'printf("%d ", DDPMX_{done.name});')
-        expected.append(done)
+    for field in EACH.names:
+        lines.append(f'printf("%zu %zu ", offsetof(ddpmx_each, {field}), sizeof(((ddpmx_each *)0)->{field}));')
+        expected += [EACH.fields[field][1], EACH[field].itemsize]
+    lines.append('printf("%zu ", sizeof(ddpmx_each));')
+    expected.append(EACH.itemsize)
+    assert sum(EACH[field].itemsize for field in EACH.names) == EACH.itemsize
+    for value in (*Done, *Each):
+        lines.append(f'printf("%d ", DDPMX_{value.name});')
+        expected.append(value)
     lines.append('printf("%d %d", DDPMX_THREADS, DDPMX_KEEP_X);')
     expected += [layout.THREADS, layout.KEEP_X]
     source = tmp_path / ("layout.c" if language == "c" else "layout.cpp")
-    source.write_text('#include <stdio.h>\n#include "chain.h"\nint main(void) {\n' + "\n".join(lines) + "\n}\n")
+    source.write_text('#include <stdio.h>\n#include "each.h"\nint main(void) {\n' + "\n".join(lines) + "\n}\n")
     flags = ["-std=c11" if language == "c" else "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
     command = [compiler, *flags, f"-I{SOURCES}", str(source), "-o", str(tmp_path / "layout"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -459,7 +465,11 @@ def test_an_unsigned_int_is_read_as_one():
 
 # --- the PTX ---------------------------------------------------------------------------------------------------------
 
-ENTRIES = {"step": {"ddpmx_begin", "ddpmx_step"}, "while": {"ddpmx_condition"}}
+ENTRIES = {
+    "step": {"ddpmx_begin", "ddpmx_step"},
+    "each": {"ddpmx_begin_each", "ddpmx_step_each"},
+    "while": {"ddpmx_condition"},
+}
 
 
 def committed(name):
@@ -527,14 +537,15 @@ def test_the_ptx_contains_no_paths(name):
 FLOAT = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z0-9]+(?:\.[a-z0-9]+)*\.f(?:16|32|64)(?:\.[a-z0-9]+)*)\s", re.M)
 ALLOWED = re.compile(
     r"(add|mul|sqrt)\.rn\.f32|(neg|max|mov|selp)\.f32|setp\.[a-z]+\.f32|cvt\.rn\.f32\.[us]32|cvt\.rzi\.[us]32\.f32"
-    r"|(ld|st)(\.global)?(\.v4)?\.f32"
+    r"|(ld|st)(\.global)?(\.v[24])?\.f32"
 )
 
 
 def test_the_ptx_computes_with_ieee_operations_alone():
-    found = set(FLOAT.findall(code_of("step")))
-    assert {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32"} <= found, "nothing was checked"
-    assert [operation for operation in found if not ALLOWED.fullmatch(operation)] == []
+    for name in ("step", "each"):
+        found = set(FLOAT.findall(code_of(name)))
+        assert {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32"} <= found, "nothing was checked"
+        assert [operation for operation in found if not ALLOWED.fullmatch(operation)] == []
     for name in make_ptx.NAMES:
         for forbidden in ("fma", "ex2", "lg2", "sin", "cos", "approx", "ftz", ".local", "mad.rn"):
             assert not re.search(rf"(?<![a-z]){re.escape(forbidden)}(?![a-z])", code_of(name)), forbidden
