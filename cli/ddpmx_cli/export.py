@@ -25,7 +25,8 @@ EXAMPLES = """
 Examples:\n
   ddpmx export                                   # the newest run → model.onnx, model.parity.npz, model.plan\n
   ddpmx export runs/photos --fp16 -o photos.onnx\n
-  ddpmx export runs/photos --data photos/ --full # checked on real images and with the chain of all T steps
+  ddpmx export runs/photos --data photos/ --full # checked on real images and with the chain of all T steps\n
+  ddpmx export runs/photos --int8 -o small.onnx  # convolutions in 8 bits, calibrated on the model's own chain
 """
 
 
@@ -40,6 +41,10 @@ def export(
     bf16: Annotated[
         bool, Option("--bf16", help="The same with bfloat16, for TensorRT 10.13 and later (not JetPack 6).")
     ] = False,
+    int8: Annotated[
+        bool, Option("--int8", help="Convolutions in 8 bits by explicit Q/DQ, half precision beside them.")
+    ] = False,
+    fp8: Annotated[bool, Option("--fp8", help="The same with E4M3, for SM 8.9 and later.")] = False,
     weights: Annotated[str, Option(help="ema (averaged) or raw.", metavar="NAME")] = "ema",
     time_table: Annotated[
         bool, Option("--time-table", help="Store everything that depends only on t as a table instead of computing it.")
@@ -51,7 +56,8 @@ def export(
     data: Annotated[
         Path | None,
         Option(
-            help="Real images for the record.  \\[default: images that the network generates]", metavar="FOLDER|NPZ"
+            help="Real images for the record, and for calibration.  \\[default: images that the network generates]",
+            metavar="FOLDER|NPZ",
         ),
     ] = None,
     overwrite: Annotated[
@@ -68,12 +74,16 @@ def export(
     are float32 and int32 in every precision, so files of different precision are interchangeable.
     """
     from ddpmx.formats import model_file, same_model
+    from ddpmx.formats.spec import EIGHT_BITS
 
     if weights not in ("ema", "raw"):
         raise InputError(f"--weights {weights!r}: not one of ema and raw")
-    if fp16 and bf16:
-        raise InputError("--fp16 and --bf16 exclude each other")
-    if not proof and (full or data is not None):
+    flags: dict[Precision, bool] = {"fp16": fp16, "bf16": bf16, "int8": int8, "fp8": fp8}
+    chosen = [name for name, flag in flags.items() if flag]
+    if len(chosen) > 1:
+        raise InputError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    precision: Precision = chosen[0] if chosen else "fp32"
+    if not proof and (full or (data is not None and precision not in EIGHT_BITS)):
         raise InputError("--no-parity excludes --full and --data")
     same_model.check_output(output)
     try:
@@ -87,7 +97,6 @@ def export(
 
     source = checkpoint.resolve(run if run is not None else checkpoint.newest_run(Path("runs")))
     which: Weights = "raw" if weights == "raw" else "ema"
-    precision: Precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
     images = None
     if data is not None:
         from ddpm_export.proof.proof import images_for
@@ -105,8 +114,12 @@ def export(
         model = model.replace(weights=None)  # that of the spec is of the averaged weights
     weights_before = None if overwrite else same_model.check_same_model(output, model)
     begun, replaced = time.monotonic(), os.path.exists(output)
-    with busy(f"exporting {source}"):
-        spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
+    said: list[str] = []
+    if precision in EIGHT_BITS:
+        spec, said = _quantise(source, output, precision, which, time_table, images)
+    else:
+        with busy(f"exporting {source}"):
+            spec = onnx_export.export(source, output, precision=precision, weights=which, time_table=time_table)
     c, height, width = spec.shape
     say(f"{source} → {output}{' (replaced)' if replaced else ''}")
     if weights_before is not None and weights_before != spec.weights:
@@ -115,6 +128,8 @@ def export(
         f"{spec.precision}, {height}×{width}×{c}, T = {spec.timesteps}, {spec.schedule}, predicts {spec.prediction}; "
         f"{megabytes(output)} in {time.monotonic() - begun:.1f} s"
     )
+    for line in said:
+        say(f"  {line}")
     if which == "ema" and (note := advice.note_of_checkpoint(source)):
         say(note)
     if not proof and earlier:
@@ -130,6 +145,24 @@ def export(
         say(f"next: ddpmx generate {shlex.quote(str(output))} -n 16 --out samples/ --grid")
     elif not built:
         say(f"next, on the target machine: ddpmx build {shlex.quote(str(output))}")
+
+
+def _quantise(
+    source: Path,
+    output: Path,
+    precision: Precision,
+    weights: Weights,
+    time_table: bool,
+    images: NDArray[np.uint8] | None,
+) -> tuple[ModelSpec, list[str]]:
+    """Export with 8-bit convolutions. (the spec of the file, what to say of it)"""
+    from ddpm_export.quantize import export as quantize
+
+    with phases(f"exporting {source}") as progress:
+        done = quantize.export(
+            source, output, precision=precision, weights=weights, time_table=time_table, data=images, progress=progress
+        )
+    return done.spec, done.lines
 
 
 def _prove(

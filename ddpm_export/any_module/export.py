@@ -40,7 +40,7 @@ from ddpmx.diffusion.schedule import Schedule
 from ddpmx.errors import BackendError, InputError, NumericError, SpecError
 from ddpmx.formats.atomic import staging
 from ddpmx.formats.same_model import check_output, check_record
-from ddpmx.formats.spec import BETAS, PRECISIONS, ModelSpec, Precision
+from ddpmx.formats.spec import BETAS, EIGHT_BITS, PRECISIONS, ModelSpec, Precision
 from ddpmx.parity.ladder import ParityReport
 
 
@@ -115,6 +115,8 @@ def export(
     """
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
+    if precision in EIGHT_BITS:
+        raise InputError("8 bits are for checkpoints of ddpmx, not for any module", hint='precision="fp16"')
     output = Path(output)
     check_output(output)
     beside = output.with_suffix(".parity.npz")

@@ -42,7 +42,7 @@ from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.describe import training_summary
 from ddpmx.formats.onnx_file import metadata
 from ddpmx.formats.same_model import check_output
-from ddpmx.formats.spec import PRECISIONS, ModelSpec, Precision, input_type
+from ddpmx.formats.spec import EIGHT_BITS, PRECISIONS, ModelSpec, Precision, beside, input_type
 
 OPSET = 20
 """The newest opset that TensorRT 10.3 parses. Newer ones also have group norm and attention as single operators, which
@@ -108,7 +108,7 @@ def export(
     Args:
         path: the checkpoint's or the run's folder.
         output: the file to write. It appears only when it is whole.
-        precision: ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; 8 bits are :func:`ddpm_export.quantize.export.export`'s.
         weights: ``ema`` (averaged) or ``raw``.
         time_table: store what depends on t alone as one table instead of computing it.
 
@@ -155,10 +155,32 @@ def export_network(
         BackendError: torch cannot export the network, or only for a fixed batch size.
         OutputError: the file is too large, or cannot be written.
     """
+    if precision in EIGHT_BITS:
+        raise InputError(
+            "8 bits need calibration", hint="ddpmx export --int8, or ddpm_export.quantize.export in Python"
+        )
+    model, spec = make_graph(network, spec, precision=precision, time_table=time_table, root=root, refused=refused)
+    write_graph(model, spec, output, training)
+    return spec
+
+
+def make_graph(
+    network: nn.Module,
+    spec: ModelSpec,
+    *,
+    precision: Precision = "fp32",
+    time_table: bool = False,
+    root: str = "",
+    refused: list[Refusal] | None = None,
+) -> tuple[onnx.ModelProto, ModelSpec]:
+    """The graph of a network, without metadata, and its spec; see :func:`export_network`.
+
+    In 8 bits the graph is that of half precision, which :mod:`ddpm_export.quantize` goes on from.
+    """
     spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
     if isinstance(network, (UNet, LucidrainsUNet)):
         check_spec(network.config, spec)
-    network = to_precision(network, precision)
+    network = to_precision(network, beside(precision))
     if time_table:
         if not isinstance(network, (UNet, LucidrainsUNet)):
             raise InputError("only ddpmx's own U-Nets can have a time table")
@@ -172,25 +194,42 @@ def export_network(
     model = _trace(network, spec)
     names = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
     name_everything(model, names, root=root)
-    _check_size(model, output)  # before anything serialises it
+    _check_size(model)  # before anything serialises it
     if refused is not None:
         refused += refusals(model) or parser_refusals(model)
     _clean(model)
     if precision == "bf16":
         # Traced as opset 20, where norms and attention are decomposed into plain operators. From there to 22 these
-        # operators only gained types; the checker below fails if that should change.
+        # operators only gained types; the checker in write_graph fails if that should change.
         model.opset_import[0].version = BF16_OPSET
+    return model, spec
+
+
+def write_graph(
+    model: onnx.ModelProto, spec: ModelSpec, output: str | os.PathLike[str], training: dict[str, Any] | None = None
+) -> None:
+    """Write a graph with its metadata.
+
+    Args:
+        model: from :func:`make_graph`; it gets the metadata.
+        spec: of the model.
+        output: the file. It appears only when it is whole.
+        training: as for :func:`export_network`.
+
+    Raises:
+        OutputError: it is too large, or cannot be written.
+    """
     onnx.helper.set_model_props(model, metadata(spec, training))
     _check_size(model, output)
     onnx.checker.check_model(model, full_check=True)
     with atomic_write(output) as stream:
         stream.write(model.SerializeToString(deterministic=True))
-    return spec
 
 
-def _check_size(model: onnx.ModelProto, output: str | os.PathLike[str]) -> None:
+def _check_size(model: onnx.ModelProto, output: str | os.PathLike[str] | None = None) -> None:
     if model.ByteSize() > MAX_PROTOBUF_BYTES:
-        raise OutputError(f"{output}: the model is larger than 2 GiB, which one ONNX file cannot hold")
+        where = "" if output is None else f"{output}: "
+        raise OutputError(f"{where}the model is larger than 2 GiB, which one ONNX file cannot hold")
 
 
 def _trace(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ddpm_export.graph.onnx_export import to_precision
 from ddpm_export.networks.torch_backend import TorchBackend
 from ddpmx.errors import NumericError
-from ddpmx.formats.spec import ModelSpec, Precision
+from ddpmx.formats.spec import ModelSpec, Precision, beside
 from ddpmx.parity.check import Check
 from ddpmx.parity.ladder import ParityReport, not_finite, run_ladder
 from ddpmx.parity.reduced import JUDGED, RANGE_BOUND, Reduced, range_check
@@ -41,7 +41,7 @@ def judge(
 
     Args:
         network: float32, with the layers marked that compute in the precision; see :func:`to_precision`.
-        spec: of the file; its precision is fp16 or bf16.
+        spec: of the file; its precision is not fp32. Of a file in 8 bits this is what is beside those: half precision.
         reference: the record.
         progress: called with (network calls done, network calls in all).
 
@@ -52,6 +52,7 @@ def judge(
         InputError: no layer of the network may compute in this precision.
         BackendError: it fails.
     """
+    spec = spec.replace(precision=beside(spec.precision))
     backend = RoundedBackend(to_precision(network, spec.precision), spec.precision)
     judged = JUDGED[spec.precision]
     try:

@@ -86,7 +86,7 @@ def record(
         if progress is not None:
             progress(done, total)
 
-    with _exact_float32():
+    with exact_float32():
         backend = TorchBackend(network)
         evaluate = Evaluator(backend, spec, images_per_t, None, total)
         table = chain_table(spec, steps)
@@ -99,7 +99,7 @@ def record(
         chain_conditioning = example(spec, indices, seed=seed)
         if spec.classes is not None:
             # reversed, so that the first image, whose states are recorded, is not of class 0; guided to classes alone
-            chain_conditioning["y"] = _spread(spec.classes, chains)[::-1].copy()
+            chain_conditioning["y"] = spread(spec.classes, chains)[::-1].copy()
         guidance = GUIDANCE if spec.null_class else 1.0
         how = guided(spec, guidance)
         run = chain.run(
@@ -126,7 +126,7 @@ def record(
         unit, state_unit = (None if magnitude is None else np.empty(n, np.float32) for n in (len(t), len(at)))
         out, losses = np.empty((len(t), len(x0), len(kept)), np.float32), []
         var = np.empty_like(out) if learns else None
-        y = None if spec.classes is None else _spread(spec.label_count, len(t) * len(x0)).reshape(len(t), len(x0))
+        y = None if spec.classes is None else spread(spec.label_count, len(t) * len(x0)).reshape(len(t), len(x0))
         conditioning = example(spec, np.arange(len(x0)), seed=seed)
         if spec.self_condition:
             conditioning["x0_prev"] = np.zeros_like(clean)
@@ -194,7 +194,7 @@ def record(
             hint="train it first",
         )
     if reference.trained:
-        with _exact_float32():
+        with exact_float32():
             reference = dataclasses.replace(reference, drift=_drift(backend, reference, ends[:1], tick))
     else:
         for _ in range(steps):
@@ -255,7 +255,7 @@ class _Disturbed:
         """Do nothing: the network is another's."""
 
 
-def _spread(classes: int, n: int) -> NDArray[np.int32]:
+def spread(classes: int, n: int) -> NDArray[np.int32]:
     """``n`` labels, evenly spread over all that the network takes, int32 [n]."""
     return np.linspace(0, classes - 1, n).round().astype(np.int32)
 
@@ -284,7 +284,7 @@ def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint
 
 
 @contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
+def exact_float32() -> Iterator[None]:
     """Turn TF32 off while the reference is recorded: in cuDNN it is on by default."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

@@ -564,3 +564,30 @@ def test_a_folder_with_an_image_s_name_is_found_before_anything_is_written(refus
     (tmp_path / "00000.png").write_text("mine")
     refused("generate", "--engine", GAUSSIAN_ONNX, "-n", 2, "--steps", 2, "--out", tmp_path)
     assert (tmp_path / "00000.png").read_text() == "mine"
+
+
+def test_export_takes_one_precision(refused, run, tmp_path):
+    err = refused("export", run, "--fp16", "--int8", "-o", tmp_path / "model.onnx")
+    assert "--fp16 and --int8 exclude each other" in err
+    assert "exclude each other" in refused("export", run, "--int8", "--fp8", "-o", tmp_path / "model.onnx")
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_8_bits_are_not_calibrated_on_a_few_images(refused, run, tmp_path):
+    np.savez(tmp_path / "few.npz", images=np.zeros((7, 16, 16, 1), np.uint8))
+    err = refused("export", run, "--int8", "--no-parity", "--data", tmp_path / "few.npz", "-o", tmp_path / "model.onnx")
+    assert "calibration takes 8 images or more, and there are 7" in err
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_there_is_nothing_to_calibrate_in_an_untrained_network(refused, copy, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    for file in copy.glob("checkpoints/*/ema.safetensors"):
+        weights = load_file(file)
+        last = {name: array * np.float32(1e-6) for name, array in weights.items() if name.startswith("conv_out")}
+        save_file(weights | last, file)
+    err = refused("export", copy, "--int8", "-o", tmp_path / "model.onnx")
+    assert "nothing to calibrate 8 bits on" in err
+    assert "train it first" in err
+    assert not list(tmp_path.glob("model*"))

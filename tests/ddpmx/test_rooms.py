@@ -32,7 +32,7 @@ DDPMX = (
     "models",
     "errors",
 )
-DDPM_EXPORT = ("quality", "importers", "any_module", "proof", "graph", "training", "networks")
+DDPM_EXPORT = ("quality", "importers", "any_module", "quantize", "proof", "graph", "training", "networks")
 """From the top down."""
 
 HOUSES = {"ddpmx": (ROOT / "runtime" / "ddpmx", DDPMX), "ddpm_export": (ROOT / "ddpm_export", DDPM_EXPORT)}

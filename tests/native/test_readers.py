@@ -275,7 +275,7 @@ SPEC_FAULTS: list[dict[str, Any]] = [
     {"clip": -1.0},
     {"clip": "1"},
     {"clip": True},
-    {"precision": "int8"},
+    {"precision": "int4"},
     {"weights": "b" * 63},
     {"ddpmx": "\n"},
     {"ddpmx": 1},

@@ -26,8 +26,10 @@ MAX_TEXT = 4095
 MAX_ELEMENTS = 2**28
 """C·H·W: 1 GiB of float32 for one image. A larger shape is a damaged file."""
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+EIGHT_BITS: tuple[Precision, ...] = ("int8", "fp8")
+"""Those whose convolutions compute in 8 bits, by explicit Q/DQ; what is beside them is in half precision."""
 
 MAX_CLASSES = 1 << 20
 MAX_CONDITION = 1 << 12
@@ -53,6 +55,11 @@ _UNLESS_SET: dict[str, object] = {
     "betas": None,
 }
 """Fields that are not written at these values, so that the text of models from before these fields stays the same."""
+
+
+def beside(precision: Precision) -> Precision:
+    """What a graph computes in where it is not in 8 bits: half precision; any other precision as it is."""
+    return "fp16" if precision in EIGHT_BITS else precision
 
 
 def input_type(name: str) -> type[np.int32] | type[np.float32]:

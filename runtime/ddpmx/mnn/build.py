@@ -19,7 +19,7 @@ from ddpmx.formats.atomic import atomic_write, write_error
 from ddpmx.formats.mnn_file import MAX_PART, MnnInfo, MnnRecord
 from ddpmx.formats.output_file import check_output
 from ddpmx.formats.plan_record import is_plain_name
-from ddpmx.formats.spec import ModelSpec
+from ddpmx.formats.spec import EIGHT_BITS, ModelSpec
 from ddpmx.mnn import library
 from ddpmx.mnn.graph import keep_images_apart
 
@@ -101,6 +101,11 @@ def build(
     spec = onnx_file.onnx_spec(path, info, spec)
     if spec.precision == "bf16":
         raise InputError(f"{path}: MNN runs no bfloat16 networks", hint="export with --fp16, or without")
+    if spec.precision in EIGHT_BITS:
+        raise InputError(
+            f"{path}: MNN runs no networks with explicit Q/DQ",
+            hint="export without --int8 and --fp8; MNN has 8-bit weights of its own: ddpmx build --for mnn --low-memory",
+        )
     module = library.load()
     record = MnnRecord(
         version=".".join(str(module.version()).split(".")[:4]),

@@ -227,7 +227,13 @@ def _tensor(view: memoryview) -> NDArray[np.float64] | None:
 
 def _precision(info: onnx_file.GraphInfo, spec: ModelSpec) -> Any:
     """What most of the floating-point weights are stored in."""
-    sizes = {"fp32": onnx_file.FLOAT, "fp16": onnx_file.FLOAT16, "bf16": onnx_file.BFLOAT16}
+    sizes = {
+        "fp32": onnx_file.FLOAT,
+        "fp16": onnx_file.FLOAT16,
+        "bf16": onnx_file.BFLOAT16,
+        "int8": onnx_file.INT8,
+        "fp8": onnx_file.FLOAT8E4M3FN,
+    }
     stored = {name: info.weights.get(kind, 0) for name, kind in sizes.items()}
     if stored[spec.precision] and stored[spec.precision] * 2 >= max(stored.values()):
         return spec.precision

@@ -54,6 +54,7 @@ def free_chain(
     error: float,
     reference: Reference,
     curves: dict[str, NDArray[Any]],
+    levels: float | None = None,
 ) -> tuple[Check, NDArray[np.uint8] | None]:
     """Run the recorded chain without correction, and compare its images.
 
@@ -64,15 +65,18 @@ def free_chain(
         error: the bound on the RMS error of the output.
         reference: the record.
         curves: ``free`` and ``levels_apart`` are added; see :func:`ddpmx.parity.ladder.run_ladder`.
+        levels: the bound on the RMS of the pixels' errors, where ``usual`` follows from that and not from the drift.
 
     Returns:
         The check, and the images, uint8 [m, H, W, C], or None if the chain was not run.
     """
     spec, table = reference.spec, reference.table()
     name = f"free chain of {reference.steps} steps{_how(reference)}, pixels within one level"
-    bound = pixels_bound(usual, reference.drift, error)
+    bound = usual if levels is not None else pixels_bound(usual, reference.drift, error)
     why = f"usual for this precision: {usual:.3g}"
-    if bound < usual:
+    if levels is not None:
+        why = f"the share of normal errors of {levels:g} levels RMS, erf(1.5/({levels:g}·√2))"
+    elif bound < usual:
         why = f"by the recorded drift of this chain, such errors move {(1 - bound) / 2:.1%} of the pixels; twice that"
     if not reference.trained:
         reason = f"the network is not trained (loss {reference.loss:.2f}, 1 is guessing): its chain saturates"
@@ -101,7 +105,7 @@ def free_chain(
     finals, theirs = to_nhwc(sample), reference.final.transpose(0, 2, 3, 1)
     counted = ~saturated(finals, theirs)
     apart = np.abs(finals.astype(np.int16) - theirs)[counted]
-    if (silent := _not_judged(reference, counted, bound)) is not None:
+    if (silent := _not_judged(reference, counted, 1.0 if levels is not None else bound)) is not None:
         return Check(name, float("nan"), usual, at_least=True, skipped=silent), finals
     curves["levels_apart"] = np.bincount(apart, minlength=3)
     mse = float(np.mean(np.square(apart, dtype=np.float64)))
@@ -113,7 +117,27 @@ def free_chain(
     return Check(name, float(np.mean(apart <= 1)), bound, at_least=True, worst=worst, why=why), finals
 
 
-def light_judge(finals: NDArray[np.uint8], reference: Reference, error: float) -> Check:
+def chain_levels(finals: NDArray[np.uint8], reference: Reference, levels: float) -> Check:
+    """The RMS of the errors of the free chain's pixels, in levels of 256: PSNR by another name.
+
+    Args:
+        finals: the file's images, uint8 [m, H, W, C].
+        reference: the record.
+        levels: the bound.
+    """
+    theirs = reference.final.transpose(0, 2, 3, 1)
+    apart = (finals.astype(np.float64) - theirs)[~saturated(finals, theirs)]
+    found = rms(apart)
+    return Check(
+        f"free chain of {reference.steps} steps{_how(reference)}, RMS of the pixels' errors in levels",
+        found,
+        levels,
+        worst="" if found == 0 else f"PSNR {20 * np.log10(255 / found):.1f} dB",
+        why=f"{levels:g} levels by the precision, {20 * np.log10(255 / levels):.1f} dB: a right file's, times 2.5",
+    )
+
+
+def light_judge(finals: NDArray[np.uint8], reference: Reference, error: float, levels: float | None = None) -> Check:
     """The sliced Wasserstein distance between the images of both chains: what a judge of samples sees of the file's errors.
 
     Along every direction it is a distance, so it obeys the triangle inequality: against any real images, scaled alike, the
@@ -123,26 +147,31 @@ def light_judge(finals: NDArray[np.uint8], reference: Reference, error: float) -
         finals: the file's images, uint8 [m, H, W, C].
         reference: the record.
         error: the bound on the RMS error of the output.
+        levels: the bound on the RMS of the pixels' errors, where it does not follow from the drift.
     """
     name, skipped = f"light judge of the chain's images, × {swd.SCALE}", None
     _, height, width = reference.spec.shape
     if min(height, width) < swd.SIDE:
         skipped = f"it compares patches of {swd.SIDE}×{swd.SIDE}, and the images are {height}×{width}"
-    elif reference.drift is None:
+    elif reference.drift is None and levels is None:
         skipped = "the record is from a version of ddpmx that did not measure how far a chain drifts"
-    if skipped is not None or reference.drift is None:
+    if levels is None and reference.drift is not None:
+        levels = drifted(reference.drift, error)
+        how = "; by the recorded drift, half of the bound on ε moves them so"
+    else:
+        how = ", those of the bound"
+    if skipped is not None or levels is None:
         return Check(name, np.nan, 0.0, skipped=skipped)
     theirs = reference.final.transpose(0, 2, 3, 1)
     found = swd.sliced_wasserstein(finals, theirs, directions=_DIRECTIONS)
-    most = swd.distance_bound(theirs, drifted(reference.drift, error))
+    most = swd.distance_bound(theirs, levels)
     level = int(np.argmax(np.divide(found.distances, most)))
     return Check(
         name,
         found.distances[level],
         most[level],
         worst=f"at {found.sizes[level]} pixels, of {found.images} images",
-        why="√(2/π)·2·the RMS of the pixels' errors, in units of the patches' deviation; by the recorded drift, half of "
-        "the bound on ε moves them so",
+        why=f"√(2/π)·2·the RMS of the pixels' errors, in units of the patches' deviation{how}",
     )
 
 

@@ -21,7 +21,7 @@ HALF_MAX = 65504.0
 RANGE_BOUND = HALF_MAX / 4
 """The largest |activation| allowed: the record sees a few images, and other libraries scale or sum before they round."""
 
-JUDGED = {"fp16": "module in real half", "bf16": "module in real bfloat16"}
+JUDGED: dict[str, str] = {"fp16": "module in real half", "bf16": "module in real bfloat16"}
 RANGE = "largest |activation|"
 
 

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ddpmx.errors import BackendError, SpecError
-from ddpmx.formats.onnx_file import BFLOAT16, FLOAT, FLOAT16, GraphInfo
-from ddpmx.formats.spec import ModelSpec
+from ddpmx.formats.onnx_file import BFLOAT16, FLOAT, FLOAT8E4M3FN, FLOAT16, INT8, GraphInfo
+from ddpmx.formats.spec import EIGHT_BITS, ModelSpec
 from ddpmx.trt.library import Library
 
 _SHARE, _SLACK = (0.9, 1.15), 1 << 16
 """How much the size of a plan's weights may differ from the graph's, by folded constants and alignment."""
 _LEAST_WEIGHTS, _LEAST_HALVES = 1 << 18, 1 << 23
+
+
+LOW = {"fp16": FLOAT16, "bf16": BFLOAT16, "int8": INT8, "fp8": FLOAT8E4M3FN}
+"""The ONNX type of most weights in each precision but fp32."""
 
 
 def check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
@@ -24,7 +28,7 @@ def check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
     Raises:
         SpecError: they have another one.
     """
-    low = {"fp16": FLOAT16, "bf16": BFLOAT16}.get(spec.precision)
+    low = LOW.get(spec.precision)
     halves, floats = info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0), info.weights.get(FLOAT, 0)
     if (low is None and halves > floats) or (low is not None and floats and info.weights.get(low, 0) == 0):
         raise SpecError(
@@ -53,7 +57,10 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
         stored = _rtx_weights(memoryview(plan))
         if stored is None:
             return "not verified: the header of this version does not state the size of the weights"
-        if not _SHARE[0] * weights - _SLACK <= stored <= _SHARE[1] * weights + _SLACK:
+        most = _SHARE[1] * weights + _SLACK
+        if spec.precision in EIGHT_BITS:  # the time path's weights are halves there, which the builder widens
+            most = weights + info.weights.get(FLOAT16, 0) + _SLACK
+        if not _SHARE[0] * weights - _SLACK <= stored <= most:
             raise BackendError(
                 f"{library} did not keep the precision of the graph",
                 note=f"{spec.precision}: {weights} bytes of weights in the ONNX file, {stored} in the plan",
@@ -63,11 +70,14 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
             return "not verified: too few weights to judge by their size"
         return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
     size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
+    bits = 16
+    if spec.precision in EIGHT_BITS:
+        bits, halves = 8, info.weights.get(LOW[spec.precision], 0)
     if halves < _LEAST_HALVES:
-        return "not verified: too few 16-bit weights to judge by the size of the plan"
+        return f"not verified: too few {bits}-bit weights to judge by the size of the plan"
     if size > weights + 0.75 * halves:
         raise BackendError(
-            f"{library} seems to have widened the {spec.precision} weights to float32",
+            f"{library} seems to have widened the {spec.precision} weights",
             note=f"{weights} bytes of weights in the ONNX file, and a plan of {size} bytes",
             hint="use another version of TensorRT, and report this",
         )

@@ -22,7 +22,7 @@ constexpr size_t kMaxBetas = 1 << 14;
 
 constexpr std::string_view kPredictions[] = {"eps", "x0", "v", "mu"};
 constexpr std::string_view kVariances[] = {"fixed_small", "fixed_large", "learned_range", "learned"};
-constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16"};
+constexpr std::string_view kPrecisions[] = {"fp32", "fp16", "bf16", "int8", "fp8"};
 
 // The fields of a spec. "coefficients" is not a field of its own, but a checksum of what the others mean.
 constexpr std::string_view kFields[] = {"shape",    "timesteps", "schedule",  "schedule_params", "prediction",

@@ -197,7 +197,7 @@ WRONG = {
     "prediction": [None, "epsilon", "EPS", 1, [], {}, True, ["eps"]],
     "variance": [None, "learnt", "learned_variance", 1, [], {}, True, ["fixed_small"]],
     "clip": [0, -1, True, "1", [], {}, [1.0], math.nan, math.inf, 10**400],
-    "precision": [None, "tf32", "int8", 16, [], {}],
+    "precision": [None, "tf32", "int4", 16, [], {}],
     "weights": ["", "ab", "AB" * 32, "g" * 64, "a" * 65, "a" * 64 + "\n", 5, [], {}, True],
     "ddpmx": [None, 1, [], {}, True],
 }  # fmt: skip

@@ -27,7 +27,13 @@ _APART = 16
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _SHOWN = 12
 """Digits of a hash that are shown, or more where these are the same."""
-_ARITHMETIC = {"fp32": "float32", "fp16": "half precision", "bf16": "bfloat16"}
+_ARITHMETIC = {
+    "fp32": "float32",
+    "fp16": "half precision",
+    "bf16": "bfloat16",
+    "int8": "8-bit integers",
+    "fp8": "E4M3",
+}
 
 
 def weights_of(pipeline: Pipeline, model: str | None) -> str:

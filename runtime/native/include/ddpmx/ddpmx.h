@@ -123,7 +123,7 @@ typedef struct ddpmx_model {
   int32_t default_batch;           /* how many images run at once by default */
   char prediction[8];              /* "eps", "x0", "v" or "mu" */
   char variance[16];               /* "fixed_small", "fixed_large", "learned_range" or "learned" */
-  char precision[8];               /* "fp32", "fp16" or "bf16", inside the network; this API uses float */
+  char precision[8];               /* "fp32", "fp16", "bf16", "int8" or "fp8", inside the network; this API uses float */
   int32_t null_class;              /* 1 if the network knows "no class": labels may be NULL, and DDPMX_GUIDED is possible */
 } ddpmx_model;
 
