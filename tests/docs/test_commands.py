@@ -78,6 +78,7 @@ NOT_RUN = {
     "*pytest -q *": "is a run of other tests",
     "python tests/gpu/check.py *": "needs a GPU",
     "python tests/benchmarks/samplers.py *": "takes an hour",
+    "python tests/benchmarks/quantization.py *": "is a measurement",
     "torchrun *": "starts processes; tests/ddpm_export/training/test_distributed.py does",
     "trtexec *": "is NVIDIA's, and needs a GPU",
     "ddpmx build *": BUILD,

@@ -34,6 +34,9 @@ from ddpmx.trt.precision import assert_precision, check_weights
 SMALLEST_BF16 = (10, 13)
 """The first release whose InstanceNormalization takes bfloat16. JetPack 6 has 10.3."""
 
+SMALLEST_E4M3 = 8.9
+"""The first compute capability with E4M3."""
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -196,6 +199,15 @@ def _check_possible(library: Library, spec: ModelSpec, options: BuildOptions, de
             note="its InstanceNormalization takes float32 and float16; 10.13 is the first that takes bfloat16, "
             "and JetPack 6 stays at 10.3",
             hint="export with --fp16",
+        )
+    older = [one for one in options.targets if float(one) < SMALLEST_E4M3]
+    if not library.is_rtx:
+        older = [devices.devices[0].sm] if float(devices.devices[0].sm) < SMALLEST_E4M3 else []
+    if spec.precision == "fp8" and older:
+        raise BackendError(
+            f"SM {older[0]} does not compute in E4M3",
+            note="8.9 is the first that does: Ada, then Hopper and Blackwell",
+            hint="export with --int8",
         )
     if (options.refit or options.strip) and not devices.devices:
         raise BackendError(

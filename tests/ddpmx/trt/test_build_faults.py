@@ -15,7 +15,7 @@ import pytest
 
 from ddpmx.device.discovery import Gpus
 from ddpmx.errors import BackendError, DdpmxError, FileFormatError, InputError, OutputError, SpecError
-from ddpmx.formats.onnx_file import BFLOAT16, GraphInfo
+from ddpmx.formats.onnx_file import BFLOAT16, FLOAT8E4M3FN, INT8, GraphInfo
 from ddpmx.formats.protobuf import fields
 from ddpmx.trt import build as trt_build
 from ddpmx.trt.build import BuildOptions
@@ -136,6 +136,7 @@ def test_a_plan_is_refused_as_a_model(build, toy):
         (onnx(SPEC.replace(precision="fp16")), "declares fp16, but its weights"),
         (onnx(SPEC.replace(precision="bf16")), "declares bf16, but its weights"),
         (onnx(weights=FLOAT16), "declares fp32, but its weights"),
+        (onnx(SPEC.replace(precision="int8")), "declares int8, but its weights"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(folder, data, message):
@@ -214,6 +215,22 @@ def test_bfloat16_is_accepted_from_10_13_on(version):
 def test_tensorrt_rtx_takes_bfloat16_and_needs_no_gpu():
     possible(fake("1.1.0.3", "TensorRT-RTX"), "bf16", NO_GPU)
     possible(fake("10.3.0.26"), refit=True, strip=True)
+
+
+@pytest.mark.parametrize("targets", [("8.6",), ("8.9", "7.5")])
+def test_e4m3_is_refused_where_no_gpu_computes_in_it(targets):
+    with pytest.raises(BackendError, match="does not compute in E4M3") as caught:
+        possible(fake("1.7.1.116", "TensorRT-RTX"), "fp8", NO_GPU, targets=targets)
+    assert "--int8" in str(caught.value)
+    possible(fake("1.7.1.116", "TensorRT-RTX"), "int8", NO_GPU, targets=targets)
+
+
+def test_e4m3_is_built_for_what_has_it():
+    possible(fake("1.7.1.116", "TensorRT-RTX"), "fp8", NO_GPU, targets=("8.9", "12.0"))
+    possible(fake("1.7.1.116", "TensorRT-RTX"), "fp8", NO_GPU)  # of no target it says nothing, so it builds
+    with pytest.raises(BackendError, match=r"SM 8.7 does not compute in E4M3"):
+        possible(fake("10.13.0.35"), "fp8", ORIN)
+    possible(fake("10.13.0.35"), "int8", ORIN)
 
 
 @pytest.mark.parametrize(
@@ -320,12 +337,29 @@ MB = 1 << 20
 
 def precision(plan: object, library: Library, weights: int = 64 * MB, element_type: int = FLOAT16, **options) -> str:
     info = GraphInfo({}, {}, {}, 20, (), {element_type: weights})
-    name = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}[element_type]
+    name = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16", INT8: "int8", FLOAT8E4M3FN: "fp8"}[element_type]
     return assert_precision(plan, SPEC.replace(precision=name), info, library, **{"stripped": False} | options)
 
 
 def rtx_plan(weights: int) -> bytes:
     return b"vtrt" + bytes(84) + b"THGW" + bytes(12) + weights.to_bytes(8, "little") + bytes(400)
+
+
+@pytest.mark.parametrize("element_type", [INT8, FLOAT8E4M3FN])
+def test_8_bit_weights_are_in_the_plan_or_it_is_refused(element_type):
+    """The builder widens the time path's halves, which is no fault; 8-bit weights as halves are."""
+    name = {INT8: "int8", FLOAT8E4M3FN: "fp8"}[element_type]
+    info, spec = GraphInfo({}, {}, {}, 20, (), {element_type: 64 * MB, FLOAT16: 16 * MB}), SPEC.replace(precision=name)
+    for stored in (80 * MB, 96 * MB):
+        assert name in assert_precision(rtx_plan(stored), spec, info, RTX, stripped=False)
+    for stored in (40 * MB, 144 * MB):
+        with pytest.raises(BackendError, match="did not keep the precision"):
+            assert_precision(rtx_plan(stored), spec, info, RTX, stripped=False)
+    assert "a plan of" in assert_precision(np.zeros(100 * MB, np.uint8), spec, info, TENSORRT, stripped=False)
+    with pytest.raises(BackendError, match=f"widened the {name} weights"):
+        assert_precision(np.zeros(150 * MB, np.uint8), spec, info, TENSORRT, stripped=False)
+    few = GraphInfo({}, {}, {}, 20, (), {element_type: MB, FLOAT16: 16 * MB})
+    assert "too few 8-bit" in assert_precision(np.zeros(MB, np.uint8), spec, few, TENSORRT, stripped=False)
 
 
 @pytest.mark.parametrize("element_type", [FLOAT, FLOAT16, BFLOAT16])
