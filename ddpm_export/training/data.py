@@ -181,14 +181,15 @@ def load_dataset(
     )
     if max_pixels is not None:
         source = replace(source, max_pixels=max_pixels)
-    if not are_files(source.path) and (
-        skip_broken or any(setting is not None for setting in (size, channels, background, max_pixels))
-    ):
+    for_files = {"--size": size, "--channels": channels, "--background": background, "--max-megapixels": max_pixels}
+    without_effect = [flag for flag, value in for_files.items() if value is not None] + ["--skip-broken"] * skip_broken
+    if without_effect and not are_files(source.path):
         source.check()
         arrays_of.check_place(source.path)
         raise InputError(
-            "size, channels, background, max_pixels and skip_broken are for image files; an array is taken as it is",
-            hint="without them, or a folder of images",
+            f"{' and '.join(without_effect)} {'is' if len(without_effect) == 1 else 'are'} for image files; an array is "
+            "taken as it is",
+            hint=f"without {'it' if len(without_effect) == 1 else 'them'}, or a folder of images",
         )
     kept = None if keep is None else keep / cache.NAME
     dataset = _load(source, Where(memory_limit, kept, kept, first=True), progress)

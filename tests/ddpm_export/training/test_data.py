@@ -302,10 +302,17 @@ def test_an_npz_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_pa
     assert "unpacks to" in refused(path)
 
 
-@pytest.mark.parametrize("how", [{"size": (8, 8)}, {"channels": 3}])
-def test_an_npz_is_taken_as_it_is(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ({"size": (8, 8)}, "--size is for"),
+        ({"channels": 3}, "--channels is for"),
+        ({"max_pixels": 100, "skip_broken": True}, "--max-megapixels and --skip-broken are for"),
+    ],
+)
+def test_an_npz_is_taken_as_it_is(tmp_path, how, named):
     np.savez(tmp_path / "a.npz", NHWC)
-    with pytest.raises(InputError, match="an array is taken as it is"):
+    with pytest.raises(InputError, match=f"^{named} image files; an array is taken as it is"):
         load_dataset(tmp_path / "a.npz", **how)
 
 
