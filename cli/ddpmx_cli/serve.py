@@ -108,7 +108,7 @@ def serve(
     loopback = host in ("127.0.0.1", "localhost", "::1")
     app = make_app(service, hosts=["127.0.0.1", "localhost", "[::1]"] if loopback else None)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-    say(f"{path.name} on {backend.description}, a batch of {batcher.batch}: {address}")
+    say(f"{path.name} on {batcher.description}, a batch of {batcher.batch}: {address}")
     if not loopback and key is None:
         say("Note: anybody who reaches this address may use it; --key-file asks for a key")
     config = uvicorn.Config(

@@ -138,6 +138,15 @@ def update(
         np.add(x_next, z * (fixed if sigma is None else sigma), out=x_next)
 
 
+def not_finite(t: int, index: int, steps: int, network: str) -> NumericError:
+    """The error of a step, from 0, whose output is not finite. ``network``: what it is, for the message."""
+    return NumericError(
+        f"the network's output at t = {t} is not finite",
+        note=f"step {index + 1} of {steps}; {network}",
+        hint="if the file is fp16, try fp32: an activation may exceed 65504",
+    )
+
+
 def initial(seed: int, images: NDArray[np.int64], shape: tuple[int, int, int]) -> Float32:
     """x_T ~ N(0, I) for each image, float32 [n, C, H, W]."""
     z = noise.normal(seed, images, 0, Purpose.INITIAL, int(np.prod(shape)))
@@ -309,11 +318,7 @@ class Walk:
         """
         index, t, row = self.done, self.t, self._rows[self.done]
         if not np.isfinite(out).all() or (var is not None and not np.isfinite(var).all()):
-            raise NumericError(
-                f"the network's output at t = {t} is not finite",
-                note=f"step {index + 1} of {len(self)}; {network}",
-                hint="if the file is fp16, try fp32: an activation may exceed 65504",
-            )
+            raise not_finite(t, index, len(self), network)
         z = sigma = None
         if row[4] != 0:
             z = next(self._draws).reshape(x.shape)

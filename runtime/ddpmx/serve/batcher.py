@@ -3,20 +3,25 @@
 The network takes t for each image, and noise is a function of (seed, image, t), so nothing binds the images of a call to
 one timestep. A request joins at the next call, where there is room, instead of waiting for a chain to end; its images are
 those that ``generate`` draws with the same ``batch``.
+
+Where the network is on a GPU, so are the chains (:mod:`ddpmx.cuda.device_batch`); elsewhere NumPy makes the steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.arrays.protocols import Labels
 from ddpmx.backends.base import Backend, Buffers, CopyingBackend, PartBackend, RowByRow
+from ddpmx.cuda.device_batch import DeviceBatch
+from ddpmx.cuda.group import Group
 from ddpmx.diffusion.samplers import Table
 from ddpmx.errors import BackendError, Cancelled, InputError, QueueFull
 from ddpmx.formats.spec import ModelSpec
@@ -120,13 +125,15 @@ class _Part:
     ticket: Ticket
     at: int
     images: NDArray[np.int64]
-    walk: Walk
+    walk: Walk | Group
+    """Its steps: on the host, or on a GPU."""
     x: Float32
+    """On the host x_t, on a GPU nothing."""
     labels: NDArray[np.int32] | None
     cond: Float32 | None
     guidance: Guidance | None
     watch: Callable[[int, Preview], None] | None
-    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: NDArray[np.int64]
     """In the batch of this call; of a guided chain first those with the class, then those without."""
 
 
@@ -135,15 +142,25 @@ class Batcher:
 
     Args:
         spec: the model.
-        backend: the network, on the host's arrays; closed with the batcher.
+        backend: the network; closed with the batcher.
         batch: rows of the network's batch, at most. A guided image takes two.
         waiting: how many images may wait for a place; more are refused.
+        executor: of a network on a GPU ``auto``, ``graph`` or ``plain``; ``host`` makes the steps in NumPy, and copies.
 
     Raises:
-        InputError: a number is out of its range.
+        InputError: a number is out of its range, or the network does not support that executor.
+        BackendError: the network cannot be run.
     """
 
-    def __init__(self, spec: ModelSpec, backend: Backend, *, batch: int | None = None, waiting: int = 4096) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        backend: Backend,
+        *,
+        batch: int | None = None,
+        waiting: int = 4096,
+        executor: str = "auto",
+    ) -> None:
         self.spec, self._backend, self._schedule = spec, backend, spec.make_schedule()
         self._ranges = backend.device.batches if isinstance(backend, CopyingBackend) else ((1, 1 << 32),)
         wanted = check_request(spec, 1, batch=default_batch(spec) if batch is None else batch).batch
@@ -160,6 +177,14 @@ class Batcher:
             self._most_rows, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes
         )
         self._bound, self._sizes = 0, {self.batch: self.batch}
+        self._on_device: DeviceBatch | None = None
+        # a GPU whose images have to run one by one is fed from the host
+        if isinstance(backend, CopyingBackend) and not alone and executor != "host":
+            backend.release()
+            self._on_device = DeviceBatch(backend.device, spec, self.batch, executor=executor)
+        elif executor not in ("auto", "host"):
+            raise InputError(f"{backend.description} does not support executor {executor!r} here", hint="auto")
+        self._flying: deque[list[_Part]] = deque()
         self._queue: deque[_Waiting] = deque()
         self._active: list[_Part] = []
         self._wake = threading.Condition()
@@ -244,6 +269,14 @@ class Batcher:
         return (Sampling() if sampling is None else sampling).table(self.spec, self._schedule)
 
     @property
+    def description(self) -> str:
+        """What really computes: library and device, and on a GPU the executor."""
+        if self._on_device is not None:
+            return self._on_device.description
+        on_gpu = isinstance(self._backend, CopyingBackend)
+        return f"{self._network.description}, steps on the host" if on_gpu else self._network.description
+
+    @property
     def active(self) -> int:
         """Rows of the network's batch that are used."""
         return sum(len(part.rows) for part in self._active)
@@ -277,7 +310,10 @@ class Batcher:
         except BaseException as error:  # whoever waits has to hear of it
             self._fail(error)
         finally:
-            self._backend.close()
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._backend.close)
+                if self._on_device is not None:
+                    self._on_device.close()
 
     def _admitted(self) -> bool:
         """Wait for work, and let in what there is room for. False: there will be no more."""
@@ -294,7 +330,7 @@ class Batcher:
                     self._queue[0].at += count
                     if not self._queue[0].left:
                         self._queue.popleft()
-                if self._active:
+                if self._active or self._flying:
                     return True
                 if self._closing:
                     return False
@@ -302,6 +338,10 @@ class Batcher:
 
     def _everyone(self) -> list[_Part | _Waiting]:
         return [*self._active, *self._queue]
+
+    def _under_way(self) -> list[_Part]:
+        """Those whose steps were launched and not looked at; some have left the batch."""
+        return [part for parts in self._flying for part in parts]
 
     def _waiting(self) -> int:
         return sum(each.left for each in self._queue if not each.ticket.cancelled)
@@ -324,12 +364,22 @@ class Batcher:
         if self.spec.classes is not None:
             given = request.labels if request.guidance != 0 else None
             labels = class_labels(self.spec, n, None if given is None else given[at : at + n])
-        walk = Walk(request.table, (n, *self.spec.shape), seed=request.seed, images=images, clip=self.spec.clip)
-        x = chain.initial(request.seed, images, self.spec.shape) if waiting.x is None else waiting.x[at : at + n].copy()
         cond = None if waiting.cond is None else waiting.cond[at : at + n]
-        part = _Part(waiting.ticket, at, images, walk, x, labels, cond, waiting.guidance, waiting.watch)
-        part.rows = np.zeros(n if waiting.guidance is None else 2 * n, np.int64)
-        return part
+        own = None if waiting.x is None else waiting.x[at : at + n]
+        rows = np.zeros(n if waiting.guidance is None else 2 * n, np.int64)
+        walk: Walk | Group
+        if self._on_device is None:
+            walk = Walk(request.table, (n, *self.spec.shape), seed=request.seed, images=images, clip=self.spec.clip)
+            x = chain.initial(request.seed, images, self.spec.shape) if own is None else own.copy()
+        else:
+            rows, x = self._free(len(rows)), np.empty(0, np.float32)
+            scale = 0.0 if waiting.guidance is None else waiting.guidance.scale
+            walk = Group(request.table, request.seed, images, rows, scale, labels, own_x=own is not None)
+            for name, array in (("x", own), ("cond", cond)):
+                for half in (rows[:n], rows[n:]) if array is not None else ():
+                    if array is not None and len(half):
+                        self._on_device.put(name, half, array)
+        return _Part(waiting.ticket, at, images, walk, x, labels, cond, waiting.guidance, waiting.watch, rows)
 
     def _places(self, parts: Sequence[tuple[NDArray[np.int64], int]]) -> tuple[int, list[NDArray[np.int64]]]:
         """The rows of images, each of which takes one or two; and how many the batch has then.
@@ -351,11 +401,23 @@ class Batcher:
 
     def _call(self) -> None:
         """One call of the network for all that are on their way, and a step of each."""
+        if self._active:
+            if self._on_device is None:
+                self._call_from_host()
+            else:
+                self._call_on_device(self._on_device)
+            self.calls += 1
+        self._active = [part for part in self._active if part.walk.done < len(part.walk)]
+        if self._on_device is not None:
+            self._land(self._on_device, leave=1 if self._active else 0)
+
+    def _call_from_host(self) -> None:
         used, rows = self._places([(part.images, len(part.rows) // len(part.images)) for part in self._active])
         for part, its in zip(self._active, rows, strict=True):
             part.rows = its
         buffers = self._bound_to(used)
         for part in self._active:
+            assert isinstance(part.walk, Walk)
             n, row = len(part.images), part.rows
             buffers.t[row] = part.walk.t
             for half in (row[:n], row[n:]):
@@ -370,24 +432,71 @@ class Batcher:
                 buffers.y[row[:n]] = part.labels
                 buffers.y[row[n:]] = self.spec.classes or 0
         self._network.enqueue()
-        self.calls += 1
         for part in self._active:
             self._step(part, buffers)
-        self._active = [part for part in self._active if part.walk.done < len(part.walk)]
 
-    def _bound_to(self, used: int) -> Buffers:
-        """The arrays of a batch that holds so many rows: as small a one as gives the bits of a whole one.
+    def _call_on_device(self, device: DeviceBatch) -> None:
+        size, parts = self._size_of(sum(len(part.rows) for part in self._active)), self._active
+        for part in parts:  # those that smaller batches do not reach take places of others that have left
+            assert isinstance(part.walk, Group)
+            beyond = part.rows >= size
+            if beyond.any():
+                rows = part.rows.copy()
+                rows[beyond] = self._free(int(beyond.sum()))
+                device.move(part.walk, rows)
+                part.rows = rows
+        device.call(
+            size,
+            [part.walk for part in parts if isinstance(part.walk, Group)],
+            watched=[part.watch is not None for part in parts],
+        )
+        self._flying.append([*parts])
+
+    def _free(self, count: int) -> NDArray[np.int64]:
+        """The first rows that nobody has."""
+        taken = [part.rows for part in self._active]
+        return np.setdiff1d(np.arange(self.batch), np.concatenate(taken) if taken else [])[:count]
+
+    def _land(self, device: DeviceBatch, *, leave: int) -> None:
+        """Look at the oldest calls until so many are left under way."""
+        for arrived in device.landed(leave=leave):
+            for part, each in zip(self._flying[0], arrived, strict=True):
+                if part.ticket.finished:
+                    continue
+                table = part.ticket.request.table
+                if each.bad:
+                    t = int(table.timesteps[each.index])
+                    part.ticket._end(chain.not_finite(t, each.index, len(table), device.description))
+                    continue
+                if part.watch is not None and each.x is not None and each.x0 is not None:
+                    try:
+                        part.watch(part.at, Preview(int(table.timesteps[each.index]), each.x, each.x0))
+                    except Exception as error:  # of this request alone, and the others go on
+                        part.ticket._end(error)
+                        continue
+                if each.pixels is not None:
+                    self._drawn(part, each.pixels)
+            self._flying.popleft()
+
+    def _size_of(self, used: int) -> int:
+        """The batch that holds so many rows: as small a one as gives the bits of a whole one.
 
         A few sizes are tried, not each, since trying takes calls of the network.
         """
-        rows = used
-        if not self._part_size and self._network is self._backend:
-            rows = 1 << (used - 1).bit_length()
-            rows = rows if rows < self.batch and self._takes(rows) else self.batch
-            if rows not in self._sizes:
-                self._sizes[rows] = chain.executed_batch(self._backend, self.spec, rows, self.batch)
-                self._bound = 0
-            rows = self._sizes[rows]
+        rows = 1 << (used - 1).bit_length()
+        rows = rows if rows < self.batch and self._takes(rows) else self.batch
+        if rows not in self._sizes:
+            if self._on_device is not None:
+                self._on_device.release()  # a small device has no room for both
+            self._sizes[rows] = chain.executed_batch(self._backend, self.spec, rows, self.batch)
+            self._bound = 0
+            if self._on_device is not None and isinstance(self._backend, CopyingBackend):
+                self._backend.release()
+        return self._sizes[rows]
+
+    def _bound_to(self, used: int) -> Buffers:
+        """The arrays of a batch that holds so many rows."""
+        rows = used if self._part_size or self._network is not self._backend else self._size_of(used)
         buffers = self._buffers.rows(slice(0, rows))
         if rows != self._bound:
             self._network.bind(buffers)
@@ -402,11 +511,12 @@ class Batcher:
         failed = error if isinstance(error, BackendError) else BackendError(f"the batcher stopped: {error}")
         with self._wake:
             self._closing, self._failed = True, failed
-            for each in self._everyone():
+            for each in (*self._everyone(), *self._under_way()):
                 each.ticket._end(failed)
-            self._active, self._queue = [], deque()
+            self._active, self._queue, self._flying = [], deque(), deque()
 
     def _step(self, part: _Part, buffers: Buffers) -> None:
+        assert isinstance(part.walk, Walk)
         n, row = len(part.images), part.rows
         out, learns = buffers.out[row[:n]], part.ticket.request.table.learned is not None
         var = buffers.var[row[:n]] if learns and buffers.var is not None else None
@@ -423,7 +533,11 @@ class Batcher:
             return
         part.x[...] = step.x_next
         if part.walk.done == len(part.walk):
-            part.ticket._pixels[part.at : part.at + n] = to_nhwc(step.x0)
-            part.ticket._left -= n
-            if not part.ticket._left:
-                part.ticket._end(None)
+            self._drawn(part, to_nhwc(step.x0))
+
+    def _drawn(self, part: _Part, pixels: NDArray[np.uint8]) -> None:
+        n = len(part.images)
+        part.ticket._pixels[part.at : part.at + n] = pixels
+        part.ticket._left -= n
+        if not part.ticket._left:
+            part.ticket._end(None)
