@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ddpm_export.networks.torch_backend import TorchBackend
-from ddpm_export.proof.record import check_images, exact_float32, spread
+from ddpm_export.proof.record import check_images, exact_float32, short_chain, spread
 from ddpmx.backends.base import Backend
 from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
@@ -29,14 +29,11 @@ from ddpmx.sampling.chain import Float32
 from ddpmx.sampling.conditioning import example
 from ddpmx.sampling.pixels import from_uint8
 
-STEPS = 50
-"""Of the chain whose states are taken."""
-
 TIMESTEPS = 25
 """At how many of them: at every second."""
 
 IMAGES = 8
-"""Of the chain, and of real images at each of these timesteps."""
+"""Of the chain, and of real images at each of these timesteps; fewer of large images."""
 
 SEED = 1 << 20
 """Another than a record's, so that a file is not judged on the noise that it was calibrated on."""
@@ -136,18 +133,19 @@ def calibration_states(
                 note="with fewer, the ranges of the layers are those of a few images",
                 hint="more images, or none: then the network's own chain is all that is used",
             )
-    table = chain_table(spec, min(STEPS, spec.timesteps))
-    images = np.arange(IMAGES)
+    table = chain_table(spec, min(short_chain(spec.shape), spec.timesteps))
+    n = int(np.clip((1 << 18) // np.prod(spec.shape), 1, IMAGES))
+    images = np.arange(n)
     wanted = set(np.linspace(0, len(table) - 1, min(TIMESTEPS, len(table))).round().astype(int).tolist())
     conditioning = example(spec, images, seed=seed)
     if spec.classes is not None:
-        conditioning["y"] = spread(spec.label_count, IMAGES)
+        conditioning["y"] = spread(spec.label_count, n)
     fixed = {name: array for name, array in conditioning.items() if name != "x0_prev"}
     backend = TorchBackend(network)
     batches: list[dict[str, NDArray[Any]]] = []
     with exact_float32():
         _check_trained(backend, spec, seed, conditioning)
-        before = np.zeros((IMAGES, *spec.shape), np.float32)
+        before = np.zeros((n, *spec.shape), np.float32)
         for number, step in enumerate(
             chain.run(
                 backend,
@@ -161,23 +159,24 @@ def calibration_states(
             )
         ):
             if number in wanted:
-                t = np.full(IMAGES, step.t, np.int32)
+                t = np.full(n, step.t, np.int32)
                 batches.append({"x": step.x.copy(), "t": t, **conditioning})
                 if spec.self_condition:
                     batches[-1]["x0_prev"] = before
             before = step.x0.copy()
             if progress is not None:
                 progress(number + 1, len(table))
-    real = [] if data is None else _noised(spec, data, [int(one["t"][0]) for one in batches], conditioning, seed)
+    real = [] if data is None else _noised(spec, data, [int(one["t"][0]) for one in batches], conditioning, seed, n)
     return States((*batches, *real), before, fixed, seed, len(table), len(real))
 
 
 def _check_trained(backend: Backend, spec: ModelSpec, seed: int, conditioning: dict[str, NDArray[Any]]) -> None:
     """Check that there is something to quantise: an output of nearly zero would be one of any scale."""
-    x = chain.initial(seed, np.arange(IMAGES), spec.shape)
-    t = np.linspace(0, spec.timesteps - 1, IMAGES).round().astype(np.int32)
+    n = len(next(iter(conditioning.values()))) if conditioning else IMAGES
+    x = chain.initial(seed, np.arange(n), spec.shape)
+    t = np.linspace(0, spec.timesteps - 1, n).round().astype(np.int32)
     given = {**conditioning, "x0_prev": np.zeros_like(x)} if spec.self_condition else conditioning
-    size = rms(Evaluator(backend, spec, IMAGES, None, 1)(x, t, given).out)
+    size = rms(Evaluator(backend, spec, n, None, 1)(x, t, given).out)
     if size < SILENT:
         raise InputError(
             "the network's output is nearly zero, so there is nothing to calibrate 8 bits on",
@@ -187,15 +186,20 @@ def _check_trained(backend: Backend, spec: ModelSpec, seed: int, conditioning: d
 
 
 def _noised(
-    spec: ModelSpec, data: NDArray[np.uint8], timesteps: list[int], conditioning: dict[str, NDArray[Any]], seed: int
+    spec: ModelSpec,
+    data: NDArray[np.uint8],
+    timesteps: list[int],
+    conditioning: dict[str, NDArray[Any]],
+    seed: int,
+    n: int,
 ) -> list[dict[str, NDArray[Any]]]:
-    """Other images for each timestep, spread over the data."""
-    picked = np.linspace(0, len(data) - 1, IMAGES * len(timesteps)).round().astype(int)
+    """Other images for each timestep, n of them, spread over the data."""
+    picked = np.linspace(0, len(data) - 1, n * len(timesteps)).round().astype(int)
     clean = from_uint8(np.ascontiguousarray(data[picked].transpose(0, 3, 1, 2)))
     schedule, batches = spec.make_schedule(), []
     for i, t in enumerate(timesteps):
-        x = diffuse(schedule, clean[i * IMAGES : (i + 1) * IMAGES], t, seed)
-        batches.append({"x": x, "t": np.full(IMAGES, t, np.int32), **conditioning})
+        x = diffuse(schedule, clean[i * n : (i + 1) * n], t, seed)
+        batches.append({"x": x, "t": np.full(n, t, np.int32), **conditioning})
         if spec.self_condition:
             batches[-1]["x0_prev"] = np.zeros_like(x)
     return batches

@@ -591,3 +591,15 @@ def test_there_is_nothing_to_calibrate_in_an_untrained_network(refused, copy, tm
     assert "nothing to calibrate 8 bits on" in err
     assert "train it first" in err
     assert not list(tmp_path.glob("model*"))
+
+
+@pytest.mark.long
+def test_export_in_8_bits(ddpmx, run, tmp_path):
+    """test_export.py of ddpm_export/quantize has its parts."""
+    done = ddpmx("export", run, "--int8", "--no-plan", "-o", tmp_path / "model.onnx")
+    assert done.code == 0, done
+    for part in ("int8, 16×16×1", "% of the multiplications; calibrated on", "8 bits are judged by their chain"):
+        assert part in done.out
+    assert (
+        ddpmx("generate", "--engine", tmp_path / "model.onnx", "-n", 2, "--steps", 3, "--out", tmp_path / "s").code == 0
+    )

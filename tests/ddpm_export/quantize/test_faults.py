@@ -66,7 +66,7 @@ def place():
     base = onnx.load(path)
     spec = onnx_spec(path, read_onnx(path)).replace(precision="int8")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "STEPS", 8)
+        patch.setattr(calibration, "short_chain", lambda shape: 8)
         patch.setattr(calibration, "IMAGES", 4)
         states = calibration.calibration_states(Graph(base), spec)
     reference = record(Graph(base), spec, steps=12)

@@ -95,3 +95,18 @@ def test_images_of_another_size_are_refused():
 def test_an_untrained_network_is_refused():
     with pytest.raises(InputError, match="nothing to calibrate 8 bits on"):
         calibration_states(Gaussian(size=1e-5), SPEC)
+
+
+def test_large_images_are_fewer_in_a_shorter_chain():
+    spec = ModelSpec((3, 256, 256), timesteps=200)
+
+    class Once(Gaussian):
+        def forward(self, x, t, **conditioning):
+            self.seen.append(len(x))
+            return super().forward(x, t)
+
+    network = Once(spec)
+    states = calibration_states(network, spec)
+    assert len(states) == 20
+    assert all(len(batch["t"]) == 1 for batch in states)
+    assert len(states.final) == 1

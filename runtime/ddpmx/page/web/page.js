@@ -46,7 +46,7 @@ function describe(found) {
 /** WebGPU, where the page has it, the browser has it, and the GPU has half precision if the model is in it. */
 async function offerGpu() {
   const adapter = model.webgpu ? await navigator.gpu?.requestAdapter() : null;
-  at("provider-of").hidden = !adapter || (model.spec.precision === "fp16" && !adapter.features.has("shader-f16"));
+  at("provider-of").hidden = !adapter || (model.spec.precision !== "fp32" && !adapter.features.has("shader-f16"));
 }
 
 /** The choices stand in the address, so that it can be passed on. */
