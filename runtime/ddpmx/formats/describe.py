@@ -12,7 +12,7 @@ from ddpmx.formats import compressed, mnn_file, model_file, noise_file, onnx_fil
 from ddpmx.formats.envelope import parse_json
 from ddpmx.models import shipped
 
-_FLOATS = {1, 10, 11, 16}
+_NUMBERS = {1, 3, 10, 11, 16, 17}  # of ONNX: floats, and what 8-bit weights are stored as
 _MAX_HEADER = 16 << 20
 _TRAINING: dict[str, type] = {
     "step": int,
@@ -199,7 +199,7 @@ def _onnx(path: Path) -> dict[str, Any]:
         "outputs": shown(info.outputs),
         "weights": {_type_name(key): size for key, size in sorted(info.weights.items())},
         "parameters": sum(
-            size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _FLOATS
+            size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _NUMBERS
         ),
         "external": [file.name for file in beside],
         "made_of": _said(info) or None,
