@@ -29,6 +29,7 @@ class Image:
         guidance: w.
         joins: the call before which it begins.
         own_x: whether it begins with x of its own.
+        keeps_x0: whether x̂_0 is wanted after each step.
     """
 
     table: Table
@@ -39,6 +40,7 @@ class Image:
     guidance: float = 0.0
     joins: int = 0
     own_x: bool = False
+    keeps_x0: bool = True
     walk: chain.Walk = field(init=False)
     group: Group = field(init=False)
 
@@ -130,7 +132,7 @@ class Mixed:
         """One call, with random outputs, on the device and in NumPy. Whether those that joined began alike."""
         self.bad[:], self.call.count = -7, len(now)
         for place, image in enumerate(now):
-            image.group.write(self.entries[place : place + 1])
+            image.group.write(self.entries[place : place + 1], keeps_x0=image.keeps_x0)
             self.bad[place] = 0
             if image.group.done == 0:
                 x = chain.initial(image.seed, np.array([image.index]), self.shape)
@@ -167,7 +169,9 @@ class Mixed:
         x = self.want["x"][row].copy()
         step = image.walk.step(x, out, var if table.learned is not None else None, "")
         for both in image.group.rows:
-            self.want["x"][both], self.want["x0"][both] = step.x_next[0], step.x0[0]
+            self.want["x"][both] = step.x_next[0]
+            if image.keeps_x0:
+                self.want["x0"][both] = step.x0[0]
         if table.memory is not None:
             self.want["two_ago"][row] = self.want["one_ago"][row]
             self.want["one_ago"][row] = step.x0

@@ -376,7 +376,7 @@ class DeviceBatch:
         landing = [_Landing(group.first, group.done + 1 == len(group), Arrived(group.done)) for group in groups]
         seen = list(zip(landing, watched, strict=True)) if watched else []
         with driver.current():
-            self._fill(slot, groups)
+            self._fill(slot, groups, watched)
             driver.copy_in(self._block, slot.copied, stream)
             if any(group.done == 0 for group in groups):
                 self._launch(self._begin, size, "ddpmx_begin_each")
@@ -421,14 +421,15 @@ class DeviceBatch:
             raise BackendError("too many calls are on their way", hint="landed(leave=1) waits for the oldest")
         return self._slots[self._launched % _AT_ONCE]
 
-    def _fill(self, slot: _Slot, groups: Sequence[Group]) -> None:
+    def _fill(self, slot: _Slot, groups: Sequence[Group], watched: Sequence[bool] = ()) -> None:
         """Write what each image does."""
+        watched = watched or [False] * len(groups)
         slot.t[:], slot.bad[:], count = 0, 0, 0
         if self._spec.classes is not None:
             slot.y[:] = 0
-        for group in groups:
+        for group, watch in zip(groups, watched, strict=True):
             n = len(group.images)
-            group.write(slot.each[count : count + n])
+            group.write(slot.each[count : count + n], keeps_x0=watch or self._spec.self_condition)
             slot.t[group.rows] = group.steps["t"][group.done]
             if self._spec.classes is not None:
                 slot.y[group.first] = 0 if group.labels is None else group.labels

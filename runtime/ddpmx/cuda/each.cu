@@ -97,11 +97,11 @@ extern "C" __global__ void __launch_bounds__(DDPMX_THREADS, DDPMX_BLOCKS) ddpmx_
       ddpmx_store(lead, four.count, wide, one_ago + at);
     }
     ddpmx_store(here, four.count, wide, x + at);
-    ddpmx_store(lead, four.count, wide, x0 + at);
+    if (flags & DDPMX_KEEPS_X0) ddpmx_store(lead, four.count, wide, x0 + at);
     if (without >= 0) {
       const ddpmx_u64 other = ddpmx_within(without, elements, four.block);
       ddpmx_store(here, four.count, wide, x + other);
-      ddpmx_store(lead, four.count, wide, x0 + other);
+      if (flags & DDPMX_KEEPS_X0) ddpmx_store(lead, four.count, wide, x0 + other);
     }
     if (flags & DDPMX_LAST) {
       unsigned char *image_bytes = (unsigned char *)call->image_bytes + (ddpmx_u64)each->at * elements;

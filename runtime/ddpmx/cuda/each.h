@@ -18,7 +18,8 @@ enum {
   DDPMX_OWN_X = 2,     /* x is there already */
   DDPMX_LEARNS = 4,    /* sigma = exp(c + d v) */
   DDPMX_REMEMBERS = 8, /* c and d are the coefficients of x0 one step ago and two steps ago; sigma is 0 */
-  DDPMX_LAST = 16      /* the images are wanted as bytes after this step */
+  DDPMX_LAST = 16,     /* the image is wanted as bytes after this step */
+  DDPMX_KEEPS_X0 = 32  /* x0 is wanted after this step */
 };
 
 /* One image's step: four times 16 bytes, each of which is read as one, and only where it is needed. */
@@ -42,7 +43,7 @@ typedef struct {
   ddpmx_u64 x;           /* float32 [R, N], x_t: the network's input, updated in place */
   ddpmx_u64 out;         /* float32 [R, N]: its output */
   ddpmx_u64 var;         /* float32 [R, N]: its output var, or 0 */
-  ddpmx_u64 x0;          /* float32 [R, N], where each step writes x0 */
+  ddpmx_u64 x0;          /* float32 [R, N], where steps with DDPMX_KEEPS_X0 write x0 */
   ddpmx_u64 one_ago;     /* float32 [R, N], where samplers with memory keep x0 for the next step */
   ddpmx_u64 two_ago;     /* float32 [R, N], and for the step after that */
   ddpmx_u64 image_bytes; /* uint8 [R, H, W, C], where a last step writes the image */

@@ -64,10 +64,12 @@ class Group:
         """The rows with the images' classes."""
         return self.rows[: len(self.images)]
 
-    def write(self, entries: NDArray[np.void]) -> None:
-        """What the next step needs, into :data:`ddpmx.cuda.layout.EACH` [n]."""
+    def write(self, entries: NDArray[np.void], *, keeps_x0: bool = False) -> None:
+        """What the next step needs, into :data:`ddpmx.cuda.layout.EACH` [n]; x̂_0 is written only if it ``keeps_x0``."""
         n = len(self.images)
         entries[...] = self.steps[self.done]
+        if keeps_x0:
+            entries["flags"] |= np.uint32(Each.KEEPS_X0)
         if self.done == 0:
             entries["flags"] |= np.uint32(Each.BEGINS | (Each.OWN_X if self.own_x else 0))
         entries["at"] = self.rows[:n]

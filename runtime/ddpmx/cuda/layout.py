@@ -105,6 +105,8 @@ class Each(IntFlag):
     """c and d are the coefficients of x̂_0 one and two steps ago."""
     LAST = 16
     """The image is wanted as bytes after this step."""
+    KEEPS_X0 = 32
+    """x̂_0 is wanted after this step."""
 
 
 EACH = np.dtype(
