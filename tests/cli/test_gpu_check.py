@@ -229,7 +229,7 @@ ALL = [
     *(f"tests of {name}" for name in ("kernels", "chains", "networks", "engines")),
     *("images", "network", "export fp32", "export fp16"),
     *("build fp32", "parity fp32", "build fp16", "parity fp16"),
-    *("bench fp32", "bench fp16", "build for 256", "many images", "peers"),
+    *("bench fp32", "bench fp16", "build for 256", "many images", "serving", "peers"),
 ]
 
 
@@ -279,7 +279,7 @@ def test_a_small_gpu_has_small_batches(place):
 def test_without_tensorrt_no_plans_are_built_with_the_reason(place):
     planned = check.make_steps(options(), place, doctored(**{"TensorRT-RTX": {"missing": "not installed"}}))
     assert [step.name for step in planned if "no TensorRT" in step.not_run] == [
-        name for name in ALL if name.startswith(("build", "parity", "bench", "many"))
+        name for name in ALL if name.startswith(("build", "parity", "bench", "many", "serving"))
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ddpmx.formats.sidecar import write_plan
 from gpu import check, found, report, steps
-from gpu.fakes.canned import BENCH, CELL, DOCTOR, GPU, JUNIT, PARITY, PEERS, SPEED
+from gpu.fakes.canned import BENCH, CELL, DOCTOR, GPU, JUNIT, PARITY, PEERS, SERVING, SPEED
 from gpu.steps import Result
 from oracles.plans import RECORD, SPEC, make_plan
 
@@ -34,6 +34,7 @@ def filled(place):
         "bench-fp16.json": BENCH,
         "peers.json": PEERS,
         "speed.json": SPEED,
+        "serving.json": SERVING,
         "parity-fp16/report.json": PARITY,
         "engines/model-fp16.plan.json": {"build": {"seconds": 3.5, "layers": 700, "precision": "fp16"}},
     }.items():
@@ -78,6 +79,9 @@ def test_everything_that_was_found_is_in_the_report(filled, place):
         "6.20 (6.00 … 6.40)",
         "not run: compiled: no compiler",
         "256 images of 1000 steps, batch 256",
+        "0 of 55 images at different steps differ",
+        "2.75 ms (X, executor graph), the chain 2.5 ms (X, executor while)",
+        "The kernels alone: 4 and 3.5 µs.",
         "the tail of it",
         "TensorRT-RTX 1.7.1.116 (libtensorrt_rtx.so.1)",
     ):
@@ -92,6 +96,7 @@ def test_goals_are_reached_or_not_and_nothing_else_is_claimed(filled):
         ("diffusers eager ÷ ddpmx,", "reached"),
         ("diffusers eager ÷ ddpmx,", "not measured"),
         ("diffusers compiled, with", "not measured"),
+        ("a step of each image's o", "reached"),
         ("256 CIFAR images of 1000", "reached"),
     ]
     assert {goal["state"] for goal in filled(quick=True)["goals"]} == {"not judged", "not measured"}

@@ -165,6 +165,9 @@ def speeds(options: argparse.Namespace, place: Place, precision: str, gpu: dict[
         amount = (16, 20) if options.quick else (256,)
         command = python("tests/gpu/speed.py", many, seconds, *amount)
         steps.append(Step("many images", command, 1200, "", (many,), (seconds,), no_plan))
+        figures = place.out / "serving.json"
+        command = python("tests/gpu/serving.py", plan, figures, *((4, 20) if options.quick else (16, 200)))
+        steps.append(Step("serving", command, 1200, "always", (plan,), (figures,), no_plan))
     return steps
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gpu.steps import Result
 
-WHILE_GOAL, IMAGES_GOAL = 1.02, 7.0
+WHILE_GOAL, IMAGES_GOAL, EACH_GOAL = 1.02, 7.0, 1.01
 PEER_GOALS = {
     "diffusers eager ÷ ddpmx, fp16, batch 1": (("diffusers", "fp16", 1), 5.0),
     "diffusers eager ÷ ddpmx, fp16, batch 64": (("diffusers", "fp16", 64), 2.0),
@@ -41,6 +41,7 @@ def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any)
         "bench": {p: _json(out / f"bench-{p}.json") for p in ("fp32", "fp16")},
         "peers": _json(out / "peers.json"),
         "speed": _json(out / "speed.json"),
+        "serving": _json(out / "serving.json"),
     }
     collected["not_verified"] = not_verified(results, suites, parity)
     collected["verdict"] = verdict(results, suites)
@@ -119,6 +120,10 @@ def goals(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     for what, (key, goal) in PEER_GOALS.items():
         value = rows[key]["ratio"] if key in rows else None
         add(what, f"≥ {goal:g}", value, None if quick or value is None else value >= goal)
+    serving = facts["serving"] or {}
+    value = serving.get("kernels_ratio")
+    what = f"a step of each image's own ÷ one for all, network included, fp16, batch {serving.get('batch', 16)}"
+    add(what, f"≤ {EACH_GOAL}", value, None if quick or value is None else value <= EACH_GOAL)
     speed, gpus = facts["speed"], ((facts["doctor"] or {}).get("machine") or {}).get("gpus") or [{}]
     whole = speed if speed and (speed["images"], speed["steps"]) == (256, 1000) else None
     value = min(whole["seconds"]) if whole else None

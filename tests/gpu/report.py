@@ -81,6 +81,7 @@ def to_markdown(facts: Mapping[str, Any]) -> str:
         *(_parity(precision, judged) for precision, judged in facts["parity"].items()),
         *(_bench(precision, bench) for precision, bench in facts["bench"].items()),
         _speed(facts["speed"]),
+        _serving(facts["serving"]),
         _peers(facts["peers"]),
         _list("Not verified", facts["not_verified"], most=60),
         _troubles(facts["steps"]),
@@ -250,6 +251,19 @@ def _speed(speed: Mapping[str, Any] | None) -> str:
         f"## Many images\n\n{speed['images']} images of {speed['steps']} steps, batch {speed['batch']}, {speed['plan']} "
         f"on {speed['runs_on']}: {rounds} s; the first time {_number(speed['first_s'])} s. From Python to uint8 on the "
         "host, without loading."
+    )
+
+
+def _serving(serving: Mapping[str, Any] | None) -> str:
+    if serving is None:
+        return ""
+    each, uniform = serving.get("each_us"), serving.get("uniform_us")
+    alone = f" The kernels alone: {_number(each)} and {_number(uniform)} µs." if each and uniform else ""
+    return (
+        f"## Serving\n\n{serving['differing']} of {serving['images']} images at different steps differ from those of "
+        f"generate. A step of {serving['plan']}, batch {serving['batch']}, all at one step: the server's batch "
+        f"{_number(serving['batcher_ms'])} ms ({serving['batcher_runs_on']}), the chain {_number(serving['chain_ms'])} ms "
+        f"({serving['chain_runs_on']}), the host included.{alone}"
     )
 
 

@@ -7,13 +7,18 @@ import contextlib
 import numpy as np
 import pytest
 
-from ddpmx.backends.base import EXECUTORS
+from ddpmx import Sampling
+from ddpmx.backends.base import EXECUTORS, CopyingBackend
+from ddpmx.cuda.device_batch import EXECUTORS as BATCH_EXECUTORS
+from ddpmx.cuda.device_batch import DeviceBatch
 from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.executors import why_no_while
+from ddpmx.cuda.group import Group
 from ddpmx.errors import Cancelled, InputError, NumericError
 from ddpmx.sampling import chain
 from ddpmx.sampling.pixels import to_nhwc
-from gpu.stand_in import SEED, SPEC, STEPS, Copying, CopyingTwin, StandIn, drawn, table_of
+from ddpmx.serve.batcher import Batcher
+from gpu.stand_in import SEED, SPEC, STEPS, Copying, CopyingTwin, StandIn, drawn, table_of, walk
 
 IMAGES = [7, 0, 2]
 
@@ -218,3 +223,59 @@ def test_two_threads_run_at_once(open_pipeline, at_once, executor):
         at_once([lambda: draw("one", pipeline, 0), lambda: draw("other", other, 4)])
     assert got["one"] == rounds * [drawn(range(4)).tobytes()]
     assert got["other"] == rounds * [drawn(range(4, 8)).tobytes()]
+
+
+# --- images at different steps in one batch --------------------------------------------------------------------------
+
+MIXED = [
+    {"n": 3, "sampling": {"steps": 6}},
+    {"n": 1, "first": 2**32 - 1, "sampling": {"steps": 9, "sampler": "unipc"}},
+    {"n": 9, "sampling": {"steps": 5, "sampler": "dpmpp_2m"}},
+    {"n": 2, "first": 7, "sampling": {"steps": 12, "sampler": "ddim", "eta": 0.5}},
+]
+
+
+@pytest.mark.parametrize("executor", BATCH_EXECUTORS)
+def test_the_images_of_a_batcher_are_numpy_s(driver, executor):
+    """They join where there is room, and go on in a smaller batch."""
+    with Batcher(SPEC, CopyingBackend(StandIn(driver)), batch=6, executor=executor) as batcher:
+        assert batcher.description == f"the stand-in, executor {executor}"
+        tickets = [batcher.submit(**{**each, "seed": SEED, "sampling": Sampling(**each["sampling"])}) for each in MIXED]
+        got = [ticket.result(120) for ticket in tickets]
+    for each, images in zip(MIXED, got, strict=True):
+        first = each.get("first", 0)
+        wanted = drawn(range(first, first + each["n"]), table=table_of(**each["sampling"]))
+        assert images.tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("executor", BATCH_EXECUTORS)
+@pytest.mark.parametrize("learns", [False, True], ids=["fixed", "learned"])
+def test_every_step_of_every_image_in_a_batch_has_numpy_s_bits(driver, executor, learns):
+    spec = SPEC.replace(variance="learned_range") if learns else SPEC
+    device = StandIn(driver, spec)
+    how = {"steps": 5}, {"steps": 4, "sampler": "ddim", "eta": 0.7}, {"steps": 6, "sampler": "unipc"}
+    tables = [table_of(spec, **each) for each in how]
+    groups = [
+        Group(table, seed, np.array(images), np.array(rows))
+        for table, seed, images, rows in zip(
+            tables, (SEED, 2**64 - 1, 0), ([2**32 - 1, 0], [5], [3, 4]), ([0, 4], [2], [5, 1]), strict=True
+        )
+    ]
+    wanted = [walk(group.images, spec=spec, table=group.table, seed=group.seed) for group in groups]
+    with DeviceBatch(device, spec, 6, executor=executor) as batch:
+        for call in range(8):
+            # each joins one call after the one before
+            now = [group for number, group in enumerate(groups) if number <= call and group.done < len(group)]
+            if not now:
+                break
+            batch.call(6, now, watched=[True] * len(now))
+            (arrived,) = batch.landed()
+            for group, each in zip(now, arrived, strict=True):
+                expected = wanted[groups.index(group)][each.index]
+                assert not each.bad
+                assert each.x.tobytes() == expected.x.tobytes(), (call, each.index)
+                assert each.x0.tobytes() == expected.x0.tobytes(), (call, each.index)
+                if each.index + 1 == len(group):
+                    assert each.pixels.tobytes() == to_nhwc(expected.x0).tobytes()
+    assert all(group.done == len(group) for group in groups)
+    device.close()
