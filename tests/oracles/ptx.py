@@ -82,6 +82,7 @@ class Thread:
     def __init__(self, kernel: Kernel, arguments: dict[str, int], special: dict[str, int]) -> None:
         self.kernel, self.arguments = kernel, arguments
         self.registers: dict[str, Any] = dict(special)
+        self.executed = 0
 
     # integers are held without sign; kind is "u32", "s64", "b32", "f32"
     def get(self, operand: str, kind: str) -> Any:
@@ -128,6 +129,7 @@ class Thread:
             at += 1
             if instruction.guard and self.registers[instruction.guard[0]] is not instruction.guard[1]:
                 continue
+            self.executed += 1
             name, *rest = instruction.opcode.split(".")
             if name == "ret":
                 return
@@ -235,10 +237,15 @@ ARITHMETIC: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class Kernels:
-    """The same interface as the library of ``cuda_on_host.build``, from PTX."""
+    """The same interface as the library of ``cuda_on_host.build``, from PTX.
+
+    Attributes:
+        executed: how many instructions the last launch has executed, of all threads.
+    """
 
     def __init__(self, text: str) -> None:
         self._kernels = parse(text)
+        self.executed = 0
 
     def begin(self, chain: int, grid: int, block: int, order: int) -> bool:
         return self._launch("ddpmx_begin", chain, grid, block)
@@ -255,18 +262,17 @@ class Kernels:
     def _launch(self, name: str, chain: int, grid: int, block: int) -> bool:
         kernel = self._kernels[name]
         (parameter,) = kernel.parameters
+        self.executed = 0
         for b in range(grid):
-            threads = [
-                Thread(
-                    kernel,
-                    {parameter: chain},
-                    {"%ctaid.x": b, "%tid.x": t, "%ntid.x": block, "%nctaid.x": grid},
-                ).run()
+            whole = [
+                Thread(kernel, {parameter: chain}, {"%ctaid.x": b, "%tid.x": t, "%ntid.x": block, "%nctaid.x": grid})
                 for t in range(block)
             ]
+            threads = [thread.run() for thread in whole]
             while threads:  # from barrier to barrier
                 still = [thread for thread in threads if next(thread, "ended") is None]
                 if still and len(still) != len(threads):
                     return False
                 threads = still
+            self.executed += sum(thread.executed for thread in whole)
         return True

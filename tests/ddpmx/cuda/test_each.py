@@ -15,6 +15,7 @@ from ddpmx.cuda import layout
 from ddpmx.cuda.group import steps_of
 from ddpmx.diffusion.samplers import make_table
 from oracles import cuda_on_host, gaussian, ptx
+from oracles.cuda_on_host import Device, Toy
 from oracles.mixed import Image, Mixed
 
 SOURCES = Path(ddpmx.__file__).parent / "cuda"
@@ -254,3 +255,25 @@ def test_a_misaligned_wide_load_is_noticed(committed):
     assert found == 2, "the mistake cannot be made any more"
     with pytest.raises(AssertionError, match="misaligned"):
         executed(text, **EXECUTED["the last array alone not aligned"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sampling", [{}, {"variance": "learned_range"}, {"sampler": "ddim"}, {"sampler": "unipc"}], ids=str
+)
+def test_a_step_of_its_own_takes_no_more_instructions_than_one_for_all(committed, sampling, figure):
+    """For a batch at one step, beside ddpmx_step. What an instruction costs only a GPU knows."""
+    table, seeds = table_of(**sampling), {"seed": 1, "images": [1, 2, 3]}
+    uniform = Device(ptx.Kernels((SOURCES / "step.ptx").read_text()), table, EVEN, **seeds, grid=2, block=8)
+    uniform.chain.x0 = 0 if table.memory is None else uniform.chain.x0  # as where nobody watches
+    toy = Toy(EVEN)
+    toy.bind(uniform.buffers)
+    uniform.begin()
+    toy.enqueue()
+    uniform.step()
+    assert uniform.control.step == 1
+    images = [Image(table, row, index=row + 1, seed=1, keeps_x0=False) for row in range(3)]
+    each = Mixed(ptx.Kernels(committed), images, EVEN, 3, grid=2, block=8)
+    each.step(images)
+    ratio = each.kernels.executed / uniform.kernels.executed
+    figure(f"instructions of ddpmx_step_each ÷ ddpmx_step, {sampling or 'ancestral'}", ratio, at_most=1.01)
