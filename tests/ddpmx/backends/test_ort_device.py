@@ -25,6 +25,8 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.sampling.pixels import to_nhwc
+from ddpmx.sampling.request import Sampling
+from ddpmx.serve.batcher import Batcher
 from oracles import conditioning, gaussian, protobuf
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
@@ -162,6 +164,18 @@ def test_a_chain_can_be_cancelled(opened):
         c.chain.prepare(c.network.enqueue, "plain")
         with pytest.raises(Cancelled):
             c.chain.run(seed=5, images=IMAGES, cancel=lambda: True)
+
+
+def test_images_at_different_steps_are_served_in_its_stream(opened, fake):
+    spec, asked = gaussian.SPEC.replace(shape=SHAPE), [(2, "ancestral", 6), (3, "unipc", 9), (4, "ddim", 4)]
+    with Batcher(spec, CopyingBackend(opened()), batch=4) as batcher:
+        assert batcher.description.endswith("executor plain")
+        tickets = [batcher.submit(n, seed=5, sampling=Sampling(name, steps=steps)) for n, name, steps in asked]
+        drawn = [ticket.result(60) for ticket in tickets]
+    for (n, name, steps), images in zip(asked, drawn, strict=True):
+        table = Sampling(name, steps=steps).table(spec)
+        assert images.tobytes() == to_nhwc(expected(range(n), seed=5, table=table).x0).tobytes()
+    assert "ddpmx_step_each" in fake.launches
 
 
 def test_on_host_arrays_it_gives_the_network_s_output_at_every_batch_size(opened):
