@@ -282,6 +282,8 @@ def generate(
 
         def replaced() -> Iterator[Path]:
             """The pictures of other runs that go; refused without --overwrite."""
+            if overwrite and not picture:
+                gallery.check_not_in_parts(output)
             if overwrite:
                 gone[:] = [] if picture else gallery.other_runs(output, origin, n)
             else:

@@ -8,6 +8,7 @@ that the next run can tell what a killed one left behind, and removes that alone
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -104,6 +105,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise OutputError(f"{path}: exists already, and is not an empty folder", hint="choose another -o")
+    there = path.is_dir()
+    if there and not os.access(path, os.W_OK | os.X_OK):  # the one that replaces it would be writable
+        raise write_error(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
     missing = [parent for parent in path.parents if not parent.exists()]
     try:
         try:
@@ -113,6 +117,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         with staging(path.parent, path) as part:
             yield part
             sync_folder(part)
+            if there:  # who may read it stays as it was
+                shutil.copymode(path, part)
             if sys.platform == "win32" and path.exists():  # elsewhere an empty folder is replaced
                 path.rmdir()
             part.rename(path)
@@ -238,10 +244,11 @@ def write_error(path: str | os.PathLike[str], error: Exception) -> OutputError:
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if number := re.search(r"\(os error (\d+)\)", text):  # as libraries written in Rust report it
         text = os.strerror(int(number[1]))
+    denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
     return OutputError(
         f"{path}: cannot be written",
         note=f"{text.splitlines()[0] if text else type(error).__name__}; nothing was left behind",
-        hint="free some space, or choose another place",
+        hint=f"{'check the permissions' if denied else 'free some space'}, or choose another place",
     )
 
 

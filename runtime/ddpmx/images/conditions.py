@@ -117,8 +117,10 @@ def read_sent(data: bytes, spec: ModelSpec) -> NDArray[np.float32]:
     try:
         picture = opened(BytesIO(data), first_frame=True, most=MAX_SENT, formats=SENT)
         return _fitted(picture, dims)[0][None]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cond: {error}", hint="a PNG, JPEG or WebP") from error
+    except OSError as error:
+        raise InputError("cond: no PNG, JPEG or WebP, or a damaged one") from error
+    except ValueError as error:
+        raise InputError(f"cond: {error}") from error
 
 
 def _from_npz(path: Path, dims: tuple[int, ...]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from ddpmx.errors import InputError, OutputError
 from ddpmx.formats.atomic import exchange, make_folder, staging, write_synced
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
-from ddpmx.images.origin import Origin, check_not_another_s, comment, difference
+from ddpmx.images.origin import Origin, check_not_another_s, comment, difference, is_of_a_task
 from ddpmx.sampling.chain import Preview
 from ddpmx.sampling.pixels import to_nhwc
 
@@ -28,6 +28,9 @@ SHOWN = 64
 
 GRID, ANIMATION, STRIP = "grid.png", "x0.gif", "strip.png"
 _SHEETS = (GRID, ANIMATION, STRIP)
+
+RUN = "run.json"
+"""In a folder that is filled in parts, by several processes: which run it is, see :mod:`ddpmx.scale.work`."""
 
 _NUMBERED = re.compile(r"[0-9]{5,}\.png", re.ASCII)
 _OTHER_PICTURES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
@@ -159,6 +162,20 @@ def check_one_run(folder: Path, origin: Origin, n: int) -> None:
             )
 
 
+def check_not_in_parts(folder: Path) -> None:
+    """Refuse to write among the images of a run that is drawn in parts.
+
+    Raises:
+        OutputError: ``folder`` holds one.
+    """
+    if (folder / RUN).is_file():
+        raise OutputError(
+            f"refusing to mix pictures with the run in {folder}, which is drawn in parts",
+            note=f"its {RUN} says which run it is",
+            hint="another --out; or go on with that run: --shard 0/1",
+        )
+
+
 def check_free(paths: Sequence[Path], origin: Origin, n: int, *, folder: Path | None = None) -> None:
     """Refuse to overwrite, or to draw beside, anything but pictures of the run ``origin``.
 
@@ -173,7 +190,15 @@ def check_free(paths: Sequence[Path], origin: Origin, n: int, *, folder: Path | 
     """
     check_pictures_replaceable(paths, origin.model)
     if folder is not None:
+        check_not_in_parts(folder)
         check_one_run(folder, origin, n)
+        for path in folder.glob("*.png"):
+            if not _NUMBERED.fullmatch(path.name) and is_of_a_task(path):
+                raise OutputError(
+                    f"refusing to mix images with the pictures of a task in {folder}",
+                    note=f"{path.name} is one of them",
+                    hint="another --out",
+                )
     for path in paths:
         if (folder is None or path.name in _SHEETS) and path.is_file() and (other := difference(path, origin, n)):
             raise OutputError(

@@ -16,6 +16,9 @@ from ddpmx.sampling.request import Sampling
 SOFTWARE = "Software"
 """PNG's own keyword for the program; the others are ours."""
 
+TASK = "task"
+"""The keyword under which a picture that a task has written names it."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -91,7 +94,7 @@ def model_hash(spec: ModelSpec, path: str | os.PathLike[str]) -> str:
 def check_not_another_s(path: Path, model: str) -> None:
     """Refuse to overwrite a picture that another model has drawn, or anybody else has made.
 
-    A file that is no picture, such as one that was cut off, may be replaced.
+    A damaged picture, such as one that was cut off, may be replaced.
 
     Args:
         path: a PNG or a GIF, or nothing yet.
@@ -106,6 +109,11 @@ def check_not_another_s(path: Path, model: str) -> None:
     by_ddpmx = texts.get(SOFTWARE, "").startswith("ddpmx ")
     whose = f"it is of another model, {texts.get('model', '')[:12]}" if by_ddpmx else "ddpmx has not drawn it"
     raise OutputError(f"refusing to overwrite {path}: {whose}", hint="another --out, or --overwrite")
+
+
+def is_of_a_task(path: Path) -> bool:
+    """Whether a task of ddpmx has written the picture, and not ``ddpmx generate``."""
+    return TASK in (_text(path) or {})
 
 
 def difference(path: Path, origin: Origin, n: int) -> str | None:
@@ -142,11 +150,16 @@ def comment(texts: dict[str, str]) -> bytes:
 
 
 def _text(path: Path) -> dict[str, str] | None:
-    """The text in a picture; None if it is damaged."""
+    """The text in a picture; None if it is damaged, as one that was cut off, and none if it is something else."""
+    begin = b"GIF8" if path.suffix.lower() == ".gif" else b"\x89PNG"
     try:
-        return _gif_text(path) if path.suffix.lower() == ".gif" else png_text.read_png_text(path)[1]
+        return _gif_text(path) if begin == b"GIF8" else png_text.read_png_text(path)[1]
     except FileFormatError:
-        return None
+        try:
+            with path.open("rb") as stream:
+                return None if begin.startswith(stream.read(len(begin))) else {}
+        except OSError:
+            return None
 
 
 def _gif_text(path: Path) -> dict[str, str]:

@@ -18,8 +18,8 @@ from ddpmx.formats import png_text
 from ddpmx.formats.atomic import check_folder, exchange, make_folder, staging, write_synced
 from ddpmx.formats.output_file import check_output
 from ddpmx.images import writers
-from ddpmx.images.gallery import earlier_images, is_picture
-from ddpmx.images.origin import SOFTWARE, one_line
+from ddpmx.images.gallery import check_not_in_parts, earlier_images, is_picture
+from ddpmx.images.origin import SOFTWARE, TASK, is_of_a_task, one_line
 from ddpmx.sampling.pixels import size_text
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ SENT = ("PNG", "JPEG", "WEBP")
 
 MAX_SENT = 1 << 22
 """Pixels of a picture that somebody has sent, and that may have any size: 2048×2048."""
-
-TASK = "task"
-"""The keyword under which a picture that a task has written names it."""
 
 _CHANNELS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 _KINDS = {1: "grey", 3: "colour", 4: "colour with transparency"}
@@ -122,7 +119,9 @@ def read_sent(data: bytes, what: str, channels: int, size: tuple[int, int]) -> N
     """
     try:
         return _exact(opened(BytesIO(data), size, formats=SENT), channels, widen=True)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{what}: no PNG, JPEG or WebP, or a damaged one") from error
+    except ValueError as error:
         hint = f"a {_KINDS[channels]} picture of {size_text(*size)}, 8 bits"
         raise InputError(f"{what}: {error}", hint=hint) from error
 
@@ -311,6 +310,15 @@ def check_replaceable(out: Path, targets: Sequence[Path], inputs: Sequence[Path]
     """
     for parent in {target.parent for target in targets}:
         check_folder(parent)
+    if not is_picture(out):
+        check_not_in_parts(out)
+        for path in earlier_images(out)[:1]:
+            if path not in inputs and not is_of_a_task(path) and _of_ddpmx(path):
+                raise OutputError(
+                    f"refusing to mix pictures of a task with the images of `ddpmx generate` in {out}",
+                    note=f"{path.name} is one of them",
+                    hint="another -o",
+                )
     for target in targets:
         if target.parent.is_dir():
             check_output(
@@ -319,33 +327,15 @@ def check_replaceable(out: Path, targets: Sequence[Path], inputs: Sequence[Path]
                 what="a picture that a task of ddpmx has written",
                 suffix=".png",
                 hint="another -o, or --overwrite",
-                is_ours=(lambda _: True) if overwrite else _of_a_task,
+                is_ours=(lambda _: True) if overwrite else is_of_a_task,
             )
-    if is_picture(out):
-        return
-    for path in earlier_images(out)[:1]:
-        if path not in inputs and not _of_a_task(path) and _of_ddpmx(path):
-            raise OutputError(
-                f"refusing to mix pictures of a task with the images of `ddpmx generate` in {out}",
-                note=f"{path.name} is one of them",
-                hint="another -o",
-            )
-
-
-def _of_a_task(path: Path) -> bool:
-    return TASK in _text(path)
 
 
 def _of_ddpmx(path: Path) -> bool:
-    return _text(path).get(SOFTWARE, "").startswith("ddpmx ")
-
-
-def _text(path: Path) -> dict[str, str]:
-    """The text in a PNG; none if it is damaged, or no PNG."""
     try:
-        return png_text.read_png_text(path)[1]
+        return png_text.read_png_text(path)[1].get(SOFTWARE, "").startswith("ddpmx ")
     except FileFormatError:
-        return {}
+        return False
 
 
 def save_pictures(

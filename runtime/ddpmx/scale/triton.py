@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import ddpmx
+from ddpmx.backends.ort_common import NAMES
 from ddpmx.errors import InputError, OutputError
 from ddpmx.formats import model_file, onnx_file, plan_file, sidecar
 from ddpmx.formats.atomic import atomic_folder, make_folder, write_synced
@@ -97,6 +98,11 @@ def write_repository(
     for what, number in (("--instances", instances), ("--most-images", most_images)):
         if number < 1:
             raise InputError(f"{what} must be at least 1, not {number}")
+    if provider not in NAMES and provider not in NAMES.values():
+        raise InputError(
+            f"--provider {provider}: ONNX Runtime has no such provider",
+            hint="cpu, cuda, tensorrt, rtx, openvino or webgpu",
+        )
     found, largest = _described(path, None if spec is None else Path(spec))
     check_drawable(found)
     if found.condition is not None:

@@ -21,15 +21,13 @@ from ddpmx.errors import DdpmxError, InputError, OutputError
 from ddpmx.formats.envelope import parse_json
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
+from ddpmx.images.gallery import RUN
 from ddpmx.images.origin import SOFTWARE, Origin
 from ddpmx.pipeline import Pipeline
 from ddpmx.sampling.request import Sampling
 from ddpmx.scale.forms import FORMS, Form
 from ddpmx.scale.ranges import Range, Shard, cut
 from ddpmx.scale.stores import LocalStore, Store
-
-RUN = "run.json"
-"""The file in a folder that says of which run its images are."""
 
 PER_FILE, FILE_BYTES = 1024, 1 << 28
 """Images of a file by default, and the bytes that fewer of larger images make."""

@@ -131,7 +131,7 @@ class Service:
             )
         labels = None
         if ask.labels:
-            turns = [spec.class_number(label.strip()) for label in ask.labels]
+            turns = [spec.class_number(str(label).strip()) for label in ask.labels]
             labels = [turns[index % len(turns)] for index in range(ask.first, ask.first + ask.n)]
         sampling = Sampling.chosen(
             spec.timesteps,

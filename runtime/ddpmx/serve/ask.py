@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, StrictInt
 
 from ddpmx.diffusion.grids import Spacing
 from ddpmx.diffusion.samplers import Sampler, Variance
@@ -32,7 +32,9 @@ class Ask(BaseModel):
     spacing: Spacing | None = Field(None, description="Of the timesteps.")
     eta: float | None = Field(None, ge=0, le=1, description="Noise of the ddim sampler.")
     variance: Variance | None = Field(None, description="Of the ancestral chain; by default the model's.")
-    labels: list[str] | None = Field(None, max_length=1024, description="Classes, by number or name, taken in turns.")
+    labels: list[StrictInt | str] | None = Field(
+        None, max_length=1024, description="Classes, by number or name, taken in turns."
+    )
     guidance: float = Field(1.0, description="w of classifier-free guidance; 1 for none.")
     towards: int | None = Field(None, ge=0, lt=2**64, description="Another seed: x_T lies between those of both.")
     share: float = Field(0.5, ge=0, le=1, description="With towards: from 0, seed's images, to 1, the other one's.")

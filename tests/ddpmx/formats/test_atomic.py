@@ -154,6 +154,15 @@ def test_a_folder_appears_whole(tmp_path):
     assert tree(tmp_path) == {"a/b/sub/file": b"x"}
 
 
+def test_an_empty_folder_that_is_filled_keeps_its_mode(tmp_path):
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "private").chmod(0o2750)
+    with atomic_folder(tmp_path / "private") as inside:
+        (inside / "file").write_bytes(b"x")
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o2750
+    assert tree(tmp_path) == {"private/file": b"x"}
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
 def test_a_folder_that_fails_leaves_nothing_and_none_of_its_parents(tmp_path, error):
     wanted = OutputError if isinstance(error, OSError) else type(error)

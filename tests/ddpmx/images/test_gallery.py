@@ -9,7 +9,7 @@ import pytest
 
 from ddpmx.errors import OutputError
 from ddpmx.images import writers
-from ddpmx.images.gallery import check_one_run, earlier_images, other_runs, save_gallery
+from ddpmx.images.gallery import check_free, check_one_run, earlier_images, other_runs, save_gallery
 from ddpmx.images.origin import Origin
 from ddpmx.sampling.request import Sampling
 
@@ -52,6 +52,23 @@ def test_images_of_another_run_are_refused_and_replaced_as_a_whole(folder, chang
     mine = writers.image_path(folder, other.first).name
     assert set(content(folder)) == {mine, "1.png", "notes.txt"}
     check_one_run(folder, other, 3)
+
+
+def test_what_is_no_run_of_generate_is_not_mixed_with(folder):
+    paths = [writers.image_path(folder, number) for number in range(4)]
+    check_free(paths, RUN, 3, folder=folder)
+    paths[3].write_bytes(b"")  # a write that was broken off
+    check_free(paths, RUN, 4, folder=folder)
+    paths[3].write_text("somebody's own")
+    with pytest.raises(OutputError, match=r"refusing to overwrite .*: ddpmx has not drawn it"):
+        check_free(paths, RUN, 4, folder=folder)
+    paths[3].unlink()
+    writers.save_png(folder / "scan.png", IMAGES[0], text={"Software": "ddpmx 0.1.0", "task": "denoise"})
+    with pytest.raises(OutputError, match="the pictures of a task"):
+        check_free(paths, RUN, 3, folder=folder)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match="which is drawn in parts"):
+        check_free(paths, RUN, 3, folder=folder)
 
 
 def test_a_run_may_be_repeated_and_continued(folder):

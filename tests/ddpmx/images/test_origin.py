@@ -100,5 +100,9 @@ def test_pictures_of_others_are_not_overwritten(tmp_path):
     for path in (written[0], tmp_path / "x0.gif"):
         with pytest.raises(OutputError, match="ddpmx has not drawn it"):
             check_pictures_replaceable([path], "a" * 64)
-    written[0].write_bytes(b"cut off")
-    check_pictures_replaceable([written[0]], "a" * 64)
+    for rest in (b"", written[1].read_bytes()[:20]):  # cut off
+        written[0].write_bytes(rest)
+        check_pictures_replaceable([written[0]], "a" * 64)
+    written[0].write_bytes(b"something else")
+    with pytest.raises(OutputError, match="ddpmx has not drawn it"):
+        check_pictures_replaceable([written[0]], "a" * 64)

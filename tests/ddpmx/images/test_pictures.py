@@ -178,6 +178,11 @@ def test_the_pictures_of_a_task_do_not_go_among_generated_ones(tmp_path):
     with pytest.raises(OutputError, match="refusing to mix pictures of a task with the images of `ddpmx generate`"):
         pictures.check_replaceable(tmp_path, [tmp_path / "00000.png"], [source], overwrite=True)
     pictures.check_replaceable(tmp_path / "one.png", [tmp_path / "one.png"], [source])  # by its own name it may
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    (parts / "run.json").write_text("{}")
+    with pytest.raises(OutputError, match="which is drawn in parts"):
+        pictures.check_replaceable(parts, [parts / "a.png"], [source])
     pictures.save_pictures([drawn], [GREY[..., None]], [pictures.text("denoise", model="m")])
     pictures.check_replaceable(tmp_path, [tmp_path / "00000.png"], [source])
 

@@ -242,6 +242,7 @@ def test_what_is_there_stays(tmp_path, gaussian_onnx):
         ({"name": ""}, "cannot be called ''"),
         ({"batch": 0}, "batch must be a whole number"),
         ({"instances": 0}, "--instances must be at least 1"),
+        ({"provider": "gpu"}, "--provider gpu: ONNX Runtime has no such provider"),
         ({"most_images": 0}, "--most-images must be at least 1"),
     ],
     ids=str,

@@ -104,6 +104,10 @@ def test_classes_by_name_take_turns_by_the_image_s_index(serve):
     with Pipeline(spec, Toy()) as pipeline:
         wanted = pipeline.generate(3, first=1, labels=[4, 1, 4], guidance=2, batch=2)
     np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["images"], wanted)
+    asked = {"n": 3, "first": 1, "labels": ["b", 4], "guidance": 2, "format": "npz"}
+    answer = client.post("/v1/images", json=asked)
+    np.testing.assert_array_equal(np.load(io.BytesIO(answer.content))["images"], wanted)
+    assert client.post("/v1/images", json=asked | {"labels": [True]}).status_code == 422
     assert client.get("/v1/images?labels=f").json() == {
         "detail": "there is no class 'f'",
         "hint": "the model's are a, b, c, d, e",
@@ -146,7 +150,7 @@ def test_variations_of_a_picture(serve):
     gif = base64_of(picture, "GIF")
     for changes, fact in (
         ({"init": base64_of(picture[:7])}, "it is 7×8 (height×width), and the model takes 8×8"),
-        ({"init": gif}, "init: no picture that Pillow can read"),
+        ({"init": gif}, "init: no PNG, JPEG or WebP"),
         ({"init": "no base64!"}, "init"),
         ({"init": None}, "strength is of init"),
         ({"towards": 3}, "exclude each other"),
