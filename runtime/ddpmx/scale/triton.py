@@ -100,10 +100,7 @@ def write_repository(
             raise InputError(f"{what} must be at least 1, not {number}")
     if provider not in NAMES and provider not in NAMES.values():
         raise InputError(
-            raise InputError(
-                f"--provider {provider}: ONNX Runtime has no such provider",
-                hint="cpu, cuda, tensorrt, rtx, openvino or webgpu",
-            )
+            f"--provider {provider}: ONNX Runtime has no such provider",
             hint="cpu, cuda, tensorrt, rtx, openvino or webgpu",
         )
     found, largest = _described(path, None if spec is None else Path(spec))
