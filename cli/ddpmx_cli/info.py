@@ -108,7 +108,7 @@ def _compressed(values: dict[str, Any]) -> list[tuple[str, str]]:
             f"{n} of {size_text(height, width)}, {c} channel{'s' if c > 1 else ''}, {kind}, {bits:.3f} bits/dim",
         ),
         ("states", (f"{here} of {steps}" if here < steps else str(steps)) + down),
-        ("sections", ", ".join(f"{section['bytes']}" for section in values["sections"]) + " bytes"),
+        ("sections", (", ".join(str(section["bytes"]) for section in values["sections"]) or "0") + " bytes"),
         ("model", f"weights sha256 {values['model']}…, {values['precision']}, computed in {values['arithmetic']}"),
         ("seed", str(values["seed"])),
     ]

@@ -65,7 +65,13 @@ def test_lossless_and_a_beginning(ddpmx, gaussian_onnx, photos, tmp_path):
     done = ddpmx("decompress", file, "-o", tmp_path / "c.png", *common)
     assert done.code == 0
     assert "the file is the beginning of one" in done.out
-    assert "the beginning of a file" in ddpmx("info", file).out
+    assert "the beginning of a file: it decodes to coarser images" in ddpmx("info", file).out
+    cut = tmp_path / "cut.ddpm"
+    said = []
+    for length in range(100, 60, -1):  # the header's end is among them
+        cut.write_bytes(file.read_bytes()[:length])
+        said.append(ddpmx("info", cut).out)
+    assert any("the beginning of a file: nothing of it decodes" in text for text in said)
 
 
 def test_refused_and_nothing_is_written(refused, gaussian_onnx, photos, tmp_path):

@@ -63,10 +63,14 @@ def _compressed(path: Path) -> dict[str, Any]:
     file = compressed.read_compressed(path)
     header = file.header
     c, height, width = header.shape
+    note = None
+    if not file.complete:
+        what = "it decodes to coarser images" if file.steps else "nothing of it decodes"
+        note = f"this is the beginning of a file: {what}"
     return {
         "bytes": path.stat().st_size,
         "spec": None,
-        "note": None if file.complete else "this is the beginning of a file: it decodes to coarser images",
+        "note": note,
         "images": header.n,
         "size": [height, width],
         "channels": c,

@@ -258,7 +258,10 @@ def _refuse_strangers(work: Work, store: Store, names: set[str]) -> None:
     from ddpmx.images import gallery
 
     if work.kind.one_image and isinstance(store, LocalStore):
-        gallery.check_one_run(store.folder, work.origin(Range(0, 0)), 0)
+        try:
+            gallery.check_one_run(store.folder, work.origin(Range(0, 0)), 0)
+        except OutputError as error:
+            raise OutputError(error.fact, note=error.note, hint="another --out") from error
     elif strange := sorted(name for name in names if name.rpartition(".")[2] in FORMS):
         raise _mixed(store, f"{strange[0]} is there, and no {RUN}")
 
