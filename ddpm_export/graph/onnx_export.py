@@ -80,10 +80,12 @@ def to_precision(network: Network, precision: Precision) -> Network:
     path, the first and the last layer.
 
     Raises:
-        InputError: an unknown precision, or no class of the network names parts.
+        InputError: an unknown precision, one of 8 bits, or no class of the network names parts.
     """
     if precision not in PRECISIONS:
         raise InputError(f"there is no precision {precision!r}", hint=f"one of: {', '.join(PRECISIONS)}")
+    if precision in EIGHT_BITS:
+        raise InputError(f"a module does not compute in {precision}", note="8 bits are put into the graph of one")
     network = copy.deepcopy(network).eval().requires_grad_(False)
     if precision != "fp32":
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]

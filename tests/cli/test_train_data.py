@@ -103,7 +103,7 @@ def test_what_will_not_come_out_well_is_said_before_and_after(ddpmx, tmp_path):
     [
         (["--attention", "10"], "--attention 16"),
         (["--scale-betas", "--schedule", "cosine"], "not to be scaled"),
-        (["--background", "black"], "without them"),
+        (["--background", "black"], "without it"),
         (["--weights", "raw"], "--from"),
         (["--max-megapixels", "0"], "--max-megapixels"),
         (["--resume", "--from", "x"], "one of the two"),

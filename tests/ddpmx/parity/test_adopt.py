@@ -83,7 +83,7 @@ def copied(file: Path, folder: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("name", "precision"), [("int8", "fp32"), ("fp16", "fp16")])
+@pytest.mark.parametrize(("name", "precision"), [("int8", "int8"), ("fp16", "fp16")])
 def test_a_file_gets_spec_betas_and_record_back_and_its_graph_is_untouched(files, name, precision, tmp_path, figure):
     changed = copied(files[name], tmp_path)
     before = onnx.load(changed).graph

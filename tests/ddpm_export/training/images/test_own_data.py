@@ -182,5 +182,5 @@ def test_nothing_but_broken_files_is_an_error(tmp_path):
     with pytest.raises(DataError, match="not an image that can be read"):
         load_dataset(tmp_path, skip_broken=True)
     np.savez(tmp_path / "a.npz", FLAT[None])
-    with pytest.raises(InputError, match="skip_broken"):
+    with pytest.raises(InputError, match="--skip-broken is for image files"):
         load_dataset(tmp_path / "a.npz", skip_broken=True)
