@@ -483,6 +483,7 @@ def test_export_replaces_regular_files_only(refused, ddpmx, run, tmp_path):
     assert (tmp_path / "real.onnx").stat().st_size > 1000
 
 
+@pytest.mark.long
 def test_a_failing_standard_output_does_not_stop_the_work(run, tmp_path):
     command = [sys.executable, "-m", "ddpmx_cli.main", "export", str(run), "--no-parity", "--no-plan", "-o"]
     with open("/dev/full", "w") as full:

@@ -177,6 +177,7 @@ def test_its_flags_exist(words):
     command.make_context(words[0], list(words[1:]))
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_export_writes_the_two_files_that_are_copied(cli, tmp_path):
     pytest.importorskip("torch", reason="not verified here: the README's `ddpmx export` (no torch)")

@@ -431,7 +431,8 @@ def test_its_images_in_onnxruntime_are_theirs(exported):
     assert np.abs(seen - theirs).max() <= 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_it_builds_a_plan(exported, tmp_path, precision):
     pytest.importorskip("tensorrt_rtx", reason="not verified here: TensorRT for RTX is not installed")
     file, spec, _ = exported(CHAIN, precision)

@@ -430,6 +430,7 @@ FULL_PRECISION = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_bf16_file_is_plain_onnx_of_opset_22(bf16, spec):
     model = onnx.load(bf16)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 22)]

@@ -97,6 +97,7 @@ def apart(images: Path, model: Path) -> np.ndarray:
     return np.abs(np.load(images) - expected.astype(int))
 
 
+@pytest.mark.long
 def test_float32_and_half(aarch64, gaussian_onnx, tmp_path, figure):
     """A closed form in fp32, by the ladder and a chain, and the garments' trained U-Net in half; all in one process."""
     exact, record, garments = (tmp_path / name for name in ("gaussian.mnn", "gaussian.parity.npz", "garments.mnn"))
