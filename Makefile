@@ -24,7 +24,7 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target what; do \
 	  printf '%-16s %s\n' "$$target" "$$what"; done
 
-demo: $(DEMO) ## train on real images, export, generate, judge: ten to twenty minutes on two cores
+demo: $(DEMO) ## train on real images, export, generate, judge: about seven minutes on two idle cores
 	$(BIN)/python examples/fashion_mnist/demo.py
 
 check: $(VENV)/.dev ## lint, types and the quick tests: two minutes on two idle cores, from the second time on
