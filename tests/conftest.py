@@ -53,7 +53,7 @@ build of libddpmx) no two follow each other: both processes would have nothing t
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="leave out what took longer than 0.15 s the last times")
+    parser.addoption("--quick", action="store_true", help="leave out what took longer than 0.1 s the last times")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -79,7 +79,8 @@ def test_images_of_one_kind_are_near_and_others_far():
 @pytest.mark.parametrize("side", [7, 8, 16, 20, 64])
 def test_no_errors_take_images_further_than_the_bound(side):
     """One brightness more is the worst for the coarsest level: along all directions the whole error counts."""
-    reference = RNG.integers(40, 200, (3, side, side, 3), np.uint8)
+    rng = np.random.default_rng(side)  # of its own: which tests ran before must not matter
+    reference = rng.integers(40, 200, (3, side, side, 3), np.uint8)
     brighter = (reference + 9).astype(np.uint8)
     bound = distance_bound(reference, 9)
     found = sliced_wasserstein(brighter, reference).distances
@@ -88,9 +89,10 @@ def test_no_errors_take_images_further_than_the_bound(side):
     assert found[-1] == pytest.approx(bound[-1] / density, rel=0.1)
     middle = reference.copy()
     middle[:, side // 4 : -(side // 4), side // 4 : -(side // 4)] += 20
-    for other in (np.clip(reference + RNG.normal(0, 15, reference.shape), 0, 255).astype(np.uint8), middle):
+    for other in (np.clip(reference + rng.normal(0, 15, reference.shape), 0, 255).astype(np.uint8), middle):
         error = np.sqrt(np.mean((other.astype(float) - reference) ** 2))
-        assert np.all(sliced_wasserstein(other, reference).distances <= np.array(distance_bound(reference, error)))
+        most = 1.02 * np.array(distance_bound(reference, error))  # that of all directions, of which some are drawn
+        assert np.all(sliced_wasserstein(other, reference).distances <= most)
     assert not np.all(found <= np.array(distance_bound(reference, 2)))  # control
 
 
