@@ -258,7 +258,7 @@ def test_a_loss_that_runs_away_stops_before_it_is_saved(tmp_path):
     run = trainer(tmp_path / "run", lr=1e-3)
     run.train(2)
     run.step, run.loss, run._lowest = 600, 0.04, 0.03
-    run.objective.weights.mul_(1000.0)  # what the optimiser is told has become a thousand times as large
+    run.objective.weights.mul_(1000.0)  # what the optimiser sees has become a thousand times as large
     with pytest.raises(NumericError, match="run away"):
         run.train(640)
     assert [load_training(path).step for path in checkpoints(run.run)] == [2]
