@@ -26,7 +26,7 @@ pytestmark = pytest.mark.torch
 CHEAP = {
     "train": {
         **{"--steps": "2", "--batch": "2", "--width": "8", "--groups": "4", "--mult": "1", "--blocks": "1"},
-        **{"--attention": "", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
+        **{"--attention": "", "--sample-every": "0", "--device": "cpu", "--threads": "1", "--warmup": "1"},
     },
     "train --from": {"--steps": "2", "--batch": "2", "--sample-every": "0", "--device": "cpu", "--threads": "1"},
     "train --dry-run": {
