@@ -45,7 +45,10 @@ def compress(
     stop: Annotated[int | None, Option(help="Send the states of the chain down to this t.", metavar="T")] = None,
     lossless: Annotated[bool, Option("--lossless", help="Send what is left of the images too.")] = False,
     steps: Annotated[
-        int, Option(help="States that are sent, at most, about. The decoder needs a network call each.")
+        int,
+        Option(
+            help="About how many states are sent, a few more of a small number. The decoder needs a network call each."
+        ),
     ] = 64,
     book: Annotated[
         int,

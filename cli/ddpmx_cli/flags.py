@@ -40,7 +40,7 @@ Provider = Annotated[
     str,
     Option(
         help="What runs an ONNX file: cpu, cuda, tensorrt, rtx, openvino, webgpu, or ONNX Runtime's name. "
-        "A run: cpu or cuda.",
+        "Where a run is taken: cpu or cuda.",
         metavar="NAME",
         rich_help_panel=WHERE,
     ),

@@ -157,6 +157,15 @@ def test_bad_flags_are_refused_and_nothing_is_written(refused, gaussian_onnx, tm
     assert content(tmp_path) == {}
 
 
+def test_images_of_another_run_are_refused_with_a_hint_that_shards_can_follow(ddpmx, refused, gaussian_onnx, tmp_path):
+    """They have no --overwrite, which a plain generate hints at."""
+    out = tmp_path / "many"
+    assert ddpmx("generate", gaussian_onnx, *QUICK, "--seed", 5, "--out", out).code == 0
+    said = refused("generate", gaussian_onnx, *QUICK, "--shard", "0/1", "--out", out)
+    assert "refusing to mix the images of two runs" in said
+    assert "Hint: another --out\n" in said
+
+
 def test_parquet_without_pyarrow_is_refused_before_the_model_is_opened(refused, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = refused("generate", "garments", "--format", "parquet", "--out", tmp_path / "out")

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.diffusion.samplers import Table
-from ddpmx.errors import InputError, OutputError
+from ddpmx.errors import DdpmxError, InputError, OutputError
 from ddpmx.formats.atomic import exchange, make_folder, staging, write_synced
+from ddpmx.formats.envelope import parse_json
 from ddpmx.formats.spec import ModelSpec
 from ddpmx.images import writers
 from ddpmx.images.origin import Origin, check_not_another_s, comment, difference, is_of_a_task
@@ -163,16 +164,21 @@ def check_one_run(folder: Path, origin: Origin, n: int) -> None:
 
 
 def check_not_in_parts(folder: Path) -> None:
-    """Refuse to write among the images of a run that is drawn in parts.
+    """Refuse to write among the images of a run that is drawn in parts. A ``run.json`` of somebody else says nothing.
 
     Raises:
         OutputError: ``folder`` holds one.
     """
-    if (folder / RUN).is_file():
+    try:
+        with (folder / RUN).open("rb") as stream:
+            values = parse_json(stream.read(1 << 24))
+    except (OSError, DdpmxError):
+        return
+    if isinstance(values, dict) and "ddpmx" in values and isinstance(values.get("run"), dict):
         raise OutputError(
             f"refusing to mix pictures with the run in {folder}, which is drawn in parts",
             note=f"its {RUN} says which run it is",
-            hint="another --out; or go on with that run: --shard 0/1",
+            hint="another folder; with --shard 0/1 `ddpmx generate` goes on with that run",
         )
 
 

@@ -66,7 +66,10 @@ def test_what_is_no_run_of_generate_is_not_mixed_with(folder):
     writers.save_png(folder / "scan.png", IMAGES[0], text={"Software": "ddpmx 0.1.0", "task": "denoise"})
     with pytest.raises(OutputError, match="the pictures of a task"):
         check_free(paths, RUN, 3, folder=folder)
-    (folder / "run.json").write_text("{}")
+    (folder / "scan.png").unlink()
+    (folder / "run.json").write_text('{"run": {"name": "somebody\'s experiment"}}')
+    check_free(paths, RUN, 3, folder=folder)
+    (folder / "run.json").write_text('{"ddpmx": "0.1.0", "run": {"seed": 0}}')
     with pytest.raises(OutputError, match="which is drawn in parts"):
         check_free(paths, RUN, 3, folder=folder)
 

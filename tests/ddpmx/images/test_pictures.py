@@ -180,7 +180,7 @@ def test_the_pictures_of_a_task_do_not_go_among_generated_ones(tmp_path):
     pictures.check_replaceable(tmp_path / "one.png", [tmp_path / "one.png"], [source])  # by its own name it may
     parts = tmp_path / "parts"
     parts.mkdir()
-    (parts / "run.json").write_text("{}")
+    (parts / "run.json").write_text('{"ddpmx": "0.1.0", "run": {"seed": 0}}')
     with pytest.raises(OutputError, match="which is drawn in parts"):
         pictures.check_replaceable(parts, [parts / "a.png"], [source])
     pictures.save_pictures([drawn], [GREY[..., None]], [pictures.text("denoise", model="m")])

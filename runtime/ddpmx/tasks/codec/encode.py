@@ -127,7 +127,8 @@ def compress(
         lossless: send what is left of the images too.
         labels: the class of each image, or one for all, for a model with classes.
         seed: of the draws that coder and decoder share, 0…2⁶⁴−1.
-        steps: how many states are sent, at most, about. More cost fewer bits, and the decoder a network call each.
+        steps: about how many states are sent; of a small number a few more. More cost fewer bits, and the decoder a network
+            call each.
         book: how far the coder searches: 2^book draws and more, 8…22. More cost fewer bits, and time.
         model: the sha256 by which a decoder knows the model, 64 digits; by default what the model says of its weights.
         batch: images in the network at once.

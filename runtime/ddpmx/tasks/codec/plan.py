@@ -110,7 +110,7 @@ def make_plan(forecast: Forecast, stop: int, n: int, *, book: int = DEFAULT_BOOK
         stop: the last timestep.
         n: how many images there are.
         book: bits of a book.
-        steps: how many states are sent at most, about.
+        steps: about how many states are sent; of a small number a few more.
     """
     plans = [_plan(forecast, stop, n, book, steps, chunk) for chunk in range(book, (MOST_BOOKS + 1) * book, book)]
     return min(plans, key=lambda plan: plan.cost)
