@@ -226,6 +226,8 @@ def main(argv: list[str]) -> int:
             if fault:
                 wrong.append(fault)
                 print("WRONG", fault, flush=True)
+            if (done := number - args.first + 1) % 100 == 0:
+                print(f"{done} of {args.count} in {time.monotonic() - begun:.0f} s: {len(wrong)} wrong", flush=True)
     print(f"\n{'':<16}{'done':>8}{'refused':>8}")
     for name in (*args.only, *KINDS):
         print(f"{name:<16}{table[name, 0]:>8}{table[name, 2]:>8}")
