@@ -22,6 +22,8 @@ void fault_arm(const char *prefix, long nth, int number, int for_ever) {
   at = nth, error = number, full = for_ever, count = hit = 0;
   memset(watched, 0, sizeof watched);
 }
+/* There is space again. */
+void fault_end(void) { at = full = 0; }
 long fault_count(void) { return count; }
 long fault_hit(void) { return hit; }
 
