@@ -173,6 +173,11 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
         lines += [
             ("stored", f"{size / 1e6:.1f} MB of {kind}") for kind, size in values["weights"].items() if size > 1e4
         ]
+        lines += [
+            ("rounded", f"{one['bytes'] / 1e6:.1f} MB of {one['from']} to {one['to']}, when it is loaded")
+            for one in values["rounded"]
+            if one["bytes"] > 1e4
+        ]
         lines += [("data file", name) for name in values["external"]]
     elif values["kind"] == "png":
         height, width = values["size"]

@@ -107,8 +107,8 @@ def _main(
 def run() -> None:
     """The entry point.
 
-    Exit codes: 0 done, 1 parity does not hold, 2 an error, 130 and 143 stopped by a signal. After a signal's exception an
-    error has no words: it is what foreign code made of the interruption.
+    Exit codes: 0 done, 1 parity does not hold, 2 an error, 130 and 143 stopped by a signal. After a signal an error has no
+    words: it is what foreign code made of the interruption.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -121,7 +121,7 @@ def run() -> None:
         code = 2 if console.output_failed and not end.code else end.code
     except BaseException as error:
         if not signals.raised:
-            code = _explain(error)
+            sys.exit(_explain(error))
     sys.exit(code if signals.received is None else 128 + signals.received)  # type: ignore[arg-type]
 
 

@@ -141,7 +141,7 @@ def complaint(world: World, name: str, case: Path, code: int, text: str, hits: i
         return f"a traceback: {text.strip().splitlines()[-1]}"
     if code not in (0, 130 if "Training waits" in text else 2, 2):
         return f"exit code {code}"
-    if code and not re.search(r"^Error: .+" if code == 2 else r"^(Error: |saved ).+", text, re.M):
+    if code and not re.search(r"^Error: .+" if code == 2 else r"^saved .+", text, re.M):
         return f"exit code {code} without a word"
     if code == 2 and not hits:
         return f"refused without a fault: {text.strip()[-200:]}"

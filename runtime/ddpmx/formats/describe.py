@@ -202,6 +202,10 @@ def _onnx(path: Path) -> dict[str, Any]:
         "inputs": shown(info.inputs),
         "outputs": shown(info.outputs),
         "weights": {_type_name(key): size for key, size in sorted(info.weights.items())},
+        "rounded": [
+            {"from": _type_name(stored), "to": _type_name(to), "bytes": size}
+            for (stored, to), size in sorted(info.rounded.items())
+        ],
         "parameters": sum(
             size // onnx_file.WIDTH.get(kind, 4) for kind, size in info.weights.items() if kind in _NUMBERS
         ),

@@ -11,7 +11,7 @@ import mmap
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ TRAINING_KEY = "ddpmx.training"
 """The metadata key of what people want to know of a checkpoint's file and nothing computes with: a JSON object with
 ``network``, ``parameters`` and ``training``, as :func:`~ddpmx.formats.describe.describe` gives them of the checkpoint."""
 
-FLOAT, INT8, INT32, FLOAT16, BFLOAT16, FLOAT8E4M3FN = 1, 3, 6, 10, 16, 17
+FLOAT, UINT8, INT8, INT32, FLOAT16, BFLOAT16, FLOAT8E4M3FN = 1, 2, 3, 6, 10, 16, 17
 """ONNX element types."""
 WIDTH = {
     1: 4,
@@ -74,6 +74,8 @@ class GraphInfo:
         opset: of the default operator domain, 0 if the file declares none.
         external: every other file that the model refers to, as written there.
         weights: how many bytes its constants take, by ONNX element type.
+        rounded: how many of those bytes a QuantizeLinear rounds once the file is loaded, by the type they are stored in and
+            the type they get. Some quantisers leave the weights as they were, and write how to round them.
     """
 
     inputs: dict[str, TensorInfo]
@@ -82,6 +84,16 @@ class GraphInfo:
     opset: int
     external: tuple[str, ...]
     weights: Mapping[int, int]
+    rounded: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    @property
+    def computed(self) -> Mapping[int, int]:
+        """``weights`` once they are rounded: what a runtime computes with."""
+        found = Counter(self.weights)
+        for (stored, to), size in self.rounded.items():
+            found[stored] -= size
+            found[to] += size // WIDTH.get(stored, 1) * WIDTH.get(to, 1)
+        return {kind: size for kind, size in found.items() if size > 0}
 
 
 @dataclass(frozen=True)
@@ -247,6 +259,8 @@ def _listed(spec: ModelSpec) -> str:
 class _Found:
     external: list[str] = field(default_factory=list)
     weights: Counter[int] = field(default_factory=Counter)
+    rounded: Counter[tuple[int, int]] = field(default_factory=Counter)
+    rounds: int = 0  # nodes that round
 
 
 def _read_model(view: memoryview) -> GraphInfo:
@@ -286,12 +300,13 @@ def _read_model(view: memoryview) -> GraphInfo:
     if graphs != 1:
         raise MalformedError(f"{graphs} graphs in the file")
     inputs = {name: tensor for name, tensor in inputs.items() if name not in initializers}
-    return GraphInfo(inputs, outputs, metadata, opset, tuple(found.external), dict(found.weights))
+    return GraphInfo(inputs, outputs, metadata, opset, tuple(found.external), dict(found.weights), dict(found.rounded))
 
 
 def _walk_graph(view: memoryview, found: _Found, depth: int) -> None:
     if depth > _MAX_DEPTH:
         raise MalformedError(f"graphs nested deeper than {_MAX_DEPTH}")
+    rounds = found.rounds
     for number, value in fields(view):
         if number == 1:  # node
             _walk_node(as_message(value), found, depth)
@@ -301,6 +316,44 @@ def _walk_graph(view: memoryview, found: _Found, depth: int) -> None:
             found.weights[element_type] += size
         elif number == 15:  # sparse_initializer
             _walk_sparse(as_message(value), found)
+    if found.rounds > rounds:
+        _count_rounded(view, found)
+
+
+def _count_rounded(graph: memoryview, found: _Found) -> None:
+    """Count the constants of a graph that its QuantizeLinear round."""
+    constants: dict[bytes, tuple[int, int]] = {}
+    rounding: dict[bytes, tuple[bytes, int]] = {}
+    for number, value in fields(graph):
+        if number == 1:
+            rounding.update(_rounding(as_message(value)))
+        elif number == 5:
+            constants[_bytes(dict(fields(as_message(value))).get(8))] = _tensor_bytes(as_message(value))
+    for name, (zero, to) in rounding.items():
+        if name in constants:
+            element_type, size = constants[name]
+            found.rounded[element_type, to or constants.get(zero, (UINT8, 0))[0]] += size
+
+
+def _rounding(node: memoryview) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
+    """Of a QuantizeLinear: the name of what it rounds, that of its zero point, and the type that it states, or 0."""
+    parts = list(fields(node))
+    if not any(number == 4 and _bytes(value) == b"QuantizeLinear" for number, value in parts):
+        return
+    inputs = [_bytes(value) for number, value in parts if number == 1]
+    to = 0
+    for number, value in parts:
+        if number == 5:  # attribute: name, and i
+            entry = dict(fields(as_message(value)))
+            if _bytes(entry.get(1)) == b"output_dtype" and isinstance(kind := entry.get(3), int):
+                to = kind
+    if inputs:
+        yield inputs[0], (inputs[2] if len(inputs) > 2 else b"", to)
+
+
+def _bytes(value: int | memoryview | None) -> bytes:
+    """A field's bytes; none of a number, which is no fault here: nothing depends on it."""
+    return b"" if value is None or isinstance(value, int) else bytes(value)
 
 
 def _walk_sparse(view: memoryview, found: _Found) -> None:
@@ -313,6 +366,8 @@ def _walk_node(view: memoryview, found: _Found, depth: int) -> None:
     for number, value in fields(view):
         if number == 5:  # attribute
             _walk_attribute(as_message(value), found, depth)
+        elif number == 4 and _bytes(value) == b"QuantizeLinear":  # op_type
+            found.rounds += 1
 
 
 def _walk_attribute(view: memoryview, found: _Found, depth: int) -> None:

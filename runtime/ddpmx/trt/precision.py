@@ -29,8 +29,8 @@ def check_weights(path: Path, spec: ModelSpec, info: GraphInfo) -> None:
         SpecError: they have another one.
     """
     low = LOW.get(spec.precision)
-    halves, floats = info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0), info.weights.get(FLOAT, 0)
-    if (low is None and halves > floats) or (low is not None and floats and info.weights.get(low, 0) == 0):
+    halves, floats = info.computed.get(FLOAT16, 0) + info.computed.get(BFLOAT16, 0), info.computed.get(FLOAT, 0)
+    if (low is None and halves > floats) or (low is not None and floats and info.computed.get(low, 0) == 0):
         raise SpecError(
             f"{path}: the file declares {spec.precision}, but its weights have another precision",
             note=f"{floats} bytes of float32, {halves} bytes of 16-bit floats",
@@ -50,7 +50,7 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
     Raises:
         BackendError: the weights have another size.
     """
-    weights = sum(info.weights.values())
+    weights = sum(info.computed.values())
     if stripped:
         return "not verified: the plan holds no weights"
     if library.is_rtx:
@@ -59,7 +59,7 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
             return "not verified: the header of this version does not state the size of the weights"
         most = _SHARE[1] * weights + _SLACK
         if spec.precision in EIGHT_BITS:  # the time path's weights are halves there, which the builder widens
-            most = weights + info.weights.get(FLOAT16, 0) + _SLACK
+            most = weights + info.computed.get(FLOAT16, 0) + _SLACK
         if not _SHARE[0] * weights - _SLACK <= stored <= most:
             raise BackendError(
                 f"{library} did not keep the precision of the graph",
@@ -69,10 +69,10 @@ def assert_precision(plan: Any, spec: ModelSpec, info: GraphInfo, library: Libra
         if weights < _LEAST_WEIGHTS:
             return "not verified: too few weights to judge by their size"
         return f"{spec.precision}: {stored} bytes of weights in the plan, {weights} in the graph"
-    size, halves = plan.nbytes, info.weights.get(FLOAT16, 0) + info.weights.get(BFLOAT16, 0)
+    size, halves = plan.nbytes, info.computed.get(FLOAT16, 0) + info.computed.get(BFLOAT16, 0)
     bits = 16
     if spec.precision in EIGHT_BITS:
-        bits, halves = 8, info.weights.get(LOW[spec.precision], 0)
+        bits, halves = 8, info.computed.get(LOW[spec.precision], 0)
     if halves < _LEAST_HALVES:
         return f"not verified: too few {bits}-bit weights to judge by the size of the plan"
     if size > weights + 0.75 * halves:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,37 @@ def test_weights_that_are_listed_as_inputs_are_no_inputs(write):
     graph = protobuf.field(5, protobuf.tensor("w", FLOAT, [1], bytes(4)))
     info = onnx_file.read_onnx(write(protobuf.model(inputs, OUTPUTS, graph=graph)))
     assert list(info.inputs) == ["x", "t"]
+
+
+def output_dtype(kind: int) -> bytes:
+    return protobuf.field(1, "output_dtype") + protobuf.field(3, kind) + protobuf.field(20, 2)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "attributes", "to"),
+    [
+        (["w", "s", "zero"], [], 3),  # as the zero point: int8
+        (["w", "s"], [output_dtype(17)], 17),
+        (["w", "s"], [], 2),  # ONNX: uint8
+        (["x", "s", "zero"], [], None),  # no constant
+    ],
+)
+def test_constants_that_the_graph_rounds_are_counted(write, inputs, attributes, to):
+    graph = b"".join(
+        protobuf.field(5, item)
+        for item in (
+            protobuf.tensor("w", FLOAT, [4, 5], bytes(80)),
+            protobuf.tensor("zero", 3, [], bytes(1)),
+            protobuf.tensor("s", FLOAT, [], bytes(4)),
+        )
+    )
+    graph += protobuf.field(1, protobuf.node("QuantizeLinear", inputs, ["q"], *attributes))
+    info = onnx_file.read_onnx(write(protobuf.model(INPUTS, OUTPUTS, graph=graph)))
+    assert info.weights == {FLOAT: 84, 3: 1}
+    assert info.rounded == ({} if to is None else {(FLOAT, to): 80})
+    after = Counter({FLOAT: 84, 3: 1} if to is None else {FLOAT: 4, 3: 1})
+    after.update({} if to is None else {to: 20})
+    assert info.computed == after
 
 
 @pytest.mark.parametrize(

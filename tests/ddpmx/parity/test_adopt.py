@@ -57,6 +57,27 @@ def bare(path: Path, to: Path) -> Path:
     return to
 
 
+def rounded_on_load(path: Path, to: Path) -> Path:
+    """The weights of convolutions stay float32, and the graph rounds them to 8 bits, as nvidia-modelopt 0.47 writes it."""
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    graph = model.graph
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if len(tensor.dims) == 4}
+    graph.initializer.append(onnx.numpy_helper.from_array(np.int8(0), "zero"))
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type == "Conv" and name in weights:
+                node.input[place] = f"{name}_rounded"
+    for name, values in reversed(weights.items()):
+        scale = np.float32(np.abs(values).max() / 127)
+        graph.initializer.append(onnx.numpy_helper.from_array(scale, f"{name}_scale"))
+        parts = [f"{name}_scale", "zero"]
+        graph.node.insert(0, onnx.helper.make_node("DequantizeLinear", [f"{name}_8", *parts], [f"{name}_rounded"]))
+        graph.node.insert(0, onnx.helper.make_node("QuantizeLinear", [name, *parts], [f"{name}_8"]))
+    onnx.save(model, to)
+    return to
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder: Path = tmp_path_factory.mktemp("adopt")
@@ -65,6 +86,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     record(unet(), SPEC, steps=2).save(made["original"].with_suffix(".parity.npz"))
     quantization.quantize_static(str(made["original"]), str(folder / "q.onnx"), Reader(), per_channel=True)
     bare(folder / "q.onnx", made["int8"])
+    made["rounded"] = rounded_on_load(made["original"], folder / "rounded.onnx")
     export_network(unet(), SPEC, folder / "h.onnx", precision="fp16")
     made["fp16"] = bare(folder / "h.onnx", folder / "half.onnx")
     other = onnx.load(made["original"])
@@ -83,7 +105,7 @@ def copied(file: Path, folder: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize(("name", "precision"), [("int8", "int8"), ("fp16", "fp16")])
+@pytest.mark.parametrize(("name", "precision"), [("int8", "int8"), ("rounded", "int8"), ("fp16", "fp16")])
 def test_a_file_gets_spec_betas_and_record_back_and_its_graph_is_untouched(files, name, precision, tmp_path, figure):
     changed = copied(files[name], tmp_path)
     before = onnx.load(changed).graph

@@ -20,7 +20,7 @@ from ddpmx.formats.protobuf import fields
 from ddpmx.trt import build as trt_build
 from ddpmx.trt.build import BuildOptions
 from ddpmx.trt.library import Library
-from ddpmx.trt.precision import assert_precision
+from ddpmx.trt.precision import assert_precision, check_weights
 from oracles import protobuf
 from oracles.engines import NO_GPU, ORIN, SPEC, cast, content, external, fake, listed, onnx, with_external
 from oracles.protobuf import FLOAT, FLOAT16
@@ -360,6 +360,15 @@ def test_8_bit_weights_are_in_the_plan_or_it_is_refused(element_type):
         assert_precision(np.zeros(150 * MB, np.uint8), spec, info, TENSORRT, stripped=False)
     few = GraphInfo({}, {}, {}, 20, (), {element_type: MB, FLOAT16: 16 * MB})
     assert "too few 8-bit" in assert_precision(np.zeros(MB, np.uint8), spec, few, TENSORRT, stripped=False)
+
+
+def test_weights_that_the_graph_rounds_have_8_bits_in_the_plan():
+    spec = SPEC.replace(precision="int8")
+    info = GraphInfo({}, {}, {}, 20, (), {FLOAT: 66 * MB}, {(FLOAT, INT8): 64 * MB})
+    check_weights(Path("model.onnx"), spec, info)
+    assert f"{18 * MB} in the graph" in assert_precision(rtx_plan(18 * MB), spec, info, RTX, stripped=False)
+    with pytest.raises(BackendError, match="did not keep the precision"):
+        assert_precision(rtx_plan(66 * MB), spec, info, RTX, stripped=False)
 
 
 @pytest.mark.parametrize("element_type", [FLOAT, FLOAT16, BFLOAT16])
