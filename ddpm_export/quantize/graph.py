@@ -108,12 +108,29 @@ def insert(
     del result.graph.value_info[:]
     del result.metadata_props[:]
     result.producer_name, result.producer_version = model.producer_name, model.producer_version
+    _leave_others(result, chosen)
     _own_biases(result, model, chosen)
     _shorten(result, model)
     _check_inserted(result, chosen)
     if precision == "fp8":
         _as_e4m3(result, model, chosen)
     return result
+
+
+def _leave_others(result: onnx.ModelProto, chosen: Collection[str]) -> None:
+    """Let all but the chosen convolutions read a tensor itself: the quantizer gives every reader the rounded one.
+
+    Norms, residual sums and the U-Net's long connections read the same tensors as some convolutions.
+    """
+    producers = {name: node for node in result.graph.node for name in node.output}
+    for node in result.graph.node:
+        if node.name in chosen:
+            continue
+        for place, name in enumerate(node.input):
+            if name in producers and producers[name].op_type == "DequantizeLinear":
+                rounded = producers[producers[name].input[0]] if producers[name].input[0] in producers else None
+                if rounded is not None:  # not a weight's
+                    node.input[place] = rounded.input[0]
 
 
 def _own_biases(result: onnx.ModelProto, model: onnx.ModelProto, chosen: Mapping[str, Convolution]) -> None:

@@ -10,7 +10,17 @@ import onnx
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import Buffers
+from ddpmx.backends.ort_integers import as_integers
 from ddpmx.errors import BackendError
+from ddpmx.formats.widen import widen
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError("8 bits need ONNX Runtime", note=str(error), hint="pip install onnxruntime") from error
+    return onnxruntime
 
 
 class Runner:
@@ -25,20 +35,31 @@ class Runner:
     """
 
     def __init__(self, model: onnx.ModelProto, inner: Sequence[str] = ()) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise BackendError("8 bits need ONNX Runtime", note=str(error), hint="pip install onnxruntime") from error
         opened = onnx.ModelProto()
         opened.CopyFrom(model)
         outputs = {value.name for value in opened.graph.output}
         opened.graph.output.extend(onnx.ValueInfoProto(name=name) for name in inner if name not in outputs)
+        self._open(opened.SerializeToString())
+
+    @classmethod
+    def in_integers(cls, model: onnx.ModelProto, inputs: Mapping[str, NDArray[Any]]) -> Runner:
+        """As the file runs on a CPU: with products of integers where there are some, and float32 beside them.
+
+        Args:
+            model: the graph.
+            inputs: for one image.
+        """
+        runner, data = cls.__new__(cls), model.SerializeToString()
+        wide = widen(memoryview(data), {}) or data
+        runner._open(as_integers(_onnxruntime(), wide, inputs) or wide)
+        return runner
+
+    def _open(self, model: bytes) -> None:
+        onnxruntime = _onnxruntime()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            self._session = onnxruntime.InferenceSession(
-                opened.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # it has no common base
             raise BackendError(
                 "ONNX Runtime refuses the graph with 8-bit convolutions",
@@ -65,11 +86,12 @@ class RunnerBackend:
     description = "ONNX Runtime, a graph in memory"
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._runner, self._names = Runner(model), [value.name for value in model.graph.output]
+        self._model, self._names = model, [value.name for value in model.graph.output]
 
     def bind(self, buffers: Buffers) -> None:
         """Read inputs from, and write outputs to, these buffers."""
         self._inputs, self._outputs = buffers.inputs(), list(buffers.outputs().values())
+        self._runner = Runner.in_integers(self._model, {name: array[:1] for name, array in self._inputs.items()})
 
     def enqueue(self) -> None:
         """Run the graph once.

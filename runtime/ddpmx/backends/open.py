@@ -64,7 +64,8 @@ def open_model(
     spec = onnx_file.onnx_spec(path, info, spec)
     from ddpmx.backends import ort
 
-    wide = read_widened(path, info) if widen else None
+    eight_bits = spec.precision == "int8" and ort.computes_on_cpu(providers)
+    wide = read_widened(path, info) if widen or eight_bits else None
     try:
         return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads, widened=wide)
     except FileFormatError as error:

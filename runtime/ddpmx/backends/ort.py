@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ddpmx.backends.base import VARIANCE, Backend, Buffers, CopyingBackend
 from ddpmx.backends.ort_common import (
@@ -20,6 +23,7 @@ from ddpmx.backends.ort_common import (
     plugin_devices,
     session_options,
 )
+from ddpmx.backends.ort_integers import as_integers
 from ddpmx.backends.ort_waiting import set_waiting
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats.spec import ModelSpec
@@ -40,6 +44,8 @@ class OrtBackend:
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         instead: the providers that it replaces, and why, for :attr:`description`.
         widened: the file's model in float32 (:mod:`ddpmx.formats.widen`), to be run in its place.
+        eight_bits: the inputs for one image if its convolutions are in 8 bits: on the CPU they are computed in integers
+            (:mod:`.ort_integers`).
 
     Attributes:
         provider: the provider in use, by ONNX Runtime's name.
@@ -61,6 +67,7 @@ class OrtBackend:
         threads: int = 0,
         instead: Sequence[str] = (),
         widened: bytes | None = None,
+        eight_bits: Mapping[str, NDArray[np.generic]] | None = None,
     ) -> None:
         ort = import_onnxruntime()
         wanted = [NAMES.get(name, name) for name in ([providers] if isinstance(providers, str) else providers)]
@@ -93,8 +100,11 @@ class OrtBackend:
                         raise
                     left_out.append(f"{name} ({error.fact})")
         listed = None if plugin is not None else taken
+        integers = None
         try:
-            model = os.fspath(Path(path)) if widened is None else widened
+            if widened is not None and eight_bits is not None and listed is not None and taken[0] == NAMES["cpu"]:
+                integers = as_integers(ort, widened, eight_bits)
+            model = integers or widened or os.fspath(Path(path))
             self._session = ort.InferenceSession(model, options, providers=listed)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base
             raise FileFormatError(
@@ -106,16 +116,18 @@ class OrtBackend:
                 f"{wanted[0]} was requested, but ONNX Runtime uses {self.provider}",
                 hint="--fallback accepts that; see its own message above for why",
             )
-        self._output, self._instead, self._widened = output, tuple(left_out), widened is not None
+        self._output, self._instead = output, tuple(left_out)
+        self._arithmetic = ", in float32" if widened is not None else ""
+        if integers is not None:
+            self._arithmetic = ", in 8-bit integers and float32"
         self._version: str = ort.__version__
         self._binding: Any = None
         self._buffers: Buffers | None = None
 
     @property
     def description(self) -> str:
-        """Library, version, the provider really in use, and whether the file is widened."""
-        widened = ", in float32" * self._widened
-        return f"onnxruntime {self._version}, {self.provider}{widened}" + "".join(
+        """Library, version, the provider really in use, and in what it computes where that is not the file's matter."""
+        return f"onnxruntime {self._version}, {self.provider}{self._arithmetic}" + "".join(
             f", not {why}" for why in self._instead
         )
 
@@ -216,4 +228,17 @@ def open_onnx(
         threads=threads,
         instead=instead,
         widened=widened,
+        eight_bits=_one_image(spec) if spec.precision == "int8" else None,
     )
+
+
+def _one_image(spec: ModelSpec) -> dict[str, NDArray[np.generic]]:
+    """Inputs for one image, all 0."""
+    buffers = Buffers.of(1, spec.shape, var=spec.learns_variance, conditioning_shapes=spec.conditioning_shapes)
+    return {name: np.zeros_like(array) for name, array in buffers.inputs().items()}
+
+
+def computes_on_cpu(providers: Sequence[str]) -> bool:
+    """Whether the first of these providers is ONNX Runtime's CPU."""
+    names = [providers] if isinstance(providers, str) else list(providers)
+    return NAMES.get(names[0], names[0]) == NAMES["cpu"] if names else False

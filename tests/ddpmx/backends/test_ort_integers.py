@@ -1,0 +1,271 @@
+"""8-bit convolutions as products of integers: against the sums written out, which are exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ddpmx.backends import ort_integers
+from ddpmx.backends.ort_integers import as_integers
+from ddpmx.errors import FileFormatError
+from oracles import protobuf
+from oracles.protobuf import FLOAT, field, ints, node, tensor
+
+ort = pytest.importorskip("onnxruntime", reason="not verified here: products of integers (no ONNX Runtime)")
+
+INT8 = 3
+STEP = 0.03125
+"""s_x, a power of two: x / s_x has one rounding, that to whole numbers."""
+
+
+def text(name: str, value: str) -> bytes:
+    return field(1, name) + field(4, value) + field(20, 3)
+
+
+def number(name: str, value: int) -> bytes:
+    return field(1, name) + field(3, value) + field(20, 2)
+
+
+def numbers(name: str, values: list, dims: tuple[int, ...] = ()) -> bytes:
+    return tensor(name, FLOAT, dims, np.array(values, "<f4").tobytes())
+
+
+AXIS = number("axis", 0)
+NEAREST = [
+    text("mode", "nearest"),
+    text("nearest_mode", "floor"),
+    text("coordinate_transformation_mode", "asymmetric"),
+]
+
+
+class Net:
+    """x [batch, 3, 7, 6] → one convolution in 8 bits, or what a test makes of it → y.
+
+    Args:
+        kernel: height and width.
+        attributes: of the convolution.
+        enlarged: factors of a nearest-neighbour Resize before it.
+        most: the largest weight.
+    """
+
+    channels, size = 3, (7, 6)
+
+    def __init__(self, kernel=(3, 3), attributes=(), enlarged=(1, 1), most=63, outputs=5):
+        random = np.random.default_rng(0)
+        self.weights = random.integers(-most, most + 1, (outputs, self.channels, *kernel)).astype(np.int8)
+        self.weights[0] = most
+        self.steps = (random.random(outputs) / 100).astype(np.float32)
+        self.bias = random.standard_normal(outputs).astype(np.float32)
+        self.enlarged = enlarged
+        self.convolution = node("Conv", ["x/DQ", "w/DQ", "b"], ["y"], *attributes)
+        self.nodes = {
+            "Q": node("QuantizeLinear", ["large", "s", "z"], ["x/Q"]),
+            "DQ": node("DequantizeLinear", ["x/Q", "s", "z"], ["x/DQ"]),
+            "weights": node("DequantizeLinear", ["w", "steps", "zs"], ["w/DQ"], AXIS),
+        }
+        resize = node("Resize", ["x", "", "factors"], ["large"], *NEAREST)
+        self.nodes = {"Resize": resize if enlarged != (1, 1) else node("Identity", ["x"], ["large"])} | self.nodes
+        self.constants = {
+            "w": tensor("w", INT8, self.weights.shape, self.weights.tobytes()),
+            "steps": numbers("steps", self.steps, (outputs,)),
+            "zs": tensor("zs", INT8, (outputs,), bytes(outputs)),
+            "s": numbers("s", [STEP]),
+            "z": tensor("z", INT8, (), bytes(1)),
+            "b": numbers("b", self.bias, (outputs,)),
+            "factors": numbers("factors", [1, 1, *enlarged], (4,)),
+        }
+
+    def model(self, *after: bytes, output: str = "y") -> bytes:
+        graph = b"".join(field(1, each) for each in (*self.nodes.values(), self.convolution, *after))
+        graph += b"".join(field(5, each) for each in self.constants.values())
+        dims = ("batch", self.channels, *self.size)
+        return protobuf.model({"x": (FLOAT, dims)}, {output: (FLOAT, ("batch", None, None, None))}, graph=graph)
+
+    def x(self, n=2):
+        return np.random.default_rng(1).normal(0, 2, (n, self.channels, *self.size)).astype(np.float32)
+
+    def rewritten(self, model=None):
+        return as_integers(ort, model or self.model(), {"x": self.x(1)})
+
+    def sums(self, x, pads, strides=(1, 1), dilations=(1, 1)):
+        """Σ q_x q_w, written out, in int64."""
+        large = x.repeat(self.enlarged[0], axis=2).repeat(self.enlarged[1], axis=3)
+        q = np.clip(np.round(large / np.float32(STEP)), -128, 127).astype(np.int64)
+        top, left, bottom, right = pads
+        q = np.pad(q, ((0, 0), (0, 0), (top, bottom), (left, right)))
+        kernel = self.weights.shape[2:]
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
+        out = [(q.shape[2 + i] - spans[i]) // strides[i] + 1 for i in (0, 1)]
+        total = np.zeros((len(x), len(self.weights), *out), np.int64)
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
+                first, second = i * dilations[0], j * dilations[1]
+                part = q[:, :, first:, second:][:, :, :: strides[0], :: strides[1]][:, :, : out[0], : out[1]]
+                total += np.einsum("nchw,oc->nohw", part, self.weights[:, :, i, j].astype(np.int64))
+        return total
+
+    def expected(self, sums):
+        scales = np.float32(STEP) * self.steps
+        return sums.astype(np.float32) * scales[:, None, None] + self.bias[:, None, None]
+
+
+def run(model: bytes, x: np.ndarray) -> np.ndarray:
+    return ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+def operators(model: bytes) -> list[str]:
+    from ddpmx.formats.onnx_graph import GRAPH_NODE, MODEL_GRAPH, read_node
+    from ddpmx.formats.protobuf import fields
+
+    graph = next(value for part, value in fields(memoryview(model)) if part == MODEL_GRAPH)
+    return [read_node(value).operator for part, value in fields(graph) if part == GRAPH_NODE]
+
+
+GEOMETRY = {
+    "plain": ((1, 1), (0, 0, 0, 0), (1, 1), (1, 1), (1, 1)),
+    "same": ((3, 3), (1, 1, 1, 1), (1, 1), (1, 1), (1, 1)),
+    "down": ((3, 3), (0, 0, 1, 1), (2, 2), (1, 1), (1, 1)),
+    "strided 1×1": ((1, 1), (0, 0, 0, 0), (2, 2), (1, 1), (1, 1)),
+    "enlarged": ((3, 3), (1, 1, 1, 1), (1, 1), (1, 1), (2, 2)),
+    "enlarged 1×1": ((1, 1), (0, 0, 0, 0), (1, 1), (1, 1), (2, 3)),
+    "uneven": ((2, 3), (1, 2, 0, 3), (2, 1), (2, 1), (1, 1)),
+    "padding beyond the kernel": ((3, 3), (3, 3, 3, 3), (1, 1), (1, 1), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("geometry", GEOMETRY.values(), ids=GEOMETRY)
+def test_the_sums_are_exact(monkeypatch, geometry, signed):
+    kernel, pads, strides, dilations, enlarged = geometry
+    monkeypatch.setattr(ort_integers, "_signed_sums_are_exact", lambda ort: signed)
+    attributes = [ints("pads", pads), ints("strides", strides), ints("dilations", dilations)]
+    net = Net(kernel, attributes, enlarged)
+    model, x = net.rewritten(), net.x()
+    expected = net.expected(net.sums(x, pads, strides, dilations))
+    # a product, a sum, each rounded, or both at once
+    np.testing.assert_allclose(run(model, x), expected, rtol=3e-7, atol=3e-7)
+    assert "MatMulIntegerToFloat" in operators(model)
+    assert not {"Conv", "DequantizeLinear", "Resize"} & set(operators(model))
+    before = run(net.model(), x)
+    assert before.shape == expected.shape  # ONNX Runtime, which widens both operands, gives the same but for rounding
+    np.testing.assert_allclose(before, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_largest_values_do_not_saturate():
+    net = Net(attributes=[ints("pads", (1, 1, 1, 1))], most=127)
+    x = np.full((1, net.channels, *net.size), 1e3, np.float32)
+    sums = net.sums(x, (1, 1, 1, 1))
+    assert sums.max() == 27 * 127 * 127
+    np.testing.assert_allclose(run(net.rewritten(), x), net.expected(sums), rtol=3e-7)
+
+
+def test_what_shows_that_sums_saturate_is_believed(monkeypatch):
+    """A processor without VNNI: 16 bits for two products."""
+
+    class Session:
+        def __init__(self, sums):
+            self.sums = sums
+
+        def run(self, names, inputs):
+            return [np.full((16, 32), self.sums, np.float32)]
+
+    class Library:
+        SessionOptions = ort.SessionOptions
+
+        def __init__(self, sums):
+            self.sums = sums
+
+        def InferenceSession(self, *given, **more):
+            if self.sums is None:
+                raise RuntimeError("not implemented")
+            return Session(self.sums)
+
+    exact = ort_integers._signed_sums_are_exact
+    assert exact(Library(64 * 255 * 127)) is True
+    assert exact(Library(32 * 32767)) is False
+    assert exact(Library(None)) is None
+    monkeypatch.setattr(ort_integers, "_signed_sums_are_exact", lambda ort: None)
+    assert Net().rewritten() is None  # a build without that product runs the file as it is
+
+
+def test_readers_of_one_tensor_share_its_rounding():
+    net = Net(attributes=[ints("pads", (1, 1, 1, 1))])
+    again = node("Conv", ["x/DQ", "w/DQ"], ["other"], ints("pads", (1, 1, 1, 1)))
+    model = net.rewritten(net.model(again, node("Add", ["y", "other"], ["sum"]), output="sum"))
+    assert operators(model).count("QuantizeLinear") == 1
+    assert operators(model).count("MatMulIntegerToFloat") == 2
+    x = net.x()
+    twice = 2 * net.expected(net.sums(x, (1, 1, 1, 1))) - net.bias[:, None, None]
+    np.testing.assert_allclose(run(model, x), twice, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rounded_value_that_others_read_stays():
+    net = Net(attributes=[ints("pads", (1, 1, 1, 1))], outputs=3)
+    model = net.rewritten(net.model(node("Add", ["y", "x/DQ"], ["sum"]), output="sum"))
+    assert "DequantizeLinear" in operators(model)
+    x = net.x()
+    rounded = np.clip(np.round(x / np.float32(STEP)), -128, 127) * np.float32(STEP)
+    expected = net.expected(net.sums(x, (1, 1, 1, 1))) + rounded
+    np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def other_zero(net):
+    net.constants["z"] = tensor("z", INT8, (), b"\x01")
+
+
+def other_weight_zero(net):
+    net.constants["zs"] = tensor("zs", INT8, (5,), b"\0\0\1\0\0")
+
+
+def two_steps(net):
+    net.nodes["DQ"] = node("DequantizeLinear", ["x/Q", "s2", "z"], ["x/DQ"])
+    net.constants["s2"] = numbers("s2", [STEP * 2])
+
+
+def groups(net):
+    net.convolution = node("Conv", ["x/DQ", "w/DQ", "b"], ["y"], number("group", 3))
+    net.constants["w"] = tensor("w", INT8, (3, 1, 3, 3), bytes(27))
+    net.constants["steps"] = numbers("steps", [0.1] * 3, (3,))
+    net.constants["zs"] = tensor("zs", INT8, (3,), bytes(3))
+    net.constants["b"] = numbers("b", [0] * 3, (3,))
+
+
+def padding_by_name(net):
+    net.convolution = node("Conv", ["x/DQ", "w/DQ", "b"], ["y"], text("auto_pad", "SAME_UPPER"))
+
+
+def not_rounded(net):
+    net.nodes["DQ"] = node("Identity", ["large"], ["x/DQ"])
+
+
+def one_step_for_inputs(net):
+    net.nodes["weights"] = node("DequantizeLinear", ["w", "steps", "zs"], ["w/DQ"], number("axis", 1))
+    net.constants["steps"] = numbers("steps", [0.1] * 3, (3,))
+    net.constants["zs"] = tensor("zs", INT8, (3,), bytes(3))
+
+
+@pytest.mark.parametrize(
+    "change", [other_zero, other_weight_zero, two_steps, groups, padding_by_name, not_rounded, one_step_for_inputs]
+)
+def test_other_convolutions_stay_as_they_are(change):
+    net = Net()
+    change(net)
+    run(net.model(), net.x())  # a valid network
+    assert net.rewritten() is None
+
+
+def test_an_output_in_8_bits_as_well_is_left_to_onnx_runtime():
+    net = Net()
+    rounds = node("QuantizeLinear", ["y", "s", "z"], ["y/Q"])
+    wide = node("DequantizeLinear", ["y/Q", "s", "z"], ["out"])
+    assert net.rewritten(net.model(rounds, wide, output="out")) is None
+
+
+def test_a_model_with_graphs_inside_is_left_alone():
+    net = Net()
+    assert net.rewritten(net.model(node("If", ["condition"], ["other"]))) is None
+
+
+def test_a_damaged_model_is_an_error():
+    with pytest.raises(FileFormatError, match="not a valid ONNX file"):
+        as_integers(ort, Net().model()[:-3], {})
