@@ -101,9 +101,9 @@ class OrtBackend:
                     left_out.append(f"{name} ({error.fact})")
         listed = None if plugin is not None else taken
         integers = None
+        if widened is not None and eight_bits is not None and listed is not None and taken[0] == NAMES["cpu"]:
+            integers = as_integers(ort, widened, eight_bits)
         try:
-            if widened is not None and eight_bits is not None and listed is not None and taken[0] == NAMES["cpu"]:
-                integers = as_integers(ort, widened, eight_bits)
             model = integers or widened or os.fspath(Path(path))
             self._session = ort.InferenceSession(model, options, providers=listed)
         except Exception as error:  # ONNX Runtime raises its own types, which share no public base

@@ -8,6 +8,9 @@ ONNX Runtime's integer convolutions round the output as well, so it would widen 
 float32, in twice the time that the float32 file takes. Its product of integer matrices gives float32
 (MatMulIntegerToFloat). So each such convolution becomes one, here, before the session opens: of the matrix that has in each
 row the k² · C inputs of one output pixel, gathered from q_x, and of q_w. Σ q_x q_w is exact, in whatever order and batch.
+
+What is left then is limited by memory. So a GroupNorm's scale and shift, a Mul and an Add behind its InstanceNormalization,
+become one BatchNormalization with mean 0 and variance 1, which reads and writes once.
 """
 
 from __future__ import annotations
@@ -126,10 +129,17 @@ def as_integers(ort: Any, model: bytes, inputs: Mapping[str, NDArray[np.generic]
         if not found:
             return None
         sizes = _sizes(ort, model, graph, {one.source for one in found.values() if not one.plain}, inputs)
+        if sizes is None:
+            return None
         work = _Rewriting(sizes, signed=signed)
+        scaled = {node.inputs[0]: two for node in graph.nodes if (two := graph.scale_and_shift(node)) is not None}
         for index, node in enumerate(graph.nodes):
             if index in found:
                 work.replace(found[index])
+            elif node.outputs[0] in scaled:
+                continue
+            elif node.inputs and node.inputs[0] in scaled:
+                work.scale(node, *scaled[node.inputs[0]])
             else:
                 work.keep(node, graph.raw[index])
         return edited(model, work.needed(graph.outputs), work.constants, domains={_MICROSOFT: 1})
@@ -199,6 +209,23 @@ class _Graph:
         source, enlarged = self._before_enlargement(quantise.inputs[0])
         scales = np.broadcast_to(steps.astype(np.float32).ravel(), len(stored)).copy()
         return _Convolution(node, source, enlarged, float(step.ravel()[0]), scales, stored.view(np.int8))
+
+    def scale_and_shift(self, node: Node) -> tuple[str, NDArray[np.float32], NDArray[np.float32]] | None:
+        """What an Add shifts that a Mul before it scales, and scale and shift of the channels, float32 [C]; else None."""
+        before = self._producers.get(node.inputs[0]) if node.operator == "Add" and len(node.inputs) == 2 else None
+        if before is None or before.operator != "Mul" or before.domain or node.domain or len(before.inputs) != 2:
+            return None
+        name = before.outputs[0]
+        if len(self._readers[name]) > 1 or name in self.outputs:
+            return None
+        scale, shift = self._constant(before.inputs[1]), self._constant(node.inputs[1])
+        if scale is None or shift is None or scale.shape != shift.shape:
+            return None
+        if scale.dtype != np.float32 or shift.dtype != np.float32:
+            return None
+        if scale.ndim not in (3, 4) or scale.size < 2 or scale.shape[-3] != scale.size:
+            return None
+        return before.inputs[0], scale.view(np.float32).ravel(), shift.view(np.float32).ravel()
 
     def _dequantised(self, node: Node, operator: str = "DequantizeLinear") -> tuple[str, NDArray[np.generic] | None]:
         """What a node widens (or rounds), and the steps if it does so by int8 without a zero point; else None."""
@@ -285,6 +312,17 @@ class _Rewriting:
         product = self._add("MatMulIntegerToFloat", operands, f"{out}/product", domain=_MICROSOFT)
         self._add("Transpose", (product,), out, perm=(0, 3, 1, 2))
 
+    def scale(self, node: Node, source: str, scale: NDArray[np.float32], shift: NDArray[np.float32]) -> None:
+        """Add the node that takes the place of a Mul and the Add behind it, by channel."""
+        mean, variance = np.zeros_like(scale), np.ones_like(scale)
+        words = {"scale": scale, "shift": shift, "mean": mean, "variance": variance}
+        self._add(
+            "BatchNormalization",
+            (source, *(self._constant(word, array) for word, array in words.items())),
+            node.outputs[0],
+            epsilon=0.0,
+        )
+
     def needed(self, outputs: set[str]) -> list[bytes | memoryview]:
         """The nodes without those that only rounded what is rounded elsewhere now."""
         nodes, read = list[bytes | memoryview](), set(outputs)
@@ -319,8 +357,8 @@ class _Rewriting:
 
 def _sizes(
     ort: Any, model: bytes, graph: _Graph, names: set[str], inputs: Mapping[str, NDArray[np.generic]]
-) -> dict[str, tuple[int, int]]:
-    """Height and width of tensors, which the network shows when it runs."""
+) -> dict[str, tuple[int, int]] | None:
+    """Height and width of tensors, which the network shows when it runs; None if it does not run."""
     ordered = sorted(names)
     if not ordered:
         return {}
@@ -332,9 +370,14 @@ def _sizes(
     options = session_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     asked = edited(model, nodes, (), outputs=shapes)
-    session = ort.InferenceSession(asked, options, providers=[NAMES["cpu"]])
-    wanted = {one.name for one in session.get_inputs()}
-    answers = session.run(shapes, {name: value for name, value in inputs.items() if name in wanted})
+    try:
+        session = ort.InferenceSession(asked, options, providers=[NAMES["cpu"]])
+        wanted = {one.name for one in session.get_inputs()}
+        answers = session.run(shapes, {name: value for name, value in inputs.items() if name in wanted})
+    except (
+        Exception
+    ):  # ONNX Runtime raises its own types, which share no public base; it says why when the file is opened
+        return None
     return {name: (int(shape[2]), int(shape[3])) for name, shape in zip(ordered, answers, strict=True)}
 
 

@@ -6,6 +6,7 @@ such a constant has no array.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ GRAPH_NODE, GRAPH_CONSTANT, GRAPH_OUTPUT, GRAPH_TYPES = 1, 5, 12, 13
 """Fields of a GraphProto: nodes, initializers, outputs, and what it says of tensors in between."""
 
 _INPUT, _OUTPUT, _NAME, _OPERATOR, _ATTRIBUTE, _DOMAIN = 1, 2, 3, 4, 5, 7
-_INT, _INTS = 2, 7  # AttributeProto.INT, .INTS
+_FLOAT, _INT, _INTS = 1, 2, 7  # AttributeProto.FLOAT, .INT, .INTS
+_FLOAT_KEY = bytes([2 << 3 | 5])  # AttributeProto.f, four bytes
 _DTYPES = {1: "<f4", 2: "|u1", 3: "|i1", 6: "<i4", 7: "<i8"}
 _TYPES = {np.dtype(name): number for number, name in _DTYPES.items()}
 
@@ -151,9 +153,9 @@ def write_node(
     *,
     domain: str = "",
     name: str = "",
-    **attributes: int | tuple[int, ...],
+    **attributes: float | tuple[int, ...],
 ) -> bytes:
-    """A NodeProto, by default named after its first output; attributes are whole numbers, 0 or more."""
+    """A NodeProto, by default named after its first output; attributes are numbers, whole ones 0 or more."""
     outputs = tuple(outputs)
     parts = [write_field(_INPUT, tensor) for tensor in inputs] + [write_field(_OUTPUT, tensor) for tensor in outputs]
     parts += [write_field(_NAME, name or outputs[0]), write_field(_OPERATOR, operator)]
@@ -163,9 +165,11 @@ def write_node(
     return b"".join(parts)
 
 
-def write_attribute(name: str, value: int | tuple[int, ...]) -> bytes:
-    """An AttributeProto of whole numbers, 0 or more."""
+def write_attribute(name: str, value: float | tuple[int, ...]) -> bytes:
+    """An AttributeProto of one float, or of whole numbers, 0 or more."""
     head = write_field(1, name)
+    if isinstance(value, float):
+        return head + _FLOAT_KEY + struct.pack("<f", value) + write_field(20, _FLOAT)
     if isinstance(value, int):
         return head + write_field(3, value) + write_field(20, _INT)
     return head + b"".join(write_field(8, one) for one in value) + write_field(20, _INTS)

@@ -60,6 +60,7 @@ def test_a_graph_becomes_one_in_8_bits(states, tmp_path, precision):
     assert ("trying scales on the chain", 5, 5) in seen
     write_graph(model, spec, tmp_path / "model.onnx")
     found, backend = open_model(tmp_path / "model.onnx")
+    assert ("8-bit integers" in backend.description) == (precision == "int8")
     backend.close()
     assert found == spec
     text = "\n".join(about.lines)

@@ -209,6 +209,42 @@ def test_a_rounded_value_that_others_read_stays():
     np.testing.assert_allclose(run(model, x), expected, rtol=1e-5, atol=1e-5)
 
 
+SCALES = {"by channel": (5, 1, 1), "with a batch": (1, 5, 1, 1)}
+
+
+@pytest.mark.parametrize("dims", SCALES.values(), ids=SCALES)
+def test_a_scale_and_a_shift_by_channel_are_one_pass(dims):
+    net, random = Net(attributes=[ints("pads", (1, 1, 1, 1))]), np.random.default_rng(2)
+    scale, shift = random.standard_normal((2, *dims)).astype(np.float32)
+    net.constants |= {"scale": numbers("scale", scale.ravel(), dims), "shift": numbers("shift", shift.ravel(), dims)}
+    model = net.model(node("Mul", ["y", "scale"], ["m"]), node("Add", ["m", "shift"], ["out"]), output="out")
+    changed, x = net.rewritten(model), net.x()
+    assert "BatchNormalization" in operators(changed)
+    assert not {"Mul", "Add"} & set(operators(changed))
+    scaled = net.expected(net.sums(x, (1, 1, 1, 1))) * scale + shift
+    np.testing.assert_allclose(run(changed, x), scaled, rtol=1e-6, atol=1e-6)
+
+
+def test_other_products_and_sums_stay():
+    net = Net(outputs=7)
+    wide, each = np.arange(1, 8, dtype=np.float32), np.arange(7 * 5 * 4, dtype=np.float32)
+    net.constants["wide"] = numbers("wide", wide, (7, 1, 1))
+    net.constants["each"] = numbers("each", each, (1, 7, 5, 4))
+    after = [
+        node("Mul", ["y", "wide"], ["m"]),  # read twice
+        node("Add", ["m", "wide"], ["a"]),
+        node("Mul", ["a", "each"], ["n"]),  # another number for each pixel
+        node("Add", ["n", "each"], ["c"]),
+        node("Add", ["c", "m"], ["out"]),
+    ]
+    model, x = net.model(*after, output="out"), net.x()
+    changed = net.rewritten(model)
+    assert [operators(changed).count(name) for name in ("Mul", "Add")] == [2, 3]
+    m = net.expected(net.sums(x, (0, 0, 0, 0))) * wide[:, None, None]
+    each = each.reshape(7, 5, 4)
+    np.testing.assert_allclose(run(changed, x), (m + wide[:, None, None]) * each + each + m, rtol=1e-5, atol=1e-4)
+
+
 def other_zero(net):
     net.constants["z"] = tensor("z", INT8, (), b"\x01")
 

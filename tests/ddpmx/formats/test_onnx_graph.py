@@ -41,8 +41,8 @@ def test_negative_numbers_are_read():
 
 
 def test_nodes_are_written_for_the_onnx_package():
-    node = NodeProto.FromString(write_node("Gather", ("a", "b"), ("c",), domain="d", axis=1, perm=(0, 2)))
-    assert node == onnx.helper.make_node("Gather", ["a", "b"], ["c"], "c", domain="d", axis=1, perm=[0, 2])
+    node = NodeProto.FromString(write_node("Gather", ("a", "b"), ("c",), domain="d", axis=1, f=0.5, perm=(0, 2)))
+    assert node == onnx.helper.make_node("Gather", ["a", "b"], ["c"], "c", domain="d", axis=1, perm=[0, 2], f=0.5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int8, np.int32, np.int64])
