@@ -128,7 +128,7 @@ def _leave_others(result: onnx.ModelProto, chosen: Collection[str]) -> None:
             continue
         for place, name in enumerate(node.input):
             if name in producers and producers[name].op_type == "DequantizeLinear":
-                rounded = producers[producers[name].input[0]] if producers[name].input[0] in producers else None
+                rounded = producers.get(producers[name].input[0])
                 if rounded is not None:  # not a weight's
                     node.input[place] = rounded.input[0]
 

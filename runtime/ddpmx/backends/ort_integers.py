@@ -42,6 +42,7 @@ from ddpmx.formats.protobuf import MalformedError, as_message, as_text, fields, 
 _MICROSOFT = "com.microsoft"
 _WITH_GRAPHS = ("If", "Loop", "Scan")
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "Resize")  # that may be there for convolutions alone
+_MOST = 64  # of a stride, a dilation, a padding, or a factor of a Resize: networks have less
 _ZERO = 128  # of q_x, and of q_w where it is unsigned
 _ROWS, _INNER, _COLUMNS = 16, 64, 32  # of the product that shows whether sums are exact
 
@@ -185,6 +186,10 @@ class _Graph:
             return None
         if not node.says("auto_pad", "NOTSET") or None in (v for values in node.attributes.values() for v in values):
             return None
+        for name, count, least in (("strides", 2, 1), ("dilations", 2, 1), ("pads", 4, 0)):
+            values = node.attributes.get(name, (least,) * count)
+            if len(values) != count or any(not isinstance(one, int) or not least <= one <= _MOST for one in values):
+                return None
         readers = self._readers.get(node.outputs[0], [])
         if readers and node.outputs[0] not in self.outputs and all(one.operator == "QuantizeLinear" for one in readers):
             return None  # an output in 8 bits as well: ONNX Runtime has an integer convolution for that
@@ -252,7 +257,7 @@ class _Graph:
         if scales is None or scales.shape != (4,) or any(node.attributes.get(k) != (v,) for k, v in wanted.items()):
             return name, (1, 1)
         factors = [float(scale) for scale in scales]
-        if factors[:2] != [1, 1] or any(factor < 1 or factor != int(factor) for factor in factors):
+        if factors[:2] != [1, 1] or any(factor not in range(1, _MOST + 1) for factor in factors):
             return name, (1, 1)
         if not node.says("antialias", 0) or "axes" in node.attributes:
             return name, (1, 1)

@@ -290,6 +290,13 @@ def test_other_convolutions_stay_as_they_are(change):
     assert net.rewritten() is None
 
 
+@pytest.mark.parametrize(
+    "values", [("strides", (0, 1)), ("strides", (1,)), ("pads", (0, 0, 0, 1 << 40)), ("dilations", (1, 0))]
+)
+def test_numbers_that_no_convolution_has_are_left_to_onnx_runtime(values):
+    assert Net(attributes=[ints(*values)]).rewritten() is None
+
+
 def test_an_output_in_8_bits_as_well_is_left_to_onnx_runtime():
     net = Net()
     rounds = node("QuantizeLinear", ["y", "s", "z"], ["y/Q"])
