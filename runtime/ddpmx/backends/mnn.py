@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import VARIANCE, Buffers
+from ddpmx.backends.parts import Workers
 from ddpmx.device.cores import usable_cores
 from ddpmx.errors import BackendError, FileFormatError, InputError
 from ddpmx.formats.mnn_file import MnnInfo, read_mnn, rebuild_command
@@ -53,11 +54,10 @@ class MnnBackend:
         if not 0 <= threads <= MAX_THREADS:
             raise InputError(f"threads must be from 0 to {MAX_THREADS}, not {threads}", hint="0 for one per core")
         self._module = library.load()
-        self._path, self._info, self._threads = Path(path), info, threads or usable_cores()
+        self._path, self._info, self._workers = Path(path), info, Workers(threads or usable_cores())
         self._part, self._widen = info.record.part, widen
         self._half = not widen and _in_half(info.spec)
         self._copies: list[_Copy] = []
-        self._pool: ThreadPoolExecutor | None = None
         self._parts: list[Buffers] = []
         self._closed = False
         self._opened = _identity(self._path)
@@ -89,7 +89,7 @@ class MnnBackend:
         if self._closed:
             raise BackendError(f"{self.description}: the file is closed")
         self._parts = [buffers.rows(slice(at, at + self._part)) for at in range(0, len(buffers.x), self._part)]
-        for number in range(min(len(self._parts), self._threads)):
+        for number in range(min(len(self._parts), self._workers.threads)):
             self._copy(number).bind(self._part, buffers)
 
     def enqueue(self) -> None:
@@ -98,24 +98,8 @@ class MnnBackend:
         Raises:
             BackendError: MNN failed.
         """
-        left = iter(self._parts)  # taking the next of a list iterator is one operation, whatever the threads do
-        used = self._copies[: min(len(self._parts), self._threads)]
-        if len(used) == 1:
-            _run_all(used[0], left)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="ddpmx-mnn")
-        others: list[Future[None]] = []
-        try:
-            for copy in used[1:]:
-                others.append(self._pool.submit(_run_all, copy, left))
-            _run_all(used[0], left)
-        finally:
-            for _ in left:  # after an error or Ctrl-C: nobody begins another
-                pass
-            errors = [other.exception() for other in others]  # waits: the buffers belong to the caller again
-        for error in filter(None, errors):
-            raise error
+        used = self._copies[: min(len(self._parts), self._workers.threads)]
+        self._workers.run(self._parts, [partial(_run_all, copy) for copy in used])
 
     def share(self) -> MnnBackend:
         """A backend of the same file for another thread, with copies and buffers of its own.
@@ -124,14 +108,13 @@ class MnnBackend:
             FileFormatError: the file has changed since it was opened.
         """
         self._check_unchanged()
-        return MnnBackend(self._path, self._info, threads=self._threads, widen=self._widen)
+        return MnnBackend(self._path, self._info, threads=self._workers.threads, widen=self._widen)
 
     def close(self) -> None:
         """Free the copies. Safe to call again."""
         self._closed = True
-        if self._pool is not None:
-            self._pool.shutdown()
-        self._pool, self._parts = None, []
+        self._workers.close()
+        self._parts = []
         self._copies.clear()
 
     def _copy(self, number: int) -> _Copy:

@@ -66,6 +66,8 @@ def open_model(
 
     eight_bits = spec.precision == "int8" and ort.computes_on_cpu(providers)
     wide = read_widened(path, info) if widen or eight_bits else None
+    if eight_bits and wide is None and not info.external:
+        wide = path.read_bytes()  # nothing in it is half
     try:
         return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads, widened=wide)
     except FileFormatError as error:

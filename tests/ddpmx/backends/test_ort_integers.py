@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+import ddpmx
 from ddpmx.backends import ort_integers
 from ddpmx.backends.ort_integers import as_integers
-from ddpmx.errors import FileFormatError
+from ddpmx.errors import FileFormatError, InputError
+from ddpmx.formats.spec import ModelSpec
 from oracles import protobuf
-from oracles.protobuf import FLOAT, field, ints, node, tensor
+from oracles.protobuf import FLOAT, INT32, field, ints, node, tensor
 
 ort = pytest.importorskip("onnxruntime", reason="not verified here: products of integers (no ONNX Runtime)")
 
@@ -307,6 +309,46 @@ def test_an_output_in_8_bits_as_well_is_left_to_onnx_runtime():
 def test_a_model_with_graphs_inside_is_left_alone():
     net = Net()
     assert net.rewritten(net.model(node("If", ["condition"], ["other"]))) is None
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A file in 8 bits, x [batch, 3, 7, 6] and t → eps."""
+    net = Net(attributes=[ints("pads", (1, 1, 1, 1))], outputs=3)
+    net.steps[...] = np.float32(1e-3)
+    net.constants["steps"] = numbers("steps", net.steps, (3,))
+    net.convolution = node("Conv", ["x/DQ", "w/DQ", "b"], ["eps"], ints("pads", (1, 1, 1, 1)))
+    spec = ModelSpec((3, 7, 6), timesteps=5, precision="int8")
+    graph = b"".join(field(1, each) for each in (*net.nodes.values(), net.convolution))
+    graph += b"".join(field(5, each) for each in net.constants.values())
+    dims = ("batch", 3, 7, 6)
+    inputs = {"x": (FLOAT, dims), "t": (INT32, ("batch",))}
+    path = tmp_path / "model.onnx"
+    path.write_bytes(protobuf.model(inputs, {"eps": (FLOAT, dims)}, metadata={"ddpmx": spec.to_text()}, graph=graph))
+    return path
+
+
+def test_images_are_the_same_for_any_number_of_them_and_of_threads(file, monkeypatch):
+    monkeypatch.setattr("ddpmx.backends.ort.PART_PIXELS", 3 * 42)  # parts of three
+    with ddpmx.load(file, threads=1) as pipeline:
+        assert "in 8-bit integers and float32, 1 thread" in pipeline.backend
+        whole = pipeline.generate(9, seed=3)
+    assert len({image.tobytes() for image in whole}) == 9
+    for n, threads in ((1, 1), (4, 2), (9, 3)):
+        with ddpmx.load(file, threads=threads) as pipeline:
+            np.testing.assert_array_equal(pipeline.generate(n, seed=3), whole[:n])
+
+
+@pytest.mark.parametrize("how", [{"providers": ("openvino", "cpu"), "fallback": True}, {"threads": 257}])
+def test_other_ways_to_open_it_are_as_ever(file, how):
+    """A file that a provider beside the CPU may run is run as it is; wrong numbers are refused."""
+    if "threads" in how:
+        with pytest.raises(InputError, match="threads must be from 0 to 256"):
+            ddpmx.load(file, **how)
+        return
+    with ddpmx.load(file, **how) as pipeline:
+        assert "integers" not in pipeline.backend
+        assert np.isfinite(pipeline.generate(1, seed=0)).all()
 
 
 def test_a_damaged_model_is_an_error():
