@@ -129,15 +129,19 @@ def as_integers(ort: Any, model: bytes, inputs: Mapping[str, NDArray[np.generic]
         found = {index: one for index, node in enumerate(graph.nodes) if (one := graph.convolution(node)) is not None}
         if not found:
             return None
-        sizes = _sizes(ort, model, graph, {one.source for one in found.values() if not one.plain}, inputs)
-        if sizes is None:
-            return None
-        work = _Rewriting(sizes, signed=signed)
         scaled = {node.inputs[0]: two for node in graph.nodes if (two := graph.scale_and_shift(node)) is not None}
+        asked = {one.source for one in found.values() if not one.plain} | {source for source, _, _ in scaled.values()}
+        shapes = _shapes(ort, model, graph, asked, inputs)
+        if shapes is None:
+            return None
+        work = _Rewriting(shapes, signed=signed)
+        for name, (source, scale, _) in list(scaled.items()):
+            if len(shapes[source]) != 3 or shapes[source][0] != scale.size:
+                del scaled[name]  # one channel that is scaled to several
         for index, node in enumerate(graph.nodes):
             if index in found:
                 work.replace(found[index])
-            elif node.outputs[0] in scaled:
+            elif scaled.keys() & set(node.outputs):
                 continue
             elif node.inputs and node.inputs[0] in scaled:
                 work.scale(node, *scaled[node.inputs[0]])
@@ -182,9 +186,13 @@ class _Graph:
 
     def convolution(self, node: Node) -> _Convolution | None:
         """A node as a convolution that becomes a product of integers, or None."""
-        if node.operator != "Conv" or node.domain or len(node.inputs) < 2 or not node.says("group", 1):
+        if node.operator != "Conv" or node.domain or len(node.inputs) < 2 or len(node.outputs) != 1:
             return None
-        if not node.says("auto_pad", "NOTSET") or None in (v for values in node.attributes.values() for v in values):
+        if (
+            not node.says("group", 1)
+            or not node.says("auto_pad", "NOTSET")
+            or None in (v for values in node.attributes.values() for v in values)
+        ):
             return None
         for name, count, least in (("strides", 2, 1), ("dilations", 2, 1), ("pads", 4, 0)):
             values = node.attributes.get(name, (least,) * count)
@@ -219,6 +227,8 @@ class _Graph:
         """What an Add shifts that a Mul before it scales, and scale and shift of the channels, float32 [C]; else None."""
         before = self._producers.get(node.inputs[0]) if node.operator == "Add" and len(node.inputs) == 2 else None
         if before is None or before.operator != "Mul" or before.domain or node.domain or len(before.inputs) != 2:
+            return None
+        if len(before.outputs) != 1 or len(node.outputs) != 1:
             return None
         name = before.outputs[0]
         if len(self._readers[name]) > 1 or name in self.outputs:
@@ -271,13 +281,13 @@ class _Rewriting:
     """The nodes of the new graph, in order, and the constants that are added.
 
     Args:
-        sizes: height and width of the convolutions' sources.
+        shapes: (C, H, W) of the convolutions' sources.
         signed: whether q_w stays signed.
     """
 
-    def __init__(self, sizes: Mapping[str, tuple[int, int]], *, signed: bool) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, signed: bool) -> None:
         self.constants: list[bytes] = []
-        self._sizes, self._signed = sizes, signed
+        self._shapes, self._signed = shapes, signed
         self._nodes: list[tuple[tuple[str, ...], tuple[str, ...], bytes | memoryview]] = []
         self._named: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._pixels: dict[tuple[str, float], str] = {}
@@ -293,7 +303,7 @@ class _Rewriting:
         step = self._constant("step", np.array(one.step, np.float32))
         rows = self._rounded(one, step, zero)
         if not one.plain:
-            places, size = one.places(*self._sizes[one.source])
+            places, size = one.places(*self._shapes[one.source][1:])
             outside = self._constant("outside", np.array([0, 0, 0, 0, 1, 0], np.int64))
             numbers = self._constant("places", places.ravel())
             shape = self._constant("rows", np.array([0, *size, places.shape[2] * places.shape[3] * channels], np.int64))
@@ -360,10 +370,10 @@ class _Rewriting:
         return self._named[key]
 
 
-def _sizes(
+def _shapes(
     ort: Any, model: bytes, graph: _Graph, names: set[str], inputs: Mapping[str, NDArray[np.generic]]
-) -> dict[str, tuple[int, int]] | None:
-    """Height and width of tensors, which the network shows when it runs; None if it does not run."""
+) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of tensors by image, which the network shows when it runs; None if it does not run."""
     ordered = sorted(names)
     if not ordered:
         return {}
@@ -383,7 +393,7 @@ def _sizes(
         Exception
     ):  # ONNX Runtime raises its own types, which share no public base; it says why when the file is opened
         return None
-    return {name: (int(shape[2]), int(shape[3])) for name, shape in zip(ordered, answers, strict=True)}
+    return {name: tuple(map(int, shape[1:])) for name, shape in zip(ordered, answers, strict=True)}
 
 
 @functools.cache

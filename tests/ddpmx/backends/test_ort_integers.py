@@ -247,6 +247,17 @@ def test_other_products_and_sums_stay():
     np.testing.assert_allclose(run(changed, x), (m + wide[:, None, None]) * each + each + m, rtol=1e-5, atol=1e-4)
 
 
+def test_one_channel_that_is_scaled_to_several_is_no_normalisation():
+    net = Net(outputs=1)
+    net.constants |= {"scale": numbers("scale", [1, 2, 3], (3, 1, 1)), "shift": numbers("shift", [4, 5, 6], (3, 1, 1))}
+    model = net.model(node("Mul", ["y", "scale"], ["m"]), node("Add", ["m", "shift"], ["out"]), output="out")
+    changed, x = net.rewritten(model), net.x()
+    assert "BatchNormalization" not in operators(changed)
+    y = net.expected(net.sums(x, (0, 0, 0, 0)))
+    scaled = y * np.array([1, 2, 3]).reshape(3, 1, 1) + np.array([4, 5, 6]).reshape(3, 1, 1)
+    np.testing.assert_allclose(run(changed, x), scaled, rtol=1e-5, atol=1e-5)
+
+
 def other_zero(net):
     net.constants["z"] = tensor("z", INT8, (), b"\x01")
 
