@@ -19,7 +19,7 @@ from ddpm_export.training.config import PRESET_SIZES, RunConfig, default_preset,
 from ddpm_export.training.data import Dataset, Source, are_files, load_dataset, load_source
 from ddpm_export.training.distributed import joined
 from ddpm_export.training.images.cache import NAME
-from ddpm_export.training.images.decode import Unreadable, read_header
+from ddpm_export.training.images.decode import Unreadable, own_limit, read_header
 from ddpm_export.training.images.find import find_images
 from ddpm_export.training.images.source import as_pixels, parse_colour
 from ddpm_export.training.pipeline import load
@@ -287,7 +287,8 @@ def needs_size(folder: Path, side: int, levels: int) -> bool:
     places = np.unique(np.linspace(0, len(files) - 1, min(LOOKED_AT, len(files))).round().astype(int))
     for file in (files[place] for place in places):
         try:
-            header = read_header(file, Source(folder))
+            with own_limit():
+                header = read_header(file, Source(folder))
         except Unreadable:  # reading them says which
             continue
         sizes.add((header.height, header.width))

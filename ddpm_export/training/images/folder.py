@@ -35,6 +35,7 @@ from ddpm_export.training.images.together import (
     Progress,
     attempt,
     channels_of,
+    colour_name,
     find_white,
     mode_problems,
     size_problems,
@@ -221,6 +222,7 @@ class _Reading:
             summary(self._source, self._found, list(seen.values()), size, channels, self._conditions),
             self._skipped(),
             range_read,
+            None if pixels is None else self._of_one_colour(pixels, list(seen.values())),
         ]
         written = tuple(note for note in notes if note)
         if self._where.first and pixels is None:
@@ -233,6 +235,20 @@ class _Reading:
         store = InMemory(pixels, identity_of(self._source, items))
         # what was left out is looked at again the next time: a small cache does not say which
         return Read(store, self._source, written, None if skipped else key, items, seen, skipped)
+
+    def _of_one_colour(self, images: NDArray[np.uint8], headers: Sequence[Header]) -> str | None:
+        """A line about images that are nothing but background, such as a white drawing on white."""
+        if images.shape[-1] == 4 or self._source.reading == 1:
+            return None
+        layered = [image for image, header in zip(images, headers, strict=True) if header.transparent]
+        lost = sum(bool((image == image[0, 0]).all()) for image in layered)
+        if not lost:
+            return None
+        name = colour_name(self._source.background)
+        return (
+            f"{lost} of the {len(layered)} images with transparency are of one colour on {name}: --background sets "
+            "another, --channels 4 keeps what is transparent"
+        )
 
     def _fail(self, broken: Mapping[Item, Unreadable]) -> None:
         for item, error in broken.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -104,6 +105,16 @@ def test_a_folder_s_images_keep_their_size_where_they_can(tmp_path):
     assert needs_size(images("large", (64, 64), (64, 64)), 32, 3)
     assert needs_size(images("odd", (30, 30)), 32, 3)
     assert not needs_size(images("turned", (16, 24), (16, 24), turned=True), 32, 3)
+
+
+def test_pillow_s_warning_of_large_images_is_not_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)
+    Image.new("1", (20, 20)).save(tmp_path / "0.png")
+    with pytest.warns(Image.DecompressionBombWarning):  # control
+        Image.open(tmp_path / "0.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not needs_size(tmp_path, 32, 3)
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------

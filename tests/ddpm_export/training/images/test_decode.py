@@ -49,6 +49,19 @@ def save(folder: Path, kind: str) -> None:
         picture.save(folder / f"a.{kind[2:]}", transparency=0)
 
 
+def test_images_that_are_nothing_but_background_are_counted(tmp_path):
+    drawing = np.full((8, 8, 4), 255, np.uint8)
+    drawing[:4, :, 3] = 0
+    Image.fromarray(drawing).save(tmp_path / "white.png")
+    drawing[4, 0, :3] = 0
+    Image.fromarray(drawing).save(tmp_path / "seen.png")
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "opaque.png")
+    lost = [note for note in load_dataset(tmp_path, channels=3).notes if "of one colour" in note]
+    assert [note.split(": ")[0] for note in lost] == ["1 of the 2 images with transparency are of one colour on white"]
+    for other in ({"channels": 3, "background": (0, 0, 0)}, {"channels": 4}):
+        assert not any("of one colour" in note for note in load_dataset(tmp_path, **other).notes)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("background", [None, (0, 0, 0), (10, 20, 30)], ids=str)
 @pytest.mark.parametrize("kind", ["RGBA.png", "RGBA.webp", "RGBA.tif", "LA.png", "P.gif", "P.png"])
