@@ -33,6 +33,7 @@ from torch import Tensor
 from ddpm_export.networks.registry import Config, Network, check_spec, config_from_json, config_to_json, make_network
 from ddpm_export.training.tensor_files import save_tensors
 from ddpmx.errors import DdpmxError, FileFormatError, OutputError, SpecError
+from ddpmx.formats import model_file
 from ddpmx.formats.atomic import make_folder, staging, write_synced
 from ddpmx.formats.envelope import parse_json
 from ddpmx.formats.model_file import SPEC_FILE, checkpoints, model_spec, read_spec_json
@@ -133,15 +134,32 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             note="training writes one every few minutes (--save-minutes), when it is stopped by Ctrl-C, and at its end",
         )
     if path.is_file():
+        if _is_model_file(path):
+            raise FileFormatError(
+                f"{path}: a model file, not a checkpoint", hint="name the run or the checkpoint that it was exported from"
+            )
         raise FileFormatError(
             f"{path}: a file, and a checkpoint of ddpmx is a folder",
             hint=f"ddpmx import {shlex.quote(str(path))} -o runs/NAME makes one of another project's checkpoint",
+        )
+    if model_file.holds_weights(path):
+        raise FileFormatError(
+            f"{path}: not a checkpoint of ddpmx",
+            note=f"it has no {SPEC_FILE}, and weights that may be another project's",
+            hint=f"ddpmx import {shlex.quote(str(path))} -o runs/NAME makes a run of them",
         )
     raise FileFormatError(
         f"{path}: no checkpoint there",
         note="the folder does not exist" if not path.exists() else f"it has no {SPEC_FILE}, and no run's checkpoints",
         hint="ddpmx train --data FOLDER --out runs/x writes one",
     )
+
+
+def _is_model_file(path: Path) -> bool:
+    try:
+        return model_file.identify(path) != "checkpoint"
+    except FileFormatError:
+        return False
 
 
 def load_network(path: str | os.PathLike[str], weights: Weights = "ema") -> tuple[Network, ModelSpec]:

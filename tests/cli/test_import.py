@@ -197,11 +197,15 @@ def test_convert_restores_what_was_imported(ddpmx, bare, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_convert_refuses(refused, ddpmx, folder, tmp_path):
+def test_convert_refuses(refused, ddpmx, folder, gaussian_onnx, tmp_path):
     assert ddpmx("import", folder, "-o", tmp_path / "run").code == 0
     out = ("-o", tmp_path / "out")
     assert "--to 'lucidrains'" in refused("convert", tmp_path / "run", "--to", "lucidrains", *out)
     assert "no checkpoint there" in refused("convert", tmp_path / "none", "--to", "diffusers", *out)
+    assert f"Hint: ddpmx import {folder} " in refused("convert", folder, "--to", "diffusers", *out)
+    model = refused("convert", gaussian_onnx, "--to", "diffusers", *out)
+    assert "a model file, not a checkpoint" in model
+    assert "import" not in model, "import refuses it as well"
     assert "not an empty folder" in refused("convert", tmp_path / "run", "--to", "diffusers", "-o", tmp_path / "run")
     assert not (tmp_path / "out").exists()
 

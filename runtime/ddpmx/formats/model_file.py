@@ -22,6 +22,7 @@ from ddpmx.formats.spec import ModelSpec
 
 SPEC_FILE = "spec.json"
 MAX_SPEC_FILE = 1 << 20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".ckpt.index")
 
 Kind = Literal["onnx", "plan", "mnn", "checkpoint"]
 
@@ -40,6 +41,7 @@ def identify(path: str | os.PathLike[str]) -> Kind:
             raise FileFormatError(
                 f"{path}: a folder, but not a ddpmx checkpoint",
                 note=f"there is no {SPEC_FILE} and no checkpoints folder in it",
+                hint=_import_hint(path) if holds_weights(path) else None,
             )
         if os.path.exists(path) and not path.is_file():
             raise FileFormatError(f"{path}: cannot be read", note="not a file")
@@ -72,13 +74,25 @@ def identify(path: str | os.PathLike[str]) -> Kind:
         raise FileFormatError(
             f"{path}: weights or an archive, neither an ONNX file nor a TensorRT plan",
             note=f"it begins with {head!r}",
-            hint=f"ddpmx import {shlex.quote(str(path))} -o runs/NAME, then ddpmx export runs/NAME, where torch is",
+            hint=_import_hint(path),
         )
     raise FileFormatError(
         f"{path}: neither an ONNX file nor a TensorRT plan",
         note=f"it begins with {head!r}",
         hint="`ddpmx export` writes model.onnx from a checkpoint",
     )
+
+
+def _import_hint(path: Path) -> str:
+    return f"ddpmx import {shlex.quote(str(path))} -o runs/NAME, then ddpmx export runs/NAME, where torch is"
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder looks like another project's checkpoint: it, or its ``unet``, has files of weights."""
+    with contextlib.suppress(OSError):
+        names = [entry.name for where in (folder, folder / "unet") if where.is_dir() for entry in where.iterdir()]
+        return any(name == "model_index.json" or name.endswith(_WEIGHTS) for name in names)
+    return False
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -60,8 +60,14 @@ def test_kinds_are_known_by_their_bytes(tmp_path, gaussian_onnx):
 
 
 def test_checkpoints_are_folders(tmp_path):
-    with pytest.raises(FileFormatError, match="not a ddpmx checkpoint"):
+    with pytest.raises(FileFormatError, match="not a ddpmx checkpoint") as refused:
         model_file.identify(tmp_path)
+    assert refused.value.hint is None
+    (tmp_path / "theirs" / "unet").mkdir(parents=True)
+    (tmp_path / "theirs" / "unet" / "model.safetensors").touch()
+    with pytest.raises(FileFormatError, match="not a ddpmx checkpoint") as refused:
+        model_file.identify(tmp_path / "theirs")
+    assert "ddpmx import" in str(refused.value.hint)
     (tmp_path / "spec.json").write_text("{}")
     assert model_file.identify(tmp_path) == "checkpoint"
     run = tmp_path / "run"
