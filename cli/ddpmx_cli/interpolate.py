@@ -78,7 +78,9 @@ def interpolate(
     with where.open(path) as pipeline:
         channels, height, width = pipeline.spec.shape
         ends = [pictures.read_picture(end, channels, size=(height, width)) for end in (a, b)]
-        times = list(parse_numbers("--t", t)) if t else [pipeline.spec.timesteps // 2]
+        times = [pipeline.spec.timesteps // 2] if t is None else list(parse_numbers("--t", t))
+        if not times:
+            raise InputError("--t names no timestep", hint="without --t it is the middle")
         sheet = gallery.is_picture(out)
         if not sheet and len(times) > 1:
             raise InputError(f"{out} is a folder, and there are {len(times)} rows", hint="-o FILE.png, or one --t")

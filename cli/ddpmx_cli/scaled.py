@@ -263,7 +263,11 @@ def _left(work: Work, whole: Range, many: Many) -> tuple[Range, Store, list[Rang
     store = open_store(many.out)
     with busy("looking at what is there"):
         names = claim(work, store)
-        units = pending(work, store, here, names)
+        damaged: list[str] = []
+        units = pending(work, store, here, names, damaged.append)
+    if damaged:
+        shown = ", ".join(damaged[:5]) + (", …" if len(damaged) > 5 else "")
+        say(f"Note: {counted(len(damaged), 'file')} not whole, drawn again: {shown}")
     there = here.count - sum(unit.count for unit in units)
     if there:
         say(f"{counted(there, 'image')} there already, {counted(here.count - there, 'image')} to draw")

@@ -136,7 +136,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     if path.is_file():
         if _is_model_file(path):
             raise FileFormatError(
-                f"{path}: a model file, not a checkpoint", hint="name the run or the checkpoint that it was exported from"
+                f"{path}: a model file, not a checkpoint",
+                hint="name the run or the checkpoint that it was exported from",
             )
         raise FileFormatError(
             f"{path}: a file, and a checkpoint of ddpmx is a folder",

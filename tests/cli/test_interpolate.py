@@ -82,6 +82,7 @@ def test_what_interpolate_refuses(refused, gaussian_onnx, here):
         ("nothing.png", ("-o", "x.png"), "no such file"),
         ("b.png", ("-o", "x.png", "--t", "1000"), "t must be from -1 to 999"),
         ("b.png", ("-o", "x.png", "--t", "x"), "not a list of whole numbers"),
+        ("b.png", ("-o", "x.png", "--t", ""), "--t names no timestep"),
         ("b.png", ("-o", "x", "--t", "1,2"), "there are 2 rows"),
         ("b.png", ("-o", "x.png", "--lambdas", 1), "lambdas must be 2 or more"),
         ("b.png", ("-o", "x.png", "--sampler", "magic"), "there is no sampler"),

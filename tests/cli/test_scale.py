@@ -54,7 +54,14 @@ def test_the_same_command_again_draws_what_is_left(ddpmx, gaussian_onnx, tmp_pat
     whole = content(tmp_path)
     assert sorted(whole) == [*(f"images-00000{number}.npz" for number in range(3)), "run.json"]
     (tmp_path / "images-000001.npz").unlink()
+    (tmp_path / "images-000000.npz").write_bytes(b"cut")
     done = ddpmx(*command)
+    assert (
+        "Note: 1 file not whole, drawn again: images-000000.npz\n4 images there already, 16 images to draw" in done.out
+    )
+    (tmp_path / "images-000001.npz").unlink()
+    done = ddpmx(*command)
+    assert "not whole" not in done.out
     assert "12 images there already, 8 images to draw" in done.out
     assert "8 images, 3 steps" in done.out
     assert content(tmp_path) == whole

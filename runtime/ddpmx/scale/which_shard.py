@@ -55,6 +55,7 @@ def which_shard(text: str, environment: Environment) -> Shard:
             note="neither Slurm, Kubernetes, MPI nor torchrun has started this process",
             hint=f"--shard 0/{wanted or 16}",
         )
+    _refuse_copied(environment, found)
     counts = {each.count for each in found if each.count is not None} | ({wanted} - {None})
     if len(counts) > 1 or len({each.index for each in found}) > 1:
         said = [f"{each.names} {each.index}/{'?' if each.count is None else each.count}" for each in found]
@@ -128,8 +129,16 @@ def _refuse_batch_script(environment: Environment) -> None:
         raise InputError(
             f"--shard auto: the job has {tasks} tasks, and this process is none of them",
             note="a batch script is run once; srun starts a process for each task",
-            hint="srun ddpmx generate … --shard auto",
+            hint="srun ddpmx generate … --shard auto; or name it: --shard 3/8",
         )
+
+
+def _refuse_copied(environment: Environment, found: list[Found]) -> None:
+    """Scripts for torch set RANK and WORLD_SIZE to Slurm's numbers. Before srun that is 0 of all tasks, and one process."""
+    if [each.names for each in found] != ["RANK and WORLD_SIZE"] or "TORCHELASTIC_RUN_ID" in environment:
+        return
+    if found[0].count == _number(environment, "SLURM_NTASKS"):
+        _refuse_batch_script(environment)
 
 
 def _pair(rank: str, size: str) -> Callable[[Environment], Iterator[Found]]:

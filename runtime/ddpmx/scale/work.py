@@ -173,28 +173,35 @@ class Work:
             for name, part in zip(names, parts, strict=True)
         }
 
-    def is_there(self, store: Store, images: Range, names: set[str]) -> bool:
+    def is_there(
+        self, store: Store, images: Range, names: set[str], damaged: Callable[[str], object] = lambda _: None
+    ) -> bool:
         """Whether a unit is there as a whole.
 
         Args:
             store: where.
             images: the unit.
             names: the files that are there.
+            damaged: called with the name of each file that is not whole.
 
         Raises:
             OutputError: a file of its name is of another run, or ddpmx has not written it; or cannot be read.
         """
         # each that is there is looked at: one that is missing is no reason to write over another run's
-        own = [name in names and self._is_whole(store, name, images, at) for at, name in enumerate(self.names(images))]
+        own = [
+            name in names and self._is_whole(store, name, images, at, damaged)
+            for at, name in enumerate(self.names(images))
+        ]
         return all(own)
 
-    def _is_whole(self, store: Store, name: str, images: Range, at: int = 0) -> bool:
+    def _is_whole(self, store: Store, name: str, images: Range, at: int, damaged: Callable[[str], object]) -> bool:
         if self.kind.one_image and not store.is_local:
             return True  # its name says that it is whole, and run.json of which run; to read each would take hours
         with store.open(name) as stream:
             try:
                 about = self.kind.about(stream)
             except ValueError:
+                damaged(name)
                 return False
         if self.kind.one_image:
             mine: Mapping[str, Any] = self.origin(Range(images.first + at, 1)).text(0)
@@ -266,13 +273,15 @@ def _refuse_strangers(work: Work, store: Store, names: set[str]) -> None:
         raise _mixed(store, f"{strange[0]} is there, and no {RUN}")
 
 
-def pending(work: Work, store: Store, images: Range, names: set[str]) -> list[Range]:
-    """The units of ``images`` that are still to be drawn.
+def pending(
+    work: Work, store: Store, images: Range, names: set[str], damaged: Callable[[str], object] = lambda _: None
+) -> list[Range]:
+    """The units of ``images`` that are still to be drawn. ``damaged`` is called with the files of them that are not whole.
 
     Raises:
         OutputError: as :meth:`Work.is_there`.
     """
-    return [unit for unit in work.units(images) if not work.is_there(store, unit, names)]
+    return [unit for unit in work.units(images) if not work.is_there(store, unit, names, damaged)]
 
 
 def draw(

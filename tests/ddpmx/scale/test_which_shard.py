@@ -20,6 +20,7 @@ def array(task: int, tasks: list[int], step: int = 1) -> dict[str, str]:
 
 
 BATCH_SCRIPT = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}
+TORCH = BATCH_SCRIPT | {"SLURM_NTASKS": "4", "TORCHELASTIC_RUN_ID": "none"}
 
 
 def srun(process: int, count: int) -> dict[str, str]:
@@ -48,6 +49,11 @@ def mpi(kind: str, rank: int, size: int) -> dict[str, str]:
         ("auto", mpi("PMI", 1, 3), (1, 3)),
         ("auto", srun(1, 3) | mpi("PMI", 1, 3), (1, 3)),
         ("auto/3", {"RANK": "2", "WORLD_SIZE": "3"}, (2, 3)),
+        ("auto", TORCH | {"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),  # torchrun in a batch script
+        ("auto", BATCH_SCRIPT | {"SLURM_NTASKS": "8", "RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+        ("auto", BATCH_SCRIPT | {"SLURM_NTASKS": "1", "RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ("auto", BATCH_SCRIPT | {"SLURM_NTASKS": "4"} | mpi("OMPI_COMM_WORLD", 1, 4), (1, 4)),
+        ("auto", srun(1, 4) | {"RANK": "1", "WORLD_SIZE": "4"}, (1, 4)),
     ],
     ids=str,
 )
@@ -86,6 +92,7 @@ def test_it_says_what_it_took():
         ("auto", mpi("PMI", 3, 3), "there is no shard 3/3"),
         ("auto", array(5, [3, 5, 11]), "an array with gaps"),
         ("auto", BATCH_SCRIPT | {"SLURM_NTASKS": "8"}, "is none of them"),
+        ("auto", BATCH_SCRIPT | {"SLURM_NTASKS": "8", "RANK": "0", "WORLD_SIZE": "8"}, "is none of them"),
     ],
 )
 def test_what_is_unclear_is_refused(text, environment, message):
