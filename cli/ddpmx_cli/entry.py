@@ -1,10 +1,10 @@
 """The function behind the `ddpmx` script. It handles signals before anything else is imported, be it ever so light."""
 
 import os
-import signal
+from _signal import SIGINT, SIGTERM, signal  # type: ignore[import-not-found]  # signal's enumerations take their time
 
-for _number in (signal.SIGINT, signal.SIGTERM):  # what `signals.end_at_once` does, before that is imported
-    signal.signal(_number, lambda number, _: os._exit(128 + number))
+for _number in (SIGINT, SIGTERM):  # what `signals.end_at_once` does, before that is imported
+    signal(_number, lambda number, _: os._exit(128 + number))
 
 import sys  # noqa: E402
 

@@ -132,8 +132,12 @@ sys.meta_path.insert(0, Stop)
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize(
     "begin",
-    ["from ddpmx_cli.entry import run", "import runpy; runpy.run_module('ddpmx', run_name='__main__')"],
-    ids=["ddpmx", "python -m ddpmx"],
+    [
+        "from ddpmx_cli.entry import run",
+        "import runpy; runpy.run_module('ddpmx', run_name='__main__')",
+        "sys.argv[0] = '-m'; sys.orig_argv[1:] = ['-m', 'ddpmx_cli.main']; import ddpmx_cli.main",
+    ],
+    ids=["ddpmx", "python -m ddpmx", "python -m ddpmx_cli.main"],
 )
 def test_a_signal_in_our_first_import_is_quiet(begin, number, code):
     program = [sys.executable, "-c", EARLY.format(number=number, begin=begin)]
