@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:\n
   ddpmx generate garments -n 16 --steps 50 --grid     # a model that comes along\n
+  ddpmx generate emoji -n 16 --label Flags --grid --out samples-flags/   # another one, which has classes\n
   ddpmx generate model.onnx -n 64 --seed 0 --out samples/ --grid\n
   ddpmx generate model.onnx --out one.png --steps 20  # one image in one file\n
   ddpmx generate runs/photos -n 16 --grid             # a run, where torch is installed\n
@@ -381,7 +382,7 @@ def _one_model(file: str | None, engine: str | None) -> str:
             hint=f"ddpmx generate {next(iter(SHIPPED))}, which comes along; or a model.onnx, .plan or .mnn, or a run",
         )
     if name in SHIPPED and os.path.lexists(name):
-        say(f"Note: {name} is the model that comes with ddpmx; ./{name} is yours")
+        say(f"Note: {name} is a model that comes with ddpmx; ./{name} is yours")
     return name
 
 

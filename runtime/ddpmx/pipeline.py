@@ -601,8 +601,8 @@ def load(
     """Open a model file.
 
     Args:
-        path: the name of a model that comes along (``"garments"``), a ``model.plan`` that ``ddpmx build`` made here, a
-            ``model.onnx`` that ``ddpmx export`` wrote, or another one together with ``spec``.
+        path: the name of a model that comes along (``"garments"``, ``"emoji"``), a ``model.plan`` that ``ddpmx build``
+            made here, a ``model.onnx`` that ``ddpmx export`` wrote, or another one together with ``spec``.
         spec: for an ONNX file that does not describe itself.
         providers: ONNX Runtime's execution providers, for an ONNX file: ``cpu``, ``cuda``, ``tensorrt`` or ``rtx``.
         fallback: whether another provider than the first may be used.

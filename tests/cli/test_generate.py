@@ -190,7 +190,7 @@ def test_the_model_that_comes_along_draws_without_any_file(ddpmx, tmp_path, monk
     assert done.code == 0, done
     assert files(tmp_path / "samples") == ["00000.png", "00001.png", "grid.png"]
     (tmp_path / "garments").mkdir()
-    assert "Note: garments is the model that comes with ddpmx" in ddpmx("generate", "garments", "--steps", 3).out
+    assert "Note: garments is a model that comes with ddpmx" in ddpmx("generate", "garments", "--steps", 3).out
     for command in (["info"], ["parity", "--self-test"], ["bench", "--seconds", "0.01", "--batch", 1, "--steps", 3]):
         done = ddpmx(command[0], "garments", *command[1:])
         assert done.code == 0, done

@@ -57,6 +57,7 @@ INSTALL = "installs something"
 NATIVE = "compiles for minutes; tests/native/test_package.py does it"
 NOT_RUN = {
     "make demo*": "takes minutes; `make long` runs it with a tiny network",
+    "python examples/emoji/emoji.py*": "takes an hour; tests/examples/test_emoji.py walks the way with a tiny network",
     "make test": "is what runs this test",
     "make long": "minutes; it runs tests",
     "make check": "runs tests",

@@ -1,4 +1,4 @@
-"""Names of the models that come along: ``garments`` works wherever a model file does.
+"""Names of the models that come along: ``garments`` and ``emoji`` work wherever a model file does.
 
 Names come first, then files: a file of such a name is ``./garments``, or a ``Path``.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ddpmx.errors import FileFormatError
 
-SHIPPED = {"garments": "garments.onnx"}
+SHIPPED = {"garments": "garments.onnx", "emoji": "emoji.onnx"}
 """Each model's name, and its file in this folder."""
 
 _WORD = re.compile(r"[\w-]+")
