@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:\n
   ddpmx generate garments -n 16 --steps 50 --grid     # a model that comes along\n
-  ddpmx generate emoji -n 16 --label Flags --grid --out samples-flags/   # another one, which has classes\n
+  ddpmx generate emoji -n 16 --label Flags --steps 20 --grid --out samples-flags/   # another one, which has classes\n
   ddpmx generate model.onnx -n 64 --seed 0 --out samples/ --grid\n
   ddpmx generate model.onnx --out one.png --steps 20  # one image in one file\n
   ddpmx generate runs/photos -n 16 --grid             # a run, where torch is installed\n

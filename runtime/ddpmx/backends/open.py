@@ -64,12 +64,14 @@ def open_model(
     spec = onnx_file.onnx_spec(path, info, spec)
     from ddpmx.backends import ort
 
-    eight_bits = spec.precision == "int8" and ort.computes_on_cpu(providers)
-    wide = read_widened(path, info) if widen or eight_bits else None
-    if eight_bits and wide is None and not info.external:
-        wide = path.read_bytes()  # nothing in it is half
+    wide = read_widened(path, info) if widen else None
+    eight_bits = None
+    if spec.precision == "int8" and not widen and ort.computes_on_cpu(providers):
+        eight_bits = _in_memory(path, info)
     try:
-        return spec, ort.open_onnx(path, spec, providers=providers, fallback=fallback, threads=threads, widened=wide)
+        return spec, ort.open_onnx(
+            path, spec, providers=providers, fallback=fallback, threads=threads, widened=wide, eight_bits=eight_bits
+        )
     except FileFormatError as error:
         if spec.precision != "bf16" or widen:
             raise
@@ -79,6 +81,17 @@ def open_model(
             hint=f"it is made for TensorRT 10.13 and later: ddpmx build {shlex.quote(path.name)}; "
             "fp16 and fp32 files run here",
         ) from error
+
+
+def _in_memory(path: Path, info: onnx_file.GraphInfo) -> bytes | None:
+    """An ONNX model in float32 with all that belongs to it; None if it has weights beside it and nothing in half."""
+    wide = read_widened(path, info)
+    if wide is not None or info.external:
+        return wide
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read", note=error.strerror or str(error)) from error
 
 
 def _open_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Sequence
@@ -174,6 +175,7 @@ def open_onnx(
     fallback: bool = False,
     threads: int = 0,
     widened: bytes | None = None,
+    eight_bits: bytes | None = None,
 ) -> Backend:
     """The backend of an ONNX file: on a GPU a :class:`ddpmx.backends.base.CopyingBackend`, else an :class:`OrtBackend`.
 
@@ -184,6 +186,7 @@ def open_onnx(
         fallback: whether the next one, and in the end the CPU, may run it where a provider does not work.
         threads: CPU threads; 0 leaves the choice to ONNX Runtime.
         widened: the file's model in float32, to be run in its place.
+        eight_bits: the same of a file in 8 bits, to be run on the CPU by products of integers (:mod:`.ort_integers`).
 
     Raises:
         As :class:`OrtBackend` and :class:`ddpmx.backends.ort_device.OrtDevice`.
@@ -219,10 +222,9 @@ def open_onnx(
             device.close()
             raise
     _check_threads(threads)
-    model, arithmetic = widened, "in float32" if widened is not None else ""
-    if widened is not None and spec.precision == "int8" and computes_on_cpu(left):
-        integers = as_integers(ort, widened, _one_image(spec))
-        if integers is not None:
+    integers = None if eight_bits is None else as_integers(ort, eight_bits, _one_image(spec))
+    if integers is not None:
+        with contextlib.suppress(FileFormatError):  # then the file itself is opened, or says what is wrong with it
             alone = OrtBackend(
                 path,
                 spec.prediction,
@@ -239,8 +241,8 @@ def open_onnx(
         fallback=fallback,
         threads=threads,
         instead=instead,
-        model=model,
-        arithmetic=arithmetic,
+        model=widened,
+        arithmetic="in float32" if widened is not None else "",
     )
 
 

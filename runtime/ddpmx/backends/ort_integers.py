@@ -42,7 +42,8 @@ from ddpmx.formats.protobuf import MalformedError, as_message, as_text, fields, 
 _MICROSOFT = "com.microsoft"
 _WITH_GRAPHS = ("If", "Loop", "Scan")
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear", "Resize")  # that may be there for convolutions alone
-_MOST = 64  # of a stride, a dilation, a padding, or a factor of a Resize: networks have less
+_MOST = 64  # of a kernel, a stride, a dilation, a padding, or a factor of a Resize: networks have less
+_MOST_GATHERED = 1 << 27  # bytes, for one image: larger ones are convolved in float32
 _ZERO = 128  # of q_x, and of q_w where it is unsigned
 _ROWS, _INNER, _COLUMNS = 16, 64, 32  # of the product that shows whether sums are exact
 
@@ -76,6 +77,13 @@ class _Convolution:
             and self.node.says("strides", 1, 1)
             and self.node.says("pads", 0, 0, 0, 0)
         )
+
+    def gathered(self, height: int, width: int) -> int:
+        """How many bytes, or a few more, are gathered for one image of this size."""
+        pads = self._four("pads", 0)
+        rows = height * self.enlarged[0] + pads[0] + pads[2]
+        columns = width * self.enlarged[1] + pads[1] + pads[3]
+        return -(-rows // self._two("strides")[0]) * -(-columns // self._two("strides")[1]) * int(self.weights[0].size)
 
     def places(self, height: int, width: int) -> tuple[NDArray[np.int32], tuple[int, int]]:
         """Which pixels of the source are behind each output pixel.
@@ -135,6 +143,11 @@ def as_integers(ort: Any, model: bytes, inputs: Mapping[str, NDArray[np.generic]
         if shapes is None:
             return None
         work = _Rewriting(shapes, signed=signed)
+        for index, one in list(found.items()):
+            if not one.plain and one.gathered(*shapes[one.source][1:]) > _MOST_GATHERED:
+                del found[index]
+        if not found:
+            return None
         for name, (source, scale, _) in list(scaled.items()):
             if len(shapes[source]) != 3 or shapes[source][0] != scale.size:
                 del scaled[name]  # one channel that is scaled to several
@@ -208,7 +221,14 @@ class _Graph:
         stored = self._constant(behind)
         rounded, step = self._dequantised(activation)
         quantise = self._producers.get(rounded)
-        if stored is None or stored.dtype != np.int8 or stored.ndim != 4 or steps is None or step is None:
+        if stored is None or stored.dtype != np.int8 or stored.ndim != 4 or max(stored.shape[2:]) > _MOST:
+            return None
+        if steps is None or step is None:
+            return None
+        if node.attributes.get("kernel_shape", stored.shape[2:]) != stored.shape[2:]:
+            return None
+        bias = self._constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if bias is not None and bias.shape != stored.shape[:1]:
             return None
         if quantise is None or quantise.operator != "QuantizeLinear" or step.size != 1:
             return None
@@ -236,7 +256,7 @@ class _Graph:
         scale, shift = self._constant(before.inputs[1]), self._constant(node.inputs[1])
         if scale is None or shift is None or scale.shape != shift.shape:
             return None
-        if scale.dtype != np.float32 or shift.dtype != np.float32:
+        if scale.dtype != np.float32 or shift.dtype != np.float32 or not np.isfinite([scale, shift]).all():
             return None
         if scale.ndim not in (3, 4) or scale.size < 2 or scale.shape[-3] != scale.size:
             return None
@@ -375,23 +395,18 @@ def _shapes(
 ) -> dict[str, tuple[int, ...]] | None:
     """The shapes of tensors by image, which the network shows when it runs; None if it does not run."""
     ordered = sorted(names)
-    if not ordered:
-        return {}
     shapes = [f"{name}/shape_of_it" for name in ordered]
-    nodes: list[bytes | memoryview] = [
-        *graph.raw,
-        *(write_node("Shape", (a,), (b,)) for a, b in zip(ordered, shapes, strict=True)),
-    ]
+    nodes: list[bytes | memoryview] = [*graph.raw]
+    nodes += (write_node("Shape", (a,), (b,)) for a, b in zip(ordered, shapes, strict=True))
     options = session_options(ort)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    asked = edited(model, nodes, (), outputs=shapes)
+    options.log_severity_level = 4  # whatever is wrong is said when the file itself is opened
+    asked = edited(model, nodes, (), outputs=shapes) if shapes else model
     try:
         session = ort.InferenceSession(asked, options, providers=[NAMES["cpu"]])
         wanted = {one.name for one in session.get_inputs()}
-        answers = session.run(shapes, {name: value for name, value in inputs.items() if name in wanted})
-    except (
-        Exception
-    ):  # ONNX Runtime raises its own types, which share no public base; it says why when the file is opened
+        answers = session.run(shapes, {k: v for k, v in inputs.items() if k in wanted}) if shapes else []
+    except Exception:  # ONNX Runtime raises its own types, which share no public base
         return None
     return {name: tuple(map(int, shape[1:])) for name, shape in zip(ordered, answers, strict=True)}
 

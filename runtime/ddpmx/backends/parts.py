@@ -45,9 +45,16 @@ class Workers:
                 self._pool = ThreadPoolExecutor(self.threads - 1, thread_name_prefix="ddpmx-part")
             for take in takes[1:]:
                 assert self._pool is not None
-                others.append(self._pool.submit(_until_one_fails, take, left))
+                try:
+                    others.append(self._pool.submit(_until_one_fails, take, left))
+                except RuntimeError as failed:
+                    raise BackendError(
+                        "no more threads can be started", note=str(failed), hint="--threads with fewer"
+                    ) from failed
             _until_one_fails(takes[0], left)
         finally:
+            for _ in left:  # where not all could begin
+                pass
             errors = [other.exception() for other in others]  # waits: the buffers belong to the caller again
         for error in filter(None, errors):
             raise error

@@ -6,6 +6,7 @@ such a constant has no array.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ GRAPH_NODE, GRAPH_CONSTANT, GRAPH_OUTPUT, GRAPH_TYPES = 1, 5, 12, 13
 """Fields of a GraphProto: nodes, initializers, outputs, and what it says of tensors in between."""
 
 _INPUT, _OUTPUT, _NAME, _OPERATOR, _ATTRIBUTE, _DOMAIN = 1, 2, 3, 4, 5, 7
+_MOST = 1 << 31  # numbers in a tensor
 _FLOAT, _INT, _INTS = 1, 2, 7  # AttributeProto.FLOAT, .INT, .INTS
 _FLOAT_KEY = bytes([2 << 3 | 5])  # AttributeProto.f, four bytes
 _DTYPES = {1: "<f4", 2: "|u1", 3: "|i1", 6: "<i4", 7: "<i8"}
@@ -131,19 +133,19 @@ def read_constant(view: memoryview) -> tuple[str, NDArray[np.generic] | None]:
             elsewhere = True
     if data_type not in _DTYPES or elsewhere:
         return name, None
-    dtype, count = np.dtype(_DTYPES[data_type]), 1
-    for dim in dims:
-        count *= dim
+    dtype, count = np.dtype(_DTYPES[data_type]), math.prod(dims)
+    if math.prod(dim or 1 for dim in dims) > _MOST:
+        raise MalformedError(f"a tensor of the shape {dims[:8]}")
     if raw is not None:
         if len(raw) != count * dtype.itemsize:
             raise MalformedError(f"a tensor of {count} numbers has {len(raw)} bytes")
-        return name, np.frombuffer(raw, dtype).reshape(dims)
+        return name, _shaped(np.frombuffer(raw, dtype), dims)
     if dtype.kind == "f" or dtype.itemsize == 8 or len(numbers) != count:
         return name, None
     signed = np.array([_signed(one) for one in numbers], np.int64)
     if len(signed) and (signed.min() < np.iinfo(dtype).min or signed.max() > np.iinfo(dtype).max):
         raise MalformedError("a tensor with numbers beyond its type")
-    return name, signed.astype(dtype).reshape(dims)
+    return name, _shaped(signed.astype(dtype), dims)
 
 
 def write_node(
@@ -218,6 +220,13 @@ def edited(
     for domain, version in (domains or {}).items():
         parts.append(write_field(MODEL_OPSET, write_field(1, domain) + write_field(2, version)))
     return b"".join(parts)
+
+
+def _shaped(array: NDArray[np.generic], dims: list[int]) -> NDArray[np.generic]:
+    try:
+        return array.reshape(dims)
+    except (ValueError, OverflowError) as error:  # more dimensions than NumPy has
+        raise MalformedError(f"a tensor of the shape {dims[:8]}") from error
 
 
 def _signed(number: int) -> int:

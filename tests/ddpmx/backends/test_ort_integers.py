@@ -322,21 +322,27 @@ def test_a_model_with_graphs_inside_is_left_alone():
     assert net.rewritten(net.model(node("If", ["condition"], ["other"]))) is None
 
 
-@pytest.fixture
-def file(tmp_path):
-    """A file in 8 bits, x [batch, 3, 7, 6] and t → eps."""
+def saved(path, rounded="x/DQ"):
+    """A file in 8 bits, x [batch, 3, 7, 6] and t → eps; ``rounded`` is the name of what the convolution reads."""
     net = Net(attributes=[ints("pads", (1, 1, 1, 1))], outputs=3)
-    net.steps[...] = np.float32(1e-3)
-    net.constants["steps"] = numbers("steps", net.steps, (3,))
-    net.convolution = node("Conv", ["x/DQ", "w/DQ", "b"], ["eps"], ints("pads", (1, 1, 1, 1)))
+    net.constants["steps"] = numbers("steps", [1e-3] * 3, (3,))
+    net.nodes["DQ"] = node("DequantizeLinear", ["x/Q", "s", "z"], [rounded])
+    net.convolution = node("Conv", [rounded, "w/DQ", "b"], ["eps"], ints("pads", (1, 1, 1, 1)))
     spec = ModelSpec((3, 7, 6), timesteps=5, precision="int8")
-    graph = b"".join(field(1, each) for each in (*net.nodes.values(), net.convolution))
+    # another reader, so that the tensor stays: what it gives is multiplied by 0
+    kept = [node("Mul", [rounded, "nothing"], ["zero"]), node("Add", ["eps", "zero"], ["out"])]
+    net.constants["nothing"] = numbers("nothing", [0])
+    graph = b"".join(field(1, each) for each in (*net.nodes.values(), net.convolution, *kept))
     graph += b"".join(field(5, each) for each in net.constants.values())
     dims = ("batch", 3, 7, 6)
     inputs = {"x": (FLOAT, dims), "t": (INT32, ("batch",))}
-    path = tmp_path / "model.onnx"
     path.write_bytes(protobuf.model(inputs, {"eps": (FLOAT, dims)}, metadata={"ddpmx": spec.to_text()}, graph=graph))
     return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return saved(tmp_path / "model.onnx")
 
 
 def test_images_are_the_same_for_any_number_of_them_and_of_threads(file, monkeypatch):
@@ -360,6 +366,54 @@ def test_other_ways_to_open_it_are_as_ever(file, how):
     with ddpmx.load(file, **how) as pipeline:
         assert "integers" not in pipeline.backend
         assert np.isfinite(pipeline.generate(1, seed=0)).all()
+
+
+def test_a_file_whose_names_are_taken_runs_as_it_is(file, tmp_path):
+    """By ONNX Runtime alone, within float32's rounding of the same convolution."""
+    other = saved(tmp_path / "other.onnx", rounded="eps/product")
+    with ddpmx.load(file) as pipeline, ddpmx.load(other) as alone:
+        assert "integers" in pipeline.backend
+        assert "integers" not in alone.backend
+        apart = pipeline.generate(2, seed=1).astype(int) - alone.generate(2, seed=1)
+    assert abs(apart).max() <= 1
+
+
+def test_widened_it_is_computed_in_float32(file):
+    with ddpmx.load(file, widen=True) as pipeline:
+        assert "integers" not in pipeline.backend
+        assert pipeline.arithmetic == "fp32"
+
+
+@pytest.mark.parametrize(("dims", "data"), [((1,) * 70, b"\0"), ((0, 1 << 62), b"")], ids=["many", "large"])
+def test_a_constant_of_no_shape_is_an_error(dims, data):
+    net = Net()
+    net.constants["z"] = tensor("z", INT8, dims, data)
+    with pytest.raises(FileFormatError, match="not a valid ONNX file"):
+        net.rewritten()
+
+
+def test_what_gathers_too_much_stays_as_it_is(monkeypatch):
+    assert Net((65, 1), [ints("pads", (32, 0, 32, 0))]).rewritten() is None
+    net = Net(attributes=[ints("pads", (1, 1, 1, 1))])
+    monkeypatch.setattr(ort_integers, "_MOST_GATHERED", 9 * 8 * 27 - 1)
+    assert net.rewritten() is None
+    monkeypatch.setattr(ort_integers, "_MOST_GATHERED", 9 * 8 * 27)
+    assert net.rewritten() is not None
+
+
+@pytest.mark.parametrize("odd", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_stays_a_product(odd):
+    net = Net()
+    net.constants |= {"scale": numbers("scale", [odd] * 5, (5, 1, 1)), "shift": numbers("shift", [1] * 5, (5, 1, 1))}
+    model = net.model(node("Mul", ["y", "scale"], ["m"]), node("Add", ["m", "shift"], ["out"]), output="out")
+    assert "BatchNormalization" not in operators(net.rewritten(model))
+
+
+def test_what_onnx_runtime_refuses_is_not_made_valid():
+    net = Net((1, 1), [ints("kernel_shape", (3, 3))])
+    with pytest.raises(Exception, match="kernel_shape"):
+        run(net.model(), net.x())
+    assert net.rewritten() is None
 
 
 def test_a_damaged_model_is_an_error():

@@ -117,6 +117,20 @@ def test_an_error_in_another_thread_is_raised():
     workers.close()
 
 
+def test_threads_that_cannot_start_are_one_error(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    parts, given = Parts(Doubling(), 1, 3), buffers(5)
+    parts.bind(given)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(BackendError, match="no more threads") as caught:
+            parts.enqueue()
+    assert caught.value.note == "can't start new thread"
+    parts.close()
+
+
 def test_a_closed_one_says_so_and_shares_live_on():
     network = Doubling()
     parts = Parts(network, 2, 2)
