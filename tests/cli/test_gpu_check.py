@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ddpmx.device.discovery import Device, Gpus
-from gpu import check, report, steps
+from gpu import check, found, report, steps
 from gpu.fakes.canned import DOCTOR, GPU
 from gpu.steps import Result, Step
 
@@ -25,6 +25,7 @@ def script(text: str) -> list[str]:
 
 def options(**changes: object) -> SimpleNamespace:
     values = {"quick": False, "no_peers": False, "onnx_dir": None, "engine_dir": None, "out": Path("gpu-report")}
+    values["minutes"] = None
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -183,12 +184,12 @@ def test_a_step_that_is_left_out(checked, must, verdict):
 
 
 def test_ctrl_c_leaves_a_report(checked, monkeypatch):
-    def interrupted(step, *arguments, **named):
+    def interrupted(ends, step, *arguments, **named):
         if step.name == "b":
             raise KeyboardInterrupt
         return Result(step.name, step.must, "ok")
 
-    monkeypatch.setattr(check, "run", interrupted)
+    monkeypatch.setattr(check, "run_until", interrupted)
     code, text, values = checked([Step(name, script("pass"), must="always") for name in "abc"])
     assert code == 130
     assert "stopped by Ctrl-C" in text
@@ -230,7 +231,9 @@ ALL = [
     *("images", "network", "export fp32", "export fp16"),
     *("build fp32", "parity fp32", "build fp16", "parity fp16"),
     *("bench fp32", "bench fp16", "build for 256", "many images", "serving", "peers"),
+    *("export int8", "build int8", "parity int8", "build fp16 for 64", "bench int8-64", "bench fp16-64", "training"),
 ]
+EIGHT_BITS = ALL[-7:-1]
 
 
 def doctored(**changes):
@@ -250,8 +253,95 @@ def test_a_large_gpu_with_everything(place):
 
 def test_quick(place):
     planned = check.make_steps(options(quick=True, no_peers=True), place, DOCTOR)
-    assert named(planned) == [name for name in ALL if name not in ("images", "build for 256", "peers")]
+    assert named(planned) == [
+        name for name in ALL if name not in ("images", "build for 256", "peers", "training", *EIGHT_BITS)
+    ]
     assert all("--seconds 0.5" in " ".join(step.command) for step in planned if step.name.startswith("bench"))
+
+
+WITHIN = [
+    *("tests of kernels", "tests of chains", "tests of networks"),
+    *("network", "export fp32", "export fp16", "build fp16", "parity fp16", "build fp32", "parity fp32"),
+    *("tests of engines", "large network", "export large", "build large", "bench fp16", "many images", "serving"),
+    *("peers 1", "peers 64", *EIGHT_BITS, "training"),
+]
+
+
+def test_within_minutes_the_most_telling_comes_first(place):
+    planned = check.within_minutes(options(minutes=8), place, DOCTOR)
+    assert named(planned) == WITHIN
+    made = {path for step in planned for path in step.makes} | {place.run / "checkpoints", place.run, place.large.run}
+    made |= {place.record("int8"), check.ROOT / "examples" / "fashion_mnist" / "fashion_mnist_16x16_10k.npz"}
+    assert not [path for step in planned for path in step.needs if path not in made]
+    assert len({path for step in planned for path in step.makes}) == sum(len(step.makes) for step in planned)
+    commands = {step.name: " ".join(step.command) for step in planned}
+    assert "--batch 1,64,256" in commands["build large"]
+    assert all(str(place.large.run) in commands[name] for name in ("large network", "export large", "peers 1"))
+    bare = doctored(torch={"missing": "no"}, **{"TensorRT-RTX": {"missing": "no"}})
+    rest = named(check.within_minutes(options(minutes=8), place, bare))
+    assert rest == ["tests of kernels", "tests of chains", "tests of networks", "tests of engines"]
+
+
+def test_a_step_ends_with_the_minutes(place):
+    step, begun = Step("slow", script("import time; time.sleep(60)"), 50, "always"), time.monotonic()
+    result = steps.run_until(begun + steps.LEAST + 0.3, step, place.out / "logs", cwd=place.out, environment={})
+    assert time.monotonic() - begun < 30
+    assert (result.status, result.must) == ("not run", "always")
+    assert "cut off after 5 s (--minutes)" in result.why
+    late = steps.run_until(begun, step, place.out / "logs", cwd=place.out, environment={})
+    assert (late.status, late.why) == ("not run", "no time was left (--minutes)")
+    own = steps.run_until(time.monotonic() + 60, step_of(0.2), place.out / "logs", cwd=place.out, environment={})
+    assert own.status == "timed out"  # its own limit: a failure
+
+
+def step_of(seconds):
+    return Step("slow", script("import time; time.sleep(60)"), seconds)
+
+
+def test_the_report_is_there_after_every_step(checked, tmp_path):
+    """Each step finds in it what was before."""
+    looks = f"print(open({str(tmp_path / 'gpu-report' / 'gpu-report.md')!r}).read())"
+    code, _, values = checked(
+        [Step("a", script("pass"), must="always"), Step("b", script(looks), 60)], "--minutes", "1"
+    )
+    assert code == 0
+    log = Path("gpu-report/logs/b.log").read_text()
+    assert "INCOMPLETE: not finished yet" in log
+    assert "| a | ok |" in log
+    assert values["verdict"].startswith("HOLDS")
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_minutes_are_more_than_none(minutes, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check.main(["--minutes", minutes], devices=HERE)
+    assert ended.value.code == 2
+    assert "--minutes" in capsys.readouterr().err
+
+
+def test_the_peers_of_two_runs_are_one_table(tmp_path):
+    for batch in (1, 64):
+        rows = [{"kind": "diffusers", "precision": "fp16", "batch": batch, "ratio": 5.0 + batch}]
+        not_run = [{"run": "compiled", "why": "no"}]
+        (tmp_path / f"peers-{batch}.json").write_text(json.dumps({"steps": 50, "rows": rows, "not_run": not_run}))
+    facts = found.gather(tmp_path, [], engines=tmp_path, quick=False, doctor=None)
+    assert [row["batch"] for row in facts["peers"]["rows"]] == [1, 64]
+    assert len(facts["peers"]["not_run"]) == 1
+    reached = {goal["what"]: goal["state"] for goal in facts["goals"]}
+    assert reached["diffusers eager ÷ ddpmx, fp16, batch 1"] == "reached"
+
+
+def test_8_bits_and_training_have_goals(tmp_path):
+    for name, seconds in (("int8", 2.0), ("fp16", 3.0)):
+        cells = [{"batch": 64, "executor": "while", "failed": None, "chain_s": seconds, "ratio": 1.0}]
+        (tmp_path / f"bench-{name}-64.json").write_text(json.dumps({"cells": cells}))
+    rows = [("ddpmx", None), ("ddpmx --compile", 0.9), ("diffusers", 1.25), ("other", 1.5)]
+    training = {"rows": [{"run": run, "ratio": ratio} for run, ratio in rows]}
+    (tmp_path / "training.json").write_text(json.dumps(training))
+    facts = found.gather(tmp_path, [], engines=tmp_path, quick=False, doctor=None)
+    goals = {goal["what"]: (goal["measured"], goal["state"]) for goal in facts["goals"]}
+    assert goals["the chain in fp16 ÷ in int8, batch 64"] == (1.5, "reached")
+    assert goals["a step of training, the fastest other ÷ ddpmx"] == (1.25, "NOT")
 
 
 def test_a_jetson_without_torch(place, tmp_path):
@@ -262,7 +352,8 @@ def test_a_jetson_without_torch(place, tmp_path):
     assert network.must == "always"
     elsewhere = check.Place(place.out, place.engines, tmp_path / "files")
     planned = check.make_steps(options(onnx_dir=tmp_path / "files"), elsewhere, no_torch)
-    wanted = [name for name in ALL if name not in ("images", "network", "export fp32", "export fp16", "peers")]
+    left_out = ("images", "network", "export fp32", "export fp16", "peers", "training", *EIGHT_BITS)
+    wanted = [name for name in ALL if name not in left_out]
     assert named(planned) == wanted
     (build,) = (step for step in planned if step.name == "build fp16")
     assert build.needs == (tmp_path / "files" / "model-fp16.onnx",)
@@ -279,7 +370,7 @@ def test_a_small_gpu_has_small_batches(place):
 def test_without_tensorrt_no_plans_are_built_with_the_reason(place):
     planned = check.make_steps(options(), place, doctored(**{"TensorRT-RTX": {"missing": "not installed"}}))
     assert [step.name for step in planned if "no TensorRT" in step.not_run] == [
-        name for name in ALL if name.startswith(("build", "parity", "bench", "many", "serving"))
+        name for name in ALL if name.startswith(("build", "parity", "bench", "many", "serving", "export int8"))
     ]
 
 
@@ -297,6 +388,7 @@ def test_every_planned_command_exists(place, ddpmx):
     for step in (
         *check.make_steps(options(), place, DOCTOR),
         *check.make_steps(options(quick=True), place, DOCTOR),
+        *check.within_minutes(options(minutes=8), place, DOCTOR),
     ):
         python, *command = map(str, step.command)
         assert python == sys.executable

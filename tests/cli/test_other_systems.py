@@ -29,6 +29,8 @@ for module, names in {
             delattr(module, name)
 msvcrt = types.SimpleNamespace(locking=lambda *_: None, LK_LOCK=1, LK_NBLCK=2, LK_UNLCK=0)
 sys.platform, sys.modules["msvcrt"] = "win32", msvcrt
+import shutil
+shutil._use_fd_functions = False  # as where the names above are missing; decided when it is imported
 from ddpmx_cli.main import run
 sys.argv = ["ddpmx", *sys.argv[1:]]
 run()

@@ -14,6 +14,7 @@ from typing import Any
 from gpu.steps import Result
 
 WHILE_GOAL, IMAGES_GOAL, EACH_GOAL = 1.02, 7.0, 1.01
+INT8_GOAL, TRAINING_GOAL = 1.4, 1.3
 PEER_GOALS = {
     "diffusers eager ÷ ddpmx, fp16, batch 1": (("diffusers", "fp16", 1), 5.0),
     "diffusers eager ÷ ddpmx, fp16, batch 64": (("diffusers", "fp16", 64), 2.0),
@@ -31,15 +32,18 @@ def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any)
         **facts: copied; "network", "doctor", "state", … for :func:`gpu.report.to_markdown`.
     """
     suites = {path.stem.removeprefix("tests-"): read_tests(path) for path in sorted(out.glob("tests-*.xml"))}
-    parity = {p: _json(out / f"parity-{p}" / "report.json") for p in ("fp32", "fp16")}
+    parity = {p: _json(out / f"parity-{p}" / "report.json") for p in ("fp32", "fp16", "int8")}
+    parity = {p: judged for p, judged in parity.items() if judged is not None or p != "int8"}
     collected: dict[str, Any] = {
         **facts,
         "steps": [result.to_json() for result in results],
         "tests": suites,
-        "plans": {path.name: _plan(path) for path in sorted(engines.glob("*.plan"))},
+        "plans": {path.name: _plan(path) for path in sorted(engines.rglob("*.plan"))},
         "parity": parity,
         "bench": {p: _json(out / f"bench-{p}.json") for p in ("fp32", "fp16")},
-        "peers": _json(out / "peers.json"),
+        "peers": _peers(out),
+        "eight_bits": {p: _json(out / f"bench-{p}-64.json") for p in ("int8", "fp16")},
+        "training": _json(out / "training.json"),
         "speed": _json(out / "speed.json"),
         "serving": _json(out / "serving.json"),
     }
@@ -124,12 +128,36 @@ def goals(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     value = serving.get("kernels_ratio")
     what = f"a step of each image's own ÷ one for all, network included, fp16, batch {serving.get('batch', 16)}"
     add(what, f"≤ {EACH_GOAL}", value, None if quick or value is None else value <= EACH_GOAL)
+    cells = {p: next(iter((bench or {}).get("cells", ())), None) for p, bench in facts["eight_bits"].items()}
+    value = None
+    if all(cell is not None and not cell["failed"] for cell in cells.values()):
+        value = cells["fp16"]["chain_s"] / cells["int8"]["chain_s"]
+    reached = None if quick or value is None else value >= INT8_GOAL
+    add("the chain in fp16 ÷ in int8, batch 64", f"≥ {INT8_GOAL:g}", value, reached)
+    others = [
+        row["ratio"]
+        for row in (facts["training"] or {}).get("rows", ())
+        if row["ratio"] is not None and not row["run"].startswith("ddpmx")
+    ]
+    value = min(others, default=None)
+    reached = None if quick or value is None else value >= TRAINING_GOAL
+    add("a step of training, the fastest other ÷ ddpmx", f"≥ {TRAINING_GOAL:g}", value, reached)
     speed, gpus = facts["speed"], ((facts["doctor"] or {}).get("machine") or {}).get("gpus") or [{}]
     whole = speed if speed and (speed["images"], speed["steps"]) == (256, 1000) else None
     value = min(whole["seconds"]) if whole else None
     reached = None if quick or value is None or "H200" not in str(gpus[0].get("name")) else value < IMAGES_GOAL
     add("256 CIFAR images of 1000 steps, fp16, seconds (on an H200)", f"< {IMAGES_GOAL:g}", value, reached)
     return found
+
+
+def _peers(out: Path) -> Any:
+    """The report of peers.py, or of its runs for one batch each as one."""
+    reports = [found for name in ("peers", "peers-1", "peers-64") if (found := _json(out / f"{name}.json")) is not None]
+    if not reports:
+        return None
+    not_run = {each["run"]: each for found in reports for each in found["not_run"]}
+    rows = [row for found in reports for row in found["rows"]]
+    return {**reports[0], "rows": rows, "not_run": list(not_run.values())}
 
 
 def _json(path: Path) -> Any:

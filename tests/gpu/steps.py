@@ -16,6 +16,9 @@ from typing import Any, Literal
 Must = Literal["", "if run", "always"]
 Status = Literal["ok", "failed", "timed out", "crashed", "not run"]
 
+LEAST = 5.0
+"""Seconds without which a step is not begun."""
+
 TAIL = 1500
 """Characters of a failing step's output that the report shows."""
 
@@ -113,6 +116,24 @@ def run(step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) 
     if missing := [path.name for path in step.makes if not path.exists()]:
         return Result(step.name, step.must, "failed", why=f"it did not make {', '.join(missing)}", **outcome)
     return Result(step.name, step.must, "ok", **outcome)
+
+
+def run_until(ends: float | None, step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) -> Result:
+    """As :func:`run`, but not beyond a moment. What that cuts off or leaves out has not failed: it was not run.
+
+    Args:
+        ends: by :func:`time.monotonic`; None for no end.
+        step, folder, cwd, environment: as for :func:`run`.
+    """
+    if ends is None:
+        return run(step, folder, cwd=cwd, environment=environment)
+    left = ends - time.monotonic()
+    if left < LEAST and not step.not_run:
+        return Result(step.name, step.must, "not run", why="no time was left (--minutes)")
+    result = run(dataclasses.replace(step, seconds=min(step.seconds, left)), folder, cwd=cwd, environment=environment)
+    if result.status == "timed out" and left < step.seconds:
+        return dataclasses.replace(result, status="not run", why=f"cut off after {result.seconds:.0f} s (--minutes)")
+    return result
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

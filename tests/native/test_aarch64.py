@@ -251,6 +251,8 @@ def check_ladder(model: Path, reference: Reference, emulated: list[Any], ort: Pa
         assert re.search(r"onnxruntime \d", backend.description)
         assert backend.calls > 50
     for check in result.checks:
+        if reference.drift is None and check.name.startswith("light judge"):
+            continue  # a closed form has no chain whose drift was measured
         assert check.skipped is None, str(check)
         limit = {"at_least": check.bound} if check.at_least else {"at_most": check.bound}
         figure(f"aarch64, {model.name}: {check.name}", check.value, **limit)
