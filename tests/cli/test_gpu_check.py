@@ -305,6 +305,7 @@ def test_the_report_is_there_after_every_step(checked, tmp_path):
         [Step("a", script("pass"), must="always"), Step("b", script(looks), 60)], "--minutes", "1"
     )
     assert code == 0
+    assert Path("gpu-report/engines/large").is_dir()  # `ddpmx build` makes no folders
     log = Path("gpu-report/logs/b.log").read_text()
     assert "INCOMPLETE: not finished yet" in log
     assert "| a | ok |" in log

@@ -65,7 +65,7 @@ def prepare(options: argparse.Namespace) -> Place:
         if folder and place.out in (folder.resolve(), *folder.resolve().parents):
             raise SystemExit(f"Error: {folder}: lies in {options.out}, which is emptied\nHint: another --out")
     shutil.rmtree(out, ignore_errors=True)
-    for folder in (out / "logs", place.engines):
+    for folder in (out / "logs", place.engines, place.large.engines):
         folder.mkdir(parents=True, exist_ok=True)
     (out / report.NAME).write_text("not finished\n")
     return place
