@@ -97,6 +97,8 @@ def test_goals_are_reached_or_not_and_nothing_else_is_claimed(filled):
         ("diffusers eager ÷ ddpmx,", "not measured"),
         ("diffusers compiled, with", "not measured"),
         ("a step of each image's o", "reached"),
+        ("the chain in fp16 ÷ in i", "not measured"),
+        ("a step of training, the ", "not measured"),
         ("256 CIFAR images of 1000", "reached"),
     ]
     assert {goal["state"] for goal in filled(quick=True)["goals"]} == {"not judged", "not measured"}
