@@ -610,8 +610,8 @@ def load(
         executor: how a chain runs on a GPU, one of :data:`ddpmx.backends.base.EXECUTORS`; ``auto``: the fastest that works.
         trust_host_code: whether a plan may hold code for the CPU, which loading it runs.
         cache: a folder where TensorRT-RTX keeps what it compiles for this GPU, so that the next start is faster.
-        widen: compute an fp16 or bf16 file in float32, with the weights that it has: on every processor alike, see
-            :mod:`ddpmx.formats.widen`. Not for plans.
+        widen: compute a file in fp16, bf16 or 8 bits in float32, with the weights that it has: on every processor alike,
+            see :mod:`ddpmx.formats.widen`. Not for plans.
 
     Raises:
         FileFormatError: no model file, a damaged one, or one of a kind that does not run.

@@ -80,7 +80,7 @@ class _Convolution:
 
     def gathered(self, height: int, width: int) -> int:
         """How many bytes, or a few more, are gathered for one image of this size."""
-        pads = self._four("pads", 0)
+        pads = self._pads
         rows = height * self.enlarged[0] + pads[0] + pads[2]
         columns = width * self.enlarged[1] + pads[1] + pads[3]
         return -(-rows // self._two("strides")[0]) * -(-columns // self._two("strides")[1]) * int(self.weights[0].size)
@@ -94,7 +94,7 @@ class _Convolution:
         Returns:
             int32 [H', W', k, k'], and (H', W').
         """
-        top, left, bottom, right = self._four("pads", 0)
+        top, left, bottom, right = self._pads
         along = []
         for axis, (size, before, after) in enumerate(((height, top, bottom), (width, left, right))):
             stride, dilation = self._two("strides")[axis], self._two("dilations")[axis]
@@ -111,8 +111,9 @@ class _Convolution:
         first, second = (value for value in self.node.attributes.get(name, (1, 1)) if isinstance(value, int))
         return first, second
 
-    def _four(self, name: str, default: int) -> tuple[int, ...]:
-        values = self.node.attributes.get(name, (default,) * 4)
+    @property
+    def _pads(self) -> tuple[int, ...]:
+        values = self.node.attributes.get("pads", (0,) * 4)
         return tuple(value for value in values if isinstance(value, int))
 
 
