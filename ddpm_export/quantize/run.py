@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import Buffers
+from ddpmx.backends.forks import never_free_in_forks
 from ddpmx.backends.ort_integers import as_integers
 from ddpmx.errors import BackendError
 from ddpmx.formats.widen import widen
@@ -66,6 +67,7 @@ class Runner:
                 note=str(error).strip()[:300],
                 hint="another version of onnxruntime",
             ) from error
+        never_free_in_forks(self._session)
 
     def __call__(self, inputs: Mapping[str, NDArray[Any]], names: Sequence[str]) -> list[NDArray[np.floating]]:
         """Values of the graph by their names.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddpmx.backends.base import VARIANCE, Backend, Buffers, CopyingBackend
+from ddpmx.backends.forks import never_free_in_forks
 from ddpmx.backends.ort_common import (
     NAMES,
     PLUGINS,
@@ -111,6 +112,7 @@ class OrtBackend:
             raise FileFormatError(
                 f"{path}: ONNX Runtime {ort.__version__} refuses this file", note=last_words(error)
             ) from error
+        never_free_in_forks(self._session)
         self.provider: str = self._session.get_providers()[0]
         if self.provider != wanted[0] and not fallback:
             raise BackendError(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ddpmx.backends.base import NO_CONDITIONING, VARIANCE, Buffers, CopyingBackend
+from ddpmx.backends.forks import never_free_in_forks
 from ddpmx.backends.ort_common import (
     GPU_PACKAGE,
     NAMES,
@@ -197,6 +198,7 @@ class OrtDevice:
             trouble = last_words(error)
         if trouble:
             raise self._unusable(_why_not_loaded(ort, self._short) or trouble)
+        never_free_in_forks(self._session)
         used = self._session.get_providers()
         if self.provider not in used:
             raise self._unusable(_why_not_loaded(ort, self._short) or f"it uses {', '.join(used)} instead")

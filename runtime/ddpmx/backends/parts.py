@@ -6,6 +6,7 @@ thread takes the part, and how many there are, does not. So images are the same 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._pool: ThreadPoolExecutor | None = None
+        self._process = os.getpid()
 
     def run(self, items: Sequence[Any], takes: Sequence[Take]) -> None:
         """Have all items done.
@@ -41,6 +43,8 @@ class Workers:
         left = iter(items)  # taking the next of a list iterator is one operation, whatever the threads do
         others: list[Future[None]] = []
         try:
+            if self._process != os.getpid():  # a fork has the pool, but none of its threads
+                self._pool, self._process = None, os.getpid()
             if len(takes) > 1 and self._pool is None:
                 self._pool = ThreadPoolExecutor(self.threads - 1, thread_name_prefix="ddpmx-part")
             for take in takes[1:]:

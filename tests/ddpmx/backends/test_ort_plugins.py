@@ -14,6 +14,14 @@ from ddpmx.errors import BackendError
 NAME = "OpenVINOExecutionProvider"
 
 
+class FakeSession:
+    def __init__(self, opened):
+        self._opened = opened
+
+    def get_providers(self):
+        return self._opened
+
+
 class Runtime:
     """As much of ONNX Runtime as opening a session takes. The plugin registers, and finds ``devices``."""
 
@@ -44,7 +52,7 @@ class Runtime:
     def InferenceSession(self, path, options, providers=None):
         assert not (providers and options.devices), "either names or devices"
         self.opened = [*options.devices, *(providers or []), "CPUExecutionProvider"]
-        return SimpleNamespace(get_providers=lambda: self.opened)
+        return FakeSession(self.opened)
 
 
 @pytest.fixture
