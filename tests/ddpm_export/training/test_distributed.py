@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import faulthandler
 import os
 import signal
 import socket
@@ -19,6 +19,7 @@ pytest.importorskip("torch", reason="not verified here: training in several proc
 import torch
 from safetensors.torch import load_file
 
+import children
 from ddpm_export.training import api
 from ddpm_export.training.distributed import ALONE, Processes, joined
 from ddpm_export.training.log import read_log
@@ -50,7 +51,8 @@ def tensors(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
 
 
 def train_as(rank: int, size: int, port: int, restart: int, data: Path, out: Path, steps: int, changes: dict) -> None:
-    """One process of a training, forked: torch is loaded already."""
+    """One process of a training."""
+    faulthandler.dump_traceback_later(50, exit=True)  # before the tests give it up: then its stacks say where it waits
     os.environ.update(
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
         | {"MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": str(restart)}
@@ -70,9 +72,8 @@ def start(size: int, data: Path, out: Path, steps: int, *, restart: int = 0, **c
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
     arguments = (size, port, restart, data, out, steps, changes)
-    running = [context.Process(target=train_as, args=(rank, *arguments)) for rank in range(size)]
+    running = [children.server().Process(target=train_as, args=(rank, *arguments)) for rank in range(size)]
     for process in running:
         process.start()
     return running

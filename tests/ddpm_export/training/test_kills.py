@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -14,11 +13,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="not verified here: training (no torch)")
-if "fork" not in multiprocessing.get_all_start_methods():
-    pytest.skip("not verified here: a training that is killed (this system has no fork)", allow_module_level=True)
-
 import torch
 
+import children
 from ddpm_export.networks.unet import UNetConfig
 from ddpm_export.training.checkpoint import FILES, TRAINING_JSON, TRAINING_TENSORS, checkpoints, read_tensors, resolve
 from ddpm_export.training.data import Dataset, Source
@@ -28,6 +25,8 @@ from ddpm_export.training.settings import TrainSettings
 from ddpm_export.training.train import Trainer
 from ddpmx.formats.spec import ModelSpec
 
+if not children.AVAILABLE:
+    pytest.skip("not verified here: a training that is killed (this system has no fork)", allow_module_level=True)
 pytestmark = pytest.mark.torch
 
 NETWORK = UNetConfig(1, 1, (8, 8), 8, (1,), 1, (), 0.2, 4)
@@ -38,7 +37,6 @@ SPEC = ModelSpec((1, 8, 8), timesteps=20)
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), np.uint8)
 SESSION = 2
 """Steps that a session makes at most before it is killed."""
-FORK = multiprocessing.get_context("fork")
 
 
 def new(run: Path) -> Trainer:
@@ -47,14 +45,6 @@ def new(run: Path) -> Trainer:
 
 def resumed(run: Path) -> Trainer:
     return Trainer.resume(run, Dataset(IMAGES, Source(Path("images"))), device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def imported(tmp_path_factory) -> None:
-    """What a training imports on its way, which takes seconds, is imported before the first fork."""
-    run = tmp_path_factory.mktemp("imported")
-    new(run).train(1)
-    resumed(run).train(2)
 
 
 def session(run: Path, steps: int, made: ctypes.c_long, last: bool) -> None:
@@ -82,8 +72,8 @@ def train(run: Path, steps: int, kill_after: float | None = None, in_save: int |
         in_save: SIGKILL in the save that follows after so many steps, ``kill_after`` seconds from its beginning.
     """
     before = unfinished(run)  # by sessions that were killed
-    made = FORK.Value("l", 0, lock=False)
-    child = FORK.Process(target=session, args=(run, steps, made, kill_after is None), daemon=True)
+    made = children.server().Value("l", 0, lock=False)
+    child = children.server().Process(target=session, args=(run, steps, made, kill_after is None), daemon=True)
     child.start()
     if kill_after is None:
         child.join(120)
