@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ddpmx.backends.base import Buffers
 from ddpmx.backends.forks import never_free_in_forks
+from ddpmx.backends.ort_common import rounds_halves
 from ddpmx.backends.ort_integers import as_integers
 from ddpmx.errors import BackendError
 from ddpmx.formats.widen import widen
@@ -21,6 +22,12 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise BackendError("8 bits need ONNX Runtime", note=str(error), hint="pip install onnxruntime") from error
+    if not rounds_halves(onnxruntime):
+        raise BackendError(
+            f"8 bits need ONNX Runtime 1.30 or later, and this is {onnxruntime.__version__}",
+            note="before that its QuantizeLinear cuts float16 off and does not round it",
+            hint="pip install --upgrade onnxruntime",
+        )
     return onnxruntime
 
 

@@ -63,8 +63,10 @@ def open_model(
     onnx_file.check_external(path, info)
     spec = onnx_file.onnx_spec(path, info, spec)
     from ddpmx.backends import ort
+    from ddpmx.backends.ort_common import import_onnxruntime, rounds_halves
 
-    wide = read_widened(path, info) if widen else None
+    cut = spec.precision == "int8" and not rounds_halves(import_onnxruntime())
+    wide = read_widened(path, info) if widen or cut else None
     eight_bits = None
     if spec.precision == "int8" and not widen and ort.computes_on_cpu(providers):
         eight_bits = _in_memory(path, info)

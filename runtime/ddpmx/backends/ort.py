@@ -99,7 +99,8 @@ class OrtBackend:
                 try:
                     if name not in PLUGINS:
                         raise no_provider(ort, name)
-                    options.add_provider_for_devices(plugin_devices(ort, name)[:1], {})
+                    devices = plugin_devices(ort, name)  # before 1.22 options know nothing of devices
+                    options.add_provider_for_devices(devices[:1], {})
                     plugin = name
                 except BackendError as error:
                     if not fallback:

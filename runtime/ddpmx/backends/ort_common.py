@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import threading
 from typing import Any
 
@@ -48,6 +49,12 @@ def import_onnxruntime() -> Any:
     except ImportError as error:
         raise BackendError("ONNX Runtime is not installed", note=str(error), hint=_INSTALL) from error
     return onnxruntime
+
+
+def rounds_halves(ort: Any) -> bool:
+    """Whether QuantizeLinear rounds float16: before 1.30 it cuts it off (findings/onnxruntime_half_is_cut_off.sh)."""
+    found = re.match(r"(\d+)\.(\d+)", ort.__version__)
+    return found is not None and (int(found[1]), int(found[2])) >= (1, 30)
 
 
 def available_providers(ort: Any) -> list[str]:

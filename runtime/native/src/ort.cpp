@@ -26,6 +26,7 @@ struct Runtime {
   Library library;
   const OrtApi *api = nullptr;
   std::string version = "";
+  bool rounds_halves = false;  // where float16 becomes int8
 
   // Failure(kind) with ONNX Runtime's message, if there was an error. Frees the OrtStatus.
   void check(OrtStatus *status, ddpmx_status kind, const std::string &fact, const std::string &hint = "") const {
@@ -76,6 +77,7 @@ Runtime open_runtime(const char *option) {
   runtime.version = runtime.version.substr(1, runtime.version.size() - 2);
   int major = 0, minor = 0;
   std::sscanf(found->GetVersionString(), "%d.%d", &major, &minor);
+  runtime.rounds_halves = major > 1 || (major == 1 && minor >= 30);
   // checked first, since GetApi prints an error if it does not have the version
   if (major > 1 || (major == 1 && minor >= static_cast<int>(kApi))) runtime.api = found->GetApi(kApi);
   if (!runtime.api) {
@@ -95,6 +97,11 @@ class OrtNetwork : public Network {
         memory_(runtime_.api->ReleaseMemoryInfo),
         session_(runtime_.api->ReleaseSession) {
     const OrtApi &api = *runtime_.api;
+    if (spec.precision == "int8" && !runtime_.rounds_halves) {
+      throw Failure(DDPMX_BACKEND, path + ": ONNX Runtime " + runtime_.version + " computes this int8 file wrongly",
+                    "before 1.30 its QuantizeLinear cuts float16 off and does not round it",
+                    "ONNX Runtime 1.30 or later; the model's fp16 and fp32 files run here");
+    }
     const std::string own = "ONNX Runtime " + runtime_.version + " does not start";
     // No logger of our own: it would be global to the process, and outlive this library. Errors are returned anyway.
     runtime_.check(api.CreateEnv(ORT_LOGGING_LEVEL_FATAL, "ddpmx", env_.out()), DDPMX_BACKEND, own);

@@ -37,6 +37,12 @@ def inputs(n=4):
     return {"x": x, "t": np.zeros(n, np.int32)}
 
 
+def test_a_version_that_cuts_half_precision_off_is_refused(monkeypatch):
+    monkeypatch.setattr("ddpm_export.quantize.run.rounds_halves", lambda onnxruntime: False)
+    with pytest.raises(BackendError, match=r"8 bits need ONNX Runtime 1\.30 or later, and this is"):
+        Runner(graph())
+
+
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_only_inputs_and_weights_of_the_chosen_are_in_8_bits(precision):
     before, after = graph(), inserted(precision)

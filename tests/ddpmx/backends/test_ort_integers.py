@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import ddpmx
-from ddpmx.backends import ort_integers
+from ddpmx.backends import ort_common, ort_integers
 from ddpmx.backends.ort_integers import as_integers
 from ddpmx.errors import FileFormatError, InputError
 from ddpmx.formats.spec import ModelSpec
 from oracles import protobuf
-from oracles.protobuf import FLOAT, INT32, field, ints, node, tensor
+from oracles.protobuf import FLOAT, FLOAT16, INT32, field, ints, node, tensor
 
 ort = pytest.importorskip("onnxruntime", reason="not verified here: products of integers (no ONNX Runtime)")
 
@@ -376,6 +378,45 @@ def test_a_file_whose_names_are_taken_runs_as_it_is(file, tmp_path):
         assert "integers" not in alone.backend
         apart = pipeline.generate(2, seed=1).astype(int) - alone.generate(2, seed=1)
     assert abs(apart).max() <= 1
+
+
+@pytest.fixture
+def rounding(tmp_path):
+    """eps is x in half precision, rounded to whole numbers: what a Q/DQ graph in half does before a convolution."""
+    spec, dims = ModelSpec((1, 2, 4), timesteps=5, precision="int8"), ("batch", 1, 2, 4)
+    nodes = [
+        node("Cast", ["x"], ["half"], number("to", FLOAT16)),
+        node("QuantizeLinear", ["half", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        node("Cast", ["dq"], ["eps"], number("to", FLOAT)),
+    ]
+    constants = [tensor("s", FLOAT16, (), np.float16(1).tobytes()), tensor("z", INT8, (), b"\0")]
+    graph = b"".join(field(1, each) for each in nodes) + b"".join(field(5, each) for each in constants)
+    inputs = {"x": (FLOAT, dims), "t": (INT32, ("batch",))}
+    path = tmp_path / "rounding.onnx"
+    path.write_bytes(protobuf.model(inputs, {"eps": (FLOAT, dims)}, metadata={"ddpmx": spec.to_text()}, graph=graph))
+    return path
+
+
+@pytest.mark.parametrize("how", [{}, {"providers": ("openvino", "cpu"), "fallback": True}])
+@pytest.mark.parametrize("old", [False, True])
+def test_half_precision_is_rounded_by_every_version(rounding, monkeypatch, old, how):
+    """ONNX Runtime before 1.30 cuts it off, so that there the file is computed in float32."""
+    if old:
+        monkeypatch.setattr(ort_common, "rounds_halves", lambda ort: False)
+    x = np.array([0.25, 0.75, 1.9, 2.5, -0.75, -1.9, 100.6, -3.5], np.float32).reshape(1, 1, 2, 4)
+    with ddpmx.load(rounding, **how) as pipeline:
+        if old:
+            assert "in float32" in pipeline.backend
+        np.testing.assert_array_equal(pipeline.evaluate(x, 0).out, np.rint(x))
+
+
+@pytest.mark.parametrize(
+    ("version", "rounds"),
+    [("1.29.0", False), ("1.30.0", True), ("1.4.1", False), ("2.0.0", True), ("1.30.0.dev3+cu130", True), ("?", False)],
+)
+def test_the_first_version_that_rounds(version, rounds):
+    assert ort_common.rounds_halves(SimpleNamespace(__version__=version)) == rounds
 
 
 def test_widened_it_is_computed_in_float32(file):
