@@ -71,7 +71,9 @@ def progress_bar(*columns: str, unit: str = "", remaining: bool = True) -> Itera
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
-    with Progress(
+    console = Console(stderr=True)
+    silent = _quiet or not console.is_terminal
+    progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -79,10 +81,13 @@ def progress_bar(*columns: str, unit: str = "", remaining: bool = True) -> Itera
         TextColumn(unit),
         *columns,
         *[TimeRemainingColumn()] * remaining,
-        console=(console := Console(stderr=True)),
+        console=console,
         transient=True,
-        disable=_quiet or not console.is_terminal,
-    ) as progress:
+        disable=silent,
+    )
+    with (
+        contextlib.nullcontext() if silent else progress
+    ):  # rich before 14.3 ends a disabled display with an empty line
         yield progress
 
 

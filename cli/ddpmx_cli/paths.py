@@ -26,10 +26,12 @@ class PathCommand(TyperCommand):
 def _checked(parameter: Any) -> Callable[[Any, Any], Any]:
     process: Callable[[Any, Any], Any] = parameter.process_value
     is_argument = parameter.param_type_name == "argument"
+    named = is_argument or parameter.name in _TEXTS or type(getattr(parameter, "type", None)).__name__.endswith("Path")
 
     def checked(context: Any, value: Any) -> Any:
         processed = process(context, value)
-        path = isinstance(processed, Path) or is_argument or parameter.name in _TEXTS
+        # typer before 0.29 has the paths' type in the parameter, and makes them later
+        path = named or isinstance(processed, Path)
         if path and isinstance(value, str) and not value and not context.resilient_parsing:
             name = parameter.metavar or parameter.name.upper() if is_argument else max(parameter.opts, key=len)
             raise InputError(f"{name} is empty", hint="name a file or a folder; the current folder is .")

@@ -169,7 +169,7 @@ class Service:
             guidance=ask.guidance,
             begun_from=begun.of,
             towards=ask.towards,
-            share=ask.share,
+            share=ask.towards_share,
         )
         return ticket, origin
 

@@ -37,7 +37,14 @@ class Ask(BaseModel):
     )
     guidance: float = Field(1.0, description="w of classifier-free guidance; 1 for none.")
     towards: int | None = Field(None, ge=0, lt=2**64, description="Another seed: x_T lies between those of both.")
-    share: float = Field(0.5, ge=0, le=1, description="With towards: from 0, seed's images, to 1, the other one's.")
+    share: float | None = Field(
+        None, ge=0, le=1, description="With towards: from 0, seed's images, to 1, the other one's; by default half."
+    )
+
+    @property
+    def towards_share(self) -> float:
+        """λ, how much of the other seed's x_T there is."""
+        return 0.5 if self.share is None else self.share
 
 
 class AskWithPictures(Ask):
@@ -96,7 +103,7 @@ def begin(model: Model, ask: Ask, sampling: Sampling) -> Begun:
         InputError: the request contradicts itself, or its picture does not fit the model.
     """
     init, strength = (ask.init, ask.strength) if isinstance(ask, AskWithPictures) else (None, None)
-    if "share" in ask.model_fields_set and ask.towards is None:
+    if ask.share is not None and ask.towards is None:
         raise InputError("share is between seed and towards, which is missing")
     if init is None and strength is not None:
         raise InputError("strength is of init, which is missing")
@@ -116,7 +123,7 @@ def begin(model: Model, ask: Ask, sampling: Sampling) -> Begun:
         return Begun(begun.x, begun.sampling, [sent_name(init)] * ask.n)
     if ask.towards is not None:
         images = np.arange(ask.first, ask.first + ask.n)
-        return Begun(between(ask.seed, ask.towards, ask.share, images, model.spec.shape), sampling)
+        return Begun(between(ask.seed, ask.towards, ask.towards_share, images, model.spec.shape), sampling)
     return Begun(None, sampling)
 
 
