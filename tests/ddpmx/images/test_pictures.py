@@ -72,7 +72,7 @@ REFUSED = {
         {"size": (7, 5)},
         r"it is 5×7 \(height×width\), and the model takes 7×5 \(height×width\)",
     ),
-    "16 bits": (GREY.astype(np.uint16) * 257, 1, {}, "pictures of mode I;16 have no range that is known"),
+    "16 bits": (GREY.astype(np.uint16) * 257, 1, {}, "pictures of mode I(;16)? have no range that is known"),
 }
 
 
