@@ -648,7 +648,7 @@ def _whole_change(rng: random.Random, data: bytes) -> bytes:
             for kind in ("f4", "f8", "i4", "i8", "u1", "c8", "?", ">i4", ">f4", "f2", "S4", "U4", "V4")
         ),
         *(np.full_like(array, fill) for fill in (0, 1, longest)),
-        *(np.asfortranarray(array), np.zeros((1,) * 40, array.dtype), np.zeros((0, 5, 0), array.dtype)),
+        *(np.asfortranarray(array), np.zeros((1,) * 32, array.dtype), np.zeros((0, 5, 0), array.dtype)),
     )
     if array.dtype.kind == "f":
         changed = (*changed, *(np.full_like(array, fill) for fill in (np.nan, np.inf, 1e-40)))

@@ -405,11 +405,12 @@ def _download(name: str) -> Path:
         variants = any(name.startswith(_STEM) for name in names)
         if not names or (variants and _DIFFUSERS[0] not in names):  # the plain weights may be there as .bin
             folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
-    except ValueError as error:  # HFValidationError
-        raise InputError(
-            f"hf:{name}: not the name of a repository", note=str(error)[:200], hint="hf:ORGANISATION/NAME"
-        ) from error
     except Exception as error:  # from the hub, the network or the disk: the hub's error classes change between versions
+        # HFValidationError; before huggingface_hub 1.0 what was not found without a network is both
+        if isinstance(error, ValueError) and not isinstance(error, OSError):
+            raise InputError(
+                f"hf:{name}: not the name of a repository", note=str(error)[:200], hint="hf:ORGANISATION/NAME"
+            ) from error
         raise BackendError(
             f"hf:{name} cannot be downloaded",
             note=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300],
