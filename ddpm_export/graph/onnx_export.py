@@ -14,6 +14,7 @@ import copy
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -179,6 +180,7 @@ def make_graph(
 
     In 8 bits the graph is that of half precision, which :mod:`ddpm_export.quantize` goes on from.
     """
+    _check_torch()
     spec = spec.replace(precision=precision, ddpmx=ddpmx.__version__)
     if isinstance(network, (UNet, LucidrainsUNet)):
         check_spec(network.config, spec)
@@ -226,6 +228,16 @@ def write_graph(
     onnx.checker.check_model(model, full_check=True)
     with atomic_write(output) as stream:
         stream.write(model.SerializeToString(deterministic=True))
+
+
+def _check_torch() -> None:
+    """Older ones lack what is called here, and 2.6 has ended in a segmentation fault.
+
+    Raises:
+        BackendError: torch is older than 2.9.
+    """
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 9):
+        raise BackendError(f"torch {torch.__version__} is too old to export with", hint="pip install 'torch>=2.11'")
 
 
 def _check_size(model: onnx.ModelProto, output: str | os.PathLike[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +31,7 @@ from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpm_export.training.checkpoint import load_network, weights_hash
 from ddpm_export.training.data import load_dataset
 from ddpm_export.training.diffusion import GaussianDiffusion
-from ddpmx.errors import InputError, OutputError
+from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.formats import atomic
 from ddpmx.formats.onnx_file import METADATA_KEY, TRAINING_KEY
 from ddpmx.formats.spec import ModelSpec
@@ -444,3 +445,11 @@ def test_raw_weights_are_named_as_such(trained, tmp_path):
     assert raw.weights == weights_hash(load_network(trained.run, "raw")[0].state_dict())
     assert averaged.weights == weights_hash(load_network(trained.run, "ema")[0].state_dict())
     assert raw.weights != averaged.weights
+
+
+@pytest.mark.parametrize("version", ["2.6.0+cu124", "2.8.0"])
+def test_a_torch_that_cannot_export_is_named(monkeypatch, tmp_path, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(BackendError, match=f"torch {re.escape(version)} is too old to export with"):
+        export_network(torch.nn.Identity(), ModelSpec((1, 8, 8)), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
