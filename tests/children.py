@@ -1,7 +1,7 @@
 """Processes for tests that need several or kill them: forked from a server that has no threads, not from the tests' own.
 
 What ran before in that one leaves pools and locks behind. A fork inherits them without the threads that would release them,
-and once in a hundred runs it would wait for ever.
+and may wait for ever.
 """
 
 from __future__ import annotations

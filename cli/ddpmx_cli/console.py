@@ -85,9 +85,8 @@ def progress_bar(*columns: str, unit: str = "", remaining: bool = True) -> Itera
         transient=True,
         disable=silent,
     )
-    with (
-        contextlib.nullcontext() if silent else progress
-    ):  # rich before 14.3 ends a disabled display with an empty line
+    # rich before 14.3 ends a disabled display with an empty line
+    with contextlib.nullcontext() if silent else progress:
         yield progress
 
 

@@ -14,7 +14,6 @@ import copy
 import io
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -38,6 +37,7 @@ from ddpm_export.networks.registry import check_spec
 from ddpm_export.networks.unet import UNet
 from ddpm_export.training import checkpoint as checkpoints
 from ddpm_export.training.checkpoint import Weights
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import BackendError, InputError, OutputError
 from ddpmx.formats.atomic import atomic_write
 from ddpmx.formats.describe import training_summary
@@ -236,7 +236,7 @@ def _check_torch() -> None:
     Raises:
         BackendError: torch is older than 2.9.
     """
-    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 9):
+    if version_numbers(torch.__version__) < (2, 9):
         raise BackendError(f"torch {torch.__version__} is too old to export with", hint="pip install 'torch>=2.11'")
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any, ClassVar, cast
 import torch
 
 from ddpm_export.importers.reading.foreign import name_zip
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import BackendError, FileFormatError
 
 MAX_PICKLE = 1 << 28
@@ -64,8 +65,7 @@ def load(path: Path) -> Any:
         FileFormatError: it is cut off, damaged, claims more than it holds, or holds more than weights.
         BackendError: this torch's ``weights_only`` can be bypassed.
     """
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < (2, 6):
+    if version_numbers(torch.__version__) < (2, 6):
         raise BackendError(
             f"torch {torch.__version__} cannot open other people's files safely",
             note="before torch 2.6 a file could bypass weights_only and run code",

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ddpm_export.training.images.find import SUFFIXES, Found
 from ddpm_export.training.images.shards import MAX_IMAGE, expand
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import DataError
 
 OLDEST = (14, 0, 1)
@@ -173,8 +174,7 @@ def _pyarrow(path: Path) -> ModuleType:
         import pyarrow.ipc
     except ImportError as error:
         raise DataError(f"{path}: tables are read by pyarrow", hint="pip install 'pyarrow>=14.0.1'") from error
-    version = tuple(int(part) for part in re.findall(r"\d+", pyarrow.__version__)[:3])
-    if version < OLDEST:
+    if version_numbers(pyarrow.__version__, 3) < OLDEST:
         raise DataError(
             f"{path}: this version of pyarrow unpickles what a file brings along",
             note=f"pyarrow {pyarrow.__version__}",

@@ -65,8 +65,9 @@ def open_model(
     from ddpmx.backends import ort
     from ddpmx.backends.ort_common import import_onnxruntime, rounds_halves
 
-    cut = spec.precision == "int8" and not rounds_halves(import_onnxruntime())
-    wide = read_widened(path, info) if widen or cut else None
+    # by an older ONNX Runtime an 8-bit graph is right in float32 alone, whatever provider runs it
+    in_float32 = widen or (spec.precision == "int8" and not rounds_halves(import_onnxruntime()))
+    wide = read_widened(path, info) if in_float32 else None
     eight_bits = None
     if spec.precision == "int8" and not widen and ort.computes_on_cpu(providers):
         eight_bits = _in_memory(path, info)

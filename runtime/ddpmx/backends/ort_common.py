@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import re
 import threading
 from typing import Any
 
 from ddpmx.device.discovery import gpus
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import BackendError
 
 NAMES = {
@@ -53,8 +53,7 @@ def import_onnxruntime() -> Any:
 
 def rounds_halves(ort: Any) -> bool:
     """Whether QuantizeLinear rounds float16: before 1.30 it cuts it off (findings/onnxruntime_half_is_cut_off.sh)."""
-    found = re.match(r"(\d+)\.(\d+)", ort.__version__)
-    return found is not None and (int(found[1]), int(found[2])) >= (1, 30)
+    return version_numbers(ort.__version__) >= (1, 30)
 
 
 def available_providers(ort: Any) -> list[str]:

@@ -1,1 +1,1 @@
-"""The NVIDIA driver by ctypes, which GPUs it sees, and how many cores there are."""
+"""The NVIDIA driver by ctypes, which GPUs it sees, how many cores there are, and libraries' versions."""
