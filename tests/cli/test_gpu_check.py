@@ -260,9 +260,9 @@ def test_quick(place):
 
 
 WITHIN = [
-    *("tests of kernels", "tests of chains", "tests of networks"),
+    *("tests of kernels", "tests of chains", "tests of networks", "tests of engines"),
     *("network", "export fp32", "export fp16", "build fp16", "parity fp16", "build fp32", "parity fp32"),
-    *("tests of engines", "large network", "export large", "build large", "bench fp16", "many images", "serving"),
+    *("large network", "export large", "build large", "bench fp16", "many images", "serving"),
     *("peers 1", "peers 64", *EIGHT_BITS, "training"),
 ]
 

@@ -19,6 +19,7 @@ from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.discovery import gpus
 from ddpmx.device.driver import Driver
 from ddpmx.errors import BackendError
+from ddpmx.models import shipped
 from ddpmx.pipeline import Pipeline
 from ddpmx.trt import build as trt_build
 from ddpmx.trt import library as trt_library
@@ -213,6 +214,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory, gaussian_onnx: Path) -> En
 def plan(engines: Engines, gaussian_onnx: Path) -> Path:
     """A plan of the closed-form network, for batches of 1…8."""
     return engines.build(gaussian_onnx)
+
+
+@pytest.fixture
+def u_net() -> Path:
+    """An ONNX file of a real U-Net in fp16, which needs no torch."""
+    return shipped.find("garments")
 
 
 @pytest.fixture

@@ -95,10 +95,10 @@ def within_minutes(options: argparse.Namespace, place: Place, doctor: dict[str, 
     flavours = [name for name in ("TensorRT", "TensorRT-RTX") if "missing" not in libraries[name]]
     no_plan = "" if flavours else f"there is no TensorRT here ({libraries['TensorRT-RTX']['missing']})"
     suites = {name: suite(name, place, must, quick=True) for name, must in SUITES.items()}
-    steps = [suites["kernels"], suites["chains"], suites["networks"], *network(small, place, torch, gpu)]
+    steps = [*suites.values(), *network(small, place, torch, gpu)]
     for precision in reversed(PRECISIONS):
         steps += plans(small, place, precision, gpu, no_plan)
-    steps += [suites["engines"], *large_network(options, place, torch, no_plan)]
+    steps += large_network(options, place, torch, no_plan)
     return [*steps, *eight_bits(place, torch, no_plan), training(options, place, torch)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import ddpmx
@@ -36,8 +37,10 @@ def test_the_chain_is_numpy_s_chain_of_the_same_engine(plan, executor):
     assert check.passed, str(check)
 
 
-def test_all_executors_give_the_same_images(plan):
-    drawn = {}
+@pytest.mark.parametrize("network", ["gaussian_onnx", "u_net"])
+def test_all_executors_give_the_same_images(engines, network, request):
+    """A step of the U-Net is many kernels, in streams and memory that TensorRT chooses."""
+    plan, drawn = engines.build(request.getfixturevalue(network)), {}
     for executor in EXECUTORS:
         with ddpmx.load(plan, executor=executor) as pipeline:
             try:
@@ -104,6 +107,20 @@ def test_two_threads_have_contexts_of_their_own(plan, at_once):
 
         at_once([lambda: draw(pipeline, 0), lambda: draw(other, 4)])
     assert got == {0: rounds * alone[:1], 4: rounds * alone[1:]}
+
+
+# --- a real U-Net, without torch -------------------------------------------------------------------------------------
+
+
+def test_a_shipped_network_answers_as_on_the_cpu(engines, u_net, figure):
+    """ε of the states of a chain. The CPU computes the same fp16 file in float32."""
+    pytest.importorskip("onnxruntime", reason="not verified here: a shipped network beside the CPU (no onnxruntime)")
+    with ddpmx.load(u_net) as cpu, ddpmx.load(engines.build(u_net)) as gpu:
+        states = {s.t: s.x.copy() for s in cpu.stream(4, seed=SEED, steps=STEPS)}
+        for t, x in states.items():
+            wanted, got = cpu.evaluate(x, t).eps, gpu.evaluate(x, t).eps
+            error = np.sqrt(np.square(got - wanted).sum() / np.square(wanted).sum())
+            figure(f"{engines.library}, {u_net.stem}, ε at t = {t} beside the CPU's, RMS", error, at_most=5e-3)
 
 
 # --- parity ----------------------------------------------------------------------------------------------------------

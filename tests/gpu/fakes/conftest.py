@@ -207,6 +207,11 @@ def engines(fake, monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
+def u_net(gaussian_onnx):
+    return gaussian_onnx
+
+
+@pytest.fixture
 def references(gaussian_onnx):
     return [("fp32", gaussian_onnx, make_reference())]
 
