@@ -12,7 +12,7 @@ from ddpmx.backends.base import EXECUTORS, CopyingBackend
 from ddpmx.cuda.device_batch import EXECUTORS as BATCH_EXECUTORS
 from ddpmx.cuda.device_batch import DeviceBatch
 from ddpmx.cuda.device_chain import DeviceChain
-from ddpmx.cuda.executors import why_no_while
+from ddpmx.cuda.executors import choose_executor, why_no_while
 from ddpmx.cuda.group import Group
 from ddpmx.errors import Cancelled, InputError, NumericError
 from ddpmx.sampling import chain
@@ -278,4 +278,25 @@ def test_every_step_of_every_image_in_a_batch_has_numpy_s_bits(driver, executor,
                 if each.index + 1 == len(group):
                     assert each.pixels.tobytes() == to_nhwc(expected.x0).tobytes()
     assert all(group.done == len(group) for group in groups)
+    device.close()
+
+
+# --- last, since a driver may crash here -----------------------------------------------------------------------------
+
+
+def test_a_network_that_waits_runs_plainly(driver, loaded):
+    """It makes each capture invalid. A graph whose WHILE node's body was captured so must not be freed."""
+    device = StandIn(driver)
+    with DeviceChain(driver, loaded, SPEC.shape, len(IMAGES), table_of(), description="the stand-in") as made:
+        network = device.network(len(IMAGES), **made.at, stream=made.stream)
+
+        def enqueue(stream):
+            driver.wait_for_stream(stream)
+            network.enqueue(stream)
+
+        choice = choose_executor(made, enqueue)
+        assert [name for name, _ in choice.rejected] == ["while", "graph"]
+        assert choice.executor == "plain"
+        got = made.run(seed=SEED, images=IMAGES)
+    assert got.tobytes() == drawn(IMAGES).tobytes()
     device.close()

@@ -342,10 +342,15 @@ class FakeCuda:
         stream.capture, stream.into = self._body(graph), graph
 
     def _body(self, graph: int) -> list[Work]:
-        for nodes in self.live["graph"].values():
+        _, node = self._owner(graph)
+        return node.body
+
+    def _owner(self, body: int) -> tuple[int, While]:
+        """The graph, and its WHILE node, that a body belongs to."""
+        for graph, nodes in self.live["graph"].items():
             for node in nodes:
-                if getattr(node, "body_handle", None) == graph:
-                    return node.body
+                if getattr(node, "body_handle", None) == body:
+                    return graph, node
         raise Failure(400)
 
     def _cuStreamEndCapture(self, handle: int, out: Any) -> None:
@@ -354,6 +359,8 @@ class FakeCuda:
         nodes, into = stream.capture, stream.into
         stream.capture = None
         if stream.invalidated:
+            if into:  # a real driver frees the body here, and crashes if its graph is destroyed
+                self._free("graph", self._owner(into)[0])
             raise Failure(901)
         out._obj.value = into or self._make("graph", nodes)
 

@@ -298,7 +298,7 @@ class DeviceChain:
         graph = driver.graph()
         try:
             handle, body = driver.add_while(graph)
-            with driver.capture(self.stream, into=body):
+            with driver.capture(self.stream, into=(graph, body)):
                 enqueue(self.stream)
                 self._launch_step()
                 driver.launch(condition, 1, 1, self.stream, (self._at, handle), "ddpmx_condition")

@@ -484,7 +484,7 @@ class Driver:
     # --- graphs ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def capture(self, stream: int, into: int | None = None) -> Iterator[list[Handle]]:
+    def capture(self, stream: int, into: tuple[Handle, int] | None = None) -> Iterator[list[Handle]]:
         """Inside, what is put into the stream is recorded instead of run.
 
         In thread-local mode: other threads do not disturb it. An exception inside ends the capture and frees what was
@@ -492,7 +492,9 @@ class Driver:
 
         Args:
             stream: any but the default stream.
-            into: a graph to record into, the body of a WHILE node; by default a new graph.
+            into: a graph, and the body of a WHILE node in it to record into; by default a new graph. If the capture is
+                invalid at its end, the driver has freed the body, and would free it again with the graph, which crashes
+                (NVIDIA's bug 6805256). So the graph is never freed then.
 
         Yields:
             An empty list. After the block it holds the new graph; with ``into`` it stays empty.
@@ -508,23 +510,28 @@ class Driver:
                 self.call("cuStreamBeginCapture_v2", stream, mode, doing="beginning a capture")
             else:
                 doing = "beginning the capture of a WHILE node's body"
-                self.call("cuStreamBeginCaptureToGraph", stream, into, None, None, 0, mode, doing=doing)
+                self.call("cuStreamBeginCaptureToGraph", stream, into[1], None, None, 0, mode, doing=doing)
             begun = True
             yield captured
         except BaseException as error:
             if not begun and isinstance(error, BackendError):
                 raise
             with contextlib.suppress(BackendError):  # the capture is invalid anyway
-                self._end_capture(stream, captured, own=into is None)
+                self._end_capture(stream, captured, into and into[0])
             for graph in captured:
                 graph.close()
             raise
-        self._end_capture(stream, captured, own=into is None)
+        self._end_capture(stream, captured, into and into[0])
 
-    def _end_capture(self, stream: int, captured: list[Handle], *, own: bool) -> None:
+    def _end_capture(self, stream: int, captured: list[Handle], owner: Handle | None) -> None:
         graph = c_void_p()
-        self.call("cuStreamEndCapture", stream, ctypes.byref(graph), doing="ending a capture")
-        if own and graph.value:
+        try:
+            self.call("cuStreamEndCapture", stream, ctypes.byref(graph), doing="ending a capture")
+        except BackendError:
+            if owner is not None:
+                owner.abandon()
+            raise
+        if owner is None and graph.value:
             captured.append(Handle(self, graph.value, "cuGraphDestroy", "a captured graph"))
 
     def is_capturing(self, stream: int) -> bool:
