@@ -2,6 +2,7 @@
 
     python tests/benchmarks/peers.py [--small] [--batch 1,64] [--steps 10] [--rounds 5] [--json peers.json]
     python tests/benchmarks/peers.py --checkpoint runs/photos --engine model.plan model.onnx
+    python tests/benchmarks/peers.py --checkpoint runs/photos --torch
     python tests/benchmarks/peers.py --only mnn diffusers --batch 1,16 --threads 2 --busy 2
 
 All runs have the same weights, batch and number of steps, and end with images of the same shape in host memory. Each is a
@@ -69,6 +70,7 @@ PEERS = {
     "openvino": "OpenVINO in a loop",
     "ncnn": "ncnn in a loop",
 }
+ON_TORCH = "ddpmx on torch"
 BY_TORCH = ("diffusers", "compile")
 ON_CPU = ("mnn", "mnn-low", "openvino", "ncnn")
 
@@ -99,7 +101,9 @@ class Bench:
     def source(self) -> Worker | None:
         """The network, its weights, and, unless files were passed, its ONNX files."""
         options = self.options
-        exports = {} if options.engine else {p: str(self.folder / f"{p}.onnx") for p in options.precision}
+        exports = (
+            {} if options.engine or options.torch else {p: str(self.folder / f"{p}.onnx") for p in options.precision}
+        )
         return self.start(
             "source",
             "the reference, and the runs by torch",
@@ -112,6 +116,10 @@ class Bench:
 
     def ours(self, source: Worker | None) -> tuple[list[Worker], list[Path]]:
         """ddpmx's runs, and their files: those passed, or a plan where there is a GPU, or else the ONNX files."""
+        if self.options.torch:
+            job = {"checkpoint": self.options.checkpoint, "batches": self.options.batch}
+            started = [self.start("ddpmx", f"{ON_TORCH}, {p}", p, **job) for p in self.options.precision]
+            return [worker for worker in started if worker], []
         files = [Path(file) for file in self.options.engine]
         choices = [[file] for file in files]
         if source and not files:
@@ -374,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--engine", nargs="+", default=[], metavar="FILE", help="ONNX files and plans; by default exported"
     )
     parser.add_argument("--checkpoint", help="the run or checkpoint they come from; by default random weights")
+    parser.add_argument("--torch", action="store_true", help="ddpmx runs the checkpoint by torch, without an engine")
     parser.add_argument("--small", action="store_true", help="1.1 million parameters instead of the paper's CIFAR-10")
     parser.add_argument("--batch", type=batches, help="by default 1,64 on a GPU, 1,8 on a CPU")
     parser.add_argument("--steps", type=count, help="by default 1000 on a GPU, 10 on a CPU")
@@ -389,6 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.device = options.device or ("cuda" if gpus().devices else "cpu")
     on_gpu = options.device == "cuda"
+    if options.torch and (not options.checkpoint or options.engine or not on_gpu):
+        parser.error("--torch takes a --checkpoint, no --engine, and a GPU")
     options.steps = options.steps or (1000 if on_gpu else 10)
     options.batch = options.batch or ([1, 64] if on_gpu else [1, 8])
     options.threads = options.threads or os.cpu_count() or 1

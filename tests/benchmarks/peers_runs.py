@@ -80,6 +80,30 @@ class Ddpmx:
         return self.pipeline.generate(batch, seed=seed, batch=batch, steps=steps, spacing=SPACING)
 
 
+class OnTorch(Ddpmx):
+    """ddpmx with torch as its network, captured in the chain's stream: diffusers' kernels, without their launches."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+
+        import ddpmx
+
+        self.job, self.torch = job, torch
+        self.backend: Any = None
+        self.versions = {"ddpmx": ddpmx.__version__, "torch": torch.__version__}
+
+    def load(self) -> str:
+        from ddpmx.backends.base import CopyingBackend
+        from ddpmx.device.driver import Driver
+        from ddpmx.pipeline import Pipeline
+        from gpu.torch_network import TorchDevice, of_checkpoint
+
+        spec, call = of_checkpoint(self.job["checkpoint"], self.job["precision"])
+        self.backend = CopyingBackend(TorchDevice(Driver(), self.torch, spec, call, largest=max(self.job["batches"])))
+        self.pipeline, self.about = Pipeline(spec, self.backend.share()), spec.to_json()
+        return self.pipeline.backend
+
+
 class Loop:
     """A simple hand-written chain: a call of some runtime per step, NumPy's noise, new arrays everywhere.
 
@@ -358,7 +382,7 @@ def ddpm_scheduler(values: dict[str, Any]) -> Any:
 
 
 KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "ddpmx": Ddpmx,
+    "ddpmx": lambda job: (Ddpmx if "file" in job else OnTorch)(job),
     "mnn": Ddpmx,
     "mnn-low": Ddpmx,
     "mnn1": Ddpmx,

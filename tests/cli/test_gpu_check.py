@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -226,11 +227,12 @@ def named(planned):
     return [step.name for step in planned if not step.not_run]
 
 
+ON_TORCH = ("chain on torch", "peers on torch")
 ALL = [
     *(f"tests of {name}" for name in ("kernels", "chains", "networks", "engines")),
     *("images", "network", "export fp32", "export fp16"),
     *("build fp32", "parity fp32", "build fp16", "parity fp16"),
-    *("bench fp32", "bench fp16", "build for 256", "many images", "serving", "peers"),
+    *("bench fp32", "bench fp16", "build for 256", "many images", "serving", "peers", *ON_TORCH),
     *("export int8", "build int8", "parity int8", "build fp16 for 64", "bench int8-64", "bench fp16-64", "training"),
 ]
 EIGHT_BITS = ALL[-7:-1]
@@ -253,9 +255,8 @@ def test_a_large_gpu_with_everything(place):
 
 def test_quick(place):
     planned = check.make_steps(options(quick=True, no_peers=True), place, DOCTOR)
-    assert named(planned) == [
-        name for name in ALL if name not in ("images", "build for 256", "peers", "training", *EIGHT_BITS)
-    ]
+    left_out = ("images", "build for 256", "peers", "peers on torch", "training", *EIGHT_BITS)
+    assert named(planned) == [name for name in ALL if name not in left_out]
     assert all("--seconds 0.5" in " ".join(step.command) for step in planned if step.name.startswith("bench"))
 
 
@@ -263,7 +264,7 @@ WITHIN = [
     *("tests of kernels", "tests of chains", "tests of networks", "tests of engines"),
     *("network", "export fp32", "export fp16", "build fp16", "parity fp16", "build fp32", "parity fp32"),
     *("large network", "export large", "build large", "bench fp16", "many images", "serving"),
-    *("peers 1", "peers 64", *EIGHT_BITS, "training"),
+    *("peers 1", "peers 64", *ON_TORCH, *EIGHT_BITS, "training"),
 ]
 
 
@@ -280,6 +281,58 @@ def test_within_minutes_the_most_telling_comes_first(place):
     bare = doctored(torch={"missing": "no"}, **{"TensorRT-RTX": {"missing": "no"}})
     rest = named(check.within_minutes(options(minutes=8), place, bare))
     assert rest == ["tests of kernels", "tests of chains", "tests of networks", "tests of engines"]
+
+
+def test_torch_is_the_network_where_no_plan_was_built(place):
+    """TensorRT is there, but does not know the GPU; or it is not there at all."""
+    for changes in ({}, {"TensorRT-RTX": {"missing": "no"}}):
+        planned = check.within_minutes(options(minutes=8), place, doctored(**changes))
+        (chain,) = (step for step in planned if step.name == "chain on torch")
+        (large,) = (step for step in planned if step.name == "large network")
+        assert (chain.not_run, large.not_run) == ("", "")
+        assert chain.needs == (place.large.run,)
+        assert chain.unless == (place.out / "bench-fp16.json",)  # a plan may be built, and not run here
+    chain = dataclasses.replace(chain, command=script("print('ran')"), needs=(), makes=())
+    assert do(place, chain).status == "ok"
+    chain.unless[0].write_text("{}")
+    unneeded = do(place, chain)
+    assert (unneeded.status, unneeded.why) == ("not needed", "bench-fp16.json is there")
+    assert found.verdict([Result("a", "always", "ok"), unneeded], {}) == "HOLDS: 1 steps, all that has to hold"
+    assert found.not_verified([unneeded], {}, {}) == []
+
+
+def test_a_gpu_that_tensorrt_does_not_know_has_not_failed(place):
+    def tests(skipped):
+        return {"engines": {"tests": 3, "failed": [], "skipped": skipped, "measured": []}}
+
+    steps = check.within_minutes(options(minutes=8), place, DOCTOR)
+    by_engine = ("build fp16", "parity fp16", "build fp32", "parity fp32", "bench fp16", "serving")
+    assert tuple(step.name for step in steps if step.engine) == by_engine
+    assert do(place, Step("a", script("raise SystemExit(1)"), engine=True)).engine
+    results = [Result("tests of engines", "always", "ok"), Result("bench", "if run", "failed", engine=True)]
+    unknown = tests([["not verified here: TensorRT-RTX on SM 9.0, which it does not know", 3]])
+    assert found.verdict(results, unknown) == (
+        "INCOMPLETE: nothing failed, but not seen: bench, tests of engines (all were skipped)"
+    )
+    assert found.verdict(results, tests([["one of them", 1]])) == "FAILED: bench"
+    assert found.verdict([Result("network", "always", "failed")], unknown) == "FAILED: network"
+
+
+def test_figures_on_torch_are_named_so(tmp_path):
+    cells = [{"batch": 1, "executor": "while", "failed": None, "ratio": 1.01}]
+    rows = [
+        {"run": "ddpmx on torch, fp16", "kind": "ddpmx", "precision": "fp16", "batch": 1, "ratio": None},
+        {"run": "diffusers", "kind": "diffusers", "precision": "fp16", "batch": 1, "ratio": 4.0},
+    ]
+    speed = {"plan": "torch", "images": 256, "steps": 1000, "seconds": [9.0]}
+    for name, values in (("bench", {"cells": cells}), ("peers", {"rows": rows, "not_run": []}), ("speed", speed)):
+        (tmp_path / f"{name}-torch.json").write_text(json.dumps(values))
+    facts = found.gather(tmp_path, [], engines=tmp_path, quick=False, doctor=DOCTOR)
+    goals = {goal["what"]: (goal["measured"], goal["state"]) for goal in facts["goals"]}
+    assert goals["chain ÷ bare engine, while, batch 1, fp16 on torch"] == (1.01, "reached")
+    assert goals["chain ÷ bare engine, while, batch 1, fp16"] == (None, "not measured")
+    assert goals["diffusers eager ÷ ddpmx on torch, fp16, batch 1"] == (4.0, "NOT")
+    assert goals["256 CIFAR images of 1000 steps, fp16, on torch, seconds (on an H200)"] == (9.0, "NOT")
 
 
 def test_a_step_ends_with_the_minutes(place):
@@ -353,7 +406,7 @@ def test_a_jetson_without_torch(place, tmp_path):
     assert network.must == "always"
     elsewhere = check.Place(place.out, place.engines, tmp_path / "files")
     planned = check.make_steps(options(onnx_dir=tmp_path / "files"), elsewhere, no_torch)
-    left_out = ("images", "network", "export fp32", "export fp16", "peers", "training", *EIGHT_BITS)
+    left_out = ("images", "network", "export fp32", "export fp16", "peers", *ON_TORCH, "training", *EIGHT_BITS)
     wanted = [name for name in ALL if name not in left_out]
     assert named(planned) == wanted
     (build,) = (step for step in planned if step.name == "build fp16")

@@ -156,9 +156,9 @@ def cuda_torch() -> Any:
 def torch_network(driver: Driver) -> Any:
     """``torch_network()``: a small network in torch as a DeviceBackend."""
     torch = cuda_torch()
-    from gpu.torch_network import TorchDevice
+    from gpu.torch_network import TorchDevice, small
 
-    return lambda: TorchDevice(driver, torch)
+    return lambda: TorchDevice(driver, torch, *small(torch))
 
 
 # --- TensorRT --------------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ def make_steps(options: argparse.Namespace, place: Place, doctor: dict[str, Any]
         steps += plans(options, place, precision, gpu, no_plan)
     steps += [measurement for p in PRECISIONS for measurement in speeds(options, place, p, gpu, no_plan)]
     steps.append(peers(options, place, torch))
+    if not options.onnx_dir:
+        steps += by_torch(options, place, place.run, torch, gpu)
     if not options.quick and not options.onnx_dir:
         steps += [*eight_bits(place, torch, no_plan), training(options, place, torch)]
     return steps
@@ -99,14 +101,15 @@ def within_minutes(options: argparse.Namespace, place: Place, doctor: dict[str, 
     for precision in reversed(PRECISIONS):
         steps += plans(small, place, precision, gpu, no_plan)
     steps += large_network(options, place, torch, no_plan)
+    steps += by_torch(options, place, place.large.run, torch, gpu)
     return [*steps, *eight_bits(place, torch, no_plan), training(options, place, torch)]
 
 
 def large_network(options: argparse.Namespace, place: Place, torch: dict[str, Any], no_plan: str) -> list[Step]:
     """The steps that measure the paper's network in fp16, with random weights, and the same network in diffusers."""
-    large, why = place.large, no_plan
+    large, why, no_torch = place.large, no_plan, ""
     if "missing" in torch:
-        why = f"there is no torch here ({torch['missing']})"
+        why = no_torch = f"there is no torch here ({torch['missing']})"
     onnx, plan, figures = large.model("fp16"), large.plan("fp16"), place.out / "bench-fp16.json"
     export = ddpmx("export", large.run, "--fp16", "-o", onnx, "--no-parity", "--no-plan")
     build = ddpmx("build", onnx, "-o", plan, "--batch", "1,64,256")
@@ -114,12 +117,12 @@ def large_network(options: argparse.Namespace, place: Place, torch: dict[str, An
     many, serving = place.out / "speed.json", place.out / "serving.json"
     speed = [python("tests/gpu/speed.py", plan, many, 256), python("tests/gpu/serving.py", plan, serving, 16, 100)]
     steps = [
-        Step("large network", python("tests/gpu/network.py", "random", large.run), 120, not_run=why),
+        Step("large network", python("tests/gpu/network.py", "random", large.run), 120, not_run=no_torch),
         Step("export large", export, 300, needs=(large.run,), makes=(onnx,), not_run=why),
         Step("build large", build, 300, needs=(onnx,), makes=(plan,), not_run=why),
-        Step("bench fp16", bench, 120, "if run", (plan,), (figures,), why),
+        Step("bench fp16", bench, 120, "if run", (plan,), (figures,), why, engine=True),
         Step("many images", speed[0], 120, "", (plan,), (many,), why),
-        Step("serving", speed[1], 120, "if run", (plan,), (serving,), why),
+        Step("serving", speed[1], 120, "if run", (plan,), (serving,), why, engine=True),
     ]
     if not why and not torch.get("gpu"):
         why = "torch with CUDA is not here"
@@ -130,6 +133,37 @@ def large_network(options: argparse.Namespace, place: Place, torch: dict[str, An
         why_not = "--no-peers" if options.no_peers else why
         steps.append(Step(f"peers {batch}", command, 180, "", (plan,), (found,), why_not))
     return steps
+
+
+def by_torch(
+    options: argparse.Namespace, place: Place, run: Path, torch: dict[str, Any], gpu: dict[str, Any]
+) -> list[Step]:
+    """The steps that measure the chain with torch as its network, unless a plan was measured.
+
+    A plan may be built and not run: TensorRT-RTX builds for GPUs that it does not know.
+
+    Args:
+        options, place: of the check.
+        run: the network's run.
+        torch, gpu: what `ddpmx doctor` says of them.
+    """
+    why = "" if torch.get("gpu") else "torch with CUDA is not here"
+    figures, many, found = (place.out / f"{name}-torch.json" for name in ("bench", "speed", "peers"))
+    chain = python("tests/gpu/torch_chain.py", run, figures, many)
+    command = python(
+        "tests/benchmarks/peers.py", "--checkpoint", run, "--torch", "--json", found, "--precision", "fp16"
+    )
+    command += ["--only", "diffusers", "compile", "--steps", "50", "--rounds", "2"]
+    if options.quick:
+        chain += ["--batch", "1,4", "--images", "16", "--steps", "20"]
+        command += ["--batch", "1,4"]
+    elif gpu["memory"] < 20 << 30:
+        chain += ["--images", "64"]
+    unless, no_peers = (place.out / "bench-fp16.json",), "--no-peers" if options.no_peers else why
+    return [
+        Step("chain on torch", chain, 300, "if run", (run,), (figures, many), why, unless=unless),
+        Step("peers on torch", command, 300, "", (run,), (found,), no_peers, unless=unless),
+    ]
 
 
 def eight_bits(place: Place, torch: dict[str, Any], no_plan: str) -> list[Step]:
@@ -215,8 +249,8 @@ def plans(options: argparse.Namespace, place: Place, precision: str, gpu: dict[s
     build = ddpmx("build", onnx, "-o", plan, "--batch", batch, *(["--workspace", 512] if small else []))
     judge = ddpmx("parity", plan, "--against", record, "--report", place.out / f"parity-{precision}")
     return [
-        Step(f"build {precision}", build, 2400, "always", needs=(onnx,), makes=(plan,), not_run=no_plan),
-        Step(f"parity {precision}", judge, 1200, "always", needs=(plan, record), not_run=no_plan),
+        Step(f"build {precision}", build, 2400, "always", (onnx,), (plan,), no_plan, engine=True),
+        Step(f"parity {precision}", judge, 1200, "always", (plan, record), (), no_plan, engine=True),
     ]
 
 
@@ -225,7 +259,7 @@ def speeds(options: argparse.Namespace, place: Place, precision: str, gpu: dict[
     plan, figures = place.plan(precision), place.out / f"bench-{precision}.json"
     quick = ["--batch", "1,4", "--seconds", "0.5"] if options.quick else []
     command = ddpmx("bench", plan, "--executor", "all", "-o", figures, *quick)
-    steps = [Step(f"bench {precision}", command, 1200, "always", (plan,), (figures,), no_plan)]
+    steps = [Step(f"bench {precision}", command, 1200, "always", (plan,), (figures,), no_plan, engine=True)]
     if precision == "fp16":
         seconds, many = place.out / "speed.json", plan
         if gpu["memory"] >= 20 << 30 and not options.quick:
@@ -237,7 +271,7 @@ def speeds(options: argparse.Namespace, place: Place, precision: str, gpu: dict[
         steps.append(Step("many images", command, 1200, "", (many,), (seconds,), no_plan))
         figures = place.out / "serving.json"
         command = python("tests/gpu/serving.py", plan, figures, *((4, 20) if options.quick else (16, 200)))
-        steps.append(Step("serving", command, 1200, "always", (plan,), (figures,), no_plan))
+        steps.append(Step("serving", command, 1200, "always", (plan,), (figures,), no_plan, engine=True))
     return steps
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpu.steps import FINE
+
 NAME, JSON = "gpu-report.md", "gpu-report.json"
 LARGEST = 60_000
 """The largest size of the file to paste, in bytes."""
@@ -116,7 +118,7 @@ def _steps(steps: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             s["name"],
-            s["status"] if s["status"] in ("ok", "not run") else f"**{s['status']}**",
+            s["status"] if s["status"] in FINE else f"**{s['status']}**",
             f"{s['seconds']:.0f} s",
             _cell(s["why"][:200]),
         ]
@@ -287,7 +289,7 @@ def _peers(peers: Mapping[str, Any] | None) -> str:
 def _troubles(steps: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for step in steps:
-        if step["status"] not in ("ok", "not run") and step["tail"]:
+        if step["status"] not in FINE and step["tail"]:
             parts.append(f"### {step['name']}: {step['status']}\n\n```\n{step['tail'].replace('```', '´´´')}\n```")
     return "\n\n".join(["## Output of failing steps", *parts]) if parts else ""
 

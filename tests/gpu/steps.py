@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 Must = Literal["", "if run", "always"]
-Status = Literal["ok", "failed", "timed out", "crashed", "not run"]
+Status = Literal["ok", "failed", "timed out", "crashed", "not run", "not needed"]
+
+FINE: tuple[Status, ...] = ("ok", "not run", "not needed")
+"""How a step may end without having failed."""
 
 LEAST = 5.0
 """Seconds without which a step is not begun."""
@@ -35,6 +38,8 @@ class Step:
         needs: files that earlier steps make.
         makes: files that have to exist afterwards.
         not_run: why it is not run, if it is not.
+        unless: files of earlier steps that make it unnecessary, if all are there.
+        engine: whether it runs a plan. Where all tests of engines were skipped its failure proves nothing.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Step:
     needs: tuple[Path, ...] = ()
     makes: tuple[Path, ...] = ()
     not_run: str = ""
+    unless: tuple[Path, ...] = ()
+    engine: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Result:
     """The result of a step.
 
     Attributes:
-        name, must: of the step.
+        name, must, engine: of the step.
         status: how it ended.
         code: the exit code, or None.
         seconds: how long it took.
@@ -66,6 +73,7 @@ class Result:
     seconds: float = 0.0
     why: str = ""
     tail: str = ""
+    engine: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -80,6 +88,12 @@ def run(step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) 
         cwd: its working directory.
         environment: variables to set, in addition to the present ones.
     """
+    return dataclasses.replace(_run(step, folder, cwd, environment), engine=step.engine)
+
+
+def _run(step: Step, folder: Path, cwd: Path, environment: Mapping[str, str]) -> Result:
+    if step.unless and all(path.exists() for path in step.unless):
+        return Result(step.name, step.must, "not needed", why=f"{step.unless[0].name} is there")
     missing = [path.name for path in step.needs if not path.exists()]
     if step.not_run or missing:
         why = step.not_run or f"{', '.join(missing)} is not there: an earlier step did not make it"

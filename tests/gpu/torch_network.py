@@ -1,13 +1,18 @@
-"""A small network in torch that runs in the chain's own stream, where it is captured like TensorRT's kernels."""
+"""Networks of torch's that run in the chain's own stream, where they are captured like TensorRT's kernels."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ddpmx.backends.base import EXECUTORS
 from ddpmx.device.driver import Driver
+from ddpmx.errors import InputError
 from ddpmx.formats.spec import ModelSpec
+
+Call = Callable[[Any, Any], Any]
+"""The output, of x float32 [B, C, H, W] and t int32 [B]."""
 
 
 class Seen:
@@ -24,19 +29,29 @@ class Seen:
 
 
 class TorchDevice:
-    """Two convolutions with random weights, a :class:`ddpmx.backends.base.DeviceBackend`. The caller closes the driver."""
+    """A network of torch's, a :class:`ddpmx.backends.base.DeviceBackend`. The caller closes the driver.
 
-    stream, executors, batches = 0, EXECUTORS, ((1, 8),)
-    description = "torch"
+    Args:
+        driver: the GPU.
+        torch: the library.
+        spec: of a network whose inputs are x and t alone.
+        call: the network, on ``device``.
+        largest: the largest batch.
+        device: where torch computes.
+    """
 
-    def __init__(self, driver: Driver, torch: Any, device: str = "cuda") -> None:
-        self.driver, self.torch, self.device = driver, torch, device
-        self.spec = ModelSpec((3, 16, 16), timesteps=1000, ddpmx="0.1.0")
-        torch.manual_seed(0)
-        layers = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(32, 3, 3, padding=1)
-        self.layers = torch.nn.Sequential(*layers).to(device).requires_grad_(False)
+    stream, executors = 0, EXECUTORS
+
+    def __init__(
+        self, driver: Driver, torch: Any, spec: ModelSpec, call: Call, *, largest: int = 8, device: str = "cuda"
+    ) -> None:
+        self.driver, self.torch, self.spec, self.call, self.device = driver, torch, spec, call, device
+        self.batches = ((1, largest),)
+        self.description = f"torch {torch.__version__}, {spec.precision}"
 
     def check_batch(self, batch: int) -> int:
+        if not 1 <= batch <= self.batches[0][1]:
+            raise InputError(f"torch runs batches of 1…{self.batches[0][1]} here, not {batch}")
         return 0
 
     def network(
@@ -68,13 +83,38 @@ class TorchNetwork:
         self._t = device.see(t, (batch,), "<i4")
 
     def compute(self) -> None:
+        """The same kernels every time: none is chosen by measuring, and none adds in another order."""
         torch = self._device.torch
-        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
-            time = torch.sin(0.01 * self._t.to(torch.float32)).reshape(-1, 1, 1, 1)
-            self._out.copy_(self._x - self._device.layers(self._x + time))
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
+        with torch.no_grad(), exact:
+            self._out.copy_(self._device.call(self._x, self._t))
 
     def enqueue(self, stream: int) -> None:
         self._device.put(stream, self.compute)
 
     def close(self) -> None:
         pass
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def small(torch: Any, device: str = "cuda") -> tuple[ModelSpec, Call]:
+    """Two convolutions with random weights."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(32, 3, 3, padding=1)
+    network = torch.nn.Sequential(*layers).to(device).requires_grad_(False)
+
+    def call(x: Any, t: Any) -> Any:
+        return x - network(x + torch.sin(0.01 * t.to(torch.float32)).reshape(-1, 1, 1, 1))
+
+    return ModelSpec((3, 16, 16), timesteps=1000, ddpmx="0.1.0"), call
+
+
+def of_checkpoint(checkpoint: str, precision: str, device: str = "cuda") -> tuple[ModelSpec, Call]:
+    """The network of a run or checkpoint, cast as for an export in this precision."""
+    from ddpm_export.graph.onnx_export import to_precision
+    from ddpm_export.training.checkpoint import load_network
+
+    network, spec = load_network(checkpoint)
+    return spec.replace(precision=precision), to_precision(network, precision).to(device)

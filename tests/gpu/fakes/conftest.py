@@ -22,7 +22,7 @@ from ddpmx.pipeline import Pipeline
 from ddpmx.trt import library as trt_library
 from gpu.arrays import Cupy, Ours, Torch
 from gpu.stand_in import scaled
-from gpu.torch_network import TorchDevice
+from gpu.torch_network import TorchDevice, small
 from oracles import cuda_on_host, gaussian
 from oracles.device_chain import array_at
 from oracles.fake_cuda import Failure, FakeCuda
@@ -159,8 +159,8 @@ def arrays(request, driver):
 class HostTorchDevice(TorchDevice):
     """torch on the host, run in stream order by the fake driver."""
 
-    def __init__(self, driver, torch):
-        super().__init__(driver, torch, "cpu")
+    def __init__(self, driver, torch, spec, call, *, largest=8):
+        super().__init__(driver, torch, spec, call, largest=largest, device="cpu")
 
     def see(self, address, shape, typestr):
         kind = {"<f4": ctypes.c_float, "<i4": ctypes.c_int32}[typestr]
@@ -173,7 +173,7 @@ class HostTorchDevice(TorchDevice):
 @pytest.fixture
 def torch_network(driver):
     torch = pytest.importorskip("torch", reason="not verified here: a network of torch's (no torch)")
-    return lambda: HostTorchDevice(driver, torch)
+    return lambda: HostTorchDevice(driver, torch, *small(torch, "cpu"))
 
 
 # --- TensorRT and ONNX Runtime ---------------------------------------------------------------------------------------
