@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from ddpmx.device.discovery import Device, Gpus
 from ddpmx.trt import library as trt_library
 from oracles.cuda_on_host import Toy
@@ -43,6 +45,7 @@ class FakeTrt:
             "eps": ("OUTPUT", "FLOAT", (-1, *spec.shape)),
         }
         self.refuse: set[str] = set()
+        self.general_first = False  # a context's first run has kernels for any shape, with other bits
         self.contexts, self.loaded = [], []
         self.make = lambda: Toy(SPEC.shape)
         self.logger = SimpleNamespace(lines=[])
@@ -93,7 +96,7 @@ class FakeConfig:
 class FakeContext:
     def __init__(self, fake, config):
         self.fake, self.config, self.profile = fake, config, 0
-        self.shapes, self.addresses = {}, {}
+        self.shapes, self.addresses, self.ran = {}, {}, False
         fake.contexts.append(self)
 
     def set_optimization_profile_async(self, index, stream):
@@ -118,6 +121,14 @@ class FakeContext:
         assert self.shapes == {name: (batch, *dims) for name, dims in self.fake.spec.inputs.items()}
         toy, at = self.fake.make(), {"out": self.addresses["eps"], **self.addresses}
         conditioning = {name: self.addresses[name] for name in self.fake.spec.conditioning_shapes}
-        toy.bind(buffers_at(batch, shape, at, conditioning, self.fake.spec.conditioning_shapes))
-        self.fake.cuda.enqueue(stream, toy.enqueue)
+        buffers = buffers_at(batch, shape, at, conditioning, self.fake.spec.conditioning_shapes)
+        toy.bind(buffers)
+        general, self.ran = self.fake.general_first and not self.ran, True
+
+        def run():
+            toy.enqueue()
+            if general:
+                np.multiply(buffers.out, 1.25, out=buffers.out)
+
+        self.fake.cuda.enqueue(stream, run)
         return True

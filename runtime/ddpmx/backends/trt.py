@@ -294,6 +294,8 @@ class TrtContext:
         self._engine, self._library = engine, engine.library
         self._context: Any = None
         self._own_var: Handle | None = None
+        # TensorRT-RTX compiles kernels for this batch at the first run, and promises them only from the next one on
+        self._general = engine.library.is_rtx
         try:
             with engine.driver.current():
                 self._prepare(batch, profile, addresses, var, stream)
@@ -330,6 +332,12 @@ class TrtContext:
         """
         if self._context is None:
             raise BackendError("the execution context is closed")
+        if self._general:
+            self._general = False
+            self._execute(stream)
+        self._execute(stream)
+
+    def _execute(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
             raise BackendError(
                 f"{self._library} refuses to run the network",

@@ -242,6 +242,8 @@ def _record(
     # the device's name too: two GPUs of one SM may get different kernels
     values["device"] = devices.devices[0].name if devices.devices and not library.is_rtx else None
     values["spec"] = spec.to_json()
+    if library.is_rtx:
+        values["allocates"] = False  # plans of earlier versions may, and are built again
     key = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return dataclasses.replace(record, key=key)
 

@@ -106,6 +106,8 @@ def run_builder(
     config.add_optimization_profile(profile)
     _set_flags(config, trt, options)
     if library.is_rtx:
+        # else it may allocate memory when it runs, and a chain's captured step must not
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         _set_targets(config, trt, options)
     cache = TimingCache(options.timing_cache, library, devices, config)
     with _signals_held() as held:

@@ -93,6 +93,7 @@ struct World {
   FakeCuda panel;
   std::recursive_mutex mutex;
   std::set<Stream *> streams;
+  Stream legacy;  // CUDA's default stream, CU_STREAM_LEGACY, which always exists
   std::set<Event *> events;
   std::set<void *> pinned, modules;
   std::map<void *, std::vector<Entry>> graphs, executables;
@@ -153,7 +154,10 @@ Thing *known(const Set &things, Thing *thing, const char *kind) {
   throw Refused{400};
 }
 
-Stream *stream_of(void *handle) { return known(world->streams, static_cast<Stream *>(handle), "stream"); }
+Stream *stream_of(void *handle) {
+  if (handle == reinterpret_cast<void *>(1)) return &world->legacy;
+  return known(world->streams, static_cast<Stream *>(handle), "stream");
+}
 
 // Waiting, copying and allocating spoil a capture.
 void undisturbed() {
@@ -237,6 +241,7 @@ void reset() {
   old.modules.swap(world->modules), old.memory.swap(world->memory), old.functions.swap(world->functions);
   old.graphs.swap(world->graphs), old.executables.swap(world->executables);
   for (Stream *stream : old.streams) stream->queue.clear();
+  world->legacy.queue.clear();
   world->panel = FakeCuda();
   world->panel.enqueue = enqueue, world->panel.depth = depth, world->panel.reset = reset;
   world->panel.capturing = [](void *stream) { return static_cast<Stream *>(stream)->capturing; };

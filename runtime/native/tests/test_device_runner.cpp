@@ -229,9 +229,10 @@ void what_is_wanted() {
   CHECK(clean());
 }
 
-// Arrays on the device, one of which is still being written in a stream of the caller.
+// Arrays on the device, one of which is still being written in a stream of the caller, or in CUDA's default stream.
 void on_the_device() {
   for (const bool watched : {false, true}) {
+    const bool by_default = watched;
     Rig rig(kConditioned);
     {
       const auto runner = rig.open();
@@ -250,12 +251,13 @@ void on_the_device() {
                                 samples = mine.allocate(bytes(wanted.samples), "samples"), stream = mine.stream();
       mine.copy_in(cond.value(), request.cond.data(), bytes(request.cond), stream.pointer());
       mine.wait_for_stream(stream.pointer(), "");
-      mine.copy_in(x.value(), request.x.data(), bytes(request.x), stream.pointer());  // without waiting
+      const auto writing = by_default ? ddpmx::cuda::kLegacyStream : stream.pointer();
+      mine.copy_in(x.value(), request.x.data(), bytes(request.x), writing);  // without waiting
       ddpmx::Job job = request.job(rig.table);
       job.x = reinterpret_cast<const float *>(x.value()), job.cond = reinterpret_cast<const float *>(cond.value());
       job.pixels = reinterpret_cast<uint8_t *>(pixels.value()),
       job.samples = reinterpret_cast<float *>(samples.value());
-      job.on_device = true, job.after = stream.pointer(), job.previews = watched;
+      job.on_device = true, job.after = by_default ? nullptr : writing, job.previews = watched;
       runner->run(job);
       Images made;
       made.pixels.resize(wanted.pixels.size()), made.samples.resize(wanted.samples.size());

@@ -124,6 +124,22 @@ def test_a_plan_is_a_backend(plan, plan_driver):
     assert (engine._engine, engine._runtime, engine._config) == (None, None, None)
 
 
+def test_kernels_for_any_shape_are_never_seen(plan, plan_driver):
+    """TensorRT-RTX promises those for this batch only from the second run on."""
+    module = FakeTrt(plan_driver)
+    x, t = np.ones((2, *SPEC.shape), np.float32), np.array([3, 3], np.int32)
+    outputs = []
+    for module.general_first in (False, True):
+        backend = CopyingBackend(trt.TrtEngine(plan, library=module.library(), devices=ADA))
+        buffers = Buffers.of(2, SPEC.shape)
+        buffers.x[...], buffers.t[...] = x, t
+        backend.bind(buffers)
+        backend.enqueue()
+        outputs.append(buffers.out.copy())
+        backend.close()
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_a_backend_that_fails_leaves_nothing(plan, plan_driver):
     module = FakeTrt(plan_driver)
     backend = CopyingBackend(trt.TrtEngine(plan, library=module.library(), devices=ADA))

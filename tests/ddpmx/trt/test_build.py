@@ -18,6 +18,7 @@ from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.formats import onnx_file, plan_file
 from ddpmx.formats.onnx_file import BFLOAT16
 from ddpmx.trt import build as trt_build
+from ddpmx.trt import builder
 from ddpmx.trt import library as trt_library
 from ddpmx.trt.precision import assert_precision
 from ddpmx.trt.timing_cache import TimingCache, timing_cache_name
@@ -66,6 +67,16 @@ def test_by_default_the_plan_lies_beside_its_onnx_file(build, toy, monkeypatch):
     monkeypatch.chdir(toy.parent)
     assert build("model.onnx").info.engine.batch == (1, 16, 64)
     assert listed(toy.parent) == ["model.onnx", "model.plan", "model.plan.json"]
+
+
+def test_a_plan_of_tensorrt_rtx_allocates_nothing_when_it_runs(build, toy, library, monkeypatch):
+    """Its documentation requires that of engines whose streams are captured."""
+    configurations = []
+    set_targets = builder._set_targets
+    monkeypatch.setattr(builder, "_set_targets", lambda c, *rest: configurations.append(c) or set_targets(c, *rest))
+    build(toy, level=0)
+    (configuration,) = configurations
+    assert configuration.get_flag(library.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
 
 def test_targets_are_recorded(build, toy):

@@ -182,8 +182,9 @@ typedef struct ddpmx_request {
   const int32_t *labels; /* int32 [labels_count], on the host: the class of each image, for models that have classes */
   uint64_t labels_count; /* n, or 1: one for all */
   const float *cond;   /* float [n, K, H, W]: the condition of each image, for models that have one */
-  void *stream;        /* a CUstream in which x and cond are written and the results were last used, or NULL. The chain
-                          waits for its present work on the device. When ddpmx_generate returns, everything is done */
+  void *stream;        /* of arrays on the device: the CUstream in which x and cond are written and the results were last
+                          used; NULL: CUDA's default stream. The chain waits for its present work on the device. When
+                          ddpmx_generate returns, everything is done */
   ddpmx_callback callback; /* or NULL */
   void *user;              /* passed to the callback */
   double guidance;         /* with DDPMX_GUIDED: w of classifier-free guidance, out_0 + w (out_y - out_0), for models with

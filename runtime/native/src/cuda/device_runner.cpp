@@ -129,7 +129,7 @@ void DeviceRunner::run_alone_or_together(const Job &job) {
     run.x = part_of(job.x, first * N), run.y = part_of(job.y, first), run.cond = part_of(job.cond, first * K);
     run.on_device = job.on_device;
     run.pixels = part_of(job.pixels, first * N), run.samples = part_of(job.samples, first * N);
-    run.after = first == 0 ? job.after : nullptr;
+    if (first == 0) run.after = job.after || !job.on_device ? job.after : kLegacyStream;
     if (job.report) {
       // the steps of images that run one after the other count as those of one chain
       run.report = [&, first](int64_t done, const float *x, const float *x0) {

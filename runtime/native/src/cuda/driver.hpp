@@ -17,6 +17,7 @@ namespace ddpmx::cuda {
 
 using Address = uint64_t;  // of the device's memory: a CUdeviceptr
 using Stream = void *;     // a CUstream
+inline const Stream kLegacyStream = reinterpret_cast<Stream>(1);  // CU_STREAM_LEGACY: the default stream
 
 class Driver;
 

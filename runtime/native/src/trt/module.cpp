@@ -117,6 +117,9 @@ struct ddpmx_trt_engine {
 
 struct ddpmx_trt_context {
   std::unique_ptr<nvinfer1::IExecutionContext> context;
+#ifdef TRT_MAJOR_RTX
+  bool general = true;  // it compiles kernels for this batch at the first run, and promises them only from the next one on
+#endif
 };
 
 namespace {
@@ -298,7 +301,15 @@ int32_t check(ddpmx_trt_context *context, char *error, size_t size) noexcept {
 }
 
 int32_t enqueue(ddpmx_trt_context *context, void *stream, char *error, size_t size) noexcept {
-  return attempt(error, size, [&] { return context->context->enqueueV3(static_cast<cudaStream_t>(stream)); });
+  return attempt(error, size, [&] {
+#ifdef TRT_MAJOR_RTX
+    if (context->general) {
+      context->general = false;
+      if (!context->context->enqueueV3(static_cast<cudaStream_t>(stream))) return false;
+    }
+#endif
+    return context->context->enqueueV3(static_cast<cudaStream_t>(stream));
+  });
 }
 
 const ddpmx_trt_module functions = {
