@@ -232,7 +232,8 @@ ALL = [
     *(f"tests of {name}" for name in ("kernels", "chains", "networks", "engines")),
     *("images", "network", "export fp32", "export fp16"),
     *("build fp32", "parity fp32", "build fp16", "parity fp16"),
-    *("bench fp32", "bench fp16", "build for 256", "many images", "serving", "peers", *ON_TORCH),
+    *("bench fp32", "bench fp16", "build for 1", "bench for 1", "build for 256", "many images", "serving", "peers"),
+    *ON_TORCH,
     *("export int8", "build int8", "parity int8", "build fp16 for 64", "bench int8-64", "bench fp16-64", "training"),
 ]
 EIGHT_BITS = ALL[-7:-1]
@@ -263,7 +264,16 @@ def test_quick(place):
 WITHIN = [
     *("tests of kernels", "tests of chains", "tests of networks", "tests of engines"),
     *("network", "export fp32", "export fp16", "build fp16", "parity fp16", "build fp32", "parity fp32"),
-    *("large network", "export large", "build large", "bench fp16", "many images", "serving"),
+    *(
+        "large network",
+        "export large",
+        "build large",
+        "bench fp16",
+        "build for 1",
+        "bench for 1",
+        "many images",
+        "serving",
+    ),
     *("peers 1", "peers 64", *ON_TORCH, *EIGHT_BITS, "training"),
 ]
 
@@ -306,7 +316,8 @@ def test_a_gpu_that_tensorrt_does_not_know_has_not_failed(place):
         return {"engines": {"tests": 3, "failed": [], "skipped": skipped, "measured": []}}
 
     steps = check.within_minutes(options(minutes=8), place, DOCTOR)
-    by_engine = ("build fp16", "parity fp16", "build fp32", "parity fp32", "bench fp16", "serving")
+    by_engine = ("build fp16", "parity fp16", "build fp32", "parity fp32", "bench fp16", "build for 1", "bench for 1")
+    by_engine += ("serving",)
     assert tuple(step.name for step in steps if step.engine) == by_engine
     assert do(place, Step("a", script("raise SystemExit(1)"), engine=True)).engine
     results = [Result("tests of engines", "always", "ok"), Result("bench", "if run", "failed", engine=True)]
@@ -325,11 +336,13 @@ def test_figures_on_torch_are_named_so(tmp_path):
         {"run": "diffusers", "kind": "diffusers", "precision": "fp16", "batch": 1, "ratio": 4.0},
     ]
     speed = {"plan": "torch", "images": 256, "steps": 1000, "seconds": [9.0]}
+    (tmp_path / "bench-fp16-1.json").write_text(json.dumps({"cells": [{**cells[0], "ratio": 1.03}]}))
     for name, values in (("bench", {"cells": cells}), ("peers", {"rows": rows, "not_run": []}), ("speed", speed)):
         (tmp_path / f"{name}-torch.json").write_text(json.dumps(values))
     facts = found.gather(tmp_path, [], engines=tmp_path, quick=False, doctor=DOCTOR)
     goals = {goal["what"]: (goal["measured"], goal["state"]) for goal in facts["goals"]}
     assert goals["chain ÷ bare engine, while, batch 1, fp16 on torch"] == (1.01, "reached")
+    assert goals["chain ÷ bare engine, while, batch 1, fp16, for single images alone"] == (1.03, "NOT")
     assert goals["chain ÷ bare engine, while, batch 1, fp16"] == (None, "not measured")
     assert goals["diffusers eager ÷ ddpmx on torch, fp16, batch 1"] == (4.0, "NOT")
     assert goals["256 CIFAR images of 1000 steps, fp16, on torch, seconds (on an H200)"] == (9.0, "NOT")

@@ -41,7 +41,7 @@ def gather(out: Path, results: Sequence[Result], *, engines: Path, **facts: Any)
         "tests": suites,
         "plans": {path.name: _plan(path) for path in sorted(engines.rglob("*.plan"))},
         "parity": parity,
-        "bench": {p: _json(out / f"bench-{p}.json") for p in ("fp32", "fp16")} | _on_torch(out),
+        "bench": {p: _json(out / f"bench-{p}.json") for p in ("fp32", "fp16")} | _more_benches(out),
         "peers": _peers(out),
         "eight_bits": {p: _json(out / f"bench-{p}-64.json") for p in ("int8", "fp16")},
         "training": _json(out / "training.json"),
@@ -161,10 +161,11 @@ def goals(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _on_torch(out: Path) -> dict[str, Any]:
-    """The figures of a chain whose network is torch's, if there are any."""
-    found = _json(out / "bench-torch.json")
-    return {} if found is None else {"fp16 on torch": found}
+def _more_benches(out: Path) -> dict[str, Any]:
+    """The figures of a plan for single images, and of a chain whose network is torch's: those that there are."""
+    files = {"fp16, for single images alone": "bench-fp16-1.json", "fp16 on torch": "bench-torch.json"}
+    found = {name: _json(out / file) for name, file in files.items()}
+    return {name: figures for name, figures in found.items() if figures is not None}
 
 
 def _peers(out: Path) -> Any:

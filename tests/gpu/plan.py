@@ -44,6 +44,10 @@ class Place:
         """A plan for large batches only."""
         return self.engines / "model-fp16-many.plan"
 
+    def single(self) -> Path:
+        """A plan for single images only."""
+        return self.engines / "model-fp16-1.plan"
+
     @property
     def large(self) -> Place:
         """The places of a second network, with random weights, for speed alone."""
@@ -121,6 +125,7 @@ def large_network(options: argparse.Namespace, place: Place, torch: dict[str, An
         Step("export large", export, 300, needs=(large.run,), makes=(onnx,), not_run=why),
         Step("build large", build, 300, needs=(onnx,), makes=(plan,), not_run=why),
         Step("bench fp16", bench, 120, "if run", (plan,), (figures,), why, engine=True),
+        *single_images(large, place.out, why, ["--seconds", 1]),
         Step("many images", speed[0], 120, "", (plan,), (many,), why),
         Step("serving", speed[1], 120, "if run", (plan,), (serving,), why, engine=True),
     ]
@@ -133,6 +138,24 @@ def large_network(options: argparse.Namespace, place: Place, torch: dict[str, An
         why_not = "--no-peers" if options.no_peers else why
         steps.append(Step(f"peers {batch}", command, 180, "", (plan,), (found,), why_not))
     return steps
+
+
+def single_images(place: Place, out: Path, why: str, options: list[object]) -> list[Step]:
+    """The steps that measure a plan for one batch size alone, which has no copies of shapes from the host.
+
+    Args:
+        place: of the network.
+        out: the folder of the figures.
+        why: why they are not run, if they are not.
+        options: of `ddpmx bench`.
+    """
+    onnx, plan, figures = place.model("fp16"), place.single(), out / "bench-fp16-1.json"
+    build = ddpmx("build", onnx, "-o", plan, "--batch", "1,1,1")
+    bench = ddpmx("bench", plan, "--executor", "all", "--batch", 1, *options, "-o", figures)
+    return [
+        Step("build for 1", build, 300, "", (onnx,), (plan,), why, engine=True),
+        Step("bench for 1", bench, 120, "", (plan,), (figures,), why, engine=True),
+    ]
 
 
 def by_torch(
@@ -261,6 +284,7 @@ def speeds(options: argparse.Namespace, place: Place, precision: str, gpu: dict[
     command = ddpmx("bench", plan, "--executor", "all", "-o", figures, *quick)
     steps = [Step(f"bench {precision}", command, 1200, "always", (plan,), (figures,), no_plan, engine=True)]
     if precision == "fp16":
+        steps += single_images(place, place.out, no_plan, quick[2:])
         seconds, many = place.out / "speed.json", plan
         if gpu["memory"] >= 20 << 30 and not options.quick:
             many = place.many()

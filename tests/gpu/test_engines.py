@@ -37,19 +37,26 @@ def test_the_chain_is_numpy_s_chain_of_the_same_engine(plan, executor):
     assert check.passed, str(check)
 
 
+@pytest.mark.parametrize("batch", [(1, 4, 8), (4, 4, 4)], ids=["a range", "one size"])
 @pytest.mark.parametrize("network", ["gaussian_onnx", "u_net"])
-def test_all_executors_give_the_same_images(engines, network, request):
-    """A step of the U-Net is many kernels, in streams and memory that TensorRT chooses."""
-    plan, drawn = engines.build(request.getfixturevalue(network)), {}
+def test_all_executors_give_the_same_images(engines, network, batch, request):
+    """A step of the U-Net is many kernels, in streams and memory that TensorRT chooses.
+
+    In a plan for a range of batches TensorRT-RTX copies shapes from the host, which a WHILE node may not take.
+    """
+    plan, drawn, why = engines.build(request.getfixturevalue(network), batch=batch), {}, ""
     for executor in EXECUTORS:
         with ddpmx.load(plan, executor=executor) as pipeline:
             try:
                 drawn[executor] = pipeline.generate(5, seed=SEED, steps=STEPS, batch=4).tobytes()
-            except BackendError:
+            except BackendError as error:
                 if executor != "while":  # not every platform has it
                     raise
+                why = ": ".join(filter(None, (error.fact, error.note)))
     assert len(set(drawn.values())) == 1
     assert {"plain", "graph"} <= set(drawn)
+    if why:  # the others have been compared
+        pytest.skip(f"not verified here: {network} in one launch, batch {batch} ({why})")
 
 
 def test_an_engine_draws_the_same_images_in_any_split(plan):
