@@ -356,6 +356,9 @@ def test_a_step_ends_with_the_minutes(place):
     assert "cut off after 5 s (--minutes)" in result.why
     late = steps.run_until(begun, step, place.out / "logs", cwd=place.out, environment={})
     assert (late.status, late.why) == ("not run", "no time was left (--minutes)")
+    hangs = {"cwd": place.out, "environment": {}, "longest": 0.3}
+    part = steps.run_until(time.monotonic() + 60, step, place.out / "logs", **hangs)
+    assert (part.status, part.why) == ("not run", "cut off after 0 s (--minutes)")
     own = steps.run_until(time.monotonic() + 60, step_of(0.2), place.out / "logs", cwd=place.out, environment={})
     assert own.status == "timed out"  # its own limit: a failure
 

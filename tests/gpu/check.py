@@ -5,8 +5,8 @@
 It makes the paper's CIFAR-10 network (trained for a minute if torch has CUDA), exports fp32 and fp16, builds plans, and
 runs tests/gpu, parity, bench and the same network in other libraries, each in a process of its own with a time limit. A
 failing step does not stop the rest. OUT/gpu-report.md is the file to paste; it contains no names of users or places.
-With --minutes the most telling steps come first and none goes beyond that time; the report is written after every step,
-so that it tells what was seen even if the machine goes away.
+With --minutes the most telling steps come first, none goes beyond that time, and none takes more than a quarter of it; the
+report is written after every step, so that it tells what was seen even if the machine goes away.
 Without torch, as on a Jetson, --onnx-dir takes model.onnx, model-fp16.onnx and their .parity.npz, which ddpmx export made
 on another machine.
 
@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,9 @@ from ddpmx.system import machine  # noqa: E402
 from gpu import found, report  # noqa: E402
 from gpu.plan import PRECISIONS, Place, ddpmx, make_steps, within_minutes  # noqa: E402
 from gpu.steps import Result, Step, run_until  # noqa: E402
+
+PARTS = 4
+"""No step takes more than this part of the time that --minutes allows."""
 
 # --- the whole check -------------------------------------------------------------------------------------------------
 
@@ -128,11 +132,14 @@ def main(
     before = machine.gpu_state()
     environment = {"PYTHONUNBUFFERED": "1", "XDG_CACHE_HOME": str(place.out / "cache")}
 
-    ends = begun + 60 * options.minutes if options.minutes else None
+    ends, longest = (
+        (begun + 60 * options.minutes, 60 * options.minutes / PARTS) if options.minutes else (None, math.inf)
+    )
 
     def runner(step: Step) -> Result:
         print(f"{step.name} …", flush=True)
-        result = run_until(ends, step, place.out / "logs", cwd=ROOT, environment=environment)
+        logs = place.out / "logs"
+        result = run_until(ends, step, logs, cwd=ROOT, environment=environment, longest=longest)
         why = f": {result.why}" if result.why else ""
         print(f"{step.name}: {result.status}, {result.seconds:.0f} s{why}", flush=True)
         return result

@@ -172,6 +172,11 @@ class Engines:
     folder: Path
     built: dict[Any, Path] = dataclasses.field(default_factory=dict)
 
+    @property
+    def kernels(self) -> Path:
+        """A folder for what TensorRT-RTX compiles for this GPU, which takes seconds for a U-Net."""
+        return self.folder / "kernels"
+
     def build(self, onnx: Path, **options: Any) -> Path:
         """A plan; smallest, best and largest batch are 1, 4 and 8 by default. Each plan is built once."""
         key = (onnx, tuple(sorted(options.items())))
@@ -183,7 +188,7 @@ class Engines:
 
     def open(self, onnx: Path) -> tuple[Any, CopyingBackend]:
         """(spec, backend) of a plan of this file."""
-        spec, backend = open_model(self.build(onnx))
+        spec, backend = open_model(self.build(onnx), cache=self.kernels)
         assert isinstance(backend, CopyingBackend)
         return spec, backend
 

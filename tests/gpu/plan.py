@@ -224,7 +224,8 @@ def training(options: argparse.Namespace, place: Place, torch: dict[str, Any]) -
 
 def suite(name: str, place: Place, must: Must, *, quick: bool) -> Step:
     junit = place.out / f"tests-{name}.xml"
-    command = [sys.executable, "-m", "pytest", f"tests/gpu/test_{name}.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", f"tests/gpu/test_{name}.py", "-v", "-p", "no:cacheprovider"]
+    command += ["-o", "faulthandler_timeout=60"]  # the stacks of a test that hangs
     if quick:  # the small network of --quick is trained, built and judged anyway
         command += ["-k", "not trained_network"]
     return Step(f"tests of {name}", [*command, f"--junitxml={junit}"], 2400 if name == "engines" else 900, must)

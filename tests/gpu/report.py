@@ -289,7 +289,7 @@ def _peers(peers: Mapping[str, Any] | None) -> str:
 def _troubles(steps: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for step in steps:
-        if step["status"] not in FINE and step["tail"]:
+        if step["status"] != "ok" and step["tail"]:  # also of what was cut off
             parts.append(f"### {step['name']}: {step['status']}\n\n```\n{step['tail'].replace('```', '´´´')}\n```")
     return "\n\n".join(["## Output of failing steps", *parts]) if parts else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -132,18 +133,28 @@ def _run(step: Step, folder: Path, cwd: Path, environment: Mapping[str, str]) ->
     return Result(step.name, step.must, "ok", **outcome)
 
 
-def run_until(ends: float | None, step: Step, folder: Path, *, cwd: Path, environment: Mapping[str, str]) -> Result:
+def run_until(
+    ends: float | None,
+    step: Step,
+    folder: Path,
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    longest: float = math.inf,
+) -> Result:
     """As :func:`run`, but not beyond a moment. What that cuts off or leaves out has not failed: it was not run.
 
     Args:
         ends: by :func:`time.monotonic`; None for no end.
         step, folder, cwd, environment: as for :func:`run`.
+        longest: seconds that a step may take at most, so that one that hangs leaves time for the others.
     """
     if ends is None:
         return run(step, folder, cwd=cwd, environment=environment)
     left = ends - time.monotonic()
     if left < LEAST and not step.not_run:
         return Result(step.name, step.must, "not run", why="no time was left (--minutes)")
+    left = min(left, longest)
     result = run(dataclasses.replace(step, seconds=min(step.seconds, left)), folder, cwd=cwd, environment=environment)
     if result.status == "timed out" and left < step.seconds:
         return dataclasses.replace(result, status="not run", why=f"cut off after {result.seconds:.0f} s (--minutes)")

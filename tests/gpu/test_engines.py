@@ -46,7 +46,7 @@ def test_all_executors_give_the_same_images(engines, network, batch, request):
     """
     plan, drawn, why = engines.build(request.getfixturevalue(network), batch=batch), {}, ""
     for executor in EXECUTORS:
-        with ddpmx.load(plan, executor=executor) as pipeline:
+        with ddpmx.load(plan, executor=executor, cache=engines.kernels) as pipeline:
             try:
                 drawn[executor] = pipeline.generate(5, seed=SEED, steps=STEPS, batch=4).tobytes()
             except BackendError as error:
@@ -122,7 +122,7 @@ def test_two_threads_have_contexts_of_their_own(plan, at_once):
 def test_a_shipped_network_answers_as_on_the_cpu(engines, u_net, figure):
     """ε of the states of a chain. The CPU computes the same fp16 file in float32."""
     pytest.importorskip("onnxruntime", reason="not verified here: a shipped network beside the CPU (no onnxruntime)")
-    with ddpmx.load(u_net) as cpu, ddpmx.load(engines.build(u_net)) as gpu:
+    with ddpmx.load(u_net) as cpu, ddpmx.load(engines.build(u_net), cache=engines.kernels) as gpu:
         states = {s.t: s.x.copy() for s in cpu.stream(4, seed=SEED, steps=STEPS)}
         for t, x in states.items():
             wanted, got = cpu.evaluate(x, t).eps, gpu.evaluate(x, t).eps

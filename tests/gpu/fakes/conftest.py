@@ -183,7 +183,7 @@ class FakeEngines:
     """Plans with the closed form's name, which run the closed form."""
 
     def __init__(self, fake, library, folder):
-        self.module, self.library, self.folder = fake, library, folder
+        self.module, self.library, self.folder, self.kernels = fake, library, folder, folder / "kernels"
 
     def build(self, onnx, *, batch=(1, 4, 8)):
         self.module.profiles = (batch,)
@@ -192,7 +192,7 @@ class FakeEngines:
         return path
 
     def open(self, onnx):
-        return open_model(self.build(onnx))
+        return open_model(self.build(onnx), cache=self.kernels)
 
 
 @pytest.fixture
