@@ -303,7 +303,8 @@ class Trainer(Learner):
             pair = [moments.get(f"{moment}.{name}") for moment in ("exp_avg", "exp_avg_sq")]
             if any(m is None or m.shape != parameter.shape for m in pair):
                 raise FileFormatError(f"{checkpoint}: the training state is not of this network", note=f"at {name!r}")
-            first, second = (m.to(self.device, torch.float32) for m in pair if m is not None)
+            # in the order of the parameter, which is channels_last on a GPU: the fused Adam takes no other
+            first, second = (torch.empty_like(parameter.detach()).copy_(m) for m in pair if m is not None)
             if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
                 raise FileFormatError(f"{checkpoint}: the training state holds NaN or infinities", note=f"at {name!r}")
             self.optimizer.state[parameter] = {

@@ -17,7 +17,7 @@ import torch
 
 from conftest import FASHION
 from ddpm_export.networks.unet import UNet, UNetConfig
-from ddpm_export.training import checkpoint, session
+from ddpm_export.training import checkpoint, learner, session
 from ddpm_export.training.checkpoint import checkpoints, load_network, load_training
 from ddpm_export.training.data import Dataset, Source, load_dataset
 from ddpm_export.training.objective import Objective
@@ -87,6 +87,18 @@ def test_resuming_depends_on_adams_moments(tmp_path):
     for state in again.optimizer.state.values():
         state["exp_avg"].zero_()
     assert content(again.train(12))["weights.safetensors"] != whole["weights.safetensors"]
+
+
+def test_moments_lie_in_memory_as_the_weights_do(tmp_path, monkeypatch):
+    """A GPU trains in channels_last, and torch's fused Adam takes weights and moments number by number."""
+    make = learner.make_network
+    monkeypatch.setattr(learner, "make_network", lambda config: make(config).to(memory_format=torch.channels_last))
+    whole = content(trainer(tmp_path / "whole").train(6))
+    trainer(tmp_path / "parts").train(3)
+    again = resume(tmp_path / "parts")
+    for parameter, state in again.optimizer.state.items():
+        assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == parameter.stride()
+    assert content(again.train(6)) == whole
 
 
 @pytest.mark.slow
