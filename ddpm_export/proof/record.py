@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -286,9 +287,18 @@ def _chosen(data: NDArray[np.uint8], spec: ModelSpec, n: int) -> NDArray[np.uint
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Turn TF32 off while the reference is recorded: in cuDNN it is on by default."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    backends: Any = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    flags: list[tuple[Any, str, Any]] = [(cudnn, "allow_tf32", False), (matmul, "allow_tf32", False)]
+    try:
+        before = [getattr(owner, name) for owner, name, _ in flags]
+    except RuntimeError:  # somebody has set torch's newer flags, beside which it does not tell of these
+        flags = [(owner, "fp32_precision", "ieee") for owner in (matmul, cudnn.conv, cudnn.rnn)]
+        before = [getattr(owner, name) for owner, name, _ in flags]
+    for owner, name, exact in flags:
+        setattr(owner, name, exact)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+        for (owner, name, _), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)

@@ -22,7 +22,7 @@ from ddpm_export.graph.onnx_export import export_network
 from ddpm_export.networks.torch_backend import TorchBackend
 from ddpm_export.networks.unet import UNet, UNetConfig
 from ddpm_export.proof import polygraphy_check, proof
-from ddpm_export.proof.record import record, short_chain
+from ddpm_export.proof.record import exact_float32, record, short_chain
 from ddpm_export.training.checkpoint import load_network, weights_hash
 from ddpm_export.training.data import load_dataset
 from ddpm_export.training.diffusion import GaussianDiffusion
@@ -261,6 +261,29 @@ def test_tf32_is_off_while_recording_and_then_as_it_was(monkeypatch, before, fai
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = were
     assert set(seen) == {(False, False)}
+
+
+@pytest.mark.parametrize("user", ["matmul", "conv"])
+def test_a_user_of_torch_s_newer_flags_can_record(user):
+    """Beside them torch does not even tell of allow_tf32."""
+    flags = {"matmul": torch.backends.cuda.matmul, "conv": torch.backends.cudnn.conv, "rnn": torch.backends.cudnn.rnn}
+    was, chosen = flags[user].fp32_precision, {"matmul": "tf32", "conv": "ieee"}[user]
+
+    def now():
+        return {name: flag.fp32_precision for name, flag in flags.items()}
+
+    try:
+        flags[user].fp32_precision = chosen
+        before = now()
+        with pytest.raises(RuntimeError):
+            assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32
+        with exact_float32():
+            assert set(now().values()) == {"ieee"}
+        assert now() == before
+    finally:
+        flags[user].fp32_precision = was
+    assert torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_outputs_that_are_not_finite_are_not_recorded():
