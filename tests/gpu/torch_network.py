@@ -8,7 +8,7 @@ from typing import Any
 
 from ddpmx.backends.base import EXECUTORS
 from ddpmx.device.driver import Driver
-from ddpmx.errors import InputError
+from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ModelSpec
 
 Call = Callable[[Any, Any], Any]
@@ -90,7 +90,16 @@ class TorchNetwork:
             self._out.copy_(self._device.call(self._x, self._t))
 
     def enqueue(self, stream: int) -> None:
-        self._device.put(stream, self.compute)
+        """Put its kernels into the stream.
+
+        Raises:
+            BackendError: torch refuses, as it may where the stream is captured.
+        """
+        try:
+            self._device.put(stream, self.compute)
+        except RuntimeError as error:
+            note = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise BackendError(f"{self._device.description} does not run in this stream", note=note) from error
 
     def close(self) -> None:
         pass

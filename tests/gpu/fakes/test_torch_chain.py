@@ -59,6 +59,24 @@ def test_a_checkpoint_s_chain_is_measured_by_every_executor(fake, run, tmp_path)
     assert facts["bench"]["fp16 on torch"]["cells"] == bench["cells"]
 
 
+class NotCaptured(HostTorchDevice):
+    """torch refuses what cannot be captured by a RuntimeError of its own."""
+
+    def put(self, stream, work):
+        if self.driver.is_capturing(stream):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand much more")
+        super().put(stream, work)
+
+
+def test_a_network_that_cannot_be_captured_is_measured_plainly(fake, run, tmp_path):
+    bench, _ = measured(fake, run, tmp_path, NotCaptured)
+    for cell in bench["cells"]:
+        if cell["executor"] == "plain":
+            assert cell["failed"] is None
+        else:
+            assert cell["failed"].endswith("CUDA error: operation not permitted when stream is capturing")
+
+
 def test_the_network_is_that_of_an_export_in_fp16(run):
     import torch
 
