@@ -227,7 +227,7 @@ def named(planned):
     return [step.name for step in planned if not step.not_run]
 
 
-ON_TORCH = ("chain on torch", "peers on torch")
+ON_TORCH = ("chain on torch", "peers on torch", "compiled on torch")
 ALL = [
     *(f"tests of {name}" for name in ("kernels", "chains", "networks", "engines")),
     *("images", "network", "export fp32", "export fp16"),
@@ -256,7 +256,7 @@ def test_a_large_gpu_with_everything(place):
 
 def test_quick(place):
     planned = check.make_steps(options(quick=True, no_peers=True), place, DOCTOR)
-    left_out = ("images", "build for 256", "peers", "peers on torch", "training", *EIGHT_BITS)
+    left_out = ("images", "build for 256", "peers", *ON_TORCH[1:], "training", *EIGHT_BITS)
     assert named(planned) == [name for name in ALL if name not in left_out]
     assert all("--seconds 0.5" in " ".join(step.command) for step in planned if step.name.startswith("bench"))
 
@@ -274,7 +274,7 @@ WITHIN = [
         "many images",
         "serving",
     ),
-    *("peers 1", "peers 64", *ON_TORCH, *EIGHT_BITS, "training"),
+    *("peers 1", "peers 64", "peers compiled", *ON_TORCH, *EIGHT_BITS, "training"),
 ]
 
 
@@ -291,6 +291,29 @@ def test_within_minutes_the_most_telling_comes_first(place):
     bare = doctored(torch={"missing": "no"}, **{"TensorRT-RTX": {"missing": "no"}})
     rest = named(check.within_minutes(options(minutes=8), place, bare))
     assert rest == ["tests of kernels", "tests of chains", "tests of networks", "tests of engines"]
+
+
+def test_within_minutes_what_torch_compiles_is_measured_in_steps_of_its_own(place):
+    """A step that is cut off leaves no figures, and torch compiles for a minute or more."""
+    planned = check.within_minutes(options(minutes=8), place, DOCTOR)
+    commands = {step.name: step.command for step in planned if any("benchmarks" in word for word in step.command)}
+    others = {
+        name: [word for word in command if word in ("diffusers", "compile")] for name, command in commands.items()
+    }
+    assert others == {
+        "peers 1": ["diffusers"],
+        "peers 64": ["diffusers"],
+        "peers compiled": ["compile"],
+        "peers on torch": ["diffusers"],
+        "compiled on torch": ["compile"],
+        "training": ["diffusers"],
+    }
+    files = [step.makes[0] for step in planned if step.name in commands and step.name != "training"]
+    for number, file in enumerate(files):  # each is in the report
+        row = {"kind": "diffusers", "precision": "fp16", "batch": number, "ratio": 1.0}
+        file.write_text(json.dumps({"rows": [row], "not_run": []}))
+    facts = found.gather(place.out, [], engines=place.engines, quick=False, doctor=None)
+    assert [row["batch"] for row in facts["peers"]["rows"]] == list(range(len(files)))
 
 
 def test_torch_is_the_network_where_no_plan_was_built(place):

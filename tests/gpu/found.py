@@ -169,8 +169,8 @@ def _more_benches(out: Path) -> dict[str, Any]:
 
 
 def _peers(out: Path) -> Any:
-    """The report of peers.py, or of its runs for one batch each as one."""
-    names = ("peers", "peers-1", "peers-64", "peers-torch")
+    """The report of peers.py, or of its runs for one batch or one other library each as one."""
+    names = ("peers", "peers-1", "peers-64", "peers-compiled", "peers-torch", "compiled-torch")
     reports = [found for name in names if (found := _json(out / f"{name}.json")) is not None]
     if not reports:
         return None

@@ -106,7 +106,7 @@ def within_minutes(options: argparse.Namespace, place: Place, doctor: dict[str, 
         steps += plans(small, place, precision, gpu, no_plan)
     steps += large_network(options, place, torch, no_plan)
     steps += by_torch(options, place, place.large.run, torch, gpu)
-    return [*steps, *eight_bits(place, torch, no_plan), training(options, place, torch)]
+    return [*steps, *eight_bits(place, torch, no_plan), training(options, place, torch, "--only", "diffusers")]
 
 
 def large_network(options: argparse.Namespace, place: Place, torch: dict[str, Any], no_plan: str) -> list[Step]:
@@ -131,13 +131,19 @@ def large_network(options: argparse.Namespace, place: Place, torch: dict[str, An
     ]
     if not why and not torch.get("gpu"):
         why = "torch with CUDA is not here"
-    for batch in (1, 64):
-        found = place.out / f"peers-{batch}.json"
-        command = python("tests/benchmarks/peers.py", "--checkpoint", large.run, "--engine", plan, "--json", found)
-        command += ["--precision", "fp16", "--batch", str(batch), "--steps", "50", "--rounds", "2"]
-        why_not = "--no-peers" if options.no_peers else why
-        steps.append(Step(f"peers {batch}", command, 180, "", (plan,), (found,), why_not))
+    why_not, of_run = "--no-peers" if options.no_peers else why, ["--checkpoint", large.run, "--engine", plan]
+    # torch compiles for a minute or more: in a step of its own it keeps no other figures from the report
+    for name, kind, batch in (("1", "diffusers", 1), ("64", "diffusers", 64), ("compiled", "compile", 1)):
+        found = place.out / f"peers-{name}.json"
+        command = peer(found, *of_run, "--only", kind, "--batch", batch)
+        steps.append(Step(f"peers {name}", command, 180, "", (plan,), (found,), why_not))
     return steps
+
+
+def peer(found: Path, *arguments: object) -> list[str]:
+    """The command that measures other libraries beside ddpmx in half precision, in 50 steps."""
+    few = ["--precision", "fp16", "--steps", 50, "--rounds", 2]
+    return python("tests/benchmarks/peers.py", "--json", found, *arguments, *few)
 
 
 def single_images(place: Place, out: Path, why: str, options: list[object]) -> list[Step]:
@@ -171,22 +177,20 @@ def by_torch(
         torch, gpu: what `ddpmx doctor` says of them.
     """
     why = "" if torch.get("gpu") else "torch with CUDA is not here"
-    figures, many, found = (place.out / f"{name}-torch.json" for name in ("bench", "speed", "peers"))
+    figures, many = (place.out / f"{name}-torch.json" for name in ("bench", "speed"))
     chain = python("tests/gpu/torch_chain.py", run, figures, many)
-    command = python(
-        "tests/benchmarks/peers.py", "--checkpoint", run, "--torch", "--json", found, "--precision", "fp16"
-    )
-    command += ["--only", "diffusers", "compile", "--steps", "50", "--rounds", "2"]
+    batches: list[object] = ["--batch", "1,4"] if options.quick else []
     if options.quick:
         chain += ["--batch", "1,4", "--images", "16", "--steps", "20"]
-        command += ["--batch", "1,4"]
     elif gpu["memory"] < 20 << 30:
         chain += ["--images", "64"]
     unless, no_peers = (place.out / "bench-fp16.json",), "--no-peers" if options.no_peers else why
-    return [
-        Step("chain on torch", chain, 300, "if run", (run,), (figures, many), why, unless=unless),
-        Step("peers on torch", command, 300, "", (run,), (found,), no_peers, unless=unless),
-    ]
+    steps = [Step("chain on torch", chain, 300, "if run", (run,), (figures, many), why, unless=unless)]
+    for name, kind, which in (("peers", "diffusers", batches), ("compiled", "compile", batches or ["--batch", 1])):
+        found = place.out / f"{name}-torch.json"
+        command = peer(found, "--checkpoint", run, "--torch", "--only", kind, *which)
+        steps.append(Step(f"{name} on torch", command, 300, "", (run,), (found,), no_peers, unless=unless))
+    return steps
 
 
 def eight_bits(place: Place, torch: dict[str, Any], no_plan: str) -> list[Step]:
@@ -212,13 +216,13 @@ def eight_bits(place: Place, torch: dict[str, Any], no_plan: str) -> list[Step]:
     return [dataclasses.replace(step, not_run=why) for step in steps]
 
 
-def training(options: argparse.Namespace, place: Place, torch: dict[str, Any]) -> Step:
-    """The step that trains the paper's network in ddpmx and in diffusers' loop."""
+def training(options: argparse.Namespace, place: Place, torch: dict[str, Any], *only: str) -> Step:
+    """The step that trains the paper's network in ddpmx, compiled as well, and in others' loops; or in those named."""
     why = "--no-peers" if options.no_peers else ""
     if "missing" in torch or not torch.get("gpu"):
         why = "torch with CUDA is not here"
     found = place.out / "training.json"
-    command = python("tests/benchmarks/training.py", "--steps", 10, "--rounds", 3, "--bf16", "--json", found)
+    command = python("tests/benchmarks/training.py", "--steps", 10, "--rounds", 3, "--bf16", "--json", found, *only)
     return Step("training", command, 600, "", makes=(found,), not_run=why)
 
 
