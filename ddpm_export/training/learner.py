@@ -149,7 +149,7 @@ class Learner:
         torch.manual_seed(seed_of(settings.seed, step, "step"))
         batch = self.batches.draw(step)
         share = self.processes.share(settings.batch)
-        t, weights = (values[share].to(self.device) for values in self.timesteps.sample(settings.batch))
+        t, weights = (self._moved(values[share]) for values in self.timesteps.sample(settings.batch))
         # of the whole batch, as one process would draw it
         eps = torch.randn((settings.batch, *self.spec.shape), device=self.device)[share]
         inputs = self._inputs(batch, t, eps, share)
@@ -188,7 +188,7 @@ class Learner:
         assert x0 is not None
         if y is not None and settings.label_dropout:
             assert spec.classes is not None
-            dropped = (torch.rand(settings.batch) < settings.label_dropout)[share].to(self.device)
+            dropped = self._moved((torch.rand(settings.batch) < settings.label_dropout)[share])
             y = torch.where(dropped, spec.classes, y)
         x0_prev = None
         if spec.self_condition:
@@ -200,7 +200,7 @@ class Learner:
         return x0, y, cond, x0_prev
 
     def _moved(self, values: Tensor) -> Tensor:
-        """On the training's device; a GPU copies while it computes."""
+        """On the training's device; a GPU copies while it computes, and is not waited for, as it is by ``to`` alone."""
         if self.device.type != "cuda":
             return values.to(self.device)
         return values.pin_memory().to(self.device, non_blocking=True)

@@ -134,6 +134,18 @@ def test_labels_are_dropped_as_often_as_asked_for(tmp_path):
     assert torch.all((y == 3) | (y == torch.from_numpy(known)))
 
 
+def test_a_step_takes_nothing_from_the_host_that_a_gpu_is_waited_for(tmp_path, monkeypatch):
+    """Images, classes, which of them are dropped, t and its weights go by pinned memory."""
+    spec = SPEC.replace(classes=3, null_class=True)
+    network, moved = dataclasses.replace(NETWORK, classes=3, null_class=True), []
+    trained = trainer(tmp_path, spec, network, labels=LABELS, label_dropout=0.25)
+    move = trained._moved
+    monkeypatch.setattr(trained, "_moved", lambda values: moved.append((values.dtype, values.ndim)) or move(values))
+    trained.train_step()
+    whole, floats, flags = (torch.int64, 1), (torch.float32, 1), (torch.bool, 1)
+    assert sorted(moved, key=str) == sorted([(torch.float32, 4), whole, whole, floats, flags], key=str)
+
+
 def test_half_of_the_batches_get_an_estimate_of_the_image(tmp_path):
     spec, network = SPEC.replace(self_condition=True), dataclasses.replace(NETWORK, self_condition=True)
     trained = trainer(tmp_path, spec, network)
