@@ -303,7 +303,7 @@ class Trainer(Learner):
             pair = [moments.get(f"{moment}.{name}") for moment in ("exp_avg", "exp_avg_sq")]
             if any(m is None or m.shape != parameter.shape for m in pair):
                 raise FileFormatError(f"{checkpoint}: the training state is not of this network", note=f"at {name!r}")
-            # in the order of the parameter, which is channels_last on a GPU: the fused Adam takes no other
+            # laid out as the parameter, which is channels_last on a GPU: the fused Adam goes by the place in memory
             first, second = (torch.empty_like(parameter.detach()).copy_(m) for m in pair if m is not None)
             if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
                 raise FileFormatError(f"{checkpoint}: the training state holds NaN or infinities", note=f"at {name!r}")
