@@ -60,7 +60,8 @@ def test_a_record_comes_back_as_it_was(reference, saved):
             assert before == after
             assert type(before) is type(after)
     assert again.scale == reference.scale
-    assert run_ladder(ToyBackend(), SPEC, again).checks == run_ladder(ToyBackend(), SPEC, reference).checks
+    # as text: some values are NaN, and Python 3.13's data classes are unequal then
+    assert repr(run_ladder(ToyBackend(), SPEC, again).checks) == repr(run_ladder(ToyBackend(), SPEC, reference).checks)
 
 
 def test_saving_is_all_or_nothing(reference, tmp_path, monkeypatch):
