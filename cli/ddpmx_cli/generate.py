@@ -201,6 +201,8 @@ def generate(
             raise InputError("--eta is for the ddim sampler only", hint="--sampler ddim, or omit --eta")
         chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         turns = _class_turns(pipeline.spec, label, labels)
+        if init is None and share_from is None:
+            _check_beginning(pipeline, sampling)
         if many.wanted:
             if strength is not None:
                 raise InputError("--strength is for --init only", hint="--init PICTURE, which is to be varied")
@@ -384,6 +386,24 @@ def _one_model(file: str | None, engine: str | None) -> str:
     if name in SHIPPED and os.path.lexists(name):
         say(f"Note: {name} is a model that comes with ddpmx; ./{name} is yours")
     return name
+
+
+SEEN = 0.05
+"""√ᾱ above which an image can be seen in the noise. The paper's schedule ends at 0.006, that of latent models at 0.068."""
+
+
+def _check_beginning(pipeline: Pipeline, sampling: Sampling) -> None:
+    """Say so if the chain begins with noise at a t where the network expects to see an image.
+
+    With leading spacing 501 of 1000 steps begin at t = 500, as in diffusers.
+    """
+    kept = pipeline.spec.make_schedule().alpha_bar ** 0.5
+    first = int(pipeline.table(sampling).timesteps[0])
+    if kept[first] > max(SEEN, 2 * kept[-1]):
+        say(
+            f"Note: these {sampling.spacing} timesteps begin at t = {first}, where √ᾱ = {kept[first]:.2f}, and x is pure "
+            f"noise there; --spacing trailing begins at t = {len(kept) - 1}"
+        )
 
 
 def _choice(sampler: str | None, spacing: str | None, sampling: object, timesteps: int) -> str:

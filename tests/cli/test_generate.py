@@ -23,6 +23,25 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
+@pytest.mark.parametrize(
+    ("flags", "begins"),
+    [
+        (("--spacing", "leading", "--steps", 501), 500),
+        (("--spacing", "leading", "--steps", 500), None),
+        (("--spacing", "trailing", "--steps", 501), None),
+        (("--spacing", "quad", "--steps", 10), None),
+        ((), None),
+    ],
+)
+def test_a_chain_that_begins_where_an_image_is_expected_says_so(ddpmx, gaussian_onnx, tmp_path, flags, begins):
+    done = ddpmx("generate", gaussian_onnx, *flags, "-n", 1, "--out", tmp_path / "one.png")
+    assert done.code == 0, done
+    kept = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+    note = "" if begins is None else f"begin at t = {begins}, where √ᾱ = {kept[begins]:.2f}, and x is pure noise there"
+    assert note in done.out
+    assert ("Note: these" in done.out) == (begins is not None)
+
+
 def test_images_grid_and_animation_have_their_names(ddpmx, gaussian_onnx, tmp_path):
     out = tmp_path / "samples"
     done = ddpmx("generate", "--engine", gaussian_onnx, "-n", 5, "--steps", 4, "--out", out, "--grid", "--animate")
