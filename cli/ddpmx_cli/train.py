@@ -307,7 +307,6 @@ def train(
             "skip_broken": skip_broken,
             "keep": out if cache and not dry_run else None,
         }
-    device = begin.check_device(device)
     options = begin.options(
         given,
         size=None if size is None else parse_size(size),
@@ -315,9 +314,10 @@ def train(
         mult=None if mult is None else parse_numbers("--mult", mult),
         attention=None if attention is None else parse_numbers("--attention", attention),
     )
+    stopped = False
     with joined(device) as (processes, own_device):
         how = {
-            "device": own_device,
+            "device": begin.check_device(own_device),  # not before: each process would take memory of the first GPU
             "processes": processes,
             "compiled": compiled,
             "checkpoint_activations": checkpoint_activations,
@@ -356,10 +356,13 @@ def train(
                     begin.print_estimate(trainer, steps)
                     return
                 trackers = begin.trackers(out, tensorboard, wandb, trainer)
-                _train(trainer, steps, dataclasses.replace(house, trackers=trackers))
+                stopped = _train(trainer, steps, dataclasses.replace(house, trackers=trackers))
+    if stopped:  # once the processes have parted
+        raise typer.Exit(130)  # or 143: the signal is remembered
 
 
-def _train(trainer: Trainer, steps: int, house: Housekeeping) -> None:
+def _train(trainer: Trainer, steps: int, house: Housekeeping) -> bool:
+    """Train, and say so. Whether a signal has stopped it."""
     from ddpm_export.training import advice
     from ddpm_export.training.session import Progress
 
@@ -394,5 +397,6 @@ def _train(trainer: Trainer, steps: int, house: Housekeeping) -> None:
         raw = " --weights raw"
     if stopped() and trainer.step < steps:
         say(f"stopped; continue with: ddpmx train --out {shlex.quote(str(trainer.run))} --resume --steps {steps}")
-        raise typer.Exit(130)  # or 143: the signal is remembered
+        return True
     say(f"next: ddpmx export {shlex.quote(str(trainer.run))}{raw} -o model.onnx")
+    return False

@@ -54,7 +54,8 @@ class Batches:
         held_out: int64 [holdout], those that are not.
 
     Raises:
-        InputError: the images are smaller than the crop, or none is left to train on.
+        InputError: the images are smaller than the crop, none is left to train on, or a process's share of the batch cannot
+            be accumulated in so many parts.
     """
 
     def __init__(self, dataset: Dataset, settings: TrainSettings, processes: Processes = ALONE) -> None:
@@ -74,6 +75,12 @@ class Batches:
         self.held_out = np.sort(order[: settings.holdout])
         self.trained = np.sort(order[settings.holdout :])
         self._share = processes.share(settings.batch)
+        each = settings.batch // processes.size
+        if each % settings.accumulate:
+            raise InputError(
+                f"accumulate must be a divisor of each process's share of the batch, which is {each}",
+                note=f"a batch of {settings.batch} among {processes.size} processes, in {settings.accumulate} parts",
+            )
         self._ahead: Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8] | None]] | None = None
         self._epoch: tuple[int, NDArray[np.int64]] | None = None
 

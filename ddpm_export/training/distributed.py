@@ -15,6 +15,8 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +87,9 @@ class Processes:
 
 ALONE = Processes()
 
+WAIT = timedelta(minutes=30)
+"""How long one waits for the others, whose images may take longer to read, or whose disk is full."""
+
 _LOST = re.compile(r"gloo|nccl|peer|socket|connection|process group", re.IGNORECASE)
 """Words in what torch raises where processes cannot talk to each other."""
 
@@ -103,7 +108,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str | None]]:
         device: as the user named it: "cpu", or None for a GPU if there is one.
 
     Raises:
-        InputError: a GPU is named by its number, or there are more processes than GPUs.
+        InputError: a GPU is named by its number, there are more processes than GPUs, or torch cannot use this one's.
         BackendError: the processes do not find each other.
     """
     size = int(os.environ.get("WORLD_SIZE", "1") or 1)
@@ -124,13 +129,19 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str | None]]:
                 hint=f"at most {gpus} processes on it" if gpus else "--device cpu",
             )
         device = f"cuda:{processes.local_rank}"
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except (RuntimeError, AssertionError) as error:  # GPUs are counted without the runtime, which may not start
+            raise InputError(f"--device {device!r} cannot be used", note=str(error).splitlines()[0][:200]) from error
+    # with its GPU a process joins at once, and no barrier has to guess which one it is
+    own: dict[str, Any] = {"backend": "gloo"}
+    if device != "cpu":
+        own = {"backend": "nccl", "device_id": torch.device(device)}
     try:
         store, rank, count = next(rendezvous("env://"))
         # after a restart torchrun's store still has the addresses of processes that are gone: findings/torchrun_restart.sh
         store = dist.PrefixStore(f"ddpmx-{restarts()}", store)  # type: ignore[attr-defined]
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        dist.init_process_group(store=store, rank=rank, world_size=count, timeout=WAIT, **own)
     except (RuntimeError, ValueError) as error:
         raise BackendError("the processes of this training did not find each other", note=str(error)[:200]) from error
     yield processes, device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -19,6 +20,11 @@ from PIL import Image
 from conftest import FASHION, GAUSSIAN_ONNX
 
 pytest.importorskip("torch", reason="not verified here: the train and export commands (no torch)")
+
+from ddpm_export.training import distributed
+from ddpm_export.training.distributed import ALONE, Processes
+from ddpmx_cli import signals
+
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 TINY = (
@@ -288,6 +294,38 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path, ddpmx):
     steps = int(checkpoint.name) + 1
     assert ddpmx("train", "--out", out, "--resume", "--steps", steps, "--sample-every", 0).code == 0
     assert (out / "checkpoints" / f"{steps:08d}").exists()
+
+
+def test_a_process_tries_its_own_gpu_and_no_other(ddpmx, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def joined(device):
+        assert device == "cuda"
+        yield Processes(7, 8, 77), "cuda:77"
+
+    monkeypatch.setattr(distributed, "joined", joined)
+    refused = ddpmx("train", FASHION, "--out", tmp_path / "run", "--steps", 1, *TINY, "--device", "cuda")
+    assert refused.code == 2, refused
+    assert "--device 'cuda:77' cannot be used" in refused.err
+
+
+def test_processes_that_are_stopped_part_in_order(ddpmx, tmp_path, monkeypatch):
+    parted = []
+
+    @contextlib.contextmanager
+    def joined(device):
+        yield ALONE, "cpu"
+        parted.append(device)  # not reached where an exception ends the block
+
+    @contextlib.contextmanager
+    def held():
+        yield lambda: True
+
+    monkeypatch.setattr(distributed, "joined", joined)
+    monkeypatch.setattr(signals, "held", held)
+    stopped = ddpmx("train", FASHION, "--out", tmp_path / "run", "--steps", 3, *TINY)
+    assert stopped.code == 130, stopped
+    assert "stopped; continue with" in stopped.out
+    assert parted == [None]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import inspect
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +22,20 @@ import torch
 from safetensors.torch import load_file
 
 import children
-from ddpm_export.training import api
+from ddpm_export.training import api, distributed
+from ddpm_export.training.batches import Batches
+from ddpm_export.training.data import Dataset, Source
 from ddpm_export.training.distributed import ALONE, Processes, joined
+from ddpm_export.training.learner import Learner
 from ddpm_export.training.log import read_log
 from ddpm_export.training.session import Housekeeping
+from ddpm_export.training.settings import TrainSettings
 from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.model_file import checkpoints
 
 pytestmark = pytest.mark.torch
+
+torch_init = torch.distributed.init_process_group
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 1), np.uint8)
 CHOICES = {"width": 8, "groups": 4, "mult": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0, "batch": 6}
@@ -180,3 +188,55 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="no GPU for process 1"), joined(None):
         pass
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def refuse(device):
+        raise RuntimeError("The NVIDIA driver on your system is too old\nUpdate it")
+
+    monkeypatch.setattr(torch.cuda, "set_device", refuse)
+    with pytest.raises(InputError, match="'cuda:1' cannot be used") as caught, joined(None):
+        pass
+    assert caught.value.note == "The NVIDIA driver on your system is too old"
+
+
+@pytest.mark.parametrize(("device", "backend", "gpu"), [("cpu", "gloo", None), (None, "nccl", "cuda:1")])
+def test_a_process_joins_with_its_gpu_and_parts_at_the_end(monkeypatch, device, backend, gpu):
+    """Torch's barriers by NCCL warn, and guess, where a process has joined without one."""
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    chosen, calls = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **how: calls.append(how))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("parted"))
+    with joined(device) as (processes, own):
+        assert (processes, own) == (Processes(1, 2, 1), gpu or "cpu")
+    assert chosen == ([gpu] if gpu else [])
+    how, parted = calls
+    assert (how["backend"], how.get("device_id")) == (backend, None if gpu is None else torch.device(gpu))
+    assert inspect.signature(torch_init).bind(**how)
+    assert parted == "parted"
+
+
+def test_of_torch_s_warnings_those_that_mean_nothing_are_not_shown(monkeypatch):
+    learner = object.__new__(Learner)
+    learner.processes, learner.step, said = ALONE, 0, "Grad strides do not match bucket view strides. This may"
+    monkeypatch.setattr(Learner, "_train_step", lambda _: warnings.warn(said, stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.train_step()
+        assert learner.step == 1
+        said = "Gradients are lost"  # control
+        with pytest.raises(UserWarning, match=said):
+            learner.train_step()
+
+
+def test_a_share_that_cannot_be_accumulated_is_refused(tmp_path):
+    settings = TrainSettings(batch=12, accumulate=4)
+    dataset = Dataset(IMAGES, Source(tmp_path))
+    for size in (1, 3):
+        Batches(dataset, settings, Processes(0, size))
+    with pytest.raises(InputError, match="share of the batch, which is 6") as caught:
+        Batches(dataset, settings, Processes(0, 2))
+    assert caught.value.note == "a batch of 12 among 2 processes, in 4 parts"
