@@ -22,10 +22,14 @@ CUDA, TENSORRT, RTX, CPU = (
     "NvTensorRTRTXExecutionProvider",
     "CPUExecutionProvider",
 )
+OLD_RTX = "nv_tensorrt_rtx"
+"""The plugin's name for itself in its releases up to 0.4."""
+
 OPTIONS = {
     CUDA: {"device_id", "user_compute_stream", "use_tf32", "cudnn_conv_algo_search"},
     TENSORRT: {"device_id", "user_compute_stream"},
     RTX: {"has_user_compute_stream", "user_compute_stream"},
+    OLD_RTX: {"has_user_compute_stream", "user_compute_stream"},
     CPU: set(),
 }
 
@@ -43,6 +47,7 @@ class FakeOrt:
         refuse: what raises: "preload", "session", "bind", "run", "register".
         refuse_at: the number, from 1, of the run that is refused.
         devices: how many GPUs the plugin finds.
+        plugin: the name that the plugin gives itself.
         model: the path, or the bytes, of the last session.
         requested: (provider, options) of the last session, best first.
         runs: how many there were.
@@ -54,6 +59,7 @@ class FakeOrt:
     def __init__(self, cuda, *, listed=(TENSORRT, CUDA, CPU)):
         self.cuda, self.listed = cuda, list(listed)
         self.instead: list[str] = []
+        self.plugin = RTX
         self.refuse: set[str] = set()
         self.refuse_at, self.runs, self.devices, self.preloaded, self.registered = 0, 0, 1, 0, 0
         self.model: str | bytes = ""
@@ -79,10 +85,10 @@ class FakeOrt:
             raise OSError("no such file")
 
     def get_ep_devices(self):
-        return [SimpleNamespace(ep_name=RTX) for _ in range(self.devices)] if self.registered else []
+        return [SimpleNamespace(ep_name=self.plugin) for _ in range(self.devices)] if self.registered else []
 
     def register_execution_provider_library(self, name, path):
-        assert (name, path) == (RTX, "plugin.so")
+        assert (name, path) == (self.plugin, "plugin.so")
         self.check("register")
         self.registered += 1
 
@@ -111,7 +117,7 @@ class FakeOrt:
     # --- the plugin's ------------------------------------------------------------------------------------------------
 
     def get_ep_name(self):
-        return RTX
+        return self.plugin
 
     def get_library_path(self):
         return "plugin.so"

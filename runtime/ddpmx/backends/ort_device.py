@@ -35,6 +35,7 @@ from ddpmx.backends.ort_common import (
     session_options,
 )
 from ddpmx.device.driver import Driver
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import BackendError, InputError
 from ddpmx.formats.spec import ConditioningShapes, input_type
 
@@ -56,7 +57,10 @@ USED = {
     "RunOptions": ("add_run_config_entry",),
     "SessionOptions": ("add_provider_for_devices", "log_severity_level"),
 }
-"""The names of ONNX Runtime that are used, by class. ``preload_dlls`` came with 1.21, and "rtx" needs 1.24."""
+"""The names of ONNX Runtime that are used, by class. ``preload_dlls`` came with 1.21."""
+
+PLUGIN_RELEASE = (1, 25)
+"""Before it a build without CUDA bound "cuda" to a device of no vendor, whose memory a plugin of NVIDIA's does not take."""
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
@@ -179,7 +183,8 @@ class OrtDevice:
         """Make the session. ONNX Runtime's exception is not kept, since its traceback would keep the session alive."""
         ort, ordinal = self._ort, str(self.driver.ordinal)
         options, stream = session_options(ort), {"user_compute_stream": str(self.stream)}
-        trouble = ""
+        # up to 0.4 the plugin called itself "nv_tensorrt_rtx", and sessions name a plugin as it was registered
+        name, trouble = self.provider if plugin is None else plugin.get_ep_name(), ""
         try:
             if plugin is not None:
                 options.add_provider_for_devices(
@@ -187,7 +192,7 @@ class OrtDevice:
                 )
                 self._session = ort.InferenceSession(model, options, enable_fallback=0)
             else:
-                _preload(ort)
+                _preload(ort, self._short)
                 # EXHAUSTIVE, the default, measures: tomorrow another algorithm may win, with other bits
                 cuda = {"device_id": ordinal, **stream, "use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
                 providers = [(NAMES["cuda"], cuda)]
@@ -200,7 +205,7 @@ class OrtDevice:
             raise self._unusable(_why_not_loaded(ort, self._short) or trouble)
         never_free_in_forks(self._session)
         used = self._session.get_providers()
-        if self.provider not in used:
+        if name not in used:
             raise self._unusable(_why_not_loaded(ort, self._short) or f"it uses {', '.join(used)} instead")
 
     def _probe(self, variance: bool) -> None:
@@ -309,14 +314,17 @@ class OrtNetwork:
             self._device._networks.remove(self)
 
 
-def _preload(ort: Any) -> None:
-    """Have ONNX Runtime load CUDA's libraries from where pip puts them.
+def _preload(ort: Any, short: str) -> None:
+    """Have CUDA's libraries, and TensorRT's, loaded from where pip puts them, which is not where the system looks.
 
-    It prints what is missing; that is discarded, since the session's error reports it.
+    ONNX Runtime prints what is missing; that is discarded, since the session's error reports it.
     """
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(OSError):
             ort.preload_dlls()
+    if short == "tensorrt":
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module("tensorrt_libs")  # of NVIDIA's wheels; importing it loads them
 
 
 def _why_not_loaded(ort: Any, short: str) -> str:
@@ -340,11 +348,12 @@ def _import_plugin(ort: Any) -> Any:
         raise BackendError(
             "ONNX Runtime's provider for TensorRT-RTX is not installed",
             note=str(error),
-            hint="pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx",
+            hint="pip install 'onnxruntime>=1.25' onnxruntime-ep-nv-tensorrt-rtx",
         ) from error
-    if not hasattr(ort, "register_execution_provider_library"):
+    if version_numbers(ort.__version__) < PLUGIN_RELEASE:
         raise BackendError(
-            f"ONNX Runtime {ort.__version__} cannot load providers as plugins", hint="pip install 'onnxruntime>=1.24'"
+            f"ONNX Runtime {ort.__version__} cannot give a GPU's memory to a plugin",
+            hint="pip install 'onnxruntime>=1.25'",
         )
     return plugin
 

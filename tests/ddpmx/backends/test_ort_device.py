@@ -23,6 +23,7 @@ from ddpmx.cuda.device_chain import DeviceChain
 from ddpmx.cuda.executors import choose_executor
 from ddpmx.cuda.kernels import Kernels
 from ddpmx.device.driver import Driver
+from ddpmx.device.versions import version_numbers
 from ddpmx.errors import BackendError, Cancelled, InputError
 from ddpmx.sampling.pixels import to_nhwc
 from ddpmx.sampling.request import Sampling
@@ -30,7 +31,7 @@ from ddpmx.serve.batcher import Batcher
 from oracles import conditioning, gaussian, protobuf
 from oracles.cuda_on_host import Toy
 from oracles.device_chain import IMAGES, SHAPE, TABLE, expected, no_driver
-from oracles.fake_onnxruntime import CPU, CUDA, RTX, TENSORRT, FakeOrt
+from oracles.fake_onnxruntime import CPU, CUDA, OLD_RTX, RTX, TENSORRT, FakeOrt
 
 
 @pytest.fixture
@@ -220,6 +221,28 @@ def test_the_plugin_is_registered_once(opened, fake_ort):
     assert fake_ort.registered == 1
 
 
+def test_a_plugin_may_have_another_name_than_onnxruntime_s(opened, fake_ort):
+    fake_ort.plugin = OLD_RTX
+    device = opened(provider="rtx")
+    assert [name for name, _ in fake_ort.requested] == [OLD_RTX]
+    assert RTX in device.description
+    device.close()
+    fake_ort.instead = [RTX]  # control: a provider of that name that is not the plugin
+    with pytest.raises(BackendError) as caught:
+        opened(provider="rtx")
+    assert caught.value.note == f"it uses {RTX}, {CPU} instead"
+
+
+def test_tensorrt_s_libraries_are_loaded_from_its_wheel(opened, fake_ort, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "tensorrt_libs", raising=False)
+    (tmp_path / "tensorrt_libs.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    opened(provider="cuda")
+    assert "tensorrt_libs" not in sys.modules
+    opened(provider="tensorrt")
+    assert sys.modules.pop("tensorrt_libs").__file__ == str(tmp_path / "tensorrt_libs.py")
+
+
 def test_another_stream_is_refused(opened):
     device = opened()
     with Chain(device) as c, device.driver.current():
@@ -334,10 +357,12 @@ def test_the_error_for_a_missing_plugin_names_what_to_install(fake_ort, monkeypa
     assert "onnxruntime-ep-nv-tensorrt-rtx" in caught.value.hint
 
 
-def test_an_onnxruntime_without_plugins_is_refused(fake_ort, monkeypatch):
-    monkeypatch.delattr(FakeOrt, "register_execution_provider_library")
-    with pytest.raises(BackendError, match=r"cannot load providers as plugins"):
+def test_an_onnxruntime_that_binds_no_memory_of_a_plugin_s_is_refused(fake_ort, monkeypatch):
+    monkeypatch.setattr(FakeOrt, "__version__", "1.24.4")
+    with pytest.raises(BackendError, match=r"1\.24\.4 cannot give a GPU's memory to a plugin") as caught:
         OrtDevice("model.onnx", "eps", shape=SHAPE, provider="rtx")
+    assert caught.value.hint == "pip install 'onnxruntime>=1.25'"
+    assert not fake_ort.registered
 
 
 @pytest.mark.parametrize(("refuse", "devices", "why"), [({"register"}, 1, "register refused"), ((), 0, "no GPU")])
@@ -474,6 +499,12 @@ def test_every_used_name_of_onnxruntime_exists(with_plugins):
         real.SessionOptions.add_provider_for_devices.__doc__,
     )
     assert all(isinstance(device.ep_name, str) for device in real.get_ep_devices())
+
+
+def test_what_is_bound_as_cuda_is_nvidia_s_to_a_plugin_as_well(with_plugins):
+    if version_numbers(with_plugins.__version__) < ort_device.PLUGIN_RELEASE:
+        pytest.skip(f"not verified here: memory bound for a plugin ({with_plugins.__version__} is refused)")
+    assert with_plugins.OrtDevice.make("cuda", 0)._get_c_device().vendor_id() == 0x10DE  # NVIDIA's PCI vendor ID
 
 
 def test_the_list_of_names_is_what_the_source_uses():
