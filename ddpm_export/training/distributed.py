@@ -90,6 +90,10 @@ ALONE = Processes()
 WAIT = timedelta(minutes=30)
 """How long one waits for the others, whose images may take longer to read, or whose disk is full."""
 
+_kept: list[object] = []
+"""The last process group. Where DDP is the last to hold one, torch waits for its threads and keeps the interpreter's lock,
+for which they may be waiting: the process would never end. A Python object that holds it is freed without the lock."""
+
 _LOST = re.compile(r"gloo|nccl|peer|socket|connection|process group", re.IGNORECASE)
 """Words in what torch raises where processes cannot talk to each other."""
 
@@ -142,6 +146,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str | None]]:
         # after a restart torchrun's store still has the addresses of processes that are gone: findings/torchrun_restart.sh
         store = dist.PrefixStore(f"ddpmx-{restarts()}", store)  # type: ignore[attr-defined]
         dist.init_process_group(store=store, rank=rank, world_size=count, timeout=WAIT, **own)
+        _kept[:] = [dist.group.WORLD]
     except (RuntimeError, ValueError) as error:
         raise BackendError("the processes of this training did not find each other", note=str(error)[:200]) from error
     yield processes, device

@@ -154,6 +154,37 @@ def test_torchrun_starts_a_killed_process_again(tmp_path, data):
     assert output.count("saved ") == 1, "one of them speaks"
 
 
+def part_often(rank: int, port: int, times: int) -> None:
+    """Train and part again and again: DDP is freed after its process group was left, as at the end of ``api.train``."""
+    faulthandler.dump_traceback_later(50, exit=True)
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+    store = torch.distributed.TCPStore("127.0.0.1", port, 2, rank == 0)
+    distributed.rendezvous = lambda _: iter([(store, rank, 2)])
+
+    def once() -> None:
+        with joined("cpu") as (processes, _):
+            network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4), find_unused_parameters=True)
+            network(torch.ones(2, 4)).sum().backward()
+            assert processes.sum(torch.tensor(1.0)).item() == 2
+
+    for number in range(times):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        once()
+    os._exit(0)
+
+
+@pytest.mark.long
+def test_processes_part_without_waiting_for_ever():
+    """Without what keeps the group they do within some fifty times."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [children.server().Process(target=part_often, args=(rank, port, 200)) for rank in range(2)]
+    for process in running:
+        process.start()
+    assert codes(running) == [0, 0]
+
+
 def last_child(pid: int) -> int:
     """The youngest of torchrun's processes."""
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
