@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ PLUGIN_RELEASE = (1, 25)
 
 _PLUGIN = "onnxruntime_ep_nv_tensorrt_rtx"
 _registering = threading.Lock()
+_registered: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+"""The plugins that were registered, by ONNX Runtime's module, which does not tell of one that has found no GPU."""
 
 
 class OrtDevice:
@@ -362,8 +365,10 @@ def _plugin_devices(ort: Any, plugin: Any, ordinal: int) -> list[Any]:
     """The plugin's GPU. The plugin is registered once per process, for good."""
     name = plugin.get_ep_name()
     with _registering:
-        if not any(device.ep_name == name for device in ort.get_ep_devices()):
+        registered = _registered.setdefault(ort, set())
+        if name not in registered and not any(device.ep_name == name for device in ort.get_ep_devices()):
             ort.register_execution_provider_library(name, plugin.get_library_path())
+        registered.add(name)
         devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
     if len(devices) <= ordinal:
         raise RuntimeError(f"{name} finds no GPU that it supports")

@@ -221,6 +221,15 @@ def test_the_plugin_is_registered_once(opened, fake_ort):
     assert fake_ort.registered == 1
 
 
+def test_a_plugin_without_a_gpu_says_so_each_time(opened, fake_ort):
+    fake_ort.devices = 0
+    for _ in range(2):
+        with pytest.raises(BackendError) as caught:
+            opened(provider="rtx")
+        assert "finds no GPU that it supports" in str(caught.value)
+    assert fake_ort.registered == 1
+
+
 def test_a_plugin_may_have_another_name_than_onnxruntime_s(opened, fake_ort):
     fake_ort.plugin = OLD_RTX
     device = opened(provider="rtx")
