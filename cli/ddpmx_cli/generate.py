@@ -202,7 +202,7 @@ def generate(
         chosen = _choice(sampler, spacing, sampling, pipeline.spec.timesteps)
         turns = _class_turns(pipeline.spec, label, labels)
         if init is None and share_from is None:
-            _check_beginning(pipeline, sampling)
+            _say_where_it_begins(pipeline, sampling)
         if many.wanted:
             if strength is not None:
                 raise InputError("--strength is for --init only", hint="--init PICTURE, which is to be varied")
@@ -388,21 +388,16 @@ def _one_model(file: str | None, engine: str | None) -> str:
     return name
 
 
-SEEN = 0.05
-"""√ᾱ above which an image can be seen in the noise. The paper's schedule ends at 0.006, that of latent models at 0.068."""
+def _say_where_it_begins(pipeline: Pipeline, sampling: Sampling) -> None:
+    """Say so if the chain begins with noise where the network expects to see an image."""
+    from ddpmx.diffusion.grids import image_expected
 
-
-def _check_beginning(pipeline: Pipeline, sampling: Sampling) -> None:
-    """Say so if the chain begins with noise at a t where the network expects to see an image.
-
-    With leading spacing 501 of 1000 steps begin at t = 500, as in diffusers.
-    """
-    kept = pipeline.spec.make_schedule().alpha_bar ** 0.5
     first = int(pipeline.table(sampling).timesteps[0])
-    if kept[first] > max(SEEN, 2 * kept[-1]):
+    kept = image_expected(pipeline.spec.make_schedule(), first)
+    if kept is not None:
         say(
-            f"Note: these {sampling.spacing} timesteps begin at t = {first}, where √ᾱ = {kept[first]:.2f}, and x is pure "
-            f"noise there; --spacing trailing begins at t = {len(kept) - 1}"
+            f"Note: these {sampling.spacing} timesteps begin at t = {first}, where √ᾱ = {kept:.2f}, and x is pure noise "
+            f"there; --spacing trailing begins at t = {pipeline.spec.timesteps - 1}"
         )
 
 

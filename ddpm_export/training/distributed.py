@@ -9,7 +9,9 @@ all of them, and the first one writes.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import re
 from collections.abc import Iterator
@@ -93,6 +95,14 @@ WAIT = timedelta(minutes=30)
 _kept: list[object] = []
 """The last process group. Where DDP is the last to hold one, torch waits for its threads and keeps the interpreter's lock,
 for which they may be waiting: the process would never end. A Python object that holds it is freed without the lock."""
+
+
+@atexit.register
+def _let_go() -> None:
+    """Free it while there still is an interpreter, without which torch aborts the process."""
+    gc.collect()  # DDP first
+    _kept.clear()
+
 
 _LOST = re.compile(r"gloo|nccl|peer|socket|connection|process group", re.IGNORECASE)
 """Words in what torch raises where processes cannot talk to each other."""

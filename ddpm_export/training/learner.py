@@ -36,9 +36,9 @@ from ddpmx.formats.spec import ModelSpec
 GPU_CHECK_STEPS = 16
 """A GPU is asked only every so often how it goes: each answer makes it wait for the next step's commands."""
 
-NO_NEWS = ".*find_unused_parameters=True|Grad strides do not match bucket view strides"
-"""Torch's warnings where several processes train: of a choice, and of the strides of a 1×1 convolution's sides of length 1,
-which mean nothing (https://github.com/pytorch/pytorch/issues/157862)."""
+NO_NEWS = "Grad strides do not match bucket view strides"
+"""Torch's warning where several processes train, of the strides of a 1×1 convolution's sides of length 1: they mean nothing
+(https://github.com/pytorch/pytorch/issues/157862)."""
 
 RUNAWAY = {"simple": 10.0, "hybrid": 10.0, "vlb": 100.0}
 """A running mean of the loss this many times above its lowest is a training that has run away."""

@@ -349,6 +349,8 @@ def test_a_gpu_that_tensorrt_does_not_know_has_not_failed(place):
         "INCOMPLETE: nothing failed, but not seen: bench, tests of engines (all were skipped)"
     )
     assert found.verdict(results, tests([["one of them", 1]])) == "FAILED: bench"
+    none = {"engines": {"tests": 0, "failed": [], "skipped": [], "measured": []}}
+    assert found.verdict(results, none) == "FAILED: bench"
     assert found.verdict([Result("network", "always", "failed")], unknown) == "FAILED: network"
 
 

@@ -21,10 +21,22 @@ where x is noise already. DPM-Solver's authors end there as well (Lu et al. 2022
 
 KARRAS_RHO = 7.0
 
+SEEN = 0.05
+"""√ᾱ above which an image can be seen in the noise. The paper's schedule ends at 0.006, that of latent models at 0.068."""
+
 
 def log_snr(schedule: Schedule) -> Float64:
     """λ_t = ln(√ᾱ_t/√(1−ᾱ_t)), float64 [T], falling; −∞ where ᾱ = 0. Half the logarithm of :attr:`Schedule.snr`."""
     return 0.5 * (elementary.log(schedule.alpha_bar) - elementary.log(schedule.one_minus_alpha_bar))
+
+
+def image_expected(schedule: Schedule, t: int) -> float | None:
+    """√ᾱ_t if a network expects to see an image in x_t, where a chain that begins there has only noise; else None.
+
+    501 of 1000 timesteps by ``leading`` begin at t = 500. A schedule that ends with as much itself has no t of that kind.
+    """
+    kept = schedule.alpha_bar**0.5
+    return float(kept[t]) if kept[t] > max(SEEN, 2 * kept[-1]) else None
 
 
 def timestep_grid(

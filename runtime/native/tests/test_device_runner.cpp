@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <thread>
+#include <utility>
 
 #include "check.hpp"
 #include "device_rig.hpp"
@@ -231,8 +232,7 @@ void what_is_wanted() {
 
 // Arrays on the device, one of which is still being written in a stream of the caller, or in CUDA's default stream.
 void on_the_device() {
-  for (const bool watched : {false, true}) {
-    const bool by_default = watched;
+  for (const auto &[watched, by_default] : {std::pair{false, false}, {false, true}, {true, false}, {true, true}}) {
     Rig rig(kConditioned);
     {
       const auto runner = rig.open();

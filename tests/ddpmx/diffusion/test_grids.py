@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddpmx.diffusion.grids import LEAST_LOG_SNR, SPACINGS, log_snr, timestep_grid
+from ddpmx.diffusion.grids import LEAST_LOG_SNR, SPACINGS, image_expected, log_snr, timestep_grid
 from ddpmx.diffusion.samplers import make_table
 from ddpmx.diffusion.schedule import SCHEDULES, make_schedule
 from ddpmx.errors import InputError
@@ -52,6 +52,20 @@ def test_trailing_counts_back_from_the_last_step(counts):
     assert grid[-1] == T - 1
     for back, g in enumerate(reversed(grid)):
         assert abs(g + 1 - (T - Fraction(back * T, steps))) <= Fraction(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "t", "kept"),
+    [
+        ("linear", 999, None),
+        ("linear", 799, None),  # where "quad" begins
+        ("linear", 500, 0.28),
+        ("cosine", 999, None),
+        ("cosine", 500, 0.71),  # half-way cos(π/4), but for its offset
+    ],
+)
+def test_an_image_is_expected_where_it_can_be_seen(schedule, t, kept):
+    assert image_expected(make_schedule(schedule, 1000), t) == (None if kept is None else pytest.approx(kept, abs=1e-2))
 
 
 def test_leading_is_a_whole_stride_from_zero():
